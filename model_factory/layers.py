@@ -1,0 +1,137 @@
+"""Layers of the encoder, all on packed tokens: norm, MLP, attention, block, pooling head.
+
+Nothing here knows how a pack was made; boundaries arrive as `cu_seqlens` and travel with the RoPE tables in one
+`PackContext`, made once per forward. Parameter names are those of the packing key layout.
+
+Shape legend: S packed tokens, N items, D width, H heads, d head_dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention import varlen_attention
+from .rope import apply_rope
+
+NORM_TYPES = ("layer_norm", "rms_norm")
+
+
+@dataclass(frozen=True)
+class PackContext:
+    """What every layer of one forward shares: boundaries int32 [N+1], longest item, RoPE tables, kernel choice."""
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    cos: torch.Tensor
+    sin: torch.Tensor
+    backend: str | None = None
+
+
+def build_norm(norm_type: str, width: int, eps: float | None) -> nn.Module:
+    """LayerNorm or RMSNorm over the last dimension; raises ValueError for another name."""
+    if norm_type == "layer_norm":
+        return nn.LayerNorm(width, eps=eps)
+    if norm_type == "rms_norm":
+        return nn.RMSNorm(width, eps=eps)
+    raise ValueError(f"layer_norm_type is {norm_type!r}; choose one of {', '.join(NORM_TYPES)}")
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of patch rows [S, 3*p*p] -> [S, D]; the weight is kept in Conv2d form for the public key layout."""
+
+    def __init__(self, patch_size: int, width: int, channels: int = 3):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size, bias=False)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+
+
+class MLP(nn.Module):
+    """Linear, exact (erf) GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PackedAttention(nn.Module):
+    """Multi-head self-attention inside each item of the pack, rotary positions on queries and keys."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, context: PackContext) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # each [S, H, d]
+        q, k = (apply_rope(part, context.cos, context.sin) for part in (q, k))
+        mixed = varlen_attention(q, k, v, context.cu_seqlens, context.max_seqlen, backend=context.backend)
+        return self.proj(mixed.flatten(1))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, width: int, hidden: int, num_heads: int, norm_type: str, eps: float):
+        super().__init__()
+        self.layer_norm1 = build_norm(norm_type, width, eps)
+        self.self_attn = PackedAttention(width, num_heads)
+        self.layer_norm2 = build_norm(norm_type, width, eps)
+        self.mlp = MLP(width, hidden)
+
+    def forward(self, x: torch.Tensor, context: PackContext) -> torch.Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), context)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ProbeAttention(nn.Module):
+    """One learned query per item over the item's tokens; parameter names of torch's MultiheadAttention.
+
+    The query is the same for all items, so the whole pack is pooled by one varlen call with query length 1.
+    """
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, probe: torch.Tensor, tokens: torch.Tensor, cu_seqlens, max_seqlen, backend=None):
+        """probe [1, 1, D], tokens [S, D] -> [N, D]."""
+        width = tokens.shape[-1]
+        num_items = cu_seqlens.shape[0] - 1
+        query = F.linear(probe[0], self.in_proj_weight[:width], self.in_proj_bias[:width])
+        keys_values = F.linear(tokens, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        k, v = keys_values.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        q = query.expand(num_items, -1).unflatten(-1, (self.num_heads, -1))
+        one_each = torch.arange(num_items + 1, dtype=torch.int32, device=tokens.device)
+        pooled = varlen_attention(
+            q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=one_each, max_seqlen_q=1, backend=backend
+        )
+        return self.out_proj(pooled.flatten(1))
+
+
+class AttentionPoolingHead(nn.Module):
+    """Pooled vector of each item: y = attention(probe, tokens); y + MLP(RMSNorm(y)). No residual with the probe."""
+
+    def __init__(self, width: int, hidden: int, num_heads: int, norm_eps: float | None):
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, width))
+        self.attention = ProbeAttention(width, num_heads)
+        self.norm = nn.RMSNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, hidden)
+
+    def forward(self, tokens: torch.Tensor, cu_seqlens, max_seqlen, backend=None) -> torch.Tensor:
+        """tokens [S, D] -> [N, D]."""
+        pooled = self.attention(self.probe, tokens, cu_seqlens, max_seqlen, backend)
+        return pooled + self.mlp(self.norm(pooled))

@@ -1,0 +1,79 @@
+"""The packed layout: patch rows, sequence boundaries and (t, h, w) positions.
+
+One row is one patch, flattened channel-first inside the patch (C, ph, pw); rows run t-major, then row, then column.
+Everything here is pure tensor code without a loop over patches, and imports without a GPU library.
+
+Shape legend: S packed tokens, N items, P patch dim = 3 * p * p, T frames.
+"""
+
+import torch
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TARGET_FRAMES = 64  # the time base of temporal positions: t runs over 0..63 whatever the clip's length
+
+
+def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Pixels [..., 3, H, W] -> patch rows [..., (H/p) * (W/p), 3*p*p].
+
+    Raises ValueError when a side is not a multiple of the patch size.
+    """
+    height, width = pixels.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"picture is {height}x{width}, not a multiple of patch_size {patch_size}: resize or crop it first"
+        )
+    grid = pixels.unflatten(-2, (-1, patch_size)).unflatten(-1, (-1, patch_size))  # [..., 3, h, p, w, p]
+    return grid.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Patch rows [S, 3*p*p] -> pictures [S, 3, p, p]."""
+    return patches.unflatten(-1, (3, patch_size, patch_size))
+
+
+def cu_seqlens_from_grid(grid_thw: torch.Tensor) -> torch.Tensor:
+    """Grids [N, 3] -> int32 [N+1] boundaries with a leading zero."""
+    lengths = grid_thw.prod(dim=-1)
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def compute_patch_positions_from_grid_thw(grid_thw: torch.Tensor) -> torch.Tensor:
+    """Integer grid positions of a pack: int64 [S, 3] (t, h, w), t counted 0..t-1 (not scaled to 64 frames).
+
+    grid_thw: integer [N, 3] in patches. Raises ValueError for another shape, an empty pack or a non-positive side.
+    """
+    if grid_thw.ndim != 2 or grid_thw.shape[-1] != 3 or grid_thw.shape[0] == 0:
+        raise ValueError(f"grid_thw must have shape [N, 3] with N >= 1, got {list(grid_thw.shape)}")
+    if bool((grid_thw <= 0).any()):
+        raise ValueError(f"grid_thw must be positive, got the smallest entry {int(grid_thw.min())}")
+    grid = grid_thw.long()
+    lengths = grid.prod(dim=-1)
+    item = torch.repeat_interleave(torch.arange(len(grid), device=grid.device), lengths)
+    starts = lengths.cumsum(0) - lengths
+    index = torch.arange(int(lengths.sum()), device=grid.device) - starts[item]
+    height, width = grid[item, 1], grid[item, 2]
+    return torch.stack((index // (height * width), index // width % height, index % width), dim=-1)
+
+
+def interpolate_frame_indices(
+    frame_indices: torch.Tensor, total_frames: torch.Tensor, target_frames: int = TARGET_FRAMES
+) -> torch.Tensor:
+    """Map frame numbers of clips of any length onto the 0..target-1 time base.
+
+    frame_indices: [B, T]; total_frames: any shape with B elements. Returns int64 [B, T]:
+    round_half_even(index / max(total - 1, 1) * (target - 1)), clamped to [0, target - 1].
+    """
+    total = total_frames.reshape(-1, 1).to(torch.float64)
+    scaled = frame_indices.to(torch.float64) / (total - 1).clamp(min=1) * (target_frames - 1)
+    return scaled.round().long().clamp(0, target_frames - 1)
+
+
+def compute_patch_positions_with_interpolated_temporal(
+    frame_indices: torch.Tensor, height: int, width: int, device=None
+) -> torch.Tensor:
+    """Positions of whole frames at given times: frame_indices [B, T] -> int64 [B*T*height*width, 3], batch in order."""
+    times = frame_indices.to(device=device, dtype=torch.int64).reshape(-1)
+    rows = torch.arange(height, device=times.device)
+    columns = torch.arange(width, device=times.device)
+    return torch.cartesian_prod(times, rows, columns)

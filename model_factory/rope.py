@@ -1,0 +1,61 @@
+"""Three-dimensional rotary position embedding over (t, h, w).
+
+Every token carries integer patch coordinates. Half of a head's channels are split 4:6:6 between time, row and
+column; each axis spans its own full frequency range. Tables are computed in fp32 from the positions of the pack,
+once per forward and shared by all layers: S * head_dim multiplications, nothing is ever stored in a checkpoint.
+
+Two pairings exist because public weights were trained with a rule that is not a rotation:
+
+    angles(token)       = [t * inv_t | h * inv_h | w * inv_w]             length head_dim / 2
+    legacy:  channel j uses angles[j mod half]     the two members of a pair (2i, 2i+1) get different angles
+    rotary:  channel j uses angles[j // 2]         a true rotation: scores depend on relative positions only
+    out = x * cos + swap(x) * sin,   swap((a, b)) = (-b, a) on neighbouring channels
+
+Shape legend: S packed tokens, H heads, d head_dim.
+"""
+
+import torch
+
+AXIS_SHARES = (4, 6, 6)  # sixteenths of half a head for t, h, w
+ROPE_PAIRINGS = ("legacy", "rotary")
+
+
+def axis_frequencies(head_dim: int, theta: float = 10000.0, device=None) -> list[torch.Tensor]:
+    """Inverse frequencies of the three axes, fp32, lengths 4u, 6u, 6u with u = head_dim / 32.
+
+    inv_freq[i] = theta ** (-i / n) for an axis with n channels. Raises ValueError when the 4:6:6 split does not fit.
+    """
+    if head_dim % 32:
+        raise ValueError(
+            f"head_dim is {head_dim}; the 4:6:6 rotary split needs a multiple of 32: change hidden_size or heads"
+        )
+    unit = head_dim // 32
+    counts = [share * unit for share in AXIS_SHARES]
+    return [theta ** (-torch.arange(n, dtype=torch.float32, device=device) / n) for n in counts]
+
+
+def rope_tables(
+    positions: torch.Tensor, head_dim: int, pairing: str, theta: float = 10000.0, position_scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine tables, each fp32 [S, 1, d], for positions [S, 3] (t, h, w) of any integer or float dtype.
+
+    `position_scale` multiplies the two spatial coordinates (for resolutions beyond training); time is left alone.
+    """
+    if pairing not in ROPE_PAIRINGS:
+        raise ValueError(f"rope_pairing is {pairing!r}; choose one of {', '.join(ROPE_PAIRINGS)}")
+    scales = (1.0, position_scale, position_scale)
+    coordinates = positions.to(torch.float32)
+    frequencies = axis_frequencies(head_dim, theta, positions.device)
+    angles = torch.cat(
+        [coordinates[:, axis, None] * scales[axis] * frequencies[axis] for axis in range(3)], dim=-1
+    )  # [S, d/2]
+    angles = torch.cat([angles, angles], dim=-1) if pairing == "legacy" else angles.repeat_interleave(2, dim=-1)
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x [S, H, d] by tables [S, 1, d]; computed in fp32, returned in the dtype of x."""
+    wide = x.float()
+    pairs = wide.unflatten(-1, (-1, 2))
+    swapped = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
+    return (wide * cos + swapped * sin).to(x.dtype)
