@@ -1,0 +1,1 @@
+"""From raw video to packed batches: codec decomposition, shards, clustering, loading."""

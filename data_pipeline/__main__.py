@@ -1,0 +1,180 @@
+"""`python -m data_pipeline COMMAND`: everything that happens to data before training.
+
+    motion-shapes DIR                       write the labelled demonstration clips
+    pack INPUT... --output DIR              videos and images -> shards
+    verify DIR | stats DIR | view DIR       check, count and look at shards
+    cluster DIR --num-centroids K --output DIR2      features -> centroids
+    label DIR --centroids DIR2              nearest centroids of every sample -> DIR/labels.npy
+
+Commands import what they need when they run, so `--help` is instant.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; tests parse every documented command with it."""
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline", description="Prepare data for pretraining.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, help_text, run):
+        sub = commands.add_parser(
+            name, help=help_text, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("motion-shapes", "write a labelled set of clips whose class is the motion", _motion_shapes)
+    sub.add_argument("directory", type=Path)
+    sub.add_argument("--num-train", type=int, default=1200, help="clips to train on")
+    sub.add_argument("--num-val", type=int, default=240, help="clips to validate on")
+    sub.add_argument("--difficulty", choices=("easy", "medium", "hard"), default="easy")
+    sub.add_argument("--size", type=int, default=112, help="side of the picture in pixels")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+
+    sub = command("pack", "turn videos and images into shards", _pack)
+    sub.add_argument("inputs", nargs="+", help="files, folders, or .txt/.csv lists of files (first column)")
+    sub.add_argument("--output", type=Path, required=True, help="folder of the shards")
+    sub.add_argument("--size", type=int, default=224, help="working size in pixels")
+    sub.add_argument("--patch-size", type=int, default=16, help="side of a patch in pixels")
+    sub.add_argument("--num-frames", type=int, default=64, help="frames taken of each video, at even times")
+    sub.add_argument("--gop", type=int, default=16, help="frames from one I-frame to the next")
+    sub.add_argument("--budget", type=int, help="patches kept of each clip (default: an eighth of all)")
+    sub.add_argument("--fit", choices=("crop", "area"), default="crop", help="centre square, or keep the aspect ratio")
+    sub.add_argument("--camera", choices=("none", "median"), default="median", help="camera motion to take away")
+    sub.add_argument("--samples-per-shard", type=int, default=1000)
+    sub.add_argument("--workers", type=int, default=os.cpu_count(), help="decoder processes")
+    sub.add_argument("--wall-seconds", type=float, default=300.0, help="time limit of one input")
+
+    sub = command("verify", "check every byte of a packed folder", _verify)
+    sub.add_argument("directory", type=Path)
+
+    sub = command("stats", "count what a packed folder holds", _stats)
+    sub.add_argument("directory", type=Path)
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    sub = command("view", "draw what the encoder sees", _view)
+    sub.add_argument("directory", type=Path)
+    sub.add_argument("--output", type=Path, required=True, help="FILE.png (contact sheet) or FILE.gif")
+    sub.add_argument("--samples", type=int, nargs="+", help="sample ids (default: four, evenly spread)")
+
+    sub = command("cluster", "features of all samples -> k-means centroids", _cluster)
+    sub.add_argument("directory", type=Path)
+    sub.add_argument("--num-centroids", type=int, required=True)
+    sub.add_argument("--output", type=Path, required=True, help="folder of the centroids")
+    sub.add_argument("--encoder", help="Hugging Face folder of an encoder (default: the codec descriptor)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--iterations", type=int, default=25)
+
+    sub = command("label", "nearest centroids of every sample -> labels.npy", _label)
+    sub.add_argument("directory", type=Path)
+    sub.add_argument("--centroids", type=Path, required=True, help="folder written by cluster")
+    sub.add_argument("--num-labels", type=int, default=10)
+    sub.add_argument("--output", type=Path, help="folder of labels.npy (default: the packed folder)")
+    return parser
+
+
+def _motion_shapes(args) -> None:
+    from .motion_shapes import CLASSES, write_motion_shapes
+
+    write_motion_shapes(
+        args.directory, args.num_train, args.num_val, args.difficulty, args.size, args.seed, args.workers
+    )
+    print(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
+
+
+def _pack(args) -> None:
+    from .codec.saliency import SaliencyConfig
+    from .shards.pack import PackConfig, list_inputs, pack
+    from .shards.sample_builder import SampleConfig
+
+    sample = SampleConfig(
+        size=args.size,
+        patch_size=args.patch_size,
+        num_frames=args.num_frames,
+        gop=args.gop,
+        budget=args.budget,
+        fit=args.fit,
+        saliency=SaliencyConfig(camera=args.camera),
+    )
+    config = PackConfig(sample, args.samples_per_shard, args.workers, args.wall_seconds)
+    manifest = pack(list_inputs(args.inputs), args.output, config)
+    rejected = manifest.rejected_by_reason()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
+    print(f"{len(manifest)} samples in {len(manifest.shards)} shards under {args.output}; rejected: {reasons}")
+
+
+def _verify(args) -> None:
+    from .shards.manifest import load_manifest
+    from .shards.verify import verify
+
+    manifest = load_manifest(args.directory)
+    problems = verify(manifest)
+    print("\n".join(problems) or f"{args.directory}: {len(manifest)} samples, every byte as written")
+    if problems:
+        sys.exit(1)
+
+
+def _stats(args) -> None:
+    from .shards.manifest import load_manifest
+    from .shards.verify import statistics, statistics_table
+
+    stats = statistics(load_manifest(args.directory))
+    print(json.dumps(stats) if args.json else statistics_table(stats))
+
+
+def _view(args) -> None:
+    from .shards.manifest import load_manifest
+    from .shards.view import save_view
+
+    manifest = load_manifest(args.directory)
+    spread = [i * len(manifest) // 4 for i in range(4)]
+    save_view(manifest, args.samples or sorted(set(spread)), args.output)
+    print(args.output)
+
+
+def _cluster(args) -> None:
+    from .clustering.features import descriptor_features, encoder_features
+    from .clustering.kmeans import save_centroids, spherical_kmeans
+    from .shards.manifest import load_manifest
+
+    manifest = load_manifest(args.directory)
+    features = encoder_features(manifest, args.encoder) if args.encoder else descriptor_features(manifest)
+    centroids = spherical_kmeans(features, args.num_centroids, args.seed, args.iterations)
+    details = {"manifest_sha256": manifest.sha256, "encoder": args.encoder, "seed": args.seed}
+    save_centroids(args.output, centroids, details)
+    print(f"{len(centroids)} centroids of {len(features)} samples in {args.output}")
+
+
+def _label(args) -> None:
+    from .clustering.features import descriptor_features, encoder_features
+    from .clustering.kmeans import load_centroids
+    from .clustering.labels import nearest_centroids, save_labels
+    from .shards.manifest import load_manifest
+
+    manifest = load_manifest(args.directory)
+    centroids, record = load_centroids(args.centroids)
+    encoder = record["encoder"]
+    features = encoder_features(manifest, encoder) if encoder else descriptor_features(manifest)
+    labels = nearest_centroids(features, centroids, args.num_labels)
+    output = args.output or args.directory
+    save_labels(output, labels, manifest, len(centroids), {"centroids_sha256": record["sha256"]})
+    print(f"{labels.shape[1]} labels for each of {len(labels)} samples in {output / 'labels.npy'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; a user's mistake ends with its message and exit code 1, not with a traceback."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Pseudo-labels: features over shards, FAISS centroids, the nearest centroids of every sample."""

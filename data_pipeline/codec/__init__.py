@@ -1,0 +1,1 @@
+"""Offline only: what a video codec knows about a clip (frames, motion vectors, residuals) and which patches that keeps."""

@@ -1,0 +1,106 @@
+"""Opening files from strangers: a container white list, local files only, limits before any decoding.
+
+Playlists, network protocols and container formats outside the list never reach a demuxer (an ffconcat text named
+.mp4 would otherwise read other local files). Sizes are checked on headers, so a bomb is refused before it unpacks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import RejectedInput
+
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
+VIDEO_SUFFIXES = frozenset(".mp4 .mov .m4v .mkv .webm .avi .ts .mpg .mpeg .flv .ogv .wmv .3gp".split())
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """What an input may be at most; beyond it the file is rejected as `too_large`."""
+
+    max_bytes: int = 8 << 30
+    max_pixels: int = 7680 * 4320
+    max_seconds: float = 4 * 3600.0
+    max_frames: int = 1_000_000
+
+
+def is_video(path: Path) -> bool:
+    """Whether the file's name says video."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def is_image(path: Path) -> bool:
+    """Whether the file's name says image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def check_file(path: Path, limits: InputLimits) -> None:
+    """Reject what is no regular, non-empty file of bearable size."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise RejectedInput("missing", f"{path}: {error.strerror}") from error
+    if not path.is_file():
+        raise RejectedInput("not_a_file", f"{path} is not a regular file")
+    if status.st_size == 0:
+        raise RejectedInput("empty", f"{path} has no bytes")
+    if status.st_size > limits.max_bytes:
+        raise RejectedInput("too_large", f"{path} has {status.st_size} bytes, the limit is {limits.max_bytes}")
+
+
+def open_video(path: Path, limits: InputLimits):
+    """Open a local video file; returns (container, stream), the caller closes the container.
+
+    Raises RejectedInput with reason container, no_video or too_large.
+    """
+    import av
+
+    check_file(path, limits)
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    try:
+        container = av.open(f"file:{path.resolve()}", options=options)
+    except av.FFmpegError as error:
+        raise RejectedInput("container", f"{path} does not open: {error.strerror}") from error
+    if not container.streams.video:
+        container.close()
+        raise RejectedInput("no_video", f"{path} has no video stream")
+    stream = container.streams.best("video") or container.streams.video[0]
+    pixels = stream.codec_context.width * stream.codec_context.height
+    seconds = (container.duration or 0) / av.time_base
+    if not 0 < pixels <= limits.max_pixels or seconds > limits.max_seconds:
+        size = f"{stream.codec_context.width}x{stream.codec_context.height}, {seconds:.0f} s"
+        container.close()
+        raise RejectedInput(
+            "too_large", f"{path} is {size}; the limits are {limits.max_pixels} pixels and {limits.max_seconds:.0f} s"
+        )
+    return container, stream
+
+
+def open_image(path: Path, limits: InputLimits) -> np.ndarray:
+    """Read one picture as uint8 RGB [H, W, 3]: EXIF rotation applied, alpha laid on white, first frame of animations.
+
+    Raises RejectedInput with reason image or too_large.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    check_file(path, limits)
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as picture:
+            if picture.width * picture.height > limits.max_pixels:
+                raise RejectedInput("too_large", f"{path} is {picture.width}x{picture.height} pixels")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16"):  # 16-bit gray: Pillow would clip instead of scaling
+                wide = np.asarray(picture, dtype=np.uint32)
+                return np.repeat(((wide + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+            if "A" in picture.mode or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                paper = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(paper, picture)
+            return np.asarray(picture.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, RejectedInput):
+            raise
+        raise RejectedInput("image", f"{path} is not a readable picture: {error}") from error

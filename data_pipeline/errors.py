@@ -1,0 +1,22 @@
+"""The exceptions a user of the data pipeline can meet; each says what happened, where, and what to do next."""
+
+
+class DataPipelineError(ValueError):
+    """Base of everything below: a problem with the user's input, never with our own logic."""
+
+
+class RejectedInput(DataPipelineError):
+    """One input file the packer cannot use. `reason` is a short code that is counted, `detail` a sentence."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class CorruptShard(DataPipelineError):
+    """Bytes on disk that do not match the manifest that binds them."""
+
+
+class MissingData(DataPipelineError):
+    """A manifest, shard, label or centroid file that is not where it should be."""

@@ -1,0 +1,1 @@
+"""From shards to packed batches: plan, reader, DALI, views, packing, loader."""

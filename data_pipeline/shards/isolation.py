@@ -1,0 +1,122 @@
+"""A child process that builds samples, so that no input can hang or kill the packer.
+
+Decoders do crash and loop on damaged files. The child has a memory limit; the parent waits a bounded wall time, then
+kills it, rejects the input as `timeout` or `crash`, and starts another child for the next one. Requests and answers
+are JSON and raw bytes: nothing that a broken child sends is ever executed. Starting a child costs about 0.3 s.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+from ..errors import RejectedInput
+from .sample_builder import SampleConfig, build_sample
+from .schema import SampleInfo
+
+MEMORY_LIMIT = 8 << 30
+
+
+class SampleWorker:
+    """Builds samples in a child process; use one per thread, `close` it at the end."""
+
+    def __init__(self, config: SampleConfig, wall_seconds: float):
+        self._config = config
+        self._wall_seconds = wall_seconds
+        self._process = None
+
+    def build(self, path: Path, source: str) -> tuple[dict[str, bytes], SampleInfo]:
+        """As build_sample, with the extra reasons `timeout`, `crash` and `memory`."""
+        if self._process is None or not self._process.is_alive():
+            self._start()
+        try:
+            self._pipe.send_bytes(json.dumps({"path": str(path), "source": source}).encode())
+            if not self._pipe.poll(self._wall_seconds):
+                self._kill()
+                raise RejectedInput("timeout", f"{path} took longer than {self._wall_seconds:.0f} s")
+            answer = json.loads(self._pipe.recv_bytes())
+            members = {name: self._pipe.recv_bytes() for name in answer.get("members", ())}
+        except (EOFError, ConnectionError, OSError) as error:
+            self._kill()
+            raise RejectedInput("crash", f"{path} killed the decoder process") from error
+        if "reason" in answer:
+            raise RejectedInput(answer["reason"], answer["detail"])
+        return members, SampleInfo.from_bytes(members["json"], source)
+
+    def close(self) -> None:
+        """End the child process."""
+        if self._process is not None:
+            self._kill()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_end, self._config), daemon=True)
+        self._process.start()
+        child_end.close()
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+        self._process = None
+
+
+class SamplePool:
+    """Several SampleWorkers behind one ordered map; a context manager that ends their processes."""
+
+    def __init__(self, config: SampleConfig, num_workers: int, wall_seconds: float):
+        self._workers = [SampleWorker(config, wall_seconds) for _ in range(num_workers)]
+        self._free: SimpleQueue[SampleWorker] = SimpleQueue()
+        for worker in self._workers:
+            self._free.put(worker)
+
+    def build_all(self, files: list[tuple[Path, str]]):
+        """For each (path, source), in order: (members, info), or a dict source, reason, detail when rejected."""
+        return self._threads.map(self._build, files)
+
+    def _build(self, item: tuple[Path, str]):
+        path, source = item
+        worker = self._free.get()
+        try:
+            return worker.build(path, source)
+        except RejectedInput as rejection:
+            # the record names inputs as the user did, not by this machine's folders
+            return {"source": source, "reason": rejection.reason, "detail": rejection.detail.replace(str(path), source)}
+        finally:
+            self._free.put(worker)
+
+    def __enter__(self) -> "SamplePool":
+        self._threads = ThreadPoolExecutor(len(self._workers))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+
+
+def _serve(pipe, config: SampleConfig) -> None:
+    """Child: answer requests until the parent goes away."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    os.nice(5)
+    while True:
+        try:
+            request = json.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return
+        try:
+            members, _ = build_sample(Path(request["path"]), request["source"], config)
+        except RejectedInput as rejection:
+            pipe.send_bytes(json.dumps({"reason": rejection.reason, "detail": rejection.detail}).encode())
+            continue
+        except MemoryError:
+            detail = f"{request['path']} needs more than {MEMORY_LIMIT >> 30} GB"
+            pipe.send_bytes(json.dumps({"reason": "memory", "detail": detail}).encode())
+            continue
+        pipe.send_bytes(json.dumps({"members": list(members)}).encode())
+        for data in members.values():
+            pipe.send_bytes(data)

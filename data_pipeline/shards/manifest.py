@@ -1,0 +1,123 @@
+"""manifest.json: the one file that says which shards make a dataset, and binds every byte of them.
+
+    manifest.json   schema version, settings, shards in order with size, sha256 of the tar and of its record
+    NAME.json       one record per shard (see writer): members with offset, size and crc32
+
+Sample ids are counted through the shards in manifest order; labels.npy has one row per id. The manifest's own sha256
+names the dataset: labels and training plans are bound to it.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CorruptShard, MissingData
+from .schema import SCHEMA_VERSION
+from .writer import file_sha256, write_atomically
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the bytes of one member are: shard file, offset, size, crc32."""
+
+    path: Path
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A packed dataset as its files say it is."""
+
+    directory: Path
+    sha256: str
+    settings: dict
+    shards: tuple[dict, ...]  # records of writer.write_shard, in order
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [num_shards + 1]: first sample id of each shard, then the total."""
+        return np.cumsum([0] + [len(shard["samples"]) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, sample_id: int) -> tuple[dict, dict]:
+        """(shard record, sample record) of a sample id."""
+        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        return self.shards[shard], self.shards[shard]["samples"][sample_id - int(self.starts[shard])]
+
+    def member(self, sample_id: int, extension: str) -> Member:
+        """Place of one member; MissingData names sample and extension when it has none."""
+        shard, sample = self.locate(sample_id)
+        if extension not in sample["members"]:
+            raise MissingData(f"sample {sample['key']} of {shard['name']}.tar has no member .{extension}")
+        offset, size, crc = sample["members"][extension]
+        return Member(self.directory / f"{shard['name']}.tar", offset, size, crc)
+
+    def sources(self) -> list[str]:
+        """Names of the inputs, one per sample id."""
+        return [sample["source"] for shard in self.shards for sample in shard["samples"]]
+
+    def rejected_by_reason(self) -> Counter:
+        """How many inputs were rejected, by reason code."""
+        return Counter(entry["reason"] for shard in self.shards for entry in shard["rejected"])
+
+
+def write_manifest(directory: Path, records: list[dict], settings: dict) -> None:
+    """Bind the shards of a folder, in the order given."""
+    shards = [
+        {
+            "name": record["name"],
+            "size": record["size"],
+            "sha256": record["sha256"],
+            "num_samples": len(record["samples"]),
+            "num_rejected": len(record["rejected"]),
+            "record_sha256": file_sha256(directory / f"{record['name']}.json"),
+        }
+        for record in records
+    ]
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "settings": settings,
+        "num_samples": sum(shard["num_samples"] for shard in shards),
+        "num_rejected": sum(shard["num_rejected"] for shard in shards),
+        "shards": shards,
+    }
+    write_atomically(directory / MANIFEST_NAME, json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def load_manifest(directory: str | Path) -> Manifest:
+    """Read a packed folder; every shard must be there with its size, every record with its hash.
+
+    Raises MissingData or CorruptShard listing all that is wrong.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise MissingData(f"{path} does not exist: make it with `python -m data_pipeline pack INPUT --output {directory}`")
+    data = path.read_bytes()
+    content = json.loads(data)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise CorruptShard(f"{path} has schema version {content.get('schema_version')}, this code reads {SCHEMA_VERSION}")
+    problems, records = [], []
+    for shard in content["shards"]:
+        tar, record = directory / f"{shard['name']}.tar", directory / f"{shard['name']}.json"
+        if not tar.is_file() or tar.stat().st_size != shard["size"]:
+            actual = tar.stat().st_size if tar.is_file() else "no file"
+            problems.append(f"{tar}: {actual}, the manifest says {shard['size']} bytes")
+        if not record.is_file() or file_sha256(record) != shard["record_sha256"]:
+            problems.append(f"{record}: missing or not the record that the manifest binds")
+        else:
+            records.append(json.loads(record.read_bytes()))
+    if problems:
+        raise CorruptShard("\n  ".join([f"{len(problems)} files of {directory} are wrong; pack again:", *problems]))
+    return Manifest(directory, hashlib.sha256(data).hexdigest(), content["settings"], tuple(records))

@@ -1,0 +1,124 @@
+"""Inputs -> shards: `python -m data_pipeline pack INPUT... --output DIR`.
+
+Inputs (files, folders, text or CSV lists) become a fixed list of tasks; one task is one shard of `samples_per_shard`
+inputs, built by one child process. A task whose record names the same inputs and settings is done and is skipped, so
+a killed run just runs again. Unusable inputs are rejected with a reason code, counted, and listed in the record.
+Cost: about 0.9 s per 224 px clip of 64 frames and core, of which half is the canonical encoding.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..codec.open_video import is_image, is_video
+from ..errors import MissingData
+from .isolation import SamplePool
+from .manifest import Manifest, load_manifest, write_manifest
+from .sample_builder import SampleConfig
+from .schema import SCHEMA_VERSION
+from .writer import write_shard
+
+LIST_SUFFIXES = (".txt", ".csv")
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """How a folder of shards is made. `wall_seconds` is the limit of one input."""
+
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    samples_per_shard: int = 1000
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    wall_seconds: float = 300.0
+    name: str = "video"
+
+    def settings(self) -> dict:
+        """What decides the bytes of a shard; stored in its record."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self.sample), "samples_per_shard": self.samples_per_shard}
+
+
+def list_inputs(arguments: list[str | Path]) -> list[tuple[Path, str]]:
+    """Expand files, folders and lists into (path, name stored in the shard), in a stable order.
+
+    Folders give their videos and images, sorted, named relative to the folder. Lists give the first column of every
+    line, relative to the list's folder. Raises MissingData for an argument that does not exist or names nothing.
+    """
+    inputs: list[tuple[Path, str]] = []
+    for argument in map(Path, arguments):
+        if argument.is_dir():
+            files = sorted(path for path in argument.rglob("*") if is_video(path) or is_image(path))
+            inputs += [(path, path.relative_to(argument).as_posix()) for path in files]
+        elif argument.suffix.lower() in LIST_SUFFIXES and argument.is_file():
+            with open(argument, newline="", encoding="utf-8") as lines:
+                names = [row[0].strip() for row in csv.reader(lines) if row and row[0].strip()]
+            inputs += [(argument.parent / name, name) for name in names]
+        elif argument.exists():
+            inputs.append((argument, argument.name))
+        else:
+            raise MissingData(f"{argument} does not exist: give files, folders, or .txt/.csv lists of files")
+    if not inputs:
+        raise MissingData(f"no video or image in {', '.join(map(str, arguments))}")
+    return inputs
+
+
+def pack(inputs: list[tuple[Path, str]], output: Path, config: PackConfig, report=print) -> Manifest:
+    """Write all shards and the manifest; returns the manifest. `report` takes one progress line at a time."""
+    output.mkdir(parents=True, exist_ok=True)
+    size = config.samples_per_shard
+    tasks = [inputs[start : start + size] for start in range(0, len(inputs), size)]
+    for stale in output.glob(".*.tmp"):
+        stale.unlink()
+    records = []
+    with SamplePool(config.sample, config.workers, config.wall_seconds) as pool:
+        for task, files in enumerate(tasks):
+            records.append(_pack_task(pool, task, files, output, config))
+            report(_progress_line(records, len(tasks)))
+    write_manifest(output, records, config.settings())
+    return load_manifest(output)
+
+
+def _pack_task(pool, task: int, files, output: Path, config: PackConfig) -> dict:
+    name = f"{config.name}-{task:06d}"
+    settings = config.settings()
+    inputs_sha256 = _inputs_sha256(files)
+    done = _finished_record(output, name, inputs_sha256, settings)
+    if done is not None:
+        return done
+    rejected: list[dict] = []
+
+    def samples():
+        for number, result in enumerate(pool.build_all(files)):
+            if isinstance(result, dict):
+                rejected.append(result)
+                print(f"rejected {result['source']}: {result['reason']}: {result['detail']}", file=sys.stderr)
+            else:
+                yield f"{task:06d}_{number:06d}", *result
+
+    return write_shard(output, name, samples(), rejected, settings, inputs_sha256)
+
+
+def _inputs_sha256(files) -> str:
+    """Identity of a task: names, sizes and modification times of its inputs."""
+    lines = []
+    for path, source in files:
+        status = path.stat() if path.exists() else None
+        lines.append([source, *((status.st_size, status.st_mtime_ns) if status else (None, None))])
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+
+def _finished_record(output: Path, name: str, inputs_sha256: str, settings: dict) -> dict | None:
+    record_path, tar_path = output / f"{name}.json", output / f"{name}.tar"
+    if not record_path.is_file() or not tar_path.is_file():
+        return None
+    record = json.loads(record_path.read_bytes())
+    same = record["inputs_sha256"] == inputs_sha256 and record["settings"] == json.loads(json.dumps(settings))
+    return record if same and tar_path.stat().st_size == record["size"] else None
+
+
+def _progress_line(records: list[dict], num_tasks: int) -> str:
+    samples = sum(len(record["samples"]) for record in records)
+    rejected = sum(len(record["rejected"]) for record in records)
+    return f"packed shard {len(records)}/{num_tasks}: {samples} samples, {rejected} rejected"

@@ -1,0 +1,122 @@
+"""One input file -> the members of one sample: decompose, score, select, cut, encode.
+
+This is the readable path from mp4 to shard; `pack` runs it in child processes.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..codec.decode import frame_to
+from ..codec.decompose import CodecClip, decompose_video
+from ..codec.open_video import InputLimits, is_image, open_image
+from ..codec.saliency import SaliencyConfig, motion_summary, patch_saliency
+from ..codec.selection import select_patches
+from ..errors import RejectedInput
+from .schema import SampleInfo, encode_clip, encode_image
+from .writer import file_sha256
+
+MOTION_GRID = 8
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How inputs become samples. `budget` is the number of kept patches of a full clip, by default an eighth."""
+
+    size: int = 224
+    patch_size: int = 16
+    num_frames: int = 64
+    gop: int = 16
+    budget: int | None = None
+    num_full_frames: int = 16
+    fit: str = "crop"
+    saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
+    limits: InputLimits = field(default_factory=InputLimits)
+
+    def __post_init__(self):
+        if self.size % self.patch_size or self.size % 2:
+            raise ValueError(f"--size {self.size} must be even and a multiple of --patch-size {self.patch_size}")
+        if self.tokens < (self.size // self.patch_size) ** 2:
+            raise ValueError(f"--budget {self.budget} cannot hold one I-frame of {(self.size // self.patch_size) ** 2}")
+
+    @property
+    def tokens(self) -> int:
+        """Patches kept of a clip."""
+        return self.budget or self.num_frames * (self.size // self.patch_size) ** 2 // 8
+
+
+def build_sample(path: Path, source: str, config: SampleConfig) -> tuple[dict[str, bytes], SampleInfo]:
+    """Members and metadata of one input; `source` is the name stored in the shard. Raises RejectedInput."""
+    before = _fingerprint(path)
+    if is_image(path):
+        members, info = _image_sample(open_image(path, config.limits), source, before[0], config)
+    else:
+        clip = decompose_video(
+            path, config.num_frames, config.size, config.patch_size, config.gop, config.fit, config.limits
+        )
+        if len(clip.frames) == 1:
+            members, info = _image_sample(clip.frames[0], source, before[0], config)
+        else:
+            members, info = _clip_sample(clip, source, before[0], config)
+    if _fingerprint(path) != before:
+        raise RejectedInput("changed", f"{path} changed while it was packed")
+    return members, info
+
+
+def _fingerprint(path: Path) -> tuple[str, int, int]:
+    try:
+        status = path.stat()
+        digest = file_sha256(path)
+    except OSError as error:
+        raise RejectedInput("missing", f"{path}: {error.strerror}") from error
+    return digest, status.st_size, status.st_mtime_ns
+
+
+def _image_sample(picture: np.ndarray, source: str, sha256: str, config: SampleConfig):
+    from PIL import Image
+
+    framing = frame_to(*picture.shape[:2], config.size, config.patch_size, config.fit)
+    scaled = Image.fromarray(picture).resize((framing.width, framing.height), Image.Resampling.BICUBIC)
+    picture = framing.cut(np.asarray(scaled))
+    height, width = picture.shape[:2]
+    patches = (height // config.patch_size) * (width // config.patch_size)
+    info = SampleInfo("image", source, sha256, height, width, config.patch_size, num_patches=patches)
+    return encode_image(info, picture), info
+
+
+def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig):
+    import av
+
+    saliency = patch_saliency(clip, config.patch_size, config.saliency)
+    selection = select_patches(saliency, clip.is_i_frame, config.tokens)
+    frame_index, row, column = selection.positions.astype(np.int64).T
+    patches = cut_patches(clip.frames, frame_index, row, column, config.patch_size)
+    stored = np.unique(np.rint(np.linspace(0, len(clip.frames) - 1, config.num_full_frames)).astype(int))
+    info = SampleInfo(
+        kind="video",
+        source=source,
+        source_sha256=sha256,
+        height=clip.frames.shape[1],
+        width=clip.frames.shape[2],
+        patch_size=config.patch_size,
+        num_patches=len(patches),
+        num_frames=len(clip.frames),
+        gop=config.gop,
+        frame_times=tuple(int(t) for t in clip.times[stored]),
+        i_frame_times=tuple(int(t) for t in clip.times[clip.is_i_frame]),
+        seconds=tuple(round(float(s), 6) for s in clip.seconds),
+        is_static=selection.is_static,
+        codec=clip.codec,
+        decoder=f"av {av.__version__}",
+    )
+    positions = np.stack([clip.times[frame_index], row, column], axis=-1)
+    motion = motion_summary(clip, MOTION_GRID)
+    return encode_clip(info, patches, positions, selection.scores, motion, clip.frames[stored]), info
+
+
+def cut_patches(frames: np.ndarray, frame_index, row, column, patch_size: int) -> np.ndarray:
+    """Patches uint8 [K, p, p, 3] of frames [T, H, W, 3] at the given grid places."""
+    count, height, width, _ = frames.shape
+    grid = frames.reshape(count, height // patch_size, patch_size, width // patch_size, patch_size, 3)
+    return np.ascontiguousarray(grid[frame_index, row, :, column])

@@ -1,0 +1,169 @@
+"""THE on-disk contract, version 1: which members a sample has, their dtypes, and how to read them back.
+
+    KEY.json           metadata, see `SampleInfo`
+    KEY.tiles.jpg      the K kept patches as a mosaic of tiles, TILE_COLUMNS wide, JPEG 4:4:4; each tile is the patch,
+                       edge-padded to a multiple of 8 px, so that no JPEG block holds pixels of two patches
+    KEY.positions.npy  uint16 [K, 3] (t, h, w) in tile order: I-frame patches first, then by falling score
+    KEY.scores.npy     float16 [K]
+    KEY.motion.npy     float16 [T, G, G, 3] coarse mean motion (x, y) in pixels and residual, see codec.saliency
+    KEY.frames.jpg     M full frames as a vertical strip, each padded to a multiple of 8 rows
+    KEY.jpg            image samples: the picture; they have KEY.json and KEY.jpg only
+
+Labels never live in a shard. Shape legend: K kept patches, T frames, M stored frames, H, W working size, p patch.
+"""
+
+import io
+import json
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+from ..errors import CorruptShard
+
+SCHEMA_VERSION = 1
+TILE_COLUMNS = 32
+JPEG_QUALITY = 90
+BLOCK = 8  # a JPEG block's side; with 4:4:4 chroma the same for colour
+MAX_ARRAY_BYTES = 1 << 28
+ARRAY_DTYPES = {"positions.npy": np.uint16, "scores.npy": np.float16, "motion.npy": np.float16}
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What KEY.json says. `frame_times` are the stored frames' positions on the 0..63 time base."""
+
+    kind: str  # "video" or "image"
+    source: str  # name of the input, relative to the packed folder
+    source_sha256: str
+    height: int
+    width: int
+    patch_size: int
+    num_patches: int = 0  # K
+    num_frames: int = 1  # T
+    gop: int = 0
+    frame_times: tuple[int, ...] = (0,)  # M times
+    i_frame_times: tuple[int, ...] = ()
+    seconds: tuple[float, ...] = ()  # T presentation times
+    is_static: bool = False
+    codec: str = ""
+    decoder: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch rows and columns of one full frame."""
+        return self.height // self.patch_size, self.width // self.patch_size
+
+    def to_bytes(self) -> bytes:
+        """JSON, keys sorted: the same sample always gives the same bytes."""
+        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=True).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str) -> "SampleInfo":
+        """Parse KEY.json; CorruptShard names the sample for a foreign version or missing fields."""
+        try:
+            values = json.loads(data)
+            if values["schema_version"] != SCHEMA_VERSION:
+                raise CorruptShard(
+                    f"{name} has schema version {values['schema_version']}, this code reads {SCHEMA_VERSION}: "
+                    "pack the source again"
+                )
+            known = {field.name for field in fields(cls)}
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CorruptShard(f"{name}: KEY.json is not a sample's metadata ({error})") from error
+
+
+def tile_side(patch_size: int) -> int:
+    """Edge of a stored tile in pixels: the patch size rounded up to whole JPEG blocks (14 -> 16)."""
+    return -(-patch_size // BLOCK) * BLOCK
+
+
+def strip_rows(height: int) -> int:
+    """Rows that one frame takes in the strip."""
+    return -(-height // BLOCK) * BLOCK
+
+
+def encode_clip(info: SampleInfo, patches: np.ndarray, positions, scores, motion, frames) -> dict[str, bytes]:
+    """Members of a video sample.
+
+    patches: uint8 [K, p, p, 3] in the order of positions [K, 3]; frames: uint8 [M, H, W, 3].
+    """
+    return {
+        "json": info.to_bytes(),
+        "tiles.jpg": _jpeg(_mosaic(patches)),
+        "positions.npy": _npy(positions.astype(np.uint16)),
+        "scores.npy": _npy(scores.astype(np.float16)),
+        "motion.npy": _npy(motion.astype(np.float16)),
+        "frames.jpg": _jpeg(_strip(frames)),
+    }
+
+
+def encode_image(info: SampleInfo, picture: np.ndarray) -> dict[str, bytes]:
+    """Members of an image sample; picture uint8 [H, W, 3]."""
+    return {"json": info.to_bytes(), "jpg": _jpeg(picture)}
+
+
+def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
+    """Read a .npy member: fixed dtype, bounded size, never an object array. CorruptShard names the sample."""
+    stream = io.BytesIO(data)
+    try:
+        np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise CorruptShard(f"{name}.{member} is no .npy array ({error})") from error
+    if dtype != ARRAY_DTYPES[member] or int(np.prod(shape, dtype=object)) * dtype.itemsize > MAX_ARRAY_BYTES:
+        raise CorruptShard(f"{name}.{member} holds {dtype} {shape}, expected {np.dtype(ARRAY_DTYPES[member])}")
+    stream.seek(0)
+    return np.load(stream, allow_pickle=False)
+
+
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """uint8 RGB [H, W, 3] of a JPEG member, by Pillow (tools and tests; training decodes with DALI)."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def tiles_from_mosaic(mosaic: np.ndarray, count: int, patch_size: int) -> np.ndarray:
+    """First `count` patches [count, p, p, C] of a mosaic [rows*side, 32*side, C] of any dtype, padding cut off."""
+    side = tile_side(patch_size)
+    rows, columns = mosaic.shape[0] // side, mosaic.shape[1] // side
+    tiles = mosaic.reshape(rows, side, columns, side, -1).swapaxes(1, 2).reshape(rows * columns, side, side, -1)
+    return tiles[:count, :patch_size, :patch_size]
+
+
+def frames_from_strip(strip: np.ndarray, height: int) -> np.ndarray:
+    """Frames [M, height, W, C] of a strip, padding rows cut off."""
+    rows = strip_rows(height)
+    return strip.reshape(-1, rows, *strip.shape[1:])[:, :height]
+
+
+def _mosaic(patches: np.ndarray) -> np.ndarray:
+    count, patch_size = patches.shape[:2]
+    side = tile_side(patch_size)
+    rows = -(-count // TILE_COLUMNS)
+    pad = side - patch_size
+    tiles = np.pad(patches, ((0, rows * TILE_COLUMNS - count), (0, pad), (0, pad), (0, 0)), mode="edge")
+    grid = tiles.reshape(rows, TILE_COLUMNS, side, side, 3).swapaxes(1, 2)
+    return grid.reshape(rows * side, TILE_COLUMNS * side, 3)
+
+
+def _strip(frames: np.ndarray) -> np.ndarray:
+    pad = strip_rows(frames.shape[1]) - frames.shape[1]
+    return np.pad(frames, ((0, 0), (0, pad), (0, 0), (0, 0)), mode="edge").reshape(-1, *frames.shape[2:])
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
+    return stream.getvalue()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()

@@ -1,0 +1,80 @@
+"""Reading every byte of a packed folder: does it still say what the manifest binds? And what does it hold?"""
+
+import json
+from collections import Counter
+
+import numpy as np
+
+from ..errors import CorruptShard, DataPipelineError
+from .manifest import Manifest
+from .schema import SampleInfo, decode_array
+from .writer import file_sha256
+
+
+def verify(manifest: Manifest) -> list[str]:
+    """Every problem found, one line each; an empty list means every byte is as it was written.
+
+    Checks each shard's sha256, its index, and that every sample decodes by the schema with its stated counts.
+    """
+    from ..loading.shard_reader import ShardReader
+    from .writer import _index_text
+
+    problems = []
+    for shard in manifest.shards:
+        tar = manifest.directory / f"{shard['name']}.tar"
+        if file_sha256(tar) != shard["sha256"]:
+            problems.append(f"{tar.name}: bytes changed since it was written (sha256 differs)")
+        index = tar.with_suffix(".tar.idx")
+        if not index.is_file() or index.read_text() != _index_text(shard):
+            problems.append(f"{index.name}: missing, stale or of another shard")
+    with ShardReader(manifest) as reader:
+        for sample_id in range(len(manifest)):
+            shard, sample = manifest.locate(sample_id)
+            try:
+                _check_sample(reader, sample_id, f"{shard['name']}/{sample['key']}")
+            except DataPipelineError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _check_sample(reader, sample_id: int, name: str) -> None:
+    info = SampleInfo.from_bytes(reader.read(sample_id, "json"), name)
+    if info.kind == "image":
+        reader.read(sample_id, "jpg")
+        return
+    positions = decode_array(reader.read(sample_id, "positions.npy"), "positions.npy", name)
+    scores = decode_array(reader.read(sample_id, "scores.npy"), "scores.npy", name)
+    if len(positions) != info.num_patches or len(scores) != info.num_patches:
+        raise CorruptShard(f"{name}: {len(positions)} positions and {len(scores)} scores for {info.num_patches} patches")
+    if not np.isfinite(scores).all() or (positions[:, 1:] >= info.grid).any():
+        raise CorruptShard(f"{name}: scores or positions out of range")
+    reader.read(sample_id, "tiles.jpg"), reader.read(sample_id, "frames.jpg")
+
+
+def statistics(manifest: Manifest) -> dict:
+    """Counts, sizes, token numbers, static share and rejects of a packed folder."""
+    samples = [sample for shard in manifest.shards for sample in shard["samples"]]
+    tokens = np.array([sample["num_patches"] for sample in samples] or [0])
+    videos = [sample for sample in samples if sample["kind"] == "video"]
+    return {
+        "shards": len(manifest.shards),
+        "samples": len(samples),
+        "videos": len(videos),
+        "images": len(samples) - len(videos),
+        "bytes": sum(shard["size"] for shard in manifest.shards),
+        "tokens_min": int(tokens.min()),
+        "tokens_mean": round(float(tokens.mean()), 1),
+        "tokens_max": int(tokens.max()),
+        "static_videos": sum(sample["is_static"] for sample in videos),
+        "rejected": dict(manifest.rejected_by_reason()),
+        "settings": manifest.settings,
+    }
+
+
+def statistics_table(stats: dict) -> str:
+    """The same as lines of text."""
+    lines = [f"{key:>14}  {value}" for key, value in stats.items() if not isinstance(value, dict)]
+    counts = Counter(stats["rejected"])
+    lines += [f"{'rejected':>14}  {sum(counts.values())}"]
+    lines += [f"{'':>14}  {reason}: {count}" for reason, count in counts.most_common()]
+    return "\n".join([*lines, f"{'settings':>14}  {json.dumps(stats['settings'])}"])

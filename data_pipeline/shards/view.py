@@ -1,0 +1,105 @@
+"""A picture of what the encoder sees: for each sample its frames, the motion in them, and the patches that were kept.
+
+Everything drawn comes out of the shard. Three rows per sample: frames; motion (direction is hue, speed is
+brightness, as on a colour wheel); the kept patches on black, whole for I-frames. Images are shown once.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from .manifest import Manifest
+from .schema import SampleInfo, decode_array, decode_jpeg, frames_from_strip, tiles_from_mosaic
+
+COLUMNS = 8
+GAP = 4
+
+
+def read_sample(manifest: Manifest, sample_id: int) -> tuple[SampleInfo, dict[str, bytes]]:
+    """Metadata and member bytes of one sample, checked against their crc32."""
+    from ..loading.shard_reader import ShardReader
+
+    shard, sample = manifest.locate(sample_id)
+    with ShardReader(manifest) as reader:
+        members = {ext: reader.read(sample_id, ext) for ext in sample["members"]}
+    return SampleInfo.from_bytes(members["json"], f"{shard['name']}/{sample['key']}"), members
+
+
+def contact_sheet(manifest: Manifest, sample_ids: list[int]) -> np.ndarray:
+    """uint8 RGB sheet, three rows of up to COLUMNS pictures per sample."""
+    blocks = []
+    for sample_id in sample_ids:
+        info, members = read_sample(manifest, sample_id)
+        rows = [[decode_jpeg(members["jpg"])]] if info.kind == "image" else _clip_rows(info, members)
+        blocks += [_row(pictures) for pictures in rows]
+    width = max(block.shape[1] for block in blocks)
+    padded = [np.pad(block, ((0, GAP), (0, width - block.shape[1]), (0, 0)), constant_values=255) for block in blocks]
+    return np.concatenate(padded)
+
+
+def animation(manifest: Manifest, sample_id: int) -> list[np.ndarray]:
+    """One picture per stored frame: frame, motion and kept patches side by side."""
+    info, members = read_sample(manifest, sample_id)
+    if info.kind == "image":
+        return [decode_jpeg(members["jpg"])]
+    return [_row(list(pictures)) for pictures in zip(*_clip_rows(info, members, every=True), strict=True)]
+
+
+def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
+    """Write a .png contact sheet of the samples, or a .gif of the first one. ValueError for another suffix."""
+    from PIL import Image
+
+    if path.suffix == ".png":
+        Image.fromarray(contact_sheet(manifest, sample_ids)).save(path)
+    elif path.suffix == ".gif":
+        first, *rest = (Image.fromarray(picture) for picture in animation(manifest, sample_ids[0]))
+        first.save(path, save_all=True, append_images=rest, duration=200, loop=0)
+    else:
+        raise ValueError(f"--output {path} must end in .png (contact sheet) or .gif (animation)")
+
+
+def _clip_rows(info: SampleInfo, members, every: bool = False) -> list[list[np.ndarray]]:
+    frames = frames_from_strip(decode_jpeg(members["frames.jpg"]), info.height)
+    motion = decode_array(members["motion.npy"], "motion.npy", info.source)
+    positions = decode_array(members["positions.npy"], "positions.npy", info.source).astype(int)
+    tiles = tiles_from_mosaic(decode_jpeg(members["tiles.jpg"]), info.num_patches, info.patch_size)
+    shown = range(len(frames)) if every else np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).astype(int)
+    fastest = max(float(np.linalg.norm(motion[..., :2].astype(np.float32), axis=-1).max()), 1.0)
+    rows = [[], [], []]
+    for i in shown:
+        time = info.frame_times[i]
+        until = info.frame_times[i + 1] if i + 1 < len(frames) else time + 1
+        index = round(time * (info.num_frames - 1) / max(info.frame_times[-1], 1))
+        rows[0].append(frames[i])
+        rows[1].append(_motion_picture(motion[index], fastest, info))
+        rows[2].append(_kept_picture(tiles, positions, time, until, info))
+    return rows
+
+
+def _motion_picture(motion: np.ndarray, fastest: float, info: SampleInfo) -> np.ndarray:
+    from PIL import Image
+
+    x, y = motion[..., 0].astype(np.float32), motion[..., 1].astype(np.float32)
+    hue = (np.arctan2(y, x) / (2 * np.pi) % 1 * 255).astype(np.uint8)
+    value = (np.clip(np.hypot(x, y) / fastest, 0, 1) * 255).astype(np.uint8)
+    hsv = np.stack([hue, np.full_like(hue, 255), value], axis=-1)
+    picture = Image.fromarray(hsv, mode="HSV").convert("RGB")
+    return np.asarray(picture.resize((info.width, info.height), Image.Resampling.NEAREST))
+
+
+def _kept_picture(tiles, positions, start: int, stop: int, info: SampleInfo) -> np.ndarray:
+    """All kept patches with start <= t < stop, later ones on top."""
+    picture = np.zeros((info.height, info.width, 3), np.uint8)
+    chosen = np.flatnonzero((positions[:, 0] >= start) & (positions[:, 0] < stop))
+    for k in chosen[np.argsort(positions[chosen, 0], kind="stable")]:
+        top, left = positions[k, 1:] * info.patch_size
+        picture[top : top + info.patch_size, left : left + info.patch_size] = tiles[k]
+    return picture
+
+
+def _row(pictures: list[np.ndarray]) -> np.ndarray:
+    height = max(picture.shape[0] for picture in pictures)
+    cells = [
+        np.pad(p, ((0, height - p.shape[0]), (0, GAP), (0, 0)), constant_values=255) for p in pictures
+    ]
+    return np.concatenate(cells, axis=1)

@@ -1,0 +1,104 @@
+"""One task -> one shard, safe against being killed at any moment.
+
+    video-000003.tar        the samples, GNU tar in webdataset naming
+    video-000003.tar.idx    offsets for tools that want them (DALI's v1.2 text form); derived, never trusted alone
+    video-000003.json       written last: sizes, sha256, crc32 of every member, rejected inputs
+
+Each file is written under a temporary name, synced and renamed; the JSON is the commit. A shard without its JSON does
+not exist. The same samples give the same bytes: fixed owner, mode and time stamps.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from pathlib import Path
+
+from .schema import SCHEMA_VERSION
+
+
+def write_shard(directory: Path, name: str, samples, rejected: list[dict], settings: dict, inputs_sha256: str) -> dict:
+    """Write samples (an iterable of (key, members, info)) and return the shard's record, also stored as NAME.json.
+
+    `rejected` may grow while the samples are drawn: it is read when the last one is written.
+    """
+    import webdataset
+
+    tar_path = directory / f"{name}.tar"
+    temporary = directory / f".{name}.tar.tmp"
+    entries = []
+    with open(temporary, "wb") as stream:
+        writer = webdataset.TarWriter(stream, user="univit", group="univit", mode=0o644, encoder=False, mtime=0)
+        for key, members, info in samples:
+            writer.write({"__key__": key, **members})
+            entries.append((key, {ext: zlib.crc32(data) for ext, data in members.items()}, info))
+        writer.close()
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, tar_path)
+    places = _member_places(tar_path)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "name": name,
+        "size": tar_path.stat().st_size,
+        "sha256": file_sha256(tar_path),
+        "inputs_sha256": inputs_sha256,
+        "settings": settings,
+        "samples": [
+            {
+                "key": key,
+                "kind": info.kind,
+                "source": info.source,
+                "num_patches": info.num_patches,
+                "grid": list(info.grid),
+                "is_static": info.is_static,
+                "members": {ext: [*places[f"{key}.{ext}"], crc] for ext, crc in checksums.items()},
+            }
+            for key, checksums, info in entries
+        ],
+        "rejected": rejected,
+    }
+    write_atomically(directory / f"{name}.tar.idx", _index_text(record).encode())
+    write_atomically(directory / f"{name}.json", json.dumps(record, sort_keys=True).encode())
+    return record
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write, sync, rename, sync the folder: readers see the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _member_places(tar_path: Path) -> dict[str, tuple[int, int]]:
+    with tarfile.open(tar_path, "r:") as archive:
+        return {member.name: (member.offset_data, member.size) for member in archive}
+
+
+def _index_text(record: dict) -> str:
+    lines = [f"v1.2 {len(record['samples'])}"]
+    for sample in record["samples"]:
+        cells = (
+            f"{ext} {offset} {size} {sample['key']}.{ext}"
+            for ext, (offset, size, _) in sorted(sample["members"].items())
+        )
+        lines.append(" ".join(cells))
+    return "\n".join(lines) + "\n"
