@@ -39,7 +39,7 @@ def encoder_features(manifest: Manifest, encoder_folder: str, batch_size: int = 
     model = LlavaViTPackingModel.from_pretrained(encoder_folder).eval()
     rows = []
     with torch.inference_mode():
-        for batch in sequential_batches(manifest, range(len(manifest)), batch_size, "codec", model.config.patch_size):
+        for batch in sequential_batches(manifest, range(len(manifest)), batch_size, "codec"):
             pooled = model(**batch.model_inputs()).pooler_output
             rows.append(pooled[: batch.num_samples].float().numpy())
     return normalise(np.concatenate(rows))

@@ -1,0 +1,91 @@
+"""Names of datasets -> manifest and labels. A name is a registered one or simply a packed folder.
+
+To add a dataset, pack, cluster and label it, then pass its folder; register it here only to give it a name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import MissingData
+from .shards.manifest import Manifest, load_manifest
+
+EMBEDDED = "motion_shapes"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a training head reads: manifest, labels int32 [N, L] (-1 ignored) and the number of classes."""
+
+    name: str
+    manifest: Manifest
+    labels: np.ndarray
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Where a dataset lives: folder of shards with manifest.json, folder of labels.npy (usually the same)."""
+
+    name: str
+    shards: Path
+    labels: Path
+
+    def load(self) -> Dataset:
+        """Read and check manifest and labels; MissingData or CorruptShard says what to do."""
+        from .clustering.labels import load_labels
+
+        manifest = load_manifest(self.shards)
+        labels, num_classes = load_labels(self.labels, manifest)
+        return Dataset(self.name, manifest, labels, num_classes)
+
+
+_REGISTRY: dict[str, Callable[[], DatasetSpec]] = {}
+
+
+def register_dataset(name: str, build: Callable[[], DatasetSpec]) -> None:
+    """Give a dataset a name."""
+    _REGISTRY[name] = build
+
+
+def resolve_dataset(name: str) -> DatasetSpec:
+    """Spec of a registered name or of a packed folder; MissingData lists what is known."""
+    if name in _REGISTRY:
+        return _REGISTRY[name]()
+    folder = Path(name)
+    if folder.is_dir():
+        return DatasetSpec(folder.name, folder, folder)
+    known = ", ".join([EMBEDDED, *sorted(_REGISTRY)])
+    raise MissingData(
+        f"dataset {name!r} is neither a registered name ({known}) nor a folder: make one with "
+        "`python -m data_pipeline pack`, `cluster` and `label`, and pass its path"
+    )
+
+
+def prepare_embedded(directory: Path, num_train: int = 1200, num_val: int = 240, report=print) -> DatasetSpec:
+    """Write, pack, cluster and label the embedded motion_shapes set under `directory`; steps already done are kept.
+
+    98 patches are kept of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the P-frames), and the
+    pseudo-labels come from 64 clusters of the codec descriptor.
+    """
+    from .clustering.features import descriptor_features
+    from .clustering.kmeans import save_centroids, spherical_kmeans
+    from .clustering.labels import RECORD_NAME, nearest_centroids, save_labels
+    from .motion_shapes import write_motion_shapes
+    from .shards.pack import PackConfig, list_inputs, pack
+    from .shards.sample_builder import SampleConfig
+
+    write_motion_shapes(directory, num_train, num_val)
+    config = PackConfig(SampleConfig(size=112, gop=64, budget=98, num_full_frames=8), samples_per_shard=200)
+    for split in ("train", "val"):
+        pack(list_inputs([directory / f"{split}.csv"]), directory / split, config, report)
+    spec = DatasetSpec(EMBEDDED, directory / "train", directory / "train")
+    manifest = load_manifest(spec.shards)
+    if not (spec.labels / RECORD_NAME).is_file():
+        features = descriptor_features(manifest)
+        centroids = spherical_kmeans(features, min(64, len(features)))
+        save_centroids(directory / "centroids", centroids, {"manifest_sha256": manifest.sha256, "encoder": None, "seed": 0})
+        save_labels(spec.labels, nearest_centroids(features, centroids, 10), manifest, len(centroids), {})
+    return spec

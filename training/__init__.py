@@ -1,0 +1,1 @@
+"""The trainer: configuration, loop, cluster-discrimination loss, checkpoints and metrics."""

@@ -1,0 +1,122 @@
+"""The process group and its collectives; the only reader of RANK, WORLD_SIZE and LOCAL_RANK.
+
+NCCL on GPUs, gloo on CPUs, and a group of one without a launcher, so that no other module asks whether a group exists.
+All collectives here move equal shapes from every rank.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the group that torchrun describes in the environment, leave it at the end."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        # as many threads as this rank's share of the cores, the same on every rank
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield Ranks(rank, world_size, local_rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap_encoder(encoder: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
+    """Replicate the encoder: its gradients are averaged over the ranks during backward."""
+    return torch.nn.parallel.DistributedDataParallel(
+        encoder, device_ids=[ranks.device] if ranks.device.type == "cuda" else None, broadcast_buffers=False
+    )
+
+
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[b, ...] of every rank -> [W * b, ...] in rank order, without gradient."""
+    gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather(list(gathered.chunk(dist.get_world_size())), rows.contiguous())
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows):
+        ctx.count = rows.shape[0]
+        return all_gather_rows(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        start = dist.get_rank() * ctx.count
+        return grad[start : start + ctx.count] * dist.get_world_size()
+
+
+def gather_rows_with_grad(rows: torch.Tensor) -> torch.Tensor:
+    """all_gather_rows with gradient, for a loss that every rank computes from all rows but with its own classes.
+
+    Backward sums what all ranks say about a row, takes this rank's rows and multiplies by the world size, so that the
+    averaging of data parallelism gives the gradient of the global loss.
+    """
+    return _GatherRows.apply(rows)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Sum of every rank's tensor, whose gradient reaches each summand unchanged.
+
+    Right for a loss that all ranks compute alike from the sum: each holds one and the same loss, not a share of it.
+    """
+    return _SumOverRanks.apply(value)
+
+
+def broadcast_object(value):
+    """Rank 0's JSON-like value on every rank. It travels as JSON text, so nothing is unpickled."""
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, 0)
+    if dist.get_rank() != 0:
+        data = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(data, 0)
+    return json.loads(bytes(data.tolist()))

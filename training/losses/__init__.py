@@ -1,0 +1,1 @@
+"""Cluster discrimination: margin softmax over class centres that are sharded over the ranks."""

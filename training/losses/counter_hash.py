@@ -1,0 +1,45 @@
+"""Counter-based randomness on any device: a number from (seed, counters, id), whatever the world size.
+
+SplitMix64 (Steele, Lea, Flood 2014) in int64 arithmetic. About ten integer operations per number, no state.
+"""
+
+import math
+import zlib
+
+import torch
+
+_INCREMENT = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_INIT_ROWS = 1 << 14  # rows drawn at a time, to bound memory
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = x + _INCREMENT
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def counter_uniform(ids: torch.Tensor, seed: int, purpose: str, *counters: int) -> torch.Tensor:
+    """Uniform float32 in [0, 1) for every int64 id; equal arguments give equal numbers everywhere."""
+    state = torch.zeros((), dtype=torch.int64, device=ids.device)
+    for word in (seed, zlib.crc32(purpose.encode()), *counters):
+        state = _mix(state ^ word)
+    return _shift(_mix(ids ^ state), 40).to(torch.float32) * 2.0**-24
+
+
+def counter_normal(rows: torch.Tensor, width: int, seed: int, purpose: str) -> torch.Tensor:
+    """Standard normal float32 [len(rows), width]; row i depends only on rows[i] (Box-Muller)."""
+    parts = []
+    columns = torch.arange(width, device=rows.device)
+    for piece in rows.split(_INIT_ROWS):
+        ids = piece[:, None] * width + columns
+        radius = (-2 * torch.log1p(-counter_uniform(ids, seed, purpose, 0))).sqrt()
+        parts.append(radius * torch.cos(2 * math.pi * counter_uniform(ids, seed, purpose, 1)))
+    return torch.cat(parts) if parts else torch.zeros(0, width, device=rows.device)
