@@ -37,6 +37,11 @@ def _size_of(name: str) -> str:
     raise ValueError(f"unknown model {name!r}; nearest known: {', '.join(near)}. list_models() names all")
 
 
+def packing_name(name: str) -> str:
+    """The packing model's name of the same size; ValueError for an unknown name."""
+    return PACKING_PREFIX + _size_of(name)
+
+
 def packing_config(name: str, **overrides):
     """LlavaViTPackingConfig of a registered name; `overrides` are config fields. ValueError for an unknown name."""
     from .vit_preview_v0_packing_hf import LlavaViTPackingConfig

@@ -7,13 +7,16 @@ Cost per forward: linear in S for the matmuls, sum over items of length^2 for at
 Shape legend: S packed tokens, N items, D width.
 """
 
+import json
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .layers import AttentionPoolingHead, EncoderLayer, PackContext, PatchEmbed, ProbeAttention, build_norm
-from .packing import compute_patch_positions_from_grid_thw, cu_seqlens_from_grid
+from .packing import CLIP_MEAN, CLIP_STD, compute_patch_positions_from_grid_thw, cu_seqlens_from_grid
 from .rope import ROPE_PAIRINGS, rope_tables
 
 
@@ -203,3 +206,30 @@ class LlavaViTPackingModel(PreTrainedModel):
                     f"hidden_states has {num_tokens} rows"
                 )
         return cu_seqlens, max_seqlen
+
+
+def save_encoder_folder(model: LlavaViTPackingModel, folder: str | Path) -> None:
+    """Write a Hugging Face folder: weights, config, modelling code for AutoModel, and the image processor's settings.
+
+    The processor is CLIP's at the model's image size; written as its JSON, so that no image library is needed here.
+    """
+    folder = Path(folder)
+    LlavaViTPackingConfig.register_for_auto_class()
+    LlavaViTPackingModel.register_for_auto_class("AutoModel")
+    model.save_pretrained(folder)
+    size = model.config.image_size
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+        "do_convert_rgb": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))

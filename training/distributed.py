@@ -56,9 +56,8 @@ def process_group() -> Iterator[Ranks]:
 
 def wrap_encoder(encoder: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
     """Replicate the encoder: its gradients are averaged over the ranks during backward."""
-    return torch.nn.parallel.DistributedDataParallel(
-        encoder, device_ids=[ranks.device] if ranks.device.type == "cuda" else None, broadcast_buffers=False
-    )
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(encoder, device_ids=devices)
 
 
 def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,6 @@ class StreamConfig:
     view: ViewConfig = field(default_factory=ViewConfig)
     label_width: int = 10
     labels_per_step: int = 8
-    seed: int = 0
     dali_num_threads: int = 2
 
     def __post_init__(self):
@@ -93,11 +92,13 @@ class SampleDecoder:
 class HeadStream:
     """Endless packed batches of one head for one rank, starting at any global batch number."""
 
-    def __init__(self, dataset: Dataset, config: StreamConfig, rank: int, world_size: int, start: int = 0):
-        self._dataset, self._config = dataset, config
+    def __init__(
+        self, dataset: Dataset, config: StreamConfig, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
+    ):
+        self._dataset, self._config, self._seed = dataset, config, seed
         self._rank, self._world_size = rank, world_size
         self.plan = EpochPlan(
-            len(dataset.manifest), config.batch_size * world_size, config.seed, dataset.manifest.sha256
+            len(dataset.manifest), config.batch_size * world_size, seed, dataset.manifest.sha256
         )
         self.token_budget = config.batch_size * _longest_item(dataset.manifest, config.view)
         self._decoder = SampleDecoder(dataset.manifest, config.view)
@@ -108,7 +109,7 @@ class HeadStream:
     def _fetch(self, iteration: int) -> list[np.ndarray]:
         index = self._start + iteration
         share = self.plan.batch(index).share(self._rank, self._world_size)
-        view, seed = self._config.view, self._config.seed
+        view, seed = self._config.view, self._seed
         chosen = [view.choose("video", seed, share.epoch, int(i)) for i in share.sample_ids]
         pairs = [self._decoder.request(int(i), name) for i, name in zip(share.sample_ids, chosen, strict=True)]
         self._pending[index] = (share, [request for request, _ in pairs])
@@ -118,7 +119,7 @@ class HeadStream:
         pixels = next(self._pictures)
         share, requests = self._pending.pop(self._next)
         self._next += 1
-        seed, epoch = self._config.seed, share.epoch
+        seed, epoch = self._seed, share.epoch
         views = [
             self._decoder.view(request, picture, counter_rng(seed, "frames", epoch, request.sample_id))
             for request, picture in zip(requests, pixels, strict=True)
@@ -141,7 +142,7 @@ class HeadStream:
         if count == table.shape[1]:
             return table
         picks = [
-            np.sort(counter_rng(config.seed, "labels", share.epoch, int(i)).permutation(table.shape[1])[:count])
+            np.sort(counter_rng(self._seed, "labels", share.epoch, int(i)).permutation(table.shape[1])[:count])
             for i in share.sample_ids
         ]
         return np.take_along_axis(table, np.stack(picks), axis=1)

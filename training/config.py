@@ -1,0 +1,153 @@
+"""TrainConfig: the union of the components' configs, frozen, checked when it is made, stored as JSON.
+
+Each component's config lives beside the component. This file adds what belongs to no single one, dotted overrides
+(`--set heads.0.loss.margin=0.2`), and the comparison that guards a resume.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_pipeline.datasets import EMBEDDED
+from data_pipeline.loading.loader import StreamConfig
+
+from .losses.partial_fc import PartialFCConfig
+from .lr_scheduler import ScheduleConfig
+from .optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder: a registered name, the rotary rule, and where its weights start (None: random)."""
+
+    name: str = "llava_vit_small_ln"
+    rope_pairing: str = "rotary"
+    init_from: str | None = None
+    frozen: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """One dataset with its loss. `init_from` is a .npy of starting centres [num_classes, D]."""
+
+    dataset: str = EMBEDDED
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    loss: PartialFCConfig = field(default_factory=PartialFCConfig)
+    lr_scale: float = 1.0
+    loss_weight: float = 1.0
+    init_from: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Short name for logs and checkpoints."""
+        return Path(self.dataset).name
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run. `every` fields count optimizer steps."""
+
+    output: str = "output"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    heads: tuple[HeadConfig, ...] = (HeadConfig(),)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    grad_accum_steps: int = 1
+    log_every: int = 10
+    checkpoint_every: int = 2000
+    checkpoints_kept: int = 3
+    embedded_clips: tuple[int, int] = (1200, 240)
+    synthetic_data: bool = False
+    resume: str = "auto"
+
+    def __post_init__(self):
+        names = [head.name for head in self.heads]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"--list_datasets {names}: give at least one dataset, each name once")
+        for name in ("grad_accum_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+
+    def samples_per_step(self, world_size: int) -> int:
+        """Samples of one optimizer step over all heads and ranks."""
+        return sum(head.stream.batch_size for head in self.heads) * world_size * self.grad_accum_steps
+
+    def to_json(self) -> str:
+        """Indented JSON of all fields."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def override(config: TrainConfig, assignment: str) -> TrainConfig:
+    """Apply one "a.b.0.c=value" (value as JSON, else as text); ValueError names the nearest known field."""
+    path, separator, text = assignment.partition("=")
+    if not separator:
+        raise ValueError(f"--set {assignment!r}: write it as field.subfield=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    return _replace(config, path.split("."), value, assignment)
+
+
+def _replace(node, keys: list[str], value, assignment: str):
+    key, *rest = keys
+    if isinstance(node, tuple):
+        if not key.isdigit() or int(key) >= len(node):
+            raise ValueError(f"--set {assignment!r}: {key!r} is no index of a list of {len(node)}")
+        items = list(node)
+        items[int(key)] = _replace(items[int(key)], rest, value, assignment) if rest else value
+        return tuple(items)
+    known = {f.name: f for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=3) or list(known)
+        raise ValueError(f"--set {assignment!r}: unknown field {key!r}; nearest known: {', '.join(near) or 'none'}")
+    current = getattr(node, key)
+    new = _replace(current, rest, value, assignment) if rest else _typed(current, value, node, key, assignment)
+    return dataclasses.replace(node, **{key: new})
+
+
+def _typed(current, value, node, key: str, assignment: str):
+    hint = typing.get_type_hints(type(node))[key]
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    allowed = typing.get_args(hint) if hasattr(hint, "__args__") and not isinstance(current, tuple) else (type(current),)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise ValueError(f"--set {assignment!r}: {key} takes {hint}, got {value!r}")
+    return value
+
+
+# what may differ between a checkpoint and the run that resumes it: nothing here changes a result
+FREE_FIELDS = ("output", "log_every", "checkpoint_every", "checkpoints_kept", "resume", "embedded_clips")
+
+
+def fingerprint(config: TrainConfig, world_size: int) -> dict:
+    """What must be equal on resume, flat: field path -> value, with global instead of per-rank batch sizes."""
+    flat = _flatten(json.loads(config.to_json()))
+    for index, head in enumerate(config.heads):
+        flat[f"heads.{index}.stream.batch_size"] = head.stream.batch_size * world_size
+        flat[f"heads.{index}.dataset"] = head.name
+        flat.pop(f"heads.{index}.stream.dali_num_threads")
+    return {key: value for key, value in flat.items() if key.split(".")[0] not in FREE_FIELDS}
+
+
+def fingerprint_difference(saved: dict, current: dict) -> list[str]:
+    """One line per field that differs."""
+    keys = sorted(saved.keys() | current.keys())
+    return [f"{k}: checkpoint {saved.get(k)!r}, now {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
+
+
+def _flatten(node, prefix: str = "") -> dict:
+    if isinstance(node, (dict, list)):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        flat = {}
+        for key, value in items:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        return flat
+    return {prefix[:-1]: node}

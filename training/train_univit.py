@@ -1,0 +1,96 @@
+"""Entry point of training: `torchrun --nproc_per_node N -m training.train_univit ...`.
+
+Parses the command line, writes the configuration before anything runs, prepares the embedded data set when no other
+is named, trains, and leaves exit.json with the outcome. Exit codes: 0 done, 1 user's mistake or unknown error,
+5 non-finite loss, 6 bad checkpoint, 7 checkpoint of another configuration.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from .cli import build_config, build_parser, warn_idle
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one training; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        config = build_config(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.print_config:
+        print(config.to_json())
+        return 0
+
+    from .distributed import process_group
+
+    with process_group() as ranks:
+        return _run(args, config, ranks)
+
+
+def _run(args, config, ranks) -> int:
+    from .checkpointer import BadCheckpoint
+    from .log import setup_logging
+    from .trainer import ConfigMismatch, NonFiniteLoss, Trainer
+
+    logger = setup_logging(ranks.rank)
+    output = Path(config.output)
+    code, message = 0, "done"
+    try:
+        if ranks.is_main:
+            warn_idle(args, logger)
+            _write_run_record(output, config)
+        Trainer(config, _load_datasets(args, config, ranks, logger), ranks, logger).train()
+    except NonFiniteLoss as error:
+        code, message = 5, str(error)
+    except BadCheckpoint as error:
+        code, message = 6, str(error)
+    except ConfigMismatch as error:
+        code, message = 7, str(error)
+    except ValueError as error:
+        code, message = 1, str(error)
+    if code and ranks.is_main:
+        logger.error("%s", message)
+    if ranks.is_main and output.is_dir():
+        (output / "exit.json").write_text(json.dumps({"code": code, "message": message}))
+    return code
+
+
+def _write_run_record(output: Path, config) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    revision = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    (output / "config.json").write_text(config.to_json())
+    (output / "run.json").write_text(json.dumps({"argv": sys.argv[1:], "git_revision": revision or None}))
+
+
+def _load_datasets(args, config, ranks, logger) -> dict:
+    """Dataset of every head by name (None: synthetic); the embedded set is made under the output folder first."""
+    import torch.distributed as dist
+
+    from data_pipeline.datasets import EMBEDDED, prepare_embedded, register_dataset, resolve_dataset
+
+    if config.synthetic_data:
+        return {head.name: None for head in config.heads}
+    if any(head.dataset == EMBEDDED for head in config.heads):
+        folder = Path(config.output) / "data" / EMBEDDED
+        if ranks.is_main:
+            if args.list_datasets is None and args.preset is None:
+                logger.info(
+                    "no --list_datasets given: making, packing and clustering the embedded %s set in %s, and training "
+                    "with the demo preset under your flags",
+                    EMBEDDED,
+                    folder,
+                )
+            prepare_embedded(folder, *config.embedded_clips, report=logger.info)
+        dist.barrier()
+        register_dataset(EMBEDDED, lambda: prepare_embedded(folder, *config.embedded_clips, report=lambda _: None))
+    return {head.name: resolve_dataset(head.dataset).load() for head in config.heads}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

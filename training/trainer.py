@@ -1,0 +1,219 @@
+"""The trainer: owns the order of things and nothing else. Reading `train_step` is reading a step.
+
+    batches = loader                                  {head: PackedBatch}
+    pooled  = encoder(batch)                          replicated, gradients averaged over the ranks
+    loss    = sum of weight * PartialFC(pooled)       centres sharded over the ranks
+    backward, one global gradient norm, stop unless finite, clip, AdamW, log, checkpoint
+
+State is one integer, the step; the learning rate, the data position and every random draw follow from it.
+"""
+
+import contextlib
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.datasets import Dataset
+from data_pipeline.loading.loader import HeadStream, MixtureLoader
+from data_pipeline.loading.packing import PackedBatch
+from data_pipeline.loading.synthetic import SyntheticStream
+
+from .checkpointer import Checkpointer
+from .config import HeadConfig, TrainConfig, fingerprint, fingerprint_difference
+from .distributed import Ranks, wrap_encoder
+from .encoder import build_encoder, export_encoder
+from .losses.partial_fc import PartialFC
+from .lr_scheduler import lr_factor
+from .metrics import Ledger, MetricLogger
+from .optimizer import build_optimizer, clip_gradients, global_grad_norm, set_learning_rate
+
+SYNTHETIC_CLASSES = 16
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient that is NaN or infinite; no weight was touched by it."""
+
+
+class ConfigMismatch(ValueError):
+    """A checkpoint of another configuration or dataset."""
+
+
+class Trainer:
+    """Builds a run, restores it if asked, trains it to its end."""
+
+    def __init__(
+        self, config: TrainConfig, datasets: dict[str, Dataset | None], ranks: Ranks, logger: logging.Logger
+    ):
+        self.config, self.ranks, self.logger = config, ranks, logger
+        self.output = Path(config.output)
+        self.total_steps = config.schedule.total_steps(config.samples_per_step(ranks.world_size))
+        self.step = 0
+        self.datasets = datasets
+
+        self.encoder = build_encoder(config.model, config.seed).to(ranks.device)
+        width = self.encoder.config.hidden_size
+        self.heads = {head.name: self._build_head(head, width) for head in config.heads}
+        self.optimizer = build_optimizer(
+            self.encoder, {h.name: (self.heads[h.name], h.lr_scale) for h in config.heads}, config.optimizer
+        )
+        self.checkpointer = Checkpointer(
+            self.output, ranks, self.encoder, self.heads, self.optimizer, config.checkpoints_kept, logger
+        )
+        self._restore()
+        self.forward = self.encoder if config.model.frozen else wrap_encoder(self.encoder, ranks)
+        self.streams = {head.name: self._build_stream(head) for head in config.heads}
+
+    def train(self) -> None:
+        """Run to the last step; leaves checkpoints, logs and the exported encoder in the output folder."""
+        config = self.config
+        self._announce()
+        self.encoder.train()
+        ledger = Ledger(self.output, self.ranks.rank, self.step)
+        metrics = MetricLogger(
+            self.output, self.ranks, self.total_steps, config.log_every, self.step, self.logger
+        )
+        try:
+            with MixtureLoader(self.streams) as loader:
+                while self.step < self.total_steps:
+                    self.train_step(loader, ledger, metrics)
+                    if self.step % config.checkpoint_every == 0 or self.step == self.total_steps:
+                        metrics.flush()
+                        self.checkpointer.save(self.step, self.state())
+        finally:
+            metrics.close()
+            ledger.close()
+        if self.ranks.is_main:
+            export_encoder(self.encoder, self.output)
+            self.logger.info("done: %s and %s", self.output / "hf", self.output / "backbone.pt")
+
+    def train_step(self, loader, ledger: Ledger, metrics: MetricLogger) -> None:
+        """One optimizer step over `grad_accum_steps` micro steps."""
+        config, accumulate = self.config, self.config.grad_accum_steps
+        factor = lr_factor(self.step, self.total_steps, config.schedule)
+        set_learning_rate(self.optimizer, config.optimizer.lr, factor)
+        reported = {head.name: torch.zeros((), device=self.ranks.device) for head in config.heads}
+        tokens, samples, waited = 0, 0, 0.0
+        for micro in range(accumulate):
+            started = time.monotonic()
+            batches = next(loader)
+            waited += time.monotonic() - started
+            ledger.record(self.step + 1, batches)
+            with self._gradient_sync(last=micro == accumulate - 1):
+                objective = self._objective(batches, reported, self.step * accumulate + micro)
+                (objective / accumulate).backward()
+            tokens += sum(batch.num_tokens for batch in batches.values())
+            samples += sum(batch.num_samples for batch in batches.values())
+
+        norm = global_grad_norm(self.encoder, list(self.heads.values()))
+        self._stop_unless_finite(norm, reported, batches)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        clip_gradients(parameters, norm, config.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        values = {f"loss/{name}": loss / accumulate for name, loss in reported.items()}
+        values |= {"grad_norm": norm, "lr": config.optimizer.lr * factor}
+        world = self.ranks.world_size
+        metrics.record(self.step, values, samples * world, tokens * world, waited)
+
+    def _objective(self, batches: dict[str, PackedBatch], reported: dict, draw: int) -> torch.Tensor:
+        """Weighted sum of the heads' losses; adds what is reported to `reported`."""
+        total = torch.zeros((), device=self.ranks.device)
+        for head in self.config.heads:
+            batch = batches[head.name].to(self.ranks.device)
+            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.ranks.device.type == "cuda"):
+                pooled = self.forward(**batch.model_inputs()).pooler_output[: batch.num_samples]
+            loss = self.heads[head.name](pooled.float(), batch.labels, batch.weights, draw)
+            reported[head.name] += loss.reported
+            total = total + head.loss_weight * loss.objective
+        return total
+
+    def _gradient_sync(self, last: bool):
+        return contextlib.nullcontext() if last or self.forward is self.encoder else self.forward.no_sync()
+
+    def _stop_unless_finite(self, norm: torch.Tensor, reported: dict, batches: dict[str, PackedBatch]) -> None:
+        """The norm covers all ranks, so all ranks stop together; the one value read back per step."""
+        if np.isfinite(norm.item()):
+            return
+        losses = {name: round(value.item(), 4) for name, value in reported.items()}
+        ids = {name: batch.sample_ids[: batch.num_samples].tolist() for name, batch in batches.items()}
+        raise NonFiniteLoss(
+            f"step {self.step + 1}: gradient norm {norm.item()}, losses {losses}; samples of rank {self.ranks.rank}: "
+            f"{ids}. No weight was changed: lower --lr, or resume from an older checkpoint with --resume PATH"
+        )
+
+    def state(self) -> dict:
+        """What a checkpoint stores beside tensors: the data position and what must match on resume."""
+        return {
+            "next_batch": self.step * self.config.grad_accum_steps,
+            "plans": {name: stream.plan.sha256 for name, stream in self.streams.items() if hasattr(stream, "plan")},
+            "world_size": self.ranks.world_size,
+            "fingerprint": fingerprint(self.config, self.ranks.world_size),
+            "torch": torch.__version__,
+        }
+
+    def _restore(self) -> None:
+        """Decide between resuming and starting: one visible choice."""
+        state = self.checkpointer.load(self.config.resume)
+        self._saved_plans = {}
+        if state is None:
+            return
+        difference = fingerprint_difference(state["fingerprint"], fingerprint(self.config, self.ranks.world_size))
+        if difference:
+            raise ConfigMismatch(
+                "the checkpoint belongs to another configuration:\n  "
+                + "\n  ".join(difference)
+                + "\nrestore these settings, or start over with --resume never or another --output"
+            )
+        self.step, self._saved_plans = state["step"], state["plans"]
+
+    def _build_head(self, head: HeadConfig, width: int) -> PartialFC:
+        dataset = self.datasets[head.name]
+        num_classes = dataset.num_classes if dataset else SYNTHETIC_CLASSES
+        partial_fc = PartialFC(num_classes, width, head.loss, self.ranks, self.config.seed)
+        if head.init_from:
+            partial_fc.load_centers(torch.from_numpy(np.load(head.init_from, allow_pickle=False)))
+        return partial_fc
+
+    def _build_stream(self, head: HeadConfig):
+        dataset, stream = self.datasets[head.name], head.stream
+        rank, world_size, start = self.ranks.rank, self.ranks.world_size, self.step * self.config.grad_accum_steps
+        patch_size = self.encoder.config.patch_size
+        if dataset is None:
+            return SyntheticStream(
+                stream.batch_size, stream.view.max_tokens, patch_size, SYNTHETIC_CLASSES, stream.labels_per_step,
+                self.config.seed, rank, start,
+            )  # fmt: skip
+        packed_size = dataset.manifest.settings["patch_size"]
+        if packed_size != patch_size:
+            raise ValueError(
+                f"{head.dataset} was packed with patch size {packed_size}, {self.config.model.name} takes {patch_size}: "
+                f"pack again with --patch-size {patch_size}, or choose another --model_name"
+            )
+        built = HeadStream(dataset, stream, self.config.seed, rank, world_size, start)
+        saved = self._saved_plans.get(head.name, built.plan.sha256)
+        if saved != built.plan.sha256:
+            raise ConfigMismatch(
+                f"{head.dataset} changed since the checkpoint was saved (its plan differs): restore the data, or start "
+                "over with --resume never or another --output"
+            )
+        return built
+
+    def _announce(self) -> None:
+        encoder = sum(parameter.numel() for parameter in self.encoder.parameters())
+        start = f"resuming after step {self.step}" if self.step else "starting"
+        self.logger.info(
+            "%s: %d steps of %d samples on %d x %s; encoder %s, %.1fM parameters",
+            start,
+            self.total_steps,
+            self.config.samples_per_step(self.ranks.world_size),
+            self.ranks.world_size,
+            self.ranks.device.type,
+            self.config.model.name,
+            encoder / 1e6,
+        )
+        for name, head in self.heads.items():
+            self.logger.info("head %s: %d classes, %s", name, head.num_classes, head.config)
