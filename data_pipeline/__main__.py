@@ -18,17 +18,24 @@ from pathlib import Path
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; tests parse every documented command with it."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline", description="Prepare data for pretraining.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline", description="Prepare data for pretraining."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, help_text, run):
         sub = commands.add_parser(
-            name, help=help_text, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name,
+            help=help_text,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("motion-shapes", "write a labelled set of clips whose class is the motion", _motion_shapes)
+    sub = command(
+        "motion-shapes", "write a labelled set of clips whose class is the motion", _motion_shapes
+    )
     sub.add_argument("directory", type=Path)
     sub.add_argument("--num-train", type=int, default=1200, help="clips to train on")
     sub.add_argument("--num-val", type=int, default=240, help="clips to validate on")
@@ -38,15 +45,28 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
 
     sub = command("pack", "turn videos and images into shards", _pack)
-    sub.add_argument("inputs", nargs="+", help="files, folders, or .txt/.csv lists of files (first column)")
+    sub.add_argument(
+        "inputs", nargs="+", help="files, folders, or .txt/.csv lists of files (first column)"
+    )
     sub.add_argument("--output", type=Path, required=True, help="folder of the shards")
     sub.add_argument("--size", type=int, default=224, help="working size in pixels")
     sub.add_argument("--patch-size", type=int, default=16, help="side of a patch in pixels")
-    sub.add_argument("--num-frames", type=int, default=64, help="frames taken of each video, at even times")
+    sub.add_argument(
+        "--num-frames", type=int, default=64, help="frames taken of each video, at even times"
+    )
     sub.add_argument("--gop", type=int, default=16, help="frames from one I-frame to the next")
-    sub.add_argument("--budget", type=int, help="patches kept of each clip (default: an eighth of all)")
-    sub.add_argument("--fit", choices=("crop", "area"), default="crop", help="centre square, or keep the aspect ratio")
-    sub.add_argument("--camera", choices=("none", "median"), default="median", help="camera motion to take away")
+    sub.add_argument(
+        "--budget", type=int, help="patches kept of each clip (default: an eighth of all)"
+    )
+    sub.add_argument(
+        "--fit",
+        choices=("crop", "area"),
+        default="crop",
+        help="centre square, or keep the aspect ratio",
+    )
+    sub.add_argument(
+        "--camera", choices=("none", "median"), default="median", help="camera motion to take away"
+    )
     sub.add_argument("--samples-per-shard", type=int, default=1000)
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="decoder processes")
     sub.add_argument("--wall-seconds", type=float, default=300.0, help="time limit of one input")
@@ -60,14 +80,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("view", "draw what the encoder sees", _view)
     sub.add_argument("directory", type=Path)
-    sub.add_argument("--output", type=Path, required=True, help="FILE.png (contact sheet) or FILE.gif")
-    sub.add_argument("--samples", type=int, nargs="+", help="sample ids (default: four, evenly spread)")
+    sub.add_argument(
+        "--output", type=Path, required=True, help="FILE.png (contact sheet) or FILE.gif"
+    )
+    sub.add_argument(
+        "--samples", type=int, nargs="+", help="sample ids (default: four, evenly spread)"
+    )
 
     sub = command("cluster", "features of all samples -> k-means centroids", _cluster)
     sub.add_argument("directory", type=Path)
     sub.add_argument("--num-centroids", type=int, required=True)
     sub.add_argument("--output", type=Path, required=True, help="folder of the centroids")
-    sub.add_argument("--encoder", help="Hugging Face folder of an encoder (default: the codec descriptor)")
+    sub.add_argument(
+        "--encoder", help="Hugging Face folder of an encoder (default: the codec descriptor)"
+    )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--iterations", type=int, default=25)
 
@@ -75,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("directory", type=Path)
     sub.add_argument("--centroids", type=Path, required=True, help="folder written by cluster")
     sub.add_argument("--num-labels", type=int, default=10)
-    sub.add_argument("--output", type=Path, help="folder of labels.npy (default: the packed folder)")
+    sub.add_argument(
+        "--output", type=Path, help="folder of labels.npy (default: the packed folder)"
+    )
     return parser
 
 
@@ -83,7 +111,13 @@ def _motion_shapes(args) -> None:
     from .motion_shapes import CLASSES, write_motion_shapes
 
     write_motion_shapes(
-        args.directory, args.num_train, args.num_val, args.difficulty, args.size, args.seed, args.workers
+        args.directory,
+        args.num_train,
+        args.num_val,
+        args.difficulty,
+        args.size,
+        args.seed,
+        args.workers,
     )
     print(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
 
@@ -106,7 +140,9 @@ def _pack(args) -> None:
     manifest = pack(list_inputs(args.inputs), args.output, config)
     rejected = manifest.rejected_by_reason()
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
-    print(f"{len(manifest)} samples in {len(manifest.shards)} shards under {args.output}; rejected: {reasons}")
+    print(
+        f"{len(manifest)} samples in {len(manifest.shards)} shards under {args.output}; rejected: {reasons}"
+    )
 
 
 def _verify(args) -> None:
@@ -115,7 +151,9 @@ def _verify(args) -> None:
 
     manifest = load_manifest(args.directory)
     problems = verify(manifest)
-    print("\n".join(problems) or f"{args.directory}: {len(manifest)} samples, every byte as written")
+    print(
+        "\n".join(problems) or f"{args.directory}: {len(manifest)} samples, every byte as written"
+    )
     if problems:
         sys.exit(1)
 
@@ -144,7 +182,9 @@ def _cluster(args) -> None:
     from .shards.manifest import load_manifest
 
     manifest = load_manifest(args.directory)
-    features = encoder_features(manifest, args.encoder) if args.encoder else descriptor_features(manifest)
+    features = (
+        encoder_features(manifest, args.encoder) if args.encoder else descriptor_features(manifest)
+    )
     centroids = spherical_kmeans(features, args.num_centroids, args.seed, args.iterations)
     details = {"manifest_sha256": manifest.sha256, "encoder": args.encoder, "seed": args.seed}
     save_centroids(args.output, centroids, details)

@@ -64,7 +64,9 @@ def resolve_dataset(name: str) -> DatasetSpec:
     )
 
 
-def prepare_embedded(directory: Path, num_train: int = 1200, num_val: int = 240, report=print) -> DatasetSpec:
+def prepare_embedded(
+    directory: Path, num_train: int = 1200, num_val: int = 240, report=print
+) -> DatasetSpec:
     """Write, pack, cluster and label the embedded motion_shapes set under `directory`; steps already done are kept.
 
     98 patches are kept of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the P-frames), and the
@@ -78,7 +80,9 @@ def prepare_embedded(directory: Path, num_train: int = 1200, num_val: int = 240,
     from .shards.sample_builder import SampleConfig
 
     write_motion_shapes(directory, num_train, num_val)
-    config = PackConfig(SampleConfig(size=112, gop=64, budget=98, num_full_frames=8), samples_per_shard=200)
+    config = PackConfig(
+        SampleConfig(size=112, gop=64, budget=98, num_full_frames=8), samples_per_shard=200
+    )
     for split in ("train", "val"):
         pack(list_inputs([directory / f"{split}.csv"]), directory / split, config, report)
     spec = DatasetSpec(EMBEDDED, directory / "train", directory / "train")
@@ -86,6 +90,12 @@ def prepare_embedded(directory: Path, num_train: int = 1200, num_val: int = 240,
     if not (spec.labels / RECORD_NAME).is_file():
         features = descriptor_features(manifest)
         centroids = spherical_kmeans(features, min(64, len(features)))
-        save_centroids(directory / "centroids", centroids, {"manifest_sha256": manifest.sha256, "encoder": None, "seed": 0})
-        save_labels(spec.labels, nearest_centroids(features, centroids, 10), manifest, len(centroids), {})
+        save_centroids(
+            directory / "centroids",
+            centroids,
+            {"manifest_sha256": manifest.sha256, "encoder": None, "seed": 0},
+        )
+        save_labels(
+            spec.labels, nearest_centroids(features, centroids, 10), manifest, len(centroids), {}
+        )
     return spec

@@ -43,7 +43,9 @@ DIFFICULTIES = {
 }
 
 
-def render_clip(label: int, seed: int, index: int, difficulty: str, size: int = 112, frames: int = 64) -> np.ndarray:
+def render_clip(
+    label: int, seed: int, index: int, difficulty: str, size: int = 112, frames: int = 64
+) -> np.ndarray:
     """One clip, uint8 [frames, size, size, 3]; a pure function of its arguments."""
     level = DIFFICULTIES[difficulty]
     rng = counter_rng(seed, "motion_shapes", index)
@@ -55,7 +57,12 @@ def render_clip(label: int, seed: int, index: int, difficulty: str, size: int = 
         resting = _random_pose(rng, frames)
         _draw(canvas, _Shape(rng, level, size, brightness=(0.3, 0.9)), resting, shake)
     pose = _random_pose(rng, frames)
-    _draw(canvas, _Shape(rng, level, size, brightness=(0.5, 1.0)), _move(pose, CLASSES[label], rng, time, size), shake)
+    _draw(
+        canvas,
+        _Shape(rng, level, size, brightness=(0.5, 1.0)),
+        _move(pose, CLASSES[label], rng, time, size),
+        shake,
+    )
     return (np.clip(canvas, 0, 1) * 255).astype(np.uint8)
 
 
@@ -71,15 +78,24 @@ class _Pose:
 
 def _random_pose(rng, frames: int) -> _Pose:
     low, high = SCALE_RANGE
-    values = (rng.uniform(), rng.uniform(), low * (high / low) ** rng.uniform(), rng.uniform(0, 2 * math.pi))
+    values = (
+        rng.uniform(),
+        rng.uniform(),
+        low * (high / low) ** rng.uniform(),
+        rng.uniform(0, 2 * math.pi),
+    )
     return _Pose(*(np.full(frames, value, np.float32) for value in values))
 
 
 def _move(pose: _Pose, motion: str, rng, time: np.ndarray, size: int) -> _Pose:
-    """Add the class's motion at a random speed to a resting pose."""
-    pixels = rng.uniform(1.0, 2.5) / size * time
-    turn = rng.uniform(0.06, 0.15) * time
-    sweep = rng.uniform(0.8, 1.6) / len(time) * time
+    """Add the class's motion at a random speed to a resting pose.
+
+    Speeds are such that over half a clip nothing passes half a picture or half a turn, beyond which two whole frames
+    could not tell one direction from its opposite.
+    """
+    pixels = rng.uniform(0.6, 1.5) / size * time
+    turn = rng.uniform(0.03, 0.08) * time
+    sweep = rng.uniform(0.5, 1.0) / len(time) * time
     low, high = SCALE_RANGE
     phase = np.log(pose.scale / low) / np.log(high / low)
     if motion in ("left", "right"):
@@ -107,7 +123,9 @@ class _Shape:
     def paint(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Colour [..., 3] and softness of the edge [...] at shape coordinates in nominal pixels."""
         distance = np.hypot(x, y)
-        outline = self.radius * (1 - self.depth * (0.5 + 0.5 * np.cos(self.corners * np.arctan2(y, x))))
+        outline = self.radius * (
+            1 - self.depth * (0.5 + 0.5 * np.cos(self.corners * np.arctan2(y, x)))
+        )
         alpha = np.clip(outline - distance + 0.5, 0, 1)
         scale = TEXTURE / (2 * self.radius)
         u = np.clip((x + self.radius) * scale, 0, TEXTURE - 1).astype(np.int32)
@@ -166,7 +184,13 @@ def _write_one(job) -> None:
 
 
 def write_motion_shapes(
-    directory: Path, num_train: int, num_val: int, difficulty: str = "easy", size: int = 112, seed: int = 0, workers: int = 2
+    directory: Path,
+    num_train: int,
+    num_val: int,
+    difficulty: str = "easy",
+    size: int = 112,
+    seed: int = 0,
+    workers: int = 2,
 ) -> None:
     """Write the set (layout above), classes in equal shares. Files that exist are kept, so a killed run goes on."""
     if difficulty not in DIFFICULTIES:
@@ -178,7 +202,8 @@ def write_motion_shapes(
         lines = "".join(f"{name},{i % len(CLASSES)}\n" for i, name in enumerate(names))
         (directory / f"{split}.csv").write_text(lines)
         jobs += [
-            (directory / name, i % len(CLASSES), seed, first + i, difficulty, size) for i, name in enumerate(names)
+            (directory / name, i % len(CLASSES), seed, first + i, difficulty, size)
+            for i, name in enumerate(names)
         ]
     (directory / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     jobs = [job for job in jobs if not job[0].exists()]

@@ -73,7 +73,9 @@ class PackedAttention(nn.Module):
     def forward(self, x: torch.Tensor, context: PackContext) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # each [S, H, d]
         q, k = (apply_rope(part, context.cos, context.sin) for part in (q, k))
-        mixed = varlen_attention(q, k, v, context.cu_seqlens, context.max_seqlen, backend=context.backend)
+        mixed = varlen_attention(
+            q, k, v, context.cu_seqlens, context.max_seqlen, backend=context.backend
+        )
         return self.proj(mixed.flatten(1))
 
 
@@ -106,7 +108,9 @@ class ProbeAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, probe: torch.Tensor, tokens: torch.Tensor, cu_seqlens, max_seqlen, backend=None):
+    def forward(
+        self, probe: torch.Tensor, tokens: torch.Tensor, cu_seqlens, max_seqlen, backend=None
+    ):
         """probe [1, 1, D], tokens [S, D] -> [N, D]."""
         width = tokens.shape[-1]
         num_items = cu_seqlens.shape[0] - 1

@@ -10,7 +10,9 @@ import torch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-TARGET_FRAMES = 64  # the time base of temporal positions: t runs over 0..63 whatever the clip's length
+TARGET_FRAMES = (
+    64  # the time base of temporal positions: t runs over 0..63 whatever the clip's length
+)
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -23,7 +25,9 @@ def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
         raise ValueError(
             f"picture is {height}x{width}, not a multiple of patch_size {patch_size}: resize or crop it first"
         )
-    grid = pixels.unflatten(-2, (-1, patch_size)).unflatten(-1, (-1, patch_size))  # [..., 3, h, p, w, p]
+    grid = pixels.unflatten(-2, (-1, patch_size)).unflatten(
+        -1, (-1, patch_size)
+    )  # [..., 3, h, p, w, p]
     return grid.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
 
 

@@ -34,7 +34,9 @@ def _size_of(name: str) -> str:
         if name.startswith(prefix) and name[len(prefix) :] in SIZES:
             return name[len(prefix) :]
     near = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.3)
-    raise ValueError(f"unknown model {name!r}; nearest known: {', '.join(near)}. list_models() names all")
+    raise ValueError(
+        f"unknown model {name!r}; nearest known: {', '.join(near)}. list_models() names all"
+    )
 
 
 def packing_name(name: str) -> str:

@@ -35,7 +35,11 @@ def axis_frequencies(head_dim: int, theta: float = 10000.0, device=None) -> list
 
 
 def rope_tables(
-    positions: torch.Tensor, head_dim: int, pairing: str, theta: float = 10000.0, position_scale: float = 1.0
+    positions: torch.Tensor,
+    head_dim: int,
+    pairing: str,
+    theta: float = 10000.0,
+    position_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine tables, each fp32 [S, 1, d], for positions [S, 3] (t, h, w) of any integer or float dtype.
 
@@ -49,7 +53,11 @@ def rope_tables(
     angles = torch.cat(
         [coordinates[:, axis, None] * scales[axis] * frequencies[axis] for axis in range(3)], dim=-1
     )  # [S, d/2]
-    angles = torch.cat([angles, angles], dim=-1) if pairing == "legacy" else angles.repeat_interleave(2, dim=-1)
+    angles = (
+        torch.cat([angles, angles], dim=-1)
+        if pairing == "legacy"
+        else angles.repeat_interleave(2, dim=-1)
+    )
     return angles.cos()[:, None], angles.sin()[:, None]
 
 

@@ -39,14 +39,20 @@ class LlavaViTEncoder(nn.Module):
         clips = x.unsqueeze(2) if x.ndim == 4 else x
         rows = patchify(clips.transpose(1, 2), self.config.patch_size)  # [B, T, gh*gw, P]
         batch, frames = rows.shape[:2]
-        grid = [frames, clips.shape[-2] // self.config.patch_size, clips.shape[-1] // self.config.patch_size]
+        grid = [
+            frames,
+            clips.shape[-2] // self.config.patch_size,
+            clips.shape[-1] // self.config.patch_size,
+        ]
         rows = rows.flatten(1, 2)
         positions = patch_positions
         if positions is None:
             positions = compute_patch_positions_from_grid_thw(torch.tensor([grid], device=x.device))
         total = rows.shape[1]
         if tuple(positions.shape) != (total, 3):
-            raise ValueError(f"patch_positions must have shape [{total}, 3], got {list(positions.shape)}")
+            raise ValueError(
+                f"patch_positions must have shape [{total}, 3], got {list(positions.shape)}"
+            )
         positions = positions.expand(batch, -1, -1)
         if visible_indices is not None and frames > 1:
             _check_indices(visible_indices, total)
@@ -71,10 +77,14 @@ class LlavaViTEncoder(nn.Module):
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """Load weights in the source key layout, `module.` and `_orig_mod.` prefixes allowed."""
-        return self.trunk.load_state_dict(source_to_packing(strip_wrappers(state_dict)), strict=strict, assign=assign)
+        return self.trunk.load_state_dict(
+            source_to_packing(strip_wrappers(state_dict)), strict=strict, assign=assign
+        )
 
 
 def _check_indices(visible_indices: torch.Tensor, total: int) -> None:
     low, high = int(visible_indices.min()), int(visible_indices.max())
     if low < 0 or high >= total:
-        raise ValueError(f"visible_indices run from {low} to {high}, the clip has patches 0 to {total - 1}")
+        raise ValueError(
+            f"visible_indices run from {low} to {high}, the clip has patches 0 to {total - 1}"
+        )

@@ -15,8 +15,20 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .layers import AttentionPoolingHead, EncoderLayer, PackContext, PatchEmbed, ProbeAttention, build_norm
-from .packing import CLIP_MEAN, CLIP_STD, compute_patch_positions_from_grid_thw, cu_seqlens_from_grid
+from .layers import (
+    AttentionPoolingHead,
+    EncoderLayer,
+    PackContext,
+    PatchEmbed,
+    ProbeAttention,
+    build_norm,
+)
+from .packing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    compute_patch_positions_from_grid_thw,
+    cu_seqlens_from_grid,
+)
 from .rope import ROPE_PAIRINGS, rope_tables
 
 
@@ -48,9 +60,13 @@ class LlavaViTPackingConfig(PretrainedConfig):
         **kwargs,
     ):
         if hidden_size % num_attention_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}"
+            )
         if rope_pairing not in ROPE_PAIRINGS:
-            raise ValueError(f"rope_pairing is {rope_pairing!r}; choose one of {', '.join(ROPE_PAIRINGS)}")
+            raise ValueError(
+                f"rope_pairing is {rope_pairing!r}; choose one of {', '.join(ROPE_PAIRINGS)}"
+            )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
@@ -105,15 +121,24 @@ class LlavaViTPackingModel(PreTrainedModel):
     def __init__(self, config: LlavaViTPackingConfig):
         super().__init__(config)
         self.patch_embed = PatchEmbed(config.patch_size, config.hidden_size, config.num_channels)
-        self.layernorm_pre = build_norm(config.layer_norm_type, config.hidden_size, config.layer_norm_eps)
+        self.layernorm_pre = build_norm(
+            config.layer_norm_type, config.hidden_size, config.layer_norm_eps
+        )
         self.encoder = PackedEncoder(config)
         self.layernorm_post = self.head = None
         if config.use_head:
-            self.layernorm_post = build_norm(config.layer_norm_type, config.hidden_size, config.layer_norm_eps)
-            self.head = AttentionPoolingHead(
-                config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_norm_eps
+            self.layernorm_post = build_norm(
+                config.layer_norm_type, config.hidden_size, config.layer_norm_eps
             )
-        self.attention_backend: str | None = None  # override of the automatic choice, see attention.varlen_attention
+            self.head = AttentionPoolingHead(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.head_norm_eps,
+            )
+        self.attention_backend: str | None = (
+            None  # override of the automatic choice, see attention.varlen_attention
+        )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -151,7 +176,9 @@ class LlavaViTPackingModel(PreTrainedModel):
         hidden_states, a tuple of num_hidden_layers + 1 entries before the post norm.
         Raises ValueError, naming the argument and both numbers, when shapes or totals disagree.
         """
-        cu_seqlens, max_seqlen = self._boundaries(hidden_states, grid_thw, patch_positions, cu_seqlens, max_seqlen)
+        cu_seqlens, max_seqlen = self._boundaries(
+            hidden_states, grid_thw, patch_positions, cu_seqlens, max_seqlen
+        )
         if patch_positions is None:
             patch_positions = compute_patch_positions_from_grid_thw(grid_thw)
         config = self.config
@@ -175,7 +202,9 @@ class LlavaViTPackingModel(PreTrainedModel):
         states = tuple(collected) if output_hidden_states else None
         if return_dict is False:
             return x, pooled, states
-        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled, hidden_states=states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=x, pooler_output=pooled, hidden_states=states
+        )
 
     def _boundaries(self, hidden_states, grid_thw, patch_positions, cu_seqlens, max_seqlen):
         num_tokens = hidden_states.shape[0]
@@ -191,12 +220,18 @@ class LlavaViTPackingModel(PreTrainedModel):
             )
         if cu_seqlens is None:
             if grid_thw is None:
-                raise ValueError("give grid_thw [N, 3] or cu_seqlens [N + 1]: neither names the items of the pack")
+                raise ValueError(
+                    "give grid_thw [N, 3] or cu_seqlens [N + 1]: neither names the items of the pack"
+                )
             if bool((grid_thw <= 0).any()):
-                raise ValueError(f"grid_thw must be positive, got the smallest entry {int(grid_thw.min())}")
+                raise ValueError(
+                    f"grid_thw must be positive, got the smallest entry {int(grid_thw.min())}"
+                )
             cu_seqlens = cu_seqlens_from_grid(grid_thw.to(hidden_states.device))
         elif patch_positions is None and grid_thw is None:
-            raise ValueError("cu_seqlens alone places no patch: give patch_positions [S, 3] or grid_thw [N, 3] too")
+            raise ValueError(
+                "cu_seqlens alone places no patch: give patch_positions [S, 3] or grid_thw [N, 3] too"
+            )
         if max_seqlen is None:
             lengths = cu_seqlens.diff()
             max_seqlen = int(lengths.max())

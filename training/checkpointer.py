@@ -73,9 +73,13 @@ class Checkpointer:
         dcp.save(self._tensors(), storage_writer=writer)
         dist.barrier()
         if self._ranks.is_main:
-            write_atomically(temporary / "state.json", json.dumps({"step": step, **state}, indent=1).encode())
+            write_atomically(
+                temporary / "state.json", json.dumps({"step": step, **state}, indent=1).encode()
+            )
             _write_manifest(temporary)
-            if final.exists():  # the same step saved again after falling back to an older checkpoint
+            if (
+                final.exists()
+            ):  # the same step saved again after falling back to an older checkpoint
                 shutil.rmtree(final)
             os.rename(temporary, final)
             _sync_folder(self._directory)
@@ -138,12 +142,16 @@ class Checkpointer:
 
     def _moments(self, name: str, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         state = self._optimizer.state.get(parameter, {})
-        return {f"optimizer.{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
+        return {
+            f"optimizer.{moment}.{name}": state[moment] for moment in MOMENTS if moment in state
+        }
 
     def _global(self, local: torch.Tensor, head: PartialFC) -> DTensor:
         """This rank's rows as part of one tensor over all classes."""
         shape = torch.Size((head.num_classes, local.shape[1]))
-        return DTensor.from_local(local, self._mesh, [Shard(0)], shape=shape, stride=(local.shape[1], 1), run_check=False)
+        return DTensor.from_local(
+            local, self._mesh, [Shard(0)], shape=shape, stride=(local.shape[1], 1), run_check=False
+        )
 
 
 def verify_checkpoint(path: Path) -> list[str]:

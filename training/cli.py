@@ -13,8 +13,14 @@ from . import __doc__ as PACKAGE_SUMMARY
 # flag names -> (type, help). Every one is laid over the preset only when it is given.
 RUN_FLAGS = {
     ("--output",): (str, "folder of checkpoints, logs and exports (default: output)"),
-    ("--preset",): (str, "complete configuration to start from: baseline, debug or demo (default: baseline)"),
-    ("--resume",): (str, "auto (newest checkpoint of --output, if any), never, or the path of a checkpoint"),
+    ("--preset",): (
+        str,
+        "complete configuration to start from: baseline, debug or demo (default: baseline)",
+    ),
+    ("--resume",): (
+        str,
+        "auto (newest checkpoint of --output, if any), never, or the path of a checkpoint",
+    ),
     ("--seed",): (int, "seed of every random draw (default: 0)"),
     ("--model_name",): (str, "registered encoder, e.g. llava_vit_base_ln"),
     ("--embedding_size",): (int, "width of the encoder's output; checked, not chosen"),
@@ -30,7 +36,10 @@ RUN_FLAGS = {
     ("--num_frames",): (int, "most whole frames of one clip"),
     ("--target_num",): (int, "most tokens of one clip"),
     ("--residual_ratio",): (float, "share of clips seen through the codec view"),
-    ("--frame_sampling_ratio",): (float, "share of clips seen as whole frames; the rest is collage"),
+    ("--frame_sampling_ratio",): (
+        float,
+        "share of clips seen as whole frames; the rest is collage",
+    ),
     ("--frequent",): (int, "steps between log lines"),
     ("--ckpt_interval",): (int, "steps between checkpoints"),
     ("--workers",): (int, "decoding threads per head"),
@@ -39,14 +48,20 @@ RUN_FLAGS = {
     ("--debug",): (int, "1: as --use_synthetic_data"),
 }
 LIST_FLAGS = {
-    ("--list_datasets",): (str, "registered names or packed folders, one per head (default: the embedded set)"),
+    ("--list_datasets",): (
+        str,
+        "registered names or packed folders, one per head (default: the embedded set)",
+    ),
     ("--list_batch_sizes", "--list_batch_size"): (int, "samples per process and head"),
     ("--list_sample_rates",): (float, "share of negative classes per step"),
     ("--list_margins",): (float, "cosine margin"),
     ("--list_filters",): (float, "inter-class filter threshold, 0: off"),
     ("--list_lr_pfc_weights",): (float, "learning-rate factor of the centres"),
     ("--list_loss_weights",): (float, "weight of the head's loss"),
-    ("--list_init_partial_fc_paths",): (str, ".npy of starting centres [classes, width]; NULL: random"),
+    ("--list_init_partial_fc_paths",): (
+        str,
+        ".npy of starting centres [classes, width]; NULL: random",
+    ),
 }
 # accepted for old scripts, without effect: flag -> why
 IDLE_FLAGS = {
@@ -79,7 +94,13 @@ def build_parser() -> argparse.ArgumentParser:
     for names, (kind, text) in RUN_FLAGS.items():
         extra = {"action": "store_true", "default": None} if kind is bool else {"type": kind}
         run.add_argument(*names, help=text, **extra)
-    run.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override any config field")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="override any config field",
+    )
     run.add_argument("--print_config", action="store_true", help="print the configuration and exit")
     heads = parser.add_argument_group("heads, one value for all or one per head")
     for names, (kind, text) in LIST_FLAGS.items():
@@ -95,7 +116,11 @@ def build_config(args: argparse.Namespace):
     from .config import override
     from .presets import preset
 
-    embedded = args.list_datasets is None and args.preset is None and not (args.use_synthetic_data or args.debug)
+    embedded = (
+        args.list_datasets is None
+        and args.preset is None
+        and not (args.use_synthetic_data or args.debug)
+    )
     config = preset(args.preset or ("demo" if embedded else "baseline"))
     if args.opt not in (None, "adamw"):
         raise ValueError(f"--opt {args.opt!r}: only adamw")
@@ -138,7 +163,10 @@ def _run_changes(args) -> dict[str, dict]:
         },
         "schedule": {"total_samples": args.num_sampled_data, "warmup_ratio": args.warmup_ratio},
     }
-    return {section: {k: v for k, v in fields.items() if v is not None} for section, fields in changes.items()}
+    return {
+        section: {k: v for k, v in fields.items() if v is not None}
+        for section, fields in changes.items()
+    }
 
 
 def _lay_over(config, changes: dict[str, dict]):
@@ -157,8 +185,13 @@ def build_heads(args, template) -> tuple:
     num_heads = len(lists["list_datasets"]) if lists["list_datasets"] else 1
     for name, values in given.items():
         if len(values) not in (1, num_heads):
-            raise ValueError(f"--{name} has {len(values)} values for {num_heads} heads: give one, or one per head")
-    rows = [{name: values[i if len(values) > 1 else 0] for name, values in given.items()} for i in range(num_heads)]
+            raise ValueError(
+                f"--{name} has {len(values)} values for {num_heads} heads: give one, or one per head"
+            )
+    rows = [
+        {name: values[i if len(values) > 1 else 0] for name, values in given.items()}
+        for i in range(num_heads)
+    ]
     return tuple(_build_head(row, args, template) for row in rows)
 
 
@@ -187,7 +220,9 @@ def _build_head(row: dict, args, template):
             "init_from": _path(row.get("list_init_partial_fc_paths")),
         },
     }
-    given = {name: {k: v for k, v in fields.items() if v is not None} for name, fields in changes.items()}
+    given = {
+        name: {k: v for k, v in fields.items() if v is not None} for name, fields in changes.items()
+    }
     view = dataclasses.replace(template.stream.view, **given["view"])
     stream = dataclasses.replace(template.stream, view=view, **given["stream"])
     loss = dataclasses.replace(template.loss, **given["loss"])

@@ -75,7 +75,9 @@ class TrainConfig:
 
     def samples_per_step(self, world_size: int) -> int:
         """Samples of one optimizer step over all heads and ranks."""
-        return sum(head.stream.batch_size for head in self.heads) * world_size * self.grad_accum_steps
+        return (
+            sum(head.stream.batch_size for head in self.heads) * world_size * self.grad_accum_steps
+        )
 
     def to_json(self) -> str:
         """Indented JSON of all fields."""
@@ -105,9 +107,15 @@ def _replace(node, keys: list[str], value, assignment: str):
     known = {f.name: f for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
     if key not in known:
         near = difflib.get_close_matches(key, known, n=3) or list(known)
-        raise ValueError(f"--set {assignment!r}: unknown field {key!r}; nearest known: {', '.join(near) or 'none'}")
+        raise ValueError(
+            f"--set {assignment!r}: unknown field {key!r}; nearest known: {', '.join(near) or 'none'}"
+        )
     current = getattr(node, key)
-    new = _replace(current, rest, value, assignment) if rest else _typed(current, value, node, key, assignment)
+    new = (
+        _replace(current, rest, value, assignment)
+        if rest
+        else _typed(current, value, node, key, assignment)
+    )
     return dataclasses.replace(node, **{key: new})
 
 
@@ -117,14 +125,25 @@ def _typed(current, value, node, key: str, assignment: str):
         value = tuple(value)
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    allowed = typing.get_args(hint) if hasattr(hint, "__args__") and not isinstance(current, tuple) else (type(current),)
+    allowed = (
+        typing.get_args(hint)
+        if hasattr(hint, "__args__") and not isinstance(current, tuple)
+        else (type(current),)
+    )
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ValueError(f"--set {assignment!r}: {key} takes {hint}, got {value!r}")
     return value
 
 
 # what may differ between a checkpoint and the run that resumes it: nothing here changes a result
-FREE_FIELDS = ("output", "log_every", "checkpoint_every", "checkpoints_kept", "resume", "embedded_clips")
+FREE_FIELDS = (
+    "output",
+    "log_every",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "resume",
+    "embedded_clips",
+)
 
 
 def fingerprint(config: TrainConfig, world_size: int) -> dict:
@@ -140,7 +159,11 @@ def fingerprint(config: TrainConfig, world_size: int) -> dict:
 def fingerprint_difference(saved: dict, current: dict) -> list[str]:
     """One line per field that differs."""
     keys = sorted(saved.keys() | current.keys())
-    return [f"{k}: checkpoint {saved.get(k)!r}, now {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
+    return [
+        f"{k}: checkpoint {saved.get(k)!r}, now {current.get(k)!r}"
+        for k in keys
+        if saved.get(k) != current.get(k)
+    ]
 
 
 def _flatten(node, prefix: str = "") -> dict:

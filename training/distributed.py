@@ -47,7 +47,9 @@ def process_group() -> Iterator[Ranks]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
     try:
         yield Ranks(rank, world_size, local_rank, device)
     finally:
@@ -119,3 +121,11 @@ def broadcast_object(value):
         data = torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(data, 0)
     return json.loads(bytes(data.tolist()))
+
+
+def all_gather_json(value) -> list:
+    """Every rank's JSON-like value, in rank order, on every rank; as JSON text padded to equal length."""
+    data = json.dumps(value).encode()
+    lengths = all_gather_rows(torch.tensor([len(data)]))
+    padded = torch.frombuffer(bytearray(data.ljust(int(lengths.max()))), dtype=torch.uint8)
+    return [json.loads(bytes(row.tolist())) for row in all_gather_rows(padded[None])]

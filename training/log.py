@@ -9,7 +9,9 @@ def setup_logging(rank: int = 0) -> logging.Logger:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(message)s", "%H:%M:%S"))
+        handler.setFormatter(
+            logging.Formatter(f"%(asctime)s [rank {rank}] %(message)s", "%H:%M:%S")
+        )
         logger.addHandler(handler)
         logger.propagate = False
     return logger

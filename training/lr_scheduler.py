@@ -1,7 +1,7 @@
 """Learning-rate factor as a pure function of the step: nothing is stored, nothing can drift on resume.
 
-    warm-up   (step + 1) / warmup_steps                        step < warmup_steps
-    decay     (1 - (step - warmup) / (total - warmup)) ** power
+warm-up   (step + 1) / warmup_steps                        step < warmup_steps
+decay     (1 - (step - warmup) / (total - warmup)) ** power
 """
 
 from dataclasses import dataclass

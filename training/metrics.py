@@ -43,7 +43,13 @@ class Ledger:
         """Note the samples of one micro step; rows of weight 0 are the tail's padding and do not count."""
         for head, batch in batches.items():
             ids = batch.sample_ids[: batch.num_samples][batch.weights > 0].tolist()
-            line = {"step": step, "head": head, "batch": batch.index, "epoch": batch.epoch, "ids": ids}
+            line = {
+                "step": step,
+                "head": head,
+                "batch": batch.index,
+                "epoch": batch.epoch,
+                "ids": ids,
+            }
             self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
@@ -54,10 +60,24 @@ class Ledger:
 class MetricLogger:
     """Collects step values on the device and writes them every `log_every` steps; silent on ranks other than 0."""
 
-    def __init__(self, output: Path, ranks: Ranks, total_steps: int, log_every: int, step: int, logger: logging.Logger):
+    def __init__(
+        self,
+        output: Path,
+        ranks: Ranks,
+        total_steps: int,
+        log_every: int,
+        step: int,
+        logger: logging.Logger,
+    ):
         self._ranks, self._total, self._every, self._logger = ranks, total_steps, log_every, logger
         self._pending: list[dict] = []
-        self._since, self._wait, self._samples, self._tokens, self._steps = time.monotonic(), 0.0, 0, 0, 0
+        self._since, self._wait, self._samples, self._tokens, self._steps = (
+            time.monotonic(),
+            0.0,
+            0,
+            0,
+            0,
+        )
         self._file = self._board = None
         if ranks.is_main:
             from torch.utils.tensorboard import SummaryWriter
@@ -69,7 +89,11 @@ class MetricLogger:
     def record(self, step: int, values: dict, samples: int, tokens: int, data_wait: float) -> None:
         """Note one optimizer step. values: name -> float or scalar tensor; samples and tokens of all ranks."""
         self._pending.append({"step": step, **values})
-        self._samples, self._tokens, self._steps = self._samples + samples, self._tokens + tokens, self._steps + 1
+        self._samples, self._tokens, self._steps = (
+            self._samples + samples,
+            self._tokens + tokens,
+            self._steps + 1,
+        )
         self._wait += data_wait
         if step % self._every == 0 or step == self._total:
             self.flush()
@@ -94,10 +118,18 @@ class MetricLogger:
             if name != "step":
                 self._board.add_scalar(name, value, last["step"])
         self._logger.info(self._line(last, speed, seconds))
-        self._since, self._wait, self._samples, self._tokens, self._steps = time.monotonic(), 0.0, 0, 0, 0
+        self._since, self._wait, self._samples, self._tokens, self._steps = (
+            time.monotonic(),
+            0.0,
+            0,
+            0,
+            0,
+        )
 
     def _line(self, last: dict, speed: dict, seconds: float) -> str:
-        losses = "  ".join(f"{name[5:]} {value:.4f}" for name, value in last.items() if name.startswith("loss/"))
+        losses = "  ".join(
+            f"{name[5:]} {value:.4f}" for name, value in last.items() if name.startswith("loss/")
+        )
         left = (self._total - last["step"]) * seconds / max(self._steps, 1)
         return (
             f"step {last['step']}/{self._total} | {losses} | {speed['samples_per_s']:.1f} samples/s | "

@@ -31,9 +31,15 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith("probe")
 
 
-def build_optimizer(encoder: nn.Module, heads: dict[str, tuple[nn.Module, float]], config: OptimizerConfig):
+def build_optimizer(
+    encoder: nn.Module, heads: dict[str, tuple[nn.Module, float]], config: OptimizerConfig
+):
     """AdamW with one group per role, each carrying `name` and `lr_scale`; heads: name -> (module, lr scale)."""
-    named = [(name, parameter) for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+    named = [
+        (name, parameter)
+        for name, parameter in encoder.named_parameters()
+        if parameter.requires_grad
+    ]
     groups = [
         {
             "name": "encoder, decayed",

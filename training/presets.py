@@ -29,7 +29,9 @@ def debug() -> TrainConfig:
     """
     head = HeadConfig(
         dataset="synthetic",
-        stream=StreamConfig(batch_size=8, view=ViewConfig(max_tokens=32), label_width=1, labels_per_step=1),
+        stream=StreamConfig(
+            batch_size=8, view=ViewConfig(max_tokens=32), label_width=1, labels_per_step=1
+        ),
         loss=PartialFCConfig(sample_rate=1.0, scale=16.0),
     )
     return TrainConfig(

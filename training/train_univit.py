@@ -62,10 +62,15 @@ def _run(args, config, ranks) -> int:
 def _write_run_record(output: Path, config) -> None:
     output.mkdir(parents=True, exist_ok=True)
     revision = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     (output / "config.json").write_text(config.to_json())
-    (output / "run.json").write_text(json.dumps({"argv": sys.argv[1:], "git_revision": revision or None}))
+    (output / "run.json").write_text(
+        json.dumps({"argv": sys.argv[1:], "git_revision": revision or None})
+    )
 
 
 def _load_datasets(args, config, ranks, logger) -> dict:
@@ -88,7 +93,10 @@ def _load_datasets(args, config, ranks, logger) -> dict:
                 )
             prepare_embedded(folder, *config.embedded_clips, report=logger.info)
         dist.barrier()
-        register_dataset(EMBEDDED, lambda: prepare_embedded(folder, *config.embedded_clips, report=lambda _: None))
+        register_dataset(
+            EMBEDDED,
+            lambda: prepare_embedded(folder, *config.embedded_clips, report=lambda _: None),
+        )
     return {head.name: resolve_dataset(head.dataset).load() for head in config.heads}
 
 

@@ -45,7 +45,11 @@ class Trainer:
     """Builds a run, restores it if asked, trains it to its end."""
 
     def __init__(
-        self, config: TrainConfig, datasets: dict[str, Dataset | None], ranks: Ranks, logger: logging.Logger
+        self,
+        config: TrainConfig,
+        datasets: dict[str, Dataset | None],
+        ranks: Ranks,
+        logger: logging.Logger,
     ):
         self.config, self.ranks, self.logger = config, ranks, logger
         self.output = Path(config.output)
@@ -57,10 +61,18 @@ class Trainer:
         width = self.encoder.config.hidden_size
         self.heads = {head.name: self._build_head(head, width) for head in config.heads}
         self.optimizer = build_optimizer(
-            self.encoder, {h.name: (self.heads[h.name], h.lr_scale) for h in config.heads}, config.optimizer
+            self.encoder,
+            {h.name: (self.heads[h.name], h.lr_scale) for h in config.heads},
+            config.optimizer,
         )
         self.checkpointer = Checkpointer(
-            self.output, ranks, self.encoder, self.heads, self.optimizer, config.checkpoints_kept, logger
+            self.output,
+            ranks,
+            self.encoder,
+            self.heads,
+            self.optimizer,
+            config.checkpoints_kept,
+            logger,
         )
         self._restore()
         self.forward = self.encoder if config.model.frozen else wrap_encoder(self.encoder, ranks)
@@ -119,12 +131,16 @@ class Trainer:
         world = self.ranks.world_size
         metrics.record(self.step, values, samples * world, tokens * world, waited)
 
-    def _objective(self, batches: dict[str, PackedBatch], reported: dict, draw: int) -> torch.Tensor:
+    def _objective(
+        self, batches: dict[str, PackedBatch], reported: dict, draw: int
+    ) -> torch.Tensor:
         """Weighted sum of the heads' losses; adds what is reported to `reported`."""
         total = torch.zeros((), device=self.ranks.device)
         for head in self.config.heads:
             batch = batches[head.name].to(self.ranks.device)
-            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.ranks.device.type == "cuda"):
+            with torch.autocast(
+                self.ranks.device.type, torch.bfloat16, enabled=self.ranks.device.type == "cuda"
+            ):
                 pooled = self.forward(**batch.model_inputs()).pooler_output[: batch.num_samples]
             loss = self.heads[head.name](pooled.float(), batch.labels, batch.weights, draw)
             reported[head.name] += loss.reported
@@ -132,14 +148,22 @@ class Trainer:
         return total
 
     def _gradient_sync(self, last: bool):
-        return contextlib.nullcontext() if last or self.forward is self.encoder else self.forward.no_sync()
+        return (
+            contextlib.nullcontext()
+            if last or self.forward is self.encoder
+            else self.forward.no_sync()
+        )
 
-    def _stop_unless_finite(self, norm: torch.Tensor, reported: dict, batches: dict[str, PackedBatch]) -> None:
+    def _stop_unless_finite(
+        self, norm: torch.Tensor, reported: dict, batches: dict[str, PackedBatch]
+    ) -> None:
         """The norm covers all ranks, so all ranks stop together; the one value read back per step."""
         if np.isfinite(norm.item()):
             return
         losses = {name: round(value.item(), 4) for name, value in reported.items()}
-        ids = {name: batch.sample_ids[: batch.num_samples].tolist() for name, batch in batches.items()}
+        ids = {
+            name: batch.sample_ids[: batch.num_samples].tolist() for name, batch in batches.items()
+        }
         raise NonFiniteLoss(
             f"step {self.step + 1}: gradient norm {norm.item()}, losses {losses}; samples of rank {self.ranks.rank}: "
             f"{ids}. No weight was changed: lower --lr, or resume from an older checkpoint with --resume PATH"
@@ -149,7 +173,11 @@ class Trainer:
         """What a checkpoint stores beside tensors: the data position and what must match on resume."""
         return {
             "next_batch": self.step * self.config.grad_accum_steps,
-            "plans": {name: stream.plan.sha256 for name, stream in self.streams.items() if hasattr(stream, "plan")},
+            "plans": {
+                name: stream.plan.sha256
+                for name, stream in self.streams.items()
+                if hasattr(stream, "plan")
+            },
             "world_size": self.ranks.world_size,
             "fingerprint": fingerprint(self.config, self.ranks.world_size),
             "torch": torch.__version__,
@@ -161,7 +189,9 @@ class Trainer:
         self._saved_plans = {}
         if state is None:
             return
-        difference = fingerprint_difference(state["fingerprint"], fingerprint(self.config, self.ranks.world_size))
+        difference = fingerprint_difference(
+            state["fingerprint"], fingerprint(self.config, self.ranks.world_size)
+        )
         if difference:
             raise ConfigMismatch(
                 "the checkpoint belongs to another configuration:\n  "
@@ -180,7 +210,11 @@ class Trainer:
 
     def _build_stream(self, head: HeadConfig):
         dataset, stream = self.datasets[head.name], head.stream
-        rank, world_size, start = self.ranks.rank, self.ranks.world_size, self.step * self.config.grad_accum_steps
+        rank, world_size, start = (
+            self.ranks.rank,
+            self.ranks.world_size,
+            self.step * self.config.grad_accum_steps,
+        )
         patch_size = self.encoder.config.patch_size
         if dataset is None:
             return SyntheticStream(

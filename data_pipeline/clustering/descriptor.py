@@ -16,7 +16,14 @@ import numpy as np
 DIRECTIONS = 8
 SPEED_EDGES = np.array([0.05, 0.2, 0.5, 1.0, 2.0, 4.0])
 RESIDUAL_EDGES = np.array([0.5, 1, 2, 4, 8, 16])
-WEIGHTS = {"direction": 1.0, "swirl": 1.0, "speed": 0.15, "residual": 0.1, "colour": 0.1, "gradient": 0.1}
+WEIGHTS = {
+    "direction": 1.0,
+    "swirl": 1.0,
+    "speed": 0.15,
+    "residual": 0.1,
+    "colour": 0.1,
+    "gradient": 0.1,
+}
 
 
 def codec_descriptor(motion: np.ndarray | None, picture: np.ndarray) -> np.ndarray:
@@ -30,7 +37,9 @@ def codec_descriptor(motion: np.ndarray | None, picture: np.ndarray) -> np.ndarr
     if motion is not None and len(motion) > 1:
         blocks.update(_motion_blocks(motion.astype(np.float64)))
     blocks["colour"], blocks["gradient"] = _appearance_blocks(picture.astype(np.float64) / 255)
-    return np.concatenate([WEIGHTS[name] * block for name, block in blocks.items()]).astype(np.float32)
+    return np.concatenate([WEIGHTS[name] * block for name, block in blocks.items()]).astype(
+        np.float32
+    )
 
 
 def _motion_blocks(motion: np.ndarray) -> dict[str, np.ndarray]:
@@ -42,7 +51,9 @@ def _motion_blocks(motion: np.ndarray) -> dict[str, np.ndarray]:
     angle = np.arctan2(velocity[..., 1], velocity[..., 0]) / (2 * np.pi) * DIRECTIONS
     nearest = np.rint(angle).astype(int) % DIRECTIONS
     direction = np.bincount(nearest.ravel(), weights=speed.ravel(), minlength=DIRECTIONS) / total
-    mean_velocity = velocity.sum(axis=(0, 1, 2)) / total  # 1 when everything moves one way, 0 when it turns or spreads
+    mean_velocity = (
+        velocity.sum(axis=(0, 1, 2)) / total
+    )  # 1 when everything moves one way, 0 when it turns or spreads
     coherent = np.linalg.norm(mean_velocity)
     return {
         "direction": direction * coherent,
@@ -69,7 +80,9 @@ def _swirl(velocity: np.ndarray, speed: np.ndarray) -> np.ndarray:
 
 
 def _wrapped(coordinate: np.ndarray, weight: np.ndarray, phase: float, grid: int) -> np.ndarray:
-    centre = np.angle((weight * np.exp(1j * phase * coordinate)).sum(axis=(1, 2), keepdims=True)) / phase
+    centre = (
+        np.angle((weight * np.exp(1j * phase * coordinate)).sum(axis=(1, 2), keepdims=True)) / phase
+    )
     return (coordinate - centre + grid / 2) % grid - grid / 2
 
 
@@ -78,5 +91,7 @@ def _appearance_blocks(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     dy, dx = np.gradient(gray)
     strength = np.hypot(dx, dy)
     angle = np.rint(np.arctan2(dy, dx) / (2 * np.pi) * DIRECTIONS).astype(int) % DIRECTIONS
-    gradient = np.bincount(angle.ravel(), weights=strength.ravel(), minlength=DIRECTIONS) / (strength.sum() + 1e-6)
+    gradient = np.bincount(angle.ravel(), weights=strength.ravel(), minlength=DIRECTIONS) / (
+        strength.sum() + 1e-6
+    )
     return np.concatenate([picture.mean(axis=(0, 1)), picture.std(axis=(0, 1))]), gradient

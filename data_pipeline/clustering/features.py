@@ -19,7 +19,9 @@ def descriptor_features(manifest: Manifest) -> np.ndarray:
                 continue
             info = SampleInfo.from_bytes(reader.read(sample_id, "json"), sample["key"])
             motion = decode_array(reader.read(sample_id, "motion.npy"), "motion.npy", sample["key"])
-            first = frames_from_strip(decode_jpeg(reader.read(sample_id, "frames.jpg")), info.height)[0]
+            first = frames_from_strip(
+                decode_jpeg(reader.read(sample_id, "frames.jpg")), info.height
+            )[0]
             rows.append(codec_descriptor(motion, first))
     features = np.stack(rows)
     return normalise(features - features.mean(axis=0))

@@ -14,7 +14,9 @@ CENTROIDS_NAME = "centroids.npy"
 RECORD_NAME = "clusters.json"
 
 
-def spherical_kmeans(features: np.ndarray, num_centroids: int, seed: int = 0, num_iterations: int = 25) -> np.ndarray:
+def spherical_kmeans(
+    features: np.ndarray, num_centroids: int, seed: int = 0, num_iterations: int = 25
+) -> np.ndarray:
     """Unit centroids float32 [num_centroids, D] of unit features float32 [N, D].
 
     Raises DataPipelineError for more centroids than features and for NaN or infinite features.
@@ -22,10 +24,14 @@ def spherical_kmeans(features: np.ndarray, num_centroids: int, seed: int = 0, nu
     import faiss
 
     if num_centroids < 1 or num_centroids > len(features):
-        raise DataPipelineError(f"--num-centroids is {num_centroids}, must be 1 to {len(features)}, the number of samples")
+        raise DataPipelineError(
+            f"--num-centroids is {num_centroids}, must be 1 to {len(features)}, the number of samples"
+        )
     if not np.isfinite(features).all():
         bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-        raise DataPipelineError(f"{len(bad)} features are not finite, the first is of sample {bad[0]}")
+        raise DataPipelineError(
+            f"{len(bad)} features are not finite, the first is of sample {bad[0]}"
+        )
     solver = faiss.Kmeans(
         features.shape[1],
         num_centroids,
@@ -45,17 +51,26 @@ def save_centroids(directory: Path, centroids: np.ndarray, details: dict) -> Non
     directory.mkdir(parents=True, exist_ok=True)
     np.save(directory / f".{CENTROIDS_NAME}.tmp.npy", centroids, allow_pickle=False)
     (directory / f".{CENTROIDS_NAME}.tmp.npy").replace(directory / CENTROIDS_NAME)
-    record = {"num_centroids": len(centroids), "dim": centroids.shape[1], "sha256": _sha256(directory), **details}
+    record = {
+        "num_centroids": len(centroids),
+        "dim": centroids.shape[1],
+        "sha256": _sha256(directory),
+        **details,
+    }
     write_atomically(directory / RECORD_NAME, json.dumps(record, indent=1, sort_keys=True).encode())
 
 
 def load_centroids(directory: Path) -> tuple[np.ndarray, dict]:
     """Centroids float32 [K, D] and their record; MissingData or DataPipelineError names what is wrong."""
     if not (directory / RECORD_NAME).is_file():
-        raise MissingData(f"{directory} holds no {RECORD_NAME}: make it with `python -m data_pipeline cluster`")
+        raise MissingData(
+            f"{directory} holds no {RECORD_NAME}: make it with `python -m data_pipeline cluster`"
+        )
     record = json.loads((directory / RECORD_NAME).read_bytes())
     if _sha256(directory) != record["sha256"]:
-        raise DataPipelineError(f"{directory / CENTROIDS_NAME} is not the file that {RECORD_NAME} binds: cluster again")
+        raise DataPipelineError(
+            f"{directory / CENTROIDS_NAME} is not the file that {RECORD_NAME} binds: cluster again"
+        )
     return np.load(directory / CENTROIDS_NAME, allow_pickle=False), record
 
 

@@ -26,11 +26,15 @@ def nearest_centroids(features: np.ndarray, centroids: np.ndarray, num_labels: i
 
     index = faiss.IndexFlatIP(centroids.shape[1])
     index.add(np.ascontiguousarray(centroids, np.float32))
-    _, nearest = index.search(np.ascontiguousarray(features, np.float32), min(num_labels, len(centroids)))
+    _, nearest = index.search(
+        np.ascontiguousarray(features, np.float32), min(num_labels, len(centroids))
+    )
     return nearest.astype(np.int32)
 
 
-def save_labels(directory: Path, labels: np.ndarray, manifest: Manifest, num_classes: int, details: dict) -> None:
+def save_labels(
+    directory: Path, labels: np.ndarray, manifest: Manifest, num_classes: int, details: dict
+) -> None:
     """Write labels.npy and labels.json."""
     directory.mkdir(parents=True, exist_ok=True)
     np.save(directory / f".{LABELS_NAME}.tmp.npy", labels.astype(np.int32), allow_pickle=False)
@@ -59,11 +63,17 @@ def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
         )
     record = json.loads(record_path.read_bytes())
     if record["manifest_sha256"] != manifest.sha256:
-        raise CorruptShard(f"{record_path} belongs to another version of {manifest.directory}: label it again")
+        raise CorruptShard(
+            f"{record_path} belongs to another version of {manifest.directory}: label it again"
+        )
     if _sha256(directory / LABELS_NAME) != record["sha256"]:
         raise CorruptShard(f"{directory / LABELS_NAME} changed since it was written: label again")
     labels = np.load(directory / LABELS_NAME, allow_pickle=False)
-    if labels.shape[0] != len(manifest) or labels.min() < -1 or labels.max() >= record["num_classes"]:
+    if (
+        labels.shape[0] != len(manifest)
+        or labels.min() < -1
+        or labels.max() >= record["num_classes"]
+    ):
         raise CorruptShard(
             f"{directory / LABELS_NAME} is {labels.shape} with ids {labels.min()}..{labels.max()}, "
             f"expected {len(manifest)} rows and ids below {record['num_classes']}"

@@ -32,7 +32,9 @@ class Framing:
 
     def cut(self, picture: np.ndarray) -> np.ndarray:
         """The working picture [out_height, out_width, 3] of a scaled one."""
-        return picture[self.top : self.top + self.out_height, self.left : self.left + self.out_width]
+        return picture[
+            self.top : self.top + self.out_height, self.left : self.left + self.out_width
+        ]
 
 
 def frame_to(height: float, width: float, size: int, patch_size: int, fit: str) -> Framing:
@@ -49,7 +51,9 @@ def frame_to(height: float, width: float, size: int, patch_size: int, fit: str) 
     elif fit == "area":
         scale = size / (height * width) ** 0.5
         step = patch_size if patch_size % 2 == 0 else 2 * patch_size
-        out_height, out_width = (max(step, round(side * scale / step) * step) for side in (height, width))
+        out_height, out_width = (
+            max(step, round(side * scale / step) * step) for side in (height, width)
+        )
         scale = max(out_height / height, out_width / width)
     else:
         raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}")
@@ -72,7 +76,12 @@ class DecodedVideo:
 
 
 def decode_video(
-    path: Path, num_frames: int, size: int, patch_size: int, fit: str = "crop", limits: InputLimits | None = None
+    path: Path,
+    num_frames: int,
+    size: int,
+    patch_size: int,
+    fit: str = "crop",
+    limits: InputLimits | None = None,
 ) -> DecodedVideo:
     """Decode `num_frames` frames at even timestamps; fewer when the video has fewer, never a repeated one.
 
@@ -98,10 +107,13 @@ def decode_video(
             wanted.discard(stamp)
             framing = framing or _framing_of(frame, stream, size, patch_size, fit)
             frames.append(_picture(frame, framing))
-            times.append(float(stamp * (1 / (stream.average_rate or 25) if numbered else stream.time_base)))
+            times.append(
+                float(stamp * (1 / (stream.average_rate or 25) if numbered else stream.time_base))
+            )
         if wanted:
             raise RejectedInput(
-                "truncated", f"{path}: {len(wanted)} of {len(wanted) + len(frames)} wanted frames are missing"
+                "truncated",
+                f"{path}: {len(wanted)} of {len(wanted) + len(frames)} wanted frames are missing",
             )
     except av.FFmpegError as error:
         raise RejectedInput("decode", f"{path}: decoding stopped: {error.strerror}") from error
@@ -131,7 +143,9 @@ def _timeline(container, stream, limits, path):
         if packet.pts is not None and not packet.is_discard:
             stamps.append(packet.pts)
     if count == 0:
-        raise RejectedInput("truncated", f"{path} announces a video stream but holds no packet of it")
+        raise RejectedInput(
+            "truncated", f"{path} announces a video stream but holds no packet of it"
+        )
     numbered = not stamps
     return (list(range(count)) if numbered else sorted(set(stamps))), numbered
 
@@ -162,5 +176,7 @@ def _picture(frame, framing: Framing) -> np.ndarray:
     """Scaled, upright, cut RGB picture of one decoded frame."""
     turned = frame.rotation % 180 != 0
     height, width = (framing.width, framing.height) if turned else (framing.height, framing.width)
-    rgb = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
+    rgb = frame.reformat(
+        width=width, height=height, format="rgb24", interpolation="AREA"
+    ).to_ndarray()
     return np.ascontiguousarray(framing.cut(np.rot90(rgb, k=round(frame.rotation / 90) % 4)))

@@ -46,15 +46,28 @@ class CodecClip:
 
 
 def decompose_video(
-    path: Path, num_frames: int = 64, size: int = 224, patch_size: int = 16, gop: int = 16, fit: str = "crop", limits=None
+    path: Path,
+    num_frames: int = 64,
+    size: int = 224,
+    patch_size: int = 16,
+    gop: int = 16,
+    fit: str = "crop",
+    limits=None,
 ) -> CodecClip:
     """Decode, choose and decompose one video; see decode_video for the frames and the reasons of rejection."""
     video = decode_video(path, num_frames, size, patch_size, fit, limits)
-    return decompose_frames(video.frames, gop, video.seconds, num_frames, video.num_source_frames, video.codec)
+    return decompose_frames(
+        video.frames, gop, video.seconds, num_frames, video.num_source_frames, video.codec
+    )
 
 
 def decompose_frames(
-    frames: np.ndarray, gop: int, seconds=None, time_base: int = 64, num_source_frames: int = 0, codec: str = ""
+    frames: np.ndarray,
+    gop: int,
+    seconds=None,
+    time_base: int = 64,
+    num_source_frames: int = 0,
+    codec: str = "",
 ) -> CodecClip:
     """Codec view of uint8 frames [T, H, W, 3]; H and W even.
 
@@ -105,13 +118,18 @@ def _canonical_stream(frames, gop):
     decoder.flags2 |= Flags2.export_mvs
     decoded = [frame for packet in [*packets, None] for frame in decoder.decode(packet)]
     if len(decoded) != len(frames):
-        raise RejectedInput("canonical", f"{len(frames)} frames went into the canonical stream, {len(decoded)} came out")
+        raise RejectedInput(
+            "canonical",
+            f"{len(frames)} frames went into the canonical stream, {len(decoded)} came out",
+        )
     height, width = frames.shape[1:3]
     luma = np.stack([frame.to_ndarray()[:height, :width] for frame in decoded])
     is_i_frame = np.array([frame.pict_type == PictureType.I for frame in decoded])
     expected = np.arange(len(frames)) % gop == 0
     if not np.array_equal(is_i_frame, expected):
-        raise RejectedInput("canonical", f"I-frames at {np.flatnonzero(is_i_frame).tolist()} instead of every {gop}")
+        raise RejectedInput(
+            "canonical", f"I-frames at {np.flatnonzero(is_i_frame).tolist()} instead of every {gop}"
+        )
     return luma, is_i_frame, [_vectors(frame) for frame in decoded]
 
 
@@ -134,7 +152,11 @@ def _rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:
     field = np.zeros((*_cells(height, width), 2), np.int32)
     if len(vectors) == 0:
         return field
-    quarter = np.stack([vectors["motion_x"], vectors["motion_y"]], -1) * 4 // vectors["motion_scale"][:, None]
+    quarter = (
+        np.stack([vectors["motion_x"], vectors["motion_y"]], -1)
+        * 4
+        // vectors["motion_scale"][:, None]
+    )
     tops, lefts = vectors["dst_y"] - vectors["h"] // 2, vectors["dst_x"] - vectors["w"] // 2
     for block_h, block_w in np.unique(np.stack([vectors["h"], vectors["w"]], -1), axis=0):
         chosen = (vectors["h"] == block_h) & (vectors["w"] == block_w)
@@ -142,6 +164,11 @@ def _rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:
             for dx in range(0, block_w, MOTION_CELL):
                 rows = (tops[chosen] + dy) // MOTION_CELL
                 columns = (lefts[chosen] + dx) // MOTION_CELL
-                inside = (rows >= 0) & (columns >= 0) & (rows < field.shape[0]) & (columns < field.shape[1])
+                inside = (
+                    (rows >= 0)
+                    & (columns >= 0)
+                    & (rows < field.shape[0])
+                    & (columns < field.shape[1])
+                )
                 field[rows[inside], columns[inside]] = quarter[chosen][inside]
     return field

@@ -12,7 +12,9 @@ import numpy as np
 from ..errors import RejectedInput
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
-VIDEO_SUFFIXES = frozenset(".mp4 .mov .m4v .mkv .webm .avi .ts .mpg .mpeg .flv .ogv .wmv .3gp".split())
+VIDEO_SUFFIXES = frozenset(
+    ".mp4 .mov .m4v .mkv .webm .avi .ts .mpg .mpeg .flv .ogv .wmv .3gp".split()
+)
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
@@ -48,7 +50,9 @@ def check_file(path: Path, limits: InputLimits) -> None:
     if status.st_size == 0:
         raise RejectedInput("empty", f"{path} has no bytes")
     if status.st_size > limits.max_bytes:
-        raise RejectedInput("too_large", f"{path} has {status.st_size} bytes, the limit is {limits.max_bytes}")
+        raise RejectedInput(
+            "too_large", f"{path} has {status.st_size} bytes, the limit is {limits.max_bytes}"
+        )
 
 
 def open_video(path: Path, limits: InputLimits):
@@ -74,7 +78,8 @@ def open_video(path: Path, limits: InputLimits):
         size = f"{stream.codec_context.width}x{stream.codec_context.height}, {seconds:.0f} s"
         container.close()
         raise RejectedInput(
-            "too_large", f"{path} is {size}; the limits are {limits.max_pixels} pixels and {limits.max_seconds:.0f} s"
+            "too_large",
+            f"{path} is {size}; the limits are {limits.max_pixels} pixels and {limits.max_seconds:.0f} s",
         )
     return container, stream
 
@@ -90,7 +95,9 @@ def open_image(path: Path, limits: InputLimits) -> np.ndarray:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as picture:
             if picture.width * picture.height > limits.max_pixels:
-                raise RejectedInput("too_large", f"{path} is {picture.width}x{picture.height} pixels")
+                raise RejectedInput(
+                    "too_large", f"{path} is {picture.width}x{picture.height} pixels"
+                )
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I;16"):  # 16-bit gray: Pillow would clip instead of scaling
                 wide = np.asarray(picture, dtype=np.uint32)
@@ -100,7 +107,13 @@ def open_image(path: Path, limits: InputLimits) -> np.ndarray:
                 paper = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(paper, picture)
             return np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:
         if isinstance(error, RejectedInput):
             raise
         raise RejectedInput("image", f"{path} is not a readable picture: {error}") from error

@@ -41,7 +41,9 @@ def compensate_camera(motion: np.ndarray, camera: str) -> np.ndarray:
     return motion - np.median(motion, axis=(1, 2), keepdims=True)
 
 
-def patch_saliency(clip: CodecClip, patch_size: int, config: SaliencyConfig | None = None) -> np.ndarray:
+def patch_saliency(
+    clip: CodecClip, patch_size: int, config: SaliencyConfig | None = None
+) -> np.ndarray:
     """Saliency float32 [T, h, w] in 0..1; zero on I-frames, which are kept whole anyway."""
     config = config or SaliencyConfig()
     speed = np.linalg.norm(compensate_camera(clip.motion, config.camera), axis=-1)
@@ -78,5 +80,8 @@ def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:
     rows = np.linspace(0, channels.shape[1], grid + 1).astype(int)[:-1]
     columns = np.linspace(0, channels.shape[2], grid + 1).astype(int)[:-1]
     sums = np.add.reduceat(np.add.reduceat(channels, rows, axis=1), columns, axis=2)
-    areas = np.diff(np.append(rows, channels.shape[1]))[:, None] * np.diff(np.append(columns, channels.shape[2]))[None]
+    areas = (
+        np.diff(np.append(rows, channels.shape[1]))[:, None]
+        * np.diff(np.append(columns, channels.shape[2]))[None]
+    )
     return (sums / areas[..., None]).astype(np.float16)

@@ -32,7 +32,9 @@ def select_patches(saliency: np.ndarray, is_i_frame: np.ndarray, budget: int) ->
     frames, height, width = saliency.shape
     per_frame = height * width
     if budget < per_frame:
-        raise ValueError(f"budget {budget} cannot hold one I-frame of {per_frame} patches: raise it or lower the size")
+        raise ValueError(
+            f"budget {budget} cannot hold one I-frame of {per_frame} patches: raise it or lower the size"
+        )
     linear = np.arange(saliency.size).reshape(frames, per_frame)
     intra = linear[is_i_frame].ravel()
     inter = linear[~is_i_frame].ravel()

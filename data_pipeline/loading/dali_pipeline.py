@@ -21,14 +21,25 @@ class PictureDecoder:
     """
 
     def __init__(
-        self, fetch: Callable[[int], list[np.ndarray]], max_batch: int, num_threads: int = 2, prefetch: int = 2
+        self,
+        fetch: Callable[[int], list[np.ndarray]],
+        max_batch: int,
+        num_threads: int = 2,
+        prefetch: int = 2,
     ):
         from nvidia.dali import fn, pipeline_def, types
 
-        @pipeline_def(batch_size=max_batch, num_threads=num_threads, device_id=None, prefetch_queue_depth=prefetch)
+        @pipeline_def(
+            batch_size=max_batch,
+            num_threads=num_threads,
+            device_id=None,
+            prefetch_queue_depth=prefetch,
+        )
         def decode():
             encoded = fn.external_source(source=fetch, batch=True, dtype=types.UINT8, ndim=1)
-            pictures = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+            pictures = fn.decoders.image(
+                encoded, device="cpu", output_type=types.RGB, adjust_orientation=False
+            )
             return fn.crop_mirror_normalize(
                 pictures,
                 dtype=types.FLOAT,

@@ -26,7 +26,16 @@ from .dali_pipeline import PictureDecoder
 from .packing import PackedBatch, pack_views
 from .plan import EpochPlan, PlannedBatch
 from .shard_reader import ShardReader
-from .views import MEMBER_OF_VIEW, View, ViewConfig, choose_frames, codec_view, collage_view, frame_view, image_view
+from .views import (
+    MEMBER_OF_VIEW,
+    View,
+    ViewConfig,
+    choose_frames,
+    codec_view,
+    collage_view,
+    frame_view,
+    image_view,
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +82,15 @@ class SampleDecoder:
         info = SampleInfo.from_bytes(self._reader.read(sample_id, "json"), name)
         positions = None
         if view == "codec":
-            positions = decode_array(self._reader.read(sample_id, "positions.npy"), "positions.npy", name)
+            positions = decode_array(
+                self._reader.read(sample_id, "positions.npy"), "positions.npy", name
+            )
         encoded = np.frombuffer(self._reader.read(sample_id, MEMBER_OF_VIEW[view]), np.uint8)
         return _Request(sample_id, view, info, positions), encoded
 
-    def view(self, request: _Request, pixels: torch.Tensor, rng: np.random.Generator | None) -> View:
+    def view(
+        self, request: _Request, pixels: torch.Tensor, rng: np.random.Generator | None
+    ) -> View:
         """Patches of one decoded picture [3, H, W]; frames are drawn by `rng`, or taken in the middle without one."""
         info = request.info
         if request.view == "codec":
@@ -93,7 +106,13 @@ class HeadStream:
     """Endless packed batches of one head for one rank, starting at any global batch number."""
 
     def __init__(
-        self, dataset: Dataset, config: StreamConfig, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
+        self,
+        dataset: Dataset,
+        config: StreamConfig,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
     ):
         self._dataset, self._config, self._seed = dataset, config, seed
         self._rank, self._world_size = rank, world_size
@@ -111,7 +130,10 @@ class HeadStream:
         share = self.plan.batch(index).share(self._rank, self._world_size)
         view, seed = self._config.view, self._seed
         chosen = [view.choose("video", seed, share.epoch, int(i)) for i in share.sample_ids]
-        pairs = [self._decoder.request(int(i), name) for i, name in zip(share.sample_ids, chosen, strict=True)]
+        pairs = [
+            self._decoder.request(int(i), name)
+            for i, name in zip(share.sample_ids, chosen, strict=True)
+        ]
         self._pending[index] = (share, [request for request, _ in pairs])
         return [encoded for _, encoded in pairs]
 
@@ -121,7 +143,9 @@ class HeadStream:
         self._next += 1
         seed, epoch = self._seed, share.epoch
         views = [
-            self._decoder.view(request, picture, counter_rng(seed, "frames", epoch, request.sample_id))
+            self._decoder.view(
+                request, picture, counter_rng(seed, "frames", epoch, request.sample_id)
+            )
             for request, picture in zip(requests, pixels, strict=True)
         ]
         return pack_views(
@@ -142,7 +166,11 @@ class HeadStream:
         if count == table.shape[1]:
             return table
         picks = [
-            np.sort(counter_rng(self._seed, "labels", share.epoch, int(i)).permutation(table.shape[1])[:count])
+            np.sort(
+                counter_rng(self._seed, "labels", share.epoch, int(i)).permutation(table.shape[1])[
+                    :count
+                ]
+            )
             for i in share.sample_ids
         ]
         return np.take_along_axis(table, np.stack(picks), axis=1)
@@ -208,7 +236,11 @@ class MixtureLoader:
 
 
 def sequential_batches(
-    manifest: Manifest, sample_ids: Iterable[int], batch_size: int, view: str, view_config: ViewConfig | None = None
+    manifest: Manifest,
+    sample_ids: Iterable[int],
+    batch_size: int,
+    view: str,
+    view_config: ViewConfig | None = None,
 ) -> Iterator[PackedBatch]:
     """Every given sample once, in order, under one view with fixed frames; the last batch may be smaller.
 
@@ -228,8 +260,15 @@ def sequential_batches(
 
     for number, pixels in enumerate(PictureDecoder(fetch, batch_size)):
         requests = pending.pop(number)
-        views = [decoder.view(request, picture, None) for request, picture in zip(requests, pixels, strict=True)]
+        views = [
+            decoder.view(request, picture, None)
+            for request, picture in zip(requests, pixels, strict=True)
+        ]
         count = len(views)
         yield pack_views(
-            views, torch.tensor(chunks[number]), torch.zeros(count, 0, dtype=torch.int64), torch.ones(count), index=number
+            views,
+            torch.tensor(chunks[number]),
+            torch.zeros(count, 0, dtype=torch.int64),
+            torch.ones(count),
+            index=number,
         )

@@ -54,7 +54,11 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on a device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved = {
+            k: v.to(device, non_blocking=True)
+            for k, v in vars(self).items()
+            if isinstance(v, torch.Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -75,11 +79,17 @@ def pack_views(
     used, longest = sum(lengths), max(lengths)
     budget = used if token_budget is None else token_budget
     if used > budget:
-        raise DataPipelineError(f"{len(views)} items of {used} tokens do not fit the token budget {budget}")
+        raise DataPipelineError(
+            f"{len(views)} items of {used} tokens do not fit the token budget {budget}"
+        )
     fill = [min(longest, budget - start) for start in range(used, budget, longest)]
     patch_dim = views[0].patches.shape[1]
-    patches = torch.cat([view.patches for view in views] + [torch.zeros(n, patch_dim) for n in fill])
-    positions = torch.cat([view.positions for view in views] + [torch.zeros(n, 3, dtype=torch.int64) for n in fill])
+    patches = torch.cat(
+        [view.patches for view in views] + [torch.zeros(n, patch_dim) for n in fill]
+    )
+    positions = torch.cat(
+        [view.positions for view in views] + [torch.zeros(n, 3, dtype=torch.int64) for n in fill]
+    )
     grids = [view.grid for view in views] + [(1, 1, n) for n in fill]
     bounds = torch.tensor([0, *lengths, *fill]).cumsum(0).to(torch.int32)
     filler = torch.full((len(fill),), -1, dtype=torch.int64)

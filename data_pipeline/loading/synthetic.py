@@ -29,13 +29,19 @@ class SyntheticStream:
     def __next__(self) -> PackedBatch:
         rng = counter_rng(self._seed, "synthetic", self._rank, self._next)
         batch, tokens, patch_dim = self._shape
-        positions = torch.stack([torch.arange(tokens) % 64, torch.arange(tokens) // 8, torch.arange(tokens) % 8], -1)
+        positions = torch.stack(
+            [torch.arange(tokens) % 64, torch.arange(tokens) // 8, torch.arange(tokens) % 8], -1
+        )
         labels = rng.integers(0, self._classes, (batch, self._labels))
         views = []
         for label in labels[:, 0]:
-            pattern = counter_rng(self._seed, "pattern", int(label)).standard_normal(patch_dim, "float32")
+            pattern = counter_rng(self._seed, "pattern", int(label)).standard_normal(
+                patch_dim, "float32"
+            )
             patches = pattern + rng.standard_normal((tokens, patch_dim), "float32")
             views.append(View(torch.from_numpy(patches), positions, (1, 1, tokens)))
         index, self._next = self._next, self._next + 1
         ids = torch.arange(batch) + batch * self._rank
-        return pack_views(views, ids, torch.from_numpy(labels), torch.ones(batch), self.token_budget, index=index)
+        return pack_views(
+            views, ids, torch.from_numpy(labels), torch.ones(batch), self.token_budget, index=index
+        )

@@ -19,7 +19,12 @@ from ..counter_rng import counter_rng
 from ..shards.schema import SampleInfo, strip_rows, tile_side
 
 VIEWS = ("codec", "frame", "collage")
-MEMBER_OF_VIEW = {"codec": "tiles.jpg", "frame": "frames.jpg", "collage": "frames.jpg", "image": "jpg"}
+MEMBER_OF_VIEW = {
+    "codec": "tiles.jpg",
+    "frame": "frames.jpg",
+    "collage": "frames.jpg",
+    "image": "jpg",
+}
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,18 @@ class ViewConfig:
     max_frames: int = 8
 
     def __post_init__(self):
-        if min(self.codec_ratio, self.frame_ratio) < 0 or self.codec_ratio + self.frame_ratio > 1 + 1e-9:
+        if (
+            min(self.codec_ratio, self.frame_ratio) < 0
+            or self.codec_ratio + self.frame_ratio > 1 + 1e-9
+        ):
             raise ValueError(
                 f"--residual_ratio {self.codec_ratio} and --frame_sampling_ratio {self.frame_ratio} must not be "
                 "negative nor exceed 1 together (the rest is collage)"
             )
         if self.max_tokens < 1 or self.max_frames < 1:
-            raise ValueError(f"--target_num {self.max_tokens} and --num_frames {self.max_frames} must be positive")
+            raise ValueError(
+                f"--target_num {self.max_tokens} and --num_frames {self.max_frames} must be positive"
+            )
 
     def choose(self, kind: str, seed: int, epoch: int, sample_id: int) -> str:
         """View of one sample in one epoch, by ratio; depends on nothing but its arguments."""
@@ -63,7 +73,9 @@ class View:
     grid: tuple[int, int, int]
 
 
-def codec_view(mosaic: torch.Tensor, positions: np.ndarray, patch_size: int, max_tokens: int) -> View:
+def codec_view(
+    mosaic: torch.Tensor, positions: np.ndarray, patch_size: int, max_tokens: int
+) -> View:
     """Stored patches of a mosaic [3, h, w]; the first `max_tokens` of them. The grid of a sparse item is (1, 1, K)."""
     count = min(len(positions), max_tokens)
     side = tile_side(patch_size)
@@ -77,7 +89,9 @@ def frame_view(strip: torch.Tensor, info: SampleInfo, chosen: np.ndarray) -> Vie
     frames = _frames(strip, info, chosen)
     times = torch.tensor([info.frame_times[i] for i in chosen])
     positions = compute_patch_positions_with_interpolated_temporal(times, *info.grid)
-    return View(patchify(frames, info.patch_size).flatten(0, 1), positions, (len(chosen), *info.grid))
+    return View(
+        patchify(frames, info.patch_size).flatten(0, 1), positions, (len(chosen), *info.grid)
+    )
 
 
 def collage_view(strip: torch.Tensor, info: SampleInfo, chosen: np.ndarray) -> View:

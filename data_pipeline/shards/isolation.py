@@ -36,7 +36,9 @@ class SampleWorker:
             self._pipe.send_bytes(json.dumps({"path": str(path), "source": source}).encode())
             if not self._pipe.poll(self._wall_seconds):
                 self._kill()
-                raise RejectedInput("timeout", f"{path} took longer than {self._wall_seconds:.0f} s")
+                raise RejectedInput(
+                    "timeout", f"{path} took longer than {self._wall_seconds:.0f} s"
+                )
             answer = json.loads(self._pipe.recv_bytes())
             members = {name: self._pipe.recv_bytes() for name in answer.get("members", ())}
         except (EOFError, ConnectionError, OSError) as error:
@@ -85,7 +87,11 @@ class SamplePool:
             return worker.build(path, source)
         except RejectedInput as rejection:
             # the record names inputs as the user did, not by this machine's folders
-            return {"source": source, "reason": rejection.reason, "detail": rejection.detail.replace(str(path), source)}
+            return {
+                "source": source,
+                "reason": rejection.reason,
+                "detail": rejection.detail.replace(str(path), source),
+            }
         finally:
             self._free.put(worker)
 
@@ -111,7 +117,9 @@ def _serve(pipe, config: SampleConfig) -> None:
         try:
             members, _ = build_sample(Path(request["path"]), request["source"], config)
         except RejectedInput as rejection:
-            pipe.send_bytes(json.dumps({"reason": rejection.reason, "detail": rejection.detail}).encode())
+            pipe.send_bytes(
+                json.dumps({"reason": rejection.reason, "detail": rejection.detail}).encode()
+            )
             continue
         except MemoryError:
             detail = f"{request['path']} needs more than {MEMORY_LIMIT >> 30} GB"

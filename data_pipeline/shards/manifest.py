@@ -53,13 +53,17 @@ class Manifest:
     def locate(self, sample_id: int) -> tuple[dict, dict]:
         """(shard record, sample record) of a sample id."""
         shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
-        return self.shards[shard], self.shards[shard]["samples"][sample_id - int(self.starts[shard])]
+        return self.shards[shard], self.shards[shard]["samples"][
+            sample_id - int(self.starts[shard])
+        ]
 
     def member(self, sample_id: int, extension: str) -> Member:
         """Place of one member; MissingData names sample and extension when it has none."""
         shard, sample = self.locate(sample_id)
         if extension not in sample["members"]:
-            raise MissingData(f"sample {sample['key']} of {shard['name']}.tar has no member .{extension}")
+            raise MissingData(
+                f"sample {sample['key']} of {shard['name']}.tar has no member .{extension}"
+            )
         offset, size, crc = sample["members"][extension]
         return Member(self.directory / f"{shard['name']}.tar", offset, size, crc)
 
@@ -92,7 +96,9 @@ def write_manifest(directory: Path, records: list[dict], settings: dict) -> None
         "num_rejected": sum(shard["num_rejected"] for shard in shards),
         "shards": shards,
     }
-    write_atomically(directory / MANIFEST_NAME, json.dumps(content, indent=1, sort_keys=True).encode())
+    write_atomically(
+        directory / MANIFEST_NAME, json.dumps(content, indent=1, sort_keys=True).encode()
+    )
 
 
 def load_manifest(directory: str | Path) -> Manifest:
@@ -103,11 +109,15 @@ def load_manifest(directory: str | Path) -> Manifest:
     directory = Path(directory)
     path = directory / MANIFEST_NAME
     if not path.is_file():
-        raise MissingData(f"{path} does not exist: make it with `python -m data_pipeline pack INPUT --output {directory}`")
+        raise MissingData(
+            f"{path} does not exist: make it with `python -m data_pipeline pack INPUT --output {directory}`"
+        )
     data = path.read_bytes()
     content = json.loads(data)
     if content.get("schema_version") != SCHEMA_VERSION:
-        raise CorruptShard(f"{path} has schema version {content.get('schema_version')}, this code reads {SCHEMA_VERSION}")
+        raise CorruptShard(
+            f"{path} has schema version {content.get('schema_version')}, this code reads {SCHEMA_VERSION}"
+        )
     problems, records = [], []
     for shard in content["shards"]:
         tar, record = directory / f"{shard['name']}.tar", directory / f"{shard['name']}.json"
@@ -119,5 +129,9 @@ def load_manifest(directory: str | Path) -> Manifest:
         else:
             records.append(json.loads(record.read_bytes()))
     if problems:
-        raise CorruptShard("\n  ".join([f"{len(problems)} files of {directory} are wrong; pack again:", *problems]))
-    return Manifest(directory, hashlib.sha256(data).hexdigest(), content["settings"], tuple(records))
+        raise CorruptShard(
+            "\n  ".join([f"{len(problems)} files of {directory} are wrong; pack again:", *problems])
+        )
+    return Manifest(
+        directory, hashlib.sha256(data).hexdigest(), content["settings"], tuple(records)
+    )

@@ -37,7 +37,11 @@ class PackConfig:
 
     def settings(self) -> dict:
         """What decides the bytes of a shard; stored in its record."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self.sample), "samples_per_shard": self.samples_per_shard}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **asdict(self.sample),
+            "samples_per_shard": self.samples_per_shard,
+        }
 
 
 def list_inputs(arguments: list[str | Path]) -> list[tuple[Path, str]]:
@@ -58,13 +62,17 @@ def list_inputs(arguments: list[str | Path]) -> list[tuple[Path, str]]:
         elif argument.exists():
             inputs.append((argument, argument.name))
         else:
-            raise MissingData(f"{argument} does not exist: give files, folders, or .txt/.csv lists of files")
+            raise MissingData(
+                f"{argument} does not exist: give files, folders, or .txt/.csv lists of files"
+            )
     if not inputs:
         raise MissingData(f"no video or image in {', '.join(map(str, arguments))}")
     return inputs
 
 
-def pack(inputs: list[tuple[Path, str]], output: Path, config: PackConfig, report=print) -> Manifest:
+def pack(
+    inputs: list[tuple[Path, str]], output: Path, config: PackConfig, report=print
+) -> Manifest:
     """Write all shards and the manifest; returns the manifest. `report` takes one progress line at a time."""
     output.mkdir(parents=True, exist_ok=True)
     size = config.samples_per_shard
@@ -93,7 +101,10 @@ def _pack_task(pool, task: int, files, output: Path, config: PackConfig) -> dict
         for number, result in enumerate(pool.build_all(files)):
             if isinstance(result, dict):
                 rejected.append(result)
-                print(f"rejected {result['source']}: {result['reason']}: {result['detail']}", file=sys.stderr)
+                print(
+                    f"rejected {result['source']}: {result['reason']}: {result['detail']}",
+                    file=sys.stderr,
+                )
             else:
                 yield f"{task:06d}_{number:06d}", *result
 
@@ -114,7 +125,9 @@ def _finished_record(output: Path, name: str, inputs_sha256: str, settings: dict
     if not record_path.is_file() or not tar_path.is_file():
         return None
     record = json.loads(record_path.read_bytes())
-    same = record["inputs_sha256"] == inputs_sha256 and record["settings"] == json.loads(json.dumps(settings))
+    same = record["inputs_sha256"] == inputs_sha256 and record["settings"] == json.loads(
+        json.dumps(settings)
+    )
     return record if same and tar_path.stat().st_size == record["size"] else None
 
 

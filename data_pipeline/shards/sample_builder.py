@@ -36,9 +36,13 @@ class SampleConfig:
 
     def __post_init__(self):
         if self.size % self.patch_size or self.size % 2:
-            raise ValueError(f"--size {self.size} must be even and a multiple of --patch-size {self.patch_size}")
+            raise ValueError(
+                f"--size {self.size} must be even and a multiple of --patch-size {self.patch_size}"
+            )
         if self.tokens < (self.size // self.patch_size) ** 2:
-            raise ValueError(f"--budget {self.budget} cannot hold one I-frame of {(self.size // self.patch_size) ** 2}")
+            raise ValueError(
+                f"--budget {self.budget} cannot hold one I-frame of {(self.size // self.patch_size) ** 2}"
+            )
 
     @property
     def tokens(self) -> int:
@@ -46,14 +50,22 @@ class SampleConfig:
         return self.budget or self.num_frames * (self.size // self.patch_size) ** 2 // 8
 
 
-def build_sample(path: Path, source: str, config: SampleConfig) -> tuple[dict[str, bytes], SampleInfo]:
+def build_sample(
+    path: Path, source: str, config: SampleConfig
+) -> tuple[dict[str, bytes], SampleInfo]:
     """Members and metadata of one input; `source` is the name stored in the shard. Raises RejectedInput."""
     before = _fingerprint(path)
     if is_image(path):
         members, info = _image_sample(open_image(path, config.limits), source, before[0], config)
     else:
         clip = decompose_video(
-            path, config.num_frames, config.size, config.patch_size, config.gop, config.fit, config.limits
+            path,
+            config.num_frames,
+            config.size,
+            config.patch_size,
+            config.gop,
+            config.fit,
+            config.limits,
         )
         if len(clip.frames) == 1:
             members, info = _image_sample(clip.frames[0], source, before[0], config)
@@ -77,11 +89,15 @@ def _image_sample(picture: np.ndarray, source: str, sha256: str, config: SampleC
     from PIL import Image
 
     framing = frame_to(*picture.shape[:2], config.size, config.patch_size, config.fit)
-    scaled = Image.fromarray(picture).resize((framing.width, framing.height), Image.Resampling.BICUBIC)
+    scaled = Image.fromarray(picture).resize(
+        (framing.width, framing.height), Image.Resampling.BICUBIC
+    )
     picture = framing.cut(np.asarray(scaled))
     height, width = picture.shape[:2]
     patches = (height // config.patch_size) * (width // config.patch_size)
-    info = SampleInfo("image", source, sha256, height, width, config.patch_size, num_patches=patches)
+    info = SampleInfo(
+        "image", source, sha256, height, width, config.patch_size, num_patches=patches
+    )
     return encode_image(info, picture), info
 
 
@@ -92,7 +108,9 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
     selection = select_patches(saliency, clip.is_i_frame, config.tokens)
     frame_index, row, column = selection.positions.astype(np.int64).T
     patches = cut_patches(clip.frames, frame_index, row, column, config.patch_size)
-    stored = np.unique(np.rint(np.linspace(0, len(clip.frames) - 1, config.num_full_frames)).astype(int))
+    stored = np.unique(
+        np.rint(np.linspace(0, len(clip.frames) - 1, config.num_full_frames)).astype(int)
+    )
     info = SampleInfo(
         kind="video",
         source=source,
@@ -112,11 +130,15 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
     )
     positions = np.stack([clip.times[frame_index], row, column], axis=-1)
     motion = motion_summary(clip, MOTION_GRID)
-    return encode_clip(info, patches, positions, selection.scores, motion, clip.frames[stored]), info
+    return encode_clip(
+        info, patches, positions, selection.scores, motion, clip.frames[stored]
+    ), info
 
 
 def cut_patches(frames: np.ndarray, frame_index, row, column, patch_size: int) -> np.ndarray:
     """Patches uint8 [K, p, p, 3] of frames [T, H, W, 3] at the given grid places."""
     count, height, width, _ = frames.shape
-    grid = frames.reshape(count, height // patch_size, patch_size, width // patch_size, patch_size, 3)
+    grid = frames.reshape(
+        count, height // patch_size, patch_size, width // patch_size, patch_size, 3
+    )
     return np.ascontiguousarray(grid[frame_index, row, :, column])

@@ -69,7 +69,13 @@ class SampleInfo:
                     "pack the source again"
                 )
             known = {field.name for field in fields(cls)}
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+            return cls(
+                **{
+                    k: tuple(v) if isinstance(v, list) else v
+                    for k, v in values.items()
+                    if k in known
+                }
+            )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CorruptShard(f"{name}: KEY.json is not a sample's metadata ({error})") from error
 
@@ -84,7 +90,9 @@ def strip_rows(height: int) -> int:
     return -(-height // BLOCK) * BLOCK
 
 
-def encode_clip(info: SampleInfo, patches: np.ndarray, positions, scores, motion, frames) -> dict[str, bytes]:
+def encode_clip(
+    info: SampleInfo, patches: np.ndarray, positions, scores, motion, frames
+) -> dict[str, bytes]:
     """Members of a video sample.
 
     patches: uint8 [K, p, p, 3] in the order of positions [K, 3]; frames: uint8 [M, H, W, 3].
@@ -112,8 +120,13 @@ def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     except ValueError as error:
         raise CorruptShard(f"{name}.{member} is no .npy array ({error})") from error
-    if dtype != ARRAY_DTYPES[member] or int(np.prod(shape, dtype=object)) * dtype.itemsize > MAX_ARRAY_BYTES:
-        raise CorruptShard(f"{name}.{member} holds {dtype} {shape}, expected {np.dtype(ARRAY_DTYPES[member])}")
+    if (
+        dtype != ARRAY_DTYPES[member]
+        or int(np.prod(shape, dtype=object)) * dtype.itemsize > MAX_ARRAY_BYTES
+    ):
+        raise CorruptShard(
+            f"{name}.{member} holds {dtype} {shape}, expected {np.dtype(ARRAY_DTYPES[member])}"
+        )
     stream.seek(0)
     return np.load(stream, allow_pickle=False)
 
@@ -130,7 +143,11 @@ def tiles_from_mosaic(mosaic: np.ndarray, count: int, patch_size: int) -> np.nda
     """First `count` patches [count, p, p, C] of a mosaic [rows*side, 32*side, C] of any dtype, padding cut off."""
     side = tile_side(patch_size)
     rows, columns = mosaic.shape[0] // side, mosaic.shape[1] // side
-    tiles = mosaic.reshape(rows, side, columns, side, -1).swapaxes(1, 2).reshape(rows * columns, side, side, -1)
+    tiles = (
+        mosaic.reshape(rows, side, columns, side, -1)
+        .swapaxes(1, 2)
+        .reshape(rows * columns, side, side, -1)
+    )
     return tiles[:count, :patch_size, :patch_size]
 
 
@@ -145,14 +162,18 @@ def _mosaic(patches: np.ndarray) -> np.ndarray:
     side = tile_side(patch_size)
     rows = -(-count // TILE_COLUMNS)
     pad = side - patch_size
-    tiles = np.pad(patches, ((0, rows * TILE_COLUMNS - count), (0, pad), (0, pad), (0, 0)), mode="edge")
+    tiles = np.pad(
+        patches, ((0, rows * TILE_COLUMNS - count), (0, pad), (0, pad), (0, 0)), mode="edge"
+    )
     grid = tiles.reshape(rows, TILE_COLUMNS, side, side, 3).swapaxes(1, 2)
     return grid.reshape(rows * side, TILE_COLUMNS * side, 3)
 
 
 def _strip(frames: np.ndarray) -> np.ndarray:
     pad = strip_rows(frames.shape[1]) - frames.shape[1]
-    return np.pad(frames, ((0, 0), (0, pad), (0, 0), (0, 0)), mode="edge").reshape(-1, *frames.shape[2:])
+    return np.pad(frames, ((0, 0), (0, pad), (0, 0), (0, 0)), mode="edge").reshape(
+        -1, *frames.shape[2:]
+    )
 
 
 def _jpeg(picture: np.ndarray) -> bytes:

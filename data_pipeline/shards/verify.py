@@ -45,7 +45,9 @@ def _check_sample(reader, sample_id: int, name: str) -> None:
     positions = decode_array(reader.read(sample_id, "positions.npy"), "positions.npy", name)
     scores = decode_array(reader.read(sample_id, "scores.npy"), "scores.npy", name)
     if len(positions) != info.num_patches or len(scores) != info.num_patches:
-        raise CorruptShard(f"{name}: {len(positions)} positions and {len(scores)} scores for {info.num_patches} patches")
+        raise CorruptShard(
+            f"{name}: {len(positions)} positions and {len(scores)} scores for {info.num_patches} patches"
+        )
     if not np.isfinite(scores).all() or (positions[:, 1:] >= info.grid).any():
         raise CorruptShard(f"{name}: scores or positions out of range")
     reader.read(sample_id, "tiles.jpg"), reader.read(sample_id, "frames.jpg")

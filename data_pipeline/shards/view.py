@@ -30,10 +30,15 @@ def contact_sheet(manifest: Manifest, sample_ids: list[int]) -> np.ndarray:
     blocks = []
     for sample_id in sample_ids:
         info, members = read_sample(manifest, sample_id)
-        rows = [[decode_jpeg(members["jpg"])]] if info.kind == "image" else _clip_rows(info, members)
+        rows = (
+            [[decode_jpeg(members["jpg"])]] if info.kind == "image" else _clip_rows(info, members)
+        )
         blocks += [_row(pictures) for pictures in rows]
     width = max(block.shape[1] for block in blocks)
-    padded = [np.pad(block, ((0, GAP), (0, width - block.shape[1]), (0, 0)), constant_values=255) for block in blocks]
+    padded = [
+        np.pad(block, ((0, GAP), (0, width - block.shape[1]), (0, 0)), constant_values=255)
+        for block in blocks
+    ]
     return np.concatenate(padded)
 
 
@@ -42,7 +47,10 @@ def animation(manifest: Manifest, sample_id: int) -> list[np.ndarray]:
     info, members = read_sample(manifest, sample_id)
     if info.kind == "image":
         return [decode_jpeg(members["jpg"])]
-    return [_row(list(pictures)) for pictures in zip(*_clip_rows(info, members, every=True), strict=True)]
+    return [
+        _row(list(pictures))
+        for pictures in zip(*_clip_rows(info, members, every=True), strict=True)
+    ]
 
 
 def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
@@ -63,7 +71,11 @@ def _clip_rows(info: SampleInfo, members, every: bool = False) -> list[list[np.n
     motion = decode_array(members["motion.npy"], "motion.npy", info.source)
     positions = decode_array(members["positions.npy"], "positions.npy", info.source).astype(int)
     tiles = tiles_from_mosaic(decode_jpeg(members["tiles.jpg"]), info.num_patches, info.patch_size)
-    shown = range(len(frames)) if every else np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).astype(int)
+    shown = (
+        range(len(frames))
+        if every
+        else np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).astype(int)
+    )
     fastest = max(float(np.linalg.norm(motion[..., :2].astype(np.float32), axis=-1).max()), 1.0)
     rows = [[], [], []]
     for i in shown:
@@ -100,6 +112,7 @@ def _kept_picture(tiles, positions, start: int, stop: int, info: SampleInfo) -> 
 def _row(pictures: list[np.ndarray]) -> np.ndarray:
     height = max(picture.shape[0] for picture in pictures)
     cells = [
-        np.pad(p, ((0, height - p.shape[0]), (0, GAP), (0, 0)), constant_values=255) for p in pictures
+        np.pad(p, ((0, height - p.shape[0]), (0, GAP), (0, 0)), constant_values=255)
+        for p in pictures
     ]
     return np.concatenate(cells, axis=1)

@@ -18,7 +18,9 @@ from pathlib import Path
 from .schema import SCHEMA_VERSION
 
 
-def write_shard(directory: Path, name: str, samples, rejected: list[dict], settings: dict, inputs_sha256: str) -> dict:
+def write_shard(
+    directory: Path, name: str, samples, rejected: list[dict], settings: dict, inputs_sha256: str
+) -> dict:
     """Write samples (an iterable of (key, members, info)) and return the shard's record, also stored as NAME.json.
 
     `rejected` may grow while the samples are drawn: it is read when the last one is written.
@@ -29,7 +31,9 @@ def write_shard(directory: Path, name: str, samples, rejected: list[dict], setti
     temporary = directory / f".{name}.tar.tmp"
     entries = []
     with open(temporary, "wb") as stream:
-        writer = webdataset.TarWriter(stream, user="univit", group="univit", mode=0o644, encoder=False, mtime=0)
+        writer = webdataset.TarWriter(
+            stream, user="univit", group="univit", mode=0o644, encoder=False, mtime=0
+        )
         for key, members, info in samples:
             writer.write({"__key__": key, **members})
             entries.append((key, {ext: zlib.crc32(data) for ext, data in members.items()}, info))

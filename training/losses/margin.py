@@ -38,6 +38,9 @@ def margin_losses(
     if mask_co_positives:
         counts = torch.zeros_like(counts)
     others = logits[:, None, :].expand_as(counts).masked_fill(~counts, -torch.inf)
-    parts = torch.cat([others, negative_lse[:, None, None].expand(-1, labels.shape[1], 1), target[..., None]], dim=-1)
+    parts = torch.cat(
+        [others, negative_lse[:, None, None].expand(-1, labels.shape[1], 1), target[..., None]],
+        dim=-1,
+    )
     losses = parts.logsumexp(dim=-1) - target
     return torch.where(valid, losses, torch.zeros_like(losses))

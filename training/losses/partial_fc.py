@@ -47,7 +47,9 @@ class PartialFCConfig:
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"--list_sample_rates {self.sample_rate} must lie in (0, 1]")
         if self.label_reduction not in LABEL_REDUCTIONS:
-            raise ValueError(f"label_reduction {self.label_reduction!r}: choose one of {', '.join(LABEL_REDUCTIONS)}")
+            raise ValueError(
+                f"label_reduction {self.label_reduction!r}: choose one of {', '.join(LABEL_REDUCTIONS)}"
+            )
         if self.scale <= 0:
             raise ValueError(f"scale {self.scale} must be positive")
 
@@ -75,22 +77,30 @@ def class_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]
 class PartialFC(nn.Module):
     """Centres of this rank's classes and the loss over all of them."""
 
-    def __init__(self, num_classes: int, width: int, config: PartialFCConfig, ranks: Ranks, seed: int = 0):
+    def __init__(
+        self, num_classes: int, width: int, config: PartialFCConfig, ranks: Ranks, seed: int = 0
+    ):
         super().__init__()
         self.num_classes, self.config, self.seed = num_classes, config, seed
         self.class_start, self.class_end = class_range(num_classes, ranks.rank, ranks.world_size)
         classes = torch.arange(self.class_start, self.class_end, device=ranks.device)
-        self.centers = nn.Parameter(counter_normal(classes, width, seed, "centers") * config.init_std)
+        self.centers = nn.Parameter(
+            counter_normal(classes, width, seed, "centers") * config.init_std
+        )
 
     def load_centers(self, centers: torch.Tensor) -> None:
         """Take this rank's rows of a full matrix [num_classes, D]; ValueError for another shape."""
         expected = (self.num_classes, self.centers.shape[1])
         if tuple(centers.shape) != expected:
-            raise ValueError(f"initial centres have shape {list(centers.shape)}, this head needs {list(expected)}")
+            raise ValueError(
+                f"initial centres have shape {list(centers.shape)}, this head needs {list(expected)}"
+            )
         with torch.no_grad():
             self.centers.copy_(centers[self.class_start : self.class_end])
 
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, step: int) -> PartialFCLoss:
+    def forward(
+        self, embeddings: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, step: int
+    ) -> PartialFCLoss:
         """embeddings fp32 [b, D], labels int64 [b, L] (-1 ignored), weights [b] (0 takes a row out), same b everywhere.
 
         Raises ValueError on all ranks when any label is not below num_classes.
@@ -109,7 +119,13 @@ class PartialFC(nn.Module):
         lse = NegativeLogSumExp.apply(rows, centers, columns, config.scale, config.threshold)
         cosines = sum_over_ranks(_label_cosines(rows, centers, columns)).clamp(-1.0, 1.0)
         losses = margin_losses(
-            cosines, labels, lse, config.scale, config.margin, config.threshold, config.mask_co_positives
+            cosines,
+            labels,
+            lse,
+            config.scale,
+            config.margin,
+            config.threshold,
+            config.mask_co_positives,
         )
         valid = (labels >= 0).float()
         per_row = valid.sum(dim=1)
@@ -127,13 +143,17 @@ class PartialFC(nn.Module):
                 f"label {highest} is out of range, the head has {self.num_classes} classes: label the data again"
             )
 
-    def _sample(self, local: torch.Tensor, here: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample(
+        self, local: torch.Tensor, here: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sorted local indices of the sampled classes [M], and each label's column among them (-1: not this rank's)."""
         count = self.class_end - self.class_start
         chosen = torch.ones(count, dtype=torch.bool, device=local.device)
         if self.config.sample_rate < 1:
             classes = torch.arange(self.class_start, self.class_end, device=local.device)
-            chosen = counter_uniform(classes, self.seed, "negatives", step) < self.config.sample_rate
+            chosen = (
+                counter_uniform(classes, self.seed, "negatives", step) < self.config.sample_rate
+            )
             chosen[local[here]] = True
         column_of_class = chosen.cumsum(0) - 1
         columns = torch.full_like(local, -1)
@@ -141,7 +161,9 @@ class PartialFC(nn.Module):
         return chosen.nonzero().squeeze(1), columns
 
 
-def _label_cosines(rows: torch.Tensor, centers: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def _label_cosines(
+    rows: torch.Tensor, centers: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
     """Cosine of each row with its labels [B, L]; 0 for labels of other ranks."""
     here = columns >= 0
     row_index = torch.arange(len(rows), device=rows.device)[:, None].expand_as(columns)[here]

@@ -29,11 +29,15 @@ class NegativeLogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, centers, label_columns, scale: float, threshold: float, chunk: int = CHUNK):
+    def forward(
+        ctx, rows, centers, label_columns, scale: float, threshold: float, chunk: int = CHUNK
+    ):
         maximum = torch.full((len(rows),), -torch.inf, device=rows.device)
         total = torch.zeros(len(rows), device=rows.device)
         for start in range(0, len(centers), chunk):
-            logits = _chunk_logits(rows, centers[start : start + chunk], label_columns - start, scale, threshold)[0]
+            logits = _chunk_logits(
+                rows, centers[start : start + chunk], label_columns - start, scale, threshold
+            )[0]
             peak = torch.maximum(maximum, logits.amax(dim=1))
             safe = peak.masked_fill(peak == -torch.inf, 0.0)
             total = total * (maximum - safe).exp() + (logits - safe[:, None]).exp().sum(dim=1)
