@@ -33,44 +33,43 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command(
-        "motion-shapes", "write a labelled set of clips whose class is the motion", _motion_shapes
-    )
+    _add_making(command)
+    _add_looking(command)
+    _add_labelling(command)
+    return parser
+
+
+def _add_making(command) -> None:
+    sub = command("motion-shapes", "write labelled clips whose class is the motion", _motion_shapes)
     sub.add_argument("directory", type=Path)
     sub.add_argument("--num-train", type=int, default=1200, help="clips to train on")
     sub.add_argument("--num-val", type=int, default=240, help="clips to validate on")
     sub.add_argument("--difficulty", choices=("easy", "medium", "hard"), default="easy")
     sub.add_argument("--size", type=int, default=112, help="side of the picture in pixels")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="of every random draw")
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
 
     sub = command("pack", "turn videos and images into shards", _pack)
-    sub.add_argument(
-        "inputs", nargs="+", help="files, folders, or .txt/.csv lists of files (first column)"
-    )
+    sub.add_argument("inputs", nargs="+", help="files, folders, or .txt/.csv lists (first column)")
     sub.add_argument("--output", type=Path, required=True, help="folder of the shards")
     sub.add_argument("--size", type=int, default=224, help="working size in pixels")
     sub.add_argument("--patch-size", type=int, default=16, help="side of a patch in pixels")
-    sub.add_argument(
-        "--num-frames", type=int, default=64, help="frames taken of each video, at even times"
-    )
+    sub.add_argument("--num-frames", type=int, default=64, help="frames taken, at even times")
     sub.add_argument("--gop", type=int, default=16, help="frames from one I-frame to the next")
+    sub.add_argument("--budget", type=int, help="patches kept of a clip (an eighth of all)")
     sub.add_argument(
-        "--budget", type=int, help="patches kept of each clip (default: an eighth of all)"
-    )
-    sub.add_argument(
-        "--fit",
-        choices=("crop", "area"),
-        default="crop",
-        help="centre square, or keep the aspect ratio",
+        "--fit", choices=("crop", "area"), default="crop", help="centre square, or keep the aspect"
     )
     sub.add_argument(
         "--camera", choices=("none", "median"), default="median", help="camera motion to take away"
     )
-    sub.add_argument("--samples-per-shard", type=int, default=1000)
+    sub.add_argument("--full-frames", type=int, default=16, help="whole frames stored of each clip")
+    sub.add_argument("--samples-per-shard", type=int, default=1000, help="inputs of one shard")
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="decoder processes")
     sub.add_argument("--wall-seconds", type=float, default=300.0, help="time limit of one input")
 
+
+def _add_looking(command) -> None:
     sub = command("verify", "check every byte of a packed folder", _verify)
     sub.add_argument("directory", type=Path)
 
@@ -80,31 +79,24 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("view", "draw what the encoder sees", _view)
     sub.add_argument("directory", type=Path)
-    sub.add_argument(
-        "--output", type=Path, required=True, help="FILE.png (contact sheet) or FILE.gif"
-    )
-    sub.add_argument(
-        "--samples", type=int, nargs="+", help="sample ids (default: four, evenly spread)"
-    )
+    sub.add_argument("--output", type=Path, required=True, help="FILE.png (sheet) or FILE.gif")
+    sub.add_argument("--samples", type=int, nargs="+", help="sample ids (four, evenly spread)")
 
+
+def _add_labelling(command) -> None:
     sub = command("cluster", "features of all samples -> k-means centroids", _cluster)
     sub.add_argument("directory", type=Path)
-    sub.add_argument("--num-centroids", type=int, required=True)
+    sub.add_argument("--num-centroids", type=int, required=True, help="number of classes")
     sub.add_argument("--output", type=Path, required=True, help="folder of the centroids")
-    sub.add_argument(
-        "--encoder", help="Hugging Face folder of an encoder (default: the codec descriptor)"
-    )
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--iterations", type=int, default=25)
+    sub.add_argument("--encoder", help="Hugging Face folder (default: the codec descriptor)")
+    sub.add_argument("--seed", type=int, default=0, help="of the first centroids")
+    sub.add_argument("--iterations", type=int, default=25, help="rounds of k-means")
 
     sub = command("label", "nearest centroids of every sample -> labels.npy", _label)
     sub.add_argument("directory", type=Path)
     sub.add_argument("--centroids", type=Path, required=True, help="folder written by cluster")
-    sub.add_argument("--num-labels", type=int, default=10)
-    sub.add_argument(
-        "--output", type=Path, help="folder of labels.npy (default: the packed folder)"
-    )
-    return parser
+    sub.add_argument("--num-labels", type=int, default=10, help="labels per sample")
+    sub.add_argument("--output", type=Path, help="folder of labels.npy (the packed folder)")
 
 
 def _motion_shapes(args) -> None:
@@ -133,6 +125,7 @@ def _pack(args) -> None:
         num_frames=args.num_frames,
         gop=args.gop,
         budget=args.budget,
+        num_full_frames=args.full_frames,
         fit=args.fit,
         saliency=SaliencyConfig(camera=args.camera),
     )
@@ -141,7 +134,8 @@ def _pack(args) -> None:
     rejected = manifest.rejected_by_reason()
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
     print(
-        f"{len(manifest)} samples in {len(manifest.shards)} shards under {args.output}; rejected: {reasons}"
+        f"{len(manifest)} samples in {len(manifest.shards)} shards under {args.output}; rejected: "
+        f"{reasons}"
     )
 
 
@@ -208,7 +202,8 @@ def _label(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; a user's mistake ends with its message and exit code 1, not with a traceback."""
+    """Run one command; a user's mistake ends with its message and exit code 1, not with a "
+    "traceback."""
     args = build_parser().parse_args(argv)
     try:
         args.run(args)

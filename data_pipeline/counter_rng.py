@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a pure function of (seed, purpose, counters).
 
-No generator lives longer than one draw, so resuming, the number of workers and the world size cannot disturb it.
-Cost: about 15 microseconds to build a generator.
+No generator lives longer than one draw, so resuming, the number of workers and the world size
+cannot disturb it. Cost: about 15 microseconds to build a generator.
 """
 
 import zlib

@@ -1,6 +1,7 @@
 """Names of datasets -> manifest and labels. A name is a registered one or simply a packed folder.
 
-To add a dataset, pack, cluster and label it, then pass its folder; register it here only to give it a name.
+To add a dataset, pack, cluster and label it, then pass its folder; register it here only to give it
+a name.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ EMBEDDED = "motion_shapes"
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a training head reads: manifest, labels int32 [N, L] (-1 ignored) and the number of classes."""
+    """What a training head reads: manifest, labels int32 [N, L] (-1 ignored) and the number of "
+    "classes."""
 
     name: str
     manifest: Manifest
@@ -27,7 +29,8 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Where a dataset lives: folder of shards with manifest.json, folder of labels.npy (usually the same)."""
+    """Where a dataset lives: folder of shards with manifest.json, folder of labels.npy (usually "
+    "the same)."""
 
     name: str
     shards: Path
@@ -67,10 +70,11 @@ def resolve_dataset(name: str) -> DatasetSpec:
 def prepare_embedded(
     directory: Path, num_train: int = 1200, num_val: int = 240, report=print
 ) -> DatasetSpec:
-    """Write, pack, cluster and label the embedded motion_shapes set under `directory`; steps already done are kept.
+    """Write, pack, cluster and label the embedded motion_shapes set under `directory`; steps
+    already done are kept.
 
-    98 patches are kept of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the P-frames), and the
-    pseudo-labels come from 64 clusters of the codec descriptor.
+    98 patches are kept of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the
+    P-frames), and the pseudo-labels come from 64 clusters of the codec descriptor.
     """
     from .clustering.features import descriptor_features
     from .clustering.kmeans import save_centroids, spherical_kmeans

@@ -1,4 +1,5 @@
-"""The exceptions a user of the data pipeline can meet; each says what happened, where, and what to do next."""
+"""The exceptions a user of the data pipeline can meet; each says what happened, where, and what "
+"to do next."""
 
 
 class DataPipelineError(ValueError):
@@ -6,7 +7,8 @@ class DataPipelineError(ValueError):
 
 
 class RejectedInput(DataPipelineError):
-    """One input file the packer cannot use. `reason` is a short code that is counted, `detail` a sentence."""
+    """One input file the packer cannot use. `reason` is a short code that is counted, `detail` a "
+    "sentence."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")

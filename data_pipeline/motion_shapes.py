@@ -1,12 +1,14 @@
 """A small labelled set of real H.264 clips whose class is the motion, and nothing but the motion.
 
-Eight classes: move left, right, up, down, turn clockwise, counterclockwise, grow, shrink. A textured shape moves over
-a smooth background while the camera shakes; texture, shape, colours, place, size, angle and speed are random. Places
-wrap around, sizes run through a saw-tooth of random phase and angles start anywhere, so at every instant all classes
-show the same distribution of pictures: no single frame tells the class.
-Cost: about 0.07 s per 112 px clip of 64 frames. Layout written, as every labelled set here:
+Eight classes: move left, right, up, down, turn clockwise, counterclockwise, grow, shrink. A
+textured shape moves over a smooth background while the camera shakes; texture, shape, colours,
+place, size, angle and speed are random. Places wrap around, sizes run through a saw-tooth of random
+phase and angles start anywhere, so at every instant all classes show the same distribution of
+pictures: no single frame tells the class. Cost: about 0.07 s per 112 px clip of 64 frames. Layout
+written, as every labelled set here:
 
-    DIR/clips/train_00000.mp4 ...   DIR/train.csv   DIR/val.csv   DIR/classes.txt     (csv: relative path,label)
+    DIR/clips/train_00000.mp4 ...   DIR/train.csv   DIR/val.csv   DIR/classes.txt     (csv: relative
+    path,label)
 """
 
 import math
@@ -27,8 +29,8 @@ TEXTURE = 64
 
 @dataclass(frozen=True)
 class Difficulty:
-    """Nuisance of a set: `jitter` camera shake in pixels, `clutter` number of resting shapes, `contrast` of the
-    background (0..1), `radius` of the shape as a share of the picture."""
+    """Nuisance of a set: `jitter` camera shake in pixels, `clutter` number of resting shapes,
+    `contrast` of the background (0..1), `radius` of the shape as a share of the picture."""
 
     jitter: float
     clutter: int
@@ -90,8 +92,8 @@ def _random_pose(rng, frames: int) -> _Pose:
 def _move(pose: _Pose, motion: str, rng, time: np.ndarray, size: int) -> _Pose:
     """Add the class's motion at a random speed to a resting pose.
 
-    Speeds are such that over half a clip nothing passes half a picture or half a turn, beyond which two whole frames
-    could not tell one direction from its opposite.
+    Speeds are such that over half a clip nothing passes half a picture or half a turn, beyond which
+    two whole frames could not tell one direction from its opposite.
     """
     pixels = rng.uniform(0.6, 1.5) / size * time
     turn = rng.uniform(0.03, 0.08) * time
@@ -134,7 +136,8 @@ class _Shape:
 
 
 def _draw(canvas: np.ndarray, shape: _Shape, pose: _Pose, shake: np.ndarray) -> None:
-    """Blend a shape into float32 canvas [T, S, S, 3], wrapping around the borders; only its bounding box is touched."""
+    """Blend a shape into float32 canvas [T, S, S, 3], wrapping around the borders; only its "
+    "bounding box is touched."""
     size = canvas.shape[1]
     for t in range(len(canvas)):
         reach = min(int(shape.radius * pose.scale[t]) + 2, size // 2)
@@ -165,17 +168,21 @@ def _background(rng, size: int, contrast: float, shake: np.ndarray) -> np.ndarra
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: int = 25) -> None:
-    """Encode uint8 [T, H, W, 3] as H.264 in mp4."""
+    """Encode uint8 [T, H, W, 3] as H.264 in mp4; the file appears whole or not at all."""
     import av
 
-    with av.open(str(path), "w") as container:
+    temporary = path.with_suffix(".tmp")
+    with av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
-        stream.options = {"preset": "veryfast", "crf": "16"}
+        # x264's macroblock tree reads memory it never wrote on small pictures: without it off, the
+        # same frames give different bytes from one call to the next
+        stream.options = {"preset": "veryfast", "crf": "16", "x264-params": "mbtree=0"}
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
+    temporary.replace(path)
 
 
 def _write_one(job) -> None:
@@ -192,7 +199,8 @@ def write_motion_shapes(
     seed: int = 0,
     workers: int = 2,
 ) -> None:
-    """Write the set (layout above), classes in equal shares. Files that exist are kept, so a killed run goes on."""
+    """Write the set (layout above), classes in equal shares. Files that exist are kept, so a "
+    "killed run goes on."""
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty is {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}")
     (directory / "clips").mkdir(parents=True, exist_ok=True)

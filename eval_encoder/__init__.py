@@ -1,1 +1,2 @@
-"""Judging an encoder: attentive probe on labelled videos. Helpers start with `probe_`: see docs/evaluation.md."""
+"""Judging an encoder: attentive probe on labelled videos. Helpers start with `probe_`: see "
+"docs/evaluation.md."""

@@ -55,8 +55,10 @@ FLAGS = {
 }
 # accepted for old scripts, without effect: the value follows from the data or the weights
 IDLE_FLAGS = (
-    "short_side_size", "tubelet_size", "embedding_size", "frames_token_num", "num_tokens", "num_classes",
-    "dali_num_threads", "dali_py_num_workers", "decord_num_threads", "mean", "std", "num_temporal_crops",
+    "short_side_size", "tubelet_size", "embedding_size", "frames_token_num", "num_tokens",
+    "num_classes",
+    "dali_num_threads", "dali_py_num_workers", "decord_num_threads", "mean", "std",
+    "num_temporal_crops",
     "num_spatial_crops", "probe_size", "patch_size",
 )  # fmt: skip
 

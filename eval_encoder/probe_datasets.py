@@ -4,7 +4,8 @@ A benchmark is a folder with two lists of `relative path,label` lines and the vi
 
     DATA_ROOT/NAME/train.csv   DATA_ROOT/NAME/val.csv   DATA_ROOT/NAME/<videos>
 
-Packed shards of the two lists may stand beside them as train/ and val/ (`python -m data_pipeline pack`).
+Packed shards of the two lists may stand beside them as train/ and val/ (`python -m data_pipeline
+pack`).
 """
 
 import csv
@@ -24,7 +25,8 @@ class Benchmark:
 
 
 _SSV2 = (
-    "python -m eval_encoder.probe_prepare ssv2 --annotations DIR_OF_THE_JSON_FILES --videos DIR_OF_THE_WEBM_FILES "
+    "python -m eval_encoder.probe_prepare ssv2 --annotations DIR_OF_THE_JSON_FILES --videos "
+    "DIR_OF_THE_WEBM_FILES "
     "--output {folder}"
 )
 
@@ -48,12 +50,14 @@ BENCHMARKS = {
 
 
 class MissingBenchmark(ValueError):
-    """A benchmark whose files are not on disk; the message shows the expected tree and the command that makes it."""
+    """A benchmark whose files are not on disk; the message shows the expected tree and the "
+    "command that makes it."""
 
 
 @dataclass(frozen=True)
 class LabelledList:
-    """One split: names relative to `folder`, labels, and the packed shards beside the list, if any."""
+    """One split: names relative to `folder`, labels, and the packed shards beside the list, if "
+    "any."""
 
     folder: Path
     split: str
@@ -81,7 +85,8 @@ def read_lists(
 ) -> tuple[LabelledList, LabelledList]:
     """Training and validation list of a benchmark.
 
-    Raises MissingBenchmark without the files, ValueError for a line that is no `path,label` or a label out of range.
+    Raises MissingBenchmark without the files, ValueError for a line that is no `path,label` or a
+    label out of range.
     """
     benchmark = find_benchmark(name)
     folder = data_root / name.lower()
@@ -102,7 +107,8 @@ def _read_list(file: Path, folder: Path, split: str, num_classes: int) -> Labell
                 continue
             if len(row) != 2 or not row[1].strip().isdigit() or int(row[1]) >= num_classes:
                 raise ValueError(
-                    f"{file} line {number}: {row} is no `relative path,label` with a label below {num_classes}"
+                    f"{file} line {number}: {row} is no `relative path,label` with a label below "
+                    f"{num_classes}"
                 )
             names.append(row[0].strip())
             labels.append(int(row[1]))
@@ -113,7 +119,10 @@ def _read_list(file: Path, folder: Path, split: str, num_classes: int) -> Labell
 
 def _instructions(name: str, benchmark: Benchmark, folder: Path, files) -> str:
     missing = ", ".join(str(file) for file in files if not file.is_file())
-    tree = f"  {folder}/\n    {files[0].name}      lines of `relative path,label`\n    {files[1].name}\n    <the videos>"
+    tree = (
+        f"  {folder}/\n    {files[0].name}      lines of `relative path,label`\n"
+        f"    {files[1].name}\n    <the videos>"
+    )
     prepare = benchmark.prepare.format(folder=folder)
     command = (
         f"make the lists with\n  {prepare}"

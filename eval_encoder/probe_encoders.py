@@ -1,4 +1,5 @@
-"""Weights -> a frozen encoder. What is named is what is judged: a path that does not fit is an error."""
+"""Weights -> a frozen encoder. What is named is what is judged: a path that does not fit is an "
+"error."""
 
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 def build_encoder(model_name: str, model_weight: str, seed: int) -> LlavaViTPackingModel:
     """Frozen encoder in eval mode, from
 
-    a Hugging Face folder, a training output folder (its hf/ export), a backbone.pt (with the backbone.json beside it,
-    else --model_name and the public rotary rule), or `random`: untrained weights of --model_name, the baseline.
-    Raises ValueError for anything else.
+    a Hugging Face folder, a training output folder (its hf/ export), a backbone.pt (with the
+    backbone.json beside it, else --model_name and the public rotary rule), or `random`: untrained
+    weights of --model_name, the baseline. Raises ValueError for anything else.
     """
     path = Path(model_weight)
     if model_weight == "random":
@@ -30,7 +31,8 @@ def build_encoder(model_name: str, model_weight: str, seed: int) -> LlavaViTPack
         model = load_backbone(path, model_name)
     else:
         raise ValueError(
-            f"--model_weight {model_weight!r} is no Hugging Face folder, no training output with an hf/ export and no "
+            f"--model_weight {model_weight!r} is no Hugging Face folder, no training output with "
+            "an hf/ export and no "
             "weights file; write `random` to judge an untrained encoder"
         )
     return model.eval().requires_grad_(False)

@@ -1,7 +1,8 @@
 """Labelled clips -> tokens of the frozen encoder, each clip once, on the rank that owns it.
 
-Clip i belongs to rank i mod W. Packed shards are read where they exist, raw videos otherwise. Tokens are kept in memory
-as fp16 while they fit the cache, so later epochs cost no encoding; beyond it they are computed again each epoch.
+Clip i belongs to rank i mod W. Packed shards are read where they exist, raw videos otherwise.
+Tokens are kept in memory as fp16 while they fit the cache, so later epochs cost no encoding; beyond
+it they are computed again each epoch.
 """
 
 from collections.abc import Iterator
@@ -52,7 +53,8 @@ class ClipTokens:
     def batches(
         self, order: list[int], batch_size: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]]:
-        """(tokens [S, C], cu_seqlens [N+1], longest, labels [N]) of the clips `order`, unreadable ones left out."""
+        """(tokens [S, C], cu_seqlens [N+1], longest, labels [N]) of the clips `order`, unreadable "
+        "ones left out."""
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             fresh = dict(self._encode([i for i in chunk if i not in self._cache]))

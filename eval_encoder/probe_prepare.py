@@ -1,8 +1,9 @@
-"""Official split files -> the two lists a benchmark needs: `python -m eval_encoder.probe_prepare ssv2 ...`.
+"""Official split files -> the two lists a benchmark needs: `python -m eval_encoder.probe_prepare
+ssv2 ...`.
 
-Something-Something v2 ships something-something-v2-train.json, -validation.json and -labels.json (with or without the
-prefix); a clip's class is its template with the brackets taken away. Videos that are named but absent are counted and
-left out; nothing else is.
+Something-Something v2 ships something-something-v2-train.json, -validation.json and -labels.json
+(with or without the prefix); a clip's class is its template with the brackets taken away. Videos
+that are named but absent are counted and left out; nothing else is.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def _read_json(annotations: Path, name: str):
         if (annotations / candidate).is_file():
             return json.loads((annotations / candidate).read_bytes())
     raise ValueError(
-        f"{annotations} holds no something-something-v2-{name}.json: give the folder of the official files"
+        f"{annotations} holds no something-something-v2-{name}.json: give the folder of the "
+        "official files"
     )
 
 

@@ -1,7 +1,7 @@
 """Training and validating the bank of heads on frozen tokens.
 
-Validation counts every clip exactly once over all ranks. Training steps are the same number on every rank; each epoch
-has its own order, drawn from (seed, epoch).
+Validation counts every clip exactly once over all ranks. Training steps are the same number on
+every rank; each epoch has its own order, drawn from (seed, epoch).
 """
 
 import logging

@@ -4,8 +4,10 @@ A pack holds many sequences back to back; tokens attend within their own sequenc
 
     varlen  torch.nn.attention.varlen      CUDA, half precision
     flash   flash-attn, when installed     CUDA, half precision
-    sdpa    scaled_dot_product_attention   any device and dtype; sequences of equal length run as one batch,
-                                           so the cost is one kernel per distinct length. It is the reference.
+    sdpa    scaled_dot_product_attention   any device and dtype; sequences of equal length run as
+            one batch,
+                                           so the cost is one kernel per distinct length. It is the
+                                           reference.
 
 Shape legend: S packed tokens, N sequences, H heads, d head_dim.
 """
@@ -48,10 +50,11 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Bidirectional attention inside each packed sequence.
 
-    q, k, v: [S, H, d]; cu_seqlens: int32 [N+1] boundaries of k and v; max_seqlen: longest sequence, a host integer so
-    that no kernel launch waits for the device. `cu_seqlens_q` and `max_seqlen_q` describe q when its lengths differ
-    (pooling asks with one query per sequence). Scores are scaled by d ** -0.5. `backend` overrides the choice.
-    Returns [S_q, H, d]. Raises ValueError for a back end that cannot run here.
+    q, k, v: [S, H, d]; cu_seqlens: int32 [N+1] boundaries of k and v; max_seqlen: longest sequence,
+    a host integer so that no kernel launch waits for the device. `cu_seqlens_q` and `max_seqlen_q`
+    describe q when its lengths differ (pooling asks with one query per sequence). Scores are scaled
+    by d ** -0.5. `backend` overrides the choice. Returns [S_q, H, d]. Raises ValueError for a back
+    end that cannot run here.
     """
     bounds_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     longest_q = max_seqlen if max_seqlen_q is None else max_seqlen_q
@@ -59,7 +62,8 @@ def varlen_attention(
     chosen = backend or choices[0]
     if chosen not in choices:
         raise ValueError(
-            f"attention back end {chosen!r} cannot run on {q.device.type} {q.dtype}; available: {', '.join(choices)}"
+            f"attention back end {chosen!r} cannot run on {q.device.type} {q.dtype}; available: "
+            f"{', '.join(choices)}"
         )
     if chosen == "varlen":
         from torch.nn.attention.varlen import varlen_attn

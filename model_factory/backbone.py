@@ -1,9 +1,11 @@
-"""backbone.pt: an encoder's weights as plain tensors in the source key layout, with its configuration beside it.
+"""backbone.pt: an encoder's weights as plain tensors in the source key layout, with its
+configuration beside it.
 
     backbone.pt      tensors, loaded with weights_only=True
     backbone.json    sizes, norm eps, rotary rule; public files come without it
 
-Foreign files may nest the tensors under `model` or `state_dict` and prefix their names as DDP and torch.compile do.
+Foreign files may nest the tensors under `model` or `state_dict` and prefix their names as DDP and
+torch.compile do.
 """
 
 import json
@@ -28,7 +30,8 @@ def save_backbone(model: LlavaViTPackingModel, path: Path) -> None:
 def backbone_config(
     path: Path, model_name: str, rope_pairing: str = "legacy"
 ) -> LlavaViTPackingConfig:
-    """Configuration beside the weights; without one the registered sizes of `model_name` and the given rotary rule."""
+    """Configuration beside the weights; without one the registered sizes of `model_name` and the "
+    "given rotary rule."""
     described = path.with_suffix(".json")
     if described.is_file():
         return LlavaViTPackingConfig.from_dict(json.loads(described.read_bytes()))
@@ -40,7 +43,8 @@ def load_backbone(
 ) -> LlavaViTPackingModel:
     """Packing model with the weights of a backbone.pt.
 
-    Raises ValueError when the file is missing or any tensor is missing, unexpected or of another shape.
+    Raises ValueError when the file is missing or any tensor is missing, unexpected or of another
+    shape.
     """
     weights = read_weights(path)
     model = LlavaViTPackingModel(backbone_config(path, model_name, rope_pairing))
@@ -56,7 +60,8 @@ def load_backbone(
     ]
     if missing or unexpected or wrong:
         raise ValueError(
-            f"{path} does not fit {model_name}: missing {missing[:5]}, unexpected {unexpected[:5]}, shapes {wrong[:5]}: "
+            f"{path} does not fit {model_name}: missing {missing[:5]}, unexpected "
+            f"{unexpected[:5]}, shapes {wrong[:5]}: "
             "is the model name right?"
         )
     model.load_state_dict(weights)

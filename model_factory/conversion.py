@@ -1,7 +1,9 @@
-"""From a backbone.pt to a Hugging Face folder of the packing model, checked before and after it is written.
+"""From a backbone.pt to a Hugging Face folder of the packing model, checked before and after it is
+written.
 
-Checks, in fp32: an image, a moving video at interpolated times, and a mixed pack of both, each through the dense source
-model and through the packing model; then all of them again after reloading the folder.
+Checks, in fp32: an image, a moving video at interpolated times, and a mixed pack of both, each
+through the dense source model and through the packing model; then all of them again after reloading
+the folder.
 """
 
 from pathlib import Path
@@ -33,8 +35,8 @@ def convert(
 ) -> list[str]:
     """Convert and verify; returns one line per check. Raises ConversionError or ValueError.
 
-    The configuration is read from the .json beside the weights when there is one, else it is the registered one with
-    `rope_pairing` (the public weights' rule is "legacy").
+    The configuration is read from the .json beside the weights when there is one, else it is the
+    registered one with `rope_pairing` (the public weights' rule is "legacy").
     """
     target = load_backbone(weight_path, model_name, rope_pairing).eval()
     source = _source_model(target, weight_path, model_name)
@@ -47,7 +49,8 @@ def convert(
 def _source_model(
     target: LlavaViTPackingModel, weight_path: Path, model_name: str
 ) -> LlavaViTEncoder:
-    """The dense source model of the same weights; with a public file it has the source's own norm eps."""
+    """The dense source model of the same weights; with a public file it has the source's own norm "
+    "eps."""
     if weight_path.with_suffix(".json").is_file():
         source = LlavaViTEncoder(target.config)
     else:
@@ -74,7 +77,8 @@ def _verify(source: LlavaViTEncoder, target: LlavaViTPackingModel) -> list[str]:
 
 
 def _moving_video(size: int) -> torch.Tensor:
-    """A texture that moves from frame to frame, [1, 3, T, H, W]: a wrong frame order cannot go unnoticed."""
+    """A texture that moves from frame to frame, [1, 3, T, H, W]: a wrong frame order cannot go "
+    "unnoticed."""
     texture = torch.randn(3, size, size, generator=torch.Generator().manual_seed(1))
     frames = [texture.roll((5 * t, 11 * t), dims=(1, 2)) for t in range(NUM_FRAMES)]
     return torch.stack(frames, dim=1)[None]
@@ -116,7 +120,8 @@ def _compare(name: str, target: LlavaViTPackingModel, cases, dense) -> str:
     pooled = torch.cat([result["head_output"] for result in dense])
     if out.last_hidden_state.shape != tokens.shape:
         raise ConversionError(
-            f"{name}: {list(out.last_hidden_state.shape)} tokens, the source has {list(tokens.shape)}"
+            f"{name}: {list(out.last_hidden_state.shape)} tokens, the source has "
+            f"{list(tokens.shape)}"
         )
     worst = max(
         float((out.last_hidden_state - tokens).abs().max()),

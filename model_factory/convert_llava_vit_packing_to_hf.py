@@ -1,10 +1,12 @@
 """backbone.pt -> Hugging Face folder of the packing model, verified.
 
-    python model_factory/convert_llava_vit_packing_to_hf.py llava_vit_large_ln backbone.pt --output_dir DIR
+    python model_factory/convert_llava_vit_packing_to_hf.py llava_vit_large_ln backbone.pt
+    --output_dir DIR
 
-Any difference between source and packing model above the tolerance, any missing or unexpected key, ends with a non-zero
-exit code; see conversion.py for the checks. This file is run by path, so it imports absolutely; it also offers the
-position helpers under their public place, resolved on first use so that `--help` needs no torch.
+Any difference between source and packing model above the tolerance, any missing or unexpected key,
+ends with a non-zero exit code; see conversion.py for the checks. This file is run by path, so it
+imports absolutely; it also offers the position helpers under their public place, resolved on first
+use so that `--help` needs no torch.
 """
 
 import argparse

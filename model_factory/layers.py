@@ -1,7 +1,8 @@
 """Layers of the encoder, all on packed tokens: norm, MLP, attention, block, pooling head.
 
-Nothing here knows how a pack was made; boundaries arrive as `cu_seqlens` and travel with the RoPE tables in one
-`PackContext`, made once per forward. Parameter names are those of the packing key layout.
+Nothing here knows how a pack was made; boundaries arrive as `cu_seqlens` and travel with the RoPE
+tables in one `PackContext`, made once per forward. Parameter names are those of the packing key
+layout.
 
 Shape legend: S packed tokens, N items, D width, H heads, d head_dim.
 """
@@ -20,7 +21,8 @@ NORM_TYPES = ("layer_norm", "rms_norm")
 
 @dataclass(frozen=True)
 class PackContext:
-    """What every layer of one forward shares: boundaries int32 [N+1], longest item, RoPE tables, kernel choice."""
+    """What every layer of one forward shares: boundaries int32 [N+1], longest item, RoPE tables, "
+    "kernel choice."""
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
@@ -39,7 +41,8 @@ def build_norm(norm_type: str, width: int, eps: float | None) -> nn.Module:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of patch rows [S, 3*p*p] -> [S, D]; the weight is kept in Conv2d form for the public key layout."""
+    """Linear map of patch rows [S, 3*p*p] -> [S, D]; the weight is kept in Conv2d form for the "
+    "public key layout."""
 
     def __init__(self, patch_size: int, width: int, channels: int = 3):
         super().__init__()
@@ -62,7 +65,8 @@ class MLP(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """Multi-head self-attention inside each item of the pack, rotary positions on queries and keys."""
+    """Multi-head self-attention inside each item of the pack, rotary positions on queries and "
+    "keys."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -95,9 +99,11 @@ class EncoderLayer(nn.Module):
 
 
 class ProbeAttention(nn.Module):
-    """One learned query per item over the item's tokens; parameter names of torch's MultiheadAttention.
+    """One learned query per item over the item's tokens; parameter names of torch's
+    MultiheadAttention.
 
-    The query is the same for all items, so the whole pack is pooled by one varlen call with query length 1.
+    The query is the same for all items, so the whole pack is pooled by one varlen call with query
+    length 1.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -126,7 +132,8 @@ class ProbeAttention(nn.Module):
 
 
 class AttentionPoolingHead(nn.Module):
-    """Pooled vector of each item: y = attention(probe, tokens); y + MLP(RMSNorm(y)). No residual with the probe."""
+    """Pooled vector of each item: y = attention(probe, tokens); y + MLP(RMSNorm(y)). No residual "
+    "with the probe."""
 
     def __init__(self, width: int, hidden: int, num_heads: int, norm_eps: float | None):
         super().__init__()

@@ -1,7 +1,8 @@
 """The packed layout: patch rows, sequence boundaries and (t, h, w) positions.
 
-One row is one patch, flattened channel-first inside the patch (C, ph, pw); rows run t-major, then row, then column.
-Everything here is pure tensor code without a loop over patches, and imports without a GPU library.
+One row is one patch, flattened channel-first inside the patch (C, ph, pw); rows run t-major, then
+row, then column. Everything here is pure tensor code without a loop over patches, and imports
+without a GPU library.
 
 Shape legend: S packed tokens, N items, P patch dim = 3 * p * p, T frames.
 """
@@ -23,7 +24,8 @@ def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
     height, width = pixels.shape[-2:]
     if height % patch_size or width % patch_size:
         raise ValueError(
-            f"picture is {height}x{width}, not a multiple of patch_size {patch_size}: resize or crop it first"
+            f"picture is {height}x{width}, not a multiple of patch_size {patch_size}: resize or "
+            "crop it first"
         )
     grid = pixels.unflatten(-2, (-1, patch_size)).unflatten(
         -1, (-1, patch_size)
@@ -43,9 +45,11 @@ def cu_seqlens_from_grid(grid_thw: torch.Tensor) -> torch.Tensor:
 
 
 def compute_patch_positions_from_grid_thw(grid_thw: torch.Tensor) -> torch.Tensor:
-    """Integer grid positions of a pack: int64 [S, 3] (t, h, w), t counted 0..t-1 (not scaled to 64 frames).
+    """Integer grid positions of a pack: int64 [S, 3] (t, h, w), t counted 0..t-1 (not scaled to 64
+    frames).
 
-    grid_thw: integer [N, 3] in patches. Raises ValueError for another shape, an empty pack or a non-positive side.
+    grid_thw: integer [N, 3] in patches. Raises ValueError for another shape, an empty pack or a
+    non-positive side.
     """
     if grid_thw.ndim != 2 or grid_thw.shape[-1] != 3 or grid_thw.shape[0] == 0:
         raise ValueError(f"grid_thw must have shape [N, 3] with N >= 1, got {list(grid_thw.shape)}")
@@ -76,7 +80,8 @@ def interpolate_frame_indices(
 def compute_patch_positions_with_interpolated_temporal(
     frame_indices: torch.Tensor, height: int, width: int, device=None
 ) -> torch.Tensor:
-    """Positions of whole frames at given times: frame_indices [B, T] -> int64 [B*T*height*width, 3], batch in order."""
+    """Positions of whole frames at given times: frame_indices [B, T] -> int64 [B*T*height*width, "
+    "3], batch in order."""
     times = frame_indices.to(device=device, dtype=torch.int64).reshape(-1)
     rows = torch.arange(height, device=times.device)
     columns = torch.arange(width, device=times.device)

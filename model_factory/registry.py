@@ -1,6 +1,7 @@
 """Model names: `create_model(name)` for every size, in both front ends.
 
-    llava_vit_<size>_ln              LlavaViTEncoder, dense pictures and clips, source key layout, norm eps 1e-5
+    llava_vit_<size>_ln              LlavaViTEncoder, dense pictures and clips, source key layout,
+                                     norm eps 1e-5
     hf_llava_vit_packing_<size>_ln   LlavaViTPackingModel, packed patch rows, norm eps 1e-6
 
 `packing_config` alone needs no weights, so counting parameters on the meta device is cheap.
@@ -45,7 +46,8 @@ def packing_name(name: str) -> str:
 
 
 def packing_config(name: str, **overrides):
-    """LlavaViTPackingConfig of a registered name; `overrides` are config fields. ValueError for an unknown name."""
+    """LlavaViTPackingConfig of a registered name; `overrides` are config fields. ValueError for "
+    "an unknown name."""
     from .vit_preview_v0_packing_hf import LlavaViTPackingConfig
 
     patch, width, layers, heads, hidden = SIZES[_size_of(name)]

@@ -1,14 +1,17 @@
 """Three-dimensional rotary position embedding over (t, h, w).
 
-Every token carries integer patch coordinates. Half of a head's channels are split 4:6:6 between time, row and
-column; each axis spans its own full frequency range. Tables are computed in fp32 from the positions of the pack,
-once per forward and shared by all layers: S * head_dim multiplications, nothing is ever stored in a checkpoint.
+Every token carries integer patch coordinates. Half of a head's channels are split 4:6:6 between
+time, row and column; each axis spans its own full frequency range. Tables are computed in fp32 from
+the positions of the pack, once per forward and shared by all layers: S * head_dim multiplications,
+nothing is ever stored in a checkpoint.
 
 Two pairings exist because public weights were trained with a rule that is not a rotation:
 
     angles(token)       = [t * inv_t | h * inv_h | w * inv_w]             length head_dim / 2
-    legacy:  channel j uses angles[j mod half]     the two members of a pair (2i, 2i+1) get different angles
-    rotary:  channel j uses angles[j // 2]         a true rotation: scores depend on relative positions only
+    legacy:  channel j uses angles[j mod half]     the two members of a pair (2i, 2i+1) get
+             different angles
+    rotary:  channel j uses angles[j // 2]         a true rotation: scores depend on relative
+             positions only
     out = x * cos + swap(x) * sin,   swap((a, b)) = (-b, a) on neighbouring channels
 
 Shape legend: S packed tokens, H heads, d head_dim.
@@ -23,11 +26,13 @@ ROPE_PAIRINGS = ("legacy", "rotary")
 def axis_frequencies(head_dim: int, theta: float = 10000.0, device=None) -> list[torch.Tensor]:
     """Inverse frequencies of the three axes, fp32, lengths 4u, 6u, 6u with u = head_dim / 32.
 
-    inv_freq[i] = theta ** (-i / n) for an axis with n channels. Raises ValueError when the 4:6:6 split does not fit.
+    inv_freq[i] = theta ** (-i / n) for an axis with n channels. Raises ValueError when the 4:6:6
+    split does not fit.
     """
     if head_dim % 32:
         raise ValueError(
-            f"head_dim is {head_dim}; the 4:6:6 rotary split needs a multiple of 32: change hidden_size or heads"
+            f"head_dim is {head_dim}; the 4:6:6 rotary split needs a multiple of 32: change "
+            "hidden_size or heads"
         )
     unit = head_dim // 32
     counts = [share * unit for share in AXIS_SHARES]
@@ -41,9 +46,11 @@ def rope_tables(
     theta: float = 10000.0,
     position_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine tables, each fp32 [S, 1, d], for positions [S, 3] (t, h, w) of any integer or float dtype.
+    """Cosine and sine tables, each fp32 [S, 1, d], for positions [S, 3] (t, h, w) of any integer or
+    float dtype.
 
-    `position_scale` multiplies the two spatial coordinates (for resolutions beyond training); time is left alone.
+    `position_scale` multiplies the two spatial coordinates (for resolutions beyond training); time
+    is left alone.
     """
     if pairing not in ROPE_PAIRINGS:
         raise ValueError(f"rope_pairing is {pairing!r}; choose one of {', '.join(ROPE_PAIRINGS)}")

@@ -1,7 +1,8 @@
 """Key layouts as data: one table, both directions.
 
-The source layout is what a `backbone.pt` holds, the packing layout what our Hugging Face folders hold. No tensor
-changes on the way; only names do. A name that fits no rule is an error, never dropped.
+The source layout is what a `backbone.pt` holds, the packing layout what our Hugging Face folders
+hold. No tensor changes on the way; only names do. A name that fits no rule is an error, never
+dropped.
 """
 
 import re
@@ -38,7 +39,8 @@ _TO_SOURCE = _rules((new, old) for old, new in KEY_MAP)
 
 
 def strip_wrappers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop any run of `module.` and `_orig_mod.` prefixes that DDP and torch.compile put in front of names."""
+    """Drop any run of `module.` and `_orig_mod.` prefixes that DDP and torch.compile put in front "
+    "of names."""
     stripped = {}
     for key, tensor in state_dict.items():
         while key.startswith(WRAPPER_PREFIXES):
@@ -68,7 +70,8 @@ def _rename(state_dict, rules, layout):
             unknown.append(key)
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of {len(state_dict)} keys are not of the {layout} layout: {', '.join(sorted(unknown)[:10])}"
+            f"{len(unknown)} of {len(state_dict)} keys are not of the {layout} layout: "
+            f"{', '.join(sorted(unknown)[:10])}"
             " ...: is this another model's checkpoint?"
         )
     return renamed

@@ -1,8 +1,9 @@
 """The source encoder: dense pictures and clips in, the same trunk and the source key layout.
 
-`LlavaViTEncoder` cuts pixels into patch rows, keeps the visible ones and runs the packed trunk; only the chosen
-patches are ever embedded. Its `state_dict` speaks the source layout (`conv1.weight`, `transformer.layers.0...`), what
-a `backbone.pt` holds: the key map of `state_dict_adapter` is applied on the way in and out.
+`LlavaViTEncoder` cuts pixels into patch rows, keeps the visible ones and runs the packed trunk;
+only the chosen patches are ever embedded. Its `state_dict` speaks the source layout
+(`conv1.weight`, `transformer.layers.0...`), what a `backbone.pt` holds: the key map of
+`state_dict_adapter` is applied on the way in and out.
 
 Shape legend: B batch, T frames, K visible patches, L patches of one clip, D width, p patch size.
 """
@@ -31,9 +32,9 @@ class LlavaViTEncoder(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Encode pictures [B, 3, H, W] or clips [B, 3, T, H, W].
 
-        visible_indices: integer [B, K] linear patch numbers t*gh*gw + row*gw + column; default all, ignored for
-        pictures. patch_positions: [L, 3], replaces the grid's own positions for the whole batch.
-        Returns visible_embeddings [B, K, D] (post-normed) and head_output [B, D].
+        visible_indices: integer [B, K] linear patch numbers t*gh*gw + row*gw + column; default all,
+        ignored for pictures. patch_positions: [L, 3], replaces the grid's own positions for the
+        whole batch. Returns visible_embeddings [B, K, D] (post-normed) and head_output [B, D].
         Raises ValueError for indices or positions that do not fit the clip.
         """
         clips = x.unsqueeze(2) if x.ndim == 4 else x

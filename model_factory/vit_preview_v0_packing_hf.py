@@ -1,8 +1,10 @@
-"""The packed ViT: any mixture of images, clips and sparse codec selections in one sequence of patch rows.
+"""The packed ViT: any mixture of images, clips and sparse codec selections in one sequence of patch
+rows.
 
-`hidden_states` are raw pixel rows [S, 3*p*p]; each item attends to itself only; positions enter through 3-D RoPE.
-An item may be a full (t, h, w) grid or any subset of patches with explicit positions; boundaries are `cu_seqlens`.
-Cost per forward: linear in S for the matmuls, sum over items of length^2 for attention.
+`hidden_states` are raw pixel rows [S, 3*p*p]; each item attends to itself only; positions enter
+through 3-D RoPE. An item may be a full (t, h, w) grid or any subset of patches with explicit
+positions; boundaries are `cu_seqlens`. Cost per forward: linear in S for the matmuls, sum over
+items of length^2 for attention.
 
 Shape legend: S packed tokens, N items, D width.
 """
@@ -61,7 +63,8 @@ class LlavaViTPackingConfig(PretrainedConfig):
     ):
         if hidden_size % num_attention_heads:
             raise ValueError(
-                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}"
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
+                f"{num_attention_heads}"
             )
         if rope_pairing not in ROPE_PAIRINGS:
             raise ValueError(
@@ -168,13 +171,14 @@ class LlavaViTPackingModel(PreTrainedModel):
     ):
         """Encode one pack.
 
-        hidden_states: float [S, 3*p*p] patch rows; grid_thw: integer [N, 3]; patch_positions: [S, 3] (t, h, w), by
-        default the grid's own; cu_seqlens: int32 [N+1] boundaries, the truth for sparse items that fill no grid;
-        max_seqlen: longest item as a host integer. A caller that passes cu_seqlens and max_seqlen (as our packer
-        does) is trusted and never waits for the device.
-        Returns last_hidden_state [S, D] (post-normed), pooler_output [N, D] when the model has a head, and on request
-        hidden_states, a tuple of num_hidden_layers + 1 entries before the post norm.
-        Raises ValueError, naming the argument and both numbers, when shapes or totals disagree.
+        hidden_states: float [S, 3*p*p] patch rows; grid_thw: integer [N, 3]; patch_positions: [S,
+        3] (t, h, w), by default the grid's own; cu_seqlens: int32 [N+1] boundaries, the truth for
+        sparse items that fill no grid; max_seqlen: longest item as a host integer. A caller that
+        passes cu_seqlens and max_seqlen (as our packer does) is trusted and never waits for the
+        device. Returns last_hidden_state [S, D] (post-normed), pooler_output [N, D] when the model
+        has a head, and on request hidden_states, a tuple of num_hidden_layers + 1 entries before
+        the post norm. Raises ValueError, naming the argument and both numbers, when shapes or
+        totals disagree.
         """
         cu_seqlens, max_seqlen = self._boundaries(
             hidden_states, grid_thw, patch_positions, cu_seqlens, max_seqlen
@@ -210,7 +214,8 @@ class LlavaViTPackingModel(PreTrainedModel):
         num_tokens = hidden_states.shape[0]
         if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.patch_dim:
             raise ValueError(
-                f"hidden_states must have shape [S, {self.config.patch_dim}] (3 * patch_size ** 2), "
+                f"hidden_states must have shape [S, {self.config.patch_dim}] (3 * patch_size ** "
+                "2), "
                 f"got {list(hidden_states.shape)}"
             )
         if patch_positions is not None and tuple(patch_positions.shape) != (num_tokens, 3):
@@ -221,7 +226,8 @@ class LlavaViTPackingModel(PreTrainedModel):
         if cu_seqlens is None:
             if grid_thw is None:
                 raise ValueError(
-                    "give grid_thw [N, 3] or cu_seqlens [N + 1]: neither names the items of the pack"
+                    "give grid_thw [N, 3] or cu_seqlens [N + 1]: neither names the items of the "
+                    "pack"
                 )
             if bool((grid_thw <= 0).any()):
                 raise ValueError(
@@ -230,23 +236,27 @@ class LlavaViTPackingModel(PreTrainedModel):
             cu_seqlens = cu_seqlens_from_grid(grid_thw.to(hidden_states.device))
         elif patch_positions is None and grid_thw is None:
             raise ValueError(
-                "cu_seqlens alone places no patch: give patch_positions [S, 3] or grid_thw [N, 3] too"
+                "cu_seqlens alone places no patch: give patch_positions [S, 3] or grid_thw [N, 3] "
+                "too"
             )
         if max_seqlen is None:
             lengths = cu_seqlens.diff()
             max_seqlen = int(lengths.max())
             if int(cu_seqlens[-1]) != num_tokens or int(lengths.min()) <= 0:
                 raise ValueError(
-                    f"the items of the pack hold {int(cu_seqlens[-1])} patches (shortest {int(lengths.min())}), "
+                    f"the items of the pack hold {int(cu_seqlens[-1])} patches (shortest "
+                    f"{int(lengths.min())}), "
                     f"hidden_states has {num_tokens} rows"
                 )
         return cu_seqlens, max_seqlen
 
 
 def save_encoder_folder(model: LlavaViTPackingModel, folder: str | Path) -> None:
-    """Write a Hugging Face folder: weights, config, modelling code for AutoModel, and the image processor's settings.
+    """Write a Hugging Face folder: weights, config, modelling code for AutoModel, and the image
+    processor's settings.
 
-    The processor is CLIP's at the model's image size; written as its JSON, so that no image library is needed here.
+    The processor is CLIP's at the model's image size; written as its JSON, so that no image library
+    is needed here.
     """
     folder = Path(folder)
     LlavaViTPackingConfig.register_for_auto_class()

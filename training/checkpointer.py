@@ -2,15 +2,17 @@
 
     OUTPUT/checkpoints/
       step_00000200/
-        *.safetensors     encoder, centres and AdamW moments, written by torch.distributed.checkpoint: centres and
-                          their moments as one tensor over all classes (DTensor), so another world size can read them
+        *.safetensors     encoder, centres and AdamW moments, written by
+                          torch.distributed.checkpoint: centres and their moments as one tensor over
+                          all classes (DTensor), so another world size can read them
         state.json        step, data position, configuration fingerprint, versions
         manifest.json     size and sha256 of every file; written last
       .step_00000400.tmp/ a save in progress; a leftover is deleted at the next start
 
-A save is committed by one directory rename after everything is on disk. Before loading, every byte is checked against
-the manifest; when the newest commit is damaged the previous one is used, loudly. Nothing is ever unpickled.
-Cost: three times the parameters in bytes (weight and two moments, fp32), hashed once when saved and once when loaded.
+A save is committed by one directory rename after everything is on disk. Before loading, every byte
+is checked against the manifest; when the newest commit is damaged the previous one is used, loudly.
+Nothing is ever unpickled. Cost: three times the parameters in bytes (weight and two moments, fp32),
+hashed once when saved and once when loaded.
 """
 
 import json
@@ -35,7 +37,8 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint that is damaged, missing or not of this run; the message says which and what to do."""
+    """A checkpoint that is damaged, missing or not of this run; the message says which and what "
+    "to do."""
 
 
 class Checkpointer:
@@ -89,9 +92,11 @@ class Checkpointer:
         return final
 
     def load(self, resume: str) -> dict | None:
-        """Restore by the rule auto | never | PATH; returns the stored state, or None for a fresh start.
+        """Restore by the rule auto | never | PATH; returns the stored state, or None for a fresh
+        start.
 
-        Raises BadCheckpoint on all ranks when a named checkpoint, or every existing one, is unusable.
+        Raises BadCheckpoint on all ranks when a named checkpoint, or every existing one, is
+        unusable.
         """
         answer = broadcast_object(self._choose(resume) if self._ranks.is_main else None)
         if "error" in answer:
@@ -155,7 +160,8 @@ class Checkpointer:
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint directory; an empty list means every byte is as it was saved."""
+    """What is wrong with a checkpoint directory; an empty list means every byte is as it was "
+    "saved."""
     manifest_path = path / "manifest.json"
     if not manifest_path.is_file():
         return ["no manifest.json: not a committed checkpoint"]

@@ -1,7 +1,7 @@
 """The command line: the public trainer's flags, frozen, turned into a TrainConfig once.
 
-`build_parser` needs no torch, so `--help` is instant. Lists take one value for all heads or one per head. Flags that
-have no effect here are accepted and say so once.
+`build_parser` needs no torch, so `--help` is instant. Lists take one value for all heads or one per
+head. Flags that have no effect here are accepted and say so once.
 """
 
 import argparse
@@ -78,7 +78,8 @@ IDLE_FLAGS = {
     **{
         flag: "it had no effect in the public trainer either"
         for flag in (
-            "--dataloader-type", "--dali_is_training", "--input_gray", "--model_weight", "--mask", "--repeat_pfc",
+            "--dataloader-type", "--dali_is_training", "--input_gray", "--model_weight", "--mask",
+            "--repeat_pfc",
             "--save_pfc", "--visualize", "--vis_samples", "--vis_interval",
         )
     },
@@ -186,7 +187,8 @@ def build_heads(args, template) -> tuple:
     for name, values in given.items():
         if len(values) not in (1, num_heads):
             raise ValueError(
-                f"--{name} has {len(values)} values for {num_heads} heads: give one, or one per head"
+                f"--{name} has {len(values)} values for {num_heads} heads: give one, or one per "
+                "head"
             )
     rows = [
         {name: values[i if len(values) > 1 else 0] for name, values in given.items()}

@@ -1,7 +1,7 @@
 """The process group and its collectives; the only reader of RANK, WORLD_SIZE and LOCAL_RANK.
 
-NCCL on GPUs, gloo on CPUs, and a group of one without a launcher, so that no other module asks whether a group exists.
-All collectives here move equal shapes from every rank.
+NCCL on GPUs, gloo on CPUs, and a group of one without a launcher, so that no other module asks
+whether a group exists. All collectives here move equal shapes from every rank.
 """
 
 import json
@@ -84,10 +84,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows_with_grad(rows: torch.Tensor) -> torch.Tensor:
-    """all_gather_rows with gradient, for a loss that every rank computes from all rows but with its own classes.
+    """all_gather_rows with gradient, for a loss that every rank computes from all rows but with its
+    own classes.
 
-    Backward sums what all ranks say about a row, takes this rank's rows and multiplies by the world size, so that the
-    averaging of data parallelism gives the gradient of the global loss.
+    Backward sums what all ranks say about a row, takes this rank's rows and multiplies by the world
+    size, so that the averaging of data parallelism gives the gradient of the global loss.
     """
     return _GatherRows.apply(rows)
 
@@ -107,7 +108,8 @@ class _SumOverRanks(torch.autograd.Function):
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Sum of every rank's tensor, whose gradient reaches each summand unchanged.
 
-    Right for a loss that all ranks compute alike from the sum: each holds one and the same loss, not a share of it.
+    Right for a loss that all ranks compute alike from the sum: each holds one and the same loss,
+    not a share of it.
     """
     return _SumOverRanks.apply(value)
 
@@ -124,7 +126,8 @@ def broadcast_object(value):
 
 
 def all_gather_json(value) -> list:
-    """Every rank's JSON-like value, in rank order, on every rank; as JSON text padded to equal length."""
+    """Every rank's JSON-like value, in rank order, on every rank; as JSON text padded to equal "
+    "length."""
     data = json.dumps(value).encode()
     lengths = all_gather_rows(torch.tensor([len(data)]))
     padded = torch.frombuffer(bytearray(data.ljust(int(lengths.max()))), dtype=torch.uint8)

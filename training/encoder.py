@@ -1,7 +1,8 @@
 """The encoder of a run: built and initialised from its config, and exported for others.
 
 OUTPUT/backbone.pt, backbone.json   plain tensors in the source key layout, and their configuration
-OUTPUT/hf/                          Hugging Face folder: config, safetensors, image processor, modelling code
+OUTPUT/hf/                          Hugging Face folder: config, safetensors, image processor,
+                                    modelling code
 """
 
 from pathlib import Path
@@ -18,7 +19,8 @@ from .config import ModelConfig
 def build_encoder(config: ModelConfig, seed: int) -> LlavaViTPackingModel:
     """Packing model in fp32 with seeded random weights, or with those of `init_from`.
 
-    Raises ValueError when `init_from` is neither a Hugging Face folder nor a weights file, or does not fit.
+    Raises ValueError when `init_from` is neither a Hugging Face folder nor a weights file, or does
+    not fit.
     """
     if config.init_from is None:
         torch.manual_seed(seed)

@@ -1,4 +1,5 @@
-"""Learning-rate factor as a pure function of the step: nothing is stored, nothing can drift on resume.
+"""Learning-rate factor as a pure function of the step: nothing is stored, nothing can drift on
+resume.
 
 warm-up   (step + 1) / warmup_steps                        step < warmup_steps
 decay     (1 - (step - warmup) / (total - warmup)) ** power
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """`total_samples` over all heads decides the number of steps; `warmup_ratio` is a share of them."""
+    """`total_samples` over all heads decides the number of steps; `warmup_ratio` is a share of "
+    "them."""
 
     total_samples: int = 60_000_000
     warmup_ratio: float = 0.1
@@ -18,7 +20,8 @@ class ScheduleConfig:
     def __post_init__(self):
         if self.total_samples < 1 or not 0 <= self.warmup_ratio < 1:
             raise ValueError(
-                f"--num_sampled_data {self.total_samples} must be positive, --warmup_ratio {self.warmup_ratio} in [0, 1)"
+                f"--num_sampled_data {self.total_samples} must be positive, --warmup_ratio "
+                f"{self.warmup_ratio} in [0, 1)"
             )
 
     def total_steps(self, samples_per_step: int) -> int:

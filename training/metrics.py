@@ -1,7 +1,8 @@
-"""What a run says about itself: metrics.jsonl (the record, every step), one console line, a TensorBoard copy.
+"""What a run says about itself: metrics.jsonl (the record, every step), one console line, a
+TensorBoard copy.
 
-Losses stay on the device until a line is due, so logging costs no synchronisation per step. On resume everything
-after the checkpoint is cut off, so the record holds every step exactly once.
+Losses stay on the device until a line is due, so logging costs no synchronisation per step. On
+resume everything after the checkpoint is cut off, so the record holds every step exactly once.
 """
 
 import json
@@ -15,7 +16,8 @@ from .distributed import Ranks
 
 
 def truncate_records(path: Path, step: int) -> None:
-    """Keep the records of steps up to `step` of a .jsonl file; a half-written last line goes too."""
+    """Keep the records of steps up to `step` of a .jsonl file; a half-written last line goes "
+    "too."""
     if not path.exists():
         return
     kept = []
@@ -32,7 +34,8 @@ def truncate_records(path: Path, step: int) -> None:
 
 
 class Ledger:
-    """consumed-RANK.jsonl: which samples this rank trained on at which step; the proof of exactly once."""
+    """consumed-RANK.jsonl: which samples this rank trained on at which step; the proof of exactly "
+    "once."""
 
     def __init__(self, output: Path, rank: int, step: int):
         path = output / f"consumed-{rank:05d}.jsonl"
@@ -40,7 +43,8 @@ class Ledger:
         self._file = open(path, "a", buffering=1)
 
     def record(self, step: int, batches: dict) -> None:
-        """Note the samples of one micro step; rows of weight 0 are the tail's padding and do not count."""
+        """Note the samples of one micro step; rows of weight 0 are the tail's padding and do not "
+        "count."""
         for head, batch in batches.items():
             ids = batch.sample_ids[: batch.num_samples][batch.weights > 0].tolist()
             line = {
@@ -58,7 +62,8 @@ class Ledger:
 
 
 class MetricLogger:
-    """Collects step values on the device and writes them every `log_every` steps; silent on ranks other than 0."""
+    """Collects step values on the device and writes them every `log_every` steps; silent on ranks "
+    "other than 0."""
 
     def __init__(
         self,
@@ -87,7 +92,8 @@ class MetricLogger:
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, values: dict, samples: int, tokens: int, data_wait: float) -> None:
-        """Note one optimizer step. values: name -> float or scalar tensor; samples and tokens of all ranks."""
+        """Note one optimizer step. values: name -> float or scalar tensor; samples and tokens of "
+        "all ranks."""
         self._pending.append({"step": step, **values})
         self._samples, self._tokens, self._steps = (
             self._samples + samples,
@@ -99,7 +105,8 @@ class MetricLogger:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending: every step to the record, the last one to console and TensorBoard."""
+        """Write what is pending: every step to the record, the last one to console and "
+        "TensorBoard."""
         if self._file is None or not self._pending:
             self._pending.clear()
             return
@@ -132,9 +139,11 @@ class MetricLogger:
         )
         left = (self._total - last["step"]) * seconds / max(self._steps, 1)
         return (
-            f"step {last['step']}/{self._total} | {losses} | {speed['samples_per_s']:.1f} samples/s | "
+            f"step {last['step']}/{self._total} | {losses} | {speed['samples_per_s']:.1f} "
+            "samples/s | "
             f"{speed['tokens_per_s'] / 1000:.1f}k tokens/s | data wait {speed['data_wait']:.0%} | "
-            f"lr {last['lr']:.2e} | grad norm {last['grad_norm']:.2f} | ETA {int(left // 60)}:{int(left % 60):02d}"
+            f"lr {last['lr']:.2e} | grad norm {last['grad_norm']:.2f} | ETA "
+            f"{int(left // 60)}:{int(left % 60):02d}"
         )
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
-"""One AdamW over encoder and centres, its parameter groups by role, and one global gradient norm."""
+"""One AdamW over encoder and centres, its parameter groups by role, and one global gradient "
+"norm."""
 
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. `clip_norm` bounds the norm over encoder and all centres of all ranks together; 0 switches it off."""
+    """AdamW. `clip_norm` bounds the norm over encoder and all centres of all ranks together; 0 "
+    "switches it off."""
 
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -21,7 +23,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.lr <= 0 or self.weight_decay < 0 or self.weight_decay_centers < 0:
             raise ValueError(
-                f"--lr {self.lr} must be positive, --weight_decay {self.weight_decay} and --weight_decay_pfc "
+                f"--lr {self.lr} must be positive, --weight_decay {self.weight_decay} and "
+                "--weight_decay_pfc "
                 f"{self.weight_decay_centers} not negative"
             )
 
@@ -34,7 +37,8 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 def build_optimizer(
     encoder: nn.Module, heads: dict[str, tuple[nn.Module, float]], config: OptimizerConfig
 ):
-    """AdamW with one group per role, each carrying `name` and `lr_scale`; heads: name -> (module, lr scale)."""
+    """AdamW with one group per role, each carrying `name` and `lr_scale`; heads: name -> (module, "
+    "lr scale)."""
     named = [
         (name, parameter)
         for name, parameter in encoder.named_parameters()
@@ -74,7 +78,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, base_lr: float, factor: 
 
 
 def global_grad_norm(encoder: nn.Module, heads: list[nn.Module]) -> torch.Tensor:
-    """Norm of all gradients: the encoder's once (equal on all ranks) and every rank's centres. A scalar tensor."""
+    """Norm of all gradients: the encoder's once (equal on all ranks) and every rank's centres. A "
+    "scalar tensor."""
     replicated = _squared_norm(encoder.parameters())
     sharded = _squared_norm(parameter for head in heads for parameter in head.parameters())
     dist.all_reduce(sharded)

@@ -1,6 +1,8 @@
-"""A run is a function that returns a whole TrainConfig and says its command, its cost and what to expect.
+"""A run is a function that returns a whole TrainConfig and says its command, its cost and what to
+expect.
 
-Command line flags are laid over a preset; without one, over `baseline`, the public trainer's defaults.
+Command line flags are laid over a preset; without one, over `baseline`, the public trainer's
+defaults.
 """
 
 from dataclasses import replace
@@ -15,9 +17,11 @@ from .optimizer import OptimizerConfig
 
 
 def baseline() -> TrainConfig:
-    """The public trainer's defaults: batch 32 per GPU, 60 M samples, lr 1e-3, a tenth of the negatives.
+    """The public trainer's defaults: batch 32 per GPU, 60 M samples, lr 1e-3, a tenth of the
+    negatives.
 
-    torchrun --nproc_per_node 8 -m training.train_univit --list_datasets DIR --list_batch_size 64 --output OUT
+    torchrun --nproc_per_node 8 -m training.train_univit --list_datasets DIR --list_batch_size 64
+    --output OUT
     """
     return TrainConfig(schedule=ScheduleConfig(warmup_ratio=0.2))
 
@@ -49,9 +53,9 @@ def demo() -> TrainConfig:
 
     torchrun --nproc_per_node 2 -m training.train_univit --preset demo --output DIR
 
-    1200 clips of 64 frames at 112 px, 98 tokens each: half of the time the codec view (one I-frame and the 49 best
-    P-frame patches), half of the time two whole frames. 64 clusters of the codec descriptor are the classes. What to
-    expect is in docs/evaluation.md.
+    1200 clips of 64 frames at 112 px, 98 tokens each: half of the time the codec view (one I-frame
+    and the 49 best P-frame patches), half of the time two whole frames. 64 clusters of the codec
+    descriptor are the classes. What to expect is in docs/evaluation.md.
     """
     head = HeadConfig(
         stream=StreamConfig(

@@ -1,8 +1,9 @@
 """Entry point of training: `torchrun --nproc_per_node N -m training.train_univit ...`.
 
-Parses the command line, writes the configuration before anything runs, prepares the embedded data set when no other
-is named, trains, and leaves exit.json with the outcome. Exit codes: 0 done, 1 user's mistake or unknown error,
-5 non-finite loss, 6 bad checkpoint, 7 checkpoint of another configuration.
+Parses the command line, writes the configuration before anything runs, prepares the embedded data
+set when no other is named, trains, and leaves exit.json with the outcome. Exit codes: 0 done, 1
+user's mistake or unknown error, 5 non-finite loss, 6 bad checkpoint, 7 checkpoint of another
+configuration.
 """
 
 import json
@@ -74,7 +75,8 @@ def _write_run_record(output: Path, config) -> None:
 
 
 def _load_datasets(args, config, ranks, logger) -> dict:
-    """Dataset of every head by name (None: synthetic); the embedded set is made under the output folder first."""
+    """Dataset of every head by name (None: synthetic); the embedded set is made under the output "
+    "folder first."""
     import torch.distributed as dist
 
     from data_pipeline.datasets import EMBEDDED, prepare_embedded, register_dataset, resolve_dataset
@@ -86,7 +88,8 @@ def _load_datasets(args, config, ranks, logger) -> dict:
         if ranks.is_main:
             if args.list_datasets is None and args.preset is None:
                 logger.info(
-                    "no --list_datasets given: making, packing and clustering the embedded %s set in %s, and training "
+                    "no --list_datasets given: making, packing and clustering the embedded %s set "
+                    "in %s, and training "
                     "with the demo preset under your flags",
                     EMBEDDED,
                     folder,

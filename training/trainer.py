@@ -5,7 +5,8 @@
     loss    = sum of weight * PartialFC(pooled)       centres sharded over the ranks
     backward, one global gradient norm, stop unless finite, clip, AdamW, log, checkpoint
 
-State is one integer, the step; the learning rate, the data position and every random draw follow from it.
+State is one integer, the step; the learning rate, the data position and every random draw follow
+from it.
 """
 
 import contextlib
@@ -79,7 +80,8 @@ class Trainer:
         self.streams = {head.name: self._build_stream(head) for head in config.heads}
 
     def train(self) -> None:
-        """Run to the last step; leaves checkpoints, logs and the exported encoder in the output folder."""
+        """Run to the last step; leaves checkpoints, logs and the exported encoder in the output "
+        "folder."""
         config = self.config
         self._announce()
         self.encoder.train()
@@ -157,7 +159,8 @@ class Trainer:
     def _stop_unless_finite(
         self, norm: torch.Tensor, reported: dict, batches: dict[str, PackedBatch]
     ) -> None:
-        """The norm covers all ranks, so all ranks stop together; the one value read back per step."""
+        """The norm covers all ranks, so all ranks stop together; the one value read back per "
+        "step."""
         if np.isfinite(norm.item()):
             return
         losses = {name: round(value.item(), 4) for name, value in reported.items()}
@@ -165,12 +168,15 @@ class Trainer:
             name: batch.sample_ids[: batch.num_samples].tolist() for name, batch in batches.items()
         }
         raise NonFiniteLoss(
-            f"step {self.step + 1}: gradient norm {norm.item()}, losses {losses}; samples of rank {self.ranks.rank}: "
-            f"{ids}. No weight was changed: lower --lr, or resume from an older checkpoint with --resume PATH"
+            f"step {self.step + 1}: gradient norm {norm.item()}, losses {losses}; samples of rank "
+            f"{self.ranks.rank}: "
+            f"{ids}. No weight was changed: lower --lr, or resume from an older checkpoint with "
+            "--resume PATH"
         )
 
     def state(self) -> dict:
-        """What a checkpoint stores beside tensors: the data position and what must match on resume."""
+        """What a checkpoint stores beside tensors: the data position and what must match on "
+        "resume."""
         return {
             "next_batch": self.step * self.config.grad_accum_steps,
             "plans": {
@@ -217,21 +223,22 @@ class Trainer:
         )
         patch_size = self.encoder.config.patch_size
         if dataset is None:
-            return SyntheticStream(
-                stream.batch_size, stream.view.max_tokens, patch_size, SYNTHETIC_CLASSES, stream.labels_per_step,
-                self.config.seed, rank, start,
-            )  # fmt: skip
+            shape = (stream.batch_size, stream.view.max_tokens, patch_size)
+            targets = (SYNTHETIC_CLASSES, stream.labels_per_step)
+            return SyntheticStream(*shape, *targets, self.config.seed, rank, start)
         packed_size = dataset.manifest.settings["patch_size"]
         if packed_size != patch_size:
             raise ValueError(
-                f"{head.dataset} was packed with patch size {packed_size}, {self.config.model.name} takes {patch_size}: "
+                f"{head.dataset} was packed with patch size {packed_size}, "
+                f"{self.config.model.name} takes {patch_size}: "
                 f"pack again with --patch-size {patch_size}, or choose another --model_name"
             )
         built = HeadStream(dataset, stream, self.config.seed, rank, world_size, start)
         saved = self._saved_plans.get(head.name, built.plan.sha256)
         if saved != built.plan.sha256:
             raise ConfigMismatch(
-                f"{head.dataset} changed since the checkpoint was saved (its plan differs): restore the data, or start "
+                f"{head.dataset} changed since the checkpoint was saved (its plan differs): "
+                "restore the data, or start "
                 "over with --resume never or another --output"
             )
         return built

@@ -1,14 +1,17 @@
-"""A codec descriptor: what can be said of a clip from its motion and residual alone, without any weights.
+"""A codec descriptor: what can be said of a clip from its motion and residual alone, without any
+weights.
 
-For each clip, camera motion (the frame's median vector) taken away, over the coarse G x G motion grid:
+For each clip, camera motion (the frame's median vector) taken away, over the coarse G x G motion
+grid:
 
     direction   histogram over 8 directions, weighted by speed
-    swirl       turning and spreading about the centre of motion: sum of cross and dot products of place and velocity
+    swirl       turning and spreading about the centre of motion: sum of cross and dot products of
+                place and velocity
     speed       histogram of cell speeds, and of residuals
     colour      mean and spread of the first frame's RGB, and a histogram of its gradient directions
 
-Motion is what the label is about, so its blocks weigh most. Images have no motion: those blocks stay zero.
-Cost: under 2 ms per clip.
+Motion is what the label is about, so its blocks weigh most. Images have no motion: those blocks
+stay zero. Cost: under 2 ms per clip.
 """
 
 import numpy as np
@@ -27,7 +30,8 @@ WEIGHTS = {
 
 
 def codec_descriptor(motion: np.ndarray | None, picture: np.ndarray) -> np.ndarray:
-    """Descriptor float32 [D] of motion [T, G, G, 3] (None for an image) and one picture uint8 [H, W, 3]."""
+    """Descriptor float32 [D] of motion [T, G, G, 3] (None for an image) and one picture uint8 [H, "
+    "W, 3]."""
     blocks = {
         "direction": np.zeros(DIRECTIONS),
         "swirl": np.zeros(2),
@@ -64,7 +68,8 @@ def _motion_blocks(motion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _swirl(velocity: np.ndarray, speed: np.ndarray) -> np.ndarray:
-    """Mean sine and cosine of the angle between a cell's place (from the frame's centre of motion) and its velocity."""
+    """Mean sine and cosine of the angle between a cell's place (from the frame's centre of "
+    "motion) and its velocity."""
     frames, grid, _ = speed.shape
     rows, columns = np.mgrid[:grid, :grid].astype(np.float64)
     # places wrap around the picture, so the centre of motion is a circular mean

@@ -25,7 +25,8 @@ def spherical_kmeans(
 
     if num_centroids < 1 or num_centroids > len(features):
         raise DataPipelineError(
-            f"--num-centroids is {num_centroids}, must be 1 to {len(features)}, the number of samples"
+            f"--num-centroids is {num_centroids}, must be 1 to {len(features)}, the number of "
+            "samples"
         )
     if not np.isfinite(features).all():
         bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
@@ -61,7 +62,8 @@ def save_centroids(directory: Path, centroids: np.ndarray, details: dict) -> Non
 
 
 def load_centroids(directory: Path) -> tuple[np.ndarray, dict]:
-    """Centroids float32 [K, D] and their record; MissingData or DataPipelineError names what is wrong."""
+    """Centroids float32 [K, D] and their record; MissingData or DataPipelineError names what is "
+    "wrong."""
     if not (directory / RECORD_NAME).is_file():
         raise MissingData(
             f"{directory} holds no {RECORD_NAME}: make it with `python -m data_pipeline cluster`"

@@ -1,4 +1,5 @@
-"""The nearest centroids of every sample, nearest first: labels.npy, a side file bound to its manifest.
+"""The nearest centroids of every sample, nearest first: labels.npy, a side file bound to its
+manifest.
 
     labels.npy    int32 [N, L], row = sample id; -1 pads a row and is ignored by the loss
     labels.json   manifest sha256, number of classes, sha256 of labels.npy
@@ -52,13 +53,16 @@ def save_labels(
 def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
     """Labels int32 [N, L] of a manifest and the number of classes.
 
-    Raises MissingData without files, CorruptShard for labels of another manifest, changed bytes or ids out of range.
+    Raises MissingData without files, CorruptShard for labels of another manifest, changed bytes or
+    ids out of range.
     """
     record_path = directory / RECORD_NAME
     if not record_path.is_file():
         raise MissingData(
-            f"{record_path} does not exist: make it with `python -m data_pipeline cluster {manifest.directory} "
-            f"--num-centroids K --output CENTROIDS` and `python -m data_pipeline label {manifest.directory} "
+            f"{record_path} does not exist: make it with `python -m data_pipeline cluster "
+            f"{manifest.directory} "
+            "--num-centroids K --output CENTROIDS` and `python -m data_pipeline label "
+            f"{manifest.directory} "
             "--centroids CENTROIDS`"
         )
     record = json.loads(record_path.read_bytes())

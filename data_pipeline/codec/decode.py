@@ -1,8 +1,9 @@
 """Any readable video -> T frames by timestamp, scaled to the working size.
 
-Two passes: packets are listed once without decoding (their timestamps are the clip's true time line), T of them are
-chosen at even times, and one decoding pass keeps only those frames, already scaled. Memory is T working-size frames
-whatever the length; time is one full decode. Errors are never concealed: damaged bytes reject the input.
+Two passes: packets are listed once without decoding (their timestamps are the clip's true time
+line), T of them are chosen at even times, and one decoding pass keeps only those frames, already
+scaled. Memory is T working-size frames whatever the length; time is one full decode. Errors are
+never concealed: damaged bytes reject the input.
 
 Shape legend: T frames, H, W working height and width.
 """
@@ -40,8 +41,9 @@ class Framing:
 def frame_to(height: float, width: float, size: int, patch_size: int, fit: str) -> Framing:
     """Choose the working size of a picture of any shape (pixels already square).
 
-    crop: short side to `size`, centre square of `size` x `size`. area: keep the aspect ratio with about `size` ** 2
-    pixels. Sides are multiples of the patch size. Raises ValueError when `size` is no such multiple.
+    crop: short side to `size`, centre square of `size` x `size`. area: keep the aspect ratio with
+    about `size` ** 2 pixels. Sides are multiples of the patch size. Raises ValueError when `size`
+    is no such multiple.
     """
     if size % patch_size or size % 2:
         raise ValueError(f"size {size} must be even and a multiple of the patch size {patch_size}")
@@ -83,9 +85,11 @@ def decode_video(
     fit: str = "crop",
     limits: InputLimits | None = None,
 ) -> DecodedVideo:
-    """Decode `num_frames` frames at even timestamps; fewer when the video has fewer, never a repeated one.
+    """Decode `num_frames` frames at even timestamps; fewer when the video has fewer, never a
+    repeated one.
 
-    Raises RejectedInput: container, no_video, too_large, decode (damaged), truncated (announced frames are missing).
+    Raises RejectedInput: container, no_video, too_large, decode (damaged), truncated (announced
+    frames are missing).
     """
     import av
 
@@ -132,7 +136,8 @@ def decode_video(
 
 
 def _timeline(container, stream, limits, path):
-    """Sorted presentation stamps of all packets, and whether they are mere frame numbers (no timestamps in file)."""
+    """Sorted presentation stamps of all packets, and whether they are mere frame numbers (no "
+    "timestamps in file)."""
     stamps, count = [], 0
     for packet in container.demux(stream):
         if packet.size == 0:

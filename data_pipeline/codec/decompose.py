@@ -1,10 +1,11 @@
 """Any video -> canonical I/P stream -> what a codec knows: frame types, motion vectors, residuals.
 
-Sources come in many codecs, most of which export no motion vectors, and at any frame rate. So the T chosen frames are
-encoded again, in memory, to one canonical H.264 stream (I and P frames only, fixed closed GOP, one reference, one
-thread, fixed preset): its vectors say how each frame follows from the frame *shown before*, at the sampled rate, and
-the same frames give the same bytes everywhere. The residual is what motion compensation leaves unexplained.
-Cost at 224 px and 64 frames on one core: about 0.15 s to encode, 0.03 s to decode, 0.3 s to predict.
+Sources come in many codecs, most of which export no motion vectors, and at any frame rate. So the T
+chosen frames are encoded again, in memory, to one canonical H.264 stream (I and P frames only,
+fixed closed GOP, one reference, one thread, fixed preset): its vectors say how each frame follows
+from the frame *shown before*, at the sampled rate, and the same frames give the same bytes
+everywhere. The residual is what motion compensation leaves unexplained. Cost at 224 px and 64
+frames on one core: about 0.15 s to encode, 0.03 s to decode, 0.3 s to predict.
 
 Shape legend: T frames, H, W working size.
 """
@@ -19,16 +20,18 @@ from ..errors import RejectedInput
 from .decode import decode_video
 from .motion_compensation import predict_luma
 
-MOTION_CELL = 8  # motion vectors are kept on a grid of 8 x 8 pixels, the smallest block of the canonical stream
+MOTION_CELL = 8  # side of a motion cell in pixels: the smallest block of the canonical stream
 
 
 @dataclass(frozen=True)
 class CodecClip:
-    """A clip with its codec view. Frame 0 is an I-frame; I-frames carry zero motion and zero residual.
+    """A clip with its codec view. Frame 0 is an I-frame; I-frames carry zero motion and zero
+    residual.
 
     frames    uint8   [T, H, W, 3]    RGB, before the canonical encoding
     is_i_frame bool   [T]
-    motion    float32 [T, H/8, W/8, 2]  displacement (x, y) in pixels of the content since the frame before
+    motion    float32 [T, H/8, W/8, 2]  displacement (x, y) in pixels of the content since the frame
+              before
                       (grid rounded up)
     residual  uint8   [T, H, W]       |luma - motion-compensated prediction|
     times     int64   [T]             temporal positions on the 0..63 time base
@@ -54,7 +57,8 @@ def decompose_video(
     fit: str = "crop",
     limits=None,
 ) -> CodecClip:
-    """Decode, choose and decompose one video; see decode_video for the frames and the reasons of rejection."""
+    """Decode, choose and decompose one video; see decode_video for the frames and the reasons of "
+    "rejection."""
     video = decode_video(path, num_frames, size, patch_size, fit, limits)
     return decompose_frames(
         video.frames, gop, video.seconds, num_frames, video.num_source_frames, video.codec
@@ -71,8 +75,8 @@ def decompose_frames(
 ) -> CodecClip:
     """Codec view of uint8 frames [T, H, W, 3]; H and W even.
 
-    Temporal positions spread the T frames evenly over 0..time_base-1 (round half to even), as the public
-    `interpolate_frame_indices` does, so a short clip keeps its true relative times.
+    Temporal positions spread the T frames evenly over 0..time_base-1 (round half to even), as the
+    public `interpolate_frame_indices` does, so a short clip keeps its true relative times.
     """
     count = len(frames)
     luma, is_i_frame, vectors = _canonical_stream(frames, gop)
@@ -92,7 +96,8 @@ def decompose_frames(
 
 
 def _canonical_stream(frames, gop):
-    """Encode and decode again: luma uint8 [T, H, W], is_i_frame bool [T], raw motion vectors per frame."""
+    """Encode and decode again: luma uint8 [T, H, W], is_i_frame bool [T], raw motion vectors per "
+    "frame."""
     import av
     from av.codec.context import Flags2
     from av.video.frame import PictureType
@@ -103,8 +108,8 @@ def _canonical_stream(frames, gop):
     encoder.options = {
         "preset": "medium",
         "crf": "18",
-        "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:ref=1:threads=1:open-gop=0:weightp=0"
-        ":mbtree=0:rc-lookahead=0:sync-lookahead=0",
+        "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:ref=1:threads=1"
+        ":open-gop=0:weightp=0:mbtree=0:rc-lookahead=0:sync-lookahead=0",
     }
     packets = []
     for number, picture in enumerate(frames):
@@ -148,7 +153,8 @@ def per_pixel(cells: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Block vectors -> int32 [H/8, W/8, 2] in quarter pixels, pointing into the reference; intra blocks get zero."""
+    """Block vectors -> int32 [H/8, W/8, 2] in quarter pixels, pointing into the reference; intra "
+    "blocks get zero."""
     field = np.zeros((*_cells(height, width), 2), np.int32)
     if len(vectors) == 0:
         return field

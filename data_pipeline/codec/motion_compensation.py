@@ -1,8 +1,9 @@
 """Quarter-pel motion compensation of a luma plane, as ITU-T H.264 section 8.4.2.2.1 defines it.
 
-FFmpeg exports the vectors of a stream but not the prediction they make, so it is rebuilt here: half-pel samples by
-the six-tap filter (1, -5, 20, 20, -5, 1) / 32, quarter-pel samples by averaging the two nearest of those. Beyond the
-border the edge repeats. Cost: five filter passes and four gathers per frame.
+FFmpeg exports the vectors of a stream but not the prediction they make, so it is rebuilt here:
+half-pel samples by the six-tap filter (1, -5, 20, 20, -5, 1) / 32, quarter-pel samples by averaging
+the two nearest of those. Beyond the border the edge repeats. Cost: five filter passes and four
+gathers per frame.
 """
 
 import numpy as np
@@ -14,7 +15,8 @@ PAD = 8  # the filter reaches 3 samples out; farther out all samples of an edge 
 def predict_luma(reference: np.ndarray, vectors: np.ndarray, cell: int) -> np.ndarray:
     """Prediction int16 [H, W] of a frame from the one before.
 
-    reference: uint8 [H, W]; vectors: int32 [H/cell, W/cell, 2], quarter pixels (x, y) from the block to its source.
+    reference: uint8 [H, W]; vectors: int32 [H/cell, W/cell, 2], quarter pixels (x, y) from the
+    block to its source.
     """
     height, width = reference.shape
     plane = _half_pel_plane(reference)
@@ -24,8 +26,8 @@ def predict_luma(reference: np.ndarray, vectors: np.ndarray, cell: int) -> np.nd
     x = np.clip(x + 4 * PAD, 0, 4 * (width + 2 * PAD - 1))
     y = np.clip(y + 4 * PAD, 0, 4 * (height + 2 * PAD - 1))
     left, top, odd_x, odd_y = x >> 1, y >> 1, x & 1, y & 1
-    # a sample between two half-pel positions is the mean of the two; when both coordinates lie between, the pair is
-    # the diagonal whose ends are half-pel in one direction only
+    # a sample between two half-pel positions is the mean of the two; when both coordinates lie
+    # between, the pair is the diagonal whose ends are half-pel in one direction only
     anti = odd_x & odd_y & ((left + top) & 1 ^ 1)
     first = plane[top + anti, left]
     second = plane[top + (odd_y ^ anti), left + odd_x]

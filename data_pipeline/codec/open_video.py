@@ -1,7 +1,9 @@
-"""Opening files from strangers: a container white list, local files only, limits before any decoding.
+"""Opening files from strangers: a container white list, local files only, limits before any
+decoding.
 
-Playlists, network protocols and container formats outside the list never reach a demuxer (an ffconcat text named
-.mp4 would otherwise read other local files). Sizes are checked on headers, so a bomb is refused before it unpacks.
+Playlists, network protocols and container formats outside the list never reach a demuxer (an
+ffconcat text named .mp4 would otherwise read other local files). Sizes are checked on headers, so a
+bomb is refused before it unpacks.
 """
 
 from dataclasses import dataclass
@@ -79,13 +81,15 @@ def open_video(path: Path, limits: InputLimits):
         container.close()
         raise RejectedInput(
             "too_large",
-            f"{path} is {size}; the limits are {limits.max_pixels} pixels and {limits.max_seconds:.0f} s",
+            f"{path} is {size}; the limits are {limits.max_pixels} pixels and "
+            f"{limits.max_seconds:.0f} s",
         )
     return container, stream
 
 
 def open_image(path: Path, limits: InputLimits) -> np.ndarray:
-    """Read one picture as uint8 RGB [H, W, 3]: EXIF rotation applied, alpha laid on white, first frame of animations.
+    """Read one picture as uint8 RGB [H, W, 3]: EXIF rotation applied, alpha laid on white, first
+    frame of animations.
 
     Raises RejectedInput with reason image or too_large.
     """

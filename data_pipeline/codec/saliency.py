@@ -1,11 +1,15 @@
-"""How much news each patch carries: motion that the camera does not explain, and residual that motion does not.
+"""How much news each patch carries: motion that the camera does not explain, and residual that
+motion does not.
 
-    motion_TP    mean over the patch of |v - v_camera|, v_camera = the frame's median vector (option)
+    motion_TP    mean over the patch of |v - v_camera|, v_camera = the frame's median vector
+                 (option)
     residual_TP  mean over the patch of the luma residual
-    saliency     (w_m * motion / p95(motion) + w_r * residual / p95(residual)) / (w_m + w_r), each clipped to 1
+    saliency     (w_m * motion / p95(motion) + w_r * residual / p95(residual)) / (w_m + w_r), each
+                 clipped to 1
 
-The 95th percentiles are taken over the P-frame patches of the whole clip, with floors: a frame where little happens
-does not compete as an equal with one where much does, and noise of a still scene is not blown up to full scale.
+The 95th percentiles are taken over the P-frame patches of the whole clip, with floors: a frame
+where little happens does not compete as an equal with one where much does, and noise of a still
+scene is not blown up to full scale.
 
 Shape legend: T frames, h, w patch grid.
 """
@@ -21,7 +25,8 @@ CAMERA_MODELS = ("none", "median")
 
 @dataclass(frozen=True)
 class SaliencyConfig:
-    """Weights and floors of the formula above; `motion_floor` in pixels per frame, `residual_floor` in luma steps."""
+    """Weights and floors of the formula above; `motion_floor` in pixels per frame, "
+    "`residual_floor` in luma steps."""
 
     camera: str = "median"
     motion_weight: float = 1.0
@@ -71,9 +76,11 @@ def _normalised(values: np.ndarray, p_frames: np.ndarray, floor: float) -> np.nd
 
 
 def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:
-    """Coarse codec view float16 [T, grid, grid, 3]: mean vector (x, y) in pixels and mean residual of each cell.
+    """Coarse codec view float16 [T, grid, grid, 3]: mean vector (x, y) in pixels and mean residual
+    of each cell.
 
-    It goes into the shard, so that clips can be described, clustered and drawn without decoding them again.
+    It goes into the shard, so that clips can be described, clustered and drawn without decoding
+    them again.
     """
     motion = per_pixel(clip.motion, *clip.residual.shape[1:])
     channels = np.concatenate([motion, clip.residual[..., None].astype(np.float32)], axis=-1)

@@ -1,9 +1,9 @@
 """Which patches survive: every I-frame patch, then the best P-frame patches, within a token budget.
 
-The order is the contract: I-frame patches first (raster order), then P-frame patches by falling saliency, ties by
-position. So any smaller budget is a prefix of a larger one and nothing has to be selected again.
-A clip in which nothing moves has no best P-frame patches; whole P-frames at even times are taken instead, and the
-selection says so (`is_static`).
+The order is the contract: I-frame patches first (raster order), then P-frame patches by falling
+saliency, ties by position. So any smaller budget is a prefix of a larger one and nothing has to be
+selected again. A clip in which nothing moves has no best P-frame patches; whole P-frames at even
+times are taken instead, and the selection says so (`is_static`).
 
 Shape legend: T frames, h, w patch grid, K kept patches.
 """
@@ -17,7 +17,8 @@ STATIC_SALIENCY = 0.02  # a clip whose best patch scores less shows nothing but 
 
 @dataclass(frozen=True)
 class Selection:
-    """positions uint16 [K, 3] (t index of the frame, row, column), scores float16 [K] (I-frame patches 1), is_static."""
+    """positions uint16 [K, 3] (t index of the frame, row, column), scores float16 [K] (I-frame "
+    "patches 1), is_static."""
 
     positions: np.ndarray
     scores: np.ndarray
@@ -33,7 +34,8 @@ def select_patches(saliency: np.ndarray, is_i_frame: np.ndarray, budget: int) ->
     per_frame = height * width
     if budget < per_frame:
         raise ValueError(
-            f"budget {budget} cannot hold one I-frame of {per_frame} patches: raise it or lower the size"
+            f"budget {budget} cannot hold one I-frame of {per_frame} patches: raise it or lower "
+            "the size"
         )
     linear = np.arange(saliency.size).reshape(frames, per_frame)
     intra = linear[is_i_frame].ravel()
@@ -51,7 +53,8 @@ def select_patches(saliency: np.ndarray, is_i_frame: np.ndarray, budget: int) ->
 
 
 def _even_frames(num_p_frames: int, per_frame: int) -> np.ndarray:
-    """Order of P-frame patches that takes whole frames, each next one halving the largest gap (bit-reversed times)."""
+    """Order of P-frame patches that takes whole frames, each next one halving the largest gap "
+    "(bit-reversed times)."""
     bits = max(1, (num_p_frames - 1).bit_length())
     reversed_times = [int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits)]
     times = np.array([t for t in reversed_times if t < num_p_frames])

@@ -1,8 +1,8 @@
 """The only DALI module: encoded pictures in, normalised pixels out.
 
-DALI decodes and normalises in its own threads, a few batches ahead; which bytes it gets is decided by our plan
-through an `external_source` callback that is a pure function of the batch number. On a machine without a GPU the
-same pipeline runs on the CPU.
+DALI decodes and normalises in its own threads, a few batches ahead; which bytes it gets is decided
+by our plan through an `external_source` callback that is a pure function of the batch number. On a
+machine without a GPU the same pipeline runs on the CPU.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,12 @@ from model_factory.packing import CLIP_MEAN, CLIP_STD
 
 
 class PictureDecoder:
-    """Iterates over batches of normalised pictures: each a list of float32 [3, H, W] tensors of any sizes.
+    """Iterates over batches of normalised pictures: each a list of float32 [3, H, W] tensors of any
+    sizes.
 
-    fetch(i) returns the JPEG bytes of batch i as uint8 arrays, at most `max_batch` of them, or raises StopIteration.
-    The tensors of a batch are views of DALI's buffers: use or copy them before asking for the next batch.
+    fetch(i) returns the JPEG bytes of batch i as uint8 arrays, at most `max_batch` of them, or
+    raises StopIteration. The tensors of a batch are views of DALI's buffers: use or copy them
+    before asking for the next batch.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
-"""The loader: one stream of packed batches per head, fed by plan -> reader -> DALI -> views -> packing.
+"""The loader: one stream of packed batches per head, fed by plan -> reader -> DALI -> views ->
+packing.
 
-A stream is a pure function of (dataset, config, batch number); its state is one integer. A thread prepares batches
-ahead, so the trainer waits only when data is slower than training. Reading a stream:
+A stream is a pure function of (dataset, config, batch number); its state is one integer. A thread
+prepares batches ahead, so the trainer waits only when data is slower than training. Reading a
+stream:
 
     requests = plan.batch(i).share(rank, world)        which samples, seen how
     bytes    = reader.read(sample, member)             crc checked
@@ -40,7 +42,8 @@ from .views import (
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """One head's data: samples per rank and batch, views, and how many of the first `label_width` labels are drawn."""
+    """One head's data: samples per rank and batch, views, and how many of the first `label_width` "
+    "labels are drawn."""
 
     batch_size: int = 32
     view: ViewConfig = field(default_factory=ViewConfig)
@@ -51,7 +54,8 @@ class StreamConfig:
     def __post_init__(self):
         if self.batch_size < 1 or not 1 <= self.labels_per_step <= self.label_width:
             raise ValueError(
-                f"batch_size {self.batch_size} must be positive and labels_per_step {self.labels_per_step} "
+                f"batch_size {self.batch_size} must be positive and labels_per_step "
+                f"{self.labels_per_step} "
                 f"between 1 and label_width {self.label_width}"
             )
 
@@ -67,7 +71,8 @@ class _Request:
 
 
 class SampleDecoder:
-    """Bytes and metadata of requested samples, decoded to views. Shared by training streams and sequential readers."""
+    """Bytes and metadata of requested samples, decoded to views. Shared by training streams and "
+    "sequential readers."""
 
     def __init__(self, manifest: Manifest, view: ViewConfig):
         self._manifest = manifest
@@ -91,7 +96,8 @@ class SampleDecoder:
     def view(
         self, request: _Request, pixels: torch.Tensor, rng: np.random.Generator | None
     ) -> View:
-        """Patches of one decoded picture [3, H, W]; frames are drawn by `rng`, or taken in the middle without one."""
+        """Patches of one decoded picture [3, H, W]; frames are drawn by `rng`, or taken in the "
+        "middle without one."""
         info = request.info
         if request.view == "codec":
             return codec_view(pixels, request.positions, info.patch_size, self._view.max_tokens)
@@ -159,7 +165,8 @@ class HeadStream:
         )
 
     def _labels(self, share: PlannedBatch) -> np.ndarray:
-        """int64 [B, L]: labels_per_step of the first label_width labels, drawn per (epoch, sample)."""
+        """int64 [B, L]: labels_per_step of the first label_width labels, drawn per (epoch, "
+        "sample)."""
         config = self._config
         table = self._dataset.labels[share.sample_ids, : config.label_width].astype(np.int64)
         count = min(config.labels_per_step, table.shape[1])
@@ -177,14 +184,16 @@ class HeadStream:
 
 
 def _longest_item(manifest: Manifest, view: ViewConfig) -> int:
-    """Most tokens that any sample can take under any view; names the sample that breaks max_tokens."""
+    """Most tokens that any sample can take under any view; names the sample that breaks "
+    "max_tokens."""
     longest = 1
     for shard in manifest.shards:
         for sample in shard["samples"]:
             whole = sample["grid"][0] * sample["grid"][1]
             if whole > view.max_tokens:
                 raise DataPipelineError(
-                    f"one frame of {sample['source']} is {whole} tokens, --target_num allows {view.max_tokens}: "
+                    f"one frame of {sample['source']} is {whole} tokens, --target_num allows "
+                    f"{view.max_tokens}: "
                     "raise it or pack at a smaller size"
                 )
             frames = view.max_tokens // whole * whole if sample["kind"] == "video" else whole
@@ -194,7 +203,8 @@ def _longest_item(manifest: Manifest, view: ViewConfig) -> int:
 
 
 class MixtureLoader:
-    """{head name: PackedBatch} per step, prepared ahead by one thread. `close` it, or use it as a context manager."""
+    """{head name: PackedBatch} per step, prepared ahead by one thread. `close` it, or use it as a "
+    "context manager."""
 
     def __init__(self, streams: dict[str, Iterator[PackedBatch]], prefetch: int = 2):
         self._streams = streams
@@ -242,7 +252,8 @@ def sequential_batches(
     view: str,
     view_config: ViewConfig | None = None,
 ) -> Iterator[PackedBatch]:
-    """Every given sample once, in order, under one view with fixed frames; the last batch may be smaller.
+    """Every given sample once, in order, under one view with fixed frames; the last batch may be
+    smaller.
 
     For evaluation and feature extraction: no filling, no labels (width 0).
     """

@@ -1,7 +1,8 @@
 """Many views -> one PackedBatch of a fixed number of tokens. The only place that concatenates.
 
-The token count S of a pack is fixed, so a compiled graph sees one shape: what the items leave free is filled with
-zero patches, cut into items no longer than the longest real one, that carry sample id -1 and weight 0.
+The token count S of a pack is fixed, so a compiled graph sees one shape: what the items leave free
+is filled with zero patches, cut into items no longer than the longest real one, that carry sample
+id -1 and weight 0.
 """
 
 from dataclasses import dataclass, replace

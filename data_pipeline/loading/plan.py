@@ -4,9 +4,9 @@
     order         = permutation of all samples, drawn from (seed, epoch)
     batch g       = order[place * B : (place + 1) * B]; rank r takes the r-th of W equal pieces
 
-The tail of an epoch is filled with samples from its beginning at weight 0, so every rank always has the same number
-of rows and every sample counts exactly once per epoch. The state of the whole loader is the number g.
-Cost: one permutation per epoch (8 bytes per sample).
+The tail of an epoch is filled with samples from its beginning at weight 0, so every rank always has
+the same number of rows and every sample counts exactly once per epoch. The state of the whole
+loader is the number g. Cost: one permutation per epoch (8 bytes per sample).
 """
 
 import hashlib
@@ -22,7 +22,8 @@ from ..errors import DataPipelineError
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """One global batch: its number, its epoch, sample ids int64 [B] and weights float32 [B] (0 for tail padding)."""
+    """One global batch: its number, its epoch, sample ids int64 [B] and weights float32 [B] (0 "
+    "for tail padding)."""
 
     index: int
     epoch: int
@@ -30,7 +31,8 @@ class PlannedBatch:
     weights: np.ndarray
 
     def share(self, rank: int, world_size: int) -> "PlannedBatch":
-        """The piece of one rank; B must divide by the world size (checked when the plan is made)."""
+        """The piece of one rank; B must divide by the world size (checked when the plan is "
+        "made)."""
         size = len(self.sample_ids) // world_size
         piece = slice(rank * size, (rank + 1) * size)
         return PlannedBatch(self.index, self.epoch, self.sample_ids[piece], self.weights[piece])
@@ -43,7 +45,8 @@ class EpochPlan:
         """Raises DataPipelineError when the dataset cannot fill one global batch."""
         if num_samples < global_batch:
             raise DataPipelineError(
-                f"the dataset has {num_samples} samples, one global batch takes {global_batch}: lower the batch size "
+                f"the dataset has {num_samples} samples, one global batch takes {global_batch}: "
+                "lower the batch size "
                 "(--list_batch_size times the number of processes) or pack more data"
             )
         self.num_samples = num_samples

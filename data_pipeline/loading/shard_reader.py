@@ -1,7 +1,7 @@
 """Manifest -> bytes: one positioned read per member, crc checked before anything looks at them.
 
-No tar is parsed at training time and no index file is trusted: offsets come from the manifest, which binds them.
-Cost: one pread and one crc32 (about 1 GB/s per core) per member.
+No tar is parsed at training time and no index file is trusted: offsets come from the manifest,
+which binds them. Cost: one pread and one crc32 (about 1 GB/s per core) per member.
 """
 
 import os
@@ -15,20 +15,24 @@ MAX_OPEN_FILES = 256
 
 
 class ShardReader:
-    """Reads members of one packed dataset; keeps the most recently used shards open. Use as a context manager."""
+    """Reads members of one packed dataset; keeps the most recently used shards open. Use as a "
+    "context manager."""
 
     def __init__(self, manifest: Manifest):
         self._manifest = manifest
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def read(self, sample_id: int, extension: str) -> bytes:
-        """Bytes of one member. CorruptShard names file, sample and member when they are not what was written."""
+        """Bytes of one member. CorruptShard names file, sample and member when they are not what "
+        "was written."""
         member = self._manifest.member(sample_id, extension)
         data = os.pread(self._descriptor(str(member.path)), member.size, member.offset)
         if len(data) != member.size or zlib.crc32(data) != member.crc32:
             raise CorruptShard(
-                f"{member.path}: member .{extension} of sample {sample_id} at byte {member.offset} is damaged "
-                "(crc32 differs): run `python -m data_pipeline verify` on the folder and pack that shard again"
+                f"{member.path}: member .{extension} of sample {sample_id} at byte {member.offset} "
+                "is damaged "
+                "(crc32 differs): run `python -m data_pipeline verify` on the folder and pack that "
+                "shard again"
             )
         return data
 

@@ -1,8 +1,9 @@
 """A child process that builds samples, so that no input can hang or kill the packer.
 
-Decoders do crash and loop on damaged files. The child has a memory limit; the parent waits a bounded wall time, then
-kills it, rejects the input as `timeout` or `crash`, and starts another child for the next one. Requests and answers
-are JSON and raw bytes: nothing that a broken child sends is ever executed. Starting a child costs about 0.3 s.
+Decoders do crash and loop on damaged files. The child has a memory limit; the parent waits a
+bounded wall time, then kills it, rejects the input as `timeout` or `crash`, and starts another
+child for the next one. Requests and answers are JSON and raw bytes: nothing that a broken child
+sends is ever executed. Starting a child costs about 0.3 s.
 """
 
 import json
@@ -77,7 +78,8 @@ class SamplePool:
             self._free.put(worker)
 
     def build_all(self, files: list[tuple[Path, str]]):
-        """For each (path, source), in order: (members, info), or a dict source, reason, detail when rejected."""
+        """For each (path, source), in order: (members, info), or a dict source, reason, detail "
+        "when rejected."""
         return self._threads.map(self._build, files)
 
     def _build(self, item: tuple[Path, str]):

@@ -1,10 +1,11 @@
 """manifest.json: the one file that says which shards make a dataset, and binds every byte of them.
 
-    manifest.json   schema version, settings, shards in order with size, sha256 of the tar and of its record
+    manifest.json   schema version, settings, shards in order with size, sha256 of the tar and of
+                    its record
     NAME.json       one record per shard (see writer): members with offset, size and crc32
 
-Sample ids are counted through the shards in manifest order; labels.npy has one row per id. The manifest's own sha256
-names the dataset: labels and training plans are bound to it.
+Sample ids are counted through the shards in manifest order; labels.npy has one row per id. The
+manifest's own sha256 names the dataset: labels and training plans are bound to it.
 """
 
 import hashlib
@@ -110,13 +111,15 @@ def load_manifest(directory: str | Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise MissingData(
-            f"{path} does not exist: make it with `python -m data_pipeline pack INPUT --output {directory}`"
+            f"{path} does not exist: make it with `python -m data_pipeline pack INPUT --output "
+            f"{directory}`"
         )
     data = path.read_bytes()
     content = json.loads(data)
     if content.get("schema_version") != SCHEMA_VERSION:
         raise CorruptShard(
-            f"{path} has schema version {content.get('schema_version')}, this code reads {SCHEMA_VERSION}"
+            f"{path} has schema version {content.get('schema_version')}, this code reads "
+            f"{SCHEMA_VERSION}"
         )
     problems, records = [], []
     for shard in content["shards"]:

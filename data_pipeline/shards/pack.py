@@ -1,9 +1,10 @@
 """Inputs -> shards: `python -m data_pipeline pack INPUT... --output DIR`.
 
-Inputs (files, folders, text or CSV lists) become a fixed list of tasks; one task is one shard of `samples_per_shard`
-inputs, built by one child process. A task whose record names the same inputs and settings is done and is skipped, so
-a killed run just runs again. Unusable inputs are rejected with a reason code, counted, and listed in the record.
-Cost: about 0.9 s per 224 px clip of 64 frames and core, of which half is the canonical encoding.
+Inputs (files, folders, text or CSV lists) become a fixed list of tasks; one task is one shard of
+`samples_per_shard` inputs, built by one child process. A task whose record names the same inputs
+and settings is done and is skipped, so a killed run just runs again. Unusable inputs are rejected
+with a reason code, counted, and listed in the record. Cost: about 0.9 s per 224 px clip of 64
+frames and core, of which half is the canonical encoding.
 """
 
 import csv
@@ -47,8 +48,9 @@ class PackConfig:
 def list_inputs(arguments: list[str | Path]) -> list[tuple[Path, str]]:
     """Expand files, folders and lists into (path, name stored in the shard), in a stable order.
 
-    Folders give their videos and images, sorted, named relative to the folder. Lists give the first column of every
-    line, relative to the list's folder. Raises MissingData for an argument that does not exist or names nothing.
+    Folders give their videos and images, sorted, named relative to the folder. Lists give the first
+    column of every line, relative to the list's folder. Raises MissingData for an argument that
+    does not exist or names nothing.
     """
     inputs: list[tuple[Path, str]] = []
     for argument in map(Path, arguments):
@@ -73,7 +75,8 @@ def list_inputs(arguments: list[str | Path]) -> list[tuple[Path, str]]:
 def pack(
     inputs: list[tuple[Path, str]], output: Path, config: PackConfig, report=print
 ) -> Manifest:
-    """Write all shards and the manifest; returns the manifest. `report` takes one progress line at a time."""
+    """Write all shards and the manifest; returns the manifest. `report` takes one progress line "
+    "at a time."""
     output.mkdir(parents=True, exist_ok=True)
     size = config.samples_per_shard
     tasks = [inputs[start : start + size] for start in range(0, len(inputs), size)]

@@ -1,15 +1,20 @@
-"""THE on-disk contract, version 1: which members a sample has, their dtypes, and how to read them back.
+"""THE on-disk contract, version 1: which members a sample has, their dtypes, and how to read them
+back.
 
     KEY.json           metadata, see `SampleInfo`
-    KEY.tiles.jpg      the K kept patches as a mosaic of tiles, TILE_COLUMNS wide, JPEG 4:4:4; each tile is the patch,
-                       edge-padded to a multiple of 8 px, so that no JPEG block holds pixels of two patches
-    KEY.positions.npy  uint16 [K, 3] (t, h, w) in tile order: I-frame patches first, then by falling score
+    KEY.tiles.jpg      the K kept patches as a mosaic of tiles, TILE_COLUMNS wide, JPEG 4:4:4; each
+                       tile is the patch, edge-padded to a multiple of 8 px, so that no JPEG block
+                       holds pixels of two patches
+    KEY.positions.npy  uint16 [K, 3] (t, h, w) in tile order: I-frame patches first, then by falling
+                       score
     KEY.scores.npy     float16 [K]
-    KEY.motion.npy     float16 [T, G, G, 3] coarse mean motion (x, y) in pixels and residual, see codec.saliency
+    KEY.motion.npy     float16 [T, G, G, 3] coarse mean motion (x, y) in pixels and residual, see
+                       codec.saliency
     KEY.frames.jpg     M full frames as a vertical strip, each padded to a multiple of 8 rows
     KEY.jpg            image samples: the picture; they have KEY.json and KEY.jpg only
 
-Labels never live in a shard. Shape legend: K kept patches, T frames, M stored frames, H, W working size, p patch.
+Labels never live in a shard. Shape legend: K kept patches, T frames, M stored frames, H, W working
+size, p patch.
 """
 
 import io
@@ -65,7 +70,8 @@ class SampleInfo:
             values = json.loads(data)
             if values["schema_version"] != SCHEMA_VERSION:
                 raise CorruptShard(
-                    f"{name} has schema version {values['schema_version']}, this code reads {SCHEMA_VERSION}: "
+                    f"{name} has schema version {values['schema_version']}, this code reads "
+                    f"{SCHEMA_VERSION}: "
                     "pack the source again"
                 )
             known = {field.name for field in fields(cls)}
@@ -81,7 +87,8 @@ class SampleInfo:
 
 
 def tile_side(patch_size: int) -> int:
-    """Edge of a stored tile in pixels: the patch size rounded up to whole JPEG blocks (14 -> 16)."""
+    """Edge of a stored tile in pixels: the patch size rounded up to whole JPEG blocks (14 -> "
+    "16)."""
     return -(-patch_size // BLOCK) * BLOCK
 
 
@@ -113,7 +120,8 @@ def encode_image(info: SampleInfo, picture: np.ndarray) -> dict[str, bytes]:
 
 
 def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
-    """Read a .npy member: fixed dtype, bounded size, never an object array. CorruptShard names the sample."""
+    """Read a .npy member: fixed dtype, bounded size, never an object array. CorruptShard names "
+    "the sample."""
     stream = io.BytesIO(data)
     try:
         np.lib.format.read_magic(stream)
@@ -132,7 +140,8 @@ def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of a JPEG member, by Pillow (tools and tests; training decodes with DALI)."""
+    """uint8 RGB [H, W, 3] of a JPEG member, by Pillow (tools and tests; training decodes with "
+    "DALI)."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
@@ -140,7 +149,8 @@ def decode_jpeg(data: bytes) -> np.ndarray:
 
 
 def tiles_from_mosaic(mosaic: np.ndarray, count: int, patch_size: int) -> np.ndarray:
-    """First `count` patches [count, p, p, C] of a mosaic [rows*side, 32*side, C] of any dtype, padding cut off."""
+    """First `count` patches [count, p, p, C] of a mosaic [rows*side, 32*side, C] of any dtype, "
+    "padding cut off."""
     side = tile_side(patch_size)
     rows, columns = mosaic.shape[0] // side, mosaic.shape[1] // side
     tiles = (

@@ -1,4 +1,5 @@
-"""Reading every byte of a packed folder: does it still say what the manifest binds? And what does it hold?"""
+"""Reading every byte of a packed folder: does it still say what the manifest binds? And what does "
+"it hold?"""
 
 import json
 from collections import Counter
@@ -14,7 +15,8 @@ from .writer import file_sha256
 def verify(manifest: Manifest) -> list[str]:
     """Every problem found, one line each; an empty list means every byte is as it was written.
 
-    Checks each shard's sha256, its index, and that every sample decodes by the schema with its stated counts.
+    Checks each shard's sha256, its index, and that every sample decodes by the schema with its
+    stated counts.
     """
     from ..loading.shard_reader import ShardReader
     from .writer import _index_text
@@ -46,7 +48,8 @@ def _check_sample(reader, sample_id: int, name: str) -> None:
     scores = decode_array(reader.read(sample_id, "scores.npy"), "scores.npy", name)
     if len(positions) != info.num_patches or len(scores) != info.num_patches:
         raise CorruptShard(
-            f"{name}: {len(positions)} positions and {len(scores)} scores for {info.num_patches} patches"
+            f"{name}: {len(positions)} positions and {len(scores)} scores for {info.num_patches} "
+            "patches"
         )
     if not np.isfinite(scores).all() or (positions[:, 1:] >= info.grid).any():
         raise CorruptShard(f"{name}: scores or positions out of range")

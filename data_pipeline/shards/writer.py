@@ -1,11 +1,13 @@
 """One task -> one shard, safe against being killed at any moment.
 
     video-000003.tar        the samples, GNU tar in webdataset naming
-    video-000003.tar.idx    offsets for tools that want them (DALI's v1.2 text form); derived, never trusted alone
+    video-000003.tar.idx    offsets for tools that want them (DALI's v1.2 text form); derived, never
+                            trusted alone
     video-000003.json       written last: sizes, sha256, crc32 of every member, rejected inputs
 
-Each file is written under a temporary name, synced and renamed; the JSON is the commit. A shard without its JSON does
-not exist. The same samples give the same bytes: fixed owner, mode and time stamps.
+Each file is written under a temporary name, synced and renamed; the JSON is the commit. A shard
+without its JSON does not exist. The same samples give the same bytes: fixed owner, mode and time
+stamps.
 """
 
 import hashlib
@@ -21,7 +23,8 @@ from .schema import SCHEMA_VERSION
 def write_shard(
     directory: Path, name: str, samples, rejected: list[dict], settings: dict, inputs_sha256: str
 ) -> dict:
-    """Write samples (an iterable of (key, members, info)) and return the shard's record, also stored as NAME.json.
+    """Write samples (an iterable of (key, members, info)) and return the shard's record, also
+    stored as NAME.json.
 
     `rejected` may grow while the samples are drawn: it is read when the last one is written.
     """

@@ -1,12 +1,14 @@
-"""Cosine margin loss for several labels per row: a pure function of positive cosines and the negatives' log-sum.
+"""Cosine margin loss for several labels per row: a pure function of positive cosines and the
+negatives' log-sum.
 
 For row i and label l with cosine c_l, scale s, margin m and filter f:
 
-    loss_il = -log( e^{s (c_l - m)} / ( e^{s (c_l - m)} + sum_{other labels k} e^{s f(c_k)} + e^{lse_i} ) )
+    loss_il = -log( e^{s (c_l - m)} / ( e^{s (c_l - m)} + sum_{other labels k} e^{s f(c_k)} +
+    e^{lse_i} ) )
 
-Every label has its own softmax; the other labels of the row stand in its denominator as the public training does,
-or are left out with `mask_co_positives`. A class that stands twice in a row counts once in denominators.
-CosFace (Wang et al. 2018); Partial FC (An et al. 2021).
+Every label has its own softmax; the other labels of the row stand in its denominator as the public
+training does, or are left out with `mask_co_positives`. A class that stands twice in a row counts
+once in denominators. CosFace (Wang et al. 2018); Partial FC (An et al. 2021).
 
 Shape legend: B rows, L labels.
 """
@@ -27,7 +29,8 @@ def margin_losses(
 ) -> torch.Tensor:
     """Loss of every (row, label), fp32 [B, L]; 0 where the label is -1.
 
-    positive_cosines [B, L]; labels int64 [B, L]; negative_lse [B] over all classes that are no label of the row.
+    positive_cosines [B, L]; labels int64 [B, L]; negative_lse [B] over all classes that are no
+    label of the row.
     """
     valid = labels >= 0
     target = scale * (positive_cosines - margin)

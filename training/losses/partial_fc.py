@@ -1,14 +1,18 @@
-"""Partial FC: learnable class centres, sharded over the ranks, trained with a margin softmax over a sample of them.
+"""Partial FC: learnable class centres, sharded over the ranks, trained with a margin softmax over a
+sample of them.
 
     rows     = unit(all_gather(embeddings))                       every rank sees the global batch
-    sample   = all classes that are labels of the batch, and every other class with probability sample_rate
+    sample   = all classes that are labels of the batch, and every other class with probability
+             sample_rate
     lse      = log sum exp over sampled non-label classes          streamed, all_reduce
-    cosines  = rows . unit(centers[labels])                        filled in by the owning rank, all_reduce
+    cosines  = rows . unit(centers[labels])                        filled in by the owning rank,
+             all_reduce
     loss     = mean over rows of mean (or sum) over labels of margin_losses
 
-Class c lives on the rank that owns row c of a chunked [num_classes, D] matrix. Which classes are sampled and how
-centres start depends on (seed, step, global class id) alone, so results do not depend on the world size.
-Cost per step: one [B, M] matmul for all labels, three small collectives and two of size [B, D].
+Class c lives on the rank that owns row c of a chunked [num_classes, D] matrix. Which classes are
+sampled and how centres start depends on (seed, step, global class id) alone, so results do not
+depend on the world size. Cost per step: one [B, M] matmul for all labels, three small collectives
+and two of size [B, D].
 
 Shape legend: b rows of this rank, B rows of all, L labels, D width, M sampled classes of this rank.
 """
@@ -31,8 +35,8 @@ LABEL_REDUCTIONS = ("mean", "sum")
 class PartialFCConfig:
     """Loss of one head.
 
-    `filter_threshold` 0 switches the inter-class filter off; `label_reduction` "sum" has the public training's gradient
-    (of the sum over the labels).
+    `filter_threshold` 0 switches the inter-class filter off; `label_reduction` "sum" has the public
+    training's gradient (of the sum over the labels).
     """
 
     sample_rate: float = 0.1
@@ -48,7 +52,8 @@ class PartialFCConfig:
             raise ValueError(f"--list_sample_rates {self.sample_rate} must lie in (0, 1]")
         if self.label_reduction not in LABEL_REDUCTIONS:
             raise ValueError(
-                f"label_reduction {self.label_reduction!r}: choose one of {', '.join(LABEL_REDUCTIONS)}"
+                f"label_reduction {self.label_reduction!r}: choose one of "
+                f"{', '.join(LABEL_REDUCTIONS)}"
             )
         if self.scale <= 0:
             raise ValueError(f"scale {self.scale} must be positive")
@@ -61,7 +66,8 @@ class PartialFCConfig:
 
 @dataclass(frozen=True)
 class PartialFCLoss:
-    """`objective` is what backward runs on; `reported` the mean over rows and labels, detached; `losses` [B, L]."""
+    """`objective` is what backward runs on; `reported` the mean over rows and labels, detached; "
+    "`losses` [B, L]."""
 
     objective: torch.Tensor
     reported: torch.Tensor
@@ -69,7 +75,8 @@ class PartialFCLoss:
 
 
 def class_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First class and end of a rank's shard: chunks of ceil(N / W), the sharding rule of DTensor's Shard(0)."""
+    """First class and end of a rank's shard: chunks of ceil(N / W), the sharding rule of "
+    "DTensor's Shard(0)."""
     chunk = -(-num_classes // world_size)
     return min(rank * chunk, num_classes), min((rank + 1) * chunk, num_classes)
 
@@ -93,7 +100,8 @@ class PartialFC(nn.Module):
         expected = (self.num_classes, self.centers.shape[1])
         if tuple(centers.shape) != expected:
             raise ValueError(
-                f"initial centres have shape {list(centers.shape)}, this head needs {list(expected)}"
+                f"initial centres have shape {list(centers.shape)}, this head needs "
+                f"{list(expected)}"
             )
         with torch.no_grad():
             self.centers.copy_(centers[self.class_start : self.class_end])
@@ -101,7 +109,8 @@ class PartialFC(nn.Module):
     def forward(
         self, embeddings: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, step: int
     ) -> PartialFCLoss:
-        """embeddings fp32 [b, D], labels int64 [b, L] (-1 ignored), weights [b] (0 takes a row out), same b everywhere.
+        """embeddings fp32 [b, D], labels int64 [b, L] (-1 ignored), weights [b] (0 takes a row
+        out), same b everywhere.
 
         Raises ValueError on all ranks when any label is not below num_classes.
         """
@@ -140,13 +149,15 @@ class PartialFC(nn.Module):
         highest = int(labels.max()) if not labels.is_cuda else None
         if highest is not None and highest >= self.num_classes:
             raise ValueError(
-                f"label {highest} is out of range, the head has {self.num_classes} classes: label the data again"
+                f"label {highest} is out of range, the head has {self.num_classes} classes: label "
+                "the data again"
             )
 
     def _sample(
         self, local: torch.Tensor, here: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sorted local indices of the sampled classes [M], and each label's column among them (-1: not this rank's)."""
+        """Sorted local indices of the sampled classes [M], and each label's column among them "
+        "(-1: not this rank's)."""
         count = self.class_end - self.class_start
         chosen = torch.ones(count, dtype=torch.bool, device=local.device)
         if self.config.sample_rate < 1:

@@ -1,11 +1,14 @@
-"""The denominator of a softmax over sharded classes, streamed: logits exist for one chunk of classes only.
+"""The denominator of a softmax over sharded classes, streamed: logits exist for one chunk of
+classes only.
 
     lse_i = log sum over all ranks' classes j that are no label of row i of exp(scale * f(cos_ij)),
     f(c) = c if c <= threshold else 0        (the inter-class filter)
 
 Forward keeps a running maximum and sum per row; backward computes each chunk's cosines again:
-    d lse_i / d cos_ij = scale * exp(scale * f(cos_ij) - lse_i)   where the filter lets j pass, else 0.
-Cost: two matmuls forward and backward recompute, B x chunk floats of memory, two all_reduce of [B] numbers.
+    d lse_i / d cos_ij = scale * exp(scale * f(cos_ij) - lse_i)   where the filter lets j pass, else
+    0.
+Cost: two matmuls forward and backward recompute, B x chunk floats of memory, two all_reduce of [B]
+numbers.
 
 Shape legend: B rows of the global batch, M sampled classes of this rank, L labels, D width.
 """
@@ -17,15 +20,17 @@ CHUNK = 16384
 
 
 def filtered(cosines: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The inter-class filter: non-target cosines above the threshold become 0 (and give no gradient)."""
+    """The inter-class filter: non-target cosines above the threshold become 0 (and give no "
+    "gradient)."""
     return torch.where(cosines <= threshold, cosines, torch.zeros_like(cosines))
 
 
 class NegativeLogSumExp(torch.autograd.Function):
     """Log of the summed exponentials of all non-label classes, over all ranks.
 
-    rows: unit vectors [B, D]; centers: unit vectors [M, D]; label_columns: int64 [B, L], the column of each label
-    among this rank's centers, -1 where it is not here. Returns fp32 [B]; -inf for a row without any negative.
+    rows: unit vectors [B, D]; centers: unit vectors [M, D]; label_columns: int64 [B, L], the column
+    of each label among this rank's centers, -1 where it is not here. Returns fp32 [B]; -inf for a
+    row without any negative.
     """
 
     @staticmethod
@@ -68,7 +73,8 @@ class NegativeLogSumExp(torch.autograd.Function):
 
 
 def _chunk_logits(rows, centers, label_columns, scale: float, threshold: float):
-    """Scaled, filtered logits [B, m] with labels at -inf, and the mask of cosines that carry gradient."""
+    """Scaled, filtered logits [B, m] with labels at -inf, and the mask of cosines that carry "
+    "gradient."""
     cosines = (rows @ centers.T).float().clamp(-1.0, 1.0)
     passed = cosines <= threshold
     logits = scale * filtered(cosines, threshold)

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# The whole system on a laptop: clips -> shards -> clusters -> training on 2 ranks -> probe -> export -> report.
+#
+#   bash shells/demo.sh                  on the embedded motion_shapes set (about ten minutes on 2 cores)
+#   bash shells/demo.sh --videos DIR     on your own folder; without labels there is no probe
+#   --output DIR                         where everything goes (default: output/demo)
+#
+# Run it again and it goes on where it was stopped.
+videos="" output="output/demo"
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --videos) videos="$(realpath "$2")"; shift 2 ;;
+        --output) output="$2"; shift 2 ;;
+        *) echo "usage: bash shells/demo.sh [--videos DIR] [--output DIR]" >&2; exit 2 ;;
+    esac
+done
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+mkdir -p "$output"
+started=$SECONDS
+model=llava_vit_tiny_ln
+
+step() { printf '\n== %s\n' "$*"; }
+train() { torchrun --nproc_per_node 2 -m training.train_univit --preset demo --output "$output/train" "$@"; }
+
+if [ -z "$videos" ]; then
+    step "1/4 data and training: clips, shards, clusters, 800 steps on 2 ranks"
+    train
+    shards="$output/train/data/motion_shapes/train"
+else
+    step "1/4 data: packing $videos"
+    shards="$output/shards"
+    python -m data_pipeline pack "$videos" --output "$shards" \
+        --size 112 --gop 64 --budget 98 --full-frames 8
+    samples=$(python -m data_pipeline stats "$shards" --json | python -c 'import json, sys; print(json.load(sys.stdin)["samples"])')
+    clusters=$((samples / 2 > 64 ? 64 : samples / 2 > 1 ? samples / 2 : 1))
+    batch=$((samples / 2 > 8 ? 8 : samples / 2 > 1 ? samples / 2 : 1))
+    python -m data_pipeline cluster "$shards" --num-centroids "$clusters" --output "$output/centroids"
+    python -m data_pipeline label "$shards" --centroids "$output/centroids"
+    step "   training: 100 steps on 2 ranks"
+    train --list_datasets "$shards" --list_batch_size "$batch" --num_sampled_data $((200 * batch))
+fi
+step "2/4 what the encoder sees"
+python -m data_pipeline stats "$shards"
+python -m data_pipeline view "$shards" --output "$output/contact_sheet.png"
+
+if [ -z "$videos" ]; then
+    step "3/4 probe: trained and untrained encoder, frame and codec input, equal token budget"
+    for weight in "$output/train" random; do
+        for family in llava_vit_sampling llava_vit_codec; do
+            torchrun --nproc_per_node 2 eval_encoder/attentive_probe.py --dataset motion_shapes \
+                --data_root "$output/train/data" --model_family "$family" --model_name "$model" \
+                --model_weight "$weight" --num_frames 2 --K_keep 98 --default_epoch 20 \
+                --default_lr_list 0.001 0.003 --save_report "$output/probe"
+        done
+    done
+else
+    step "3/4 probe: left out, your videos have no labels"
+fi
+
+step "4/4 export: converted, verified, reloaded in a fresh process"
+python model_factory/convert_llava_vit_packing_to_hf.py "$model" "$output/train/backbone.pt" \
+    --output_dir "$output/export"
+python -m eval_encoder.probe_report "$output" --shards "$shards" --seconds $((SECONDS - started))

@@ -1,0 +1,124 @@
+"""Fixtures shared by all tests: real clips, a packed and labelled set, processes of a real "
+"group."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of real videos, images and golden vectors; tests that need it skip where it is "
+    "absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: real videos and golden vectors are not shipped")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """Folder of 24 training and 8 validation clips of motion_shapes with their lists."""
+    from data_pipeline.motion_shapes import write_motion_shapes
+
+    folder = tmp_path_factory.mktemp("set") / "motion_shapes"
+    write_motion_shapes(folder, num_train=24, num_val=8, workers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(clips) -> Path:
+    """Those clips packed (98 tokens each, shards of 10), clustered and labelled: folders train/ "
+    "and val/."""
+    from data_pipeline.clustering.features import descriptor_features
+    from data_pipeline.clustering.kmeans import spherical_kmeans
+    from data_pipeline.clustering.labels import nearest_centroids, save_labels
+    from data_pipeline.shards.pack import PackConfig, list_inputs, pack
+    from data_pipeline.shards.sample_builder import SampleConfig
+
+    config = PackConfig(
+        SampleConfig(size=112, gop=64, budget=98, num_full_frames=8),
+        samples_per_shard=10,
+        workers=2,
+    )
+    for split in ("train", "val"):
+        manifest = pack(list_inputs([clips / f"{split}.csv"]), clips / split, config)
+        features = descriptor_features(manifest)
+        centroids = spherical_kmeans(features, 8)
+        save_labels(clips / split, nearest_centroids(features, centroids, 4), manifest, 8, {})
+    return clips
+
+
+def run(
+    *command: str | Path, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run a command of ours to its end, output captured; a failure shows it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=ROOT,
+        timeout=600,
+    )
+    if check and done.returncode:
+        raise AssertionError(
+            f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        )
+    return done
+
+
+def torchrun(
+    num_ranks: int, *command: str | Path, check: bool = True
+) -> subprocess.CompletedProcess:
+    """Run a command of ours on real gloo ranks."""
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(num_ranks),
+        "--master_port",
+        "0",
+    )
+    return run(*launcher, *command, check=check)
+
+
+def start_torchrun(num_ranks: int, *command: str | Path) -> subprocess.Popen:
+    """Start ranks in a process group of their own, to be killed with kill_group."""
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(num_ranks),
+        "--master_port",
+        "0",
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, command)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=env,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """SIGKILL the launcher and every process it started."""
+    import psutil
+
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()

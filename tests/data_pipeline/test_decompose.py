@@ -1,0 +1,180 @@
+"""Codec decomposition of real video: safe opening, true motion, faithful prediction."""
+
+import io
+
+import numpy as np
+import pytest
+
+from data_pipeline.codec.decode import decode_video, frame_to
+from data_pipeline.codec.decompose import decompose_frames, decompose_video
+from data_pipeline.codec.open_video import InputLimits, open_image
+from data_pipeline.codec.saliency import SaliencyConfig, motion_summary, patch_saliency
+from data_pipeline.errors import RejectedInput
+
+
+def panning_frames(dx: int, dy: int, count: int = 12, size: int = 112) -> np.ndarray:
+    """A smooth random texture that moves by (dx, dy) pixels a frame."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 255, (40, 40, 3)).astype(np.float32)
+    texture = np.kron(coarse, np.ones((8, 8, 1)))
+    for axis in (0, 1):
+        texture = (np.roll(texture, 3, axis) + texture + np.roll(texture, -3, axis)) / 3
+    frames = [texture[100 - dy * t :, 100 - dx * t :][:size, :size] for t in range(count)]
+    return np.stack(frames).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("dx", "dy"), [(3, 0), (0, -2), (-1, 4)])
+def test_a_pan_yields_its_vector_and_no_residual(dx, dy):
+    clip = decompose_frames(panning_frames(dx, dy), gop=12)
+    moving = clip.motion[1:, 2:-2, 2:-2]
+    assert np.median(moving[..., 0]) == dx and np.median(moving[..., 1]) == dy
+    assert clip.residual[1:, 16:-16, 16:-16].mean() < 1.5
+
+
+def test_i_frames_follow_the_gop_and_carry_no_motion():
+    clip = decompose_frames(panning_frames(2, 1, count=10), gop=4)
+    assert np.flatnonzero(clip.is_i_frame).tolist() == [0, 4, 8]
+    assert not clip.motion[clip.is_i_frame].any() and not clip.residual[clip.is_i_frame].any()
+
+
+def test_same_frames_decompose_to_the_same_bytes():
+    first, second = (decompose_frames(panning_frames(1, 1), gop=6) for _ in range(2))
+    assert np.array_equal(first.motion, second.motion)
+    assert np.array_equal(first.residual, second.residual)
+
+
+def test_prediction_is_closer_to_a_real_frame_than_the_frame_before(shared):
+    video = decode_video(shared / "videos" / "h264_340x256_a.mp4", 64, 224, 16)
+    clip = decompose_frames(video.frames, gop=16)
+    p_frames = np.flatnonzero(~clip.is_i_frame)
+    luma = video.frames @ np.array([0.257, 0.504, 0.098]) + 16
+    difference = np.abs(luma[p_frames] - luma[p_frames - 1]).mean()
+    assert clip.residual[p_frames].mean() <= 0.5 * difference
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [
+        ("h264_portrait_a.mp4", 64),
+        ("h264_no_bframes.mkv", 64),
+        ("h264_3fps_20frames.mp4", 20),
+        ("h264_10bit.mp4", 30),
+        ("hevc_10bit.mp4", 30),
+        ("av1.mkv", 64),
+        ("mpeg4.avi", 64),
+    ],
+)
+def test_real_video_of_any_codec_decodes_in_time_order(shared, name, frames):
+    clip = decompose_video(shared / "videos" / name, 64, 112, 16)
+    assert clip.frames.shape == (frames, 112, 112, 3)
+    assert (np.diff(clip.seconds) > 0).all()
+    assert clip.times[0] == 0 and clip.times[-1] == 63
+    assert np.abs(clip.motion).sum() > 0
+
+
+def test_rotation_in_the_metadata_is_applied_once(shared):
+    import av
+
+    path = shared / "videos" / "rotation_180_3frames.mov"
+    with av.open(str(path)) as container:
+        stored = next(container.decode(video=0))
+        raw = stored.reformat(
+            width=200, height=112, format="rgb24", interpolation="AREA"
+        ).to_ndarray()
+    upright = decode_video(path, 3, 112, 16).frames[0].astype(int)
+    centre = raw[:, 44:156].astype(int)
+    assert np.abs(upright - centre[::-1, ::-1]).mean() < 3 < np.abs(upright - centre).mean()
+
+
+def test_timestamps_out_of_order_give_frames_in_time_order(shared):
+    video = decode_video(shared / "videos" / "unordered_pts_4frames.mov", 64, 112, 16)
+    assert len(video.frames) == 4 and (np.diff(video.seconds) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda p: p.write_bytes(b""), "empty"),
+        (lambda p: p.write_text("<html>404 not found</html>"), "container"),
+        (lambda p: p.write_text("ffconcat version 1.0\nfile 'other.mp4'\n"), "container"),
+        (lambda p: None, "missing"),
+    ],
+    ids=["empty file", "HTML page", "playlist", "no file"],
+)
+def test_what_is_no_video_is_rejected_with_its_reason(tmp_path, make, reason):
+    path = tmp_path / "clip.mp4"
+    make(path)
+    with pytest.raises(RejectedInput) as rejection:
+        decode_video(path, 8, 112, 16)
+    assert rejection.value.reason == reason
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_truncated_video_is_rejected(clips, tmp_path, share):
+    whole = (clips / "clips" / "train_00000.mp4").read_bytes()
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(RejectedInput) as rejection:
+        decode_video(path, 64, 112, 16)
+    assert rejection.value.reason in ("container", "decode", "truncated")
+
+
+def test_corrupted_video_is_rejected_not_concealed(shared):
+    with pytest.raises(RejectedInput) as rejection:
+        decode_video(shared / "videos" / "corrupted.mp4", 64, 112, 16)
+    assert rejection.value.reason == "decode"
+
+
+def test_too_large_a_picture_is_refused_before_decoding(clips):
+    with pytest.raises(RejectedInput, match="too_large"):
+        decode_video(
+            clips / "clips" / "train_00000.mp4", 8, 112, 16, limits=InputLimits(max_pixels=100)
+        )
+
+
+def test_images_are_upright_opaque_and_eight_bit(tmp_path):
+    from PIL import Image
+
+    wide = Image.new("RGB", (40, 20), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    wide.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg", InputLimits()).shape == (40, 20, 3)
+
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (open_image(tmp_path / "clear.png", InputLimits()) == 255).all()
+
+    Image.fromarray(np.full((8, 8), 32896, np.uint16)).save(tmp_path / "deep.png")
+    assert (open_image(tmp_path / "deep.png", InputLimits()) == 128).all()
+
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    (tmp_path / "cut.png").write_bytes(stream.getvalue()[:40])
+    with pytest.raises(RejectedInput, match="image"):
+        open_image(tmp_path / "cut.png", InputLimits())
+
+
+@pytest.mark.parametrize("fit", ["crop", "area"])
+@pytest.mark.parametrize("shape", [(256, 340), (640, 360), (100, 1000), (32, 32)])
+def test_working_size_is_a_multiple_of_the_patch_inside_the_scaled_picture(fit, shape):
+    framing = frame_to(*shape, size=112, patch_size=14, fit=fit)
+    assert framing.out_height % 14 == 0 and framing.out_width % 14 == 0
+    assert framing.top + framing.out_height <= framing.height
+    assert framing.left + framing.out_width <= framing.width
+    if fit == "crop":
+        assert (framing.out_height, framing.out_width) == (112, 112)
+
+
+def test_camera_motion_is_no_news():
+    clip = decompose_frames(panning_frames(3, 0), gop=12)
+    still = patch_saliency(clip, 16, SaliencyConfig(camera="median", residual_weight=0.0))
+    moving = patch_saliency(clip, 16, SaliencyConfig(camera="none", residual_weight=0.0))
+    assert np.median(still[1:]) == 0 and np.median(moving[1:]) > 0.5
+
+
+def test_motion_summary_is_the_mean_of_its_cells():
+    clip = decompose_frames(panning_frames(3, -1), gop=12)
+    summary = motion_summary(clip, 8)
+    assert summary.shape == (12, 8, 8, 3)
+    assert np.allclose(summary[1:, 2:6, 2:6, 0], 3, atol=0.5)
+    assert np.allclose(summary[..., 2].mean(), clip.residual.mean(), atol=0.1)

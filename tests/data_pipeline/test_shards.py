@@ -1,0 +1,202 @@
+"""Shards: the schema round-trips, bad input is counted, every changed byte is found."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import run
+
+from data_pipeline.codec.decompose import decompose_video
+from data_pipeline.errors import CorruptShard, MissingData
+from data_pipeline.loading.shard_reader import ShardReader
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.pack import PackConfig, list_inputs, pack
+from data_pipeline.shards.sample_builder import SampleConfig, build_sample, cut_patches
+from data_pipeline.shards.schema import (
+    SampleInfo,
+    decode_array,
+    decode_jpeg,
+    frames_from_strip,
+    tiles_from_mosaic,
+)
+from data_pipeline.shards.verify import statistics, verify
+from data_pipeline.shards.view import save_view
+
+CONFIG = PackConfig(
+    SampleConfig(size=56, patch_size=14, gop=64, budget=32), samples_per_shard=3, workers=2
+)
+
+
+@pytest.fixture
+def copy(packed, tmp_path):
+    """A copy of the packed training split that a test may damage."""
+    shutil.copytree(packed / "train", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("patch_size", [14, 16])
+def test_stored_patches_are_the_clips_own(clips, patch_size):
+    path = clips / "clips" / "train_00004.mp4"
+    config = SampleConfig(size=112, patch_size=patch_size, gop=32, budget=200)
+    members, info = build_sample(path, "a", config)
+    assert SampleInfo.from_bytes(members["json"], "a") == info
+    positions = decode_array(members["positions.npy"], "positions.npy", "a").astype(int)
+    tiles = tiles_from_mosaic(decode_jpeg(members["tiles.jpg"]), info.num_patches, patch_size)
+    clip = decompose_video(path, 64, 112, patch_size, 32)
+    want = cut_patches(clip.frames, *positions.T, patch_size)
+    error = ((tiles.astype(float) - want) ** 2).mean()
+    assert 10 * np.log10(255**2 / error) > 33
+    frames = frames_from_strip(decode_jpeg(members["frames.jpg"]), info.height)
+    assert frames.shape == (16, 112, 112, 3)
+    assert np.abs(frames[-1].astype(int) - clip.frames[-1]).mean() < 4
+
+
+def test_bad_inputs_are_rejected_by_name_and_the_rest_is_packed(clips, tmp_path):
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    shutil.copy(clips / "clips" / "train_00000.mp4", inputs / "a.mp4")
+    shutil.copy(clips / "clips" / "train_00001.mp4", inputs / "b name, with comma.mp4")
+    (inputs / "broken.mp4").write_bytes(b"\0" * 1000)
+    (inputs / "page.jpg").write_text("<html>")
+    manifest = pack(list_inputs([inputs]), tmp_path / "out", CONFIG)
+    assert manifest.sources() == ["a.mp4", "b name, with comma.mp4"]
+    assert dict(manifest.rejected_by_reason()) == {"container": 1, "image": 1}
+    rejected = [entry["source"] for shard in manifest.shards for entry in shard["rejected"]]
+    assert rejected == ["broken.mp4", "page.jpg"]
+    assert statistics(manifest)["rejected"] == {"container": 1, "image": 1}
+
+
+def test_a_hanging_input_is_rejected_and_the_next_one_is_packed(clips, tmp_path):
+    config = PackConfig(CONFIG.sample, samples_per_shard=3, workers=1, wall_seconds=0.001)
+    manifest = pack(list_inputs([clips / "clips" / "train_00000.mp4"]), tmp_path / "out", config)
+    assert dict(manifest.rejected_by_reason()) == {"timeout": 1}
+
+
+def test_packing_twice_gives_the_same_bytes_and_finished_shards_are_kept(clips, tmp_path):
+    inputs = list_inputs([clips / "val.csv"])
+    first = pack(inputs, tmp_path / "one", CONFIG)
+    second = pack(inputs, tmp_path / "two", CONFIG)
+    assert [s["sha256"] for s in first.shards] == [s["sha256"] for s in second.shards]
+    assert first.sha256 == second.sha256
+
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "one").glob("*.tar")}
+    (tmp_path / "one" / "video-000001.json").unlink()
+    again = pack(inputs, tmp_path / "one", CONFIG)
+    changed = [
+        p.name for p in (tmp_path / "one").glob("*.tar") if p.stat().st_mtime_ns != times[p.name]
+    ]
+    assert changed == ["video-000001.tar"]
+    assert again.sha256 == first.sha256
+
+
+def test_images_become_image_samples(shared, tmp_path):
+    manifest = pack(list_inputs([shared / "images"]), tmp_path / "out", CONFIG)
+    assert statistics(manifest)["images"] == 2
+    assert verify(manifest) == []
+
+
+def test_any_flipped_byte_is_found(copy):
+    manifest = load_manifest(copy)
+    assert verify(manifest) == []
+    rng = np.random.default_rng(0)
+    tar = copy / "video-000001.tar"
+    original = tar.read_bytes()
+    for place in rng.integers(0, len(original), 25):
+        damaged = bytearray(original)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        tar.write_bytes(damaged)
+        assert any("sha256" in problem for problem in verify(manifest))
+    tar.write_bytes(original)
+
+
+def test_reading_checks_the_crc_before_anything_decodes(copy):
+    manifest = load_manifest(copy)
+    member = manifest.member(12, "tiles.jpg")
+    data = bytearray(member.path.read_bytes())
+    data[member.offset + 100] ^= 4
+    member.path.write_bytes(data)
+    with ShardReader(manifest) as reader:
+        reader.read(11, "tiles.jpg")
+        with pytest.raises(
+            CorruptShard, match=r"video-000001.tar.*tiles.jpg of sample 12.*pack that shard"
+        ):
+            reader.read(12, "tiles.jpg")
+
+
+@pytest.mark.parametrize(
+    "fault", ["missing shard", "truncated shard", "foreign record", "no manifest"]
+)
+def test_files_that_are_not_what_the_manifest_binds_stop_the_start(copy, fault):
+    if fault == "missing shard":
+        (copy / "video-000002.tar").unlink()
+    elif fault == "truncated shard":
+        tar = copy / "video-000002.tar"
+        tar.write_bytes(tar.read_bytes()[:-512])
+    elif fault == "foreign record":
+        shutil.copy(copy / "video-000000.json", copy / "video-000002.json")
+    else:
+        (copy / "manifest.json").unlink()
+    with pytest.raises((CorruptShard, MissingData), match="video-000002|manifest.json"):
+        load_manifest(copy)
+
+
+def test_a_stale_index_is_found(copy):
+    shutil.copy(copy / "video-000000.tar.idx", copy / "video-000001.tar.idx")
+    assert verify(load_manifest(copy)) == [
+        "video-000001.tar.idx: missing, stale or of another shard"
+    ]
+
+
+@pytest.mark.dali
+def test_the_index_is_the_one_dali_reads(packed):
+    from nvidia.dali import fn, pipeline_def
+
+    tar = packed / "train" / "video-000000.tar"
+
+    @pipeline_def(batch_size=10, num_threads=1, device_id=None)
+    def read():
+        return fn.readers.webdataset(paths=[str(tar)], index_paths=[f"{tar}.idx"], ext=["json"])
+
+    pipeline = read()
+    pipeline.build()
+    (texts,) = pipeline.run()
+    sources = [json.loads(bytes(texts.at(i)))["source"] for i in range(10)]
+    assert sources == load_manifest(packed / "train").sources()[:10]
+
+
+def test_arrays_of_wrong_type_or_size_are_refused():
+    import io
+
+    for array in (np.zeros(3), np.array([{}], dtype=object)):
+        stream = io.BytesIO()
+        np.save(stream, array)
+        with pytest.raises(CorruptShard, match="expected uint16"):
+            decode_array(stream.getvalue(), "positions.npy", "x")
+    bomb = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        bomb, {"descr": "<u2", "fortran_order": False, "shape": (10**12,)}
+    )
+    with pytest.raises(CorruptShard):
+        decode_array(bomb.getvalue(), "positions.npy", "x")
+
+
+def test_views_of_clips_and_images_can_be_drawn(packed, tmp_path):
+    from PIL import Image
+
+    manifest = load_manifest(packed / "train")
+    save_view(manifest, [0, 5], tmp_path / "sheet.png")
+    save_view(manifest, [3], tmp_path / "clip.gif")
+    with Image.open(tmp_path / "sheet.png") as sheet, Image.open(tmp_path / "clip.gif") as gif:
+        assert sheet.height == 6 * 116
+        assert gif.n_frames == 8
+    with pytest.raises(ValueError, match=r"must end in .png"):
+        save_view(manifest, [0], tmp_path / "x.bmp")
+
+
+def test_a_user_mistake_ends_with_a_sentence(tmp_path):
+    done = run(
+        "-m", "data_pipeline", "pack", tmp_path / "nothing", "--output", tmp_path, check=False
+    )
+    assert done.returncode == 1
+    assert "does not exist" in done.stderr and "Traceback" not in done.stderr
