@@ -202,8 +202,9 @@ def _label(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; a user's mistake ends with its message and exit code 1, not with a "
-    "traceback."""
+    """Run one command; a user's mistake ends with its message and exit code 1,
+    not with a traceback.
+    """
     args = build_parser().parse_args(argv)
     try:
         args.run(args)

@@ -18,8 +18,9 @@ EMBEDDED = "motion_shapes"
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a training head reads: manifest, labels int32 [N, L] (-1 ignored) and the number of "
-    "classes."""
+    """What a training head reads: manifest, labels int32 [N, L] (-1 ignored)
+    and the number of classes.
+    """
 
     name: str
     manifest: Manifest
@@ -29,8 +30,9 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Where a dataset lives: folder of shards with manifest.json, folder of labels.npy (usually "
-    "the same)."""
+    """Where a dataset lives: folder of shards with manifest.json,
+    folder of labels.npy (usually the same).
+    """
 
     name: str
     shards: Path
@@ -70,8 +72,8 @@ def resolve_dataset(name: str) -> DatasetSpec:
 def prepare_embedded(
     directory: Path, num_train: int = 1200, num_val: int = 240, report=print
 ) -> DatasetSpec:
-    """Write, pack, cluster and label the embedded motion_shapes set under `directory`; steps
-    already done are kept.
+    """Write, pack, cluster and label the embedded motion_shapes set under `directory`;
+    steps already done are kept.
 
     98 patches are kept of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the
     P-frames), and the pseudo-labels come from 64 clusters of the codec descriptor.

@@ -1,5 +1,6 @@
-"""The exceptions a user of the data pipeline can meet; each says what happened, where, and what "
-"to do next."""
+"""The exceptions a user of the data pipeline can meet;
+each says what happened, where, and what to do next.
+"""
 
 
 class DataPipelineError(ValueError):
@@ -7,8 +8,9 @@ class DataPipelineError(ValueError):
 
 
 class RejectedInput(DataPipelineError):
-    """One input file the packer cannot use. `reason` is a short code that is counted, `detail` a "
-    "sentence."""
+    """One input file the packer cannot use. `reason` is a short code that is counted,
+    `detail` a sentence.
+    """
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")

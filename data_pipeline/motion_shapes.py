@@ -30,7 +30,8 @@ TEXTURE = 64
 @dataclass(frozen=True)
 class Difficulty:
     """Nuisance of a set: `jitter` camera shake in pixels, `clutter` number of resting shapes,
-    `contrast` of the background (0..1), `radius` of the shape as a share of the picture."""
+    `contrast` of the background (0..1), `radius` of the shape as a share of the picture.
+    """
 
     jitter: float
     clutter: int
@@ -136,8 +137,9 @@ class _Shape:
 
 
 def _draw(canvas: np.ndarray, shape: _Shape, pose: _Pose, shake: np.ndarray) -> None:
-    """Blend a shape into float32 canvas [T, S, S, 3], wrapping around the borders; only its "
-    "bounding box is touched."""
+    """Blend a shape into float32 canvas [T, S, S, 3], wrapping around the borders;
+    only its bounding box is touched.
+    """
     size = canvas.shape[1]
     for t in range(len(canvas)):
         reach = min(int(shape.radius * pose.scale[t]) + 2, size // 2)
@@ -199,8 +201,9 @@ def write_motion_shapes(
     seed: int = 0,
     workers: int = 2,
 ) -> None:
-    """Write the set (layout above), classes in equal shares. Files that exist are kept, so a "
-    "killed run goes on."""
+    """Write the set (layout above), classes in equal shares.
+    Files that exist are kept, so a killed run goes on.
+    """
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty is {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}")
     (directory / "clips").mkdir(parents=True, exist_ok=True)

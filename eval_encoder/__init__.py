@@ -1,2 +1,3 @@
-"""Judging an encoder: attentive probe on labelled videos. Helpers start with `probe_`: see "
-"docs/evaluation.md."""
+"""Judging an encoder: attentive probe on labelled videos. Helpers start with `probe_`:
+see docs/evaluation.md.
+"""

@@ -1,5 +1,5 @@
-"""Entry point of the attentive probe: `torchrun eval_encoder/attentive_probe.py --dataset NAME
-...`.
+"""Entry point of the attentive probe: `torchrun
+eval_encoder/attentive_probe.py --dataset NAME ...`.
 
 The encoder is frozen and runs once per clip; a bank of small heads learns on its tokens. Run by
 path, so this file holds no definition that another module needs.

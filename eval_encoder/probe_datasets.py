@@ -50,14 +50,16 @@ BENCHMARKS = {
 
 
 class MissingBenchmark(ValueError):
-    """A benchmark whose files are not on disk; the message shows the expected tree and the "
-    "command that makes it."""
+    """A benchmark whose files are not on disk; the message shows the expected
+    tree and the command that makes it.
+    """
 
 
 @dataclass(frozen=True)
 class LabelledList:
-    """One split: names relative to `folder`, labels, and the packed shards beside the list, if "
-    "any."""
+    """One split: names relative to `folder`, labels, and the packed shards beside the list,
+    if any.
+    """
 
     folder: Path
     split: str

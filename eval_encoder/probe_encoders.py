@@ -1,5 +1,6 @@
-"""Weights -> a frozen encoder. What is named is what is judged: a path that does not fit is an "
-"error."""
+"""Weights -> a frozen encoder. What is named is what is judged:
+a path that does not fit is an error.
+"""
 
 from pathlib import Path
 

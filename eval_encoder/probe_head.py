@@ -14,8 +14,9 @@ HEAD_WIDTH = 64
 
 
 class AttentiveClassifier(nn.Module):
-    """Attention pooling (MLP 4C, RMSNorm), LayerNorm, Linear; the classifier starts almost at "
-    "zero."""
+    """Attention pooling (MLP 4C, RMSNorm), LayerNorm, Linear;
+    the classifier starts almost at zero.
+    """
 
     def __init__(self, width: int, num_classes: int):
         super().__init__()

@@ -53,8 +53,9 @@ class ClipTokens:
     def batches(
         self, order: list[int], batch_size: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]]:
-        """(tokens [S, C], cu_seqlens [N+1], longest, labels [N]) of the clips `order`, unreadable "
-        "ones left out."""
+        """(tokens [S, C], cu_seqlens [N+1], longest, labels [N]) of the clips `order`,
+        unreadable ones left out.
+        """
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             fresh = dict(self._encode([i for i in chunk if i not in self._cache]))

@@ -1,5 +1,5 @@
-"""Official split files -> the two lists a benchmark needs: `python -m eval_encoder.probe_prepare
-ssv2 ...`.
+"""Official split files -> the two lists a benchmark needs:
+`python -m eval_encoder.probe_prepare ssv2 ...`.
 
 Something-Something v2 ships something-something-v2-train.json, -validation.json and -labels.json
 (with or without the prefix); a clip's class is its template with the brackets taken away. Videos

@@ -14,8 +14,8 @@ def write_results(
     num_clips: dict[str, int],
     unreadable: dict[str, str],
 ) -> dict:
-    """Append to REPORT_DIR/results.jsonl and report_attentive_probe_<weights>.txt; returns the
-    record.
+    """Append to REPORT_DIR/results.jsonl and report_attentive_probe_<weights>.txt;
+    returns the record.
 
     The headline is the last epoch of the best learning rate; the best epoch, which is picked on the
     validation set, is stored beside it.

@@ -1,5 +1,5 @@
-"""Raw video -> a view, for benchmarks that are not packed: whole frames, or patches chosen by the
-codec.
+"""Raw video -> a view, for benchmarks that are not packed:
+whole frames, or patches chosen by the codec.
 
 decord reads frames where it is installed, PyAV otherwise; codec patches always come from PyAV,
 which exports the motion vectors.
@@ -38,8 +38,8 @@ def have_decord() -> bool:
 def frames_of_video(
     path: Path, num_frames: int, size: int, patch_size: int, target_frames: int, decoder: str
 ) -> View:
-    """Whole frames from the middle of `num_frames` equal segments, at their times on the target
-    time base.
+    """Whole frames from the middle of `num_frames` equal segments,
+    at their times on the target time base.
 
     Raises RejectedInput for a file that cannot be read.
     """
@@ -58,8 +58,9 @@ def frames_of_video(
 def codec_patches_of_video(
     path: Path, num_tokens: int, size: int, patch_size: int, target_frames: int, gop: int
 ) -> View:
-    """The `num_tokens` patches that packing would keep. Raises RejectedInput for a file that "
-    "cannot be read."""
+    """The `num_tokens` patches that packing would keep.
+    Raises RejectedInput for a file that cannot be read.
+    """
     clip = decompose_video(path, target_frames, size, patch_size, gop)
     selection = select_patches(patch_saliency(clip, patch_size), clip.is_i_frame, num_tokens)
     frame, row, column = selection.positions.astype(np.int64).T

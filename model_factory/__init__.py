@@ -1,5 +1,6 @@
-"""The encoder: layers, packing, models and their conversions. Flat, relative imports, no other "
-"package of ours."""
+"""The encoder: layers, packing, models and their conversions.
+Flat, relative imports, no other package of ours.
+"""
 
 from .registry import create_model, list_models, packing_config, packing_name
 

@@ -1,5 +1,5 @@
-"""backbone.pt: an encoder's weights as plain tensors in the source key layout, with its
-configuration beside it.
+"""backbone.pt: an encoder's weights as plain tensors in the source key layout,
+with its configuration beside it.
 
     backbone.pt      tensors, loaded with weights_only=True
     backbone.json    sizes, norm eps, rotary rule; public files come without it
@@ -30,8 +30,9 @@ def save_backbone(model: LlavaViTPackingModel, path: Path) -> None:
 def backbone_config(
     path: Path, model_name: str, rope_pairing: str = "legacy"
 ) -> LlavaViTPackingConfig:
-    """Configuration beside the weights; without one the registered sizes of `model_name` and the "
-    "given rotary rule."""
+    """Configuration beside the weights; without one the registered sizes of
+    `model_name` and the given rotary rule.
+    """
     described = path.with_suffix(".json")
     if described.is_file():
         return LlavaViTPackingConfig.from_dict(json.loads(described.read_bytes()))

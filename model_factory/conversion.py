@@ -1,5 +1,5 @@
-"""From a backbone.pt to a Hugging Face folder of the packing model, checked before and after it is
-written.
+"""From a backbone.pt to a Hugging Face folder of the packing model,
+checked before and after it is written.
 
 Checks, in fp32: an image, a moving video at interpolated times, and a mixed pack of both, each
 through the dense source model and through the packing model; then all of them again after reloading
@@ -49,8 +49,9 @@ def convert(
 def _source_model(
     target: LlavaViTPackingModel, weight_path: Path, model_name: str
 ) -> LlavaViTEncoder:
-    """The dense source model of the same weights; with a public file it has the source's own norm "
-    "eps."""
+    """The dense source model of the same weights;
+    with a public file it has the source's own norm eps.
+    """
     if weight_path.with_suffix(".json").is_file():
         source = LlavaViTEncoder(target.config)
     else:
@@ -77,8 +78,9 @@ def _verify(source: LlavaViTEncoder, target: LlavaViTPackingModel) -> list[str]:
 
 
 def _moving_video(size: int) -> torch.Tensor:
-    """A texture that moves from frame to frame, [1, 3, T, H, W]: a wrong frame order cannot go "
-    "unnoticed."""
+    """A texture that moves from frame to frame, [1, 3, T, H, W]:
+    a wrong frame order cannot go unnoticed.
+    """
     texture = torch.randn(3, size, size, generator=torch.Generator().manual_seed(1))
     frames = [texture.roll((5 * t, 11 * t), dims=(1, 2)) for t in range(NUM_FRAMES)]
     return torch.stack(frames, dim=1)[None]

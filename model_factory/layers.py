@@ -21,8 +21,9 @@ NORM_TYPES = ("layer_norm", "rms_norm")
 
 @dataclass(frozen=True)
 class PackContext:
-    """What every layer of one forward shares: boundaries int32 [N+1], longest item, RoPE tables, "
-    "kernel choice."""
+    """What every layer of one forward shares: boundaries int32 [N+1], longest item, RoPE tables,
+    kernel choice.
+    """
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
@@ -41,8 +42,9 @@ def build_norm(norm_type: str, width: int, eps: float | None) -> nn.Module:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of patch rows [S, 3*p*p] -> [S, D]; the weight is kept in Conv2d form for the "
-    "public key layout."""
+    """Linear map of patch rows [S, 3*p*p] -> [S, D];
+    the weight is kept in Conv2d form for the public key layout.
+    """
 
     def __init__(self, patch_size: int, width: int, channels: int = 3):
         super().__init__()
@@ -65,8 +67,9 @@ class MLP(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """Multi-head self-attention inside each item of the pack, rotary positions on queries and "
-    "keys."""
+    """Multi-head self-attention inside each item of the pack,
+    rotary positions on queries and keys.
+    """
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -99,8 +102,8 @@ class EncoderLayer(nn.Module):
 
 
 class ProbeAttention(nn.Module):
-    """One learned query per item over the item's tokens; parameter names of torch's
-    MultiheadAttention.
+    """One learned query per item over the item's tokens;
+    parameter names of torch's MultiheadAttention.
 
     The query is the same for all items, so the whole pack is pooled by one varlen call with query
     length 1.
@@ -132,8 +135,9 @@ class ProbeAttention(nn.Module):
 
 
 class AttentionPoolingHead(nn.Module):
-    """Pooled vector of each item: y = attention(probe, tokens); y + MLP(RMSNorm(y)). No residual "
-    "with the probe."""
+    """Pooled vector of each item: y = attention(probe, tokens); y + MLP(RMSNorm(y)).
+    No residual with the probe.
+    """
 
     def __init__(self, width: int, hidden: int, num_heads: int, norm_eps: float | None):
         super().__init__()

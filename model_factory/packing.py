@@ -45,8 +45,8 @@ def cu_seqlens_from_grid(grid_thw: torch.Tensor) -> torch.Tensor:
 
 
 def compute_patch_positions_from_grid_thw(grid_thw: torch.Tensor) -> torch.Tensor:
-    """Integer grid positions of a pack: int64 [S, 3] (t, h, w), t counted 0..t-1 (not scaled to 64
-    frames).
+    """Integer grid positions of a pack: int64 [S, 3] (t, h, w),
+    t counted 0..t-1 (not scaled to 64 frames).
 
     grid_thw: integer [N, 3] in patches. Raises ValueError for another shape, an empty pack or a
     non-positive side.
@@ -80,8 +80,9 @@ def interpolate_frame_indices(
 def compute_patch_positions_with_interpolated_temporal(
     frame_indices: torch.Tensor, height: int, width: int, device=None
 ) -> torch.Tensor:
-    """Positions of whole frames at given times: frame_indices [B, T] -> int64 [B*T*height*width, "
-    "3], batch in order."""
+    """Positions of whole frames at given times:
+    frame_indices [B, T] -> int64 [B*T*height*width, 3], batch in order.
+    """
     times = frame_indices.to(device=device, dtype=torch.int64).reshape(-1)
     rows = torch.arange(height, device=times.device)
     columns = torch.arange(width, device=times.device)

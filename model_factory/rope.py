@@ -46,8 +46,8 @@ def rope_tables(
     theta: float = 10000.0,
     position_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine tables, each fp32 [S, 1, d], for positions [S, 3] (t, h, w) of any integer or
-    float dtype.
+    """Cosine and sine tables, each fp32 [S, 1, d], for positions [S, 3] (t, h, w)
+    of any integer or float dtype.
 
     `position_scale` multiplies the two spatial coordinates (for resolutions beyond training); time
     is left alone.

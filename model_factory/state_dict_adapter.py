@@ -39,8 +39,9 @@ _TO_SOURCE = _rules((new, old) for old, new in KEY_MAP)
 
 
 def strip_wrappers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop any run of `module.` and `_orig_mod.` prefixes that DDP and torch.compile put in front "
-    "of names."""
+    """Drop any run of `module.` and `_orig_mod.` prefixes that DDP and
+    torch.compile put in front of names.
+    """
     stripped = {}
     for key, tensor in state_dict.items():
         while key.startswith(WRAPPER_PREFIXES):

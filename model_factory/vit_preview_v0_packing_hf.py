@@ -1,5 +1,5 @@
-"""The packed ViT: any mixture of images, clips and sparse codec selections in one sequence of patch
-rows.
+"""The packed ViT: any mixture of images, clips and sparse codec selections
+in one sequence of patch rows.
 
 `hidden_states` are raw pixel rows [S, 3*p*p]; each item attends to itself only; positions enter
 through 3-D RoPE. An item may be a full (t, h, w) grid or any subset of patches with explicit
@@ -252,8 +252,8 @@ class LlavaViTPackingModel(PreTrainedModel):
 
 
 def save_encoder_folder(model: LlavaViTPackingModel, folder: str | Path) -> None:
-    """Write a Hugging Face folder: weights, config, modelling code for AutoModel, and the image
-    processor's settings.
+    """Write a Hugging Face folder: weights, config, modelling code for AutoModel,
+    and the image processor's settings.
 
     The processor is CLIP's at the model's image size; written as its JSON, so that no image library
     is needed here.

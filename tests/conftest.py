@@ -1,5 +1,6 @@
-"""Fixtures shared by all tests: real clips, a packed and labelled set, processes of a real "
-"group."""
+"""Fixtures shared by all tests: real clips, a packed and labelled set,
+processes of a real group.
+"""
 
 import os
 import signal
@@ -15,8 +16,9 @@ SHARED = ROOT.parent / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder of real videos, images and golden vectors; tests that need it skip where it is "
-    "absent."""
+    """Folder of real videos, images and golden vectors;
+    tests that need it skip where it is absent.
+    """
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: real videos and golden vectors are not shipped")
     return SHARED
@@ -34,8 +36,9 @@ def clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def packed(clips) -> Path:
-    """Those clips packed (98 tokens each, shards of 10), clustered and labelled: folders train/ "
-    "and val/."""
+    """Those clips packed (98 tokens each, shards of 10), clustered and labelled:
+    folders train/ and val/.
+    """
     from data_pipeline.clustering.features import descriptor_features
     from data_pipeline.clustering.kmeans import spherical_kmeans
     from data_pipeline.clustering.labels import nearest_centroids, save_labels
@@ -66,7 +69,7 @@ def run(
         text=True,
         env=env,
         cwd=ROOT,
-        timeout=600,
+        timeout=300,
     )
     if check and done.returncode:
         raise AssertionError(
@@ -75,37 +78,23 @@ def run(
     return done
 
 
-def torchrun(
-    num_ranks: int, *command: str | Path, check: bool = True
-) -> subprocess.CompletedProcess:
+def launcher(num_ranks: int) -> tuple[str, ...]:
+    """torchrun on a free port of this machine."""
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks))
+
+
+def torchrun(num_ranks: int, *command: str | Path, check: bool = True):
     """Run a command of ours on real gloo ranks."""
-    launcher = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(num_ranks),
-        "--master_port",
-        "0",
-    )
-    return run(*launcher, *command, check=check)
+    return run(*launcher(num_ranks), *command, check=check)
 
 
 def start_torchrun(num_ranks: int, *command: str | Path) -> subprocess.Popen:
-    """Start ranks in a process group of their own, to be killed with kill_group."""
-    launcher = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(num_ranks),
-        "--master_port",
-        "0",
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Start ranks in a session of their own, to be killed with kill_group."""
     return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, command)],
+        [sys.executable, *launcher(num_ranks), *map(str, command)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=env,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         start_new_session=True,
     )

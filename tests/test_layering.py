@@ -1,5 +1,6 @@
-"""The import table of docs/architecture.md, read off the source: who may import whom, and no "
-"cycles."""
+"""The import table of docs/architecture.md, read off the source:
+who may import whom, and no cycles.
+"""
 
 import ast
 import subprocess
@@ -118,8 +119,9 @@ def test_only_one_module_reads_the_launcher_environment():
 
 
 def test_every_module_imports_without_optional_libraries():
-    """DALI, FAISS, flash-attn, decord and PyAV are made unimportable; every module must still "
-    "import."""
+    """DALI, FAISS, flash-attn, decord and PyAV are made unimportable;
+    every module must still import.
+    """
     code = (
         "import sys, importlib\n"
         "for name in ('nvidia', 'nvidia.dali', 'faiss', 'flash_attn', 'decord', 'av', "

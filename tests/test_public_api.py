@@ -38,8 +38,9 @@ def documented_commands() -> list[str]:
 
 
 def parser_of(words: list[str]):
-    """Argument parser and arguments of one of our commands, or None for a command that is not "
-    "ours."""
+    """Argument parser and arguments of one of our commands,
+    or None for a command that is not ours.
+    """
     from data_pipeline.__main__ import build_parser as data_parser
     from eval_encoder.probe_config import build_parser as probe_parser
     from eval_encoder.probe_prepare import build_parser as prepare_parser

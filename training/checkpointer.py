@@ -37,8 +37,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint that is damaged, missing or not of this run; the message says which and what "
-    "to do."""
+    """A checkpoint that is damaged, missing or not of this run;
+    the message says which and what to do.
+    """
 
 
 class Checkpointer:
@@ -92,8 +93,8 @@ class Checkpointer:
         return final
 
     def load(self, resume: str) -> dict | None:
-        """Restore by the rule auto | never | PATH; returns the stored state, or None for a fresh
-        start.
+        """Restore by the rule auto | never | PATH;
+        returns the stored state, or None for a fresh start.
 
         Raises BadCheckpoint on all ranks when a named checkpoint, or every existing one, is
         unusable.
@@ -160,8 +161,9 @@ class Checkpointer:
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint directory; an empty list means every byte is as it was "
-    "saved."""
+    """What is wrong with a checkpoint directory;
+    an empty list means every byte is as it was saved.
+    """
     manifest_path = path / "manifest.json"
     if not manifest_path.is_file():
         return ["no manifest.json: not a committed checkpoint"]

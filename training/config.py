@@ -1,5 +1,5 @@
-"""TrainConfig: the union of the components' configs, frozen, checked when it is made, stored as
-JSON.
+"""TrainConfig: the union of the components' configs, frozen, checked when it is made,
+stored as JSON.
 
 Each component's config lives beside the component. This file adds what belongs to no single one,
 dotted overrides (`--set heads.0.loss.margin=0.2`), and the comparison that guards a resume.
@@ -22,14 +22,14 @@ from .optimizer import OptimizerConfig
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder: a registered name, the rotary rule, and where its weights start (None: "
-    "random)."""
+    """The encoder: a registered name, the rotary rule, and where its weights start (None:
+    random).
+    """
 
     name: str = "llava_vit_small_ln"
     rope_pairing: str = "rotary"
     init_from: str | None = None
     frozen: bool = False
-    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ class TrainConfig:
 
 
 def override(config: TrainConfig, assignment: str) -> TrainConfig:
-    """Apply one "a.b.0.c=value" (value as JSON, else as text); ValueError names the nearest known "
-    "field."""
+    """Apply one "a.b.0.c=value" (value as JSON, else as text);
+    ValueError names the nearest known field.
+    """
     path, separator, text = assignment.partition("=")
     if not separator:
         raise ValueError(f"--set {assignment!r}: write it as field.subfield=value")
@@ -151,8 +152,9 @@ FREE_FIELDS = (
 
 
 def fingerprint(config: TrainConfig, world_size: int) -> dict:
-    """What must be equal on resume, flat: field path -> value, with global instead of per-rank "
-    "batch sizes."""
+    """What must be equal on resume, flat: field path -> value,
+    with global instead of per-rank batch sizes.
+    """
     flat = _flatten(json.loads(config.to_json()))
     for index, head in enumerate(config.heads):
         flat[f"heads.{index}.stream.batch_size"] = head.stream.batch_size * world_size

@@ -84,8 +84,8 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows_with_grad(rows: torch.Tensor) -> torch.Tensor:
-    """all_gather_rows with gradient, for a loss that every rank computes from all rows but with its
-    own classes.
+    """all_gather_rows with gradient, for a loss that every rank computes from
+    all rows but with its own classes.
 
     Backward sums what all ranks say about a row, takes this rank's rows and multiplies by the world
     size, so that the averaging of data parallelism gives the gradient of the global loss.
@@ -126,8 +126,9 @@ def broadcast_object(value):
 
 
 def all_gather_json(value) -> list:
-    """Every rank's JSON-like value, in rank order, on every rank; as JSON text padded to equal "
-    "length."""
+    """Every rank's JSON-like value, in rank order, on every rank;
+    as JSON text padded to equal length.
+    """
     data = json.dumps(value).encode()
     lengths = all_gather_rows(torch.tensor([len(data)]))
     padded = torch.frombuffer(bytearray(data.ljust(int(lengths.max()))), dtype=torch.uint8)

@@ -1,5 +1,5 @@
-"""Learning-rate factor as a pure function of the step: nothing is stored, nothing can drift on
-resume.
+"""Learning-rate factor as a pure function of the step:
+nothing is stored, nothing can drift on resume.
 
 warm-up   (step + 1) / warmup_steps                        step < warmup_steps
 decay     (1 - (step - warmup) / (total - warmup)) ** power
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """`total_samples` over all heads decides the number of steps; `warmup_ratio` is a share of "
-    "them."""
+    """`total_samples` over all heads decides the number of steps;
+    `warmup_ratio` is a share of them.
+    """
 
     total_samples: int = 60_000_000
     warmup_ratio: float = 0.1

@@ -1,5 +1,5 @@
-"""What a run says about itself: metrics.jsonl (the record, every step), one console line, a
-TensorBoard copy.
+"""What a run says about itself: metrics.jsonl (the record, every step), one console line,
+a TensorBoard copy.
 
 Losses stay on the device until a line is due, so logging costs no synchronisation per step. On
 resume everything after the checkpoint is cut off, so the record holds every step exactly once.
@@ -16,8 +16,9 @@ from .distributed import Ranks
 
 
 def truncate_records(path: Path, step: int) -> None:
-    """Keep the records of steps up to `step` of a .jsonl file; a half-written last line goes "
-    "too."""
+    """Keep the records of steps up to `step` of a .jsonl file;
+    a half-written last line goes too.
+    """
     if not path.exists():
         return
     kept = []
@@ -34,8 +35,9 @@ def truncate_records(path: Path, step: int) -> None:
 
 
 class Ledger:
-    """consumed-RANK.jsonl: which samples this rank trained on at which step; the proof of exactly "
-    "once."""
+    """consumed-RANK.jsonl: which samples this rank trained on at which step;
+    the proof of exactly once.
+    """
 
     def __init__(self, output: Path, rank: int, step: int):
         path = output / f"consumed-{rank:05d}.jsonl"
@@ -43,8 +45,9 @@ class Ledger:
         self._file = open(path, "a", buffering=1)
 
     def record(self, step: int, batches: dict) -> None:
-        """Note the samples of one micro step; rows of weight 0 are the tail's padding and do not "
-        "count."""
+        """Note the samples of one micro step; rows of weight 0 are the tail's
+        padding and do not count.
+        """
         for head, batch in batches.items():
             ids = batch.sample_ids[: batch.num_samples][batch.weights > 0].tolist()
             line = {
@@ -62,8 +65,9 @@ class Ledger:
 
 
 class MetricLogger:
-    """Collects step values on the device and writes them every `log_every` steps; silent on ranks "
-    "other than 0."""
+    """Collects step values on the device and writes them every `log_every` steps;
+    silent on ranks other than 0.
+    """
 
     def __init__(
         self,
@@ -92,8 +96,9 @@ class MetricLogger:
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, values: dict, samples: int, tokens: int, data_wait: float) -> None:
-        """Note one optimizer step. values: name -> float or scalar tensor; samples and tokens of "
-        "all ranks."""
+        """Note one optimizer step. values: name -> float or scalar tensor;
+        samples and tokens of all ranks.
+        """
         self._pending.append({"step": step, **values})
         self._samples, self._tokens, self._steps = (
             self._samples + samples,
@@ -105,8 +110,9 @@ class MetricLogger:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending: every step to the record, the last one to console and "
-        "TensorBoard."""
+        """Write what is pending: every step to the record,
+        the last one to console and TensorBoard.
+        """
         if self._file is None or not self._pending:
             self._pending.clear()
             return

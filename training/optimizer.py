@@ -1,5 +1,6 @@
-"""One AdamW over encoder and centres, its parameter groups by role, and one global gradient "
-"norm."""
+"""One AdamW over encoder and centres, its parameter groups by role,
+and one global gradient norm.
+"""
 
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. `clip_norm` bounds the norm over encoder and all centres of all ranks together; 0 "
-    "switches it off."""
+    """AdamW. `clip_norm` bounds the norm over encoder and all centres of all ranks together;
+    0 switches it off.
+    """
 
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -37,8 +39,9 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 def build_optimizer(
     encoder: nn.Module, heads: dict[str, tuple[nn.Module, float]], config: OptimizerConfig
 ):
-    """AdamW with one group per role, each carrying `name` and `lr_scale`; heads: name -> (module, "
-    "lr scale)."""
+    """AdamW with one group per role, each carrying `name` and `lr_scale`; heads:
+    name -> (module, lr scale).
+    """
     named = [
         (name, parameter)
         for name, parameter in encoder.named_parameters()
@@ -78,8 +81,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, base_lr: float, factor: 
 
 
 def global_grad_norm(encoder: nn.Module, heads: list[nn.Module]) -> torch.Tensor:
-    """Norm of all gradients: the encoder's once (equal on all ranks) and every rank's centres. A "
-    "scalar tensor."""
+    """Norm of all gradients: the encoder's once (equal on all ranks) and every rank's centres.
+    A scalar tensor.
+    """
     replicated = _squared_norm(encoder.parameters())
     sharded = _squared_norm(parameter for head in heads for parameter in head.parameters())
     dist.all_reduce(sharded)

@@ -1,5 +1,5 @@
-"""A run is a function that returns a whole TrainConfig and says its command, its cost and what to
-expect.
+"""A run is a function that returns a whole TrainConfig and says its command,
+its cost and what to expect.
 
 Command line flags are laid over a preset; without one, over `baseline`, the public trainer's
 defaults.
@@ -17,8 +17,8 @@ from .optimizer import OptimizerConfig
 
 
 def baseline() -> TrainConfig:
-    """The public trainer's defaults: batch 32 per GPU, 60 M samples, lr 1e-3, a tenth of the
-    negatives.
+    """The public trainer's defaults: batch 32 per GPU, 60 M samples, lr 1e-3,
+    a tenth of the negatives.
 
     torchrun --nproc_per_node 8 -m training.train_univit --list_datasets DIR --list_batch_size 64
     --output OUT

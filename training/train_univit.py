@@ -75,8 +75,9 @@ def _write_run_record(output: Path, config) -> None:
 
 
 def _load_datasets(args, config, ranks, logger) -> dict:
-    """Dataset of every head by name (None: synthetic); the embedded set is made under the output "
-    "folder first."""
+    """Dataset of every head by name (None: synthetic);
+    the embedded set is made under the output folder first.
+    """
     import torch.distributed as dist
 
     from data_pipeline.datasets import EMBEDDED, prepare_embedded, register_dataset, resolve_dataset

@@ -80,8 +80,9 @@ class Trainer:
         self.streams = {head.name: self._build_stream(head) for head in config.heads}
 
     def train(self) -> None:
-        """Run to the last step; leaves checkpoints, logs and the exported encoder in the output "
-        "folder."""
+        """Run to the last step; leaves checkpoints,
+        logs and the exported encoder in the output folder.
+        """
         config = self.config
         self._announce()
         self.encoder.train()
@@ -159,8 +160,9 @@ class Trainer:
     def _stop_unless_finite(
         self, norm: torch.Tensor, reported: dict, batches: dict[str, PackedBatch]
     ) -> None:
-        """The norm covers all ranks, so all ranks stop together; the one value read back per "
-        "step."""
+        """The norm covers all ranks, so all ranks stop together;
+        the one value read back per step.
+        """
         if np.isfinite(norm.item()):
             return
         losses = {name: round(value.item(), 4) for name, value in reported.items()}
@@ -175,8 +177,9 @@ class Trainer:
         )
 
     def state(self) -> dict:
-        """What a checkpoint stores beside tensors: the data position and what must match on "
-        "resume."""
+        """What a checkpoint stores beside tensors:
+        the data position and what must match on resume.
+        """
         return {
             "next_batch": self.step * self.config.grad_accum_steps,
             "plans": {

@@ -1,5 +1,5 @@
-"""A codec descriptor: what can be said of a clip from its motion and residual alone, without any
-weights.
+"""A codec descriptor: what can be said of a clip from its motion and residual alone,
+without any weights.
 
 For each clip, camera motion (the frame's median vector) taken away, over the coarse G x G motion
 grid:
@@ -30,8 +30,9 @@ WEIGHTS = {
 
 
 def codec_descriptor(motion: np.ndarray | None, picture: np.ndarray) -> np.ndarray:
-    """Descriptor float32 [D] of motion [T, G, G, 3] (None for an image) and one picture uint8 [H, "
-    "W, 3]."""
+    """Descriptor float32 [D] of motion [T, G, G, 3] (None for an image) and one picture uint8 [H,
+    W, 3].
+    """
     blocks = {
         "direction": np.zeros(DIRECTIONS),
         "swirl": np.zeros(2),
@@ -68,8 +69,9 @@ def _motion_blocks(motion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _swirl(velocity: np.ndarray, speed: np.ndarray) -> np.ndarray:
-    """Mean sine and cosine of the angle between a cell's place (from the frame's centre of "
-    "motion) and its velocity."""
+    """Mean sine and cosine of the angle between a cell's place (from the frame's centre of motion)
+    and its velocity.
+    """
     frames, grid, _ = speed.shape
     rows, columns = np.mgrid[:grid, :grid].astype(np.float64)
     # places wrap around the picture, so the centre of motion is a circular mean

@@ -1,5 +1,6 @@
-"""Shards -> one feature per sample: from the codec descriptor, which needs no weights, or from an "
-"encoder."""
+"""Shards -> one feature per sample: from the codec descriptor, which needs no weights,
+or from an encoder.
+"""
 
 import numpy as np
 
@@ -29,8 +30,8 @@ def descriptor_features(manifest: Manifest) -> np.ndarray:
 
 
 def encoder_features(manifest: Manifest, encoder_folder: str, batch_size: int = 32) -> np.ndarray:
-    """Pooled vectors of all samples, float32 [N, D], L2-normalised, from a Hugging Face folder of
-    our packing model.
+    """Pooled vectors of all samples, float32 [N, D], L2-normalised,
+    from a Hugging Face folder of our packing model.
 
     Videos are seen through their codec view, images whole.
     """

@@ -62,8 +62,9 @@ def save_centroids(directory: Path, centroids: np.ndarray, details: dict) -> Non
 
 
 def load_centroids(directory: Path) -> tuple[np.ndarray, dict]:
-    """Centroids float32 [K, D] and their record; MissingData or DataPipelineError names what is "
-    "wrong."""
+    """Centroids float32 [K, D] and their record;
+    MissingData or DataPipelineError names what is wrong.
+    """
     if not (directory / RECORD_NAME).is_file():
         raise MissingData(
             f"{directory} holds no {RECORD_NAME}: make it with `python -m data_pipeline cluster`"

@@ -1,5 +1,5 @@
-"""The nearest centroids of every sample, nearest first: labels.npy, a side file bound to its
-manifest.
+"""The nearest centroids of every sample, nearest first:
+labels.npy, a side file bound to its manifest.
 
     labels.npy    int32 [N, L], row = sample id; -1 pads a row and is ignored by the loss
     labels.json   manifest sha256, number of classes, sha256 of labels.npy

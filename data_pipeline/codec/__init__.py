@@ -1,2 +1,3 @@
-"""Offline only: what a video codec knows about a clip (frames, motion vectors, residuals) and "
-"which patches that keeps."""
+"""Offline only: what a video codec knows about a clip (frames, motion vectors, residuals)
+and which patches that keeps.
+"""

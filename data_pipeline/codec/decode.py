@@ -85,8 +85,8 @@ def decode_video(
     fit: str = "crop",
     limits: InputLimits | None = None,
 ) -> DecodedVideo:
-    """Decode `num_frames` frames at even timestamps; fewer when the video has fewer, never a
-    repeated one.
+    """Decode `num_frames` frames at even timestamps;
+    fewer when the video has fewer, never a repeated one.
 
     Raises RejectedInput: container, no_video, too_large, decode (damaged), truncated (announced
     frames are missing).
@@ -136,8 +136,9 @@ def decode_video(
 
 
 def _timeline(container, stream, limits, path):
-    """Sorted presentation stamps of all packets, and whether they are mere frame numbers (no "
-    "timestamps in file)."""
+    """Sorted presentation stamps of all packets,
+    and whether they are mere frame numbers (no timestamps in file).
+    """
     stamps, count = [], 0
     for packet in container.demux(stream):
         if packet.size == 0:

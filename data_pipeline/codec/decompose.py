@@ -25,8 +25,8 @@ MOTION_CELL = 8  # side of a motion cell in pixels: the smallest block of the ca
 
 @dataclass(frozen=True)
 class CodecClip:
-    """A clip with its codec view. Frame 0 is an I-frame; I-frames carry zero motion and zero
-    residual.
+    """A clip with its codec view. Frame 0 is an I-frame;
+    I-frames carry zero motion and zero residual.
 
     frames    uint8   [T, H, W, 3]    RGB, before the canonical encoding
     is_i_frame bool   [T]
@@ -57,8 +57,9 @@ def decompose_video(
     fit: str = "crop",
     limits=None,
 ) -> CodecClip:
-    """Decode, choose and decompose one video; see decode_video for the frames and the reasons of "
-    "rejection."""
+    """Decode, choose and decompose one video; see decode_video for the frames
+    and the reasons of rejection.
+    """
     video = decode_video(path, num_frames, size, patch_size, fit, limits)
     return decompose_frames(
         video.frames, gop, video.seconds, num_frames, video.num_source_frames, video.codec
@@ -96,8 +97,9 @@ def decompose_frames(
 
 
 def _canonical_stream(frames, gop):
-    """Encode and decode again: luma uint8 [T, H, W], is_i_frame bool [T], raw motion vectors per "
-    "frame."""
+    """Encode and decode again: luma uint8 [T, H, W], is_i_frame bool [T],
+    raw motion vectors per frame.
+    """
     import av
     from av.codec.context import Flags2
     from av.video.frame import PictureType
@@ -153,8 +155,9 @@ def per_pixel(cells: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Block vectors -> int32 [H/8, W/8, 2] in quarter pixels, pointing into the reference; intra "
-    "blocks get zero."""
+    """Block vectors -> int32 [H/8, W/8, 2] in quarter pixels, pointing into the reference;
+    intra blocks get zero.
+    """
     field = np.zeros((*_cells(height, width), 2), np.int32)
     if len(vectors) == 0:
         return field

@@ -1,5 +1,5 @@
-"""Opening files from strangers: a container white list, local files only, limits before any
-decoding.
+"""Opening files from strangers: a container white list, local files only,
+limits before any decoding.
 
 Playlists, network protocols and container formats outside the list never reach a demuxer (an
 ffconcat text named .mp4 would otherwise read other local files). Sizes are checked on headers, so a
@@ -88,8 +88,8 @@ def open_video(path: Path, limits: InputLimits):
 
 
 def open_image(path: Path, limits: InputLimits) -> np.ndarray:
-    """Read one picture as uint8 RGB [H, W, 3]: EXIF rotation applied, alpha laid on white, first
-    frame of animations.
+    """Read one picture as uint8 RGB [H, W, 3]: EXIF rotation applied, alpha laid on white,
+    first frame of animations.
 
     Raises RejectedInput with reason image or too_large.
     """

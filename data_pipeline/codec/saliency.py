@@ -1,5 +1,5 @@
-"""How much news each patch carries: motion that the camera does not explain, and residual that
-motion does not.
+"""How much news each patch carries: motion that the camera does not explain,
+and residual that motion does not.
 
     motion_TP    mean over the patch of |v - v_camera|, v_camera = the frame's median vector
                  (option)
@@ -25,8 +25,9 @@ CAMERA_MODELS = ("none", "median")
 
 @dataclass(frozen=True)
 class SaliencyConfig:
-    """Weights and floors of the formula above; `motion_floor` in pixels per frame, "
-    "`residual_floor` in luma steps."""
+    """Weights and floors of the formula above; `motion_floor` in pixels per frame,
+    `residual_floor` in luma steps.
+    """
 
     camera: str = "median"
     motion_weight: float = 1.0
@@ -76,8 +77,8 @@ def _normalised(values: np.ndarray, p_frames: np.ndarray, floor: float) -> np.nd
 
 
 def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:
-    """Coarse codec view float16 [T, grid, grid, 3]: mean vector (x, y) in pixels and mean residual
-    of each cell.
+    """Coarse codec view float16 [T, grid, grid, 3]:
+    mean vector (x, y) in pixels and mean residual of each cell.
 
     It goes into the shard, so that clips can be described, clustered and drawn without decoding
     them again.

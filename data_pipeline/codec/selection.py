@@ -17,8 +17,9 @@ STATIC_SALIENCY = 0.02  # a clip whose best patch scores less shows nothing but 
 
 @dataclass(frozen=True)
 class Selection:
-    """positions uint16 [K, 3] (t index of the frame, row, column), scores float16 [K] (I-frame "
-    "patches 1), is_static."""
+    """positions uint16 [K, 3] (t index of the frame, row, column),
+    scores float16 [K] (I-frame patches 1), is_static.
+    """
 
     positions: np.ndarray
     scores: np.ndarray
@@ -53,8 +54,9 @@ def select_patches(saliency: np.ndarray, is_i_frame: np.ndarray, budget: int) ->
 
 
 def _even_frames(num_p_frames: int, per_frame: int) -> np.ndarray:
-    """Order of P-frame patches that takes whole frames, each next one halving the largest gap "
-    "(bit-reversed times)."""
+    """Order of P-frame patches that takes whole frames,
+    each next one halving the largest gap (bit-reversed times).
+    """
     bits = max(1, (num_p_frames - 1).bit_length())
     reversed_times = [int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits)]
     times = np.array([t for t in reversed_times if t < num_p_frames])

@@ -14,8 +14,8 @@ from model_factory.packing import CLIP_MEAN, CLIP_STD
 
 
 class PictureDecoder:
-    """Iterates over batches of normalised pictures: each a list of float32 [3, H, W] tensors of any
-    sizes.
+    """Iterates over batches of normalised pictures:
+    each a list of float32 [3, H, W] tensors of any sizes.
 
     fetch(i) returns the JPEG bytes of batch i as uint8 arrays, at most `max_batch` of them, or
     raises StopIteration. The tensors of a batch are views of DALI's buffers: use or copy them

@@ -1,5 +1,5 @@
-"""The loader: one stream of packed batches per head, fed by plan -> reader -> DALI -> views ->
-packing.
+"""The loader: one stream of packed batches per head,
+fed by plan -> reader -> DALI -> views -> packing.
 
 A stream is a pure function of (dataset, config, batch number); its state is one integer. A thread
 prepares batches ahead, so the trainer waits only when data is slower than training. Reading a
@@ -42,8 +42,9 @@ from .views import (
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """One head's data: samples per rank and batch, views, and how many of the first `label_width` "
-    "labels are drawn."""
+    """One head's data: samples per rank and batch, views,
+    and how many of the first `label_width` labels are drawn.
+    """
 
     batch_size: int = 32
     view: ViewConfig = field(default_factory=ViewConfig)
@@ -71,8 +72,9 @@ class _Request:
 
 
 class SampleDecoder:
-    """Bytes and metadata of requested samples, decoded to views. Shared by training streams and "
-    "sequential readers."""
+    """Bytes and metadata of requested samples, decoded to views.
+    Shared by training streams and sequential readers.
+    """
 
     def __init__(self, manifest: Manifest, view: ViewConfig):
         self._manifest = manifest
@@ -96,8 +98,9 @@ class SampleDecoder:
     def view(
         self, request: _Request, pixels: torch.Tensor, rng: np.random.Generator | None
     ) -> View:
-        """Patches of one decoded picture [3, H, W]; frames are drawn by `rng`, or taken in the "
-        "middle without one."""
+        """Patches of one decoded picture [3, H, W];
+        frames are drawn by `rng`, or taken in the middle without one.
+        """
         info = request.info
         if request.view == "codec":
             return codec_view(pixels, request.positions, info.patch_size, self._view.max_tokens)
@@ -165,8 +168,9 @@ class HeadStream:
         )
 
     def _labels(self, share: PlannedBatch) -> np.ndarray:
-        """int64 [B, L]: labels_per_step of the first label_width labels, drawn per (epoch, "
-        "sample)."""
+        """int64 [B, L]: labels_per_step of the first label_width labels, drawn per (epoch,
+        sample).
+        """
         config = self._config
         table = self._dataset.labels[share.sample_ids, : config.label_width].astype(np.int64)
         count = min(config.labels_per_step, table.shape[1])
@@ -184,8 +188,9 @@ class HeadStream:
 
 
 def _longest_item(manifest: Manifest, view: ViewConfig) -> int:
-    """Most tokens that any sample can take under any view; names the sample that breaks "
-    "max_tokens."""
+    """Most tokens that any sample can take under any view;
+    names the sample that breaks max_tokens.
+    """
     longest = 1
     for shard in manifest.shards:
         for sample in shard["samples"]:
@@ -203,8 +208,9 @@ def _longest_item(manifest: Manifest, view: ViewConfig) -> int:
 
 
 class MixtureLoader:
-    """{head name: PackedBatch} per step, prepared ahead by one thread. `close` it, or use it as a "
-    "context manager."""
+    """{head name: PackedBatch} per step, prepared ahead by one thread.
+    `close` it, or use it as a context manager.
+    """
 
     def __init__(self, streams: dict[str, Iterator[PackedBatch]], prefetch: int = 2):
         self._streams = streams
@@ -252,8 +258,8 @@ def sequential_batches(
     view: str,
     view_config: ViewConfig | None = None,
 ) -> Iterator[PackedBatch]:
-    """Every given sample once, in order, under one view with fixed frames; the last batch may be
-    smaller.
+    """Every given sample once, in order, under one view with fixed frames;
+    the last batch may be smaller.
 
     For evaluation and feature extraction: no filling, no labels (width 0).
     """

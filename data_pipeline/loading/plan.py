@@ -22,8 +22,9 @@ from ..errors import DataPipelineError
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """One global batch: its number, its epoch, sample ids int64 [B] and weights float32 [B] (0 "
-    "for tail padding)."""
+    """One global batch: its number, its epoch, sample ids int64 [B] and weights
+    float32 [B] (0 for tail padding).
+    """
 
     index: int
     epoch: int
@@ -31,8 +32,9 @@ class PlannedBatch:
     weights: np.ndarray
 
     def share(self, rank: int, world_size: int) -> "PlannedBatch":
-        """The piece of one rank; B must divide by the world size (checked when the plan is "
-        "made)."""
+        """The piece of one rank; B must divide by the world size (checked
+        when the plan is made).
+        """
         size = len(self.sample_ids) // world_size
         piece = slice(rank * size, (rank + 1) * size)
         return PlannedBatch(self.index, self.epoch, self.sample_ids[piece], self.weights[piece])

@@ -15,16 +15,18 @@ MAX_OPEN_FILES = 256
 
 
 class ShardReader:
-    """Reads members of one packed dataset; keeps the most recently used shards open. Use as a "
-    "context manager."""
+    """Reads members of one packed dataset; keeps the most recently used shards open.
+    Use as a context manager.
+    """
 
     def __init__(self, manifest: Manifest):
         self._manifest = manifest
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def read(self, sample_id: int, extension: str) -> bytes:
-        """Bytes of one member. CorruptShard names file, sample and member when they are not what "
-        "was written."""
+        """Bytes of one member. CorruptShard names file,
+        sample and member when they are not what was written.
+        """
         member = self._manifest.member(sample_id, extension)
         data = os.pread(self._descriptor(str(member.path)), member.size, member.offset)
         if len(data) != member.size or zlib.crc32(data) != member.crc32:

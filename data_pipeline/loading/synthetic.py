@@ -1,5 +1,6 @@
-"""The loader's contract without files: noise around one pattern per class, for smoke runs and the "
-"throughput ceiling."""
+"""The loader's contract without files: noise around one pattern per class,
+for smoke runs and the throughput ceiling.
+"""
 
 import torch
 
@@ -9,8 +10,9 @@ from .views import View
 
 
 class SyntheticStream:
-    """Endless packed batches; batch i is a pure function of (seed, rank, i). The first label "
-    "names the pattern."""
+    """Endless packed batches; batch i is a pure function of (seed, rank, i).
+    The first label names the pattern.
+    """
 
     def __init__(
         self,

@@ -30,8 +30,9 @@ MEMBER_OF_VIEW = {
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How clips are looked at. The rest of the two ratios is collage; `max_tokens` bounds every "
-    "item."""
+    """How clips are looked at. The rest of the two ratios is collage;
+    `max_tokens` bounds every item.
+    """
 
     codec_ratio: float = 0.4
     frame_ratio: float = 0.4
@@ -70,8 +71,9 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class View:
-    """One item of a pack: patches float32 [K, P], positions int64 [K, 3], grid (t, h, w) with "
-    "t*h*w = K."""
+    """One item of a pack: patches float32 [K, P], positions int64 [K, 3], grid (t, h, w)
+    with t*h*w = K.
+    """
 
     patches: torch.Tensor
     positions: torch.Tensor
@@ -81,8 +83,9 @@ class View:
 def codec_view(
     mosaic: torch.Tensor, positions: np.ndarray, patch_size: int, max_tokens: int
 ) -> View:
-    """Stored patches of a mosaic [3, h, w]; the first `max_tokens` of them. The grid of a sparse "
-    "item is (1, 1, K)."""
+    """Stored patches of a mosaic [3, h, w]; the first `max_tokens` of them.
+    The grid of a sparse item is (1, 1, K).
+    """
     count = min(len(positions), max_tokens)
     side = tile_side(patch_size)
     tiles = patchify(mosaic, side)[:count].unflatten(-1, (3, side, side))
@@ -91,8 +94,9 @@ def codec_view(
 
 
 def frame_view(strip: torch.Tensor, info: SampleInfo, chosen: np.ndarray) -> View:
-    """Whole frames `chosen` (indices of stored frames) of a strip [3, M*rows, W], at their true "
-    "times."""
+    """Whole frames `chosen` (indices of stored frames) of a strip [3, M*rows, W],
+    at their true times.
+    """
     frames = _frames(strip, info, chosen)
     times = torch.tensor([info.frame_times[i] for i in chosen])
     positions = compute_patch_positions_with_interpolated_temporal(times, *info.grid)
@@ -120,8 +124,9 @@ def _frames(strip: torch.Tensor, info: SampleInfo, chosen: np.ndarray) -> torch.
 
 
 def choose_frames(num_stored: int, count: int, rng: np.random.Generator | None) -> np.ndarray:
-    """One stored frame from each of `count` equal bins: a random one, or the middle one without a "
-    "generator."""
+    """One stored frame from each of `count` equal bins:
+    a random one, or the middle one without a generator.
+    """
     edges = np.linspace(0, num_stored, count + 1)
     inside = np.full(count, 0.5) if rng is None else rng.random(count)
     return np.minimum((edges[:-1] + inside * np.diff(edges)).astype(int), num_stored - 1)

@@ -78,8 +78,9 @@ class SamplePool:
             self._free.put(worker)
 
     def build_all(self, files: list[tuple[Path, str]]):
-        """For each (path, source), in order: (members, info), or a dict source, reason, detail "
-        "when rejected."""
+        """For each (path, source), in order: (members, info), or a dict source, reason,
+        detail when rejected.
+        """
         return self._threads.map(self._build, files)
 
     def _build(self, item: tuple[Path, str]):

@@ -75,8 +75,9 @@ def list_inputs(arguments: list[str | Path]) -> list[tuple[Path, str]]:
 def pack(
     inputs: list[tuple[Path, str]], output: Path, config: PackConfig, report=print
 ) -> Manifest:
-    """Write all shards and the manifest; returns the manifest. `report` takes one progress line "
-    "at a time."""
+    """Write all shards and the manifest; returns the manifest.
+    `report` takes one progress line at a time.
+    """
     output.mkdir(parents=True, exist_ok=True)
     size = config.samples_per_shard
     tasks = [inputs[start : start + size] for start in range(0, len(inputs), size)]

@@ -22,8 +22,9 @@ MOTION_GRID = 8
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How inputs become samples. `budget` is the number of kept patches of a full clip, by "
-    "default an eighth."""
+    """How inputs become samples. `budget` is the number of kept patches of a full clip,
+    by default an eighth.
+    """
 
     size: int = 224
     patch_size: int = 16
@@ -55,8 +56,9 @@ class SampleConfig:
 def build_sample(
     path: Path, source: str, config: SampleConfig
 ) -> tuple[dict[str, bytes], SampleInfo]:
-    """Members and metadata of one input; `source` is the name stored in the shard. Raises "
-    "RejectedInput."""
+    """Members and metadata of one input; `source` is the name stored in the shard.
+    Raises RejectedInput.
+    """
     before = _fingerprint(path)
     if is_image(path):
         members, info = _image_sample(open_image(path, config.limits), source, before[0], config)

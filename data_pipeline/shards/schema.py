@@ -1,5 +1,5 @@
-"""THE on-disk contract, version 1: which members a sample has, their dtypes, and how to read them
-back.
+"""THE on-disk contract, version 1: which members a sample has, their dtypes,
+and how to read them back.
 
     KEY.json           metadata, see `SampleInfo`
     KEY.tiles.jpg      the K kept patches as a mosaic of tiles, TILE_COLUMNS wide, JPEG 4:4:4; each
@@ -87,8 +87,9 @@ class SampleInfo:
 
 
 def tile_side(patch_size: int) -> int:
-    """Edge of a stored tile in pixels: the patch size rounded up to whole JPEG blocks (14 -> "
-    "16)."""
+    """Edge of a stored tile in pixels: the patch size rounded up to
+    whole JPEG blocks (14 -> 16).
+    """
     return -(-patch_size // BLOCK) * BLOCK
 
 
@@ -120,8 +121,9 @@ def encode_image(info: SampleInfo, picture: np.ndarray) -> dict[str, bytes]:
 
 
 def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
-    """Read a .npy member: fixed dtype, bounded size, never an object array. CorruptShard names "
-    "the sample."""
+    """Read a .npy member: fixed dtype, bounded size, never an object array.
+    CorruptShard names the sample.
+    """
     stream = io.BytesIO(data)
     try:
         np.lib.format.read_magic(stream)
@@ -140,8 +142,9 @@ def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of a JPEG member, by Pillow (tools and tests; training decodes with "
-    "DALI)."""
+    """uint8 RGB [H, W, 3] of a JPEG member, by Pillow (tools and tests;
+    training decodes with DALI).
+    """
     from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
@@ -149,8 +152,9 @@ def decode_jpeg(data: bytes) -> np.ndarray:
 
 
 def tiles_from_mosaic(mosaic: np.ndarray, count: int, patch_size: int) -> np.ndarray:
-    """First `count` patches [count, p, p, C] of a mosaic [rows*side, 32*side, C] of any dtype, "
-    "padding cut off."""
+    """First `count` patches [count, p, p, C] of a mosaic [rows*side, 32*side, C] of any dtype,
+    padding cut off.
+    """
     side = tile_side(patch_size)
     rows, columns = mosaic.shape[0] // side, mosaic.shape[1] // side
     tiles = (

@@ -1,5 +1,6 @@
-"""Reading every byte of a packed folder: does it still say what the manifest binds? And what does "
-"it hold?"""
+"""Reading every byte of a packed folder: does it still say what the
+manifest binds? And what does it hold?
+"""
 
 import json
 from collections import Counter

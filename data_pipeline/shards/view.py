@@ -1,5 +1,5 @@
-"""A picture of what the encoder sees: for each sample its frames, the motion in them, and the
-patches that were kept.
+"""A picture of what the encoder sees: for each sample its frames, the motion in them,
+and the patches that were kept.
 
 Everything drawn comes out of the shard. Three rows per sample: frames; motion (direction is hue,
 speed is brightness, as on a colour wheel); the kept patches on black, whole for I-frames. Images
@@ -56,8 +56,9 @@ def animation(manifest: Manifest, sample_id: int) -> list[np.ndarray]:
 
 
 def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
-    """Write a .png contact sheet of the samples, or a .gif of the first one. ValueError for "
-    "another suffix."""
+    """Write a .png contact sheet of the samples, or a .gif of the first one.
+    ValueError for another suffix.
+    """
     from PIL import Image
 
     if path.suffix == ".png":

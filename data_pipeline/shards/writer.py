@@ -23,8 +23,8 @@ from .schema import SCHEMA_VERSION
 def write_shard(
     directory: Path, name: str, samples, rejected: list[dict], settings: dict, inputs_sha256: str
 ) -> dict:
-    """Write samples (an iterable of (key, members, info)) and return the shard's record, also
-    stored as NAME.json.
+    """Write samples (an iterable of (key, members, info)) and return the shard's record,
+    also stored as NAME.json.
 
     `rejected` may grow while the samples are drawn: it is read when the last one is written.
     """

@@ -13,8 +13,9 @@ def test_a_clip_is_a_pure_function_of_its_arguments():
 
 
 def test_no_single_frame_tells_the_class():
-    """The same draws under another class start from the same picture distribution: a nearest
-    neighbour on single frames stays at chance (12.5 %)."""
+    """The same draws under another class start from the same picture distribution:
+    a nearest neighbour on single frames stays at chance (12.5 %).
+    """
     frames, labels = [], []
     for index in range(160):
         clip = render_clip(index % 8, 0, index, "easy", size=48, frames=16)

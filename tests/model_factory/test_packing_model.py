@@ -1,5 +1,6 @@
-"""The packed encoder: items do not see each other, wrong input is named, attention back ends "
-"agree."""
+"""The packed encoder: items do not see each other, wrong input is named,
+attention back ends agree.
+"""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Counter-based randomness on any device: a number from (seed, counters, id), whatever the world
-size.
+"""Counter-based randomness on any device: a number from (seed, counters, id),
+whatever the world size.
 
 SplitMix64 (Steele, Lea, Flood 2014) in int64 arithmetic. About ten integer operations per number,
 no state.
@@ -29,8 +29,9 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def counter_uniform(ids: torch.Tensor, seed: int, purpose: str, *counters: int) -> torch.Tensor:
-    """Uniform float32 in [0, 1) for every int64 id; equal arguments give equal numbers "
-    "everywhere."""
+    """Uniform float32 in [0, 1) for every int64 id;
+    equal arguments give equal numbers everywhere.
+    """
     state = torch.zeros((), dtype=torch.int64, device=ids.device)
     for word in (seed, zlib.crc32(purpose.encode()), *counters):
         state = _mix(state ^ word)

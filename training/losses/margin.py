@@ -1,5 +1,5 @@
-"""Cosine margin loss for several labels per row: a pure function of positive cosines and the
-negatives' log-sum.
+"""Cosine margin loss for several labels per row:
+a pure function of positive cosines and the negatives' log-sum.
 
 For row i and label l with cosine c_l, scale s, margin m and filter f:
 

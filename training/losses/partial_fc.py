@@ -1,5 +1,5 @@
-"""Partial FC: learnable class centres, sharded over the ranks, trained with a margin softmax over a
-sample of them.
+"""Partial FC: learnable class centres, sharded over the ranks,
+trained with a margin softmax over a sample of them.
 
     rows     = unit(all_gather(embeddings))                       every rank sees the global batch
     sample   = all classes that are labels of the batch, and every other class with probability
@@ -66,8 +66,9 @@ class PartialFCConfig:
 
 @dataclass(frozen=True)
 class PartialFCLoss:
-    """`objective` is what backward runs on; `reported` the mean over rows and labels, detached; "
-    "`losses` [B, L]."""
+    """`objective` is what backward runs on; `reported` the mean over rows and labels, detached;
+    `losses` [B, L].
+    """
 
     objective: torch.Tensor
     reported: torch.Tensor
@@ -75,8 +76,9 @@ class PartialFCLoss:
 
 
 def class_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First class and end of a rank's shard: chunks of ceil(N / W), the sharding rule of "
-    "DTensor's Shard(0)."""
+    """First class and end of a rank's shard: chunks of ceil(N / W),
+    the sharding rule of DTensor's Shard(0).
+    """
     chunk = -(-num_classes // world_size)
     return min(rank * chunk, num_classes), min((rank + 1) * chunk, num_classes)
 
@@ -109,8 +111,8 @@ class PartialFC(nn.Module):
     def forward(
         self, embeddings: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, step: int
     ) -> PartialFCLoss:
-        """embeddings fp32 [b, D], labels int64 [b, L] (-1 ignored), weights [b] (0 takes a row
-        out), same b everywhere.
+        """embeddings fp32 [b, D], labels int64 [b, L] (-1 ignored),
+        weights [b] (0 takes a row out), same b everywhere.
 
         Raises ValueError on all ranks when any label is not below num_classes.
         """
@@ -156,8 +158,9 @@ class PartialFC(nn.Module):
     def _sample(
         self, local: torch.Tensor, here: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sorted local indices of the sampled classes [M], and each label's column among them "
-        "(-1: not this rank's)."""
+        """Sorted local indices of the sampled classes [M], and each label's column among them (-1:
+        not this rank's).
+        """
         count = self.class_end - self.class_start
         chosen = torch.ones(count, dtype=torch.bool, device=local.device)
         if self.config.sample_rate < 1:

@@ -1,5 +1,5 @@
-"""The denominator of a softmax over sharded classes, streamed: logits exist for one chunk of
-classes only.
+"""The denominator of a softmax over sharded classes, streamed:
+logits exist for one chunk of classes only.
 
     lse_i = log sum over all ranks' classes j that are no label of row i of exp(scale * f(cos_ij)),
     f(c) = c if c <= threshold else 0        (the inter-class filter)
@@ -20,8 +20,9 @@ CHUNK = 16384
 
 
 def filtered(cosines: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The inter-class filter: non-target cosines above the threshold become 0 (and give no "
-    "gradient)."""
+    """The inter-class filter: non-target cosines above the threshold
+    become 0 (and give no gradient).
+    """
     return torch.where(cosines <= threshold, cosines, torch.zeros_like(cosines))
 
 
@@ -73,8 +74,9 @@ class NegativeLogSumExp(torch.autograd.Function):
 
 
 def _chunk_logits(rows, centers, label_columns, scale: float, threshold: float):
-    """Scaled, filtered logits [B, m] with labels at -inf, and the mask of cosines that carry "
-    "gradient."""
+    """Scaled, filtered logits [B, m] with labels at -inf,
+    and the mask of cosines that carry gradient.
+    """
     cosines = (rows @ centers.T).float().clamp(-1.0, 1.0)
     passed = cosines <= threshold
     logits = scale * filtered(cosines, threshold)

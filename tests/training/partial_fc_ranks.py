@@ -1,0 +1,109 @@
+"""Run on real ranks by test_losses.py: compare PartialFC with golden
+vectors and with a dense softmax.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from training.distributed import all_gather_rows, process_group
+from training.losses import sharded_softmax
+from training.losses.counter_hash import counter_uniform
+from training.losses.partial_fc import PartialFC, PartialFCConfig
+
+
+def relative(got, want):
+    return float(((got - want).norm() / want.norm()).detach())
+
+
+def golden(ranks, path):
+    tensors = load_file(path)
+    for name in ("plain", "filtered"):
+        case = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name)}
+        margin, threshold = case["margin_filter"].tolist()
+        config = PartialFCConfig(
+            sample_rate=1.0, margin=margin, filter_threshold=threshold, label_reduction="sum"
+        )
+        head = PartialFC(*case["centers"].shape, config, ranks)
+        head.load_centers(case["centers"])
+        size = len(case["embeddings"]) // ranks.world_size
+        mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
+        rows = case["embeddings"][mine].clone().requires_grad_()
+        loss = head(rows, case["labels"][mine], torch.ones(size), step=0)
+        loss.objective.backward()
+        floored = loss.losses.clamp(max=-torch.log(torch.tensor(1e-30))).mean()
+        shard = slice(head.class_start, head.class_end)
+        assert relative(floored, case["loss"][0]) < 1e-4
+        assert relative(head.centers.grad, case["grad_centers"][shard]) < 1e-4
+        assert relative(rows.grad, case["grad_embeddings"][mine]) < 1e-4
+        print("golden ok", flush=True)
+
+
+def dense_loss(rows, centers, labels, weights, sampled, config):
+    """The loss of partial_fc's docstring on full tensors in float64."""
+    cosines = F.normalize(rows, dim=-1) @ F.normalize(centers, dim=-1).T
+    total = 0.0
+    for row in range(len(rows)):
+        own = [label for label in labels[row].tolist() if label >= 0]
+        row_loss = 0.0
+        for label in own:
+            terms = [config.scale * (cosines[row, label] - config.margin)]
+            for other in sampled.nonzero().flatten().tolist():
+                if other != label:
+                    cosine = cosines[row, other]
+                    terms.append(
+                        config.scale * torch.where(cosine <= config.threshold, cosine, 0.0)
+                    )
+            row_loss = row_loss + torch.stack(terms).logsumexp(0) - terms[0]
+        total = total + weights[row] * row_loss / len(own)
+    return total / weights.sum()
+
+
+def dense(ranks):
+    sharded_softmax.CHUNK = 7
+    size, step, num_classes, width = 12 // ranks.world_size, 5, 53, 16
+    config = PartialFCConfig(sample_rate=0.3, scale=12.0, filter_threshold=0.4)
+    head = PartialFC(num_classes, width, config, ranks, seed=4)
+    generator = torch.Generator().manual_seed(1)
+    all_rows = torch.randn(12, width, generator=generator)
+    labels = torch.randint(0, num_classes, (12, 3), generator=generator)
+    labels[2, 1:] = -1
+    weights = torch.ones(12)
+    weights[7] = 0
+    mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
+    rows = all_rows[mine].clone().requires_grad_()
+    loss = head(rows, labels[mine], weights[mine], step)
+    loss.objective.backward()
+
+    padded = F.pad(
+        head.centers.detach(), (0, 0, 0, -(-num_classes // ranks.world_size) - len(head.centers))
+    )
+    centers = all_gather_rows(padded)[:num_classes].double().requires_grad_()
+    reference_rows = all_rows.double().requires_grad_()
+    sampled = counter_uniform(torch.arange(num_classes), 4, "negatives", step) < 0.3
+    sampled[labels[weights > 0][labels[weights > 0] >= 0]] = True
+    want = dense_loss(reference_rows, centers, labels, weights, sampled, config)
+    want.backward()
+    assert relative(loss.objective, want) < 1e-5
+    assert relative(rows.grad, ranks.world_size * reference_rows.grad[mine]) < 1e-4
+    assert relative(head.centers.grad, centers.grad[head.class_start : head.class_end]) < 1e-4
+    print("dense ok", flush=True)
+
+
+def out_of_range(ranks):
+    head = PartialFC(10, 8, PartialFCConfig(), ranks)
+    labels = torch.tensor([[9], [10 if ranks.rank == 1 else 0]])
+    try:
+        head(torch.randn(2, 8), labels, torch.ones(2), 0)
+    except ValueError as error:
+        assert "label 10 is out of range" in str(error)
+        print("range ok", flush=True)
+
+
+if __name__ == "__main__":
+    with process_group() as this_rank:
+        {"golden": golden, "dense": dense, "range": out_of_range}[sys.argv[1]](
+            this_rank, *sys.argv[2:]
+        )

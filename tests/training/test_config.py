@@ -1,0 +1,140 @@
+"""Configuration: flags become typed fields once, mistakes are named,
+every field is read somewhere.
+"""
+
+import ast
+import dataclasses
+import logging
+
+import pytest
+from conftest import ROOT
+
+from training.cli import IDLE_FLAGS, build_config, build_parser, warn_idle
+from training.config import TrainConfig, fingerprint, fingerprint_difference, override
+from training.lr_scheduler import ScheduleConfig, lr_factor
+from training.optimizer import is_decayed
+from training.presets import PRESETS, preset
+
+
+def config_of(*argv: str) -> TrainConfig:
+    return build_config(build_parser().parse_args(argv))
+
+
+def test_lists_become_heads_with_one_value_for_all():
+    config = config_of(
+        *("--list_datasets", "a/x", "b/y", "--list_batch_sizes", "4", "8", "--list_margins", "0.2"),
+        *("--residual_ratio", "0.5", "--frame_sampling_ratio", "0.4", "--lr", "0.01"),
+    )
+    assert [head.name for head in config.heads] == ["x", "y"]
+    assert [head.stream.batch_size for head in config.heads] == [4, 8]
+    assert [head.loss.margin for head in config.heads] == [0.2, 0.2]
+    assert config.heads[1].stream.view.codec_ratio == 0.5
+    assert config.optimizer.lr == 0.01
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--list_datasets", "a", "b", "c", "--list_margins", "1", "2"],
+            "--list_margins has 2 values for 3",
+        ),
+        (["--preset", "large"], "known: baseline, debug, demo"),
+        (["--opt", "sgd"], "only adamw"),
+        (["--list_datasets", "x", "y/x"], "each name once"),
+        (["--warmup_ratio", "1.5"], "--warmup_ratio 1.5"),
+        (["--residual_ratio", "0.9", "--frame_sampling_ratio", "0.9"], "exceed 1"),
+        (["--set", "optimizer.lrr=1"], "nearest known: lr"),
+        (["--set", "optimizer.lr=fast"], "lr takes"),
+        (["--set", "heads.3.dataset=x"], "no index of a list of 1"),
+        (["--backward_passes_per_step", "0"], "grad_accum_steps is 0"),
+    ],
+)
+def test_mistakes_are_value_errors_that_name_the_flag(argv, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(*argv)
+
+
+def test_overrides_reach_any_depth_and_keep_types():
+    config = override(preset("demo"), "heads.0.stream.view.max_tokens=49")
+    config = override(override(config, "optimizer.lr=1"), "model.init_from=weights.pt")
+    assert config.heads[0].stream.view.max_tokens == 49
+    assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
+    assert config.model.init_from == "weights.pt"
+
+
+def test_without_a_dataset_the_demo_preset_is_laid_under_the_flags():
+    config = config_of("--list_batch_size", "64", "--output", "out")
+    assert config.heads[0].dataset == "motion_shapes" and config.heads[0].stream.batch_size == 64
+    assert config.model.name == PRESETS["demo"]().model.name
+
+
+def test_idle_flags_say_once_that_they_are(caplog):
+    args = build_parser().parse_args(["--mask", "1", "--image_size", "224"])
+    logger = logging.getLogger("idle")
+    with caplog.at_level(logging.WARNING, "idle"):
+        warn_idle(args, logger)
+    assert len(caplog.records) == 2 and "--mask has no effect" in caplog.text
+    assert all(reason for reason in IDLE_FLAGS.values())
+
+
+def test_every_config_field_is_read_somewhere():
+    read = set()
+    for package in ("training", "data_pipeline"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute):
+                    read.add(node.attr)
+
+    def fields(kind):
+        for field in dataclasses.fields(kind):
+            yield field.name
+            value = (
+                field.default_factory()
+                if field.default_factory is not dataclasses.MISSING
+                else field.default
+            )
+            for item in value if isinstance(value, tuple) else (value,):
+                if dataclasses.is_dataclass(item):
+                    yield from fields(type(item))
+
+    unread = [name for name in fields(TrainConfig) if name not in read]
+    assert not unread, f"config fields that nothing reads: {unread}"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build_and_say_their_command(name):
+    config = preset(name)
+    assert "torchrun" in PRESETS[name].__doc__ and config.samples_per_step(2) > 0
+
+
+def test_fingerprint_ignores_what_changes_nothing_and_counts_global_batches():
+    one = config_of(
+        "--list_datasets", "d", "--list_batch_size", "8", "--output", "a", "--workers", "1"
+    )
+    two = config_of(
+        "--list_datasets", "e/d", "--list_batch_size", "4", "--output", "b", "--workers", "3"
+    )
+    assert fingerprint_difference(fingerprint(one, 1), fingerprint(two, 2)) == []
+    assert fingerprint_difference(fingerprint(one, 1), fingerprint(two, 1)) == [
+        "heads.0.stream.batch_size: checkpoint 8, now 4"
+    ]
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    schedule = ScheduleConfig(warmup_ratio=0.2, power=1.0)
+    factors = [lr_factor(step, 10, schedule) for step in range(11)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[6] == pytest.approx(0.5) and factors[10] == 0.0
+    assert all(a >= b for a, b in zip(factors[1:], factors[2:], strict=False))
+    assert lr_factor(6, 10, ScheduleConfig(warmup_ratio=0.2, power=2.0)) == pytest.approx(0.25)
+    assert lr_factor(0, 10, ScheduleConfig(warmup_ratio=0.0)) == 1.0
+
+
+def test_norms_biases_and_probe_do_not_decay():
+    from model_factory.registry import create_model
+
+    model = create_model("hf_llava_vit_packing_tiny_ln")
+    decayed = {name for name, parameter in model.named_parameters() if is_decayed(name, parameter)}
+    assert "encoder.layers.0.mlp.fc1.weight" in decayed and "patch_embed.proj.weight" in decayed
+    assert not any(name.endswith(("bias", "probe")) or "norm" in name for name in decayed)

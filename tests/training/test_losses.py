@@ -1,0 +1,102 @@
+"""Partial FC: golden vectors on one and two processes,
+and a dense reference for everything else.
+"""
+
+import pytest
+import torch
+from conftest import run, torchrun
+
+from training.losses.counter_hash import counter_normal, counter_uniform
+from training.losses.margin import margin_losses
+from training.losses.partial_fc import PartialFCConfig, class_range
+
+SCRIPT = "tests/training/partial_fc_ranks.py"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_golden_vectors(shared, world_size):
+    vectors = shared / "vectors" / f"partial_fc_world{world_size}.safetensors"
+    done = torchrun(world_size, SCRIPT, "golden", vectors)
+    assert done.stdout.count("golden ok") == 2 * world_size
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_equals_a_dense_reference_with_sampling_padding_and_odd_shards(world_size):
+    done = torchrun(world_size, SCRIPT, "dense")
+    assert done.stdout.count("dense ok") == world_size
+
+
+@pytest.mark.dist
+def test_a_label_out_of_range_is_an_error_on_every_rank():
+    done = torchrun(2, SCRIPT, "range")
+    assert done.stdout.count("range ok") == 2
+
+
+def brute_force(cosines, labels, negatives, scale, margin, threshold, mask):
+    """Loss of every (row, label), term by term."""
+    import math
+
+    losses = torch.zeros(labels.shape, dtype=torch.float64)
+    for i, row in enumerate(labels.tolist()):
+        for j, label in enumerate(row):
+            if label < 0:
+                continue
+            target = math.exp(scale * (float(cosines[i, j]) - margin))
+            total = target + math.exp(float(negatives[i]))
+            others = {c: float(cosines[i, k]) for k, c in enumerate(row) if c >= 0 and c != label}
+            if not mask:
+                total += sum(
+                    math.exp(scale * (c if c <= threshold else 0)) for c in others.values()
+                )
+            losses[i, j] = math.log(total / target)
+    return losses
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_margin_losses_equal_a_loop(mask):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([[3, 5, 5, -1], [1, 2, 3, 4], [7, -1, -1, -1]])
+    cosines = torch.rand(3, 4, generator=generator) * 1.6 - 0.8
+    cosines[0, 2] = cosines[0, 1]  # the same class twice
+    negatives = torch.tensor([2.0, -torch.inf, 5.0])
+    got = margin_losses(cosines, labels, negatives, 8.0, 0.3, 0.5, mask)
+    want = brute_force(cosines, labels, negatives, 8.0, 0.3, 0.5, mask)
+    assert torch.allclose(got.double(), want, atol=1e-5)
+
+
+def test_counter_draws_depend_on_their_counters_only():
+    ids = torch.arange(1000)
+    whole = counter_uniform(ids, 1, "negatives", 7)
+    assert torch.equal(whole[400:500], counter_uniform(ids[400:500], 1, "negatives", 7))
+    assert not torch.equal(whole, counter_uniform(ids, 1, "negatives", 8))
+    assert (
+        abs(float(whole.mean()) - 0.5) < 0.03 and 0 <= float(whole.min()) and float(whole.max()) < 1
+    )
+    normal = counter_normal(ids, 64, 0, "centers")
+    assert abs(float(normal.mean())) < 0.02 and abs(float(normal.std()) - 1) < 0.02
+    assert torch.equal(normal[10:12], counter_normal(ids[10:12], 64, 0, "centers"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_class_ranges_partition_all_classes(world_size):
+    for num_classes in (1, 5, 10, 101):
+        ranges = [class_range(num_classes, rank, world_size) for rank in range(world_size)]
+        assert [c for start, stop in ranges for c in range(start, stop)] == list(range(num_classes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_rate": 0.0}, "--list_sample_rates 0.0"),
+        ({"label_reduction": "max"}, "choose one of"),
+    ],
+)
+def test_impossible_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PartialFCConfig(**changes)
+
+
+def test_single_process_needs_no_launcher():
+    assert "dense ok" in run(SCRIPT, "dense").stdout
