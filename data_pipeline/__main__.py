@@ -171,34 +171,23 @@ def _view(args) -> None:
 
 
 def _cluster(args) -> None:
-    from .clustering.features import descriptor_features, encoder_features
-    from .clustering.kmeans import save_centroids, spherical_kmeans
+    from .clustering.pipeline import cluster
     from .shards.manifest import load_manifest
 
     manifest = load_manifest(args.directory)
-    features = (
-        encoder_features(manifest, args.encoder) if args.encoder else descriptor_features(manifest)
+    centroids = cluster(
+        manifest, args.num_centroids, args.output, args.encoder, args.seed, args.iterations
     )
-    centroids = spherical_kmeans(features, args.num_centroids, args.seed, args.iterations)
-    details = {"manifest_sha256": manifest.sha256, "encoder": args.encoder, "seed": args.seed}
-    save_centroids(args.output, centroids, details)
-    print(f"{len(centroids)} centroids of {len(features)} samples in {args.output}")
+    print(f"{len(centroids)} centroids of {len(manifest)} samples in {args.output}")
 
 
 def _label(args) -> None:
-    from .clustering.features import descriptor_features, encoder_features
-    from .clustering.kmeans import load_centroids
-    from .clustering.labels import nearest_centroids, save_labels
+    from .clustering.pipeline import label
     from .shards.manifest import load_manifest
 
-    manifest = load_manifest(args.directory)
-    centroids, record = load_centroids(args.centroids)
-    encoder = record["encoder"]
-    features = encoder_features(manifest, encoder) if encoder else descriptor_features(manifest)
-    labels = nearest_centroids(features, centroids, args.num_labels)
     output = args.output or args.directory
-    save_labels(output, labels, manifest, len(centroids), {"centroids_sha256": record["sha256"]})
-    print(f"{labels.shape[1]} labels for each of {len(labels)} samples in {output / 'labels.npy'}")
+    labels = label(load_manifest(args.directory), args.centroids, args.num_labels, output)
+    print(f"{labels.shape[1]} labels for {len(labels)} samples in {output / 'labels.npy'}")
 
 
 def main(argv: list[str] | None = None) -> None:

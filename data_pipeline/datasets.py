@@ -78,9 +78,8 @@ def prepare_embedded(
     98 patches are kept of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the
     P-frames), and the pseudo-labels come from 64 clusters of the codec descriptor.
     """
-    from .clustering.features import descriptor_features
-    from .clustering.kmeans import save_centroids, spherical_kmeans
-    from .clustering.labels import RECORD_NAME, nearest_centroids, save_labels
+    from .clustering.labels import RECORD_NAME
+    from .clustering.pipeline import cluster, label
     from .motion_shapes import write_motion_shapes
     from .shards.pack import PackConfig, list_inputs, pack
     from .shards.sample_builder import SampleConfig
@@ -92,16 +91,8 @@ def prepare_embedded(
     for split in ("train", "val"):
         pack(list_inputs([directory / f"{split}.csv"]), directory / split, config, report)
     spec = DatasetSpec(EMBEDDED, directory / "train", directory / "train")
-    manifest = load_manifest(spec.shards)
     if not (spec.labels / RECORD_NAME).is_file():
-        features = descriptor_features(manifest)
-        centroids = spherical_kmeans(features, min(64, len(features)))
-        save_centroids(
-            directory / "centroids",
-            centroids,
-            {"manifest_sha256": manifest.sha256, "encoder": None, "seed": 0},
-        )
-        save_labels(
-            spec.labels, nearest_centroids(features, centroids, 10), manifest, len(centroids), {}
-        )
+        manifest = load_manifest(spec.shards)
+        cluster(manifest, min(64, len(manifest)), directory / "centroids")
+        label(manifest, directory / "centroids", 10, spec.labels)
     return spec

@@ -23,7 +23,7 @@ import numpy as np
 from .counter_rng import counter_rng
 
 CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")
-SCALE_RANGE = (0.6, 1.6)  # of the shape's nominal size; grow and shrink sweep it
+SCALE_RANGE = (0.5, 1.7)  # of the shape's nominal size; grow and shrink sweep it
 TEXTURE = 64
 
 
@@ -96,9 +96,9 @@ def _move(pose: _Pose, motion: str, rng, time: np.ndarray, size: int) -> _Pose:
     Speeds are such that over half a clip nothing passes half a picture or half a turn, beyond which
     two whole frames could not tell one direction from its opposite.
     """
-    pixels = rng.uniform(0.6, 1.5) / size * time
-    turn = rng.uniform(0.03, 0.08) * time
-    sweep = rng.uniform(0.5, 1.0) / len(time) * time
+    pixels = rng.uniform(0.8, 1.6) / size * time
+    turn = rng.uniform(0.03, 0.05) * time
+    sweep = rng.uniform(0.6, 0.95) / len(time) * time
     low, high = SCALE_RANGE
     phase = np.log(pose.scale / low) / np.log(high / low)
     if motion in ("left", "right"):
@@ -118,9 +118,12 @@ class _Shape:
 
     def __init__(self, rng, level: Difficulty, size: int, brightness: tuple[float, float]):
         self.radius = rng.uniform(*level.radius) * size
-        self.corners = int(rng.integers(2, 6))
-        self.depth = rng.uniform(0.1, 0.35)
+        self.corners = int(rng.integers(1, 4))
+        self.depth = rng.uniform(0.2, 0.4)
         blocks = rng.uniform(*brightness, (8, 8, 3)).astype(np.float32)
+        blocks *= np.linspace(0.45, 1.0, 8, dtype=np.float32)[
+            :, None
+        ]  # one side darker: shows the angle
         self.texture = np.kron(blocks, np.ones((TEXTURE // 8, TEXTURE // 8, 1), np.float32))
 
     def paint(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

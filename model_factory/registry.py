@@ -48,8 +48,6 @@ def packing_name(name: str) -> str:
 def packing_config(name: str, **overrides):
     """LlavaViTPackingConfig of a registered name; `overrides` are config fields.
 
-    Weights start with a spread that goes with width ** -0.5 and is the public 0.02 at width 1024:
-    with 0.02 at width 128 attention starts almost flat and a short run learns less.
     ValueError for an unknown name.
     """
     from .vit_preview_v0_packing_hf import LlavaViTPackingConfig
@@ -64,7 +62,6 @@ def packing_config(name: str, **overrides):
         intermediate_size=hidden,
         layer_norm_eps=1e-5 if source else 1e-6,
         head_norm_eps=None if source else 1e-6,
-        initializer_range=0.02 * (1024 / width) ** 0.5,
     )
     return LlavaViTPackingConfig(**{**fields, **overrides})
 

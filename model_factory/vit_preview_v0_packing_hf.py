@@ -195,15 +195,14 @@ class LlavaViTPackingModel(PreTrainedModel):
         )
         context = PackContext(cu_seqlens, max_seqlen, cos, sin, self.attention_backend)
         x = self.layernorm_pre(self.patch_embed(hidden_states))
-        collected = [x]
+        states = (x,) if output_hidden_states else None
         for layer in self.encoder.layers:
             x = layer(x, context)
-            collected.append(x)
+            states = (*states, x) if output_hidden_states else None
         pooled = None
         if self.head is not None:
             x = self.layernorm_post(x)
             pooled = self.head(x, cu_seqlens, max_seqlen, self.attention_backend)
-        states = tuple(collected) if output_hidden_states else None
         if return_dict is False:
             return x, pooled, states
         return BaseModelOutputWithPooling(

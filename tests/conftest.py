@@ -39,9 +39,7 @@ def packed(clips) -> Path:
     """Those clips packed (98 tokens each, shards of 10), clustered and labelled:
     folders train/ and val/.
     """
-    from data_pipeline.clustering.features import descriptor_features
-    from data_pipeline.clustering.kmeans import spherical_kmeans
-    from data_pipeline.clustering.labels import nearest_centroids, save_labels
+    from data_pipeline.clustering.pipeline import cluster, label
     from data_pipeline.shards.pack import PackConfig, list_inputs, pack
     from data_pipeline.shards.sample_builder import SampleConfig
 
@@ -52,9 +50,8 @@ def packed(clips) -> Path:
     )
     for split in ("train", "val"):
         manifest = pack(list_inputs([clips / f"{split}.csv"]), clips / split, config)
-        features = descriptor_features(manifest)
-        centroids = spherical_kmeans(features, 8)
-        save_labels(clips / split, nearest_centroids(features, centroids, 4), manifest, 8, {})
+        cluster(manifest, 8, clips / "centroids" / split)
+        label(manifest, clips / "centroids" / split, 4, clips / split)
     return clips
 
 

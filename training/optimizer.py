@@ -84,8 +84,8 @@ def global_grad_norm(encoder: nn.Module, heads: list[nn.Module]) -> torch.Tensor
     """Norm of all gradients: the encoder's once (equal on all ranks) and every rank's centres.
     A scalar tensor.
     """
-    replicated = _squared_norm(encoder.parameters())
-    sharded = _squared_norm(parameter for head in heads for parameter in head.parameters())
+    replicated = _squared_norm(list(encoder.parameters()))
+    sharded = _squared_norm([parameter for head in heads for parameter in head.parameters()])
     dist.all_reduce(sharded)
     return (replicated + sharded).sqrt()
 
@@ -98,8 +98,8 @@ def clip_gradients(parameters, norm: torch.Tensor, clip_norm: float) -> None:
     torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
 
-def _squared_norm(parameters) -> torch.Tensor:
+def _squared_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
-        return torch.zeros(())
+        return torch.zeros((), device=parameters[0].device)
     return torch.stack(torch._foreach_norm(grads)).square().sum()

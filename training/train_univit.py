@@ -53,15 +53,16 @@ def _run(args, config, ranks) -> int:
         code, message = 7, str(error)
     except ValueError as error:
         code, message = 1, str(error)
-    if code and ranks.is_main:
+    if code and (ranks.is_main or code == 1):  # other codes are decisions that all ranks share
         logger.error("%s", message)
-    if ranks.is_main and output.is_dir():
+    if output.is_dir() and (ranks.is_main or code):
         (output / "exit.json").write_text(json.dumps({"code": code, "message": message}))
     return code
 
 
 def _write_run_record(output: Path, config) -> None:
     output.mkdir(parents=True, exist_ok=True)
+    (output / "exit.json").unlink(missing_ok=True)
     revision = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True,

@@ -11,7 +11,7 @@ from .descriptor import codec_descriptor
 
 
 def descriptor_features(manifest: Manifest) -> np.ndarray:
-    """Codec descriptors of all samples, float32 [N, D], mean-centred and L2-normalised."""
+    """Codec descriptors of all samples, float32 [N, D], neither centred nor scaled."""
     rows = []
     with ShardReader(manifest) as reader:
         for sample_id in range(len(manifest)):
@@ -25,8 +25,7 @@ def descriptor_features(manifest: Manifest) -> np.ndarray:
                 decode_jpeg(reader.read(sample_id, "frames.jpg")), info.height
             )[0]
             rows.append(codec_descriptor(motion, first))
-    features = np.stack(rows)
-    return normalise(features - features.mean(axis=0))
+    return np.stack(rows)
 
 
 def encoder_features(manifest: Manifest, encoder_folder: str, batch_size: int = 32) -> np.ndarray:

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from data_pipeline.clustering.features import descriptor_features
+from data_pipeline.clustering.features import descriptor_features, normalise
 from data_pipeline.clustering.kmeans import load_centroids, save_centroids, spherical_kmeans
 from data_pipeline.clustering.labels import load_labels, nearest_centroids, save_labels
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
@@ -22,7 +22,8 @@ def test_the_codec_descriptor_tells_motions_apart(packed):
     with open(packed / "train.csv") as lines:
         truth = {name: int(label) for name, label in csv.reader(lines)}
     labels = np.array([truth[source] for source in manifest.sources()])
-    features = descriptor_features(manifest)
+    raw = descriptor_features(manifest)
+    features = normalise(raw - raw.mean(axis=0))
     assert np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
     similarity = features @ features.T
     np.fill_diagonal(similarity, -2)
@@ -82,3 +83,17 @@ def test_labels_are_bound_to_their_manifest(packed, tmp_path):
     save_labels(tmp_path, np.full((len(train), 2), 7, np.int32), train, 5, {})
     with pytest.raises(CorruptShard, match="ids below 5"):
         load_labels(tmp_path, train)
+
+
+def test_another_set_is_labelled_in_the_space_of_the_centroids(packed, tmp_path):
+    """The same clips labelled as part of a smaller set get the same labels."""
+    from data_pipeline.clustering.pipeline import label
+    from data_pipeline.shards.pack import PackConfig, list_inputs, pack
+    from data_pipeline.shards.sample_builder import SampleConfig
+
+    config = PackConfig(SampleConfig(size=112, gop=64, budget=98, num_full_frames=8), workers=2)
+    names = [packed / "clips" / f"train_{i:05d}.mp4" for i in (3, 5, 11)]
+    few = pack(list_inputs(names), tmp_path / "few", config)
+    labels = label(few, packed / "centroids" / "train", 4, tmp_path)
+    whole = np.load(packed / "train" / "labels.npy")
+    assert np.array_equal(labels, whole[[3, 5, 11]])
