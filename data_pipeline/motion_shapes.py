@@ -96,9 +96,9 @@ def _move(pose: _Pose, motion: str, rng, time: np.ndarray, size: int) -> _Pose:
     Speeds are such that over half a clip nothing passes half a picture or half a turn, beyond which
     two whole frames could not tell one direction from its opposite.
     """
-    pixels = rng.uniform(0.8, 1.6) / size * time
-    turn = rng.uniform(0.03, 0.05) * time
-    sweep = rng.uniform(0.6, 0.95) / len(time) * time
+    pixels = rng.uniform(0.5, 1.0) / size * time
+    turn = rng.uniform(0.02, 0.035) * time
+    sweep = rng.uniform(0.5, 0.8) / len(time) * time
     low, high = SCALE_RANGE
     phase = np.log(pose.scale / low) / np.log(high / low)
     if motion in ("left", "right"):

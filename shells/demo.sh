@@ -18,9 +18,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 mkdir -p "$output"
 started=$SECONDS
 model=llava_vit_tiny_ln
+ranks=2
 
 step() { printf '\n== %s\n' "$*"; }
-train() { torchrun --nproc_per_node 2 -m training.train_univit --preset demo --output "$output/train" "$@"; }
+train() { torchrun --nproc_per_node "$ranks" -m training.train_univit --preset demo --output "$output/train" "$@"; }
 
 if [ -z "$videos" ]; then
     step "1/4 data and training: clips, shards, clusters, 800 steps on 2 ranks"
@@ -32,12 +33,14 @@ else
     python -m data_pipeline pack "$videos" --output "$shards" \
         --size 112 --gop 64 --budget 98 --full-frames 8
     samples=$(python -m data_pipeline stats "$shards" --json | python -c 'import json, sys; print(json.load(sys.stdin)["samples"])')
+    if [ "$samples" -eq 0 ]; then echo "no usable video or image in $videos" >&2; exit 1; fi
+    if [ "$samples" -eq 1 ]; then ranks=1; fi
     clusters=$((samples / 2 > 64 ? 64 : samples / 2 > 1 ? samples / 2 : 1))
     batch=$((samples / 2 > 8 ? 8 : samples / 2 > 1 ? samples / 2 : 1))
     python -m data_pipeline cluster "$shards" --num-centroids "$clusters" --output "$output/centroids"
     python -m data_pipeline label "$shards" --centroids "$output/centroids"
     step "   training: 100 steps on 2 ranks"
-    train --list_datasets "$shards" --list_batch_size "$batch" --num_sampled_data $((200 * batch))
+    train --list_datasets "$shards" --list_batch_size "$batch" --num_sampled_data $((100 * ranks * batch))
 fi
 step "2/4 what the encoder sees"
 python -m data_pipeline stats "$shards"

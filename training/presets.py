@@ -60,7 +60,9 @@ def demo() -> TrainConfig:
     head = HeadConfig(
         stream=StreamConfig(
             batch_size=32,
-            view=ViewConfig(codec_ratio=0.5, frame_ratio=0.5, max_tokens=98, max_frames=2),
+            view=ViewConfig(
+                codec_ratio=0.5, frame_ratio=0.5, max_tokens=98, max_frames=2, colour_jitter=0.4
+            ),
             label_width=1,
             labels_per_step=1,
             dali_num_threads=1,

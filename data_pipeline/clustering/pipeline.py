@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import MissingData
 from ..shards.manifest import Manifest
 from .features import descriptor_features, encoder_features, normalise
 from .kmeans import load_centroids, save_centroids, spherical_kmeans
@@ -27,6 +28,10 @@ def cluster(
     encoder: Hugging Face folder of a packing model; None takes the codec descriptor. Returns the
     centroids float32 [K, D]. Raises DataPipelineError for an impossible number of centroids.
     """
+    if len(manifest) == 0:
+        raise MissingData(
+            f"{manifest.directory} holds no sample: see `python -m data_pipeline stats`"
+        )
     raw = descriptor_features(manifest) if encoder is None else encoder_features(manifest, encoder)
     mean = raw.mean(axis=0) if encoder is None else np.zeros(raw.shape[1], np.float32)
     centroids = spherical_kmeans(normalise(raw - mean), num_centroids, seed, num_iterations)

@@ -37,6 +37,7 @@ from .views import (
     collage_view,
     frame_view,
     image_view,
+    jitter_colours,
 )
 
 
@@ -151,12 +152,12 @@ class HeadStream:
         share, requests = self._pending.pop(self._next)
         self._next += 1
         seed, epoch = self._seed, share.epoch
-        views = [
-            self._decoder.view(
-                request, picture, counter_rng(seed, "frames", epoch, request.sample_id)
-            )
-            for request, picture in zip(requests, pixels, strict=True)
-        ]
+        views = []
+        for request, picture in zip(requests, pixels, strict=True):
+            rng = counter_rng(seed, "pixels", epoch, request.sample_id)
+            view = self._decoder.view(request, picture, rng)
+            jitter = self._config.view.colour_jitter
+            views.append(jitter_colours(view, jitter, rng) if jitter else view)
         return pack_views(
             views,
             torch.from_numpy(share.sample_ids.astype(np.int64)),

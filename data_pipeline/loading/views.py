@@ -9,7 +9,7 @@ Shape legend: K tokens of the item, P patch dim, M stored frames, F chosen frame
 patch size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,15 +31,18 @@ MEMBER_OF_VIEW = {
 @dataclass(frozen=True)
 class ViewConfig:
     """How clips are looked at. The rest of the two ratios is collage;
-    `max_tokens` bounds every item.
+    `max_tokens` bounds every item, `colour_jitter` is the strength of jitter_colours.
     """
 
     codec_ratio: float = 0.4
     frame_ratio: float = 0.4
     max_tokens: int = 2048
     max_frames: int = 8
+    colour_jitter: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.colour_jitter < 1:
+            raise ValueError(f"colour_jitter {self.colour_jitter} must lie in [0, 1)")
         if (
             min(self.codec_ratio, self.frame_ratio) < 0
             or self.codec_ratio + self.frame_ratio > 1 + 1e-9
@@ -121,6 +124,16 @@ def image_view(picture: torch.Tensor, patch_size: int) -> View:
 def _frames(strip: torch.Tensor, info: SampleInfo, chosen: np.ndarray) -> torch.Tensor:
     rows = strip_rows(info.height)
     return strip.unflatten(1, (-1, rows))[:, torch.as_tensor(chosen), : info.height].transpose(0, 1)
+
+
+def jitter_colours(view: View, strength: float, rng: np.random.Generator) -> View:
+    """One random recolouring for the whole item: channels exchanged, each scaled by 1 +- strength
+    and shifted by +- strength in units of the normalised pixels. Motion and shape stay as they are.
+    """
+    order = torch.from_numpy(rng.permutation(3))
+    gain, shift = torch.from_numpy(rng.uniform(-strength, strength, (2, 3, 1)).astype(np.float32))
+    channels = view.patches.unflatten(1, (3, -1))[:, order]
+    return replace(view, patches=(channels * (1 + gain) + shift).flatten(1))
 
 
 def choose_frames(num_stored: int, count: int, rng: np.random.Generator | None) -> np.ndarray:

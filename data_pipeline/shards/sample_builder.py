@@ -109,6 +109,12 @@ def _image_sample(picture: np.ndarray, source: str, sha256: str, config: SampleC
 def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig):
     import av
 
+    per_frame = clip.frames[0, :, :, 0].size // config.patch_size**2
+    if per_frame > config.tokens:
+        raise RejectedInput(
+            "budget",
+            f"{source}: one I-frame is {per_frame} patches, --budget allows {config.tokens}",
+        )
     saliency = patch_saliency(clip, config.patch_size, config.saliency)
     selection = select_patches(saliency, clip.is_i_frame, config.tokens)
     frame_index, row, column = selection.positions.astype(np.int64).T

@@ -8,9 +8,10 @@ from collections import Counter
 import numpy as np
 
 from ..errors import CorruptShard, DataPipelineError
+from ..loading.shard_reader import ShardReader
 from .manifest import Manifest
 from .schema import SampleInfo, decode_array
-from .writer import file_sha256
+from .writer import file_sha256, index_text
 
 
 def verify(manifest: Manifest) -> list[str]:
@@ -19,16 +20,13 @@ def verify(manifest: Manifest) -> list[str]:
     Checks each shard's sha256, its index, and that every sample decodes by the schema with its
     stated counts.
     """
-    from ..loading.shard_reader import ShardReader
-    from .writer import _index_text
-
     problems = []
     for shard in manifest.shards:
         tar = manifest.directory / f"{shard['name']}.tar"
         if file_sha256(tar) != shard["sha256"]:
             problems.append(f"{tar.name}: bytes changed since it was written (sha256 differs)")
         index = tar.with_suffix(".tar.idx")
-        if not index.is_file() or index.read_text() != _index_text(shard):
+        if not index.is_file() or index.read_text() != index_text(shard):
             problems.append(f"{index.name}: missing, stale or of another shard")
     with ShardReader(manifest) as reader:
         for sample_id in range(len(manifest)):
@@ -54,7 +52,8 @@ def _check_sample(reader, sample_id: int, name: str) -> None:
         )
     if not np.isfinite(scores).all() or (positions[:, 1:] >= info.grid).any():
         raise CorruptShard(f"{name}: scores or positions out of range")
-    reader.read(sample_id, "tiles.jpg"), reader.read(sample_id, "frames.jpg")
+    for member in ("motion.npy", "tiles.jpg", "frames.jpg"):
+        reader.read(sample_id, member)
 
 
 def statistics(manifest: Manifest) -> dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..loading.shard_reader import ShardReader
 from .manifest import Manifest
 from .schema import SampleInfo, decode_array, decode_jpeg, frames_from_strip, tiles_from_mosaic
 
@@ -19,8 +20,6 @@ GAP = 4
 
 def read_sample(manifest: Manifest, sample_id: int) -> tuple[SampleInfo, dict[str, bytes]]:
     """Metadata and member bytes of one sample, checked against their crc32."""
-    from ..loading.shard_reader import ShardReader
-
     shard, sample = manifest.locate(sample_id)
     with ShardReader(manifest) as reader:
         members = {ext: reader.read(sample_id, ext) for ext in sample["members"]}

@@ -66,7 +66,7 @@ def write_shard(
         ],
         "rejected": rejected,
     }
-    write_atomically(directory / f"{name}.tar.idx", _index_text(record).encode())
+    write_atomically(directory / f"{name}.tar.idx", index_text(record).encode())
     write_atomically(directory / f"{name}.json", json.dumps(record, sort_keys=True).encode())
     return record
 
@@ -100,7 +100,8 @@ def _member_places(tar_path: Path) -> dict[str, tuple[int, int]]:
         return {member.name: (member.offset_data, member.size) for member in archive}
 
 
-def _index_text(record: dict) -> str:
+def index_text(record: dict) -> str:
+    """Text of the .tar.idx file that belongs to a shard's record."""
     lines = [f"v1.2 {len(record['samples'])}"]
     for sample in record["samples"]:
         cells = (

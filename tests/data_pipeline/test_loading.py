@@ -22,6 +22,7 @@ from data_pipeline.loading.views import (
     codec_view,
     collage_view,
     frame_view,
+    jitter_colours,
 )
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.schema import SampleInfo
@@ -94,6 +95,23 @@ def test_codec_view_reads_tiles_in_order_and_any_prefix(patch_size):
     assert view.grid == (1, 1, 35) and view.positions[34].tolist() == [34, 0, 1]
     tile = mosaic[:, 16 : 16 + patch_size, 32 : 32 + patch_size]
     assert torch.equal(view.patches[34], tile.flatten())
+
+
+def test_colour_jitter_recolours_an_item_as_a_whole_and_moves_nothing():
+    patches = torch.randn(6, 12)
+    view = View(patches, torch.randint(0, 9, (6, 3)), (1, 2, 3))
+    first, second = (jitter_colours(view, 0.4, np.random.default_rng(5)) for _ in range(2))
+    assert torch.equal(first.patches, second.patches) and torch.equal(
+        first.positions, view.positions
+    )
+    before, after = patches.view(6, 3, 4), first.patches.view(6, 3, 4)
+    for channel in range(
+        3
+    ):  # each new channel is an affine map of one old one, alike in all patches
+        fits = [
+            np.corrcoef(after[:, channel].ravel(), before[:, old].ravel())[0, 1] for old in range(3)
+        ]
+        assert max(fits) > 0.9999
 
 
 def test_frames_are_drawn_one_per_bin():
