@@ -4,8 +4,11 @@ To add a dataset, pack, cluster and label it, then pass its folder; register it 
 a name.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,13 @@ class Dataset:
     manifest: Manifest
     labels: np.ndarray
     num_classes: int
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of everything a training reads: shards, labels and the number of classes."""
+        digest = hashlib.sha256(f"{self.manifest.sha256} {self.num_classes}".encode())
+        digest.update(np.ascontiguousarray(self.labels).tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,11 @@ def resolve_dataset(name: str) -> DatasetSpec:
     )
 
 
+def embedded_spec(directory: Path) -> DatasetSpec:
+    """Where prepare_embedded leaves the training split."""
+    return DatasetSpec(EMBEDDED, directory / "train", directory / "train")
+
+
 def prepare_embedded(
     directory: Path, num_train: int = 1200, num_val: int = 240, report=print
 ) -> DatasetSpec:
@@ -90,9 +105,13 @@ def prepare_embedded(
     )
     for split in ("train", "val"):
         pack(list_inputs([directory / f"{split}.csv"]), directory / split, config, report)
-    spec = DatasetSpec(EMBEDDED, directory / "train", directory / "train")
-    if not (spec.labels / RECORD_NAME).is_file():
-        manifest = load_manifest(spec.shards)
+    spec = embedded_spec(directory)
+    manifest = load_manifest(spec.shards)
+    record = spec.labels / RECORD_NAME
+    if (
+        not record.is_file()
+        or json.loads(record.read_bytes())["manifest_sha256"] != manifest.sha256
+    ):
         cluster(manifest, min(64, len(manifest)), directory / "centroids")
         label(manifest, directory / "centroids", 10, spec.labels)
     return spec

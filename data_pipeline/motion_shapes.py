@@ -7,10 +7,11 @@ phase and angles start anywhere, so at every instant all classes show the same d
 pictures: no single frame tells the class. Cost: about 0.07 s per 112 px clip of 64 frames. Layout
 written, as every labelled set here:
 
-    DIR/clips/train_00000.mp4 ...   DIR/train.csv   DIR/val.csv   DIR/classes.txt     (csv: relative
-    path,label)
+    DIR/clips/train_00000.mp4 ...   DIR/train.csv  DIR/val.csv    (lines: relative path,label)
+    DIR/classes.txt   DIR/settings.json
 """
 
+import json
 import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 
 from .counter_rng import counter_rng
 
+GENERATOR_VERSION = 1  # moves when the same arguments give other clips
 CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")
 SCALE_RANGE = (0.5, 1.7)  # of the shape's nominal size; grow and shrink sweep it
 TEXTURE = 64
@@ -40,7 +42,7 @@ class Difficulty:
 
 
 DIFFICULTIES = {
-    "easy": Difficulty(jitter=0.4, clutter=0, contrast=0.25, radius=(0.20, 0.28)),
+    "easy": Difficulty(jitter=0.4, clutter=0, contrast=0.25, radius=(0.24, 0.32)),
     "medium": Difficulty(jitter=1.0, clutter=2, contrast=0.5, radius=(0.16, 0.24)),
     "hard": Difficulty(jitter=2.0, clutter=6, contrast=1.0, radius=(0.10, 0.18)),
 }
@@ -62,7 +64,7 @@ def render_clip(
     pose = _random_pose(rng, frames)
     _draw(
         canvas,
-        _Shape(rng, level, size, brightness=(0.5, 1.0)),
+        _Shape(rng, level, size, brightness=(0.6, 1.0)),
         _move(pose, CLASSES[label], rng, time, size),
         shake,
     )
@@ -97,8 +99,8 @@ def _move(pose: _Pose, motion: str, rng, time: np.ndarray, size: int) -> _Pose:
     two whole frames could not tell one direction from its opposite.
     """
     pixels = rng.uniform(0.5, 1.0) / size * time
-    turn = rng.uniform(0.02, 0.035) * time
-    sweep = rng.uniform(0.5, 0.8) / len(time) * time
+    turn = rng.uniform(0.025, 0.04) * time
+    sweep = rng.uniform(0.6, 0.95) / len(time) * time
     low, high = SCALE_RANGE
     phase = np.log(pose.scale / low) / np.log(high / low)
     if motion in ("left", "right"):
@@ -118,10 +120,10 @@ class _Shape:
 
     def __init__(self, rng, level: Difficulty, size: int, brightness: tuple[float, float]):
         self.radius = rng.uniform(*level.radius) * size
-        self.corners = int(rng.integers(1, 4))
-        self.depth = rng.uniform(0.2, 0.4)
+        self.corners = int(rng.integers(1, 3))
+        self.depth = rng.uniform(0.35, 0.55)
         blocks = rng.uniform(*brightness, (8, 8, 3)).astype(np.float32)
-        blocks *= np.linspace(0.45, 1.0, 8, dtype=np.float32)[
+        blocks *= np.linspace(0.2, 1.0, 8, dtype=np.float32)[
             :, None
         ]  # one side darker: shows the angle
         self.texture = np.kron(blocks, np.ones((TEXTURE // 8, TEXTURE // 8, 1), np.float32))
@@ -190,6 +192,16 @@ def write_clip(path: Path, frames: np.ndarray, fps: int = 25) -> None:
     temporary.replace(path)
 
 
+def _check_settings(path: Path, settings: list) -> None:
+    """Clips of two kinds must not mix in one folder."""
+    if path.is_file() and json.loads(path.read_bytes()) != settings:
+        raise ValueError(
+            f"{path.parent} holds clips of other settings {path.read_text()} (generator version, "
+            f"difficulty, size, seed), asked for are {settings}: delete the folder or take another"
+        )
+    path.write_text(json.dumps(settings))
+
+
 def _write_one(job) -> None:
     path, label, seed, index, difficulty, size = job
     write_clip(path, render_clip(label, seed, index, difficulty, size))
@@ -210,6 +222,7 @@ def write_motion_shapes(
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty is {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}")
     (directory / "clips").mkdir(parents=True, exist_ok=True)
+    _check_settings(directory / "settings.json", [GENERATOR_VERSION, difficulty, size, seed])
     jobs = []
     for split, count, first in (("train", num_train, 0), ("val", num_val, 1 << 24)):
         names = [f"clips/{split}_{i:05d}.mp4" for i in range(count)]

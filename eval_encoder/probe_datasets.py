@@ -103,7 +103,7 @@ def read_lists(
 
 def _read_list(file: Path, folder: Path, split: str, num_classes: int) -> LabelledList:
     names, labels = [], []
-    with open(file, newline="", encoding="utf-8") as lines:
+    with open(file, newline="", encoding="utf-8-sig") as lines:
         for number, row in enumerate(csv.reader(lines), start=1):
             if not row:
                 continue

@@ -25,9 +25,13 @@ def build_encoder(model_name: str, model_weight: str, seed: int) -> LlavaViTPack
             packing_config(packing_name(model_name), rope_pairing="rotary")
         )
     elif (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        model = LlavaViTPackingModel.from_pretrained(path, dtype=torch.float32)
+        model = LlavaViTPackingModel.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True
+        )
     elif (path / "hf" / "config.json").is_file():
-        model = LlavaViTPackingModel.from_pretrained(path / "hf", dtype=torch.float32)
+        model = LlavaViTPackingModel.from_pretrained(
+            path / "hf", dtype=torch.float32, local_files_only=True
+        )
     elif path.is_file():
         model = load_backbone(path, model_name)
     else:

@@ -43,12 +43,18 @@ class ClipTokens:
         self._sample_ids = None
         if clips.shards is not None:
             self._manifest = load_manifest(clips.shards)
+            self._check_stored()
             self._sample_ids = {name: i for i, name in enumerate(self._manifest.sources())}
         self.indices = list(range(rank, len(clips.names), world_size))
         if self._sample_ids is not None:
             absent = [i for i in self.indices if clips.names[i] not in self._sample_ids]
             self.unreadable.update({clips.names[i]: "not in the packed shards" for i in absent})
             self.indices = [i for i in self.indices if clips.names[i] in self._sample_ids]
+
+    @property
+    def num_readable(self) -> int:
+        """Clips of this rank that have tokens; right after warm_up."""
+        return sum(self._clips.names[i] not in self.unreadable for i in self.indices)
 
     def batches(
         self, order: list[int], batch_size: int
@@ -69,6 +75,22 @@ class ClipTokens:
             labels = torch.tensor([self.labels[i] for i in known])
             tokens = torch.cat(list(known.values())).to(self._device).float()
             yield tokens, bounds.to(self._device), max(lengths), labels.to(self._device)
+
+    def _check_stored(self) -> None:
+        """A budget beyond what is packed would silently be a smaller one."""
+        config = self._config
+        kept = max(s["num_patches"] for shard in self._manifest.shards for s in shard["samples"])
+        frames = self._manifest.settings["num_full_frames"]
+        if config.family == "llava_vit_codec" and config.num_tokens > kept:
+            raise ValueError(
+                f"--K_keep {config.num_tokens}: {self._clips.shards} keeps {kept} patches a clip; "
+                f"pass --K_keep {kept} or pack with a larger --budget"
+            )
+        if config.family == "llava_vit_sampling" and config.num_frames > frames:
+            raise ValueError(
+                f"--num_frames {config.num_frames}: {self._clips.shards} stores {frames} frames "
+                f"a clip; pass --num_frames {frames} or pack with more --full-frames"
+            )
 
     def warm_up(self, batch_size: int) -> None:
         """Encode every clip once, keeping what fits; afterwards `unreadable` is complete."""

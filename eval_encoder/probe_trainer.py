@@ -74,7 +74,7 @@ def train_heads(
 
 
 def _steps_per_epoch(train: ClipTokens, batch_size: int, ranks: Ranks) -> int:
-    smallest = torch.tensor([len(train.indices) - len(train.unreadable)], device=ranks.device)
+    smallest = torch.tensor([train.num_readable], device=ranks.device)
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     if int(smallest) < 1:
         raise ValueError(
@@ -126,4 +126,6 @@ def evaluate(
         counts[:, 1] += ranked.any(dim=-1).sum(dim=1)
         counts[:, 2] += len(labels)
     dist.all_reduce(counts)
+    if not counts[0, 2]:
+        raise ValueError("no validation clip can be read: repair the data")
     return [(100 * top1 / n, 100 * top5 / n) for top1, top5, n in counts.tolist()]

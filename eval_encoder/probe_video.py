@@ -12,6 +12,7 @@ import torch
 
 from data_pipeline.codec.decode import decode_video, frame_to
 from data_pipeline.codec.decompose import decompose_video
+from data_pipeline.codec.open_video import InputLimits, open_video
 from data_pipeline.codec.saliency import patch_saliency
 from data_pipeline.codec.selection import select_patches
 from data_pipeline.errors import RejectedInput
@@ -78,8 +79,7 @@ def _read_with_decord(path: Path, num_frames: int, size: int, patch_size: int):
     import decord
     from PIL import Image
 
-    if not path.is_file():
-        raise RejectedInput("missing", f"{path} does not exist")
+    open_video(path, InputLimits())[0].close()  # container white list and limits, before decord
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         total = len(reader)

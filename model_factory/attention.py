@@ -30,8 +30,7 @@ def available_backends(q: torch.Tensor) -> list[str]:
     """Back ends that can run on the device and dtype of `q`, best first."""
     backends = []
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        if hasattr(torch.nn.attention, "varlen") or torch.__version__ >= "2.10":
-            backends.append("varlen")
+        backends.append("varlen")
         if _flash_function() is not None:
             backends.append("flash")
     return backends + ["sdpa"]

@@ -48,7 +48,9 @@ def load_backbone(
     shape.
     """
     weights = read_weights(path)
-    model = LlavaViTPackingModel(backbone_config(path, model_name, rope_pairing))
+    config = backbone_config(path, model_name, rope_pairing)
+    check_is_model(config, model_name, str(path))
+    model = LlavaViTPackingModel(config)
     expected = model.state_dict()
     missing, unexpected = (
         sorted(expected.keys() - weights.keys()),
@@ -67,6 +69,17 @@ def load_backbone(
         )
     model.load_state_dict(weights)
     return model
+
+
+def check_is_model(config: LlavaViTPackingConfig, model_name: str, origin: str) -> None:
+    """ValueError when a configuration read from `origin` is not of the named model's size."""
+    named = packing_config(packing_name(model_name))
+    for field in ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(config, field) != getattr(named, field):
+            raise ValueError(
+                f"{origin} is no {model_name}: its {field} is {getattr(config, field)}, not "
+                f"{getattr(named, field)}"
+            )
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

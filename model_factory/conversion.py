@@ -125,10 +125,8 @@ def _compare(name: str, target: LlavaViTPackingModel, cases, dense) -> str:
             f"{name}: {list(out.last_hidden_state.shape)} tokens, the source has "
             f"{list(tokens.shape)}"
         )
-    worst = max(
-        float((out.last_hidden_state - tokens).abs().max()),
-        float((out.pooler_output - pooled).abs().max()),
-    )
+    differences = (out.last_hidden_state - tokens, out.pooler_output - pooled)
+    worst = float(torch.stack([difference.abs().max() for difference in differences]).max())
     if not worst <= TOLERANCE:
         raise ConversionError(
             f"{name}: source and packing model differ by {worst:.2e}, allowed are {TOLERANCE:.0e}"

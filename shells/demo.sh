@@ -3,10 +3,11 @@
 #
 #   bash shells/demo.sh                  on the embedded motion_shapes set (about ten minutes on 2 cores)
 #   bash shells/demo.sh --videos DIR     on your own folder; without labels there is no probe
-#   --output DIR                         where everything goes (default: output/demo)
+#   --output DIR                         where everything goes (default: output/demo, or
+#                                        output/demo-NAME for a folder NAME of videos)
 #
 # Run it again and it goes on where it was stopped.
-videos="" output="output/demo"
+videos="" output=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --videos) videos="$(realpath "$2")"; shift 2 ;;
@@ -15,6 +16,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+output="${output:-output/demo${videos:+-$(basename "$videos")}}"
 mkdir -p "$output"
 started=$SECONDS
 model=llava_vit_tiny_ln

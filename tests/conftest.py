@@ -59,7 +59,13 @@ def run(
     *command: str | Path, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run a command of ours to its end, output captured; a failure shows it."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **environment,
+    }
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
@@ -91,7 +97,7 @@ def start_torchrun(num_ranks: int, *command: str | Path) -> subprocess.Popen:
         [sys.executable, *launcher(num_ranks), *map(str, command)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=ROOT,
         start_new_session=True,
     )

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,6 +41,14 @@ class BadCheckpoint(ValueError):
     """A checkpoint that is damaged, missing or not of this run;
     the message says which and what to do.
     """
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A verified checkpoint: its folder and its state.json."""
+
+    path: Path
+    state: dict
 
 
 class Checkpointer:
@@ -81,10 +90,6 @@ class Checkpointer:
                 temporary / "state.json", json.dumps({"step": step, **state}, indent=1).encode()
             )
             _write_manifest(temporary)
-            if (
-                final.exists()
-            ):  # the same step saved again after falling back to an older checkpoint
-                shutil.rmtree(final)
             os.rename(temporary, final)
             _sync_folder(self._directory)
             for old in self._commits()[self._keep :]:
@@ -92,21 +97,34 @@ class Checkpointer:
         dist.barrier()
         return final
 
-    def load(self, resume: str) -> dict | None:
-        """Restore by the rule auto | never | PATH;
-        returns the stored state, or None for a fresh start.
+    def find(self, resume: str) -> Commit | None:
+        """The checkpoint to start from by the rule auto | never | PATH; None for a fresh start.
 
         Raises BadCheckpoint on all ranks when a named checkpoint, or every existing one, is
-        unusable.
+        unusable. Nothing is loaded yet, so the caller can compare the state first.
         """
         answer = broadcast_object(self._choose(resume) if self._ranks.is_main else None)
         if "error" in answer:
             raise BadCheckpoint(answer["error"])
-        if answer["path"] is None:
-            return None
-        tensors = self._tensors()
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(answer["path"]))
-        return answer["state"]
+        return None if answer["path"] is None else Commit(Path(answer["path"]), answer["state"])
+
+    def start(self, commit: Commit | None) -> None:
+        """Load the tensors of a commit, and set aside the commits that lie beyond the start: they
+        are another run's future and would otherwise outlive, and outrank, the new ones.
+        """
+        if commit is not None:
+            reader = HuggingFaceStorageReader(str(commit.path))
+            dcp.load(self._tensors(), storage_reader=reader)
+        dist.barrier()
+        first = 0 if commit is None else commit.state["step"]
+        if self._ranks.is_main:
+            for path in self._commits():
+                if int(path.name.removeprefix("step_")) > first:
+                    aside = path.with_name(f"superseded_{path.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.rename(path, aside)
+                    self._logger.warning("%s lies beyond the start; kept as %s", path, aside)
+        dist.barrier()
 
     def _choose(self, resume: str) -> dict:
         if resume == "never":

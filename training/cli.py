@@ -155,6 +155,7 @@ def _run_changes(args) -> dict[str, dict]:
         "model": {
             "name": args.model_name,
             "init_from": _path(args.init_backbone),
+            "embedding_dim": args.embedding_size,
             "frozen": None if args.finetune_backbone is None else not args.finetune_backbone,
         },
         "optimizer": {

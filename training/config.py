@@ -30,6 +30,7 @@ class ModelConfig:
     rope_pairing: str = "rotary"
     init_from: str | None = None
     frozen: bool = False
+    embedding_dim: int | None = None  # width that the encoder must have; None: any
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class HeadConfig:
 
     @property
     def name(self) -> str:
-        """Short name for logs and checkpoints."""
-        return Path(self.dataset).name
+        """Short name for logs and checkpoints: the folder's, with its parent's for a mere split."""
+        folder = Path(self.dataset).resolve()
+        return f"{folder.parent.name}-{folder.name}" if folder.name in SPLITS else folder.name
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ class TrainConfig:
     def __post_init__(self):
         names = [head.name for head in self.heads]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"--list_datasets {names}: give at least one dataset, each name once")
+            raise ValueError(
+                f"--list_datasets {names}: give at least one dataset, each name once (a folder's "
+                "name is its last part; rename or link one to tell two apart)"
+            )
         for name in ("grad_accum_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
@@ -140,7 +145,10 @@ def _typed(current, value, node, key: str, assignment: str):
     return value
 
 
-# what may differ between a checkpoint and the run that resumes it: nothing here changes a result
+SPLITS = ("train", "val", "test", "shards")  # folder names that name no dataset by themselves
+
+# what may differ between a checkpoint and the run that resumes it: it changes no result, or is
+# compared through the data itself (embedded_clips)
 FREE_FIELDS = (
     "output",
     "log_every",

@@ -6,6 +6,7 @@ whether a group exists. All collectives here move equal shapes from every rank.
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,23 +38,27 @@ def process_group() -> Iterator[Ranks]:
     """Join the group that torchrun describes in the environment, leave it at the end."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    cuda = torch.cuda.is_available()
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.device_count() >= local_world
+    if torch.cuda.is_available() and not cuda and rank == 0:
+        warnings.warn(
+            f"{local_world} processes, {torch.cuda.device_count()} GPUs: computing on the CPU",
+            stacklevel=2,
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
         # as many threads as this rank's share of the cores, the same on every rank
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )
-    try:
-        yield Ranks(rank, world_size, local_rank, device)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank, world_size, local_rank, device)
+    # not after an exception: leaving in good order would wait for peers inside a collective
+    dist.destroy_process_group()
 
 
 def wrap_encoder(encoder: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:

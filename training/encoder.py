@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model_factory.backbone import load_backbone, save_backbone
+from model_factory.backbone import check_is_model, load_backbone, save_backbone
 from model_factory.registry import packing_config, packing_name
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel, save_encoder_folder
 
@@ -28,10 +28,27 @@ def build_encoder(config: ModelConfig, seed: int) -> LlavaViTPackingModel:
             packing_config(packing_name(config.name), rope_pairing=config.rope_pairing)
         )
     elif Path(config.init_from).is_dir():
-        encoder = LlavaViTPackingModel.from_pretrained(config.init_from, dtype=torch.float32)
+        encoder = LlavaViTPackingModel.from_pretrained(
+            config.init_from, dtype=torch.float32, local_files_only=True
+        )
     else:
-        encoder = load_backbone(Path(config.init_from), config.name)
+        encoder = load_backbone(Path(config.init_from), config.name, config.rope_pairing)
+    _check(encoder.config, config)
     return encoder.requires_grad_(not config.frozen)
+
+
+def _check(built, config: ModelConfig) -> None:
+    """What was loaded must be what was named."""
+    check_is_model(built, config.name, config.init_from or "")
+    if built.rope_pairing != config.rope_pairing:
+        raise ValueError(
+            f"{config.init_from} has the {built.rope_pairing} rotary rule, the run is set to "
+            f"{config.rope_pairing}: --set model.rope_pairing={built.rope_pairing}"
+        )
+    if config.embedding_dim not in (None, built.hidden_size):
+        raise ValueError(
+            f"--embedding_size {config.embedding_dim}: {config.name} has width {built.hidden_size}"
+        )
 
 
 def export_encoder(encoder: LlavaViTPackingModel, output: Path) -> None:

@@ -12,26 +12,29 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.shards.writer import write_atomically
+
 from .distributed import Ranks
 
+METRICS_NAME = "metrics.jsonl"
 
-def truncate_records(path: Path, step: int) -> None:
-    """Keep the records of steps up to `step` of a .jsonl file;
-    a half-written last line goes too.
+
+def cut_back_records(output: Path, step: int) -> None:
+    """Keep the records of steps up to `step` in metrics.jsonl and in every rank's ledger;
+    half-written last lines go too.
     """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    for path in [output / METRICS_NAME, *output.glob("consumed-*.jsonl")]:
+        if not path.exists():
+            continue
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        write_atomically(path, "".join(kept).encode())
 
 
 class Ledger:
@@ -39,10 +42,8 @@ class Ledger:
     the proof of exactly once.
     """
 
-    def __init__(self, output: Path, rank: int, step: int):
-        path = output / f"consumed-{rank:05d}.jsonl"
-        truncate_records(path, step)
-        self._file = open(path, "a", buffering=1)
+    def __init__(self, output: Path, rank: int):
+        self._file = open(output / f"consumed-{rank:05d}.jsonl", "a", buffering=1)
 
     def record(self, step: int, batches: dict) -> None:
         """Note the samples of one micro step; rows of weight 0 are the tail's
@@ -91,8 +92,7 @@ class MetricLogger:
         if ranks.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            truncate_records(output / "metrics.jsonl", step)
-            self._file = open(output / "metrics.jsonl", "a")
+            self._file = open(output / METRICS_NAME, "a")
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, values: dict, samples: int, tokens: int, data_wait: float) -> None:

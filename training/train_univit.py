@@ -29,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     from .distributed import process_group
 
     with process_group() as ranks:
-        return _run(args, config, ranks)
+        code = _run(args, config, ranks)
+        if code:
+            sys.exit(code)  # from inside, so that no rank waits for a peer that still works
+    return 0
 
 
 def _run(args, config, ranks) -> int:
@@ -53,26 +56,37 @@ def _run(args, config, ranks) -> int:
         code, message = 7, str(error)
     except ValueError as error:
         code, message = 1, str(error)
+    except BaseException as error:
+        _write_outcome(output, 1, f"{type(error).__name__}: {error}")
+        raise
     if code and (ranks.is_main or code == 1):  # other codes are decisions that all ranks share
         logger.error("%s", message)
-    if output.is_dir() and (ranks.is_main or code):
-        (output / "exit.json").write_text(json.dumps({"code": code, "message": message}))
+    if ranks.is_main or code:
+        _write_outcome(output, code, message)
     return code
+
+
+def _write_outcome(output: Path, code: int, message: str) -> None:
+    if output.is_dir():
+        (output / "exit.json").write_text(json.dumps({"code": code, "message": message}))
 
 
 def _write_run_record(output: Path, config) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "exit.json").unlink(missing_ok=True)
-    revision = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     (output / "config.json").write_text(config.to_json())
     (output / "run.json").write_text(
-        json.dumps({"argv": sys.argv[1:], "git_revision": revision or None})
+        json.dumps({"argv": sys.argv[1:], "git_revision": _git_revision()})
     )
+
+
+def _git_revision() -> str | None:
+    """Commit of the running code; None outside a checkout or without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _load_datasets(args, config, ranks, logger) -> dict:
@@ -81,7 +95,13 @@ def _load_datasets(args, config, ranks, logger) -> dict:
     """
     import torch.distributed as dist
 
-    from data_pipeline.datasets import EMBEDDED, prepare_embedded, register_dataset, resolve_dataset
+    from data_pipeline.datasets import (
+        EMBEDDED,
+        embedded_spec,
+        prepare_embedded,
+        register_dataset,
+        resolve_dataset,
+    )
 
     if config.synthetic_data:
         return {head.name: None for head in config.heads}
@@ -98,10 +118,7 @@ def _load_datasets(args, config, ranks, logger) -> dict:
                 )
             prepare_embedded(folder, *config.embedded_clips, report=logger.info)
         dist.barrier()
-        register_dataset(
-            EMBEDDED,
-            lambda: prepare_embedded(folder, *config.embedded_clips, report=lambda _: None),
-        )
+        register_dataset(EMBEDDED, lambda: embedded_spec(folder))
     return {head.name: resolve_dataset(head.dataset).load() for head in config.heads}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from data_pipeline.datasets import Dataset
 from data_pipeline.loading.loader import HeadStream, MixtureLoader
@@ -28,7 +29,7 @@ from .distributed import Ranks, wrap_encoder
 from .encoder import build_encoder, export_encoder
 from .losses.partial_fc import PartialFC
 from .lr_scheduler import lr_factor
-from .metrics import Ledger, MetricLogger
+from .metrics import Ledger, MetricLogger, cut_back_records
 from .optimizer import build_optimizer, clip_gradients, global_grad_norm, set_learning_rate
 
 SYNTHETIC_CLASSES = 16
@@ -86,7 +87,7 @@ class Trainer:
         config = self.config
         self._announce()
         self.encoder.train()
-        ledger = Ledger(self.output, self.ranks.rank, self.step)
+        ledger = Ledger(self.output, self.ranks.rank)
         metrics = MetricLogger(
             self.output, self.ranks, self.total_steps, config.log_every, self.step, self.logger
         )
@@ -182,11 +183,7 @@ class Trainer:
         """
         return {
             "next_batch": self.step * self.config.grad_accum_steps,
-            "plans": {
-                name: stream.plan.sha256
-                for name, stream in self.streams.items()
-                if hasattr(stream, "plan")
-            },
+            "data": self._data_identity(),
             "world_size": self.ranks.world_size,
             "fingerprint": fingerprint(self.config, self.ranks.world_size),
             "torch": torch.__version__,
@@ -194,20 +191,30 @@ class Trainer:
 
     def _restore(self) -> None:
         """Decide between resuming and starting: one visible choice."""
-        state = self.checkpointer.load(self.config.resume)
-        self._saved_plans = {}
-        if state is None:
-            return
-        difference = fingerprint_difference(
-            state["fingerprint"], fingerprint(self.config, self.ranks.world_size)
-        )
-        if difference:
-            raise ConfigMismatch(
-                "the checkpoint belongs to another configuration:\n  "
-                + "\n  ".join(difference)
-                + "\nrestore these settings, or start over with --resume never or another --output"
+        commit = self.checkpointer.find(self.config.resume)
+        if commit is not None:
+            difference = fingerprint_difference(
+                commit.state["fingerprint"], fingerprint(self.config, self.ranks.world_size)
             )
-        self.step, self._saved_plans = state["step"], state["plans"]
+            difference += [
+                f"data of {name}: shards or labels changed since the checkpoint was saved"
+                for name, sha256 in self._data_identity().items()
+                if commit.state["data"].get(name) != sha256
+            ]
+            if difference:
+                raise ConfigMismatch(
+                    "the checkpoint belongs to another configuration:\n  "
+                    + "\n  ".join(difference)
+                    + "\nrestore these, or start over with --resume never or another --output"
+                )
+            self.step = commit.state["step"]
+        self.checkpointer.start(commit)
+        if self.ranks.is_main:
+            cut_back_records(self.output, self.step)
+        dist.barrier()
+
+    def _data_identity(self) -> dict[str, str]:
+        return {name: data.sha256 for name, data in self.datasets.items() if data is not None}
 
     def _build_head(self, head: HeadConfig, width: int) -> PartialFC:
         dataset = self.datasets[head.name]
@@ -236,15 +243,7 @@ class Trainer:
                 f"{self.config.model.name} takes {patch_size}: "
                 f"pack again with --patch-size {patch_size}, or choose another --model_name"
             )
-        built = HeadStream(dataset, stream, self.config.seed, rank, world_size, start)
-        saved = self._saved_plans.get(head.name, built.plan.sha256)
-        if saved != built.plan.sha256:
-            raise ConfigMismatch(
-                f"{head.dataset} changed since the checkpoint was saved (its plan differs): "
-                "restore the data, or start "
-                "over with --resume never or another --output"
-            )
-        return built
+        return HeadStream(dataset, stream, self.config.seed, rank, world_size, start)
 
     def _announce(self) -> None:
         encoder = sum(parameter.numel() for parameter in self.encoder.parameters())

@@ -2,8 +2,11 @@
 or from an encoder.
 """
 
+from pathlib import Path
+
 import numpy as np
 
+from ..errors import DataPipelineError, MissingData
 from ..loading.shard_reader import ShardReader
 from ..shards.manifest import Manifest
 from ..shards.schema import SampleInfo, decode_array, decode_jpeg, frames_from_strip
@@ -40,13 +43,28 @@ def encoder_features(manifest: Manifest, encoder_folder: str, batch_size: int = 
 
     from ..loading.loader import sequential_batches
 
-    model = LlavaViTPackingModel.from_pretrained(encoder_folder).eval()
+    model = LlavaViTPackingModel.from_pretrained(encoder_folder, local_files_only=True).eval()
+    if manifest.settings["patch_size"] != model.config.patch_size:
+        raise DataPipelineError(
+            f"{encoder_folder} takes patches of {model.config.patch_size}, {manifest.directory} "
+            f"was packed with {manifest.settings['patch_size']}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     rows = []
     with torch.inference_mode():
         for batch in sequential_batches(manifest, range(len(manifest)), batch_size, "codec"):
-            pooled = model(**batch.model_inputs()).pooler_output
-            rows.append(pooled[: batch.num_samples].float().numpy())
+            pooled = model(**batch.to(device).model_inputs()).pooler_output
+            rows.append(pooled[: batch.num_samples].float().cpu().numpy())
     return normalise(np.concatenate(rows))
+
+
+def encoder_weights(encoder_folder: str) -> Path:
+    """The weights file of a local Hugging Face folder; MissingData when it is none."""
+    weights = Path(encoder_folder) / "model.safetensors"
+    if not weights.is_file():
+        raise MissingData(f"--encoder {encoder_folder} has no {weights.name}: give a run's hf/")
+    return weights
 
 
 def normalise(features: np.ndarray) -> np.ndarray:

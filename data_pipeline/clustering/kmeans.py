@@ -1,13 +1,12 @@
 """Spherical k-means by FAISS: features -> unit centroids, the classes of cluster discrimination."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataPipelineError, MissingData
-from ..shards.writer import write_atomically
+from ..shards.writer import file_sha256, write_array, write_atomically
 from .features import normalise
 
 CENTROIDS_NAME = "centroids.npy"
@@ -50,12 +49,11 @@ def spherical_kmeans(
 def save_centroids(directory: Path, centroids: np.ndarray, details: dict) -> None:
     """Write centroids.npy and the record clusters.json that describes and binds it."""
     directory.mkdir(parents=True, exist_ok=True)
-    np.save(directory / f".{CENTROIDS_NAME}.tmp.npy", centroids, allow_pickle=False)
-    (directory / f".{CENTROIDS_NAME}.tmp.npy").replace(directory / CENTROIDS_NAME)
+    write_array(directory / CENTROIDS_NAME, centroids)
     record = {
         "num_centroids": len(centroids),
         "dim": centroids.shape[1],
-        "sha256": _sha256(directory),
+        "sha256": file_sha256(directory / CENTROIDS_NAME),
         **details,
     }
     write_atomically(directory / RECORD_NAME, json.dumps(record, indent=1, sort_keys=True).encode())
@@ -70,12 +68,8 @@ def load_centroids(directory: Path) -> tuple[np.ndarray, dict]:
             f"{directory} holds no {RECORD_NAME}: make it with `python -m data_pipeline cluster`"
         )
     record = json.loads((directory / RECORD_NAME).read_bytes())
-    if _sha256(directory) != record["sha256"]:
+    if file_sha256(directory / CENTROIDS_NAME) != record["sha256"]:
         raise DataPipelineError(
             f"{directory / CENTROIDS_NAME} is not the file that {RECORD_NAME} binds: cluster again"
         )
     return np.load(directory / CENTROIDS_NAME, allow_pickle=False), record
-
-
-def _sha256(directory: Path) -> str:
-    return hashlib.sha256((directory / CENTROIDS_NAME).read_bytes()).hexdigest()

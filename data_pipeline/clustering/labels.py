@@ -7,7 +7,6 @@ labels.npy, a side file bound to its manifest.
 Clustering again rewrites these two files and no shard.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from ..errors import CorruptShard, MissingData
 from ..shards.manifest import Manifest
-from ..shards.writer import write_atomically
+from ..shards.writer import file_sha256, write_array, write_atomically
 
 LABELS_NAME = "labels.npy"
 RECORD_NAME = "labels.json"
@@ -38,13 +37,12 @@ def save_labels(
 ) -> None:
     """Write labels.npy and labels.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    np.save(directory / f".{LABELS_NAME}.tmp.npy", labels.astype(np.int32), allow_pickle=False)
-    (directory / f".{LABELS_NAME}.tmp.npy").replace(directory / LABELS_NAME)
+    write_array(directory / LABELS_NAME, labels.astype(np.int32))
     record = {
         "manifest_sha256": manifest.sha256,
         "num_classes": num_classes,
         "num_labels": labels.shape[1],
-        "sha256": _sha256(directory / LABELS_NAME),
+        "sha256": file_sha256(directory / LABELS_NAME),
         **details,
     }
     write_atomically(directory / RECORD_NAME, json.dumps(record, indent=1, sort_keys=True).encode())
@@ -70,7 +68,7 @@ def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
         raise CorruptShard(
             f"{record_path} belongs to another version of {manifest.directory}: label it again"
         )
-    if _sha256(directory / LABELS_NAME) != record["sha256"]:
+    if file_sha256(directory / LABELS_NAME) != record["sha256"]:
         raise CorruptShard(f"{directory / LABELS_NAME} changed since it was written: label again")
     labels = np.load(directory / LABELS_NAME, allow_pickle=False)
     if (
@@ -83,7 +81,3 @@ def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
             f"expected {len(manifest)} rows and ids below {record['num_classes']}"
         )
     return labels, record["num_classes"]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import MissingData
+from ..errors import DataPipelineError, MissingData
 from ..shards.manifest import Manifest
-from .features import descriptor_features, encoder_features, normalise
+from ..shards.writer import file_sha256
+from .features import descriptor_features, encoder_features, encoder_weights, normalise
 from .kmeans import load_centroids, save_centroids, spherical_kmeans
 from .labels import nearest_centroids, save_labels
 
@@ -38,6 +39,7 @@ def cluster(
     details = {
         "manifest_sha256": manifest.sha256,
         "encoder": encoder,
+        "encoder_sha256": encoder and file_sha256(encoder_weights(encoder)),
         "seed": seed,
         "feature_mean": mean.tolist(),
     }
@@ -52,6 +54,10 @@ def label(manifest: Manifest, centroids_folder: Path, num_labels: int, output: P
     """
     centroids, record = load_centroids(centroids_folder)
     encoder = record["encoder"]
+    if encoder and file_sha256(encoder_weights(encoder)) != record["encoder_sha256"]:
+        raise DataPipelineError(
+            f"{encoder} changed since {centroids_folder} was made from it: cluster again"
+        )
     raw = descriptor_features(manifest) if encoder is None else encoder_features(manifest, encoder)
     features = normalise(raw - np.array(record["feature_mean"], np.float32))
     labels = nearest_centroids(features, centroids, num_labels)

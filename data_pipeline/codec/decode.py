@@ -94,11 +94,11 @@ def decode_video(
     import av
 
     limits = limits or InputLimits()
+    timeline, numbered = _timeline(path, limits)
+    wanted = set(_even_times(timeline, num_frames))
+    # opened again instead of seeking back, which is inexact in streams without an index
     container, stream = open_video(path, limits)
     try:
-        timeline, numbered = _timeline(container, stream, limits, path)
-        wanted = set(_even_times(timeline, num_frames))
-        container.seek(timeline[0] if not numbered else 0, stream=stream, backward=True)
         stream.codec_context.options = {"err_detect": "explode"}
         stream.thread_type = "AUTO"
         frames, times, framing = [], [], None
@@ -135,23 +135,29 @@ def decode_video(
     )
 
 
-def _timeline(container, stream, limits, path):
-    """Sorted presentation stamps of all packets,
-    and whether they are mere frame numbers (no timestamps in file).
+def _timeline(path: Path, limits: InputLimits) -> tuple[list[int], bool]:
+    """Sorted presentation stamps of all packets, and whether they are mere frame numbers because
+    the file has no timestamps. Nothing is decoded.
     """
+    import av
+
     stamps, count = [], 0
-    for packet in container.demux(stream):
-        if packet.size == 0:
-            continue
-        count += 1
-        if count > limits.max_frames:
-            raise RejectedInput("too_large", f"{path} has more than {limits.max_frames} frames")
-        if packet.pts is not None and not packet.is_discard:
-            stamps.append(packet.pts)
+    container, stream = open_video(path, limits)
+    try:
+        for packet in container.demux(stream):
+            if packet.size == 0:
+                continue
+            count += 1
+            if count > limits.max_frames:
+                raise RejectedInput("too_large", f"{path} has more than {limits.max_frames} frames")
+            if packet.pts is not None and not packet.is_discard:
+                stamps.append(packet.pts)
+    except av.FFmpegError as error:
+        raise RejectedInput("decode", f"{path}: reading stopped: {error.strerror}") from error
+    finally:
+        container.close()
     if count == 0:
-        raise RejectedInput(
-            "truncated", f"{path} announces a video stream but holds no packet of it"
-        )
+        raise RejectedInput("truncated", f"{path} announces a video stream but holds no packet")
     numbered = not stamps
     return (list(range(count)) if numbered else sorted(set(stamps))), numbered
 

@@ -20,6 +20,7 @@ from ..errors import RejectedInput
 from .decode import decode_video
 from .motion_compensation import predict_luma
 
+TIME_BASE = 64  # temporal positions run over 0..63 whatever the number of frames
 MOTION_CELL = 8  # side of a motion cell in pixels: the smallest block of the canonical stream
 
 
@@ -61,22 +62,19 @@ def decompose_video(
     and the reasons of rejection.
     """
     video = decode_video(path, num_frames, size, patch_size, fit, limits)
-    return decompose_frames(
-        video.frames, gop, video.seconds, num_frames, video.num_source_frames, video.codec
-    )
+    return decompose_frames(video.frames, gop, video.seconds, video.num_source_frames, video.codec)
 
 
 def decompose_frames(
     frames: np.ndarray,
     gop: int,
     seconds=None,
-    time_base: int = 64,
     num_source_frames: int = 0,
     codec: str = "",
 ) -> CodecClip:
     """Codec view of uint8 frames [T, H, W, 3]; H and W even.
 
-    Temporal positions spread the T frames evenly over 0..time_base-1 (round half to even), as the
+    Temporal positions spread the T frames evenly over 0..63 (round half to even), as the
     public `interpolate_frame_indices` does, so a short clip keeps its true relative times.
     """
     count = len(frames)
@@ -91,7 +89,7 @@ def decompose_frames(
         prediction = predict_luma(luma[t - 1], quarter_pels, MOTION_CELL)
         residual[t] = np.abs(luma[t].astype(np.int16) - prediction).astype(np.uint8)
         motion[t] = -quarter_pels / 4.0
-    times = np.rint(np.arange(count) / max(count - 1, 1) * (time_base - 1)).astype(np.int64)
+    times = np.rint(np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)).astype(np.int64)
     seconds = np.arange(count, dtype=np.float64) if seconds is None else seconds
     return CodecClip(frames, is_i_frame, motion, residual, times, seconds, num_source_frames, codec)
 

@@ -29,14 +29,15 @@ class Selection:
 def select_patches(saliency: np.ndarray, is_i_frame: np.ndarray, budget: int) -> Selection:
     """Choose at most `budget` patches of saliency [T, h, w].
 
-    Raises ValueError when the budget cannot hold one whole I-frame.
+    Raises ValueError when the budget cannot hold every I-frame.
     """
     frames, height, width = saliency.shape
     per_frame = height * width
-    if budget < per_frame:
+    num_i_frames = int(is_i_frame.sum())
+    if budget < num_i_frames * per_frame:
         raise ValueError(
-            f"budget {budget} cannot hold one I-frame of {per_frame} patches: raise it or lower "
-            "the size"
+            f"a budget of {budget} patches cannot hold {num_i_frames} I-frames of {per_frame}: "
+            "raise it, lower the size, or take a longer GOP"
         )
     linear = np.arange(saliency.size).reshape(frames, per_frame)
     intra = linear[is_i_frame].ravel()

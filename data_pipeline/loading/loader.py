@@ -82,6 +82,10 @@ class SampleDecoder:
         self._view = view
         self._reader = ShardReader(manifest)
 
+    def close(self) -> None:
+        """Close the shards."""
+        self._reader.close()
+
     def request(self, sample_id: int, view: str) -> tuple[_Request, np.ndarray]:
         """Metadata and encoded picture of one sample under a view."""
         shard, sample = self._manifest.locate(sample_id)
@@ -126,9 +130,7 @@ class HeadStream:
     ):
         self._dataset, self._config, self._seed = dataset, config, seed
         self._rank, self._world_size = rank, world_size
-        self.plan = EpochPlan(
-            len(dataset.manifest), config.batch_size * world_size, seed, dataset.manifest.sha256
-        )
+        self.plan = EpochPlan(len(dataset.manifest), config.batch_size * world_size, seed)
         self.token_budget = config.batch_size * _longest_item(dataset.manifest, config.view)
         self._decoder = SampleDecoder(dataset.manifest, config.view)
         self._start, self._next = start, start
@@ -276,17 +278,12 @@ def sequential_batches(
         pending[iteration] = [request for request, _ in pairs]
         return [encoded for _, encoded in pairs]
 
-    for number, pixels in enumerate(PictureDecoder(fetch, batch_size)):
-        requests = pending.pop(number)
-        views = [
-            decoder.view(request, picture, None)
-            for request, picture in zip(requests, pixels, strict=True)
-        ]
-        count = len(views)
-        yield pack_views(
-            views,
-            torch.tensor(chunks[number]),
-            torch.zeros(count, 0, dtype=torch.int64),
-            torch.ones(count),
-            index=number,
-        )
+    try:
+        for number, pixels in enumerate(PictureDecoder(fetch, batch_size)):
+            pairs = zip(pending.pop(number), pixels, strict=True)
+            views = [decoder.view(request, picture, None) for request, picture in pairs]
+            no_labels = torch.zeros(len(views), 0, dtype=torch.int64)
+            ids = torch.tensor(chunks[number])
+            yield pack_views(views, ids, no_labels, torch.ones(len(views)), index=number)
+    finally:
+        decoder.close()

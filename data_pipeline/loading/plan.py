@@ -9,8 +9,6 @@ the same number of rows and every sample counts exactly once per epoch. The stat
 loader is the number g. Cost: one permutation per epoch (8 bytes per sample).
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,7 +41,7 @@ class PlannedBatch:
 class EpochPlan:
     """Order of one dataset under one seed and global batch size."""
 
-    def __init__(self, num_samples: int, global_batch: int, seed: int, dataset_sha256: str = ""):
+    def __init__(self, num_samples: int, global_batch: int, seed: int):
         """Raises DataPipelineError when the dataset cannot fill one global batch."""
         if num_samples < global_batch:
             raise DataPipelineError(
@@ -55,8 +53,6 @@ class EpochPlan:
         self.global_batch = global_batch
         self.seed = seed
         self.batches_per_epoch = -(-num_samples // global_batch)
-        identity = [num_samples, global_batch, seed, dataset_sha256]
-        self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def batch(self, index: int) -> PlannedBatch:

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import resource
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,7 +31,8 @@ class SampleWorker:
         self._process = None
 
     def build(self, path: Path, source: str) -> tuple[dict[str, bytes], SampleInfo]:
-        """As build_sample, with the extra reasons `timeout`, `crash` and `memory`."""
+        """As build_sample, with the extra reasons `timeout`, `crash`, `memory` and
+        `internal` (a mistake of ours, whose traceback is on the console)."""
         if self._process is None or not self._process.is_alive():
             self._start()
         try:
@@ -120,14 +122,19 @@ def _serve(pipe, config: SampleConfig) -> None:
         try:
             members, _ = build_sample(Path(request["path"]), request["source"], config)
         except RejectedInput as rejection:
-            pipe.send_bytes(
-                json.dumps({"reason": rejection.reason, "detail": rejection.detail}).encode()
-            )
+            _refuse(pipe, rejection.reason, rejection.detail)
             continue
         except MemoryError:
-            detail = f"{request['path']} needs more than {MEMORY_LIMIT >> 30} GB"
-            pipe.send_bytes(json.dumps({"reason": "memory", "detail": detail}).encode())
+            _refuse(pipe, "memory", f"{request['path']} needs more than {MEMORY_LIMIT >> 30} GB")
+            continue
+        except Exception as error:  # our own mistake: named as such, and seen on the console
+            traceback.print_exc()
+            _refuse(pipe, "internal", f"{request['path']}: {type(error).__name__}: {error}")
             continue
         pipe.send_bytes(json.dumps({"members": list(members)}).encode())
         for data in members.values():
             pipe.send_bytes(data)
+
+
+def _refuse(pipe, reason: str, detail: str) -> None:
+    pipe.send_bytes(json.dumps({"reason": reason, "detail": detail}).encode())

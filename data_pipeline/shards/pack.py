@@ -21,7 +21,7 @@ from .isolation import SamplePool
 from .manifest import Manifest, load_manifest, write_manifest
 from .sample_builder import SampleConfig
 from .schema import SCHEMA_VERSION
-from .writer import write_shard
+from .writer import file_sha256, index_text, write_shard
 
 LIST_SUFFIXES = (".txt", ".csv")
 
@@ -36,6 +36,11 @@ class PackConfig:
     wall_seconds: float = 300.0
     name: str = "video"
 
+    def __post_init__(self):
+        for name in ("samples_per_shard", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+
     def settings(self) -> dict:
         """What decides the bytes of a shard; stored in its record."""
         return {
@@ -45,7 +50,7 @@ class PackConfig:
         }
 
 
-def list_inputs(arguments: list[str | Path]) -> list[tuple[Path, str]]:
+def list_inputs(arguments: list[str | Path], report=print) -> list[tuple[Path, str]]:
     """Expand files, folders and lists into (path, name stored in the shard), in a stable order.
 
     Folders give their videos and images, sorted, named relative to the folder. Lists give the first
@@ -55,12 +60,19 @@ def list_inputs(arguments: list[str | Path]) -> list[tuple[Path, str]]:
     inputs: list[tuple[Path, str]] = []
     for argument in map(Path, arguments):
         if argument.is_dir():
-            files = sorted(path for path in argument.rglob("*") if is_video(path) or is_image(path))
-            inputs += [(path, path.relative_to(argument).as_posix()) for path in files]
+            files = sorted(path for path in argument.rglob("*") if not path.is_dir())
+            known = [path for path in files if is_video(path) or is_image(path)]
+            inputs += [(path, path.relative_to(argument).as_posix()) for path in known]
+            if len(known) < len(files):
+                others = sorted(
+                    {path.suffix or path.name for path in files} - {p.suffix for p in known}
+                )
+                report(
+                    f"{len(files) - len(known)} files of {argument} are neither videos nor images "
+                    f"by name and are left out: {', '.join(others[:10])}"
+                )
         elif argument.suffix.lower() in LIST_SUFFIXES and argument.is_file():
-            with open(argument, newline="", encoding="utf-8") as lines:
-                names = [row[0].strip() for row in csv.reader(lines) if row and row[0].strip()]
-            inputs += [(argument.parent / name, name) for name in names]
+            inputs += [(argument.parent / name, name) for name in _listed(argument)]
         elif argument.exists():
             inputs.append((argument, argument.name))
         else:
@@ -70,6 +82,14 @@ def list_inputs(arguments: list[str | Path]) -> list[tuple[Path, str]]:
     if not inputs:
         raise MissingData(f"no video or image in {', '.join(map(str, arguments))}")
     return inputs
+
+
+def _listed(path: Path) -> list[str]:
+    """Names in a list: whole lines of a .txt, the first column of a .csv."""
+    with open(path, newline="", encoding="utf-8-sig") as lines:
+        rows = csv.reader(lines) if path.suffix.lower() == ".csv" else ([line] for line in lines)
+        names = [row[0].strip() for row in rows if row]
+    return [name for name in names if name]
 
 
 def pack(
@@ -82,7 +102,7 @@ def pack(
     size = config.samples_per_shard
     tasks = [inputs[start : start + size] for start in range(0, len(inputs), size)]
     for stale in output.glob(".*.tmp"):
-        stale.unlink()
+        stale.unlink(missing_ok=True)
     records = []
     with SamplePool(config.sample, config.workers, config.wall_seconds) as pool:
         for task, files in enumerate(tasks):
@@ -132,7 +152,14 @@ def _finished_record(output: Path, name: str, inputs_sha256: str, settings: dict
     same = record["inputs_sha256"] == inputs_sha256 and record["settings"] == json.loads(
         json.dumps(settings)
     )
-    return record if same and tar_path.stat().st_size == record["size"] else None
+    index = output / f"{name}.tar.idx"
+    whole = (
+        tar_path.stat().st_size == record["size"]
+        and file_sha256(tar_path) == record["sha256"]
+        and index.is_file()
+        and index.read_text() == index_text(record)
+    )
+    return record if same and whole else None
 
 
 def _progress_line(records: list[dict], num_tasks: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..codec.decode import frame_to
 from ..codec.decompose import CodecClip, decompose_video
-from ..codec.open_video import InputLimits, is_image, open_image
+from ..codec.open_video import InputLimits, check_file, is_image, open_image
 from ..codec.saliency import SaliencyConfig, motion_summary, patch_saliency
 from ..codec.selection import select_patches
 from ..errors import RejectedInput
@@ -37,14 +37,19 @@ class SampleConfig:
     limits: InputLimits = field(default_factory=InputLimits)
 
     def __post_init__(self):
+        counts = ("size", "patch_size", "num_frames", "gop", "num_full_frames")
+        for name in counts if self.budget is None else (*counts, "budget"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.size % self.patch_size or self.size % 2:
             raise ValueError(
                 f"--size {self.size} must be even and a multiple of --patch-size {self.patch_size}"
             )
-        if self.tokens < (self.size // self.patch_size) ** 2:
+        intra = -(-self.num_frames // self.gop) * (self.size // self.patch_size) ** 2
+        if self.tokens < intra:
             raise ValueError(
-                f"--budget {self.budget} cannot hold one I-frame of "
-                f"{(self.size // self.patch_size) ** 2}"
+                f"a budget of {self.tokens} patches cannot hold the {intra} of all I-frames: raise "
+                f"--budget or --gop {self.gop}, or lower --size {self.size}"
             )
 
     @property
@@ -59,6 +64,7 @@ def build_sample(
     """Members and metadata of one input; `source` is the name stored in the shard.
     Raises RejectedInput.
     """
+    check_file(path, config.limits)
     before = _fingerprint(path)
     if is_image(path):
         members, info = _image_sample(open_image(path, config.limits), source, before[0], config)
@@ -109,11 +115,10 @@ def _image_sample(picture: np.ndarray, source: str, sha256: str, config: SampleC
 def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig):
     import av
 
-    per_frame = clip.frames[0, :, :, 0].size // config.patch_size**2
-    if per_frame > config.tokens:
+    intra = clip.frames[clip.is_i_frame, :, :, 0].size // config.patch_size**2
+    if intra > config.tokens:
         raise RejectedInput(
-            "budget",
-            f"{source}: one I-frame is {per_frame} patches, --budget allows {config.tokens}",
+            "budget", f"{source}: its I-frames are {intra} patches, the budget is {config.tokens}"
         )
     saliency = patch_saliency(clip, config.patch_size, config.saliency)
     selection = select_patches(saliency, clip.is_i_frame, config.tokens)

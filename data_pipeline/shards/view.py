@@ -60,6 +60,9 @@ def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
     """
     from PIL import Image
 
+    wrong = [i for i in sample_ids if not 0 <= i < len(manifest)]
+    if wrong or not sample_ids:
+        raise ValueError(f"--samples {wrong}: the folder has samples 0 to {len(manifest) - 1}")
     if path.suffix == ".png":
         Image.fromarray(contact_sheet(manifest, sample_ids)).save(path)
     elif path.suffix == ".gif":

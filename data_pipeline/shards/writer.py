@@ -11,11 +11,14 @@ stamps.
 """
 
 import hashlib
+import io
 import json
 import os
 import tarfile
 import zlib
 from pathlib import Path
+
+import numpy as np
 
 from .schema import SCHEMA_VERSION
 
@@ -73,7 +76,7 @@ def write_shard(
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write, sync, rename, sync the folder: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as stream:
         stream.write(data)
         stream.flush()
@@ -84,6 +87,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file the same way."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    write_atomically(path, stream.getvalue())
 
 
 def file_sha256(path: Path) -> str:

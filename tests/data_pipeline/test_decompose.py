@@ -10,6 +10,7 @@ from data_pipeline.codec.decompose import decompose_frames, decompose_video
 from data_pipeline.codec.open_video import InputLimits, open_image
 from data_pipeline.codec.saliency import SaliencyConfig, motion_summary, patch_saliency
 from data_pipeline.errors import RejectedInput
+from model_factory.packing import TARGET_FRAMES
 
 
 def panning_frames(dx: int, dy: int, count: int = 12, size: int = 112) -> np.ndarray:
@@ -90,6 +91,35 @@ def test_rotation_in_the_metadata_is_applied_once(shared):
 def test_timestamps_out_of_order_give_frames_in_time_order(shared):
     video = decode_video(shared / "videos" / "unordered_pts_4frames.mov", 64, 112, 16)
     assert len(video.frames) == 4 and (np.diff(video.seconds) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "container"), [(".ts", "mpegts"), (".mpg", "mpeg"), (".mkv", "matroska")]
+)
+def test_streams_without_an_index_give_all_their_frames(tmp_path, suffix, container):
+    """MPEG streams seek inexactly and start at odd times; every chosen frame must still come."""
+    import av
+
+    path = tmp_path / f"clip{suffix}"
+    codec = "mpeg2video" if suffix == ".mpg" else "libx264"
+    frames = panning_frames(2, 1, count=50)
+    with av.open(str(path), "w", format=container) as output:
+        stream = output.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 112, 112, "yuv420p"
+        for picture in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode(None))
+    video = decode_video(path, 64, 112, 16)
+    assert len(video.frames) == 50
+    for place in (0, 20, 49):
+        errors = np.abs(video.frames[place].astype(int) - frames).mean(axis=(1, 2, 3))
+        assert errors.argmin() == place
+
+
+@pytest.mark.parametrize("num_frames", [16, 64, 100])
+def test_times_run_over_the_64_frame_base_whatever_the_number_of_frames(clips, num_frames):
+    clip = decompose_video(clips / "clips" / "train_00000.mp4", num_frames, 112, 16, gop=100)
+    assert clip.times[0] == 0 and clip.times[-1] == 63 == TARGET_FRAMES - 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The labelled set: only the motion tells the class."""
 
 import numpy as np
+import pytest
 
 from data_pipeline.codec.decompose import decompose_frames
 from data_pipeline.motion_shapes import CLASSES, render_clip, write_motion_shapes
@@ -49,3 +50,9 @@ def test_an_interrupted_set_is_completed_not_rewritten(tmp_path):
     assert (tmp_path / "clips" / "train_00002.mp4").read_bytes() == bytes_of_second
     lines = (tmp_path / "train.csv").read_text().splitlines()
     assert lines[3] == "clips/train_00003.mp4,3" and len(lines) == 8
+
+
+def test_clips_of_other_settings_do_not_mix(tmp_path):
+    write_motion_shapes(tmp_path, num_train=8, num_val=8, size=64)
+    with pytest.raises(ValueError, match="holds clips of other settings"):
+        write_motion_shapes(tmp_path, num_train=8, num_val=8, size=64, difficulty="hard")

@@ -46,5 +46,5 @@ def test_a_clip_without_news_keeps_whole_frames_and_says_so():
 
 
 def test_a_budget_below_one_i_frame_is_an_error():
-    with pytest.raises(ValueError, match="budget 8 cannot hold one I-frame of 9"):
-        select_patches(*saliency(), 8)
+    with pytest.raises(ValueError, match="budget of 17 patches cannot hold 2 I-frames of 9"):
+        select_patches(*saliency(), 17)

@@ -90,6 +90,39 @@ def test_packing_twice_gives_the_same_bytes_and_finished_shards_are_kept(clips, 
     assert again.sha256 == first.sha256
 
 
+def test_packing_again_repairs_a_damaged_shard(clips, tmp_path):
+    inputs = list_inputs([clips / "val.csv"])
+    first = pack(inputs, tmp_path, CONFIG)
+    tar = tmp_path / "video-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[3000] ^= 1
+    tar.write_bytes(data)
+    (tmp_path / "video-000000.tar.idx").unlink()
+    assert len(verify(first)) >= 2
+    assert verify(pack(inputs, tmp_path, CONFIG)) == []
+
+
+def test_folders_say_what_they_leave_out_and_lists_take_names_whole(clips, tmp_path):
+    shutil.copy(clips / "clips" / "train_00000.mp4", tmp_path / "a, b.mp4")
+    (tmp_path / "notes.md").write_text("x")
+    said = []
+    assert [name for _, name in list_inputs([tmp_path], said.append)] == ["a, b.mp4"]
+    assert "1 files" in said[0] and ".md" in said[0]
+    (tmp_path / "list.txt").write_text("\ufeffa, b.mp4\n", encoding="utf-8")
+    assert [name for _, name in list_inputs([tmp_path / "list.txt"])] == ["a, b.mp4"]
+
+
+@pytest.mark.parametrize("field", ["patch_size", "gop", "num_frames", "num_full_frames", "budget"])
+def test_settings_below_one_are_named(field):
+    with pytest.raises(ValueError, match=f"{field} is 0"):
+        SampleConfig(**{field: 0})
+
+
+def test_a_budget_below_all_i_frames_is_refused():
+    with pytest.raises(ValueError, match="cannot hold the 3136 of all I-frames"):
+        SampleConfig(gop=4)
+
+
 def test_images_become_image_samples(shared, tmp_path):
     manifest = pack(list_inputs([shared / "images"]), tmp_path / "out", CONFIG)
     assert statistics(manifest)["images"] == 2

@@ -155,6 +155,12 @@ def test_raw_videos_are_judged_too_and_missing_ones_forbid_an_accuracy(clips, tm
     assert "without 1 unreadable clips" in done.stdout
 
 
+def test_more_than_is_packed_is_an_error_not_less_than_asked(packed, tmp_path):
+    extra = ("--model_weight", "random", "--model_family", "llava_vit_codec", "--K_keep", 500)
+    done = run(*probe_command(packed.parent, tmp_path, *extra), check=False)
+    assert done.returncode == 1 and "keeps 98 patches a clip; pass --K_keep 98" in done.stderr
+
+
 def test_lists_and_packed_shards_name_the_same_clips(packed):
     train, _ = read_lists("motion_shapes", packed.parent, None, None)
     assert train.shards == packed / "train"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import run
 
-from model_factory.backbone import save_backbone
+from model_factory.backbone import load_backbone, save_backbone
 from model_factory.packing import (
     compute_patch_positions_from_grid_thw,
     compute_patch_positions_with_interpolated_temporal,
@@ -96,6 +96,29 @@ def test_converter_refuses_what_does_not_fit(model, tmp_path, fault):
     )
     assert done.returncode == 1
     assert "error:" in done.stderr and not (tmp_path / "hf").exists()
+
+
+def test_nan_weights_do_not_pass_the_converter(model, tmp_path):
+    weights = packing_to_source(model.state_dict())
+    weights["head.mlp.fc2.bias"] = torch.full_like(weights["head.mlp.fc2.bias"], float("nan"))
+    torch.save(weights, tmp_path / "backbone.pt")
+    done = run(
+        CONVERTER,
+        "llava_vit_tiny_ln",
+        tmp_path / "backbone.pt",
+        "--output_dir",
+        tmp_path / "hf",
+        check=False,
+    )
+    assert done.returncode == 1 and "differ by nan" in done.stderr
+
+
+def test_a_described_backbone_must_be_the_named_model(model, tmp_path):
+    save_backbone(model, tmp_path / "backbone.pt")
+    with pytest.raises(
+        ValueError, match="is no llava_vit_small_ln: its hidden_size is 128, not 384"
+    ):
+        load_backbone(tmp_path / "backbone.pt", "llava_vit_small_ln")
 
 
 def test_interpolation_rounds_half_to_even_and_clamps():

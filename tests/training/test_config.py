@@ -32,6 +32,11 @@ def test_lists_become_heads_with_one_value_for_all():
     assert config.optimizer.lr == 0.01
 
 
+def test_a_mere_split_is_named_with_its_parent():
+    config = config_of("--list_datasets", "data/k400/train", "data/ssv2/train")
+    assert [head.name for head in config.heads] == ["k400-train", "ssv2-train"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import kill_group, start_torchrun, torchrun
+from conftest import kill_group, run, start_torchrun, torchrun
 from safetensors.torch import load_file
 
 STEPS, SAVE_EVERY = 24, 5
+LOSS = "loss/motion_shapes-train"
 
 
 def command(packed: Path, output: Path, *extra, batch: int = 4, world: int = 2, steps: int = STEPS):
@@ -100,7 +101,7 @@ def test_every_epoch_consumes_every_sample_once_over_the_ranks(straight):
 def test_loss_of_one_rank_equals_that_of_two(packed, straight, tmp_path):
     torchrun(1, *command(packed, tmp_path, batch=8, world=1))
     for one, two in zip(metrics(tmp_path), metrics(straight), strict=True):
-        assert one["loss/train"] == pytest.approx(two["loss/train"], rel=1e-5), one["step"]
+        assert one[LOSS] == pytest.approx(two[LOSS], rel=1e-5), one["step"]
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
 
 
@@ -112,7 +113,7 @@ def test_a_checkpoint_of_two_ranks_continues_on_one(packed, straight, tmp_path):
     shutil.rmtree(output / "checkpoints" / f"step_{STEPS:08d}")
     torchrun(1, *command(packed, output, batch=8, world=1))
     for one, two in zip(metrics(output), metrics(straight), strict=True):
-        assert one["loss/train"] == pytest.approx(two["loss/train"], rel=1e-5), one["step"]
+        assert one[LOSS] == pytest.approx(two[LOSS], rel=1e-5), one["step"]
 
 
 @pytest.mark.e2e
@@ -142,6 +143,70 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_none_left_stops(
     assert done.returncode != 0
     outcome = json.loads((output / "exit.json").read_text())
     assert outcome["code"] == 6 and "sha256 differs" in outcome["message"]
+
+
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_starting_over_sets_old_checkpoints_aside_and_keeps_the_new(packed, straight, tmp_path):
+    output = tmp_path / "over"
+    shutil.copytree(straight, output)
+    torchrun(2, *command(packed, output, "--resume", "never", "--lr", "5e-4", steps=6))
+    names = sorted(path.name for path in (output / "checkpoints").glob("step_*"))
+    assert names == ["step_00000005", "step_00000006"]
+    assert len(list((output / "checkpoints").glob("superseded_*"))) == 3
+    assert [record["step"] for record in metrics(output)] == list(range(1, 7))
+    assert len(ledger(output, 1)) == 6
+
+
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_other_labels_do_not_resume(packed, straight, tmp_path):
+    import numpy as np
+
+    from data_pipeline.clustering.labels import save_labels
+    from data_pipeline.shards.manifest import load_manifest
+
+    data, output = tmp_path / "motion_shapes", tmp_path / "run"
+    shutil.copytree(packed / "train", data / "train")
+    shutil.copytree(straight, output)
+    manifest = load_manifest(data / "train")
+    labels = np.load(data / "train" / "labels.npy")
+    save_labels(data / "train", labels[::-1], manifest, 8, {})
+    done = torchrun(2, *command(data, output), check=False)
+    assert done.returncode != 0
+    outcome = json.loads((output / "exit.json").read_text())
+    assert outcome["code"] == 7 and "shards or labels changed" in outcome["message"]
+
+
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_the_exported_folder_gives_the_trained_encoders_outputs_in_a_fresh_process(
+    straight, tmp_path
+):
+    from model_factory.registry import create_model
+
+    trained = create_model("hf_llava_vit_packing_tiny_ln", rope_pairing="rotary").eval()
+    shards = (straight / "checkpoints" / f"step_{STEPS:08d}").glob("*.safetensors")
+    tensors = {name: tensor for file in shards for name, tensor in load_file(file).items()}
+    trained.load_state_dict(
+        {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
+    )
+    rows, grid = torch.randn(30, 768), torch.tensor([[2, 3, 5]])
+    torch.save(rows, tmp_path / "rows.pt")
+    code = (
+        "import sys, torch\n"
+        "from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel as Model\n"
+        "model = Model.from_pretrained(sys.argv[1], torch_dtype=torch.float32).eval()\n"
+        "rows = torch.load(sys.argv[2] + '/rows.pt', weights_only=True)\n"
+        "with torch.no_grad(): out = model(rows, torch.tensor([[2, 3, 5]]))\n"
+        "torch.save([out.last_hidden_state, out.pooler_output], sys.argv[2] + '/out.pt')\n"
+    )
+    run("-c", code, straight / "hf", tmp_path)
+    tokens, pooled = torch.load(tmp_path / "out.pt", weights_only=True)
+    with torch.no_grad():
+        want = trained(rows, grid)
+    assert torch.allclose(tokens, want.last_hidden_state, atol=1e-5)
+    assert torch.allclose(pooled, want.pooler_output, atol=1e-5)
 
 
 @pytest.mark.e2e
