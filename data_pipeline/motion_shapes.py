@@ -25,7 +25,7 @@ from .counter_rng import counter_rng
 
 GENERATOR_VERSION = 1  # moves when the same arguments give other clips
 CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")
-SCALE_RANGE = (0.5, 1.7)  # of the shape's nominal size; grow and shrink sweep it
+SCALE_RANGE = (0.6, 1.6)  # of the shape's nominal size; grow and shrink sweep it
 TEXTURE = 64
 
 
@@ -42,7 +42,7 @@ class Difficulty:
 
 
 DIFFICULTIES = {
-    "easy": Difficulty(jitter=0.4, clutter=0, contrast=0.25, radius=(0.24, 0.32)),
+    "easy": Difficulty(jitter=0.4, clutter=0, contrast=0.25, radius=(0.20, 0.28)),
     "medium": Difficulty(jitter=1.0, clutter=2, contrast=0.5, radius=(0.16, 0.24)),
     "hard": Difficulty(jitter=2.0, clutter=6, contrast=1.0, radius=(0.10, 0.18)),
 }
@@ -64,7 +64,7 @@ def render_clip(
     pose = _random_pose(rng, frames)
     _draw(
         canvas,
-        _Shape(rng, level, size, brightness=(0.6, 1.0)),
+        _Shape(rng, level, size, brightness=(0.5, 1.0)),
         _move(pose, CLASSES[label], rng, time, size),
         shake,
     )
@@ -98,9 +98,9 @@ def _move(pose: _Pose, motion: str, rng, time: np.ndarray, size: int) -> _Pose:
     Speeds are such that over half a clip nothing passes half a picture or half a turn, beyond which
     two whole frames could not tell one direction from its opposite.
     """
-    pixels = rng.uniform(0.5, 1.0) / size * time
-    turn = rng.uniform(0.025, 0.04) * time
-    sweep = rng.uniform(0.6, 0.95) / len(time) * time
+    pixels = rng.uniform(0.6, 1.5) / size * time
+    turn = rng.uniform(0.03, 0.08) * time
+    sweep = rng.uniform(0.5, 1.0) / len(time) * time
     low, high = SCALE_RANGE
     phase = np.log(pose.scale / low) / np.log(high / low)
     if motion in ("left", "right"):
@@ -120,12 +120,9 @@ class _Shape:
 
     def __init__(self, rng, level: Difficulty, size: int, brightness: tuple[float, float]):
         self.radius = rng.uniform(*level.radius) * size
-        self.corners = int(rng.integers(1, 3))
-        self.depth = rng.uniform(0.35, 0.55)
+        self.corners = int(rng.integers(2, 6))
+        self.depth = rng.uniform(0.1, 0.35)
         blocks = rng.uniform(*brightness, (8, 8, 3)).astype(np.float32)
-        blocks *= np.linspace(0.2, 1.0, 8, dtype=np.float32)[
-            :, None
-        ]  # one side darker: shows the angle
         self.texture = np.kron(blocks, np.ones((TEXTURE // 8, TEXTURE // 8, 1), np.float32))
 
     def paint(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

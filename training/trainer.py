@@ -60,6 +60,9 @@ class Trainer:
         self.datasets = datasets
 
         self.encoder = build_encoder(config.model, config.seed).to(ranks.device)
+        sizes = [data.manifest.settings["size"] for data in datasets.values() if data is not None]
+        if sizes:
+            self.encoder.config.image_size = max(sizes)  # what the exported processor resizes to
         width = self.encoder.config.hidden_size
         self.heads = {head.name: self._build_head(head, width) for head in config.heads}
         self.optimizer = build_optimizer(

@@ -114,7 +114,8 @@ class PartialFC(nn.Module):
         """embeddings fp32 [b, D], labels int64 [b, L] (-1 ignored),
         weights [b] (0 takes a row out), same b everywhere.
 
-        Raises ValueError on all ranks when any label is not below num_classes.
+        Raises ValueError on all ranks when any label is not below num_classes (on the CPU; on a GPU
+        reading the maximum would wait for the device, and load_labels has checked the file).
         """
         config = self.config
         rows = F.normalize(gather_rows_with_grad(embeddings), dim=-1)
