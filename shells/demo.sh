@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole system on a laptop: clips -> shards -> clusters -> training on 2 ranks -> probe -> export -> report.
 #
-#   bash shells/demo.sh                  on the embedded motion_shapes set (about twelve minutes on 2 cores)
+#   bash shells/demo.sh                  on the embedded motion_shapes set (about nine minutes on 2 cores)
 #   bash shells/demo.sh --videos DIR     on your own folder; without labels there is no probe
 #   --output DIR                         where everything goes (default: output/demo, or
 #                                        output/demo-NAME for a folder NAME of videos)
@@ -62,7 +62,22 @@ else
     step "3/4 probe: left out, your videos have no labels"
 fi
 
-step "4/4 export: converted, verified, reloaded in a fresh process"
+step "4/4 export: converted, verified, loaded in a fresh process"
 python model_factory/convert_llava_vit_packing_to_hf.py "$model" "$output/train/backbone.pt" \
     --output_dir "$output/export"
+python - "$output" <<'PY'
+import sys
+
+import torch
+
+from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
+
+folders = (f"{sys.argv[1]}/export", f"{sys.argv[1]}/train/hf")
+converted, trained = (LlavaViTPackingModel.from_pretrained(f).eval() for f in folders)
+rows, grid = torch.randn(98, 768), torch.tensor([[2, 7, 7]])
+with torch.no_grad():
+    difference = (converted(rows, grid).pooler_output - trained(rows, grid).pooler_output).abs().max()
+print(f"fresh process: export and trained encoder differ by {difference:.1e}")
+assert difference < 1e-5
+PY
 python -m eval_encoder.probe_report "$output" --shards "$shards" --seconds $((SECONDS - started))
