@@ -104,8 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--print_config", action="store_true", help="print the configuration and exit")
     heads = parser.add_argument_group("heads, one value for all or one per head")
-    for names, (kind, text) in LIST_FLAGS.items():
-        heads.add_argument(*names, dest=names[0].lstrip("-"), type=kind, nargs="+", help=text)
+    for aliases, (kind, text) in LIST_FLAGS.items():
+        heads.add_argument(*aliases, dest=aliases[0].lstrip("-"), type=kind, nargs="+", help=text)
     idle = parser.add_argument_group("accepted without effect")
     for name in IDLE_FLAGS:
         idle.add_argument(name, nargs="*", help=argparse.SUPPRESS)

@@ -14,6 +14,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 from ..errors import RejectedInput
 from .sample_builder import SampleConfig, build_sample
@@ -28,7 +29,7 @@ class SampleWorker:
     def __init__(self, config: SampleConfig, wall_seconds: float):
         self._config = config
         self._wall_seconds = wall_seconds
-        self._process = None
+        self._process: Any = None
 
     def build(self, path: Path, source: str) -> tuple[dict[str, bytes], SampleInfo]:
         """As build_sample, with the extra reasons `timeout`, `crash`, `memory` and

@@ -99,7 +99,9 @@ def _fingerprint(path: Path) -> tuple[str, int, int]:
 def _image_sample(picture: np.ndarray, source: str, sha256: str, config: SampleConfig):
     from PIL import Image
 
-    framing = frame_to(*picture.shape[:2], config.size, config.patch_size, config.fit)
+    framing = frame_to(
+        picture.shape[0], picture.shape[1], config.size, config.patch_size, config.fit
+    )
     scaled = Image.fromarray(picture).resize(
         (framing.width, framing.height), Image.Resampling.BICUBIC
     )

@@ -20,6 +20,7 @@ size, p patch.
 import io
 import json
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -71,17 +72,12 @@ class SampleInfo:
             if values["schema_version"] != SCHEMA_VERSION:
                 raise CorruptShard(
                     f"{name} has schema version {values['schema_version']}, this code reads "
-                    f"{SCHEMA_VERSION}: "
-                    "pack the source again"
+                    f"{SCHEMA_VERSION}: pack the source again"
                 )
-            known = {field.name for field in fields(cls)}
-            return cls(
-                **{
-                    k: tuple(v) if isinstance(v, list) else v
-                    for k, v in values.items()
-                    if k in known
-                }
-            )
+            known = {field.name for field in fields(cls)} & values.keys()
+            given: dict[str, Any] = {name: values[name] for name in known}
+            given.update({k: tuple(v) for k, v in given.items() if isinstance(v, list)})
+            return cls(**given)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CorruptShard(f"{name}: KEY.json is not a sample's metadata ({error})") from error
 

@@ -83,7 +83,7 @@ def _clip_rows(info: SampleInfo, members, every: bool = False) -> list[list[np.n
         else np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).astype(int)
     )
     fastest = max(float(np.linalg.norm(motion[..., :2].astype(np.float32), axis=-1).max()), 1.0)
-    rows = [[], [], []]
+    rows: list[list[np.ndarray]] = [[], [], []]
     for i in shown:
         time = info.frame_times[i]
         until = info.frame_times[i + 1] if i + 1 < len(frames) else time + 1
