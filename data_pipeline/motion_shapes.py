@@ -4,7 +4,7 @@ Eight classes: move left, right, up, down, turn clockwise, counterclockwise, gro
 textured shape moves over a smooth background while the camera shakes; texture, shape, colours,
 place, size, angle and speed are random. Places wrap around, sizes run through a saw-tooth of random
 phase and angles start anywhere, so at every instant all classes show the same distribution of
-pictures: no single frame tells the class. Cost: about 0.07 s per 112 px clip of 64 frames. Layout
+pictures: no single frame tells the class. Cost: about 0.04 s per 112 px clip of 64 frames. Layout
 written, as every labelled set here:
 
     DIR/clips/train_00000.mp4 ...   DIR/train.csv  DIR/val.csv    (lines: relative path,label)
