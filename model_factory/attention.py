@@ -2,38 +2,43 @@
 
 A pack holds many sequences back to back; tokens attend within their own sequence only. Back ends:
 
-    varlen  torch.nn.attention.varlen      CUDA, half precision
-    flash   flash-attn, when installed     CUDA, half precision
-    sdpa    scaled_dot_product_attention   any device and dtype; sequences of equal length run as
-            one batch,
-                                           so the cost is one kernel per distinct length. It is the
-                                           reference.
+    varlen  torch.nn.attention.varlen          CUDA, half precision
+    flash   flash-attn, when installed         CUDA, half precision
+    sdpa    torch's fused kernels, one batch   any device and dtype; the reference
+            per length (grouped_attention)
+    eager   materialised scores, as above      any device and dtype; slow, for comparisons
 
 Shape legend: S packed tokens, N sequences, H heads, d head_dim.
 """
 
-import torch
-import torch.nn.functional as F
+import importlib.util
 
-BACKENDS = ("varlen", "flash", "sdpa")
+import torch
+
+from .grouped_attention import grouped_eager, grouped_sdpa
+
+BACKENDS = ("varlen", "flash", "sdpa", "eager")
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+_FLASH_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 
 
 def _flash_function():
-    try:
+    try:  # an optional library, and one that imports with an error where its build does not fit
         from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise ValueError(f"flash-attn is installed but does not import: {error}") from error
     return flash_attn_varlen_func
 
 
 def available_backends(q: torch.Tensor) -> list[str]:
     """Back ends that can run on the device and dtype of `q`, best first."""
-    backends = []
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        backends.append("varlen")
-        if _flash_function() is not None:
-            backends.append("flash")
-    return backends + ["sdpa"]
+    fast = []
+    if q.is_cuda and q.dtype in HALF_PRECISION:
+        fast = ["varlen"]
+        if _FLASH_INSTALLED:
+            fast.append("flash")
+    return [*fast, "sdpa", "eager"]
 
 
 def varlen_attention(
@@ -70,32 +75,5 @@ def varlen_attention(
         return varlen_attn(q, k, v, bounds_q, cu_seqlens, longest_q, max_seqlen)
     if chosen == "flash":
         return _flash_function()(q, k, v, bounds_q, cu_seqlens, longest_q, max_seqlen)
-    return _grouped_sdpa(q, k, v, bounds_q, cu_seqlens)
-
-
-def _grouped_sdpa(q, k, v, bounds_q, bounds_k):
-    lengths_q = bounds_q.diff().tolist()
-    lengths_k = bounds_k.diff().tolist()
-    groups: dict[tuple[int, int], list[int]] = {}
-    for item, key in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        groups.setdefault(key, []).append(item)
-    if len(groups) == 1:  # the common case needs no gather: the pack is already a batch
-        return _batched_sdpa(q, k, v, len(lengths_q)).flatten(0, 1)
-    outputs, order = [], []
-    for (length_q, length_k), items in groups.items():
-        rows_q = _rows(bounds_q, items, length_q)
-        rows_k = _rows(bounds_k, items, length_k)
-        outputs.append(_batched_sdpa(q[rows_q], k[rows_k], v[rows_k], len(items)).flatten(0, 1))
-        order.append(rows_q)
-    return torch.cat(outputs)[torch.cat(order).argsort()]
-
-
-def _rows(bounds, items, length):
-    starts = bounds[:-1].long()[torch.tensor(items, device=bounds.device)]
-    return (starts[:, None] + torch.arange(length, device=bounds.device)).flatten()
-
-
-def _batched_sdpa(q, k, v, count):
-    """[count*L, H, d] packed rows -> [count, L, H, d]."""
-    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    grouped = grouped_eager if chosen == "eager" else grouped_sdpa
+    return grouped(q, k, v, bounds_q, cu_seqlens)

@@ -1,27 +1,30 @@
 """backbone.pt: an encoder's weights as plain tensors in the source key layout,
 with its configuration beside it.
 
-    backbone.pt      tensors, loaded with weights_only=True
+    backbone.pt      tensors, loaded with weights_only=True; .safetensors is read just as well
     backbone.json    sizes, norm eps, rotary rule; public files come without it
 
-Foreign files may nest the tensors under `model` or `state_dict` and prefix their names as DDP and
-torch.compile do.
+Foreign files may speak any key layout, nest the tensors under `model` or `state_dict`, and prefix
+their names as DDP and torch.compile do.
 """
 
 import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from .registry import packing_config, packing_name
-from .state_dict_adapter import packing_to_source, source_to_packing, strip_wrappers
+from .state_dict_adapter import check_fits, from_packing, to_packing
 from .vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
+
+NESTING_KEYS = ("model", "state_dict")
 
 
 def save_backbone(model: LlavaViTPackingModel, path: Path) -> None:
     """Write weights and configuration of a packing model."""
     weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    torch.save(packing_to_source(weights), path)
+    torch.save(from_packing(weights, "source"), path)
     path.with_suffix(".json").write_text(
         json.dumps(model.config.to_dict(), indent=1, sort_keys=True)
     )
@@ -30,13 +33,14 @@ def save_backbone(model: LlavaViTPackingModel, path: Path) -> None:
 def backbone_config(
     path: Path, model_name: str, rope_pairing: str = "legacy"
 ) -> LlavaViTPackingConfig:
-    """Configuration beside the weights; without one the registered sizes of
-    `model_name` and the given rotary rule.
+    """Configuration beside the weights; without one the registered one of `model_name` (its norm
+    eps included, so that the loaded function is the one that was trained) and the given rotary
+    rule.
     """
     described = path.with_suffix(".json")
     if described.is_file():
         return LlavaViTPackingConfig.from_dict(json.loads(described.read_bytes()))
-    return packing_config(packing_name(model_name), rope_pairing=rope_pairing)
+    return packing_config(model_name, rope_pairing=rope_pairing)
 
 
 def load_backbone(
@@ -51,22 +55,7 @@ def load_backbone(
     config = backbone_config(path, model_name, rope_pairing)
     check_is_model(config, model_name, str(path))
     model = LlavaViTPackingModel(config)
-    expected = model.state_dict()
-    missing, unexpected = (
-        sorted(expected.keys() - weights.keys()),
-        sorted(weights.keys() - expected.keys()),
-    )
-    wrong = [
-        f"{key} {list(weights[key].shape)} instead of {list(expected[key].shape)}"
-        for key in sorted(expected.keys() & weights.keys())
-        if weights[key].shape != expected[key].shape
-    ]
-    if missing or unexpected or wrong:
-        raise ValueError(
-            f"{path} does not fit {model_name}: missing {missing[:5]}, unexpected "
-            f"{unexpected[:5]}, shapes {wrong[:5]}: "
-            "is the model name right?"
-        )
+    check_fits(weights, model.state_dict(), f"{path}, loaded as {model_name},")
     model.load_state_dict(weights)
     return model
 
@@ -83,11 +72,37 @@ def check_is_model(config: LlavaViTPackingConfig, model_name: str, origin: str) 
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a backbone.pt in the packing key layout; nothing but tensors is unpickled."""
+    """Tensors of a .pt or .safetensors file in the packing key layout, whatever layout it speaks.
+
+    Nothing but tensors is unpickled. Raises ValueError for a missing or unreadable file, for
+    content that is no mapping of tensors, and for names that fit no layout.
+    """
+    try:
+        return to_packing(_tensors(read_tensors(path), path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_tensors(path: Path):
+    """Raw content of a .pt or .safetensors file; ValueError when it is missing or unreadable."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a backbone.pt, as a training run writes it")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "state_dict"):
-        if isinstance(content.get(key), dict):
+        raise ValueError("does not exist: give a backbone.pt, as a training run writes it")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the two readers' errors share no narrower base
+        first = str(error).splitlines()[0]
+        raise ValueError(f"is no readable file of tensors ({first})") from error
+
+
+def _tensors(content, path: Path) -> dict[str, torch.Tensor]:
+    for key in NESTING_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    return source_to_packing(strip_wrappers(content))
+    if not isinstance(content, dict):
+        raise ValueError(f"holds a {type(content).__name__}, not a mapping of names to tensors")
+    strange = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise ValueError(f"these entries are no tensors: {', '.join(strange)}")
+    return content

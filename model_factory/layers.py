@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import varlen_attention
-from .rope import apply_rope
+from .rope import RopeTables, apply_rope
 
 NORM_TYPES = ("layer_norm", "rms_norm")
 
@@ -23,13 +23,21 @@ NORM_TYPES = ("layer_norm", "rms_norm")
 class PackContext:
     """What every layer of one forward shares: boundaries int32 [N+1], longest item, RoPE tables,
     kernel choice.
+
+    `longest` is an empty host tensor [0, max_seqlen]. A compiler specialises a graph on every
+    integer it meets but can take a tensor's size as a symbol, so this is how the number reaches a
+    compiled block without a new graph for each value.
     """
 
     cu_seqlens: torch.Tensor
-    max_seqlen: int
-    cos: torch.Tensor
-    sin: torch.Tensor
+    longest: torch.Tensor
+    rope: RopeTables
     backend: str | None = None
+
+    @property
+    def max_seqlen(self) -> int:
+        """Longest item, a host integer."""
+        return self.longest.shape[1]
 
 
 def build_norm(norm_type: str, width: int, eps: float | None) -> nn.Module:
@@ -79,7 +87,7 @@ class PackedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: PackContext) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # each [S, H, d]
-        q, k = (apply_rope(part, context.cos, context.sin) for part in (q, k))
+        q, k = (apply_rope(part, context.rope) for part in (q, k))
         mixed = varlen_attention(
             q, k, v, context.cu_seqlens, context.max_seqlen, backend=context.backend
         )
@@ -118,8 +126,13 @@ class ProbeAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(
-        self, probe: torch.Tensor, tokens: torch.Tensor, cu_seqlens, max_seqlen, backend=None
-    ):
+        self,
+        probe: torch.Tensor,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        backend: str | None = None,
+    ) -> torch.Tensor:
         """probe [1, 1, D], tokens [S, D] -> [N, D]."""
         width = tokens.shape[-1]
         num_items = cu_seqlens.shape[0] - 1
@@ -146,7 +159,13 @@ class AttentionPoolingHead(nn.Module):
         self.norm = nn.RMSNorm(width, eps=norm_eps)
         self.mlp = MLP(width, hidden)
 
-    def forward(self, tokens: torch.Tensor, cu_seqlens, max_seqlen, backend=None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        backend: str | None = None,
+    ) -> torch.Tensor:
         """tokens [S, D] -> [N, D]."""
         pooled = self.attention(self.probe, tokens, cu_seqlens, max_seqlen, backend)
         return pooled + self.mlp(self.norm(pooled))

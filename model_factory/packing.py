@@ -38,12 +38,6 @@ def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
     return patches.unflatten(-1, (3, patch_size, patch_size))
 
 
-def cu_seqlens_from_grid(grid_thw: torch.Tensor) -> torch.Tensor:
-    """Grids [N, 3] -> int32 [N+1] boundaries with a leading zero."""
-    lengths = grid_thw.prod(dim=-1)
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-
 def compute_patch_positions_from_grid_thw(grid_thw: torch.Tensor) -> torch.Tensor:
     """Integer grid positions of a pack: int64 [S, 3] (t, h, w),
     t counted 0..t-1 (not scaled to 64 frames).

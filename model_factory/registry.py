@@ -1,8 +1,10 @@
-"""Model names: `create_model(name)` for every size, in both front ends.
+"""Model names: `create_model(name)` for every size, in every front end.
 
-    llava_vit_<size>_ln              LlavaViTEncoder, dense pictures and clips, source key layout,
-                                     norm eps 1e-5
-    hf_llava_vit_packing_<size>_ln   LlavaViTPackingModel, packed patch rows, norm eps 1e-6
+    llava_vit_<size>_<norm>              LlavaViTEncoder, dense pictures and clips, source key
+                                         layout, norm eps 1e-5
+    hf_llava_vit_packing_<size>_<norm>   LlavaViTPackingModel, packed patch rows, norm eps 1e-6
+    ov_encoder_<size>                    the packed model in the published encoders' shapes: patch
+                                         14, images of 224
 
 `packing_config` alone needs no weights, so counting parameters on the meta device is cheap.
 """
@@ -12,37 +14,48 @@ import fnmatch
 
 SOURCE_PREFIX = "llava_vit_"
 PACKING_PREFIX = "hf_llava_vit_packing_"
+PUBLISHED_PREFIX = "ov_encoder_"
 
-# name part: patch size, width, layers, heads, MLP width
-SIZES = {
-    "tiny_ln": (16, 128, 3, 4, 512),
-    "small_ln": (16, 384, 6, 6, 1536),
-    "base_ln": (16, 768, 12, 12, 3072),
-    "large_ln": (14, 1024, 24, 16, 4096),
-    "huge_ln": (14, 1280, 32, 20, 5120),
-    "giant_ln": (14, 1536, 40, 16, 6144),
+# patch size, width, layers, heads, MLP width
+SHAPES = {
+    "tiny": (16, 128, 3, 4, 512),
+    "small": (16, 384, 6, 6, 1536),
+    "base": (16, 768, 12, 12, 3072),
+    "large": (14, 1024, 24, 16, 4096),
+    "huge": (14, 1280, 32, 20, 5120),
+    "giant": (14, 1536, 40, 16, 6144),
 }
+SIZES = (*(f"{shape}_ln" for shape in SHAPES), "base_rms", "large_rms")
+PUBLISHED_SIZES = ("base", "large", "huge")
+NORMS = {"ln": "layer_norm", "rms": "rms_norm"}
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """All known names that match a shell-style pattern, sorted."""
+    """All known names that match a shell-style pattern (`*large*`), sorted."""
     names = [prefix + size for prefix in (SOURCE_PREFIX, PACKING_PREFIX) for size in SIZES]
+    names += [PUBLISHED_PREFIX + size for size in PUBLISHED_SIZES]
     return sorted(fnmatch.filter(names, pattern))
 
 
-def _size_of(name: str) -> str:
-    for prefix in (PACKING_PREFIX, SOURCE_PREFIX):
-        if name.startswith(prefix) and name[len(prefix) :] in SIZES:
-            return name[len(prefix) :]
-    near = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.3)
-    raise ValueError(
-        f"unknown model {name!r}; nearest known: {', '.join(near)}. list_models() names all"
-    )
+def _parts(name: str) -> tuple[str, str, str]:
+    """Prefix, shape and norm of a known name."""
+    if name not in list_models():
+        near = difflib.get_close_matches(name, list_models(), n=4, cutoff=0.3)
+        raise ValueError(
+            f"unknown model {name!r}; nearest known: {', '.join(near or list_models())}. "
+            "list_models() names all"
+        )
+    if name.startswith(PUBLISHED_PREFIX):
+        return PUBLISHED_PREFIX, name.removeprefix(PUBLISHED_PREFIX), "ln"
+    prefix = PACKING_PREFIX if name.startswith(PACKING_PREFIX) else SOURCE_PREFIX
+    shape, norm = name.removeprefix(prefix).rsplit("_", 1)
+    return prefix, shape, norm
 
 
 def packing_name(name: str) -> str:
     """The packing model's name of the same size; ValueError for an unknown name."""
-    return PACKING_PREFIX + _size_of(name)
+    prefix, shape, norm = _parts(name)
+    return name if prefix == PUBLISHED_PREFIX else f"{PACKING_PREFIX}{shape}_{norm}"
 
 
 def packing_config(name: str, **overrides):
@@ -52,27 +65,33 @@ def packing_config(name: str, **overrides):
     """
     from .vit_preview_v0_packing_hf import LlavaViTPackingConfig
 
-    patch, width, layers, heads, hidden = SIZES[_size_of(name)]
-    source = name.startswith(SOURCE_PREFIX)
+    prefix, shape, norm = _parts(name)
+    patch, width, layers, heads, hidden = SHAPES[shape]
     fields = dict(
         patch_size=patch,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=hidden,
-        layer_norm_eps=1e-5 if source else 1e-6,
-        head_norm_eps=None if source else 1e-6,
+        layer_norm_type=NORMS[norm],
     )
+    if prefix == SOURCE_PREFIX:
+        fields.update(layer_norm_eps=1e-5, head_norm_eps=None)
+    elif prefix == PUBLISHED_PREFIX:
+        fields.update(patch_size=14, image_size=224)
     return LlavaViTPackingConfig(**{**fields, **overrides})
 
 
 def create_model(name: str, **overrides):
-    """Randomly initialised model of a registered name; `overrides` are config fields."""
+    """Randomly initialised model of a registered name; `overrides` are config fields.
+
+    ValueError for an unknown name, with the nearest known ones.
+    """
     config = packing_config(name, **overrides)
-    if name.startswith(PACKING_PREFIX):
-        from .vit_preview_v0_packing_hf import LlavaViTPackingModel
+    if name.startswith(SOURCE_PREFIX):
+        from .vit_preview_v0 import LlavaViTEncoder
 
-        return LlavaViTPackingModel(config)
-    from .vit_preview_v0 import LlavaViTEncoder
+        return LlavaViTEncoder(config)
+    from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
-    return LlavaViTEncoder(config)
+    return LlavaViTPackingModel(config)

@@ -17,6 +17,8 @@ Two pairings exist because public weights were trained with a rule that is not a
 Shape legend: S packed tokens, H heads, d head_dim.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 AXIS_SHARES = (4, 6, 6)  # sixteenths of half a head for t, h, w
@@ -39,15 +41,29 @@ def axis_frequencies(head_dim: int, theta: float = 10000.0, device=None) -> list
     return [theta ** (-torch.arange(n, dtype=torch.float32, device=device) / n) for n in counts]
 
 
+@dataclass(frozen=True)
+class RopeTables:
+    """Rotary factors of a pack, fp32, made once per forward.
+
+    cos, sin: [S, 1, d], one angle per channel. `turn` and `skew`: complex [S, 1, d/2], the same map
+    on a pair seen as the number z = a + ib: out = turn * z + skew * conj(z). `skew` is None where
+    the two angles of every pair are equal, that is for a true rotation.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    turn: torch.Tensor
+    skew: torch.Tensor | None
+
+
 def rope_tables(
     positions: torch.Tensor,
     head_dim: int,
     pairing: str,
     theta: float = 10000.0,
     position_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine tables, each fp32 [S, 1, d], for positions [S, 3] (t, h, w)
-    of any integer or float dtype.
+) -> RopeTables:
+    """Tables for positions [S, 3] (t, h, w) of any integer or float dtype.
 
     `position_scale` multiplies the two spatial coordinates (for resolutions beyond training); time
     is left alone.
@@ -59,18 +75,28 @@ def rope_tables(
     frequencies = axis_frequencies(head_dim, theta, positions.device)
     angles = torch.cat(
         [coordinates[:, axis, None] * scales[axis] * frequencies[axis] for axis in range(3)], dim=-1
-    )  # [S, d/2]
-    angles = (
-        torch.cat([angles, angles], dim=-1)
-        if pairing == "legacy"
-        else angles.repeat_interleave(2, dim=-1)
-    )
-    return angles.cos()[:, None], angles.sin()[:, None]
+    )[:, None]  # [S, 1, d/2]
+    legacy = pairing == "legacy"
+    angles = torch.cat([angles, angles], -1) if legacy else angles.repeat_interleave(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    (cos_a, cos_b), (sin_a, sin_b) = (x.unflatten(-1, (-1, 2)).unbind(-1) for x in (cos, sin))
+    turn = torch.complex((cos_a + cos_b) / 2, (sin_a + sin_b) / 2)
+    skew = torch.complex((cos_a - cos_b) / 2, (sin_b - sin_a) / 2) if legacy else None
+    return RopeTables(cos, sin, turn, skew)
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [S, H, d] by tables [S, 1, d]; computed in fp32, returned in the dtype of x."""
-    wide = x.float()
-    pairs = wide.unflatten(-1, (-1, 2))
-    swapped = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
-    return (wide * cos + swapped * sin).to(x.dtype)
+def apply_rope(x: torch.Tensor, tables: RopeTables) -> torch.Tensor:
+    """Rotate x [S, H, d]; computed in fp32, returned in the dtype of x.
+
+    Uncompiled, the complex form is one kernel where the real one needs seven (measured on a CPU:
+    five times faster with its backward); a compiler fuses the real form and has no complex numbers.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        swapped = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
+        return (x * tables.cos + swapped * tables.sin).to(x.dtype)
+    z = torch.view_as_complex(pairs)
+    out = z * tables.turn
+    if tables.skew is not None:
+        out = out + z.conj() * tables.skew
+    return torch.view_as_real(out).flatten(-2).to(x.dtype)

@@ -1,66 +1,168 @@
-"""Key layouts as data: one table, both directions.
+"""Key layouts as data: one table, every direction.
 
-The source layout is what a `backbone.pt` holds, the packing layout what our Hugging Face folders
-hold. No tensor changes on the way; only names do. A name that fits no rule is an error, never
-dropped.
+    packing   our Hugging Face folders and the packed model
+    source    a backbone.pt and the dense source model
+    split     published Hugging Face folders (model types llava_vit, onevision_encoder), where
+              queries, keys and values are three tensors
+
+Only the split layout changes tensors: q, k and v are joined on the way in and parted on the way
+out, bit for bit. A name that fits no rule is an error that lists it, never dropped.
 """
 
 import re
 
 import torch
 
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
 
-# (source prefix, packing prefix); `{i}` stands for a layer number
-KEY_MAP = (
-    ("conv1.", "patch_embed.proj."),
-    ("ln_pre.", "layernorm_pre."),
-    ("transformer.layers.{i}.ln_1.", "encoder.layers.{i}.layer_norm1."),
-    ("transformer.layers.{i}.ln_2.", "encoder.layers.{i}.layer_norm2."),
-    ("transformer.layers.{i}.attn.in_proj.", "encoder.layers.{i}.self_attn.qkv."),
-    ("transformer.layers.{i}.attn.out_proj.", "encoder.layers.{i}.self_attn.proj."),
-    ("transformer.layers.{i}.mlp.0.", "encoder.layers.{i}.mlp.fc1."),
-    ("transformer.layers.{i}.mlp.2.", "encoder.layers.{i}.mlp.fc2."),
-    ("ln_post.", "layernorm_post."),
-    ("head.", "head."),
+# packing, source, split (with q, k and v joined); `{i}` stands for a layer number
+KEY_TABLE = (
+    ("patch_embed.proj.", "conv1.", "embeddings.patch_embedding."),
+    ("layernorm_pre.", "ln_pre.", "layernorm_pre."),
+    (
+        "encoder.layers.{i}.layer_norm1.",
+        "transformer.layers.{i}.ln_1.",
+        "encoder.layers.{i}.layer_norm1.",
+    ),
+    (
+        "encoder.layers.{i}.layer_norm2.",
+        "transformer.layers.{i}.ln_2.",
+        "encoder.layers.{i}.layer_norm2.",
+    ),
+    (
+        "encoder.layers.{i}.self_attn.qkv.",
+        "transformer.layers.{i}.attn.in_proj.",
+        "encoder.layers.{i}.self_attn.qkv_proj.",
+    ),
+    (
+        "encoder.layers.{i}.self_attn.proj.",
+        "transformer.layers.{i}.attn.out_proj.",
+        "encoder.layers.{i}.self_attn.out_proj.",
+    ),
+    ("encoder.layers.{i}.mlp.fc1.", "transformer.layers.{i}.mlp.0.", "encoder.layers.{i}.mlp.fc1."),
+    ("encoder.layers.{i}.mlp.fc2.", "transformer.layers.{i}.mlp.2.", "encoder.layers.{i}.mlp.fc2."),
+    ("layernorm_post.", "ln_post.", "layernorm_post."),
+    ("head.", "head.", "head."),
 )
-
-
-def _rules(pairs):
-    compiled = []
-    for old, new in pairs:
-        pattern = re.escape(old).replace(re.escape("{i}"), r"(\d+)")
-        compiled.append((re.compile("^" + pattern), new.replace("{i}", r"\g<1>")))
-    return compiled
-
-
-_TO_PACKING = _rules(KEY_MAP)
-_TO_SOURCE = _rules((new, old) for old, new in KEY_MAP)
+LAYOUTS = {"packing": 0, "source": 1, "split": 2}
+_PARTED = re.compile(r"^(.*\.)([qkv])_proj\.(weight|bias)$")
 
 
 def strip_wrappers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop any run of `module.` and `_orig_mod.` prefixes that DDP and
-    torch.compile put in front of names.
-    """
+    """Names without `module.` in front and without `_orig_mod.` anywhere."""
     stripped = {}
     for key, tensor in state_dict.items():
-        while key.startswith(WRAPPER_PREFIXES):
+        while key.startswith(WRAPPERS):
             key = key.split(".", 1)[1]
-        stripped[key] = tensor
+        stripped[key.replace("._orig_mod.", ".")] = tensor
     return stripped
 
 
-def source_to_packing(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename source keys to packing keys; ValueError lists every key that is neither."""
-    return _rename(state_dict, _TO_PACKING, "source")
+def detect_layout(keys) -> str:
+    """Layout whose rules fit the most of these names; ValueError when no name fits any rule."""
+    keys = [re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", key) for key in keys]
+    fits = {
+        layout: sum(
+            any(pattern.match(key) for pattern, _ in _rules(column, column)) for key in keys
+        )
+        for layout, column in LAYOUTS.items()
+    }
+    best = max(fits, key=fits.get)
+    if fits[best] == 0:
+        raise ValueError(
+            f"no known key layout among {len(keys)} names ({', '.join(sorted(keys)[:10])}): is "
+            "this another model's checkpoint?"
+        )
+    return best
 
 
-def packing_to_source(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename packing keys to source keys; ValueError lists every key that is neither."""
-    return _rename(state_dict, _TO_SOURCE, "packing")
+def to_packing(
+    state_dict: dict[str, torch.Tensor], layout: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Weights of any layout (None: detected), wrapped or not, in the packing layout.
+
+    Raises ValueError that lists names of no rule and incomplete q, k, v triples.
+    """
+    weights = strip_wrappers(state_dict)
+    layout = layout or detect_layout(weights)
+    if layout == "split":
+        weights = _join_qkv(weights)
+    return _rename(weights, LAYOUTS[layout], LAYOUTS["packing"])
 
 
-def _rename(state_dict, rules, layout):
+def from_packing(state_dict: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+    """Weights of the packing layout in another one; ValueError lists names of no rule."""
+    renamed = _rename(state_dict, LAYOUTS["packing"], LAYOUTS[layout])
+    return _part_qkv(renamed) if layout == "split" else renamed
+
+
+def _join_qkv(weights):
+    joined, triples = {}, {}
+    for key, tensor in weights.items():
+        found = _PARTED.match(key)
+        if found:
+            triples.setdefault(f"{found[1]}qkv_proj.{found[3]}", {})[found[2]] = tensor
+        else:
+            joined[key] = tensor
+    missing = [
+        key.replace("qkv_proj", f"{part}_proj")
+        for key, parts in triples.items()
+        for part in "qkv"
+        if part not in parts
+    ]
+    if missing:
+        raise ValueError(f"missing of a q, k, v triple: {', '.join(missing)}")
+    return joined | {key: torch.cat([parts[p] for p in "qkv"]) for key, parts in triples.items()}
+
+
+def _part_qkv(weights):
+    parted = {}
+    for key, tensor in weights.items():
+        if ".qkv_proj." in key:
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                parted[key.replace("qkv_proj", f"{part}_proj")] = piece.clone()
+        else:
+            parted[key] = tensor
+    return parted
+
+
+def check_fits(
+    weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], origin: str
+) -> None:
+    """ValueError that lists missing and unexpected names and tensors of another shape."""
+    shapes = [
+        f"{key} {list(weights[key].shape)} instead of {list(expected[key].shape)}"
+        for key in sorted(expected.keys() & weights.keys())
+        if weights[key].shape != expected[key].shape
+    ]
+    problems = {
+        "missing": sorted(expected.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - expected.keys()),
+        "of another shape": shapes,
+    }
+    raise_problems(problems, origin)
+
+
+def raise_problems(problems: dict[str, list[str]], origin: str) -> None:
+    """ValueError that lists every named problem, nothing when all lists are empty."""
+    if any(problems.values()):
+        listed = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in problems.items() if keys)
+        raise ValueError(
+            f"{origin} does not hold this model's tensors; {listed}. Is the model name right?"
+        )
+
+
+def _rules(old: int, new: int) -> list[tuple[re.Pattern, str]]:
+    """(pattern of a prefix, replacement) of every table row."""
+    rules = []
+    for row in KEY_TABLE:
+        pattern = re.escape(row[old]).replace(re.escape("{i}"), r"(\d+)")
+        rules.append((re.compile(f"^{pattern}"), row[new].replace("{i}", r"\g<1>")))
+    return rules
+
+
+def _rename(state_dict, old: int, new: int):
+    rules = _rules(old, new)
     renamed, unknown = {}, []
     for key, tensor in state_dict.items():
         for pattern, replacement in rules:
@@ -71,8 +173,7 @@ def _rename(state_dict, rules, layout):
             unknown.append(key)
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of {len(state_dict)} keys are not of the {layout} layout: "
-            f"{', '.join(sorted(unknown)[:10])}"
-            " ...: is this another model's checkpoint?"
+            f"{len(unknown)} of {len(state_dict)} names fit no rule of the key layout: "
+            f"{', '.join(sorted(unknown))}. Is this another model's checkpoint?"
         )
     return renamed

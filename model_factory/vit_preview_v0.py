@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .packing import compute_patch_positions_from_grid_thw, patchify
-from .state_dict_adapter import packing_to_source, source_to_packing, strip_wrappers
+from .state_dict_adapter import check_fits, from_packing, to_packing
 from .vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
 
 
@@ -26,45 +26,31 @@ class LlavaViTEncoder(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        pixel_values: torch.Tensor,
         visible_indices: torch.Tensor | None = None,
         patch_positions: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Encode pictures [B, 3, H, W] or clips [B, 3, T, H, W].
 
         visible_indices: integer [B, K] linear patch numbers t*gh*gw + row*gw + column; default all,
-        ignored for pictures. patch_positions: [L, 3], replaces the grid's own positions for the
-        whole batch. Returns visible_embeddings [B, K, D] (post-normed) and head_output [B, D].
-        Raises ValueError for indices or positions that do not fit the clip.
+        ignored for pictures. patch_positions: [L, 3] for the whole batch or [B, L, 3], replaces the
+        grid's own positions. Returns visible_embeddings [B, K, D] (post-normed) and head_output
+        [B, D], None without a head. Raises ValueError, naming the argument and both numbers, for
+        whatever does not fit; checking the range of indices on a GPU waits for it once.
         """
-        clips = x.unsqueeze(2) if x.ndim == 4 else x
-        rows = patchify(clips.transpose(1, 2), self.config.patch_size)  # [B, T, gh*gw, P]
-        batch, frames = rows.shape[:2]
-        grid = [
-            frames,
-            clips.shape[-2] // self.config.patch_size,
-            clips.shape[-1] // self.config.patch_size,
-        ]
-        rows = rows.flatten(1, 2)
-        positions = patch_positions
-        if positions is None:
-            positions = compute_patch_positions_from_grid_thw(torch.tensor([grid], device=x.device))
-        total = rows.shape[1]
-        if tuple(positions.shape) != (total, 3):
-            raise ValueError(
-                f"patch_positions must have shape [{total}, 3], got {list(positions.shape)}"
-            )
-        positions = positions.expand(batch, -1, -1)
-        if visible_indices is not None and frames > 1:
-            _check_indices(visible_indices, total)
-            pick = visible_indices.long().unsqueeze(-1)
+        rows, grid = self._rows(pixel_values)
+        batch, total = rows.shape[:2]
+        positions = self._positions(patch_positions, grid, batch, total).to(rows.device)
+        if visible_indices is not None and grid[0] > 1:
+            _check_indices(visible_indices, batch, total)
+            pick = visible_indices.to(rows.device).long().unsqueeze(-1)
             rows = rows.gather(1, pick.expand(-1, -1, rows.shape[-1]))
             positions = positions.gather(1, pick.expand(-1, -1, 3))
         kept = rows.shape[1]
         out = self.trunk(
             rows.flatten(0, 1),
             patch_positions=positions.flatten(0, 1),
-            cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=x.device) * kept,
+            cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * kept,
             max_seqlen=kept,
         )
         return {
@@ -72,19 +58,55 @@ class LlavaViTEncoder(nn.Module):
             "head_output": out.pooler_output,
         }
 
+    def _rows(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Patch rows [B, L, P] and the grid (T, gh, gw) of every clip."""
+        shape, config = list(pixel_values.shape), self.config
+        if len(shape) not in (4, 5) or shape[1] != config.num_channels or 0 in shape:
+            raise ValueError(
+                f"pixel_values must have shape [B, {config.num_channels}, H, W] or "
+                f"[B, {config.num_channels}, T, H, W] with no empty side, got {shape}"
+            )
+        clips = pixel_values.unsqueeze(2) if len(shape) == 4 else pixel_values
+        rows = patchify(clips.transpose(1, 2), config.patch_size)  # [B, T, gh*gw, P]
+        height, width = (side // config.patch_size for side in shape[-2:])
+        return rows.flatten(1, 2), (rows.shape[1], height, width)
+
+    def _positions(self, patch_positions, grid, batch: int, total: int) -> torch.Tensor:
+        """Positions [B, L, 3]."""
+        if patch_positions is None:
+            patch_positions = compute_patch_positions_from_grid_thw(torch.tensor([grid]))
+        if list(patch_positions.shape) not in ([total, 3], [batch, total, 3]):
+            raise ValueError(
+                f"patch_positions must have shape [{total}, 3] or [{batch}, {total}, 3], got "
+                f"{list(patch_positions.shape)}"
+            )
+        return patch_positions.expand(batch, -1, -1)
+
     def state_dict(self, *args, **kwargs):
         """Weights in the source key layout."""
-        return packing_to_source(self.trunk.state_dict(*args, **kwargs))
+        return from_packing(self.trunk.state_dict(*args, **kwargs), "source")
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Load weights in the source key layout, `module.` and `_orig_mod.` prefixes allowed."""
-        return self.trunk.load_state_dict(
-            source_to_packing(strip_wrappers(state_dict)), strict=strict, assign=assign
+        """Load weights of any key layout, `module.` and `_orig_mod.` prefixes allowed.
+
+        ValueError lists every missing, unexpected or misshapen tensor unless `strict` is off.
+        """
+        weights = to_packing(state_dict)
+        if strict:
+            check_fits(weights, self.trunk.state_dict(), "the state_dict")
+        return self.trunk.load_state_dict(weights, strict=strict, assign=assign)
+
+
+def _check_indices(visible_indices: torch.Tensor, batch: int, total: int) -> None:
+    shape = list(visible_indices.shape)
+    if len(shape) != 2 or shape[0] != batch or shape[1] == 0:
+        raise ValueError(
+            f"visible_indices must have shape [{batch}, K] with K >= 1 for {batch} clips, got "
+            f"{shape}"
         )
-
-
-def _check_indices(visible_indices: torch.Tensor, total: int) -> None:
-    low, high = int(visible_indices.min()), int(visible_indices.max())
+    if visible_indices.is_floating_point() or visible_indices.dtype == torch.bool:
+        raise ValueError(f"visible_indices must be integers, got {visible_indices.dtype}")
+    low, high = torch.stack(visible_indices.aminmax()).tolist()
     if low < 0 or high >= total:
         raise ValueError(
             f"visible_indices run from {low} to {high}, the clip has patches 0 to {total - 1}"

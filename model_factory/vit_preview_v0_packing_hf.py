@@ -9,8 +9,7 @@ items of length^2 for attention.
 Shape legend: S packed tokens, N items, D width.
 """
 
-import json
-from pathlib import Path
+import inspect
 
 import torch
 from torch import nn
@@ -25,13 +24,19 @@ from .layers import (
     ProbeAttention,
     build_norm,
 )
-from .packing import (
-    CLIP_MEAN,
-    CLIP_STD,
-    compute_patch_positions_from_grid_thw,
-    cu_seqlens_from_grid,
-)
+from .pack_layout import PackLayout, resolve_layout
+from .packing import compute_patch_positions_from_grid_thw
+from .published_folder import published_model_type, read_published_folder
 from .rope import ROPE_PAIRINGS, rope_tables
+from .state_dict_adapter import raise_problems
+
+__all__ = [
+    "LlavaViTPackingConfig",
+    "LlavaViTPackingModel",
+    "compute_patch_positions_from_grid_thw",  # the public contract offers it here
+]
+
+_OTHERS = ("self", "kwargs")
 
 
 class LlavaViTPackingConfig(PretrainedConfig):
@@ -87,6 +92,11 @@ class LlavaViTPackingConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Names of the fields that this class adds to those of every transformers model."""
+        return [name for name in inspect.signature(cls.__init__).parameters if name not in _OTHERS]
+
     @property
     def patch_dim(self) -> int:
         """Numbers in one patch row."""
@@ -94,10 +104,15 @@ class LlavaViTPackingConfig(PretrainedConfig):
 
 
 class PackedEncoder(nn.Module):
-    """The stack of blocks (a module of its own because the key layout says `encoder.layers.i`)."""
+    """The stack of blocks (a module of its own because the key layout says `encoder.layers.i`).
+
+    With `gradient_checkpointing` (set by `model.gradient_checkpointing_enable()`) a block keeps
+    only its input for the backward pass and runs again there.
+    """
 
     def __init__(self, config: LlavaViTPackingConfig):
         super().__init__()
+        self.gradient_checkpointing = False
         self.layers = nn.ModuleList(
             EncoderLayer(
                 config.hidden_size,
@@ -109,13 +124,31 @@ class PackedEncoder(nn.Module):
             for _ in range(config.num_hidden_layers)
         )
 
+    def forward(
+        self, x: torch.Tensor, context: PackContext, output_hidden_states: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Tokens [S, D] after the last block, and on request those before and after every block."""
+        states = (x,) if output_hidden_states else None
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, x, context)
+            else:
+                x = layer(x, context)
+            states = (*states, x) if output_hidden_states else None
+        return x, states
+
 
 class LlavaViTPackingModel(PreTrainedModel):
-    """Packed encoder with optional attention-pooling head; see `forward` for the contract."""
+    """Packed encoder with optional attention-pooling head; see `forward` for the contract.
+
+    Attention runs on the best kernel present (see attention.py). `attn_implementation="eager"` or
+    `"flash_attention_2"` asks for that one, and `model.attention_backend = NAME` for any.
+    """
 
     config_class = LlavaViTPackingConfig
     base_model_prefix = "llava_vit"
     main_input_name = "hidden_states"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True  # the spelling of transformers 4
@@ -139,10 +172,55 @@ class LlavaViTPackingModel(PreTrainedModel):
                 config.num_attention_heads,
                 config.head_norm_eps,
             )
-        self.attention_backend: str | None = (
-            None  # override of the automatic choice, see attention.varlen_attention
-        )
+        self.attention_backend: str | None = None  # one of attention.BACKENDS; None: the best
+        self._blocks_compiled = False
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a folder of ours, or a published one in the split-qkv layout (model types
+        llava_vit and onevision_encoder: config.json and safetensors).
+
+        Keyword arguments are those of transformers. ValueError lists every missing, unexpected or
+        misshapen tensor: a weight is never left at its random start.
+        """
+        folder = pretrained_model_name_or_path
+        if published_model_type(folder) is not None:
+            fields, weights = read_published_folder(folder)
+            kwargs.pop("config", None)
+            config, kwargs = cls.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
+            kwargs.update(config=config, state_dict=weights)
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
+            folder = None
+        want_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # listed below with all other problems
+        model, info = super().from_pretrained(
+            folder, *model_args, output_loading_info=True, **kwargs
+        )
+        _check_complete(info, model.config, str(pretrained_model_name_or_path))
+        return (model, info) if want_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding, where adapters hook in."""
+        return self.patch_embed
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
+        """Recompute blocks in the backward pass; non-reentrant unless asked otherwise, so that it
+        also works with a frozen patch embedding.
+        """
+        super().gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs or {"use_reentrant": False}
+        )
+
+    def compile_blocks(self, **options) -> None:
+        """torch.compile every block in place; all share one graph per token count S.
+
+        Parameter names do not change. `options` go to torch.compile. Costs some 20 s at the first
+        step (measured on 2 CPU cores), nothing when the boundaries of a pack change.
+        """
+        for layer in self.encoder.layers:
+            layer.compile(fullgraph=True, **options)
+        self._blocks_compiled = True
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -180,100 +258,54 @@ class LlavaViTPackingModel(PreTrainedModel):
         the post norm. Raises ValueError, naming the argument and both numbers, when shapes or
         totals disagree.
         """
-        cu_seqlens, max_seqlen = self._boundaries(
-            hidden_states, grid_thw, patch_positions, cu_seqlens, max_seqlen
-        )
-        if patch_positions is None:
-            patch_positions = compute_patch_positions_from_grid_thw(grid_thw)
         config = self.config
-        cos, sin = rope_tables(
-            patch_positions.to(hidden_states.device),
-            config.hidden_size // config.num_attention_heads,
-            config.rope_pairing,
-            config.rope_theta,
-            config.rope_position_scale,
+        layout = resolve_layout(
+            hidden_states, config.patch_dim, grid_thw, patch_positions, cu_seqlens, max_seqlen
         )
-        context = PackContext(cu_seqlens, max_seqlen, cos, sin, self.attention_backend)
+        context = self._context(layout)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
         x = self.layernorm_pre(self.patch_embed(hidden_states))
-        states = (x,) if output_hidden_states else None
-        for layer in self.encoder.layers:
-            x = layer(x, context)
-            states = (*states, x) if output_hidden_states else None
+        x, states = self.encoder(x, context, output_hidden_states)
         pooled = None
         if self.head is not None:
             x = self.layernorm_post(x)
-            pooled = self.head(x, cu_seqlens, max_seqlen, self.attention_backend)
-        if return_dict is False:
+            pooled = self.head(x, context.cu_seqlens, context.max_seqlen, context.backend)
+        if return_dict is None:
+            return_dict = config.return_dict
+        if not return_dict:
             return x, pooled, states
         return BaseModelOutputWithPooling(
             last_hidden_state=x, pooler_output=pooled, hidden_states=states
         )
 
-    def _boundaries(self, hidden_states, grid_thw, patch_positions, cu_seqlens, max_seqlen):
-        num_tokens = hidden_states.shape[0]
-        if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.patch_dim:
-            raise ValueError(
-                f"hidden_states must have shape [S, {self.config.patch_dim}] (3 * patch_size ** "
-                "2), "
-                f"got {list(hidden_states.shape)}"
-            )
-        if patch_positions is not None and tuple(patch_positions.shape) != (num_tokens, 3):
-            raise ValueError(
-                f"patch_positions must have shape [{num_tokens}, 3] like hidden_states' rows, "
-                f"got {list(patch_positions.shape)}"
-            )
-        if cu_seqlens is None:
-            if grid_thw is None:
-                raise ValueError(
-                    "give grid_thw [N, 3] or cu_seqlens [N + 1]: neither names the items of the "
-                    "pack"
-                )
-            if bool((grid_thw <= 0).any()):
-                raise ValueError(
-                    f"grid_thw must be positive, got the smallest entry {int(grid_thw.min())}"
-                )
-            cu_seqlens = cu_seqlens_from_grid(grid_thw.to(hidden_states.device))
-        elif patch_positions is None and grid_thw is None:
-            raise ValueError(
-                "cu_seqlens alone places no patch: give patch_positions [S, 3] or grid_thw [N, 3] "
-                "too"
-            )
-        if max_seqlen is None:
-            lengths = cu_seqlens.diff()
-            max_seqlen = int(lengths.max())
-            if int(cu_seqlens[-1]) != num_tokens or int(lengths.min()) <= 0:
-                raise ValueError(
-                    f"the items of the pack hold {int(cu_seqlens[-1])} patches (shortest "
-                    f"{int(lengths.min())}), "
-                    f"hidden_states has {num_tokens} rows"
-                )
-        return cu_seqlens, max_seqlen
+    def _context(self, layout: PackLayout) -> PackContext:
+        config = self.config
+        rope = rope_tables(
+            layout.positions,
+            config.hidden_size // config.num_attention_heads,
+            config.rope_pairing,
+            config.rope_theta,
+            config.rope_position_scale,
+        )
+        asked = {"eager": "eager", "flash_attention_2": "flash"}.get(config._attn_implementation)
+        longest = torch.empty(0, layout.max_seqlen)
+        if self._blocks_compiled:
+            torch._dynamo.maybe_mark_dynamic(layout.cu_seqlens, 0)
+            torch._dynamo.maybe_mark_dynamic(longest, 1)
+        return PackContext(layout.cu_seqlens, longest, rope, self.attention_backend or asked)
 
 
-def save_encoder_folder(model: LlavaViTPackingModel, folder: str | Path) -> None:
-    """Write a Hugging Face folder: weights, config, modelling code for AutoModel,
-    and the image processor's settings.
-
-    The processor is CLIP's at the model's image size; written as its JSON, so that no image library
-    is needed here.
-    """
-    folder = Path(folder)
-    LlavaViTPackingConfig.register_for_auto_class()
-    LlavaViTPackingModel.register_for_auto_class("AutoModel")
-    model.save_pretrained(folder)
-    size = model.config.image_size
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
-        "do_convert_rgb": True,
+def _check_complete(info: dict, config: LlavaViTPackingConfig, origin: str) -> None:
+    """ValueError unless a folder held exactly the model's tensors; a head may be left out."""
+    unexpected = [
+        key
+        for key in info["unexpected_keys"]
+        if config.use_head or not key.startswith(("head.", "layernorm_post."))
+    ]
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(unexpected),
+        "of another shape": sorted(str(entry[0]) for entry in info["mismatched_keys"]),
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+    raise_problems(problems, origin)

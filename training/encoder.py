@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from model_factory.backbone import check_is_model, load_backbone, save_backbone
+from model_factory.export_folder import save_encoder_folder
 from model_factory.registry import packing_config, packing_name
-from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel, save_encoder_folder
+from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 from .config import ModelConfig
 
@@ -51,7 +52,7 @@ def _check(built, config: ModelConfig) -> None:
         )
 
 
-def export_encoder(encoder: LlavaViTPackingModel, output: Path) -> None:
-    """Write both exports (layout above)."""
+def export_encoder(encoder: LlavaViTPackingModel, output: Path, run: dict[str, object]) -> None:
+    """Write both exports (layout above); `run` are the facts for the model card."""
     save_backbone(encoder, output / "backbone.pt")
-    save_encoder_folder(encoder, output / "hf")
+    save_encoder_folder(encoder, output / "hf", run)

@@ -10,6 +10,7 @@ from it.
 """
 
 import contextlib
+import json
 import logging
 import time
 from pathlib import Path
@@ -105,7 +106,7 @@ class Trainer:
             metrics.close()
             ledger.close()
         if self.ranks.is_main:
-            export_encoder(self.encoder, self.output)
+            export_encoder(self.encoder, self.output, self._facts())
             self.logger.info("done: %s and %s", self.output / "hf", self.output / "backbone.pt")
 
     def train_step(self, loader, ledger: Ledger, metrics: MetricLogger) -> None:
@@ -247,6 +248,21 @@ class Trainer:
                 f"pack again with --patch-size {patch_size}, or choose another --model_name"
             )
         return HeadStream(dataset, stream, self.config.seed, rank, world_size, start)
+
+    def _facts(self) -> dict[str, object]:
+        """What the model card says about the run."""
+        config, record = self.config, self.output / "run.json"
+        launched = json.loads(record.read_bytes()) if record.is_file() else {}
+        return {
+            "steps": self.step,
+            "samples per step": config.samples_per_step(self.ranks.world_size),
+            "datasets": ", ".join(f"{head.name}: {head.dataset}" for head in config.heads),
+            "classes": ", ".join(f"{name}: {h.num_classes}" for name, h in self.heads.items()),
+            "started from": config.model.init_from or "random weights",
+            "seed": config.seed,
+            "git revision": launched.get("git_revision") or "not known",
+            "arguments": " ".join(launched.get("argv", [])) or "not known",
+        }
 
     def _announce(self) -> None:
         encoder = sum(parameter.numel() for parameter in self.encoder.parameters())

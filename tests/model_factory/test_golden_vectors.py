@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from model_factory.state_dict_adapter import source_to_packing
+from model_factory.state_dict_adapter import to_packing
 from model_factory.vit_preview_v0 import LlavaViTEncoder
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
 
@@ -50,7 +50,7 @@ def test_source_encoder_matches(golden, case):
 def test_packing_model_matches(golden, case):
     fields, weights, tensors = golden
     model = LlavaViTPackingModel(LlavaViTPackingConfig(**fields))
-    model.load_state_dict(source_to_packing(weights))
+    model.load_state_dict(to_packing(weights))
     with torch.no_grad():
         out = model(
             hidden_states=tensors["packed.hidden_states"],

@@ -28,7 +28,7 @@ def loop_reference(x, position, pairing):
 
 
 def rotate(x, positions, pairing):
-    return apply_rope(x[:, None], *rope_tables(positions, HEAD_DIM, pairing))[:, 0]
+    return apply_rope(x[:, None], rope_tables(positions, HEAD_DIM, pairing))[:, 0]
 
 
 @pytest.mark.parametrize("pairing", ROPE_PAIRINGS)

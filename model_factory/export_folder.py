@@ -1,0 +1,110 @@
+"""The Hugging Face folder of an encoder: what `LlavaViTPackingModel.from_pretrained` and
+`AutoModel` load.
+
+    config.json, model.safetensors    the model
+    *.py                              the modelling code and its siblings, for AutoModel
+    preprocessor_config.json          CLIPImageProcessor at the model's image size
+    README.md                         model card: shapes, preprocessing, where it comes from
+"""
+
+import json
+from pathlib import Path
+
+from .packing import CLIP_MEAN, CLIP_STD, TARGET_FRAMES
+from .vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: feature-extraction
+---
+
+# Packed video and image encoder
+
+{parameters:.1f} M parameters, {num_hidden_layers} layers of width {hidden_size}, patch
+{patch_size}. Takes images, clips and sparse patch selections of any size in one pack.
+
+## Use
+
+```python
+import torch
+from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
+
+model = LlavaViTPackingModel.from_pretrained("PATH", torch_dtype=torch.float32).eval()
+rows = torch.randn(4 * 6, {patch_dim})  # normalised patch rows: one image of 4 x 6 patches
+out = model(hidden_states=rows, grid_thw=torch.tensor([[1, 4, 6]]))
+out.last_hidden_state, out.pooler_output
+```
+
+`grid_thw` is frames, rows and columns of each item in patches. Sparse items come with
+`patch_positions` [S, 3] and `cu_seqlens` [N + 1] instead. Where the project is not installed,
+transformers' AutoModel builds the same model from the code in this folder, if you have read that
+code and allow it (`trust_remote_code`).
+
+## Preprocessing
+
+- pixels / 255, minus {mean}, divided by {std} (red, green, blue)
+- sides a multiple of {patch_size}; `preprocessor_config.json` resizes and crops to {image_size}
+- a patch row is {patch_size} x {patch_size} pixels, channel first inside the patch
+- time: frame i of n goes to round(i / (n - 1) * {last_frame}): every clip spans 0..{last_frame}
+
+## Configuration
+
+{config_table}
+
+## Training run
+
+{run_table}
+"""
+
+
+def save_encoder_folder(
+    model: LlavaViTPackingModel, folder: str | Path, run: dict[str, object] | None = None
+) -> None:
+    """Write the folder; `run` says where the weights come from, as rows of the model card."""
+    folder = Path(folder)
+    LlavaViTPackingConfig.register_for_auto_class()
+    LlavaViTPackingModel.register_for_auto_class("AutoModel")
+    model.save_pretrained(folder)
+    processor = json.dumps(_image_processor(model.config.image_size), indent=2)
+    (folder / "preprocessor_config.json").write_text(processor)
+    (folder / "README.md").write_text(_model_card(model, run or {"weights": "not recorded"}))
+
+
+def _image_processor(size: int) -> dict:
+    """CLIP's processor as its JSON, so that no image library is needed to write it."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+        "do_convert_rgb": True,
+    }
+
+
+def _model_card(model: LlavaViTPackingModel, run: dict[str, object]) -> str:
+    config = model.config
+    fields = {name: getattr(config, name) for name in sorted(config.own_fields())}
+    return CARD.format(
+        **fields,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        patch_dim=config.patch_dim,
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        last_frame=TARGET_FRAMES - 1,
+        config_table=_table("field", fields),
+        run_table=_table("fact", run),
+    )
+
+
+def _table(name: str, rows: dict[str, object]) -> str:
+    """Markdown table; a bar inside a value would end its cell."""
+    body = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in rows.items()]
+    return "\n".join([f"| {name} | value |", "| --- | --- |", *body])

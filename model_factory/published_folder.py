@@ -1,0 +1,82 @@
+"""Published encoder folders: config.json and safetensors in the split-qkv layout.
+
+`LlavaViTPackingModel.from_pretrained` reads them through here; nothing of the folder is executed.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from .state_dict_adapter import to_packing
+
+MODEL_TYPES = ("llava_vit", "onevision_encoder")
+# fields that mean the same in the published configuration and in ours
+SAME_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "layer_norm_type",
+    "layer_norm_eps",
+    "rope_theta",
+    "use_head",
+    "initializer_range",
+)
+DEFAULTS = {  # what the published configuration class assumes for a field that is not written
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+
+
+def published_model_type(folder) -> str | None:
+    """Model type of a local published folder; None for any other folder, name or file."""
+    path = Path(str(folder)) / "config.json"
+    if not path.is_file():
+        return None
+    model_type = json.loads(path.read_bytes()).get("model_type")
+    return model_type if model_type in MODEL_TYPES else None
+
+
+def read_published_folder(folder) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Fields of LlavaViTPackingConfig and weights in the packing layout, in the folder's dtype.
+
+    Raises ValueError for an activation other than GELU, a folder without safetensors, and names
+    that fit no rule.
+    """
+    folder = Path(str(folder))
+    published = json.loads((folder / "config.json").read_bytes())
+    if published.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(
+            f"{folder}/config.json: hidden_act is {published['hidden_act']!r}, this encoder has "
+            "the exact gelu only"
+        )
+    fields = {name: published[name] for name in SAME_FIELDS if name in published}
+    fields = {**DEFAULTS, **fields, "rope_pairing": "legacy"}
+    fields["head_norm_eps"] = fields.get("layer_norm_eps", 1e-6)
+    for spelling in ("torch_dtype", "dtype"):
+        if published.get(spelling):
+            fields["dtype"] = published[spelling]
+    return fields, to_packing(_tensors(folder), "split")
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: the folder needs its weights as safetensors")
+        tensors |= load_file(path)
+    return tensors
