@@ -306,6 +306,8 @@ def _check_complete(info: dict, config: LlavaViTPackingConfig, origin: str) -> N
     problems = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(unexpected),
-        "of another shape": sorted(str(entry[0]) for entry in info["mismatched_keys"]),
+        "of another shape": sorted(
+            entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]
+        ),
     }
     raise_problems(problems, origin)

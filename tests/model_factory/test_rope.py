@@ -71,3 +71,19 @@ def test_legacy_scores_do_not_and_the_difference_is_kept_for_public_weights():
 def test_head_width_that_cannot_be_split_is_an_error():
     with pytest.raises(ValueError, match="head_dim is 48"):
         rope_tables(torch.zeros(1, 3), 48, "rotary")
+
+
+@pytest.mark.parametrize("pairing", ROPE_PAIRINGS)
+def test_the_compiled_form_equals_the_complex_one(pairing, monkeypatch):
+    x = torch.randn(7, 3, HEAD_DIM, generator=torch.Generator().manual_seed(2))
+    tables = rope_tables(torch.randint(0, 64, (7, 3)), HEAD_DIM, pairing)
+    want = apply_rope(x, tables)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.allclose(apply_rope(x, tables), want, atol=1e-6)
+
+
+def test_position_scale_shrinks_rows_and_columns_but_not_time():
+    positions = torch.tensor([[5, 8, 12]])
+    scaled = rope_tables(positions, HEAD_DIM, "rotary", position_scale=0.25)
+    moved = rope_tables(torch.tensor([[5, 2, 3]]), HEAD_DIM, "rotary")
+    assert torch.allclose(scaled.cos, moved.cos) and torch.allclose(scaled.turn, moved.turn)
