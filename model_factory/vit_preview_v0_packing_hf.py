@@ -16,6 +16,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+# transformers 4 loads a folder's code with the files that this one names, not with those that they
+# name in turn: every sibling in use is named here
+from .attention import BACKENDS
+from .grouped_attention import grouped_sdpa  # noqa: F401
 from .layers import (
     AttentionPoolingHead,
     EncoderLayer,
@@ -142,7 +146,7 @@ class LlavaViTPackingModel(PreTrainedModel):
     """Packed encoder with optional attention-pooling head; see `forward` for the contract.
 
     Attention runs on the best kernel present (see attention.py). `attn_implementation="eager"` or
-    `"flash_attention_2"` asks for that one, and `model.attention_backend = NAME` for any.
+    `"flash_attention_2"` asks for that one, and `model.choose_attention(NAME)` for any.
     """
 
     config_class = LlavaViTPackingConfig
@@ -172,7 +176,7 @@ class LlavaViTPackingModel(PreTrainedModel):
                 config.num_attention_heads,
                 config.head_norm_eps,
             )
-        self.attention_backend: str | None = None  # one of attention.BACKENDS; None: the best
+        self.attention_backend: str | None = None  # see choose_attention
         self._blocks_compiled = False
         self.post_init()
 
@@ -211,6 +215,15 @@ class LlavaViTPackingModel(PreTrainedModel):
         super().gradient_checkpointing_enable(
             gradient_checkpointing_kwargs or {"use_reentrant": False}
         )
+
+    def choose_attention(self, backend: str | None) -> None:
+        """Override the choice of kernel: one of attention.BACKENDS, None for the best present.
+
+        ValueError for another name; whether it can run shows at the next forward pass.
+        """
+        if backend not in (None, *BACKENDS):
+            raise ValueError(f"attention back end {backend!r}; choose one of {', '.join(BACKENDS)}")
+        self.attention_backend = backend
 
     def compile_blocks(self, **options) -> None:
         """torch.compile every block in place; all share one graph per token count S.

@@ -68,6 +68,16 @@ def test_a_fresh_process_without_our_packages_gets_the_same_bits(folder, attenti
         model.set_attn_implementation("sdpa")
 
 
+def test_the_modelling_file_names_every_sibling_that_it_needs(folder):
+    """transformers 4 copies only what the modelling file names itself."""
+    names = r"^\s*from\s+\.(\w+)\s+import"
+    files = {path.stem: path.read_text() for path in folder[0].glob("*.py")}
+    direct = set(re.findall(names, files["vit_preview_v0_packing_hf"], re.M))
+    everything = {found for text in files.values() for found in re.findall(names, text, re.M)}
+    assert everything == direct
+    assert everything | {"vit_preview_v0_packing_hf"} == set(files)
+
+
 @pytest.mark.parametrize("keyword", ["torch_dtype", "dtype"])
 def test_from_pretrained_returns_the_same_bits_under_both_spellings(folder, keyword):
     path, model = folder

@@ -26,7 +26,7 @@ def rows_of(grids, seed=0):
 def test_packed_equals_alone(backend, pairing):
     torch.manual_seed(0)
     model = create_model("hf_llava_vit_packing_tiny_ln", rope_pairing=pairing).eval()
-    model.attention_backend = backend
+    model.choose_attention(backend)
     rows = rows_of(GRIDS)
     with torch.no_grad():
         packed = model(rows, GRIDS)
