@@ -1,5 +1,7 @@
 """The converter writes a folder of the same function as the checkpoint, or fails loudly."""
 
+import re
+
 import pytest
 import torch
 from conftest import run
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from model_factory import conversion
 from model_factory.backbone import load_backbone, read_weights, save_backbone
 from model_factory.conversion import ConversionError, convert
+from model_factory.convert_llava_vit_packing_to_hf import main
 from model_factory.packing import (
     compute_patch_positions_from_grid_thw,
     compute_patch_positions_with_interpolated_temporal,
@@ -118,19 +121,22 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_converter_exits_non_zero_on_what_does_not_fit(legacy, tmp_path, fault):
+def test_converter_ends_non_zero_on_what_does_not_fit(legacy, tmp_path, capsys, fault):
     path = tmp_path / "backbone.pt"
     if fault == "no tensors file":
         path.write_bytes(b"not a checkpoint")
     elif fault != "no file":
         torch.save(break_file(dict(legacy.state_dict()), fault), path)
     name = "llava_vit_small_ln" if fault == "other size" else "llava_vit_tiny_ln"
-    done = run(CONVERTER, name, path, "--output_dir", tmp_path / "hf", check=False)
-    assert done.returncode == 1, done.stdout
-    assert "error:" in done.stderr and "Traceback" not in done.stderr
-    with pytest.raises(ValueError, match=FAULTS[fault]):
-        convert(name, path, tmp_path / "hf")
+    assert main([name, str(path), "--output_dir", str(tmp_path / "hf")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and re.search(FAULTS[fault], said), said
     assert not (tmp_path / "hf").exists()
+
+
+def test_the_exit_code_of_the_process_is_that_of_the_check(tmp_path):
+    done = run(CONVERTER, "llava_vit_tiny_ln", tmp_path / "none.pt", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -188,10 +194,9 @@ def test_a_described_backbone_must_be_the_named_model(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llava_vit_large_rms", "ov_encoder_large"])
-def test_the_target_name_follows_from_the_model_name(name, tmp_path):
-    done = run(CONVERTER, name, tmp_path / "x.pt", "--target_model_name", "hf_other", check=False)
-    assert done.returncode == 1
-    assert f"{name} converts to" in done.stderr
+def test_the_target_name_follows_from_the_model_name(name, tmp_path, capsys):
+    assert main([name, str(tmp_path / "x.pt"), "--target_model_name", "hf_other"]) == 1
+    assert f"{name} converts to" in capsys.readouterr().err
 
 
 def test_interpolation_rounds_half_to_even_and_clamps():
