@@ -216,8 +216,15 @@ def bench_gpu(rounds: int) -> dict | str:
         for kernel in kernels:
             torch.cuda.reset_peak_memory_stats()
             step = {kernel: lambda k=kernel: train_step(model, pack, k)}
-            seconds = statistics.median(timed_rounds(step, rounds, torch.cuda.synchronize)[kernel])
-            rows[f"{kernel}{', compiled' if compiled else ''}"] = {
+            row = f"{kernel}{', compiled' if compiled else ''}"
+            try:
+                seconds = statistics.median(
+                    timed_rounds(step, rounds, torch.cuda.synchronize)[kernel]
+                )
+            except torch.OutOfMemoryError:
+                rows[row] = "out of memory"
+                continue
+            rows[row] = {
                 "seconds": round(seconds, 5),
                 "tflops": round(flops / seconds / 1e12, 1),
                 "utilisation": round(flops / seconds / peak, 3) if peak else None,

@@ -14,11 +14,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from .published_folder import json_object
 from .registry import packing_config, packing_name
 from .state_dict_adapter import check_fits, from_packing, to_packing
 from .vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
 
 NESTING_KEYS = ("model", "state_dict")
+SHAPE_FIELDS = (
+    "patch_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "layer_norm_type",
+)
 
 
 def save_backbone(model: LlavaViTPackingModel, path: Path) -> None:
@@ -39,7 +48,7 @@ def backbone_config(
     """
     described = path.with_suffix(".json")
     if described.is_file():
-        return LlavaViTPackingConfig.from_dict(json.loads(described.read_bytes()))
+        return LlavaViTPackingConfig.from_dict(json_object(described))
     return packing_config(model_name, rope_pairing=rope_pairing)
 
 
@@ -63,7 +72,7 @@ def load_backbone(
 def check_is_model(config: LlavaViTPackingConfig, model_name: str, origin: str) -> None:
     """ValueError when a configuration read from `origin` is not of the named model's size."""
     named = packing_config(packing_name(model_name))
-    for field in ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+    for field in SHAPE_FIELDS:
         if getattr(config, field) != getattr(named, field):
             raise ValueError(
                 f"{origin} is no {model_name}: its {field} is {getattr(config, field)}, not "
@@ -85,15 +94,19 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def read_tensors(path: Path):
     """Raw content of a .pt or .safetensors file; ValueError when it is missing or unreadable."""
+    if path.is_dir():
+        raise ValueError("is a folder: give the file, a .pt or .safetensors")
     if not path.is_file():
         raise ValueError("does not exist: give a backbone.pt, as a training run writes it")
+    safe = path.suffix.lower() == ".safetensors"
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the two readers' errors share no narrower base
-        first = str(error).splitlines()[0]
-        raise ValueError(f"is no readable file of tensors ({first})") from error
+        kind = "safetensors" if safe else "torch.save with nothing but tensors in it"
+        raise ValueError(
+            f"is no readable file of tensors ({type(error).__name__}); by its name it should be "
+            f"{kind}"
+        ) from error
 
 
 def _tensors(content, path: Path) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ for bit, so that no random start can pass for a weight. Cost: some 13,000 tokens
 encoder.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -48,16 +49,29 @@ def convert(
     source.load_state_dict(read_weights(weight_path))
     lines = [f"before saving: {line}" for line in _verify(source.eval(), target)]
     origin = {"converted from": f"{weight_path.name} ({model_name})"}
-    save_encoder_folder(target, output_dir, origin)
-    reloaded = LlavaViTPackingModel.from_pretrained(output_dir, dtype=torch.float32).eval()
-    lines.append(_same_tensors(read_weights(weight_path), reloaded))
-    return lines + [f"after reloading: {line}" for line in _verify(source, reloaded)]
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConversionError(f"{output_dir} is a file: give a folder as --output_dir")
+    # a folder appears under its name only when it has passed
+    unproven = output_dir.with_name(f".{output_dir.name}.unproven")
+    try:
+        save_encoder_folder(target, unproven, origin)
+        reloaded = LlavaViTPackingModel.from_pretrained(unproven, dtype=torch.float32).eval()
+        lines.append(_same_tensors(read_weights(weight_path), reloaded))
+        lines += [f"after reloading: {line}" for line in _verify(source, reloaded)]
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for path in unproven.iterdir():
+            path.replace(output_dir / path.name)
+    finally:
+        shutil.rmtree(unproven, ignore_errors=True)
+    return lines
 
 
 def _same_tensors(weights: dict[str, torch.Tensor], reloaded: LlavaViTPackingModel) -> str:
     saved = reloaded.state_dict()
     changed = [
-        key for key, tensor in weights.items() if not torch.equal(tensor.float(), saved[key])
+        name
+        for name, tensor in weights.items()
+        if not torch.equal(tensor, saved[name].to(tensor.dtype))
     ]
     if changed:
         raise ConversionError(f"tensors changed on the way: {', '.join(changed)}")
@@ -128,13 +142,15 @@ def _compare(name: str, target: LlavaViTPackingModel, cases, dense) -> str:
     rows, grids, positions = (torch.cat(parts) for parts in zip(*cases, strict=True))
     out = target(rows, grid_thw=grids, patch_positions=positions)
     tokens = torch.cat([result["visible_embeddings"][0] for result in dense])
-    pooled = torch.cat([result["head_output"] for result in dense])
     if out.last_hidden_state.shape != tokens.shape:
         raise ConversionError(
             f"{name}: {list(out.last_hidden_state.shape)} tokens, the source has "
             f"{list(tokens.shape)}"
         )
-    differences = (out.last_hidden_state - tokens, out.pooler_output - pooled)
+    differences = [out.last_hidden_state - tokens]
+    if out.pooler_output is not None:  # a model without a head pools nothing
+        pooled = torch.cat([result["head_output"] for result in dense])
+        differences.append(out.pooler_output - pooled)
     worst = float(torch.stack([difference.abs().max() for difference in differences]).max())
     if not worst <= TOLERANCE:
         raise ConversionError(

@@ -2,13 +2,14 @@
 
 `grouped_sdpa` is the CPU kernel and the reference of all others; `grouped_eager` materialises the
 scores. Cost: one kernel per distinct length and, unless equal lengths already lie side by side, one
-reordering of the rows. How a pack is grouped is worked out once per pack and remembered, so layers
-after the first pay nothing for it.
+reordering of the rows. How a pack is grouped is worked out once per pack and looked up by the
+layers after the first.
 
 `grouped_sdpa` is an operator of its own: a compiled graph sees one opaque call whose shapes do not
 depend on the boundaries, so changing packs need no new graph. On a CPU it calls the fused kernels
 of torch (the ones behind scaled_dot_product_attention) forward and backward; on other devices it
-calls scaled_dot_product_attention and recomputes it in the backward pass.
+calls scaled_dot_product_attention and recomputes it in the backward pass, and every layer waits
+for the boundaries: half precision on a GPU has better kernels, see attention.py.
 
 Shape legend: S packed tokens, N sequences, H heads, d head_dim, L length of one sequence.
 """
@@ -17,6 +18,7 @@ import functools
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,16 +39,13 @@ class _Groups:
     back_k: torch.Tensor | None
 
 
-def _row_order(lengths: tuple[int, ...], items: list[int]):
+def _row_order(lengths: tuple[int, ...], items: list[int], device: str):
     """Row numbers of `items` in that order, and its inverse; None, None when nothing moves."""
     if items == sorted(items):
         return None, None
-    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
-    picked = torch.tensor(items)
-    counts = torch.tensor(lengths)[picked]
-    within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    order = starts[picked].repeat_interleave(counts) + within
-    return order, order.argsort()
+    starts = np.cumsum((0, *lengths[:-1]))
+    order = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in items])
+    return tuple(torch.from_numpy(rows).to(device) for rows in (order, order.argsort()))
 
 
 @functools.lru_cache(maxsize=64)
@@ -55,16 +54,19 @@ def _group(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], device: str) 
     for item, key in enumerate(zip(lengths_q, lengths_k, strict=True)):
         groups.setdefault(key, []).append(item)
     items = [item for members in groups.values() for item in members]
-    orders = (*_row_order(lengths_q, items), *_row_order(lengths_k, items))
-    order_q, back_q, order_k, back_k = (x if x is None else x.to(device) for x in orders)
+    with torch.inference_mode(False):  # what is remembered must also serve a backward pass
+        order_q, back_q = _row_order(lengths_q, items, device)
+        order_k, back_k = _row_order(lengths_k, items, device)
     shapes = tuple((len(members), *key) for key, members in groups.items())
     return _Groups(shapes, order_q, order_k, back_q, back_k)
 
 
 def _groups_of(bounds_q: torch.Tensor, bounds_k: torch.Tensor) -> _Groups:
     """Groups of a pack; waits for the device where the boundaries are not on the host."""
-    lengths_q = tuple(bounds_q.diff().tolist())
-    lengths_k = lengths_q if bounds_k is bounds_q else tuple(bounds_k.diff().tolist())
+    lengths_q = tuple(np.diff(bounds_q.cpu().numpy()).tolist())
+    lengths_k = (
+        lengths_q if bounds_k is bounds_q else tuple(np.diff(bounds_k.cpu().numpy()).tolist())
+    )
     return _group(lengths_q, lengths_k, str(bounds_k.device))
 
 
@@ -107,7 +109,7 @@ def grouped_eager(q, k, v, bounds_q, bounds_k) -> torch.Tensor:
 
 
 # the exported modelling folder holds a second copy of this module: each copy owns a namespace
-_NAMESPACE = re.sub(r"\W", "_", __name__)
+_NAMESPACE = re.sub(r"[^0-9A-Za-z_]", "_", __name__)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::grouped_sdpa", mutates_args=())

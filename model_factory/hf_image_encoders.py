@@ -62,18 +62,28 @@ FAMILIES = {
 }
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """(mean, std), short side after scaling, side of the centre crop, most NaFlex patches."""
+
+    norm: tuple
+    resize: int
+    crop: int
+    max_patches: int = NAFLEX_PATCHES
+
+
 class FrozenImageEncoder(nn.Module):
     """A vision model with its preprocessing; see `encode`."""
 
-    def __init__(self, model: nn.Module, kind: _VisionModel, norm: tuple, size: int):
+    def __init__(self, model: nn.Module, kind: _VisionModel, preprocessing: Preprocessing):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.kind, self.size = kind, size
+        self.kind, self.preprocessing = kind, preprocessing
         self.patch_size: int = model.config.patch_size
         self.width: int = model.config.hidden_size
         registers = getattr(model.config, "num_register_tokens", 0)
         self.num_extra_tokens = registers + kind.class_token
-        for name, values in zip(("mean", "std"), norm, strict=True):
+        for name, values in zip(("mean", "std"), preprocessing.norm, strict=True):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "FrozenImageEncoder":
@@ -84,14 +94,16 @@ class FrozenImageEncoder(nn.Module):
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """Patch tokens [B, L, D] of frames [B, 3, H, W], uint8 or float in 0..1, in raster order.
 
-        Frames are scaled (bicubic) so that the short side fits the model's picture size and
-        cropped at the centre; NaFlex models keep the aspect and take as many patches as they may.
+        Frames are scaled (bicubic) so that the short side has the folder's resize length, then
+        cropped at the centre to the model's picture size; NaFlex models keep the aspect and take as
+        many patches as they may.
         Class and register tokens are left out. Raises ValueError for another shape or range.
         """
         pixels = self._checked(frames)
         if self.kind.naflex:
             return self._encode_naflex(pixels)
-        pixels = self._normalised(_short_side_crop(pixels, self.size))
+        resize, crop = self.preprocessing.resize, self.preprocessing.crop
+        pixels = self._normalised(_centre_crop(_short_side(pixels, resize), crop))
         out = self.model(pixel_values=pixels)
         return out.last_hidden_state[:, self.num_extra_tokens :]
 
@@ -101,7 +113,7 @@ class FrozenImageEncoder(nn.Module):
 
     def _encode_naflex(self, pixels: torch.Tensor) -> torch.Tensor:
         p = self.patch_size
-        grid = naflex_grid(*pixels.shape[-2:], p, NAFLEX_PATCHES)
+        grid = naflex_grid(*pixels.shape[-2:], self.preprocessing.max_patches)
         pixels = self._normalised(_resize(pixels, (grid[0] * p, grid[1] * p)))
         rows = patchify(pixels, p).unflatten(-1, (3, p, p)).movedim(-3, -1).flatten(-3)
         batch, count = rows.shape[:2]
@@ -151,37 +163,54 @@ def load_image_encoder(
         )
     kind = VISION_MODELS[base]
     model, info = getattr(transformers, kind.class_name).from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
+        str(folder),
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        # the image half of a two-tower folder, where the class itself does not look for it
+        key_mapping={r"^vision_model\.": ""} if base == "aimv2" else None,
     )
     if info["missing_keys"]:
         raise ValueError(f"{folder} lacks the weights {', '.join(sorted(info['missing_keys']))}")
-    norm, size = _preprocessing(Path(folder), kind, getattr(model.config, "image_size", None))
-    return FrozenImageEncoder(model, kind, norm, size)
+    image_size = getattr(model.config, "image_size", None)
+    return FrozenImageEncoder(model, kind, _preprocessing(Path(folder), kind, image_size))
 
 
-def naflex_grid(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
-    """Rows and columns of patches that keep the aspect and number at most `max_patches`."""
-    scale = math.sqrt(max_patches * patch_size**2 / (height * width))
-    rows, columns = (max(1, round(side * scale / patch_size)) for side in (height, width))
-    while rows * columns > max_patches:  # rounding up both sides can exceed the budget
-        rows, columns = (rows - 1, columns) if rows >= columns else (rows, columns - 1)
-    return rows, columns
+def naflex_grid(height: int, width: int, max_patches: int) -> tuple[int, int]:
+    """Rows and columns of patches of a picture scaled as far as `max_patches` allow, with its
+    aspect: both sides rounded up to whole patches, as the public NaFlex preprocessing does.
+    """
+    best = (0.0, 1, 1)
+    for count in range(1, max_patches + 1):
+        # the largest scales at which one side fills exactly `count` patches
+        by_rows = (count / height, count, math.ceil(width * count / height))
+        by_columns = (count / width, math.ceil(height * count / width), count)
+        for scale, rows, columns in (by_rows, by_columns):
+            if rows * columns <= max_patches:
+                best = max(best, (scale, rows, columns))
+    return best[1:]
 
 
-def _preprocessing(folder: Path, kind: _VisionModel, image_size) -> tuple[tuple, int]:
-    """Normalisation and picture side: the folder's own, else the family's."""
+def _preprocessing(folder: Path, kind: _VisionModel, image_size) -> Preprocessing:
+    """The folder's own, else the family's."""
     path = folder / "preprocessor_config.json"
     described = json.loads(path.read_bytes()) if path.is_file() else {}
     norm = tuple(
         tuple(described.get(name) or default)
         for name, default in zip(("image_mean", "image_std"), kind.norm, strict=True)
     )
-    crop = described.get("crop_size") if described.get("do_center_crop", True) else None
-    for size in (crop, described.get("size")):
-        sides = list(size.values()) if isinstance(size, dict) else [size]
-        if isinstance(sides[0], int):
-            return norm, sides[0]
-    return norm, image_size or DEFAULT_SIZE
+    resize = _side(described.get("size"))
+    crop = _side(described.get("crop_size")) if described.get("do_center_crop", True) else None
+    crop = crop or resize or image_size or DEFAULT_SIZE
+    return Preprocessing(
+        norm, resize or crop, crop, described.get("max_num_patches", NAFLEX_PATCHES)
+    )
+
+
+def _side(size) -> int | None:
+    """Side in pixels out of 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+    return next(iter(size.values()), None) if isinstance(size, dict) else size
 
 
 def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -190,9 +219,14 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def _short_side_crop(pixels: torch.Tensor, size: int) -> torch.Tensor:
+def _short_side(pixels: torch.Tensor, side: int) -> torch.Tensor:
     height, width = pixels.shape[-2:]
-    scale = size / min(height, width)
-    pixels = _resize(pixels, (max(size, round(height * scale)), max(size, round(width * scale))))
-    top, left = ((side - size) // 2 for side in pixels.shape[-2:])
-    return pixels[..., top : top + size, left : left + size]
+    scale = side / min(height, width)
+    return _resize(pixels, (max(side, int(height * scale)), max(side, int(width * scale))))
+
+
+def _centre_crop(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    if min(pixels.shape[-2:]) < side:  # a folder that scales below its crop: scale to the crop
+        pixels = _short_side(pixels, side)
+    top, left = ((length - side) // 2 for length in pixels.shape[-2:])
+    return pixels[..., top : top + side, left : left + side]

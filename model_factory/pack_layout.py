@@ -3,8 +3,8 @@
 A pack is described by any sufficient mixture of `grid_thw`, `cu_seqlens`, `patch_positions` and
 `max_seqlen`. Checks read host memory: they cost microseconds on a CPU. On another device they need
 one copy of the boundaries to the host, which waits for the device; a caller that gives
-`cu_seqlens`, `max_seqlen` and `patch_positions` (as our packer does) is trusted there and nothing
-waits.
+`patch_positions`, `max_seqlen` and a `cu_seqlens` on that device (as our packer does) is trusted
+with its values, and nothing waits. Shapes and dtypes are always checked.
 
 Shape legend: S packed tokens, N items.
 """
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from .packing import compute_patch_positions_from_grid_thw
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,27 @@ def resolve_layout(
     """
     _check_rows(hidden_states, patch_dim)
     num_rows, device = len(hidden_states), hidden_states.device
+    _check_sufficient(grid_thw, patch_positions, cu_seqlens, max_seqlen)
+    if patch_positions is not None:
+        patch_positions = _checked_positions(patch_positions, num_rows)
+    if cu_seqlens is not None:
+        cu_seqlens = _checked_shape(cu_seqlens, "cu_seqlens", "[N + 1]")
+    if grid_thw is not None:
+        grid_thw = _checked_shape(grid_thw, "grid_thw", "[N, 3]")
+    given = all(part is not None for part in (patch_positions, cu_seqlens, max_seqlen))
+    if given and cu_seqlens.device.type != "cpu":
+        return PackLayout(patch_positions.to(device), cu_seqlens.to(device).int(), max_seqlen)
+    lengths = _item_lengths(grid_thw, cu_seqlens, num_rows, exact=patch_positions is None)
+    if patch_positions is None:
+        patch_positions = compute_patch_positions_from_grid_thw(grid_thw.cpu())
+    longest = int(lengths.max())
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(f"max_seqlen is {max_seqlen}, the longest item has {longest} patches")
+    bounds = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+    return PackLayout(patch_positions.to(device), bounds.to(device), max_seqlen or longest)
+
+
+def _check_sufficient(grid_thw, patch_positions, cu_seqlens, max_seqlen) -> None:
     if grid_thw is None and cu_seqlens is None:
         raise ValueError(
             "give grid_thw [N, 3] or cu_seqlens [N + 1]: neither names the items of the pack"
@@ -50,30 +73,25 @@ def resolve_layout(
         raise ValueError(
             "cu_seqlens alone places no patch: give patch_positions [S, 3] or grid_thw [N, 3] too"
         )
-    if patch_positions is not None:
-        patch_positions = _checked_positions(patch_positions, num_rows)
-    known = None not in (patch_positions, cu_seqlens, max_seqlen)
-    if known and device.type != "cpu":
-        return PackLayout(patch_positions.to(device), cu_seqlens.to(device).int(), max_seqlen)
+    if max_seqlen is not None and max_seqlen < 1:
+        raise ValueError(f"max_seqlen is {max_seqlen}, the longest item has at least 1 patch")
+
+
+def _item_lengths(grid_thw, cu_seqlens, num_rows: int, exact: bool) -> np.ndarray:
+    """Patches of every item, int64 [N], from whichever of the two is given; both must agree."""
     grid = None if grid_thw is None else _checked_grid(grid_thw)
-    if cu_seqlens is None:
-        lengths = grid.prod(axis=1)
-        if lengths.sum() != num_rows:
-            raise ValueError(
-                f"grid_thw describes {lengths.sum()} patches (sum of t * h * w over {len(grid)} "
-                f"items), hidden_states has {num_rows} rows"
-            )
-    else:
+    if cu_seqlens is not None:
         lengths = _checked_lengths(cu_seqlens, num_rows)
         if grid is not None:
-            _check_agreement(grid, lengths, exact=patch_positions is None)
-    if patch_positions is None:
-        patch_positions = compute_patch_positions_from_grid_thw(torch.from_numpy(grid))
-    longest = int(lengths.max())
-    if max_seqlen is not None and max_seqlen < longest:
-        raise ValueError(f"max_seqlen is {max_seqlen}, the longest item has {longest} patches")
-    bounds = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
-    return PackLayout(patch_positions.to(device), bounds.to(device), max_seqlen or longest)
+            _check_agreement(grid, lengths, exact)
+        return lengths
+    lengths = grid.prod(axis=1)
+    if lengths.sum() != num_rows:
+        raise ValueError(
+            f"grid_thw describes {lengths.sum()} patches (sum of t * h * w over {len(grid)} "
+            f"items), hidden_states has {num_rows} rows"
+        )
+    return lengths
 
 
 def host_array(tensor: torch.Tensor) -> np.ndarray:
@@ -107,17 +125,22 @@ def _checked_positions(patch_positions, num_rows):
     return positions
 
 
-def _integers(tensor, name: str) -> np.ndarray:
-    array = host_array(torch.as_tensor(tensor))
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must hold integers, got {array.dtype}")
-    return array.astype(np.int64)
+def _checked_shape(tensor, name: str, shape: str) -> torch.Tensor:
+    """Integers of the shape "[N + 1]" or "[N, 3]"; reads no value."""
+    tensor = torch.as_tensor(tensor)
+    if shape == "[N, 3]":
+        fits = tensor.ndim == 2 and tensor.shape[1] == 3 and len(tensor) >= 1
+    else:
+        fits = tensor.ndim == 1 and len(tensor) >= 2
+    if not fits:
+        raise ValueError(f"{name} must have shape {shape} with N >= 1, got {list(tensor.shape)}")
+    if tensor.dtype not in INTEGERS:
+        raise ValueError(f"{name} must hold integers, got {tensor.dtype}")
+    return tensor
 
 
-def _checked_grid(grid_thw) -> np.ndarray:
-    grid = _integers(grid_thw, "grid_thw")
-    if grid.ndim != 2 or grid.shape[1] != 3 or len(grid) == 0:
-        raise ValueError(f"grid_thw must have shape [N, 3] with N >= 1, got {list(grid.shape)}")
+def _checked_grid(grid_thw: torch.Tensor) -> np.ndarray:
+    grid = host_array(grid_thw).astype(np.int64)
     if (grid <= 0).any():
         row = int((grid <= 0).any(axis=1).argmax())
         raise ValueError(f"grid_thw must be positive, row {row} is {grid[row].tolist()}")
@@ -125,11 +148,7 @@ def _checked_grid(grid_thw) -> np.ndarray:
 
 
 def _checked_lengths(cu_seqlens, num_rows: int) -> np.ndarray:
-    bounds = _integers(cu_seqlens, "cu_seqlens")
-    if bounds.ndim != 1 or len(bounds) < 2:
-        raise ValueError(
-            f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(bounds.shape)}"
-        )
+    bounds = host_array(cu_seqlens).astype(np.int64)
     lengths = np.diff(bounds)
     if bounds[0] != 0 or (lengths <= 0).any():
         raise ValueError(
@@ -149,10 +168,11 @@ def _check_agreement(grid: np.ndarray, lengths: np.ndarray, exact: bool) -> None
         raise ValueError(
             f"grid_thw has {len(grid)} items, cu_seqlens has {len(lengths)} (N + 1 boundaries)"
         )
-    wrong = grid.prod(axis=1) != lengths
-    if exact and wrong.any():
+    extent = grid.prod(axis=1)
+    wrong = extent != lengths if exact else extent < lengths
+    if wrong.any():
         item = int(wrong.argmax())
         raise ValueError(
-            f"grid_thw row {item} describes {grid[item].prod()} patches, cu_seqlens gives that "
-            f"item {lengths[item]}: a sparse item needs patch_positions"
+            f"grid_thw row {item} describes {extent[item]} patches, cu_seqlens gives that item "
+            f"{lengths[item]}: only a sparse item, with patch_positions, may have fewer"
         )

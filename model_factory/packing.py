@@ -66,6 +66,11 @@ def interpolate_frame_indices(
     frame_indices: [B, T]; total_frames: any shape with B elements. Returns int64 [B, T]:
     round_half_even(index / max(total - 1, 1) * (target - 1)), clamped to [0, target - 1].
     """
+    if frame_indices.ndim != 2 or total_frames.numel() != len(frame_indices):
+        raise ValueError(
+            f"frame_indices must have shape [B, T] and total_frames B elements, got "
+            f"{list(frame_indices.shape)} and {total_frames.numel()}"
+        )
     total = total_frames.reshape(-1, 1).to(torch.float64)
     scaled = frame_indices.to(torch.float64) / (total - 1).clamp(min=1) * (target_frames - 1)
     return scaled.round().long().clamp(0, target_frames - 1)

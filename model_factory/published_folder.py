@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .state_dict_adapter import to_packing
@@ -41,7 +42,7 @@ def published_model_type(folder) -> str | None:
     path = Path(str(folder)) / "config.json"
     if not path.is_file():
         return None
-    model_type = json.loads(path.read_bytes()).get("model_type")
+    model_type = json_object(path).get("model_type")
     return model_type if model_type in MODEL_TYPES else None
 
 
@@ -52,7 +53,7 @@ def read_published_folder(folder) -> tuple[dict, dict[str, torch.Tensor]]:
     that fit no rule.
     """
     folder = Path(str(folder))
-    published = json.loads((folder / "config.json").read_bytes())
+    published = json_object(folder / "config.json")
     if published.get("hidden_act", "gelu") != "gelu":
         raise ValueError(
             f"{folder}/config.json: hidden_act is {published['hidden_act']!r}, this encoder has "
@@ -70,7 +71,7 @@ def read_published_folder(folder) -> tuple[dict, dict[str, torch.Tensor]]:
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(json_object(index).get("weight_map", {}).values()))
     else:
         names = ["model.safetensors"]
     tensors: dict[str, torch.Tensor] = {}
@@ -78,5 +79,19 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         path = folder / Path(name).name
         if not path.is_file():
             raise ValueError(f"{path} does not exist: the folder needs its weights as safetensors")
-        tensors |= load_file(path)
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
     return tensors
+
+
+def json_object(path: Path) -> dict:
+    """Content of a JSON file; ValueError names it when it is damaged or no object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content

@@ -61,10 +61,17 @@ def packing_name(name: str) -> str:
 def packing_config(name: str, **overrides):
     """LlavaViTPackingConfig of a registered name; `overrides` are config fields.
 
-    ValueError for an unknown name.
+    ValueError for an unknown name or field, with the nearest known ones.
     """
+    from transformers import PretrainedConfig
+
     from .vit_preview_v0_packing_hf import LlavaViTPackingConfig
 
+    known = [*LlavaViTPackingConfig.own_fields(), *PretrainedConfig().to_dict()]
+    for field in overrides:
+        if field not in known:
+            near = ", ".join(difflib.get_close_matches(field, known, n=3, cutoff=0.3))
+            raise ValueError(f"unknown config field {field!r}; nearest known: {near}")
     prefix, shape, norm = _parts(name)
     patch, width, layers, heads, hidden = SHAPES[shape]
     fields = dict(

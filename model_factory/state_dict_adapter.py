@@ -49,12 +49,17 @@ _PARTED = re.compile(r"^(.*\.)([qkv])_proj\.(weight|bias)$")
 
 
 def strip_wrappers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names without `module.` in front and without `_orig_mod.` anywhere."""
+    """Names without `module.` in front and without `_orig_mod.` anywhere; ValueError when that
+    makes two tensors one.
+    """
     stripped = {}
     for key, tensor in state_dict.items():
         while key.startswith(WRAPPERS):
             key = key.split(".", 1)[1]
-        stripped[key.replace("._orig_mod.", ".")] = tensor
+        key = key.replace("._orig_mod.", ".")
+        if key in stripped:
+            raise ValueError(f"two tensors are called {key} once module. and _orig_mod. are gone")
+        stripped[key] = tensor
     return stripped
 
 
@@ -112,6 +117,10 @@ def _join_qkv(weights):
     ]
     if missing:
         raise ValueError(f"missing of a q, k, v triple: {', '.join(missing)}")
+    for key, parts in triples.items():
+        shapes = [list(parts[part].shape) for part in "qkv"]
+        if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+            raise ValueError(f"{key}: q, k and v have the shapes {shapes}, they must be equal")
     return joined | {key: torch.cat([parts[p] for p in "qkv"]) for key, parts in triples.items()}
 
 
@@ -139,6 +148,7 @@ def check_fits(
         "missing": sorted(expected.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - expected.keys()),
         "of another shape": shapes,
+        "not floating point": sorted(k for k in weights if not weights[k].is_floating_point()),
     }
     raise_problems(problems, origin)
 

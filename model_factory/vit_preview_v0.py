@@ -23,6 +23,9 @@ class LlavaViTEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = LlavaViTPackingModel(config)
+        # hooks rather than overrides, so that the layout is the same inside any parent module
+        self.register_state_dict_post_hook(_to_source_names)
+        self.register_load_state_dict_pre_hook(_from_source_names)
 
     def forward(
         self,
@@ -66,6 +69,11 @@ class LlavaViTEncoder(nn.Module):
                 f"pixel_values must have shape [B, {config.num_channels}, H, W] or "
                 f"[B, {config.num_channels}, T, H, W] with no empty side, got {shape}"
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be normalised floats, got {pixel_values.dtype}: subtract the "
+                "mean and divide by the standard deviation first"
+            )
         clips = pixel_values.unsqueeze(2) if len(shape) == 4 else pixel_values
         rows = patchify(clips.transpose(1, 2), config.patch_size)  # [B, T, gh*gw, P]
         height, width = (side // config.patch_size for side in shape[-2:])
@@ -82,19 +90,38 @@ class LlavaViTEncoder(nn.Module):
             )
         return patch_positions.expand(batch, -1, -1)
 
-    def state_dict(self, *args, **kwargs):
-        """Weights in the source key layout."""
-        return from_packing(self.trunk.state_dict(*args, **kwargs), "source")
-
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """Load weights of any key layout, `module.` and `_orig_mod.` prefixes allowed.
 
-        ValueError lists every missing, unexpected or misshapen tensor unless `strict` is off.
+        With `strict`, ValueError lists every missing, unexpected or misshapen tensor by its source
+        name; without, what fits is loaded, as torch does.
         """
-        weights = to_packing(state_dict)
         if strict:
-            check_fits(weights, self.trunk.state_dict(), "the state_dict")
-        return self.trunk.load_state_dict(weights, strict=strict, assign=assign)
+            state_dict = from_packing(to_packing(state_dict), "source")
+            check_fits(state_dict, self.state_dict(), "the state_dict")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _to_source_names(encoder, state_dict, prefix: str, _metadata) -> None:
+    """Rename the trunk's tensors on their way out."""
+    inside = prefix + "trunk."
+    names = [name for name in state_dict if name.startswith(inside)]
+    weights = {name.removeprefix(inside): state_dict.pop(name) for name in names}
+    for name, tensor in from_packing(weights, "source").items():
+        state_dict[prefix + name] = tensor
+
+
+def _from_source_names(encoder, state_dict, prefix: str, *_) -> None:
+    """Rename tensors on their way in; a name of no rule stays, and torch reports it."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        tensor, inner = state_dict[name], name.removeprefix(prefix)
+        if not inner.startswith("trunk."):
+            try:
+                (renamed,) = to_packing({inner: tensor})
+            except ValueError:
+                continue
+            del state_dict[name]
+            state_dict[f"{prefix}trunk.{renamed}"] = tensor
 
 
 def _check_indices(visible_indices: torch.Tensor, batch: int, total: int) -> None:

@@ -10,6 +10,7 @@ Shape legend: S packed tokens, N items, D width.
 """
 
 import inspect
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .attention import BACKENDS
 from .grouped_attention import grouped_sdpa  # noqa: F401
 from .layers import (
+    NORM_TYPES,
     AttentionPoolingHead,
     EncoderLayer,
     PackContext,
@@ -41,6 +43,18 @@ __all__ = [
 ]
 
 _OTHERS = ("self", "kwargs")
+_POSITIVE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "layer_norm_eps",
+    "rope_theta",
+    "rope_position_scale",
+)
 
 
 class LlavaViTPackingConfig(PretrainedConfig):
@@ -70,15 +84,6 @@ class LlavaViTPackingConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs,
     ):
-        if hidden_size % num_attention_heads:
-            raise ValueError(
-                f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
-                f"{num_attention_heads}"
-            )
-        if rope_pairing not in ROPE_PAIRINGS:
-            raise ValueError(
-                f"rope_pairing is {rope_pairing!r}; choose one of {', '.join(ROPE_PAIRINGS)}"
-            )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
@@ -94,7 +99,22 @@ class LlavaViTPackingConfig(PretrainedConfig):
         self.rope_position_scale = rope_position_scale
         self.use_head = use_head
         self.initializer_range = initializer_range
+        self._check()
         super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be greater than 0")
+        if self.hidden_size % (32 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} over num_attention_heads "
+                f"{self.num_attention_heads} must be a multiple of 32: the rotary split is 4:6:6"
+            )
+        for name, known in (("rope_pairing", ROPE_PAIRINGS), ("layer_norm_type", NORM_TYPES)):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
 
     @classmethod
     def own_fields(cls) -> list[str]:
@@ -189,10 +209,15 @@ class LlavaViTPackingModel(PreTrainedModel):
         misshapen tensor: a weight is never left at its random start.
         """
         folder = pretrained_model_name_or_path
-        if published_model_type(folder) is not None:
-            fields, weights = read_published_folder(folder)
-            kwargs.pop("config", None)
-            config, kwargs = cls.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
+        inside = Path(str(folder)) / (kwargs.get("subfolder") or "")
+        if published_model_type(inside) is not None:
+            kwargs.pop("subfolder", None)
+            fields, weights = read_published_folder(inside)
+            config = kwargs.pop("config", None)
+            if config is None:
+                config, kwargs = cls.config_class.from_dict(
+                    fields, return_unused_kwargs=True, **kwargs
+                )
             kwargs.update(config=config, state_dict=weights)
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
             folder = None
@@ -264,12 +289,12 @@ class LlavaViTPackingModel(PreTrainedModel):
 
         hidden_states: float [S, 3*p*p] patch rows; grid_thw: integer [N, 3]; patch_positions: [S,
         3] (t, h, w), by default the grid's own; cu_seqlens: int32 [N+1] boundaries, the truth for
-        sparse items that fill no grid; max_seqlen: longest item as a host integer. A caller that
-        passes cu_seqlens and max_seqlen (as our packer does) is trusted and never waits for the
-        device. Returns last_hidden_state [S, D] (post-normed), pooler_output [N, D] when the model
-        has a head, and on request hidden_states, a tuple of num_hidden_layers + 1 entries before
-        the post norm. Raises ValueError, naming the argument and both numbers, when shapes or
-        totals disagree.
+        sparse items that fill no grid; max_seqlen: longest item as a host integer. On a GPU, a
+        caller that gives patch_positions, cu_seqlens and max_seqlen (as our packer does) is trusted
+        with the values and nothing waits for the device. Returns last_hidden_state [S, D]
+        (post-normed), pooler_output [N, D] when the model has a head, and on request hidden_states,
+        a tuple of num_hidden_layers + 1 entries before the post norm. Raises ValueError, naming the
+        argument and both numbers, when shapes or totals disagree.
         """
         config = self.config
         layout = resolve_layout(

@@ -121,26 +121,26 @@ def test_nothing_waits_for_a_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-class Refuses(torch.overrides.TorchFunctionMode):
-    """Raises at every call that moves a number of a tensor to Python."""
-
-    FORBIDDEN = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in self.FORBIDDEN:
-            raise AssertionError(f"{func.__name__} in forward")
-        return func(*args, **(kwargs or {}))
-
-
-def test_forward_never_asks_a_tensor_for_a_python_number():
+def test_forward_never_asks_a_tensor_for_a_python_number(monkeypatch):
+    """Also not inside the operators, which a torch function mode cannot see."""
     model = create_model("hf_llava_vit_packing_tiny_ln", rope_pairing="rotary")
     rows, bounds = torch.randn(45, 768), bounds_of([5, 30, 5, 5])
     positions = torch.randint(0, 9, (45, 3))
-    with Refuses():
-        with pytest.raises(AssertionError, match="item in forward"):
-            bounds.max().item()
-        out = model(rows, patch_positions=positions, cu_seqlens=bounds, max_seqlen=30)
-        out.pooler_output.sum().backward()
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} in forward")
+        )
+    out = model(rows, patch_positions=positions, cu_seqlens=bounds, max_seqlen=30)
+    out.pooler_output.sum().backward()
+
+
+def test_a_pack_seen_under_inference_mode_can_be_trained_on_afterwards():
+    bounds = bounds_of([6, 11, 6, 20, 2])  # lengths that no other test has grouped
+    q, k, v = (torch.randn(45, 2, 32, requires_grad=True) for _ in range(3))
+    with torch.inference_mode():
+        varlen_attention(q, k, v, bounds, 20)
+    for backend in ("sdpa", "eager"):
+        varlen_attention(q, k, v, bounds, 20, backend=backend).sum().backward()
 
 
 @pytest.fixture

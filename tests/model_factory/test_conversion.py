@@ -98,6 +98,8 @@ def break_file(weights, fault):
         weights["conv1.weight"] = "a text"
     elif fault == "list":
         weights = [weights["conv1.weight"]]
+    elif fault == "two of one name":
+        weights["module.conv1.weight"] = torch.zeros(128, 3, 16, 16)
     elif fault == "other shape":
         weights["conv1.weight"] = torch.zeros(128, 3, 14, 14)
     elif fault == "nan":
@@ -116,7 +118,10 @@ FAULTS = {
     "nan": "differ by nan",
     "no file": "does not exist",
     "no tensors file": "no readable file",
-    "other size": "is no readable|small|shape",
+    "other size": "of another shape: encoder.layers.0.layer_norm1.bias",
+    "folder": "is a folder",
+    "output is a file": "hf is a file",
+    "two of one name": "two tensors are called conv1.weight",
 }
 
 
@@ -125,13 +130,31 @@ def test_converter_ends_non_zero_on_what_does_not_fit(legacy, tmp_path, capsys, 
     path = tmp_path / "backbone.pt"
     if fault == "no tensors file":
         path.write_bytes(b"not a checkpoint")
+    elif fault == "folder":
+        path.mkdir()
     elif fault != "no file":
         torch.save(break_file(dict(legacy.state_dict()), fault), path)
+    if fault == "output is a file":
+        (tmp_path / "hf").write_text("mine")
     name = "llava_vit_small_ln" if fault == "other size" else "llava_vit_tiny_ln"
     assert main([name, str(path), "--output_dir", str(tmp_path / "hf")]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and re.search(FAULTS[fault], said), said
-    assert not (tmp_path / "hf").exists()
+    assert not (tmp_path / "hf").is_dir()
+
+
+def test_a_model_without_a_head_converts_too(tmp_path):
+    model = create_model("hf_llava_vit_packing_tiny_ln", use_head=False)
+    save_backbone(model, tmp_path / "backbone.pt")
+    convert("llava_vit_tiny_ln", tmp_path / "backbone.pt", tmp_path / "hf")
+    assert LlavaViTPackingModel.from_pretrained(tmp_path / "hf").head is None
+
+
+def test_a_damaged_description_is_named(model, tmp_path):
+    save_backbone(model, tmp_path / "backbone.pt")
+    (tmp_path / "backbone.json").write_text("[]")
+    with pytest.raises(ValueError, match="backbone.json holds a list"):
+        load_backbone(tmp_path / "backbone.pt", "llava_vit_tiny_ln")
 
 
 def test_the_exit_code_of_the_process_is_that_of_the_check(tmp_path):
@@ -168,6 +191,7 @@ def test_random_weights_never_pass(legacy, tmp_path, monkeypatch):
     )  # both sides share the same random start: all outputs agree, the tensors do not
     with pytest.raises(ConversionError, match="tensors changed on the way: patch_embed"):
         convert("llava_vit_tiny_ln", tmp_path / "backbone.pt", tmp_path / "hf2")
+    assert [path.name for path in tmp_path.iterdir()] == ["backbone.pt"]  # nothing unproven left
 
 
 @pytest.mark.parametrize("mistake", ["frame order", "time base"])
@@ -191,6 +215,10 @@ def test_a_described_backbone_must_be_the_named_model(model, tmp_path):
         ValueError, match="is no llava_vit_small_ln: its hidden_size is 128, not 384"
     ):
         load_backbone(tmp_path / "backbone.pt", "llava_vit_small_ln")
+    other = create_model("hf_llava_vit_packing_tiny_ln", layer_norm_type="rms_norm")
+    save_backbone(other, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="its layer_norm_type is rms_norm, not layer_norm"):
+        load_backbone(tmp_path / "other.pt", "llava_vit_tiny_ln")
 
 
 @pytest.mark.parametrize("name", ["llava_vit_large_rms", "ov_encoder_large"])
@@ -212,7 +240,10 @@ def test_interpolation_rounds_half_to_even_and_clamps():
     ]  # past the end clamps, duplicates stay
     halves = interpolate_frame_indices(torch.tensor([[1, 3, 5]]), torch.tensor([7]), 4)
     assert halves.tolist() == [[0, 2, 2]]  # 0.5, 1.5 and 2.5, half to even
-    assert interpolate_frame_indices(torch.tensor([[0, 99]] * 2), torch.tensor([100, 100])).shape
+    two = interpolate_frame_indices(torch.tensor([[0, 99]] * 2), torch.tensor([[100], [199]]))
+    assert two.tolist() == [[0, 63], [0, 32]]  # 31.5, half to even
+    with pytest.raises(ValueError, match=r"\[1, 2\] and 3"):
+        interpolate_frame_indices(torch.tensor([[0, 1]]), torch.tensor([8, 8, 8]))
 
 
 def test_positions_match_their_loops():

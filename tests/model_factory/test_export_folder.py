@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -55,9 +56,9 @@ def same(ours, theirs):
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_fresh_process_without_our_packages_gets_the_same_bits(folder, attention, tmp_path):
-    path, model = folder
+@pytest.mark.parametrize(("attention", "name"), [("sdpa", "plain"), ("eager", "mod\u00e8le 1.2-b")])
+def test_a_fresh_process_without_our_packages_gets_the_same_bits(folder, attention, name, tmp_path):
+    path, model = shutil.copytree(folder[0], tmp_path / name), folder[1]
     run("-c", FRESH, path, attention, HF_MODULES_CACHE=str(tmp_path))
     model.set_attn_implementation(attention)
     rows = torch.load(path / "rows.pt", weights_only=True)

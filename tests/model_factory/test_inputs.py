@@ -109,6 +109,15 @@ POSITIONS = torch.zeros(16, 3)
             "row 0 describes 8 patches, cu_seqlens gives that item 9",
         ),
         ({"max_seqlen": 9}, "max_seqlen is 9, the longest item has 16"),
+        ({"max_seqlen": 0}, "max_seqlen is 0"),
+        (
+            {
+                "grid_thw": torch.tensor([[1, 1, 1]]),
+                "cu_seqlens": torch.tensor([0, 16]),
+                "patch_positions": POSITIONS,
+            },
+            "row 0 describes 1 patches, cu_seqlens gives that item 16",
+        ),
     ],
 )
 def test_wrong_packs_are_value_errors_before_any_compute(model, monkeypatch, change, message):
@@ -116,6 +125,26 @@ def test_wrong_packs_are_value_errors_before_any_compute(model, monkeypatch, cha
     arguments = {"hidden_states": torch.zeros(16, 768), "grid_thw": GRID, **change}
     with pytest.raises(ValueError, match=message):
         model(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "longest", "message"),
+    [
+        (torch.zeros(5, 2, dtype=torch.int32), 4, r"cu_seqlens must have shape \[N \+ 1\]"),
+        (torch.zeros(1, dtype=torch.int32), 4, r"N >= 1, got \[1\]"),
+        (torch.zeros(5), 4, "cu_seqlens must hold integers"),
+        (torch.zeros(5, dtype=torch.int32), -2, "max_seqlen is -2"),
+    ],
+)
+def test_shapes_are_checked_where_values_are_trusted(bounds, longest, message):
+    with torch.device("meta"):
+        model = create_model("hf_llava_vit_packing_tiny_ln")
+        rows, positions = torch.zeros(48, 768), torch.zeros(48, 3)
+    with pytest.raises(ValueError, match=message):
+        model(rows, patch_positions=positions, cu_seqlens=bounds.to("meta"), max_seqlen=longest)
+    on_host = torch.tensor([0, 9, 25])
+    with pytest.raises(ValueError, match="cu_seqlens ends at 25 patches"):
+        model(rows, patch_positions=positions, cu_seqlens=on_host, max_seqlen=16)
 
 
 def test_dense_pictures_clips_and_visible_indices_equal_the_packed_call(source):
@@ -151,7 +180,7 @@ def test_dense_pictures_clips_and_visible_indices_equal_the_packed_call(source):
         ({"pixel_values": torch.zeros(2, 1, 32, 48)}, r"got \[2, 1, 32, 48\]"),
         ({"pixel_values": torch.zeros(2, 3, 0, 32, 48)}, "no empty side"),
         ({"pixel_values": torch.zeros(2, 3, 4, 32, 40)}, "32x40, not a multiple of patch_size 16"),
-        ({"pixel_values": torch.zeros(2, 3, 4, 32, 48).byte()}, "normalised.*uint8"),
+        ({"pixel_values": torch.zeros(2, 3, 4, 32, 48).byte()}, "pixel_values must be.*uint8"),
         ({"visible_indices": torch.tensor([[0, 24], [1, 2]])}, "from 0 to 24.*patches 0 to 23"),
         ({"visible_indices": torch.tensor([[0, -1], [1, 2]])}, "from -1 to 2"),
         ({"visible_indices": torch.tensor([[0, 1]])}, r"shape \[2, K\].*got \[1, 2\]"),

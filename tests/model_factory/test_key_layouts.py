@@ -143,6 +143,8 @@ def test_a_published_folder_keeps_its_dtype_unless_told_otherwise(model, tmp_pat
         ("relu", "hidden_act is 'relu'"),
         ("no weights", "model.safetensors does not exist"),
         ("other width", "of another shape: .*layernorm_pre.weight"),
+        ("damaged weights", "model.safetensors is damaged"),
+        ("damaged config", "config.json is no readable JSON"),
     ],
 )
 def test_a_published_folder_that_does_not_fit_is_refused(model, tmp_path, fault, message):
@@ -157,10 +159,14 @@ def test_a_published_folder_that_does_not_fit_is_refused(model, tmp_path, fault,
         described["hidden_act"] = "relu"
     elif fault == "other width":
         described["hidden_size"] = 256
-    (folder / "config.json").write_text(json.dumps(described))
+    text = json.dumps(described)
+    (folder / "config.json").write_text(text[:50] if fault == "damaged config" else text)
     (folder / "model.safetensors").unlink()
     if fault != "no weights":
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if fault == "damaged weights":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:-1000])
     with pytest.raises(ValueError, match=message):
         LlavaViTPackingModel.from_pretrained(folder)
 
@@ -170,5 +176,42 @@ def test_the_source_model_refuses_what_does_not_fit():
     weights = source.state_dict()
     assert "conv1.weight" in weights
     del weights["ln_pre.bias"]
-    with pytest.raises(ValueError, match="missing: layernorm_pre.bias"):
+    with pytest.raises(ValueError, match="missing: ln_pre.bias"):
         source.load_state_dict(weights)
+    report = source.load_state_dict(weights | {"stranger": torch.zeros(1)}, strict=False)
+    assert report.missing_keys == ["trunk.layernorm_pre.bias"]
+    assert report.unexpected_keys == ["stranger"]
+
+
+def test_the_source_model_speaks_its_layout_inside_any_parent():
+    torch.manual_seed(0)
+    first, second = (torch.nn.Sequential(create_model("llava_vit_tiny_ln")) for _ in range(2))
+    weights = first.state_dict()
+    assert "0.conv1.weight" in weights and not any("trunk" in name for name in weights)
+    second.load_state_dict(weights)
+    again = second.state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert "_orig_mod.conv1.weight" in torch.compile(first[0]).state_dict()
+
+
+def test_two_tensors_of_one_name_are_refused(model):
+    weights = from_packing(model.state_dict(), "source")
+    twice = weights | {"module.conv1.weight": torch.zeros_like(weights["conv1.weight"])}
+    with pytest.raises(ValueError, match="two tensors are called conv1.weight"):
+        to_packing(twice)
+
+
+def test_unequal_queries_keys_and_values_are_refused(model):
+    weights = from_packing(model.state_dict(), "split")
+    q, k = (f"encoder.layers.0.self_attn.{part}_proj.bias" for part in "qk")
+    weights[q], weights[k] = torch.zeros(64), torch.zeros(192)
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.qkv_proj.bias: q, k and v have"):
+        to_packing(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(model, dtype):
+    weights = dict(model.state_dict())
+    weights["head.probe"] = weights["head.probe"].to(dtype)
+    with pytest.raises(ValueError, match="not floating point: head.probe"):
+        check_fits(weights, model.state_dict(), "the file")

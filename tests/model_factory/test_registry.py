@@ -64,6 +64,24 @@ def test_front_ends_and_their_norms():
     assert packing_name("ov_encoder_base") == "ov_encoder_base"
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_paring": "rotary"}, "unknown config field 'rope_paring'.*rope_pairing"),
+        ({"num_layers": 9}, "unknown config field 'num_layers'.*num_hidden_layers"),
+        ({"rope_pairing": "half"}, "rope_pairing is 'half'; choose one of legacy, rotary"),
+        ({"layer_norm_type": "batch"}, "layer_norm_type is 'batch'; choose one of layer_norm"),
+        ({"hidden_size": 144}, "hidden_size 144 over num_attention_heads 4 .*multiple of 32"),
+        *(({name: 0}, f"{name} is 0, must be greater") for name in ("patch_size", "rope_theta")),
+        *(({name: -1}, f"{name} is -1") for name in ("num_attention_heads", "layer_norm_eps")),
+        ({"rope_position_scale": 0.0}, "rope_position_scale is 0.0"),
+    ],
+)
+def test_wrong_config_fields_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("llava_vit_tiny_ln", **fields)
+
+
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_both_norms_run(norm):
     torch.manual_seed(0)
