@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from .configuration import LlavaViTPackingConfig
 from .published_folder import json_object
 from .registry import packing_config, packing_name
 from .state_dict_adapter import check_fits, from_packing, to_packing
-from .vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
+from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 NESTING_KEYS = ("model", "state_dict")
 SHAPE_FIELDS = (

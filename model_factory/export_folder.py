@@ -10,8 +10,9 @@
 import json
 from pathlib import Path
 
+from .configuration import LlavaViTPackingConfig
 from .packing import CLIP_MEAN, CLIP_STD, TARGET_FRAMES
-from .vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
+from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 CARD = """\
 ---

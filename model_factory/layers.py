@@ -16,8 +16,6 @@ from torch import nn
 from .attention import varlen_attention
 from .rope import RopeTables, apply_rope
 
-NORM_TYPES = ("layer_norm", "rms_norm")
-
 
 @dataclass(frozen=True)
 class PackContext:
@@ -46,7 +44,7 @@ def build_norm(norm_type: str, width: int, eps: float | None) -> nn.Module:
         return nn.LayerNorm(width, eps=eps)
     if norm_type == "rms_norm":
         return nn.RMSNorm(width, eps=eps)
-    raise ValueError(f"layer_norm_type is {norm_type!r}; choose one of {', '.join(NORM_TYPES)}")
+    raise ValueError(f"layer_norm_type is {norm_type!r}; choose layer_norm or rms_norm")
 
 
 class PatchEmbed(nn.Module):

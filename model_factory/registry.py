@@ -65,7 +65,7 @@ def packing_config(name: str, **overrides):
     """
     from transformers import PretrainedConfig
 
-    from .vit_preview_v0_packing_hf import LlavaViTPackingConfig
+    from .configuration import LlavaViTPackingConfig
 
     known = [*LlavaViTPackingConfig.own_fields(), *PretrainedConfig().to_dict()]
     for field in overrides:

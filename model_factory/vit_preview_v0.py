@@ -11,9 +11,10 @@ Shape legend: B batch, T frames, K visible patches, L patches of one clip, D wid
 import torch
 from torch import nn
 
+from .configuration import LlavaViTPackingConfig
 from .packing import compute_patch_positions_from_grid_thw, patchify
 from .state_dict_adapter import check_fits, from_packing, to_packing
-from .vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
+from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 
 class LlavaViTEncoder(nn.Module):
