@@ -5,7 +5,7 @@ chosen frames are encoded again, in memory, to one canonical H.264 stream (I and
 fixed closed GOP, one reference, one thread, fixed preset): its vectors say how each frame follows
 from the frame *shown before*, at the sampled rate, and the same frames give the same bytes
 everywhere. The residual is what motion compensation leaves unexplained. Cost at 224 px and 64
-frames on one core: about 0.2 s to encode and decode, 0.13 s to predict.
+frames on one core: about 0.1 s to encode and decode, 0.05 s to predict.
 
 Shape legend: T frames, H, W working size.
 """
@@ -22,6 +22,17 @@ from .motion_compensation import predict_luma
 
 TIME_BASE = 64  # temporal positions run over 0..63 whatever the number of frames
 MOTION_CELL = 8  # side of a motion cell in pixels: the smallest block of the canonical stream
+DECOMPOSITION_VERSION = 2  # goes up whenever equal frames would give another decomposition
+
+CANONICAL_STRUCTURE = (
+    "scenecut=0:bframes=0:ref=1:threads=1:open-gop=0:weightp=0:mbtree=0:rc-lookahead=0:"
+    "sync-lookahead=0"
+)
+# Blocks of a P-frame that are coded without reference have no vector. x264 likes them where they
+# save bits; here the prediction is what counts, so small intra blocks are not offered, and bits
+# (entropy coding, deblocking, psychovisual choices) are not cared for. Against the medium preset on
+# real clips: residual 0.27 instead of 0.44 of the frame difference, in half the time.
+CANONICAL_SEARCH = "psy=0:partitions=p8x8:subme=4:me=hex:merange=24:cabac=0:no-deblock=1"
 
 
 @dataclass(frozen=True)
@@ -105,11 +116,11 @@ def _canonical_stream(frames, gop):
     encoder = av.CodecContext.create("libx264", "w")
     encoder.height, encoder.width = frames.shape[1:3]
     encoder.pix_fmt, encoder.time_base, encoder.thread_count = "yuv420p", Fraction(1, 25), 1
+    structure = f"keyint={gop}:min-keyint={gop}"
     encoder.options = {
-        "preset": "medium",
+        "preset": "superfast",
         "crf": "18",
-        "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:ref=1:threads=1"
-        ":open-gop=0:weightp=0:mbtree=0:rc-lookahead=0:sync-lookahead=0",
+        "x264-params": f"{structure}:{CANONICAL_STRUCTURE}:{CANONICAL_SEARCH}",
     }
     packets = []
     for number, picture in enumerate(frames):

@@ -16,6 +16,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..codec.decompose import DECOMPOSITION_VERSION
 from ..codec.open_video import is_image, is_video
 from ..errors import MissingData
 from .isolation import SamplePool
@@ -46,6 +47,7 @@ class PackConfig:
         """What decides the bytes of a shard; stored in its record."""
         return {
             "schema_version": SCHEMA_VERSION,
+            "decomposition_version": DECOMPOSITION_VERSION,
             **asdict(self.sample),
             "samples_per_shard": self.samples_per_shard,
         }
