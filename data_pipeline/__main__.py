@@ -63,6 +63,9 @@ def _add_making(command) -> None:
     sub.add_argument(
         "--camera", choices=("none", "median"), default="median", help="camera motion to take away"
     )
+    sub.add_argument(
+        "--salvage", action="store_true", help="cut damaged videos before the damage, keep the rest"
+    )
     sub.add_argument("--full-frames", type=int, default=16, help="whole frames stored of each clip")
     sub.add_argument("--samples-per-shard", type=int, default=1000, help="inputs of one shard")
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="decoder processes")
@@ -127,6 +130,7 @@ def _pack(args) -> None:
         budget=args.budget,
         num_full_frames=args.full_frames,
         fit=args.fit,
+        salvage=args.salvage,
         saliency=SaliencyConfig(camera=args.camera),
     )
     config = PackConfig(sample, args.samples_per_shard, args.workers, args.wall_seconds)

@@ -1,14 +1,18 @@
 """Any readable video -> T frames by timestamp, scaled to the working size.
 
-Two passes: packets are listed once without decoding (their timestamps are the clip's true time
-line), T of them are chosen at even times, and one decoding pass keeps only those frames, already
-scaled. Memory is T working-size frames whatever the length; time is one full decode. Errors are
-never concealed: damaged bytes reject the input.
+Two passes: packets are listed once without decoding (codec/timeline.py), T of them are chosen at
+even times, and one decoding pass keeps only those frames, already scaled. Memory is T working-size
+frames whatever the length; time is one full decode. Errors are never concealed: damaged bytes
+reject the input, or with `salvage` cut it before the damage.
+
+Pictures come out upright (display rotation), with square pixels (sample aspect), in full-range RGB
+by the stream's own colour matrix and range; where a stream does not name its matrix, BT.709 is
+taken for 720 lines and more and BT.601 below, as players do.
 
 Shape legend: T frames, H, W working height and width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +20,11 @@ import numpy as np
 
 from ..errors import RejectedInput
 from .open_video import InputLimits, open_video
+from .timeline import Timeline, even_times, read_timeline
 
+HD_LINES = 720
+MATRIX_UNNAMED, MATRIX_BT709 = 2, 1  # ITU-T H.273 table 4
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273 table 3
 FITS = ("crop", "area")
 
 
@@ -67,7 +75,9 @@ def frame_to(height: float, width: float, size: int, patch_size: int, fit: str) 
 
 @dataclass(frozen=True)
 class DecodedVideo:
-    """T evenly timed frames of one video and what is known of the source."""
+    """T evenly timed frames of one video and what is known of the source. `notes` are short facts
+    for the sample's metadata: interlaced, rotated, salvaged.
+    """
 
     frames: np.ndarray  # uint8 [T, H, W, 3]
     seconds: np.ndarray  # float64 [T], presentation times
@@ -75,6 +85,15 @@ class DecodedVideo:
     codec: str
     source_height: int
     source_width: int
+    notes: tuple[str, ...] = ()
+
+
+class _Damaged(RejectedInput):
+    """A stream that breaks in decoding; `last_good` is the stamp of the last whole frame."""
+
+    def __init__(self, reason: str, detail: str, last_good: int | None):
+        super().__init__(reason, detail)
+        self.last_good = last_good
 
 
 def decode_video(
@@ -84,96 +103,96 @@ def decode_video(
     patch_size: int,
     fit: str = "crop",
     limits: InputLimits | None = None,
+    salvage: bool = False,
 ) -> DecodedVideo:
     """Decode `num_frames` frames at even timestamps;
     fewer when the video has fewer, never a repeated one.
 
-    Raises RejectedInput: container, no_video, too_large, decode (damaged), truncated (announced
-    frames are missing).
+    With `salvage`, a damaged video is cut to its whole GOPs before the damage. Raises
+    RejectedInput: container, no_video, too_large, decode (damaged), truncated (announced frames are
+    missing), varying (picture size changes), hdr.
     """
+    limits = limits or InputLimits()
+    timeline = read_timeline(path, limits, salvage)
+    framed = dict(size=size, patch_size=patch_size, fit=fit)
+    try:
+        video = _decode(path, timeline, num_frames, limits, framed)
+    except _Damaged as damage:
+        whole = timeline.before_damage(damage.last_good) if salvage else None
+        if whole is None or not whole.stamps:
+            raise
+        video = _decode(path, whole, num_frames, limits, framed)
+        kept = f"salvaged {len(whole.stamps)} of {len(timeline.stamps)} frames"
+        return replace(video, notes=(*video.notes, kept))
+    if timeline.is_cut:
+        video = replace(video, notes=(*video.notes, f"salvaged {len(timeline.stamps)} frames"))
+    return video
+
+
+def _decode(path: Path, timeline: Timeline, num_frames: int, limits, framed: dict) -> DecodedVideo:
     import av
 
-    limits = limits or InputLimits()
-    timeline, numbered = _timeline(path, limits)
-    wanted = set(_even_times(timeline, num_frames))
+    wanted = set(even_times(timeline.stamps, num_frames))
     # opened again instead of seeking back, which is inexact in streams without an index
     container, stream = open_video(path, limits)
+    stream.codec_context.options = {"err_detect": "explode"}
+    stream.thread_type = "AUTO"
+    unit = 1 / (stream.average_rate or 25) if timeline.is_numbered else stream.time_base
+    frames, times, first, framing, last_good = [], [], None, None, None
     try:
-        stream.codec_context.options = {"err_detect": "explode"}
-        stream.thread_type = "AUTO"
-        frames, times, framing = [], [], None
         for number, frame in enumerate(container.decode(stream)):
-            stamp = number if numbered else frame.pts
-            if frame.is_corrupt:
-                raise RejectedInput("decode", f"{path}: frame {number} is damaged")
+            stamp = number if timeline.is_numbered else frame.pts
+            first = first or frame
+            _check_frame(path, frame, first, number, last_good)
+            last_good = stamp if stamp is not None else last_good
             if stamp not in wanted:
                 continue
             wanted.discard(stamp)
-            framing = framing or _framing_of(frame, stream, size, patch_size, fit)
+            framing = framing or _framing_of(frame, stream, **framed)
             frames.append(_picture(frame, framing))
-            times.append(
-                float(stamp * (1 / (stream.average_rate or 25) if numbered else stream.time_base))
-            )
-        if wanted:
-            raise RejectedInput(
-                "truncated",
-                f"{path}: {len(wanted)} of {len(wanted) + len(frames)} wanted frames are missing",
-            )
+            times.append(float(stamp * unit))
+            if not wanted:
+                break
     except av.FFmpegError as error:
-        raise RejectedInput("decode", f"{path}: decoding stopped: {error.strerror}") from error
+        detail = f"{path}: decoding stopped: {error.strerror}"
+        raise _Damaged("decode", detail, last_good) from error
     finally:
         container.close()
+    if wanted:
+        missing = f"{len(wanted)} of {len(wanted) + len(frames)} wanted frames are missing"
+        raise _Damaged("truncated", f"{path}: {missing}", last_good)
     order = np.argsort(times, kind="stable")
-    context = stream.codec_context
     return DecodedVideo(
         frames=np.stack([frames[i] for i in order]),
         seconds=np.array(times)[order],
-        num_source_frames=len(timeline),
-        codec=context.name,
-        source_height=context.height,
-        source_width=context.width,
+        num_source_frames=len(timeline.stamps),
+        codec=stream.codec_context.name,
+        source_height=first.height,
+        source_width=first.width,
+        notes=_notes(first),
     )
 
 
-def _timeline(path: Path, limits: InputLimits) -> tuple[list[int], bool]:
-    """Sorted presentation stamps of all packets, and whether they are mere frame numbers because
-    the file has no timestamps. Nothing is decoded.
-    """
-    import av
-
-    stamps, count = [], 0
-    container, stream = open_video(path, limits)
-    try:
-        for packet in container.demux(stream):
-            if packet.size == 0:
-                continue
-            count += 1
-            if count > limits.max_frames:
-                raise RejectedInput("too_large", f"{path} has more than {limits.max_frames} frames")
-            if packet.pts is not None and not packet.is_discard:
-                stamps.append(packet.pts)
-    except av.FFmpegError as error:
-        raise RejectedInput("decode", f"{path}: reading stopped: {error.strerror}") from error
-    finally:
-        container.close()
-    if count == 0:
-        raise RejectedInput("truncated", f"{path} announces a video stream but holds no packet")
-    numbered = not stamps
-    return (list(range(count)) if numbered else sorted(set(stamps))), numbered
+def _check_frame(path: Path, frame, first, number: int, last_good) -> None:
+    if frame.is_corrupt:
+        raise _Damaged("decode", f"{path}: frame {number} is damaged", last_good)
+    if (frame.width, frame.height) != (first.width, first.height):
+        raise RejectedInput(
+            "varying",
+            f"{path}: frame {number} is {frame.width}x{frame.height}, the first one was "
+            f"{first.width}x{first.height}: cut the video where it changes",
+        )
+    if frame.color_trc in HDR_TRANSFERS:
+        raise RejectedInput(
+            "hdr",
+            f"{path} has {HDR_TRANSFERS[frame.color_trc]} brightness: tone-map it to standard "
+            "range first",
+        )
 
 
-def _even_times(timeline: list[int], num_frames: int) -> list[int]:
-    """The stamps nearest to `num_frames` even times between the first and the last."""
-    if len(timeline) <= num_frames:
-        return timeline
-    stamps = np.array(timeline)
-    targets = np.linspace(stamps[0], stamps[-1], num_frames)
-    right = np.searchsorted(stamps, targets).clip(1, len(stamps) - 1)
-    nearest = np.where(targets - stamps[right - 1] <= stamps[right] - targets, right - 1, right)
-    for i in range(1, num_frames):  # very uneven time lines: keep the choice strictly increasing
-        nearest[i] = max(nearest[i], nearest[i - 1] + 1)
-    overflow = np.arange(len(stamps) - num_frames, len(stamps))
-    return [int(stamp) for stamp in stamps[np.minimum(nearest, overflow)]]
+def _notes(frame) -> tuple[str, ...]:
+    interlaced = ("interlaced",) if frame.interlaced_frame else ()
+    return (*interlaced, *((f"rotated {frame.rotation:.0f}",) if frame.rotation else ()))
 
 
 def _framing_of(frame, stream, size, patch_size, fit) -> Framing:
@@ -185,10 +204,20 @@ def _framing_of(frame, stream, size, patch_size, fit) -> Framing:
 
 
 def _picture(frame, framing: Framing) -> np.ndarray:
-    """Scaled, upright, cut RGB picture of one decoded frame."""
+    """Scaled, upright, cut RGB picture of one decoded frame; of an interlaced one its first field,
+    since two fields are two moments.
+    """
+    if frame.colorspace == MATRIX_UNNAMED and frame.height >= HD_LINES:
+        frame.colorspace = MATRIX_BT709
     turned = frame.rotation % 180 != 0
     height, width = (framing.width, framing.height) if turned else (framing.height, framing.width)
-    rgb = frame.reformat(
-        width=width, height=height, format="rgb24", interpolation="AREA"
-    ).to_ndarray()
+    if frame.interlaced_frame:
+        from PIL import Image
+
+        field = Image.fromarray(frame.to_ndarray(format="rgb24")[::2])
+        rgb = np.asarray(field.resize((width, height), Image.Resampling.BOX))
+    else:
+        rgb = frame.reformat(
+            width=width, height=height, format="rgb24", interpolation="AREA"
+        ).to_ndarray()
     return np.ascontiguousarray(framing.cut(np.rot90(rgb, k=round(frame.rotation / 90) % 4)))

@@ -10,7 +10,7 @@ frames on one core: about 0.1 s to encode and decode, 0.05 s to predict.
 Shape legend: T frames, H, W working size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -58,6 +58,7 @@ class CodecClip:
     seconds: np.ndarray
     num_source_frames: int = 0
     codec: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def decompose_video(
@@ -68,21 +69,18 @@ def decompose_video(
     gop: int = 16,
     fit: str = "crop",
     limits=None,
+    salvage: bool = False,
 ) -> CodecClip:
     """Decode, choose and decompose one video; see decode_video for the frames
     and the reasons of rejection.
     """
-    video = decode_video(path, num_frames, size, patch_size, fit, limits)
-    return decompose_frames(video.frames, gop, video.seconds, video.num_source_frames, video.codec)
+    video = decode_video(path, num_frames, size, patch_size, fit, limits, salvage)
+    clip = decompose_frames(video.frames, gop, video.seconds)
+    facts = dict(num_source_frames=video.num_source_frames, codec=video.codec, notes=video.notes)
+    return replace(clip, **facts)
 
 
-def decompose_frames(
-    frames: np.ndarray,
-    gop: int,
-    seconds=None,
-    num_source_frames: int = 0,
-    codec: str = "",
-) -> CodecClip:
+def decompose_frames(frames: np.ndarray, gop: int, seconds: np.ndarray | None = None) -> CodecClip:
     """Codec view of uint8 frames [T, H, W, 3]; H and W even.
 
     Temporal positions spread the T frames evenly over 0..63 (round half to even), as the
@@ -102,7 +100,7 @@ def decompose_frames(
         motion[t] = -quarter_pels / 4.0
     times = np.rint(np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)).astype(np.int64)
     seconds = np.arange(count, dtype=np.float64) if seconds is None else seconds
-    return CodecClip(frames, is_i_frame, motion, residual, times, seconds, num_source_frames, codec)
+    return CodecClip(frames, is_i_frame, motion, residual, times, seconds)
 
 
 def _canonical_stream(frames, gop):

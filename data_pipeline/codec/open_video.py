@@ -27,8 +27,13 @@ class InputLimits:
 
     max_bytes: int = 8 << 30
     max_pixels: int = 7680 * 4320
+    max_side: int = 16384
     max_seconds: float = 4 * 3600.0
     max_frames: int = 1_000_000
+
+    def forbid(self, width: int, height: int) -> bool:
+        """Whether a picture of this size is too large."""
+        return width * height > self.max_pixels or max(width, height) > self.max_side
 
 
 def is_video(path: Path) -> bool:
@@ -70,21 +75,33 @@ def open_video(path: Path, limits: InputLimits):
         container = av.open(f"file:{path.resolve()}", options=options)
     except av.FFmpegError as error:
         raise RejectedInput("container", f"{path} does not open: {error.strerror}") from error
-    if not container.streams.video:
+    stream = _best_stream(container)
+    if stream is None:
         container.close()
         raise RejectedInput("no_video", f"{path} has no video stream")
-    stream = container.streams.best("video") or container.streams.video[0]
-    pixels = stream.codec_context.width * stream.codec_context.height
+    context = stream.codec_context
     seconds = (container.duration or 0) / av.time_base
-    if not 0 < pixels <= limits.max_pixels or seconds > limits.max_seconds:
-        size = f"{stream.codec_context.width}x{stream.codec_context.height}, {seconds:.0f} s"
+    if context.width <= 0 or context.height <= 0:
+        container.close()
+        raise RejectedInput("decode", f"{path}: its video stream has no picture size")
+    if limits.forbid(context.width, context.height) or seconds > limits.max_seconds:
         container.close()
         raise RejectedInput(
             "too_large",
-            f"{path} is {size}; the limits are {limits.max_pixels} pixels and "
-            f"{limits.max_seconds:.0f} s",
+            f"{path} is {context.width}x{context.height}, {seconds:.0f} s; the limits are "
+            f"{limits.max_pixels} pixels, {limits.max_side} a side and {limits.max_seconds:.0f} s",
         )
     return container, stream
+
+
+def _best_stream(container):
+    """The stream of the largest picture, FFmpeg's choice among equals; a song's cover is none."""
+    from av.stream import Disposition
+
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    chosen = container.streams.best("video")
+    areas = [(s.codec_context.width * s.codec_context.height, s is chosen) for s in streams]
+    return streams[areas.index(max(areas))] if streams else None
 
 
 def open_image(path: Path, limits: InputLimits) -> np.ndarray:
@@ -98,7 +115,7 @@ def open_image(path: Path, limits: InputLimits) -> np.ndarray:
     check_file(path, limits)
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as picture:
-            if picture.width * picture.height > limits.max_pixels:
+            if limits.forbid(picture.width, picture.height):
                 raise RejectedInput(
                     "too_large", f"{path} is {picture.width}x{picture.height} pixels"
                 )
@@ -106,6 +123,10 @@ def open_image(path: Path, limits: InputLimits) -> np.ndarray:
             if picture.mode.startswith("I;16"):  # 16-bit gray: Pillow would clip instead of scaling
                 wide = np.asarray(picture, dtype=np.uint32)
                 return np.repeat(((wide + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+            if picture.mode in ("I", "F"):  # no agreed range: Pillow would clip
+                raise RejectedInput(
+                    "image", f"{path} has {picture.mode} pixels (32 bit): convert it to 8 or 16 bit"
+                )
             if "A" in picture.mode or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 paper = Image.new("RGBA", picture.size, "white")

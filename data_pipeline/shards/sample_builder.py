@@ -33,6 +33,7 @@ class SampleConfig:
     budget: int | None = None
     num_full_frames: int = 16
     fit: str = "crop"
+    salvage: bool = False
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
     limits: InputLimits = field(default_factory=InputLimits)
 
@@ -77,6 +78,7 @@ def build_sample(
             config.gop,
             config.fit,
             config.limits,
+            config.salvage,
         )
         if len(clip.frames) == 1:
             members, info = _image_sample(clip.frames[0], source, before[0], config)
@@ -143,6 +145,8 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
         i_frame_times=tuple(int(t) for t in clip.times[clip.is_i_frame]),
         seconds=tuple(round(float(s), 6) for s in clip.seconds),
         is_static=selection.is_static,
+        num_source_frames=clip.num_source_frames,
+        notes=clip.notes,
         codec=clip.codec,
         decoder=f"av {av.__version__}",
     )

@@ -51,6 +51,8 @@ class SampleInfo:
     i_frame_times: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()  # T presentation times
     is_static: bool = False
+    num_source_frames: int = 1
+    notes: tuple[str, ...] = ()  # interlaced, rotated, salvaged
     codec: str = ""
     decoder: str = ""
     schema_version: int = SCHEMA_VERSION

@@ -1,0 +1,308 @@
+"""Whatever camera, encoder or editor wrote it: the same picture comes out, once upright, at its
+true times.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from data_pipeline.codec.decode import decode_video
+from data_pipeline.codec.open_video import InputLimits, open_image
+from data_pipeline.errors import RejectedInput
+
+RED, SIZE = (200, 60, 30), 64
+MATRICES = {"601": (0.299, 0.114, 5), "709": (0.2126, 0.0722, 1), "2020": (0.2627, 0.0593, 9)}
+
+
+def yuv_of(rgb, matrix, full_range):
+    """ITU-R BT.601/709/2020: 8-bit Y, Cb, Cr of a colour."""
+    kr, kb, _ = MATRICES[matrix]
+    r, g, b = (channel / 255 for channel in rgb)
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    u, v = (b - y) / (2 * (1 - kb)), (r - y) / (2 * (1 - kr))
+    if full_range:
+        return round(255 * y), round(128 + 255 * u), round(128 + 255 * v)
+    return round(16 + 219 * y), round(128 + 224 * u), round(128 + 224 * v)
+
+
+def write(path, pictures, codec="libx264", times=None, setup=None, pix_fmt="yuv420p", **options):
+    """Encode RGB pictures or ready av frames; `times` in thirtieths of a second."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options=options)
+        first = pictures[0]
+        height, width = (
+            first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
+        )
+        stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
+        stream.codec_context.time_base = Fraction(1, 30)
+        if setup:
+            setup(stream)
+        for number, picture in enumerate(pictures):
+            frame = picture
+            if isinstance(picture, np.ndarray):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number if times is None else times[number]
+            frame.time_base = Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def flat_frames(yuv, height=SIZE, width=SIZE, count=3):
+    import av
+
+    frames = []
+    for _ in range(count):
+        frame = av.VideoFrame(width, height, "yuv420p")
+        for plane, value in zip(frame.planes, yuv, strict=True):
+            plane.update(bytes([value]) * plane.buffer_size)
+        frames.append(frame)
+    return frames
+
+
+def numbered(count, size=SIZE):
+    """Frames whose brightness is their number, with a bright left edge and a dark top edge."""
+    frames = np.zeros((count, size, size, 3), np.uint8)
+    frames += (40 + np.arange(count) * 150 // max(count - 1, 1)).astype(np.uint8)[
+        :, None, None, None
+    ]
+    frames[:, :, : size // 8] = 230
+    frames[:, : size // 8] = 20
+    return frames
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("full_range", [False, True])
+def test_colours_follow_the_streams_matrix_and_range(tmp_path, matrix, full_range):
+    def tag(stream):
+        stream.codec_context.colorspace = MATRICES[matrix][2]
+        stream.codec_context.color_range = 2 if full_range else 1
+
+    frames = flat_frames(yuv_of(RED, matrix, full_range))
+    path = write(tmp_path / "clip.mp4", frames, setup=tag, crf="1")
+    picture = decode_video(path, 3, 32, 16).frames[0]
+    assert np.abs(picture.astype(int) - RED).max() <= 4
+
+
+@pytest.mark.parametrize(("height", "matrix"), [(480, "601"), (720, "709")])
+def test_an_unnamed_matrix_is_taken_by_the_number_of_lines(tmp_path, height, matrix):
+    frames = flat_frames(yuv_of(RED, matrix, False), height, height)
+    picture = decode_video(write(tmp_path / "clip.mp4", frames, crf="1"), 3, 32, 16).frames[0]
+    assert np.abs(picture.astype(int) - RED).max() <= 4
+
+
+ENCODINGS = {
+    "h264 mp4": ("mp4", "libx264", "yuv420p"),
+    "h264 mov": ("mov", "libx264", "yuv420p"),
+    "h264 ts": ("ts", "libx264", "yuv420p"),
+    "h264 10 bit": ("mkv", "libx264", "yuv420p10le"),
+    "h264 444": ("mkv", "libx264", "yuv444p"),
+    "hevc": ("mp4", "libx265", "yuv420p"),
+    "hevc 10 bit": ("mkv", "libx265", "yuv420p10le"),
+    "vp9": ("webm", "libvpx-vp9", "yuv420p"),
+    "vp8": ("webm", "libvpx", "yuv420p"),
+    "av1": ("mkv", "libsvtav1", "yuv420p"),
+    "mpeg2": ("mpg", "mpeg2video", "yuv420p"),
+    "mpeg4": ("avi", "mpeg4", "yuv420p"),
+    "mjpeg": ("avi", "mjpeg", "yuvj420p"),
+    "prores": ("mov", "prores_ks", "yuv422p10le"),
+    "gray": ("mkv", "libx264", "gray"),
+}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_every_codec_and_container_gives_its_frames_in_order(tmp_path, name):
+    import av
+
+    suffix, codec, pix_fmt = ENCODINGS[name]
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no encoder {codec}")
+    frames = numbered(20)
+    video = decode_video(
+        write(tmp_path / f"clip.{suffix}", frames, codec, pix_fmt=pix_fmt), 8, 32, 16
+    )
+    centre = video.frames[:, 16:, 16:].mean(axis=(1, 2, 3))
+    chosen = np.rint(np.linspace(0, 19, 8)).astype(int)
+    # swscale writes gray in full range into a stream that says limited
+    assert np.abs(centre - frames[chosen, -1, -1, 0]).max() < (16 if pix_fmt == "gray" else 8)
+    assert video.num_source_frames == 20
+
+
+def test_b_frames_and_open_gops_come_in_the_order_of_showing(tmp_path):
+    options = {"x264-params": "bframes=3:b-adapt=0:open-gop=1:keyint=8:min-keyint=8:scenecut=0"}
+    path = write(tmp_path / "clip.mp4", numbered(40), **options)
+    centre = decode_video(path, 40, 32, 16).frames[:, 16:, 16:].mean(axis=(1, 2, 3))
+    assert len(centre) == 40 and (np.diff(centre) > 0).all()
+
+
+def test_a_variable_frame_rate_is_sampled_by_time_not_by_number(tmp_path):
+    times = [*range(0, 20), *range(30, 130, 10)]  # 20 fast frames, then 10 slow ones
+    path = write(tmp_path / "clip.mkv", numbered(30), times=times, bf="0")
+    video = decode_video(path, 5, 32, 16)
+    assert np.allclose(video.seconds - video.seconds[0], [0, 1, 2, 3, 4], atol=0.1)
+
+
+def test_fewer_frames_than_asked_keep_their_true_times(tmp_path):
+    video = decode_video(write(tmp_path / "clip.mp4", numbered(5)), 64, 32, 16)
+    assert len(video.frames) == 5
+    assert np.allclose(np.diff(video.seconds), 1 / 30, atol=1e-3)
+
+
+def test_the_sample_aspect_is_applied_once(tmp_path):
+    def stretch(stream):
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+
+    frames = np.full((3, 64, 64, 3), 30, np.uint8)
+    frames[:, :, 28:36] = 220  # 8 of 64 columns: 16 of 128 once the pixels are square
+    path = write(tmp_path / "clip.mp4", frames, setup=stretch)
+    picture = decode_video(path, 3, 64, 16).frames[0].mean(axis=(0, 2))
+    assert 14 <= (picture > 125).sum() <= 18
+
+
+def test_of_several_streams_the_best_is_taken_and_a_cover_is_no_video(tmp_path):
+    import av
+
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for side in (32, 128):
+            stream = container.add_stream("libx264", rate=30)
+            stream.height = stream.width = side
+            stream.pix_fmt = "yuv420p"
+            streams.append(stream)
+        for number in range(10):
+            for stream in streams:
+                picture = np.full((stream.height, stream.width, 3), stream.width, np.uint8)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    video = decode_video(path, 4, 32, 16)
+    assert (video.source_height, video.source_width) == (128, 128)
+    assert abs(int(video.frames[0].mean()) - 128) < 4
+
+
+def test_interlaced_frames_give_one_moment(tmp_path):
+    frames = np.zeros((4, 64, 64, 3), np.uint8)
+    frames[:, ::2] = 200  # the two fields show different moments
+    path = write(tmp_path / "clip.mkv", frames, crf="1", **{"x264-params": "interlaced=1"})
+    video = decode_video(path, 4, 32, 16)
+    assert "interlaced" in video.notes
+    assert video.frames.mean() > 190
+
+
+def test_high_dynamic_range_is_refused_by_name(tmp_path):
+    def tag(stream):
+        stream.codec_context.color_trc = 16
+
+    path = write(tmp_path / "clip.mp4", numbered(3), setup=tag)
+    with pytest.raises(RejectedInput, match="hdr: .*PQ"):
+        decode_video(path, 3, 32, 16)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.8])
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts"])
+def test_salvage_keeps_the_whole_gops_before_a_cut(tmp_path, suffix, share):
+    options = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2", "crf": "5"}
+    rng = np.random.default_rng(0)
+    frames = numbered(90) // 2 + rng.integers(0, 100, (90, SIZE, SIZE, 3), dtype=np.uint8)
+    whole = write(tmp_path / f"whole.{suffix}", frames, movflags="faststart", **options)
+    if suffix == "mp4":
+        faststart(whole)
+    cut = tmp_path / f"cut.{suffix}"
+    cut.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
+    if suffix != "ts":  # a transport stream announces no length: its cut end is only less video
+        with pytest.raises(RejectedInput) as rejection:
+            decode_video(cut, 90, 32, 16)
+        assert rejection.value.reason in ("decode", "truncated")
+    video = decode_video(cut, 90, 32, 16, salvage=True)
+    assert 0.5 * share * 90 <= len(video.frames) <= share * 90 + 10
+    complete = decode_video(whole, 90, 32, 16)
+    assert np.array_equal(video.frames[:10], complete.frames[:10])
+
+
+def faststart(path):
+    """Rewrite an mp4 with its table of contents in front."""
+    import av
+
+    again = path.with_name("again.mp4")
+    with av.open(str(path)) as source:
+        with av.open(str(again), "w", options={"movflags": "faststart"}) as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+    again.replace(path)
+
+
+def test_a_picture_that_changes_its_size_is_refused(tmp_path):
+    path = tmp_path / "clip.ts"
+    parts = [
+        write(tmp_path / f"{side}.ts", numbered(10, side), times=range(start, start + 10))
+        for side, start in ((64, 0), (96, 10))
+    ]
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(RejectedInput) as rejection:
+        decode_video(path, 20, 32, 16)
+    assert rejection.value.reason == "varying"
+
+
+def test_files_joined_without_remuxing_are_refused(tmp_path):
+    part = write(tmp_path / "part.ts", numbered(10)).read_bytes()
+    (tmp_path / "twice.ts").write_bytes(part + part)
+    with pytest.raises(RejectedInput, match="timestamps: .*10 of 20 frames repeat"):
+        decode_video(tmp_path / "twice.ts", 8, 32, 16)
+
+
+def picture(mode):
+    from PIL import Image
+
+    gradient = np.tile(np.linspace(0, 255, 24).astype(np.uint8), (16, 1))
+    rgb = np.stack([gradient, gradient[:, ::-1], np.full_like(gradient, 80)], -1)
+    if mode == "I;16":
+        return Image.fromarray(gradient.astype(np.uint16) * 257)
+    return Image.fromarray(rgb).convert(mode)
+
+
+IMAGES = {
+    "jpeg": ("RGB", "jpg"),
+    "gray jpeg": ("L", "jpg"),
+    "cmyk jpeg": ("CMYK", "jpg"),
+    "png": ("RGB", "png"),
+    "palette png": ("P", "png"),
+    "gray alpha png": ("LA", "png"),
+    "alpha png": ("RGBA", "png"),
+    "one bit png": ("1", "png"),
+    "16 bit png": ("I;16", "png"),
+    "webp": ("RGB", "webp"),
+    "bmp": ("RGB", "bmp"),
+    "tiff": ("RGB", "tiff"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_of_every_mode_become_eight_bit_rgb(tmp_path, name):
+    mode, suffix = IMAGES[name]
+    path = tmp_path / f"picture.{suffix}"
+    picture(mode).save(path)
+    pixels = open_image(path, InputLimits())
+    assert pixels.shape == (16, 24, 3) and pixels.dtype == np.uint8
+    want = np.asarray(picture("L" if mode in ("LA", "I;16") else mode).convert("RGB"))
+    if mode == "I;16":
+        want = np.tile(np.linspace(0, 255, 24).astype(np.uint8)[None, :, None], (16, 1, 3))
+    assert np.abs(pixels.astype(int) - want).mean() < 12
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, suffix):
+    from PIL import Image
+
+    first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    path = tmp_path / f"moving.{suffix}"
+    first.save(path, save_all=True, append_images=[second])
+    assert np.abs(open_image(path, InputLimits())[8, 8].astype(int) - (255, 0, 0)).max() < 12
