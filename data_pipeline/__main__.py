@@ -61,15 +61,36 @@ def _add_making(command) -> None:
         "--fit", choices=("crop", "area"), default="crop", help="centre square, or keep the aspect"
     )
     sub.add_argument(
-        "--camera", choices=("none", "median"), default="median", help="camera motion to take away"
-    )
-    sub.add_argument(
         "--salvage", action="store_true", help="cut damaged videos before the damage, keep the rest"
     )
     sub.add_argument("--full-frames", type=int, default=16, help="whole frames stored of each clip")
     sub.add_argument("--samples-per-shard", type=int, default=1000, help="inputs of one shard")
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="decoder processes")
     sub.add_argument("--wall-seconds", type=float, default=300.0, help="time limit of one input")
+    _add_selecting(sub)
+
+
+def _add_selecting(sub) -> None:
+    group = sub.add_argument_group("which patches are kept")
+    group.add_argument(
+        "--rule",
+        choices=("i_frames_first", "published"),
+        default="i_frames_first",
+        help="published: no I-frame patches, percentiles per frame",
+    )
+    group.add_argument(
+        "--camera",
+        choices=("none", "median", "similarity", "affine"),
+        default="median",
+        help="camera motion to take away",
+    )
+    group.add_argument(
+        "--normalise", choices=("clip", "frame"), help="percentiles over clip (default) or frame"
+    )
+    group.add_argument("--motion-weight", type=float, default=1.0, help="of motion in the score")
+    group.add_argument("--residual-weight", type=float, default=1.0, help="of the residual")
+    group.add_argument("--centre-prior", type=float, default=0.0, help="bonus of the middle")
+    group.add_argument("--time-buckets", type=int, default=1, help="spans of time that take turns")
 
 
 def _add_looking(command) -> None:
@@ -131,7 +152,15 @@ def _pack(args) -> None:
         num_full_frames=args.full_frames,
         fit=args.fit,
         salvage=args.salvage,
-        saliency=SaliencyConfig(camera=args.camera),
+        rule=args.rule,
+        time_buckets=args.time_buckets,
+        saliency=SaliencyConfig(
+            camera=args.camera,
+            motion_weight=args.motion_weight,
+            residual_weight=args.residual_weight,
+            normalise=args.normalise or ("frame" if args.rule == "published" else "clip"),
+            centre_prior=args.centre_prior,
+        ),
     )
     config = PackConfig(sample, args.samples_per_shard, args.workers, args.wall_seconds)
     manifest = pack(list_inputs(args.inputs), args.output, config)

@@ -1,15 +1,15 @@
-"""How much news each patch carries: motion that the camera does not explain,
+"""How much news each patch of each frame carries: motion the camera does not explain,
 and residual that motion does not.
 
-    motion_TP    mean over the patch of |v - v_camera|, v_camera = the frame's median vector
-                 (option)
+    motion_TP    mean over the patch of |v - v_camera| (codec/camera.py)
     residual_TP  mean over the patch of the luma residual
     saliency     (w_m * motion / p95(motion) + w_r * residual / p95(residual)) / (w_m + w_r), each
-                 clipped to 1
+                 clipped to 1, times 1 + centre_prior * exp(-d^2 / (2 sigma^2)) where asked
 
 The 95th percentiles are taken over the P-frame patches of the whole clip, with floors: a frame
 where little happens does not compete as an equal with one where much does, and noise of a still
-scene is not blown up to full scale.
+scene is not blown up to full scale. `normalise="frame"` takes them per frame, as the published rule
+does.
 
 Shape legend: T frames, h, w patch grid.
 """
@@ -18,9 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .camera import CAMERA_MODELS, compensate_camera
 from .decompose import CodecClip, per_pixel
 
-CAMERA_MODELS = ("none", "median")
+NORMALISATIONS = ("clip", "frame")
+CENTRE_WIDTH = 0.35  # sigma of the centre prior in shares of the shorter side
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,20 @@ class SaliencyConfig:
     residual_weight: float = 1.0
     motion_floor: float = 0.25
     residual_floor: float = 1.0
+    normalise: str = "clip"
+    centre_prior: float = 0.0
 
     def __post_init__(self):
-        if self.camera not in CAMERA_MODELS:
-            raise ValueError(f"camera is {self.camera!r}; choose one of {', '.join(CAMERA_MODELS)}")
-
-
-def compensate_camera(motion: np.ndarray, camera: str) -> np.ndarray:
-    """Motion [T, y, x, 2] without the camera's: `median` takes away each frame's median vector."""
-    if camera == "none":
-        return motion
-    return motion - np.median(motion, axis=(1, 2), keepdims=True)
+        for name, known in (("camera", CAMERA_MODELS), ("normalise", NORMALISATIONS)):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        weights = (self.motion_weight, self.residual_weight)
+        if min(weights) < 0 or sum(weights) <= 0 or self.centre_prior < 0:
+            raise ValueError(
+                f"weights {weights} and centre_prior {self.centre_prior} must not be negative, and "
+                "one weight must be positive"
+            )
 
 
 def patch_saliency(
@@ -58,10 +63,13 @@ def patch_saliency(
     p_frames = ~clip.is_i_frame
     if not p_frames.any():
         return np.zeros_like(motion)
-    motion = _normalised(motion, p_frames, config.motion_floor)
-    residual = _normalised(residual, p_frames, config.residual_floor)
+    per_frame = config.normalise == "frame"
+    motion = _normalised(motion, p_frames, config.motion_floor, per_frame)
+    residual = _normalised(residual, p_frames, config.residual_floor, per_frame)
     total = config.motion_weight + config.residual_weight
     saliency = (config.motion_weight * motion + config.residual_weight * residual) / total
+    if config.centre_prior:
+        saliency = np.minimum(saliency * _centre(*saliency.shape[1:], config.centre_prior), 1.0)
     return (saliency * p_frames[:, None, None]).astype(np.float32)
 
 
@@ -71,9 +79,20 @@ def _patch_mean(field: np.ndarray, patch_size: int) -> np.ndarray:
     return grid.mean(axis=(2, 4))
 
 
-def _normalised(values: np.ndarray, p_frames: np.ndarray, floor: float) -> np.ndarray:
-    scale = max(float(np.percentile(values[p_frames], 95)), floor)
+def _normalised(values: np.ndarray, p_frames: np.ndarray, floor: float, per_frame: bool):
+    if per_frame:
+        scale = np.maximum(np.percentile(values, 95, axis=(1, 2), keepdims=True), floor)
+    else:
+        scale = max(float(np.percentile(values[p_frames], 95)), floor)
     return np.clip(values / scale, 0.0, 1.0)
+
+
+def _centre(height: int, width: int, strength: float) -> np.ndarray:
+    """Factor of every patch [h, w]: 1 + strength in the middle, 1 far from it."""
+    y = np.arange(height)[:, None] - (height - 1) / 2
+    x = np.arange(width)[None, :] - (width - 1) / 2
+    sigma = CENTRE_WIDTH * min(height, width)
+    return 1 + strength * np.exp(-(x**2 + y**2) / (2 * sigma**2))
 
 
 def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:

@@ -2,8 +2,12 @@
 
 The order is the contract: I-frame patches first (raster order), then P-frame patches by falling
 saliency, ties by position. So any smaller budget is a prefix of a larger one and nothing has to be
-selected again. A clip in which nothing moves has no best P-frame patches; whole P-frames at even
-times are taken instead, and the selection says so (`is_static`).
+selected again. With `time_buckets` the P-frames are cut into that many spans of time which take
+turns, each giving its next best patch: still a prefix, but no span of a clip goes without. A clip
+in which nothing moves has no best P-frame patches; whole P-frames at even times are taken instead,
+and the selection says so (`is_static`).
+
+The published rule, `keep_i_frames=False`, gives I-frame patches no score and so never takes one.
 
 Shape legend: T frames, h, w patch grid, K kept patches.
 """
@@ -26,7 +30,13 @@ class Selection:
     is_static: bool
 
 
-def select_patches(saliency: np.ndarray, is_i_frame: np.ndarray, budget: int) -> Selection:
+def select_patches(
+    saliency: np.ndarray,
+    is_i_frame: np.ndarray,
+    budget: int,
+    keep_i_frames: bool = True,
+    time_buckets: int = 1,
+) -> Selection:
     """Choose at most `budget` patches of saliency [T, h, w].
 
     Raises ValueError when the budget cannot hold every I-frame.
@@ -34,24 +44,38 @@ def select_patches(saliency: np.ndarray, is_i_frame: np.ndarray, budget: int) ->
     frames, height, width = saliency.shape
     per_frame = height * width
     num_i_frames = int(is_i_frame.sum())
-    if budget < num_i_frames * per_frame:
+    if keep_i_frames and budget < num_i_frames * per_frame:
         raise ValueError(
             f"a budget of {budget} patches cannot hold {num_i_frames} I-frames of {per_frame}: "
             "raise it, lower the size, or take a longer GOP"
         )
     linear = np.arange(saliency.size).reshape(frames, per_frame)
-    intra = linear[is_i_frame].ravel()
+    intra = linear[is_i_frame].ravel() if keep_i_frames else np.zeros(0, int)
     inter = linear[~is_i_frame].ravel()
     scores = saliency.reshape(-1)[inter]
     is_static = len(inter) > 0 and float(scores.max()) < STATIC_SALIENCY
     if is_static:
-        order = _even_frames(int((~is_i_frame).sum()), per_frame)
+        order = _even_frames(frames - num_i_frames, per_frame)
     else:
-        order = np.argsort(-scores, kind="stable")
+        order = _best_first(scores, frames - num_i_frames, time_buckets)
     kept = np.concatenate([intra, inter[order]])[:budget]
     kept_scores = np.concatenate([np.ones(len(intra)), scores[order]])[:budget]
     positions = np.stack([kept // per_frame, kept // width % height, kept % width], axis=-1)
     return Selection(positions.astype(np.uint16), kept_scores.astype(np.float16), is_static)
+
+
+def _best_first(scores: np.ndarray, num_p_frames: int, time_buckets: int) -> np.ndarray:
+    """Order of P-frame patches by falling score, in turns over the buckets of time."""
+    order = np.argsort(-scores, kind="stable")
+    if time_buckets == 1 or num_p_frames == 0:
+        return order
+    frame = order // (len(scores) // num_p_frames)
+    bucket = frame * min(time_buckets, num_p_frames) // num_p_frames
+    turn = np.empty_like(bucket)
+    for number in np.unique(bucket):
+        members = bucket == number
+        turn[members] = np.arange(members.sum())
+    return order[np.lexsort((bucket, turn))]
 
 
 def _even_frames(num_p_frames: int, per_frame: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from .schema import SampleInfo, encode_clip, encode_image
 from .writer import file_sha256
 
 MOTION_GRID = 8
+RULES = ("i_frames_first", "published")
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class SampleConfig:
     num_full_frames: int = 16
     fit: str = "crop"
     salvage: bool = False
+    rule: str = "i_frames_first"
+    time_buckets: int = 1
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
     limits: InputLimits = field(default_factory=InputLimits)
 
     def __post_init__(self):
-        counts = ("size", "patch_size", "num_frames", "gop", "num_full_frames")
+        counts = ("size", "patch_size", "num_frames", "gop", "num_full_frames", "time_buckets")
         for name in counts if self.budget is None else (*counts, "budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
@@ -46,12 +49,19 @@ class SampleConfig:
             raise ValueError(
                 f"--size {self.size} must be even and a multiple of --patch-size {self.patch_size}"
             )
+        if self.rule not in RULES:
+            raise ValueError(f"rule is {self.rule!r}; choose one of {', '.join(RULES)}")
         intra = -(-self.num_frames // self.gop) * (self.size // self.patch_size) ** 2
-        if self.tokens < intra:
+        if self.keeps_i_frames and self.tokens < intra:
             raise ValueError(
                 f"a budget of {self.tokens} patches cannot hold the {intra} of all I-frames: raise "
                 f"--budget or --gop {self.gop}, or lower --size {self.size}"
             )
+
+    @property
+    def keeps_i_frames(self) -> bool:
+        """Whether every I-frame patch is kept; the published rule keeps none."""
+        return self.rule != "published"
 
     @property
     def tokens(self) -> int:
@@ -120,12 +130,14 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
     import av
 
     intra = clip.frames[clip.is_i_frame, :, :, 0].size // config.patch_size**2
-    if intra > config.tokens:
+    if config.keeps_i_frames and intra > config.tokens:
         raise RejectedInput(
             "budget", f"{source}: its I-frames are {intra} patches, the budget is {config.tokens}"
         )
     saliency = patch_saliency(clip, config.patch_size, config.saliency)
-    selection = select_patches(saliency, clip.is_i_frame, config.tokens)
+    selection = select_patches(
+        saliency, clip.is_i_frame, config.tokens, config.keeps_i_frames, config.time_buckets
+    )
     frame_index, row, column = selection.positions.astype(np.int64).T
     patches = cut_patches(clip.frames, frame_index, row, column, config.patch_size)
     stored = np.unique(
@@ -145,6 +157,8 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
         i_frame_times=tuple(int(t) for t in clip.times[clip.is_i_frame]),
         seconds=tuple(round(float(s), 6) for s in clip.seconds),
         is_static=selection.is_static,
+        mean_motion=_p_frame_mean(np.linalg.norm(clip.motion, axis=-1), clip),
+        mean_residual=_p_frame_mean(clip.residual, clip),
         num_source_frames=clip.num_source_frames,
         notes=clip.notes,
         codec=clip.codec,
@@ -155,6 +169,11 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
     return encode_clip(
         info, patches, positions, selection.scores, motion, clip.frames[stored]
     ), info
+
+
+def _p_frame_mean(field: np.ndarray, clip: CodecClip) -> float:
+    p_frames = ~clip.is_i_frame
+    return round(float(field[p_frames].mean()), 3) if p_frames.any() else 0.0
 
 
 def cut_patches(frames: np.ndarray, frame_index, row, column, patch_size: int) -> np.ndarray:

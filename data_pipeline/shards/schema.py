@@ -51,6 +51,8 @@ class SampleInfo:
     i_frame_times: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()  # T presentation times
     is_static: bool = False
+    mean_motion: float = 0.0  # pixels per frame, camera included
+    mean_residual: float = 0.0  # luma steps
     num_source_frames: int = 1
     notes: tuple[str, ...] = ()  # interlaced, rotated, salvaged
     codec: str = ""

@@ -63,6 +63,9 @@ def write_shard(
                 "num_patches": info.num_patches,
                 "grid": list(info.grid),
                 "is_static": info.is_static,
+                "mean_motion": info.mean_motion,
+                "mean_residual": info.mean_residual,
+                "notes": list(info.notes),
                 "members": {ext: [*places[f"{key}.{ext}"], crc] for ext, crc in checksums.items()},
             }
             for key, checksums, info in entries

@@ -48,3 +48,26 @@ def test_a_clip_without_news_keeps_whole_frames_and_says_so():
 def test_a_budget_below_one_i_frame_is_an_error():
     with pytest.raises(ValueError, match="budget of 17 patches cannot hold 2 I-frames of 9"):
         select_patches(*saliency(), 17)
+
+
+def test_the_published_rule_takes_no_i_frame_patch():
+    values, is_i = saliency()
+    chosen = select_patches(values, is_i, 20, keep_i_frames=False)
+    assert not is_i[chosen.positions[:, 0]].any()
+    t, h, w = chosen.positions.astype(int).T
+    assert np.allclose(values[t, h, w], np.sort(values[~is_i].ravel())[::-1][:20])
+
+
+@pytest.mark.parametrize("buckets", [2, 3, 6, 50])
+def test_buckets_of_time_take_turns_and_budgets_stay_prefixes(buckets):
+    values, is_i = saliency()
+    values[5:] *= 0.01  # without turns the end of the clip would get nothing
+    whole = select_patches(values, is_i, 60, time_buckets=buckets)
+    part = select_patches(values, is_i, 30, time_buckets=buckets)
+    assert np.array_equal(whole.positions[:30], part.positions)
+    taken = part.positions[18:, 0].astype(int)
+    spans = np.searchsorted(np.flatnonzero(~is_i), taken) * min(buckets, 6) // 6
+    counts = np.bincount(spans, minlength=min(buckets, 6))
+    assert counts.max() - counts.min() <= 1
+    plain = select_patches(values, is_i, 30).positions[18:, 0]
+    assert (plain < 4).all()

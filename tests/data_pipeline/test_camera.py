@@ -1,0 +1,85 @@
+"""Camera motion is taken away, and what moves by itself stays."""
+
+import numpy as np
+import pytest
+
+from data_pipeline.codec.camera import camera_motion, compensate_camera
+from data_pipeline.codec.decompose import decompose_frames
+from data_pipeline.codec.saliency import SaliencyConfig, patch_saliency
+
+SIDE = 28
+
+
+def coordinates():
+    y, x = np.meshgrid(np.linspace(-1, 1, SIDE), np.linspace(-1, 1, SIDE), indexing="ij")
+    return np.stack([x, y], -1)
+
+
+FIELDS = {
+    "median": np.zeros((2, 2)),
+    "similarity": np.array([[0.8, -1.5], [1.5, 0.8]]),
+    "affine": np.array([[2.0, 0.7], [-0.4, -1.0]]),
+}
+
+
+@pytest.mark.parametrize("camera", FIELDS)
+def test_a_known_camera_field_is_found_behind_an_object_of_a_quarter_of_the_picture(camera):
+    rng = np.random.default_rng(0)
+    field = coordinates() @ FIELDS[camera].T + (3.0, -2.0)
+    noisy = field + rng.normal(0, 0.1, field.shape)
+    noisy[4:18, 4:18] += (6.0, 5.0)  # the object
+    motion = np.round(np.stack([noisy, np.zeros_like(noisy)]) * 4) / 4  # quarter pixels
+    found = np.broadcast_to(camera_motion(motion, camera), motion.shape)
+    assert np.abs(found[0] - field).max() < 0.25
+    assert np.abs(found[1]).max() < 1e-6
+    left = np.linalg.norm(compensate_camera(motion, camera)[0], axis=-1)
+    assert left[5:17, 5:17].min() > 6 and np.median(left[20:]) < 0.3
+
+
+def test_models_nest():
+    """A translation is found by every model, a rotation by similarity and affine only."""
+    shift = np.full((1, SIDE, SIDE, 2), 2.5)
+    turn = (coordinates() @ FIELDS["similarity"].T)[None]
+    for camera in FIELDS:
+        assert np.abs(compensate_camera(shift, camera)).max() < 1e-6
+        left = np.linalg.norm(compensate_camera(turn, camera), axis=-1).mean()
+        assert left > 0.5 if camera == "median" else left < 1e-6
+
+
+def test_none_changes_nothing_and_an_unknown_model_is_named():
+    motion = np.ones((1, 4, 4, 2))
+    assert compensate_camera(motion, "none") is motion
+    with pytest.raises(ValueError, match="camera is 'zoom'; choose one of median"):
+        compensate_camera(motion, "zoom")
+    with pytest.raises(ValueError, match="camera is 'zoom'"):
+        SaliencyConfig(camera="zoom")
+    with pytest.raises(ValueError, match="one weight must be positive"):
+        SaliencyConfig(motion_weight=0, residual_weight=0)
+
+
+def quiet_and_loud():
+    """A clip whose first half moves a little and whose second half moves much."""
+    rng = np.random.default_rng(0)
+    texture = np.kron(rng.integers(0, 255, (40, 40, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+    places = [t // 2 if t < 8 else 4 + 4 * (t - 8) for t in range(16)]
+    frames = np.full((16, 112, 112, 3), 90, np.uint8)
+    for t, place in enumerate(places):
+        frames[t, 40:72, 20 + place : 52 + place] = texture[:32, :32]
+    return decompose_frames(frames, gop=16)
+
+
+def test_per_frame_normalisation_lets_quiet_frames_compete():
+    clip = quiet_and_loud()
+    by_clip = patch_saliency(clip, 16, SaliencyConfig(residual_weight=0))
+    by_frame = patch_saliency(clip, 16, SaliencyConfig(residual_weight=0, normalise="frame"))
+    share = [field[1:8].max() / field[8:].max() for field in (by_clip, by_frame)]
+    assert share[0] < 0.6 < share[1]
+
+
+def test_the_centre_prior_favours_the_middle():
+    clip = quiet_and_loud()
+    plain = patch_saliency(clip, 16)
+    central = patch_saliency(clip, 16, SaliencyConfig(centre_prior=0.3))
+    assert (central >= plain - 1e-6).all() and central.max() <= 1
+    gain = central[1:].sum(0) / np.maximum(plain[1:].sum(0), 1e-6)
+    assert gain[3, 3] > gain[2, 1] > 1
