@@ -187,7 +187,7 @@ def _verify(args) -> None:
 
 def _stats(args) -> None:
     from .shards.manifest import load_manifest
-    from .shards.verify import statistics, statistics_table
+    from .shards.statistics import statistics, statistics_table
 
     stats = statistics(load_manifest(args.directory))
     print(json.dumps(stats) if args.json else statistics_table(stats))

@@ -42,14 +42,15 @@ def compose(output: Path, shards: Path, seconds: int) -> str:
 
 def _packed(shards: Path) -> str:
     from data_pipeline.shards.manifest import load_manifest
-    from data_pipeline.shards.verify import statistics
+    from data_pipeline.shards.statistics import statistics
 
     manifest = load_manifest(shards)
     stats = statistics(manifest)
     lines = [
         f"Packed: {stats['videos']} videos and {stats['images']} images, "
         f"{stats['bytes'] / 1e6:.1f} MB in {stats['shards']} shards, "
-        f"{stats['tokens_mean']} kept patches per sample, {stats['static_videos']} static clips, "
+        f"{stats['tokens']['mean']} kept patches per sample, "
+        f"{stats['static_videos']} static clips, "
         f"{sum(stats['rejected'].values())} inputs rejected."
     ]
     rejected = [entry for shard in manifest.shards for entry in shard["rejected"]]

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,3 +116,30 @@ def kill_group(process: subprocess.Popen) -> None:
         except psutil.NoSuchProcess:
             continue
     process.wait()
+
+
+def write_video(
+    path, pictures, codec="libx264", times=None, setup=None, pix_fmt="yuv420p", **options
+):
+    """Encode RGB pictures or ready av frames; `times` in thirtieths of a second."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options=options)
+        first = pictures[0]
+        height, width = (
+            first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
+        )
+        stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
+        stream.codec_context.time_base = Fraction(1, 30)
+        if setup:
+            setup(stream)
+        for number, picture in enumerate(pictures):
+            frame = picture
+            if isinstance(picture, np.ndarray):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number if times is None else times[number]
+            frame.time_base = Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path

@@ -46,6 +46,7 @@ class CodecClip:
               before
                       (grid rounded up)
     residual  uint8   [T, H, W]       |luma - motion-compensated prediction|
+    change    float32 [T, H/8, W/8]   mean |luma - luma of the frame before| of each motion cell
     times     int64   [T]             temporal positions on the 0..63 time base
     seconds   float64 [T]
     """
@@ -54,6 +55,7 @@ class CodecClip:
     is_i_frame: np.ndarray
     motion: np.ndarray
     residual: np.ndarray
+    change: np.ndarray
     times: np.ndarray
     seconds: np.ndarray
     num_source_frames: int = 0
@@ -91,6 +93,7 @@ def decompose_frames(frames: np.ndarray, gop: int, seconds: np.ndarray | None = 
     height, width = luma.shape[1:]
     motion = np.zeros((count, *_cells(height, width), 2), np.float32)
     residual = np.zeros((count, height, width), np.uint8)
+    change = np.zeros((count, *_cells(height, width)), np.float32)
     for t in range(count):
         if is_i_frame[t]:
             continue
@@ -98,9 +101,10 @@ def decompose_frames(frames: np.ndarray, gop: int, seconds: np.ndarray | None = 
         prediction = predict_luma(luma[t - 1], quarter_pels, MOTION_CELL)
         residual[t] = np.abs(luma[t].astype(np.int16) - prediction).astype(np.uint8)
         motion[t] = -quarter_pels / 4.0
+        change[t] = _cell_means(np.abs(luma[t].astype(np.int16) - luma[t - 1]))
     times = np.rint(np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)).astype(np.int64)
     seconds = np.arange(count, dtype=np.float64) if seconds is None else seconds
-    return CodecClip(frames, is_i_frame, motion, residual, times, seconds)
+    return CodecClip(frames, is_i_frame, motion, residual, change, times, seconds)
 
 
 def _canonical_stream(frames, gop):
@@ -154,6 +158,15 @@ def _vectors(frame) -> np.ndarray:
 
 def _cells(height: int, width: int) -> tuple[int, int]:
     return -(-height // MOTION_CELL), -(-width // MOTION_CELL)
+
+
+def _cell_means(field: np.ndarray) -> np.ndarray:
+    rows, columns = (np.arange(0, side, MOTION_CELL) for side in field.shape)
+    sums = np.add.reduceat(np.add.reduceat(field, rows, axis=0, dtype=np.float32), columns, axis=1)
+    sizes = [
+        np.diff(np.append(at, side)) for at, side in zip((rows, columns), field.shape, strict=True)
+    ]
+    return sums / (sizes[0][:, None] * sizes[1])
 
 
 def per_pixel(cells: np.ndarray, height: int, width: int) -> np.ndarray:

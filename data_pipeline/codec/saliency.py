@@ -22,6 +22,8 @@ from .camera import CAMERA_MODELS, compensate_camera
 from .decompose import CodecClip, per_pixel
 
 NORMALISATIONS = ("clip", "frame")
+STILL_CHANGE = 3.0  # luma steps: what noise and recompression of a still scene stay below
+STILL_SHARE = 0.002  # of all cells of P-frames; more of them changed is news
 CENTRE_WIDTH = 0.35  # sigma of the centre prior in shares of the shorter side
 
 
@@ -71,6 +73,15 @@ def patch_saliency(
     if config.centre_prior:
         saliency = np.minimum(saliency * _centre(*saliency.shape[1:], config.centre_prior), 1.0)
     return (saliency * p_frames[:, None, None]).astype(np.float32)
+
+
+def is_static(clip: CodecClip) -> bool:
+    """Whether next to nothing changes from frame to frame, noise and recompression aside.
+
+    Told by plain differences, since an encoder finds vectors in noise too.
+    """
+    changed = clip.change[~clip.is_i_frame] > STILL_CHANGE
+    return changed.size > 0 and float(changed.mean()) < STILL_SHARE
 
 
 def _patch_mean(field: np.ndarray, patch_size: int) -> np.ndarray:

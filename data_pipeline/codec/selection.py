@@ -4,8 +4,8 @@ The order is the contract: I-frame patches first (raster order), then P-frame pa
 saliency, ties by position. So any smaller budget is a prefix of a larger one and nothing has to be
 selected again. With `time_buckets` the P-frames are cut into that many spans of time which take
 turns, each giving its next best patch: still a prefix, but no span of a clip goes without. A clip
-in which nothing moves has no best P-frame patches; whole P-frames at even times are taken instead,
-and the selection says so (`is_static`).
+in which nothing moves (saliency.is_static) has no best P-frame patches; whole P-frames at even
+times are taken instead, and the selection says so.
 
 The published rule, `keep_i_frames=False`, gives I-frame patches no score and so never takes one.
 
@@ -15,8 +15,6 @@ Shape legend: T frames, h, w patch grid, K kept patches.
 from dataclasses import dataclass
 
 import numpy as np
-
-STATIC_SALIENCY = 0.02  # a clip whose best patch scores less shows nothing but noise
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ def select_patches(
     budget: int,
     keep_i_frames: bool = True,
     time_buckets: int = 1,
+    is_static: bool = False,
 ) -> Selection:
     """Choose at most `budget` patches of saliency [T, h, w].
 
@@ -53,7 +52,7 @@ def select_patches(
     intra = linear[is_i_frame].ravel() if keep_i_frames else np.zeros(0, int)
     inter = linear[~is_i_frame].ravel()
     scores = saliency.reshape(-1)[inter]
-    is_static = len(inter) > 0 and float(scores.max()) < STATIC_SALIENCY
+    is_static = len(inter) > 0 and (is_static or not scores.any())
     if is_static:
         order = _even_frames(frames - num_i_frames, per_frame)
     else:

@@ -11,7 +11,7 @@ import numpy as np
 from ..codec.decode import frame_to
 from ..codec.decompose import CodecClip, decompose_video
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
-from ..codec.saliency import SaliencyConfig, motion_summary, patch_saliency
+from ..codec.saliency import SaliencyConfig, is_static, motion_summary, patch_saliency
 from ..codec.selection import select_patches
 from ..errors import RejectedInput
 from .schema import SampleInfo, encode_clip, encode_image
@@ -136,7 +136,12 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
         )
     saliency = patch_saliency(clip, config.patch_size, config.saliency)
     selection = select_patches(
-        saliency, clip.is_i_frame, config.tokens, config.keeps_i_frames, config.time_buckets
+        saliency,
+        clip.is_i_frame,
+        config.tokens,
+        config.keeps_i_frames,
+        config.time_buckets,
+        is_static(clip),
     )
     frame_index, row, column = selection.positions.astype(np.int64).T
     patches = cut_patches(clip.frames, frame_index, row, column, config.patch_size)

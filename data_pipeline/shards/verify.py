@@ -1,9 +1,4 @@
-"""Reading every byte of a packed folder: does it still say what the
-manifest binds? And what does it hold?
-"""
-
-import json
-from collections import Counter
+"""Reading every byte of a packed folder: does it still say what the manifest binds?"""
 
 import numpy as np
 
@@ -54,32 +49,3 @@ def _check_sample(reader, sample_id: int, name: str) -> None:
         raise CorruptShard(f"{name}: scores or positions out of range")
     for member in ("motion.npy", "tiles.jpg", "frames.jpg"):
         reader.read(sample_id, member)
-
-
-def statistics(manifest: Manifest) -> dict:
-    """Counts, sizes, token numbers, static share and rejects of a packed folder."""
-    samples = [sample for shard in manifest.shards for sample in shard["samples"]]
-    tokens = np.array([sample["num_patches"] for sample in samples] or [0])
-    videos = [sample for sample in samples if sample["kind"] == "video"]
-    return {
-        "shards": len(manifest.shards),
-        "samples": len(samples),
-        "videos": len(videos),
-        "images": len(samples) - len(videos),
-        "bytes": sum(shard["size"] for shard in manifest.shards),
-        "tokens_min": int(tokens.min()),
-        "tokens_mean": round(float(tokens.mean()), 1),
-        "tokens_max": int(tokens.max()),
-        "static_videos": sum(sample["is_static"] for sample in videos),
-        "rejected": dict(manifest.rejected_by_reason()),
-        "settings": manifest.settings,
-    }
-
-
-def statistics_table(stats: dict) -> str:
-    """The same as lines of text."""
-    lines = [f"{key:>14}  {value}" for key, value in stats.items() if not isinstance(value, dict)]
-    counts = Counter(stats["rejected"])
-    lines += [f"{'rejected':>14}  {sum(counts.values())}"]
-    lines += [f"{'':>14}  {reason}: {count}" for reason, count in counts.most_common()]
-    return "\n".join([*lines, f"{'settings':>14}  {json.dumps(stats['settings'])}"])

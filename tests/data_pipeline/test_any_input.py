@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from conftest import write_video as write
 
 from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.open_video import InputLimits, open_image
@@ -24,31 +25,6 @@ def yuv_of(rgb, matrix, full_range):
     if full_range:
         return round(255 * y), round(128 + 255 * u), round(128 + 255 * v)
     return round(16 + 219 * y), round(128 + 224 * u), round(128 + 224 * v)
-
-
-def write(path, pictures, codec="libx264", times=None, setup=None, pix_fmt="yuv420p", **options):
-    """Encode RGB pictures or ready av frames; `times` in thirtieths of a second."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=30, options=options)
-        first = pictures[0]
-        height, width = (
-            first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
-        )
-        stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
-        stream.codec_context.time_base = Fraction(1, 30)
-        if setup:
-            setup(stream)
-        for number, picture in enumerate(pictures):
-            frame = picture
-            if isinstance(picture, np.ndarray):
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = number if times is None else times[number]
-            frame.time_base = Fraction(1, 30)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 def flat_frames(yuv, height=SIZE, width=SIZE, count=3):

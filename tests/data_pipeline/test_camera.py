@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from conftest import write_video as write
 
 from data_pipeline.codec.camera import camera_motion, compensate_camera
-from data_pipeline.codec.decompose import decompose_frames
-from data_pipeline.codec.saliency import SaliencyConfig, patch_saliency
+from data_pipeline.codec.decompose import decompose_frames, decompose_video
+from data_pipeline.codec.saliency import SaliencyConfig, is_static, patch_saliency
 
 SIDE = 28
 
@@ -83,3 +84,21 @@ def test_the_centre_prior_favours_the_middle():
     assert (central >= plain - 1e-6).all() and central.max() <= 1
     gain = central[1:].sum(0) / np.maximum(plain[1:].sum(0), 1e-6)
     assert gain[3, 3] > gain[2, 1] > 1
+
+
+@pytest.mark.parametrize("noise", [0, 4])
+@pytest.mark.parametrize("crf", [10, 30])
+def test_a_still_scene_is_static_through_noise_and_recompression(tmp_path, noise, crf):
+    rng = np.random.default_rng(0)
+    scene = np.kron(rng.integers(0, 255, (14, 14, 3)), np.ones((8, 8, 1)))
+    frames = scene + rng.integers(-noise, noise + 1, (32, 112, 112, 3))
+    path = write(
+        tmp_path / "still.mp4", list(np.clip(frames, 0, 255).astype(np.uint8)), crf=str(crf)
+    )
+    clip = decompose_video(path, 32, 112, 16)
+    assert is_static(clip)
+    moving = np.clip(frames, 0, 255).astype(np.uint8)
+    for t in range(32):
+        moving[t, 40:56, 20 + t : 36 + t] = 255  # one small thing crosses it
+    path = write(tmp_path / "moving.mp4", list(moving), crf=str(crf))
+    assert not is_static(decompose_video(path, 32, 112, 16))

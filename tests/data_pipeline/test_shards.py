@@ -20,7 +20,8 @@ from data_pipeline.shards.schema import (
     frames_from_strip,
     tiles_from_mosaic,
 )
-from data_pipeline.shards.verify import statistics, verify
+from data_pipeline.shards.statistics import statistics, statistics_table
+from data_pipeline.shards.verify import verify
 from data_pipeline.shards.view import save_view
 
 CONFIG = PackConfig(
@@ -127,6 +128,36 @@ def test_images_become_image_samples(shared, tmp_path):
     manifest = pack(list_inputs([shared / "images"]), tmp_path / "out", CONFIG)
     assert statistics(manifest)["images"] == 2
     assert verify(manifest) == []
+
+
+def test_statistics_count_motion_static_clips_tokens_and_rejects(tmp_path):
+    """One moving clip, one still one, one broken file: every figure is known."""
+    import av
+
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    texture = np.random.default_rng(0).integers(0, 255, (14, 40, 3), dtype=np.uint8)
+    texture = np.kron(texture, np.ones((8, 8, 1), np.uint8))
+    for name, step in (("moving", 4), ("still", 0)):
+        with av.open(str(inputs / f"{name}.mp4"), "w") as output:
+            stream = output.add_stream("libx264", rate=25, options={"crf": "10"})
+            stream.height, stream.width, stream.pix_fmt = 112, 112, "yuv420p"
+            for t in range(16):
+                picture = np.ascontiguousarray(texture[:, step * t : step * t + 112])
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            output.mux(stream.encode(None))
+    (inputs / "broken.mp4").write_bytes(b"\0" * 99)
+    manifest = pack(list_inputs([inputs]), tmp_path / "out", CONFIG)
+    stats = statistics(manifest)
+    assert (stats["videos"], stats["images"], stats["static_videos"]) == (2, 0, 1)
+    assert stats["static_share"] == 0.5 and stats["rejected"] == {"container": 1}
+    assert stats["tokens"]["min"] == stats["tokens"]["max"] == 32
+    assert 1.5 < stats["mean_motion"]["max"] < 2.5  # 4 pixels a frame at half the size
+    assert stats["mean_motion"]["min"] < 0.05
+    table = statistics_table(stats)
+    for part in ("static_share  0.5", "container: 1", "mean_motion  min"):
+        assert part in table
+    json.dumps(stats)
 
 
 def test_any_flipped_byte_is_found(copy):
