@@ -50,7 +50,7 @@ def _add_making(command) -> None:
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
 
     sub = command("pack", "turn videos and images into shards", _pack)
-    sub.add_argument("inputs", nargs="+", help="files, folders, or .txt/.csv lists (first column)")
+    sub.add_argument("inputs", nargs="+", help="files, folders, URLs, or .txt/.csv lists")
     sub.add_argument("--output", type=Path, required=True, help="folder of the shards")
     sub.add_argument("--size", type=int, default=224, help="working size in pixels")
     sub.add_argument("--patch-size", type=int, default=16, help="side of a patch in pixels")
@@ -66,6 +66,9 @@ def _add_making(command) -> None:
     sub.add_argument("--full-frames", type=int, default=16, help="whole frames stored of each clip")
     sub.add_argument("--samples-per-shard", type=int, default=1000, help="inputs of one shard")
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="decoder processes")
+    sub.add_argument("--task-id", type=int, default=0, help="which part of the shards to pack")
+    sub.add_argument("--num-tasks", type=int, default=1, help="number of parts, one per job")
+    sub.add_argument("--executor", choices=("local", "ray"), default="local", help="who packs")
     sub.add_argument("--wall-seconds", type=float, default=300.0, help="time limit of one input")
     _add_selecting(sub)
 
@@ -140,7 +143,8 @@ def _motion_shapes(args) -> None:
 
 def _pack(args) -> None:
     from .codec.saliency import SaliencyConfig
-    from .shards.pack import PackConfig, list_inputs, pack
+    from .shards.inputs import list_inputs
+    from .shards.pack import PackConfig, pack
     from .shards.sample_builder import SampleConfig
 
     sample = SampleConfig(
@@ -163,7 +167,16 @@ def _pack(args) -> None:
         ),
     )
     config = PackConfig(sample, args.samples_per_shard, args.workers, args.wall_seconds)
-    manifest = pack(list_inputs(args.inputs), args.output, config)
+    inputs = list_inputs(args.inputs)
+    if args.executor == "ray":
+        from .shards.ray_driver import pack_ray
+
+        manifest = pack_ray(inputs, args.output, config)
+    else:
+        parts = {"task_id": args.task_id, "num_tasks": args.num_tasks}
+        manifest = pack(inputs, args.output, config, **parts)
+    if manifest is None:
+        return
     rejected = manifest.rejected_by_reason()
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
     print(

@@ -96,7 +96,8 @@ def prepare_embedded(
     from .clustering.labels import RECORD_NAME
     from .clustering.pipeline import cluster, label
     from .motion_shapes import write_motion_shapes
-    from .shards.pack import PackConfig, list_inputs, pack
+    from .shards.inputs import list_inputs
+    from .shards.pack import PackConfig, pack
     from .shards.sample_builder import SampleConfig
 
     write_motion_shapes(directory, num_train, num_val)

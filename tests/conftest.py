@@ -42,7 +42,8 @@ def packed(clips) -> Path:
     folders train/ and val/.
     """
     from data_pipeline.clustering.pipeline import cluster, label
-    from data_pipeline.shards.pack import PackConfig, list_inputs, pack
+    from data_pipeline.shards.inputs import list_inputs
+    from data_pipeline.shards.pack import PackConfig, pack
     from data_pipeline.shards.sample_builder import SampleConfig
 
     config = PackConfig(

@@ -23,6 +23,8 @@ HOMES = {
     "flash_attn": {"model_factory.attention"},
     "decord": {"eval_encoder.probe_video"},
     "webdataset": {"data_pipeline.shards.writer"},
+    "ray": {"data_pipeline.shards.ray_driver"},
+    "fsspec": {"data_pipeline.shards.inputs"},
 }
 
 

@@ -11,12 +11,13 @@ import multiprocessing
 import os
 import resource
 import traceback
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from ..errors import RejectedInput
+from .inputs import Input, local_copy
 from .sample_builder import SampleConfig, build_sample
 from .schema import SampleInfo
 
@@ -31,26 +32,26 @@ class SampleWorker:
         self._wall_seconds = wall_seconds
         self._process: Any = None
 
-    def build(self, path: Path, source: str) -> tuple[dict[str, bytes], SampleInfo]:
+    def build(self, item: Input) -> tuple[dict[str, bytes], SampleInfo]:
         """As build_sample, with the extra reasons `timeout`, `crash`, `memory` and
         `internal` (a mistake of ours, whose traceback is on the console)."""
         if self._process is None or not self._process.is_alive():
             self._start()
         try:
-            self._pipe.send_bytes(json.dumps({"path": str(path), "source": source}).encode())
+            self._pipe.send_bytes(json.dumps([item.place, item.source]).encode())
             if not self._pipe.poll(self._wall_seconds):
                 self._kill()
                 raise RejectedInput(
-                    "timeout", f"{path} took longer than {self._wall_seconds:.0f} s"
+                    "timeout", f"{item.place} took longer than {self._wall_seconds:.0f} s"
                 )
             answer = json.loads(self._pipe.recv_bytes())
             members = {name: self._pipe.recv_bytes() for name in answer.get("members", ())}
         except (EOFError, ConnectionError, OSError) as error:
             self._kill()
-            raise RejectedInput("crash", f"{path} killed the decoder process") from error
+            raise RejectedInput("crash", f"{item.place} killed the decoder process") from error
         if "reason" in answer:
             raise RejectedInput(answer["reason"], answer["detail"])
-        return members, SampleInfo.from_bytes(members["json"], source)
+        return members, SampleInfo.from_bytes(members["json"], item.source)
 
     def close(self) -> None:
         """End the child process."""
@@ -80,23 +81,22 @@ class SamplePool:
         for worker in self._workers:
             self._free.put(worker)
 
-    def build_all(self, files: list[tuple[Path, str]]):
-        """For each (path, source), in order: (members, info), or a dict source, reason,
-        detail when rejected.
+    def build_all(self, inputs: Iterable[Input]):
+        """For each input, in order: (members, info), or a dict source, reason, detail when
+        rejected.
         """
-        return self._threads.map(self._build, files)
+        return self._threads.map(self._build, inputs)
 
-    def _build(self, item: tuple[Path, str]):
-        path, source = item
+    def _build(self, item: Input):
         worker = self._free.get()
         try:
-            return worker.build(path, source)
+            return worker.build(item)
         except RejectedInput as rejection:
             # the record names inputs as the user did, not by this machine's folders
             return {
-                "source": source,
+                "source": item.source,
                 "reason": rejection.reason,
-                "detail": rejection.detail.replace(str(path), source),
+                "detail": rejection.detail.replace(item.place, item.source),
             }
         finally:
             self._free.put(worker)
@@ -117,20 +117,21 @@ def _serve(pipe, config: SampleConfig) -> None:
     os.nice(5)
     while True:
         try:
-            request = json.loads(pipe.recv_bytes())
+            place, source = json.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return
         try:
-            members, _ = build_sample(Path(request["path"]), request["source"], config)
+            with local_copy(place, config.limits) as path:
+                members, _ = build_sample(path, source, config)
         except RejectedInput as rejection:
             _refuse(pipe, rejection.reason, rejection.detail)
             continue
         except MemoryError:
-            _refuse(pipe, "memory", f"{request['path']} needs more than {MEMORY_LIMIT >> 30} GB")
+            _refuse(pipe, "memory", f"{place} needs more than {MEMORY_LIMIT >> 30} GB")
             continue
         except Exception as error:  # our own mistake: named as such, and seen on the console
             traceback.print_exc()
-            _refuse(pipe, "internal", f"{request['path']}: {type(error).__name__}: {error}")
+            _refuse(pipe, "internal", f"{place}: {type(error).__name__}: {error}")
             continue
         pipe.send_bytes(json.dumps({"members": list(members)}).encode())
         for data in members.values():

@@ -1,31 +1,33 @@
 """Inputs -> shards: `python -m data_pipeline pack INPUT... --output DIR`.
 
-Inputs (files, folders, text or CSV lists) become a fixed list of tasks; one task is one shard of
-`samples_per_shard` inputs, built by `workers` child processes. A task whose record names the same
-inputs and settings, and whose bytes are as recorded, is done and is skipped, so a killed run just
-runs again and a damaged shard is repaired. Unusable inputs are rejected with a reason code,
+Inputs become a fixed list of tasks; one task is one shard of `samples_per_shard` inputs, and
+`pack_task` is all there is to it. Drivers only decide who runs which task:
+
+    pack                  all of them here, or every n-th for `--task-id i --num-tasks n` (Slurm
+                          array, Kubernetes indexed job); `workers` child processes build samples
+    ray_driver.pack_ray   a Ray cluster, one task per worker
+
+A task whose record names the same inputs and settings, and whose bytes are as recorded, is done and
+is skipped, so a killed run just runs again and a damaged shard is repaired. Whoever finds all
+records there binds them into the manifest. Unusable inputs are rejected with a reason code,
 counted, and listed in the record.
-Cost: about 0.6 s per 224 px clip of 64 frames and core, a third of it the canonical stream.
+Cost: about 0.4 s per 224 px clip of 64 frames and core.
 """
 
-import csv
-import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..codec.decompose import DECOMPOSITION_VERSION
-from ..codec.open_video import is_image, is_video
-from ..errors import MissingData
+from .inputs import Input, inputs_sha256
 from .isolation import SamplePool
 from .manifest import Manifest, load_manifest, write_manifest
 from .sample_builder import SampleConfig
 from .schema import SCHEMA_VERSION
 from .writer import file_sha256, index_text, write_shard
-
-LIST_SUFFIXES = (".txt", ".csv")
 
 
 @dataclass(frozen=True)
@@ -53,79 +55,72 @@ class PackConfig:
         }
 
 
-def list_inputs(arguments: list[str | Path], report=print) -> list[tuple[Path, str]]:
-    """Expand files, folders and lists into (path, name stored in the shard), in a stable order.
+@dataclass(frozen=True)
+class Task:
+    """One shard to be: its number and its inputs."""
 
-    Folders give their videos and images, sorted, named relative to the folder. Lists give the first
-    column of every line, relative to the list's folder. Raises MissingData for an argument that
-    does not exist or names nothing.
-    """
-    inputs: list[tuple[Path, str]] = []
-    for argument in map(Path, arguments):
-        if argument.is_dir():
-            files = sorted(path for path in argument.rglob("*") if not path.is_dir())
-            known = [path for path in files if is_video(path) or is_image(path)]
-            inputs += [(path, path.relative_to(argument).as_posix()) for path in known]
-            if len(known) < len(files):
-                others = sorted(
-                    {path.suffix or path.name for path in files} - {p.suffix for p in known}
-                )
-                report(
-                    f"{len(files) - len(known)} files of {argument} are neither videos nor images "
-                    f"by name and are left out: {', '.join(others[:10])}"
-                )
-        elif argument.suffix.lower() in LIST_SUFFIXES and argument.is_file():
-            inputs += [(argument.parent / name, name) for name in _listed(argument)]
-        elif argument.exists():
-            inputs.append((argument, argument.name))
-        else:
-            raise MissingData(
-                f"{argument} does not exist: give files, folders, or .txt/.csv lists of files"
-            )
-    if not inputs:
-        raise MissingData(f"no video or image in {', '.join(map(str, arguments))}")
-    return inputs
+    number: int
+    inputs: tuple[Input, ...]
 
 
-def _listed(path: Path) -> list[str]:
-    """Names in a list: whole lines of a .txt, the first column of a .csv."""
-    with open(path, newline="", encoding="utf-8-sig") as lines:
-        rows = csv.reader(lines) if path.suffix.lower() == ".csv" else ([line] for line in lines)
-        names = [row[0].strip() for row in rows if row]
-    return [name for name in names if name]
+def list_tasks(inputs: list[Input], config: PackConfig) -> list[Task]:
+    """Cut the inputs into tasks, in order."""
+    size = config.samples_per_shard
+    starts = range(0, len(inputs), size)
+    return [Task(n, tuple(inputs[start : start + size])) for n, start in enumerate(starts)]
 
 
 def pack(
-    inputs: list[tuple[Path, str]], output: Path, config: PackConfig, report=print
-) -> Manifest:
-    """Write all shards and the manifest; returns the manifest.
-    `report` takes one progress line at a time.
+    inputs: list[Input],
+    output: Path,
+    config: PackConfig,
+    report=print,
+    task_id: int = 0,
+    num_tasks: int = 1,
+) -> Manifest | None:
+    """Pack the tasks task_id, task_id + num_tasks, ...; `report` takes one line at a time.
+
+    Returns the manifest once every task of the folder is done, by whomever; None before. Raises
+    ValueError for a task_id outside 0..num_tasks-1.
     """
+    if not 0 <= task_id < num_tasks:
+        raise ValueError(f"--task-id {task_id} must be 0 to {num_tasks - 1} with {num_tasks} tasks")
     output.mkdir(parents=True, exist_ok=True)
-    size = config.samples_per_shard
-    tasks = [inputs[start : start + size] for start in range(0, len(inputs), size)]
-    for stale in output.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
-    records = []
+    tasks = list_tasks(inputs, config)
+    mine, records = tasks[task_id::num_tasks], []
     with SamplePool(config.sample, config.workers, config.wall_seconds) as pool:
-        for task, files in enumerate(tasks):
-            records.append(_pack_task(pool, task, files, output, config))
-            report(_progress_line(records, len(tasks)))
+        for task in mine:
+            records.append(pack_task(task, output, config, pool))
+            report(_progress_line(records, len(mine)))
+    return bind(tasks, output, config, report)
+
+
+def bind(tasks: list[Task], output: Path, config: PackConfig, report=print) -> Manifest | None:
+    """Write the manifest when all tasks have their record; else say which are missing."""
+    records = [finished_record(task, output, config, thorough=False) for task in tasks]
+    missing = [task.number for task, record in zip(tasks, records, strict=True) if record is None]
+    if missing:
+        report(
+            f"{len(missing)} of {len(tasks)} shards are still to be packed by other tasks, number "
+            f"{missing[0]} first; the last task to finish writes the manifest"
+        )
+        return None
     write_manifest(output, records, config.settings())
     return load_manifest(output)
 
 
-def _pack_task(pool, task: int, files, output: Path, config: PackConfig) -> dict:
-    name = f"{config.name}-{task:06d}"
-    settings = config.settings()
-    inputs_sha256 = _inputs_sha256(files)
-    done = _finished_record(output, name, inputs_sha256, settings)
+def pack_task(task: Task, output: Path, config: PackConfig, pool: SamplePool) -> dict:
+    """Write the shard of one task, unless it is done; returns its record."""
+    done = finished_record(task, output, config, thorough=True)
     if done is not None:
         return done
+    name = shard_name(task, config)
+    for stale in output.glob(f".{name}.*tmp"):  # of a run that was killed in this very task
+        stale.unlink(missing_ok=True)
     rejected: list[dict] = []
 
     def samples():
-        for number, result in enumerate(pool.build_all(files)):
+        for number, result in enumerate(progress_bar(pool.build_all(task.inputs), task)):
             if isinstance(result, dict):
                 rejected.append(result)
                 print(
@@ -133,36 +128,59 @@ def _pack_task(pool, task: int, files, output: Path, config: PackConfig) -> dict
                     file=sys.stderr,
                 )
             else:
-                yield f"{task:06d}_{number:06d}", *result
+                yield f"{task.number:06d}_{number:06d}", *result
 
-    return write_shard(output, name, samples(), rejected, settings, inputs_sha256)
-
-
-def _inputs_sha256(files) -> str:
-    """Identity of a task: names, sizes and modification times of its inputs."""
-    lines = []
-    for path, source in files:
-        status = path.stat() if path.exists() else None
-        lines.append([source, *((status.st_size, status.st_mtime_ns) if status else (None, None))])
-    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+    identity = inputs_sha256(task.inputs)
+    return write_shard(output, name, samples(), rejected, config.settings(), identity)
 
 
-def _finished_record(output: Path, name: str, inputs_sha256: str, settings: dict) -> dict | None:
+def shard_name(task: Task, config: PackConfig) -> str:
+    """File name of a task's shard, without suffix."""
+    return f"{config.name}-{task.number:06d}"
+
+
+def progress_bar(results, task: Task):
+    """Iterate with a bar on a terminal, silently elsewhere."""
+    from tqdm import tqdm
+
+    return tqdm(
+        results,
+        total=len(task.inputs),
+        desc=f"shard {task.number}",
+        unit="input",
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    )
+
+
+def finished_record(task: Task, output: Path, config: PackConfig, thorough: bool) -> dict | None:
+    """Record of a task that is done with these inputs and settings; None when it is not.
+
+    `thorough` looks at every input again and reads every byte of the shard; else names and sizes
+    decide, so that the jobs of an array can ask about each other's shards cheaply.
+    """
+    name = shard_name(task, config)
     record_path, tar_path = output / f"{name}.json", output / f"{name}.tar"
     if not record_path.is_file() or not tar_path.is_file():
         return None
-    record = json.loads(record_path.read_bytes())
-    same = record["inputs_sha256"] == inputs_sha256 and record["settings"] == json.loads(
-        json.dumps(settings)
-    )
+    try:
+        record = json.loads(record_path.read_bytes())
+    except ValueError:
+        return None
+    sources = [entry["source"] for entry in (*record["samples"], *record["rejected"])]
+    same = record["settings"] == json.loads(json.dumps(config.settings())) and Counter(
+        sources
+    ) == Counter(item.source for item in task.inputs)
+    if not same or tar_path.stat().st_size != record["size"]:
+        return None
     index = output / f"{name}.tar.idx"
-    whole = (
-        tar_path.stat().st_size == record["size"]
-        and file_sha256(tar_path) == record["sha256"]
+    whole = not thorough or (
+        record["inputs_sha256"] == inputs_sha256(task.inputs)
         and index.is_file()
         and index.read_text() == index_text(record)
+        and file_sha256(tar_path) == record["sha256"]
     )
-    return record if same and whole else None
+    return record if whole else None
 
 
 def _progress_line(records: list[dict], num_tasks: int) -> str:

@@ -88,7 +88,8 @@ def test_labels_are_bound_to_their_manifest(packed, tmp_path):
 def test_another_set_is_labelled_in_the_space_of_the_centroids(packed, tmp_path):
     """The same clips labelled as part of a smaller set get the same labels."""
     from data_pipeline.clustering.pipeline import label
-    from data_pipeline.shards.pack import PackConfig, list_inputs, pack
+    from data_pipeline.shards.inputs import list_inputs
+    from data_pipeline.shards.pack import PackConfig, pack
     from data_pipeline.shards.sample_builder import SampleConfig
 
     config = PackConfig(SampleConfig(size=112, gop=64, budget=98, num_full_frames=8), workers=2)

@@ -10,8 +10,9 @@ from conftest import run
 from data_pipeline.codec.decompose import decompose_video
 from data_pipeline.errors import CorruptShard, MissingData
 from data_pipeline.loading.shard_reader import ShardReader
+from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest
-from data_pipeline.shards.pack import PackConfig, list_inputs, pack
+from data_pipeline.shards.pack import PackConfig, pack
 from data_pipeline.shards.sample_builder import SampleConfig, build_sample, cut_patches
 from data_pipeline.shards.schema import (
     SampleInfo,
@@ -107,10 +108,10 @@ def test_folders_say_what_they_leave_out_and_lists_take_names_whole(clips, tmp_p
     shutil.copy(clips / "clips" / "train_00000.mp4", tmp_path / "a, b.mp4")
     (tmp_path / "notes.md").write_text("x")
     said = []
-    assert [name for _, name in list_inputs([tmp_path], said.append)] == ["a, b.mp4"]
+    assert [item.source for item in list_inputs([tmp_path], said.append)] == ["a, b.mp4"]
     assert "1 files" in said[0] and ".md" in said[0]
     (tmp_path / "list.txt").write_text("\ufeffa, b.mp4\n", encoding="utf-8")
-    assert [name for _, name in list_inputs([tmp_path / "list.txt"])] == ["a, b.mp4"]
+    assert [item.source for item in list_inputs([tmp_path / "list.txt"])] == ["a, b.mp4"]
 
 
 @pytest.mark.parametrize("field", ["patch_size", "gop", "num_frames", "num_full_frames", "budget"])

@@ -1,0 +1,125 @@
+"""Whoever runs the tasks, the same bytes come out, once, and the last one binds them."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+from conftest import ROOT, run
+
+from data_pipeline.errors import MissingData
+from data_pipeline.shards.inputs import list_inputs
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.pack import PackConfig, pack
+from data_pipeline.shards.sample_builder import SampleConfig
+from data_pipeline.shards.verify import verify
+
+CONFIG = PackConfig(
+    SampleConfig(size=56, patch_size=14, gop=64, budget=32), samples_per_shard=2, workers=1
+)
+FLAGS = "--size 56 --patch-size 14 --gop 64 --budget 32 --samples-per-shard 2 --workers 1".split()
+
+
+@pytest.fixture(scope="module")
+def whole(clips, tmp_path_factory):
+    return pack(list_inputs([clips / "val.csv"]), tmp_path_factory.mktemp("whole"), CONFIG)
+
+
+def test_array_jobs_in_any_order_give_the_folder_of_one_run(clips, tmp_path, whole):
+    inputs, said = list_inputs([clips / "val.csv"]), []
+    for job in (2, 0):
+        assert pack(inputs, tmp_path, CONFIG, said.append, task_id=job, num_tasks=3) is None
+    assert any("1 of 4 shards are still to be packed" in line for line in said)
+    manifest = pack(inputs, tmp_path, CONFIG, task_id=1, num_tasks=3)
+    assert manifest.sha256 == whole.sha256
+    assert verify(manifest) == []
+
+
+def test_array_jobs_from_the_command_line(clips, tmp_path, whole):
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "data_pipeline", "pack", clips / "val.csv", "--output", tmp_path]
+            + FLAGS
+            + ["--task-id", str(job), "--num-tasks", "2"],
+            cwd=ROOT,
+        )
+        for job in (0, 1)
+    ]
+    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+    assert load_manifest(tmp_path).sha256 == whole.sha256
+
+
+@pytest.mark.parametrize("job", [-1, 3])
+def test_a_job_outside_the_array_is_an_error(clips, tmp_path, job):
+    with pytest.raises(ValueError, match=f"--task-id {job} must be 0 to 2"):
+        pack(list_inputs([clips / "val.csv"]), tmp_path, CONFIG, task_id=job, num_tasks=3)
+
+
+@pytest.mark.parametrize("seconds", [0.6, 1.2, 1.8, 2.4])
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(clips, tmp_path, whole, seconds):
+    command = [sys.executable, "-m", "data_pipeline", "pack", clips / "val.csv"]
+    command += ["--output", tmp_path, *FLAGS]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for record in tmp_path.glob("video-*.json"):  # what is committed is whole
+        assert record.with_suffix(".tar").is_file()
+    manifest = pack(list_inputs([clips / "val.csv"]), tmp_path, CONFIG)
+    assert manifest.sha256 == whole.sha256
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_a_ray_cluster_gives_the_same_folder(clips, tmp_path, whole):
+    from data_pipeline.shards.ray_driver import pack_ray
+
+    manifest = pack_ray(list_inputs([clips / "val.csv"]), tmp_path, CONFIG)
+    assert manifest.sha256 == whole.sha256
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_the_message_says_what_to_install(clips, tmp_path):
+    command = ["-m", "data_pipeline", "pack", clips / "val.csv", "--output", tmp_path]
+    done = run(*command, "--executor", "ray", check=False)
+    assert done.returncode == 1 and "pip install -e .[ray]" in done.stderr
+
+
+def test_remote_inputs_are_fetched_one_by_one_and_give_the_same_patches(clips, tmp_path):
+    archive = tmp_path / "clips.zip"
+    names = ["train_00000.mp4", "train_00001.mp4"]
+    with zipfile.ZipFile(archive, "w") as bundle:
+        for name in names:
+            bundle.write(clips / "clips" / name, f"inside/{name}")
+        bundle.writestr("inside/notes.txt", "no video")
+    remote = list_inputs([f"zip://inside::file://{archive}"])
+    assert [item.source for item in remote] == names and all(item.is_remote for item in remote)
+    local = list_inputs([clips / "clips" / name for name in names])
+    ours, theirs = (
+        pack(inputs, tmp_path / name, CONFIG)
+        for inputs, name in ((local, "local"), (remote, "remote"))
+    )
+    assert [s["sha256"] for s in ours.shards] == [s["sha256"] for s in theirs.shards]
+
+
+def test_a_remote_place_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(MissingData, match="nowhere.*does not exist"):
+        list_inputs([f"file://{tmp_path}/nowhere/clip.mp4"])
+    with pytest.raises(MissingData, match="cannot be opened|pip install"):
+        list_inputs(["nosuchscheme://bucket/clip.mp4"])
+
+
+def test_links_out_of_the_folder_are_left_out_and_reported(clips, tmp_path):
+    inside, outside, said = tmp_path / "in", tmp_path / "secret.mp4", []
+    inside.mkdir()
+    outside.write_bytes(b"x")
+    (inside / "link.mp4").symlink_to(outside)
+    (inside / "real.mp4").write_bytes((clips / "clips" / "train_00000.mp4").read_bytes())
+    (inside / "again.mp4").symlink_to(inside / "real.mp4")
+    found = [item.source for item in list_inputs([inside], said.append)]
+    assert found == ["again.mp4", "real.mp4"]
+    assert "1 links lead out" in said[0] and "link.mp4" in said[0]
