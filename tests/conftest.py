@@ -120,12 +120,19 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def write_video(
-    path, pictures, codec="libx264", times=None, setup=None, pix_fmt="yuv420p", **options
+    path,
+    pictures,
+    codec="libx264",
+    times=None,
+    setup=None,
+    pix_fmt="yuv420p",
+    container_options=None,
+    **options,
 ):
     """Encode RGB pictures or ready av frames; `times` in thirtieths of a second."""
     import av
 
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=30, options=options)
         first = pictures[0]
         height, width = (

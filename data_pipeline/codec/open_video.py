@@ -132,9 +132,10 @@ def open_image(path: Path, limits: InputLimits) -> np.ndarray:
                 paper = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(paper, picture)
             return np.asarray(picture.convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise RejectedInput("too_large", f"{path}: {error}") from error
     except (
         UnidentifiedImageError,
-        Image.DecompressionBombError,
         OSError,
         SyntaxError,
         ValueError,

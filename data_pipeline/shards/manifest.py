@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CorruptShard, MissingData
-from .schema import SCHEMA_VERSION
+from .schema import SCHEMA_VERSION, parse_json
 from .writer import file_sha256, write_atomically
 
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"{directory}`"
         )
     data = path.read_bytes()
-    content = json.loads(data)
+    content = parse_json(data, str(path), MAX_MANIFEST_BYTES)
     if content.get("schema_version") != SCHEMA_VERSION:
         raise CorruptShard(
             f"{path} has schema version {content.get('schema_version')}, this code reads "
@@ -130,7 +131,7 @@ def load_manifest(directory: str | Path) -> Manifest:
         if not record.is_file() or file_sha256(record) != shard["record_sha256"]:
             problems.append(f"{record}: missing or not the record that the manifest binds")
         else:
-            records.append(json.loads(record.read_bytes()))
+            records.append(parse_json(record.read_bytes(), str(record), MAX_MANIFEST_BYTES))
     if problems:
         raise CorruptShard(
             "\n  ".join([f"{len(problems)} files of {directory} are wrong; pack again:", *problems])

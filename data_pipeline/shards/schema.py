@@ -31,6 +31,7 @@ TILE_COLUMNS = 32
 JPEG_QUALITY = 90
 BLOCK = 8  # a JPEG block's side; with 4:4:4 chroma the same for colour
 MAX_ARRAY_BYTES = 1 << 28
+MAX_INFO_BYTES = 1 << 22
 ARRAY_DTYPES = {"positions.npy": np.uint16, "scores.npy": np.float16, "motion.npy": np.float16}
 
 
@@ -71,8 +72,8 @@ class SampleInfo:
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> "SampleInfo":
         """Parse KEY.json; CorruptShard names the sample for a foreign version or missing fields."""
+        values = parse_json(data, name, MAX_INFO_BYTES)
         try:
-            values = json.loads(data)
             if values["schema_version"] != SCHEMA_VERSION:
                 raise CorruptShard(
                     f"{name} has schema version {values['schema_version']}, this code reads "
@@ -82,8 +83,31 @@ class SampleInfo:
             given: dict[str, Any] = {name: values[name] for name in known}
             given.update({k: tuple(v) for k, v in given.items() if isinstance(v, list)})
             return cls(**given)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise CorruptShard(f"{name}: KEY.json is not a sample's metadata ({error})") from error
+
+
+def parse_json(data: bytes, name: str, max_bytes: int) -> dict:
+    """A JSON object from bytes that may be hostile: bounded size and depth, no key twice.
+
+    CorruptShard names the file or sample.
+    """
+    if len(data) > max_bytes:
+        raise CorruptShard(f"{name} has {len(data)} bytes of JSON, at most {max_bytes} are read")
+
+    def once(pairs):
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return values
+
+    try:
+        values = json.loads(data, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise CorruptShard(f"{name} is no readable JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CorruptShard(f"{name} holds a {type(values).__name__}, not a JSON object")
+    return values
 
 
 def tile_side(patch_size: int) -> int:

@@ -29,6 +29,7 @@ def statistics(manifest: Manifest) -> dict:
         "tokens": _spread([sample["num_patches"] for sample in samples]),
         "mean_motion": _spread([sample.get("mean_motion", 0.0) for sample in videos]),
         "mean_residual": _spread([sample.get("mean_residual", 0.0) for sample in videos]),
+        "duplicate_sources": _repeated([s.get("source_sha256") for s in samples]),
         "static_videos": static,
         "static_share": round(static / max(len(videos), 1), 4),
         "notes": dict(Counter(_kind(note) for s in samples for note in s.get("notes", ()))),
@@ -47,6 +48,12 @@ def _spread(values: list[float]) -> dict[str, float]:
         name: round(float(value), 3)
         for name, value in zip(("min", "p5", "median", "mean", "p95", "max"), named, strict=True)
     }
+
+
+def _repeated(digests: list[str | None]) -> int:
+    """Samples whose source has the bytes of an earlier one."""
+    known = [digest for digest in digests if digest]
+    return len(known) - len(set(known))
 
 
 def _kind(note: str) -> str:

@@ -22,6 +22,8 @@ import numpy as np
 
 from .schema import SCHEMA_VERSION
 
+SHORT_DIGEST = 16  # hex digits of a source's sha256 in the record: enough to find duplicates
+
 
 def write_shard(
     directory: Path, name: str, samples, rejected: list[dict], settings: dict, inputs_sha256: str
@@ -60,6 +62,7 @@ def write_shard(
                 "key": key,
                 "kind": info.kind,
                 "source": info.source,
+                "source_sha256": info.source_sha256[:SHORT_DIGEST],
                 "num_patches": info.num_patches,
                 "grid": list(info.grid),
                 "is_static": info.is_static,
