@@ -3,6 +3,7 @@
     motion-shapes DIR                       write the labelled demonstration clips
     pack INPUT... --output DIR              videos and images -> shards
     verify DIR | stats DIR | view DIR       check, count and look at shards
+    export DIR --output DIR2                clips as mosaics, for codec LLaVA training
     cluster DIR --num-centroids K --output DIR2      features -> centroids
     label DIR --centroids DIR2              nearest centroids of every sample -> DIR/labels.npy
 
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_making(command)
     _add_looking(command)
+    _add_exporting(command)
     _add_labelling(command)
     return parser
 
@@ -108,6 +110,15 @@ def _add_looking(command) -> None:
     sub.add_argument("directory", type=Path)
     sub.add_argument("--output", type=Path, required=True, help="FILE.png (sheet) or FILE.gif")
     sub.add_argument("--samples", type=int, nargs="+", help="sample ids (four, evenly spread)")
+
+
+def _add_exporting(command) -> None:
+    sub = command("export", "clips as eight mosaics with positions, for codec LLaVA", _export)
+    sub.add_argument("directory", type=Path)
+    sub.add_argument(
+        "--output", type=Path, required=True, help="folder of mosaics and samples.jsonl"
+    )
+    sub.add_argument("--image-format", choices=("png", "jpg"), default="png", help="of a mosaic")
 
 
 def _add_labelling(command) -> None:
@@ -214,6 +225,14 @@ def _view(args) -> None:
     spread = [i * len(manifest) // 4 for i in range(4)]
     save_view(manifest, args.samples or sorted(set(spread)), args.output)
     print(args.output)
+
+
+def _export(args) -> None:
+    from .shards.interop import export_mosaics
+    from .shards.manifest import load_manifest
+
+    count = export_mosaics(load_manifest(args.directory), args.output, args.image_format)
+    print(f"{count} clips in {args.output / 'samples.jsonl'}")
 
 
 def _cluster(args) -> None:

@@ -1,0 +1,174 @@
+"""Packed clips in the public layout of codec LLaVA training, and its index files.
+
+    OUTPUT/assets/KEY/mosaic_000.png ... mosaic_007.png   the kept patches by (t, h, w), an eighth
+                                                          each, row by row
+    OUTPUT/assets/KEY/positions_thw.npy                   int32 [K, 3], row i = patch i of them all
+    OUTPUT/assets/KEY/KEY.visidx.npy                      int32 [K] ascending t*gh*gw + h*gw + w
+    OUTPUT/assets/KEY/frame_ids.npy                       int32, times of the frames with a patch
+    OUTPUT/assets/KEY/meta.json                           source, grid, counts; written last
+    OUTPUT/samples.jsonl                                  one conversation record per clip
+
+K is eight mosaics of one frame's grid each; a clip with fewer patches repeats its last one (`valid`
+in meta.json says how many count), a longer one gives its best. PNG by default: JPEG lets patches of
+different frames bleed into each other. Images are left out. Clips whose meta.json exists are kept.
+
+Shape legend: K patches, gh, gw patch rows and columns of a frame, p patch size.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..loading.shard_reader import ShardReader
+from .manifest import Manifest
+from .schema import SampleInfo, decode_array, decode_jpeg, tiles_from_mosaic
+from .writer import write_array, write_atomically
+
+NUM_MOSAICS = 8
+JPEG_QUALITY = 95
+PROMPT = "<image>\n" * NUM_MOSAICS + "Describe the video."
+
+
+@dataclass(frozen=True)
+class MosaicClip:
+    """Patches uint8 [K, p, p, 3] and positions int32 [K, 3] of an exported clip; the first `valid`
+    count.
+    """
+
+    patches: np.ndarray
+    positions: np.ndarray
+    valid: int
+
+
+def export_mosaics(
+    manifest: Manifest, output: Path, image_format: str = "png", report=print
+) -> int:
+    """Write every clip of a packed folder; returns their number.
+
+    Raises ValueError for an image format other than png and jpg.
+    """
+    if image_format not in ("png", "jpg"):
+        raise ValueError(f"--image-format {image_format!r}: choose png or jpg")
+    records, images = [], 0
+    with ShardReader(manifest) as reader:
+        for sample_id in range(len(manifest)):
+            shard, sample = manifest.locate(sample_id)
+            if sample["kind"] != "video":
+                images += 1
+                continue
+            info = SampleInfo.from_bytes(reader.read(sample_id, "json"), sample["key"])
+            folder = output / "assets" / sample["key"]
+            if not (folder / "meta.json").is_file():
+                _write_clip(folder, _read_clip(reader, sample_id, info), info, image_format)
+            records.append(_record(sample["key"], info, image_format))
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "samples.jsonl", lines.encode())
+    if images:
+        report(f"{images} images are left out: the layout is of clips")
+    return len(records)
+
+
+def _read_clip(reader: ShardReader, sample_id: int, info: SampleInfo) -> MosaicClip:
+    rows, columns = info.grid
+    wanted = NUM_MOSAICS * rows * columns
+    name = info.source
+    positions = decode_array(reader.read(sample_id, "positions.npy"), "positions.npy", name)
+    mosaic = decode_jpeg(reader.read(sample_id, "tiles.jpg"))
+    patches = tiles_from_mosaic(mosaic, info.num_patches, info.patch_size)
+    positions, patches = positions[:wanted].astype(np.int32), patches[:wanted]
+    order = np.lexsort(positions.T[::-1])
+    order = np.append(order, np.full(wanted - len(order), order[-1]))
+    return MosaicClip(patches[order], positions[order], min(info.num_patches, wanted))
+
+
+def _write_clip(folder: Path, clip: MosaicClip, info: SampleInfo, image_format: str) -> None:
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (rows, columns), p = info.grid, info.patch_size
+    pictures = clip.patches.reshape(NUM_MOSAICS, rows, columns, p, p, 3).swapaxes(2, 3)
+    quality = {"quality": JPEG_QUALITY, "subsampling": "4:4:4"} if image_format == "jpg" else {}
+    for number, picture in enumerate(pictures):
+        image = Image.fromarray(picture.reshape(rows * p, columns * p, 3))
+        image.save(folder / f"mosaic_{number:03d}.{image_format}", **quality)
+    write_array(folder / "positions_thw.npy", clip.positions)
+    write_visidx(folder / f"{folder.name}.visidx.npy", clip.positions[: clip.valid], info.grid)
+    write_array(folder / "frame_ids.npy", np.unique(clip.positions[:, 0]).astype(np.int32))
+    meta = {
+        "source": info.source,
+        "grid": list(info.grid),
+        "patch_size": p,
+        "num_patches": len(clip.positions),
+        "valid": clip.valid,
+        "is_static": info.is_static,
+        "image_format": image_format,
+    }
+    write_atomically(folder / "meta.json", json.dumps(meta, sort_keys=True).encode())
+
+
+def _record(key: str, info: SampleInfo, image_format: str) -> dict:
+    folder = f"assets/{key}"
+    return {
+        "id": key,
+        "source": info.source,
+        "image": [f"{folder}/mosaic_{n:03d}.{image_format}" for n in range(NUM_MOSAICS)],
+        "positions_thw": f"{folder}/positions_thw.npy",
+        "conversations": [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": ""}],
+    }
+
+
+def read_mosaics(folder: Path) -> MosaicClip:
+    """An exported clip, or one of the public tools with a meta.json as above.
+
+    Raises ValueError when pictures and positions do not fit each other.
+    """
+    from PIL import Image
+
+    meta = json.loads((folder / "meta.json").read_bytes())
+    (rows, columns), p = meta["grid"], meta["patch_size"]
+    pictures = []
+    for path in sorted(folder.glob("mosaic_*.*")):
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            pictures.append(np.asarray(image.convert("RGB")))
+    positions = np.load(folder / "positions_thw.npy", allow_pickle=False)
+    shapes = {picture.shape for picture in pictures}
+    if shapes != {(rows * p, columns * p, 3)} or positions.shape != (
+        len(pictures) * rows * columns,
+        3,
+    ):
+        raise ValueError(
+            f"{folder}: {len(pictures)} mosaics of {sorted(shapes)} do not hold the patches of "
+            f"positions {list(positions.shape)} on a {rows} x {columns} grid of {p} px"
+        )
+    grid = np.stack(pictures).reshape(len(pictures), rows, p, columns, p, 3).swapaxes(2, 3)
+    return MosaicClip(grid.reshape(-1, p, p, 3), positions, meta["valid"])
+
+
+def write_visidx(path: Path, positions: np.ndarray, grid: tuple[int, int]) -> None:
+    """Positions [K, 3] as a public index file: int32 [K], ascending t*gh*gw + h*gw + w."""
+    rows, columns = grid
+    t, h, w = positions.astype(np.int64).T
+    write_array(path, np.sort((t * rows + h) * columns + w).astype(np.int32))
+
+
+def read_visidx(path: Path, grid: tuple[int, int], num_frames: int = 64) -> np.ndarray:
+    """Positions int32 [K, 3] of a public index file over (num_frames, gh, gw).
+
+    Reads int32 and the older uint16 files. Raises ValueError for another dtype, shape or range.
+    """
+    rows, columns = grid
+    linear = np.load(path, allow_pickle=False)
+    if linear.ndim != 1 or linear.dtype not in (np.int32, np.uint16):
+        raise ValueError(f"{path} holds {linear.dtype} {list(linear.shape)}, expected int32 [K]")
+    total = num_frames * rows * columns
+    linear = linear.astype(np.int64)
+    if linear.size and not 0 <= linear.min() <= linear.max() < total:
+        raise ValueError(
+            f"{path} has indices {linear.min()} to {linear.max()}, the grid {num_frames} x {rows} x "
+            f"{columns} has 0 to {total - 1}"
+        )
+    t, h, w = linear // (rows * columns), linear // columns % rows, linear % columns
+    return np.stack([t, h, w], axis=-1).astype(np.int32)
