@@ -167,8 +167,8 @@ def read_visidx(path: Path, grid: tuple[int, int], num_frames: int = 64) -> np.n
     linear = linear.astype(np.int64)
     if linear.size and not 0 <= linear.min() <= linear.max() < total:
         raise ValueError(
-            f"{path} has indices {linear.min()} to {linear.max()}, the grid {num_frames} x {rows} x "
-            f"{columns} has 0 to {total - 1}"
+            f"{path} has indices {linear.min()} to {linear.max()}, the grid {num_frames} x {rows} "
+            f"x {columns} has 0 to {total - 1}"
         )
     t, h, w = linear // (rows * columns), linear // columns % rows, linear % columns
     return np.stack([t, h, w], axis=-1).astype(np.int32)
