@@ -136,7 +136,7 @@ def _decode(path: Path, timeline: Timeline, num_frames: int, limits, framed: dic
     # opened again instead of seeking back, which is inexact in streams without an index
     container, stream = open_video(path, limits)
     stream.codec_context.options = {"err_detect": "explode"}
-    stream.thread_type = "AUTO"
+    stream.thread_type = "NONE"  # the packer runs a process per core; threads would only compete
     unit = 1 / (stream.average_rate or 25) if timeline.is_numbered else stream.time_base
     frames, times, first, framing, last_good = [], [], None, None, None
     try:

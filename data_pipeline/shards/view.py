@@ -1,9 +1,11 @@
-"""A picture of what the encoder sees: for each sample its frames, the motion in them,
-and the patches that were kept.
+"""A picture of what the encoder sees: for each sample its frames, the motion and residual in them,
+and the patches that were kept, beside what plain frame sampling would have kept.
 
-Everything drawn comes out of the shard. Three rows per sample: frames; motion (direction is hue,
-speed is brightness, as on a colour wheel); the kept patches on black, whole for I-frames. Images
-are shown once.
+Everything drawn comes out of the shard. Rows of a sample: frames; motion (direction is hue, speed
+is brightness, as on a colour wheel); residual (brightness); the kept patches on black, whole for
+I-frames; and frame sampling, the whole frames that the same number of tokens buys. A GIF shows
+frame, motion, residual and, side by side, frame sampling against codec input. Images are shown
+once.
 """
 
 from pathlib import Path
@@ -16,6 +18,8 @@ from .schema import SampleInfo, decode_array, decode_jpeg, frames_from_strip, ti
 
 COLUMNS = 8
 GAP = 4
+BRIGHT_RESIDUAL = 32.0  # luma steps drawn white
+ROWS = ("frames", "motion", "residual", "codec input", "frame sampling")
 
 
 def read_sample(manifest: Manifest, sample_id: int) -> tuple[SampleInfo, dict[str, bytes]]:
@@ -27,7 +31,7 @@ def read_sample(manifest: Manifest, sample_id: int) -> tuple[SampleInfo, dict[st
 
 
 def contact_sheet(manifest: Manifest, sample_ids: list[int]) -> np.ndarray:
-    """uint8 RGB sheet, three rows of up to COLUMNS pictures per sample."""
+    """uint8 RGB sheet, five rows of up to COLUMNS pictures per sample, see ROWS."""
     blocks = []
     for sample_id in sample_ids:
         info, members = read_sample(manifest, sample_id)
@@ -44,14 +48,24 @@ def contact_sheet(manifest: Manifest, sample_ids: list[int]) -> np.ndarray:
 
 
 def animation(manifest: Manifest, sample_id: int) -> list[np.ndarray]:
-    """One picture per stored frame: frame, motion and kept patches side by side."""
+    """One picture per stored frame: frame, motion, residual, frame sampling and codec input side by
+    side, the last two filling up as time goes on.
+    """
     info, members = read_sample(manifest, sample_id)
     if info.kind == "image":
         return [decode_jpeg(members["jpg"])]
-    return [
-        _row(list(pictures))
-        for pictures in zip(*_clip_rows(info, members, every=True), strict=True)
-    ]
+    frames, motion, residual, codec, sampling = _clip_rows(info, members, every=True)
+    columns = zip(frames, motion, residual, _held(sampling), _held(codec), strict=True)
+    return [_row(list(pictures)) for pictures in columns]
+
+
+def _held(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Each picture over what was shown before it: black stands for nothing new."""
+    shown, held = np.zeros_like(pictures[0]), []
+    for picture in pictures:
+        shown = np.where(picture.any(axis=-1, keepdims=True), picture, shown)
+        held.append(shown)
+    return held
 
 
 def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
@@ -83,15 +97,25 @@ def _clip_rows(info: SampleInfo, members, every: bool = False) -> list[list[np.n
         else np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).astype(int)
     )
     fastest = max(float(np.linalg.norm(motion[..., :2].astype(np.float32), axis=-1).max()), 1.0)
-    rows: list[list[np.ndarray]] = [[], [], []]
+    bought = _sampled_frames(info, len(frames))
+    rows: list[list[np.ndarray]] = [[] for _ in ROWS]
     for i in shown:
         time = info.frame_times[i]
         until = info.frame_times[i + 1] if i + 1 < len(frames) else time + 1
         index = round(time * (info.num_frames - 1) / max(info.frame_times[-1], 1))
         rows[0].append(frames[i])
         rows[1].append(_motion_picture(motion[index], fastest, info))
-        rows[2].append(_kept_picture(tiles, positions, time, until, info))
+        rows[2].append(_residual_picture(motion[index], info))
+        rows[3].append(_kept_picture(tiles, positions, time, until, info))
+        rows[4].append(frames[i] if i in bought else np.zeros_like(frames[i]))
     return rows
+
+
+def _sampled_frames(info: SampleInfo, num_stored: int) -> set[int]:
+    """Stored frames that the clip's token budget buys whole, evenly spread."""
+    affordable = max(1, info.num_patches // (info.grid[0] * info.grid[1]))
+    places = np.linspace(0, num_stored - 1, min(affordable, num_stored))
+    return set(np.rint(places).astype(int).tolist())
 
 
 def _motion_picture(motion: np.ndarray, fastest: float, info: SampleInfo) -> np.ndarray:
@@ -101,7 +125,19 @@ def _motion_picture(motion: np.ndarray, fastest: float, info: SampleInfo) -> np.
     hue = (np.arctan2(y, x) / (2 * np.pi) % 1 * 255).astype(np.uint8)
     value = (np.clip(np.hypot(x, y) / fastest, 0, 1) * 255).astype(np.uint8)
     hsv = np.stack([hue, np.full_like(hue, 255), value], axis=-1)
-    picture = Image.fromarray(hsv, mode="HSV").convert("RGB")
+    return _enlarged(Image.fromarray(hsv, mode="HSV").convert("RGB"), info)
+
+
+def _residual_picture(motion: np.ndarray, info: SampleInfo) -> np.ndarray:
+    from PIL import Image
+
+    share = np.clip(motion[..., 2].astype(np.float32) / BRIGHT_RESIDUAL, 0, 1)
+    return _enlarged(Image.fromarray((255 * share).astype(np.uint8)).convert("RGB"), info)
+
+
+def _enlarged(picture, info: SampleInfo) -> np.ndarray:
+    from PIL import Image
+
     return np.asarray(picture.resize((info.width, info.height), Image.Resampling.NEAREST))
 
 
