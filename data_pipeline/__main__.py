@@ -84,6 +84,12 @@ def _add_selecting(sub) -> None:
         help="published: no I-frame patches, percentiles per frame",
     )
     group.add_argument(
+        "--vectors",
+        choices=("canonical", "native"),
+        default="canonical",
+        help="motion vectors of the canonical stream, or the source's own (H.264, MPEG-4)",
+    )
+    group.add_argument(
         "--camera",
         choices=("none", "median", "similarity", "affine"),
         default="median",
@@ -167,6 +173,7 @@ def _pack(args) -> None:
         num_full_frames=args.full_frames,
         fit=args.fit,
         salvage=args.salvage,
+        vectors=args.vectors,
         rule=args.rule,
         time_buckets=args.time_buckets,
         saliency=SaliencyConfig(

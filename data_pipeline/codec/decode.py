@@ -104,11 +104,13 @@ def decode_video(
     fit: str = "crop",
     limits: InputLimits | None = None,
     salvage: bool = False,
+    watcher=None,
 ) -> DecodedVideo:
     """Decode `num_frames` frames at even timestamps;
     fewer when the video has fewer, never a repeated one.
 
-    With `salvage`, a damaged video is cut to its whole GOPs before the damage. Raises
+    With `salvage`, a damaged video is cut to its whole GOPs before the damage. A `watcher` may
+    `prepare(stream)` and `see(number, frame, framing, is_chosen)` every frame. Raises
     RejectedInput: container, no_video, too_large, decode (damaged), truncated (announced frames are
     missing), varying (picture size changes), hdr.
     """
@@ -116,12 +118,12 @@ def decode_video(
     timeline = read_timeline(path, limits, salvage)
     framed = dict(size=size, patch_size=patch_size, fit=fit)
     try:
-        video = _decode(path, timeline, num_frames, limits, framed)
+        video = _decode(path, timeline, num_frames, limits, framed, watcher)
     except _Damaged as damage:
         whole = timeline.before_damage(damage.last_good) if salvage else None
         if whole is None or not whole.stamps:
             raise
-        video = _decode(path, whole, num_frames, limits, framed)
+        video = _decode(path, whole, num_frames, limits, framed, watcher)
         kept = f"salvaged {len(whole.stamps)} of {len(timeline.stamps)} frames"
         return replace(video, notes=(*video.notes, kept))
     if timeline.is_cut:
@@ -129,7 +131,9 @@ def decode_video(
     return video
 
 
-def _decode(path: Path, timeline: Timeline, num_frames: int, limits, framed: dict) -> DecodedVideo:
+def _decode(
+    path: Path, timeline: Timeline, num_frames: int, limits, framed: dict, watcher
+) -> DecodedVideo:
     import av
 
     wanted = set(even_times(timeline.stamps, num_frames))
@@ -137,6 +141,8 @@ def _decode(path: Path, timeline: Timeline, num_frames: int, limits, framed: dic
     container, stream = open_video(path, limits)
     stream.codec_context.options = {"err_detect": "explode"}
     stream.thread_type = "NONE"  # the packer runs a process per core; threads would only compete
+    if watcher is not None:
+        watcher.prepare(stream)
     unit = 1 / (stream.average_rate or 25) if timeline.is_numbered else stream.time_base
     frames, times, first, framing, last_good = [], [], None, None, None
     try:
@@ -145,11 +151,13 @@ def _decode(path: Path, timeline: Timeline, num_frames: int, limits, framed: dic
             first = first or frame
             _check_frame(path, frame, first, number, last_good)
             last_good = stamp if stamp is not None else last_good
+            framing = framing or _framing_of(frame, stream, **framed)
+            if watcher is not None:
+                watcher.see(number, frame, framing, stamp in wanted)
             if stamp not in wanted:
                 continue
             wanted.discard(stamp)
-            framing = framing or _framing_of(frame, stream, **framed)
-            frames.append(_picture(frame, framing))
+            frames.append(picture_of(frame, framing))
             times.append(float(stamp * unit))
             if not wanted:
                 break
@@ -203,7 +211,7 @@ def _framing_of(frame, stream, size, patch_size, fit) -> Framing:
     return frame_to(height, width, size, patch_size, fit)
 
 
-def _picture(frame, framing: Framing) -> np.ndarray:
+def picture_of(frame, framing: Framing) -> np.ndarray:
     """Scaled, upright, cut RGB picture of one decoded frame; of an interlaced one its first field,
     since two fields are two moments.
     """

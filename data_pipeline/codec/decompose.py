@@ -97,12 +97,12 @@ def decompose_frames(frames: np.ndarray, gop: int, seconds: np.ndarray | None = 
     for t in range(count):
         if is_i_frame[t]:
             continue
-        quarter_pels = _rasterise(vectors[t], height, width)
+        quarter_pels = rasterise(vectors[t], height, width)
         prediction = predict_luma(luma[t - 1], quarter_pels, MOTION_CELL)
         residual[t] = np.abs(luma[t].astype(np.int16) - prediction).astype(np.uint8)
         motion[t] = -quarter_pels / 4.0
-        change[t] = _cell_means(np.abs(luma[t].astype(np.int16) - luma[t - 1]))
-    times = np.rint(np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)).astype(np.int64)
+        change[t] = cell_means(np.abs(luma[t].astype(np.int16) - luma[t - 1]))
+    times = frame_times(count)
     seconds = np.arange(count, dtype=np.float64) if seconds is None else seconds
     return CodecClip(frames, is_i_frame, motion, residual, change, times, seconds)
 
@@ -148,10 +148,16 @@ def _canonical_stream(frames, gop):
         raise RejectedInput(
             "canonical", f"I-frames at {np.flatnonzero(is_i_frame).tolist()} instead of every {gop}"
         )
-    return luma, is_i_frame, [_vectors(frame) for frame in decoded]
+    return luma, is_i_frame, [vectors_of(frame) for frame in decoded]
 
 
-def _vectors(frame) -> np.ndarray:
+def frame_times(count: int) -> np.ndarray:
+    """Temporal positions int64 [T] of evenly timed frames on the 0..63 time base."""
+    return np.rint(np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)).astype(np.int64)
+
+
+def vectors_of(frame) -> np.ndarray:
+    """FFmpeg's motion vectors of a decoded frame, a structured array; empty when it has none."""
     side = frame.side_data.get("MOTION_VECTORS")
     return side.to_ndarray() if side is not None else np.zeros(0)
 
@@ -160,7 +166,8 @@ def _cells(height: int, width: int) -> tuple[int, int]:
     return -(-height // MOTION_CELL), -(-width // MOTION_CELL)
 
 
-def _cell_means(field: np.ndarray) -> np.ndarray:
+def cell_means(field: np.ndarray) -> np.ndarray:
+    """Means float32 [H/8, W/8] of a field [H, W] over the motion cells."""
     rows, columns = (np.arange(0, side, MOTION_CELL) for side in field.shape)
     sums = np.add.reduceat(np.add.reduceat(field, rows, axis=0, dtype=np.float32), columns, axis=1)
     sizes = [
@@ -174,7 +181,7 @@ def per_pixel(cells: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.repeat(np.repeat(cells, MOTION_CELL, axis=1), MOTION_CELL, axis=2)[:, :height, :width]
 
 
-def _rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:
+def rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:
     """Block vectors -> int32 [H/8, W/8, 2] in quarter pixels, pointing into the reference;
     intra blocks get zero.
     """

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..codec.decode import frame_to
 from ..codec.decompose import CodecClip, decompose_video
+from ..codec.native import decompose_native
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
 from ..codec.saliency import SaliencyConfig, is_static, motion_summary, patch_saliency
 from ..codec.selection import select_patches
@@ -18,6 +19,7 @@ from .schema import SampleInfo, encode_clip, encode_image
 from .writer import file_sha256
 
 MOTION_GRID = 8
+VECTORS = ("canonical", "native")
 RULES = ("i_frames_first", "published")
 
 
@@ -35,6 +37,7 @@ class SampleConfig:
     num_full_frames: int = 16
     fit: str = "crop"
     salvage: bool = False
+    vectors: str = "canonical"
     rule: str = "i_frames_first"
     time_buckets: int = 1
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
@@ -49,8 +52,10 @@ class SampleConfig:
             raise ValueError(
                 f"--size {self.size} must be even and a multiple of --patch-size {self.patch_size}"
             )
-        if self.rule not in RULES:
-            raise ValueError(f"rule is {self.rule!r}; choose one of {', '.join(RULES)}")
+        for name, known in (("rule", RULES), ("vectors", VECTORS)):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         intra = -(-self.num_frames // self.gop) * (self.size // self.patch_size) ** 2
         if self.keeps_i_frames and self.tokens < intra:
             raise ValueError(
@@ -80,16 +85,12 @@ def build_sample(
     if is_image(path):
         members, info = _image_sample(open_image(path, config.limits), source, before[0], config)
     else:
-        clip = decompose_video(
-            path,
-            config.num_frames,
-            config.size,
-            config.patch_size,
-            config.gop,
-            config.fit,
-            config.limits,
-            config.salvage,
-        )
+        framed = (config.num_frames, config.size, config.patch_size)
+        rest = (config.fit, config.limits, config.salvage)
+        if config.vectors == "native":
+            clip = decompose_native(path, *framed, *rest)
+        else:
+            clip = decompose_video(path, *framed, config.gop, *rest)
         if len(clip.frames) == 1:
             members, info = _image_sample(clip.frames[0], source, before[0], config)
         else:
