@@ -87,7 +87,7 @@ def _add_selecting(sub) -> None:
         "--vectors",
         choices=("canonical", "native"),
         default="canonical",
-        help="motion vectors of the canonical stream, or the source's own (H.264, MPEG-4)",
+        help="canonical stream's, or the source's own (H.264 and MPEG-4 without B-frames)",
     )
     group.add_argument(
         "--camera",

@@ -16,6 +16,7 @@ import numpy as np
 
 CAMERA_MODELS = ("none", "median", "similarity", "affine")
 ROUNDS = 8
+RIDGE = 1e-9
 SMALLEST_SCALE = 0.05  # pixels; vectors come in quarter pixels
 
 
@@ -43,6 +44,7 @@ def camera_motion(motion: np.ndarray, camera: str) -> np.ndarray:
         weights = 1 / (1 + (residual / scale) ** 2)
         normal = np.einsum("tp,pak,pal->tkl", weights, design, design, optimize=True)
         target = np.einsum("tp,pak,tpa->tk", weights, design, vectors, optimize=True)
+        normal += RIDGE * np.eye(normal.shape[-1])  # few cells cannot tell all parameters apart
         parameters = np.linalg.solve(normal, target[..., None])[..., 0]
         fitted = np.einsum("pak,tk->tpa", design, parameters)
     return fitted.reshape(motion.shape)

@@ -23,6 +23,7 @@ from .open_video import InputLimits, open_video
 from .timeline import Timeline, even_times, read_timeline
 
 HD_LINES = 720
+MAX_BLOWN_UP = 64  # times the working square that a scaled frame may fill
 MATRIX_UNNAMED, MATRIX_BT709 = 2, 1  # ITU-T H.273 table 4
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273 table 3
 FITS = ("crop", "area")
@@ -112,7 +113,7 @@ def decode_video(
     With `salvage`, a damaged video is cut to its whole GOPs before the damage. A `watcher` may
     `prepare(stream)` and `see(number, frame, framing, is_chosen)` every frame. Raises
     RejectedInput: container, no_video, too_large, decode (damaged), truncated (announced frames are
-    missing), varying (picture size changes), hdr.
+    missing), varying (picture size changes), rotation (no quarter turn), hdr.
     """
     limits = limits or InputLimits()
     timeline = read_timeline(path, limits, salvage)
@@ -151,7 +152,7 @@ def _decode(
             first = first or frame
             _check_frame(path, frame, first, number, last_good)
             last_good = stamp if stamp is not None else last_good
-            framing = framing or _framing_of(frame, stream, **framed)
+            framing = framing or _framing_of(path, frame, stream, **framed)
             if watcher is not None:
                 watcher.see(number, frame, framing, stamp in wanted)
             if stamp not in wanted:
@@ -203,12 +204,33 @@ def _notes(frame) -> tuple[str, ...]:
     return (*interlaced, *((f"rotated {frame.rotation:.0f}",) if frame.rotation else ()))
 
 
-def _framing_of(frame, stream, size, patch_size, fit) -> Framing:
+def _framing_of(path: Path, frame, stream, size, patch_size, fit) -> Framing:
+    if abs(frame.rotation / 90 - round(frame.rotation / 90)) > 0.01 or _is_mirrored(frame):
+        turned = "mirrored" if _is_mirrored(frame) else f"turned by {frame.rotation:.0f} degrees"
+        raise RejectedInput(
+            "rotation", f"{path} is to be shown {turned}: only quarter turns are read"
+        )
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
     height, width = float(frame.height), frame.width * float(aspect or 1)
     if frame.rotation % 180:
         height, width = width, height
-    return frame_to(height, width, size, patch_size, fit)
+    framing = frame_to(height, width, size, patch_size, fit)
+    if framing.height * framing.width > MAX_BLOWN_UP * size**2:
+        raise RejectedInput(
+            "too_large",
+            f"{path} is a strip of {frame.width}x{frame.height}: scaled to {size} px it would be "
+            f"{framing.width}x{framing.height}",
+        )
+    return framing
+
+
+def _is_mirrored(frame) -> bool:
+    """Whether the display matrix (nine 32-bit numbers, row by row) turns left into right."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
+    return a * d - b * c < 0
 
 
 def picture_of(frame, framing: Framing) -> np.ndarray:

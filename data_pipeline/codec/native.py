@@ -1,16 +1,16 @@
 """The source's own motion vectors instead of the canonical stream's, for H.264 and MPEG-4 part 2.
 
-Cheaper by one encode and decode, but the vectors are what the source's encoder chose: they refer to
-its reference frames, at its frame rate, in its picture. So that clips stay comparable,
+Cheaper by one encode and decode, but the vectors are what the source's encoder chose, at its frame
+rate, in its picture. So that clips stay comparable,
 
-    velocity      = vector / frames between the frame and its reference   (pixels per source frame)
-    motion        = velocity * source frames since the frame shown before
-    residual      = |luma - prediction from the last reference frame by the past vectors|
+    motion    = vector / frames since its reference * frames since the frame shown before
+    residual  = |luma - prediction from the last reference frame|
 
-FFmpeg tells whether a vector points into the past or the future, not to which frame; the reference
-is taken to be the nearest I- or P-frame on that side, which holds for one reference frame without
-B-pyramids and is an estimate otherwise. Blocks without a vector stand still. I-frames are the
-source's own among the chosen frames, and the first one.
+FFmpeg does not say which frame a vector refers to. In a stream of I- and P-frames it is the frame
+before, or an older one where the encoder used several; with B-frames it is anyone's guess (and
+direct-mode blocks export nothing). So streams with B-frames are refused, and so are those whose
+vectors predict hardly better than no vectors at all. Blocks without a vector stand still. I-frames
+are the source's own among the chosen frames, and the first one.
 
 Shape legend: T frames, H, W working size.
 """
@@ -28,6 +28,8 @@ from .motion_compensation import predict_luma
 NATIVE_CODECS = ("h264", "mpeg4")
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 MAX_QUARTER_PELS = 4 * 1024
+USEFUL_SHARE = 0.9  # of the plain difference: vectors that leave more explain nothing
+STILL_DIFFERENCE = 1.0  # luma steps: below, there is nothing to explain
 
 
 @dataclass
@@ -36,20 +38,19 @@ class _Seen:
 
     number: int
     is_i_frame: bool
-    past: np.ndarray  # [H/8, W/8, 2] vectors into the past, pixels of the working picture
-    future: np.ndarray
-    anchor: int  # number of the last reference frame
-    residual_from: np.ndarray | None  # its luma
+    vectors: np.ndarray  # [H/8, W/8, 2] into the past, pixels of the working picture
+    reference: int  # number of the frame before
+    reference_luma: np.ndarray | None
 
 
 @dataclass
 class _Watcher:
-    """Looks at every decoded frame: remembers reference frames, reads vectors of chosen ones."""
+    """Looks at every decoded frame: remembers the last one, reads vectors of chosen ones."""
 
     path: Path
-    anchors: list[int] = field(default_factory=list)
     seen: list[_Seen] = field(default_factory=list)
-    anchor_luma: np.ndarray | None = None
+    last_number: int = 0
+    last_luma: np.ndarray | None = None
 
     def prepare(self, stream) -> None:
         """Ask the decoder for vectors; RejectedInput for a codec that exports none."""
@@ -67,14 +68,17 @@ class _Watcher:
         """One frame in the order of showing."""
         from av.video.frame import PictureType
 
+        if frame.pict_type == PictureType.B:
+            raise RejectedInput(
+                "no_motion_vectors",
+                f"{self.path} has B-frames, whose vectors cannot be traced to their frames: leave "
+                "out --vectors native",
+            )
         if is_chosen:
-            past, future = (_working_field(frame, framing, sign) for sign in (-1, 1))
-            anchor = self.anchors[-1] if self.anchors else number
-            intra = frame.pict_type == PictureType.I or not self.anchors
-            self.seen.append(_Seen(number, intra, past, future, anchor, self.anchor_luma))
-        if frame.pict_type != PictureType.B:
-            self.anchors.append(number)
-            self.anchor_luma = _luma(picture_of(frame, framing))
+            intra = frame.pict_type == PictureType.I or self.last_luma is None
+            vectors = _working_field(frame, framing)
+            self.seen.append(_Seen(number, intra, vectors, self.last_number, self.last_luma))
+        self.last_number, self.last_luma = number, _luma(picture_of(frame, framing))
 
 
 def decompose_native(
@@ -94,19 +98,22 @@ def decompose_native(
     frames, seen = video.frames, watcher.seen[-len(video.frames) :]
     count, height, width = frames.shape[:3]
     luma = np.stack([_luma(picture) for picture in frames])
-    cells = seen[0].past.shape
+    cells = seen[0].vectors.shape
     motion = np.zeros((count, *cells), np.float32)
     residual = np.zeros((count, height, width), np.uint8)
     change = np.zeros((count, *cells[:2]), np.float32)
+    plain = []  # mean difference of each P-frame to its reference, without any vector
     for t in range(1, count):
         change[t] = cell_means(np.abs(luma[t].astype(np.int16) - luma[t - 1]))
         if seen[t].is_i_frame:
             continue
-        gap = seen[t].number - seen[t - 1].number
-        motion[t] = _velocity(seen[t], watcher.anchors) * gap
-        quarters = np.clip(np.rint(4 * seen[t].past), -MAX_QUARTER_PELS, MAX_QUARTER_PELS)
-        prediction = predict_luma(seen[t].residual_from, quarters.astype(np.int32), MOTION_CELL)
+        distance = max(seen[t].number - seen[t].reference, 1)
+        motion[t] = -seen[t].vectors / distance * (seen[t].number - seen[t - 1].number)
+        quarters = np.clip(np.rint(4 * seen[t].vectors), -MAX_QUARTER_PELS, MAX_QUARTER_PELS)
+        prediction = predict_luma(seen[t].reference_luma, quarters.astype(np.int32), MOTION_CELL)
         residual[t] = np.abs(luma[t].astype(np.int16) - prediction).astype(np.uint8)
+        plain.append(np.abs(luma[t].astype(np.int16) - seen[t].reference_luma).mean())
+    _check_useful(path, residual, plain)
     is_i_frame = np.array([frame.is_i_frame or t == 0 for t, frame in enumerate(seen)])
     return CodecClip(
         frames=frames,
@@ -122,23 +129,26 @@ def decompose_native(
     )
 
 
-def _velocity(seen: _Seen, anchors: list[int]) -> np.ndarray:
-    """Pixels per source frame [H/8, W/8, 2], from past vectors, else from future ones."""
-    later = anchors[np.searchsorted(anchors, seen.number, side="right") :][:1]
-    past = -seen.past / max(seen.number - seen.anchor, 1)
-    future = seen.future / max((later[0] if later else seen.number) - seen.number, 1)
-    return np.where(np.any(seen.past != 0, axis=-1, keepdims=True), past, future)
+def _check_useful(path: Path, residual: np.ndarray, plain: list[float]) -> None:
+    """RejectedInput when the vectors leave as much unexplained as no vectors would."""
+    if not plain or np.mean(plain) <= STILL_DIFFERENCE:
+        return
+    left = residual.mean() * len(residual) / len(plain)
+    if left > USEFUL_SHARE * np.mean(plain):
+        raise RejectedInput(
+            "no_motion_vectors",
+            f"{path}: its vectors leave {left:.1f} of a difference of {np.mean(plain):.1f} luma "
+            "steps, they refer to other frames: leave out --vectors native",
+        )
 
 
-def _working_field(frame, framing: Framing, sign: int) -> np.ndarray:
-    """Vectors on one side of time, [H/8, W/8, 2] in pixels of the upright working picture."""
+def _working_field(frame, framing: Framing) -> np.ndarray:
+    """Vectors into the past, [H/8, W/8, 2] in pixels of the upright working picture."""
     vectors = vectors_of(frame)
     turns = round(frame.rotation / 90) % 4
     height, width = framing.height, framing.width
     if turns % 2:
         height, width = width, height
-    if len(vectors):
-        vectors = vectors[np.sign(vectors["source"]) == sign]
     cells = rasterise(vectors, frame.height, frame.width) / 4.0
     rows = np.arange(height) * frame.height // height // MOTION_CELL
     columns = np.arange(width) * frame.width // width // MOTION_CELL

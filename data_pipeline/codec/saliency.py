@@ -47,10 +47,11 @@ class SaliencyConfig:
                 value = getattr(self, name)
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         weights = (self.motion_weight, self.residual_weight)
-        if min(weights) < 0 or sum(weights) <= 0 or self.centre_prior < 0:
+        finite = np.isfinite([*weights, self.centre_prior]).all()
+        if not finite or min(weights) < 0 or sum(weights) <= 0 or self.centre_prior < 0:
             raise ValueError(
-                f"weights {weights} and centre_prior {self.centre_prior} must not be negative, and "
-                "one weight must be positive"
+                f"weights {weights} and centre_prior {self.centre_prior} must be finite and not "
+                "negative, and one weight must be positive"
             )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from ..codec.open_video import InputLimits, is_image, is_video
 from ..errors import MissingData, RejectedInput
 
+VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "CRC", "md5Hash")
 LIST_SUFFIXES = (".txt", ".csv")
 
 
@@ -65,14 +66,22 @@ def inputs_sha256(inputs: list[Input]) -> str:
     lines = []
     for item in inputs:
         if item.is_remote:
-            system, name = _filesystem(item.place)
-            lines.append([item.source, system.size(name), str(system.ukey(name))])
+            lines.append([item.source, *_remote_stamp(item.place)])
         else:
             path = Path(item.place)
             status = path.stat() if path.exists() else None
             stamp = (status.st_size, status.st_mtime_ns) if status else (None, None)
             lines.append([item.source, *stamp])
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+
+def _remote_stamp(place: str) -> tuple[int | None, str | None]:
+    try:
+        system, name = _filesystem(place)
+        info = system.info(name)
+        return info.get("size"), json.dumps([str(info.get(key)) for key in VERSION_KEYS])
+    except Exception:  # unreachable: the decoder's turn will say so, and name the input
+        return None, None
 
 
 @contextlib.contextmanager
@@ -84,7 +93,10 @@ def local_copy(place: str, limits: InputLimits):
     if "://" not in place:
         yield Path(place)
         return
-    system, name = _filesystem(place)
+    try:
+        system, name = _filesystem(place)
+    except MissingData as error:
+        raise RejectedInput("missing", str(error)) from error
     with tempfile.TemporaryDirectory(prefix="univit-") as folder:
         path = Path(folder) / f"input{PurePosixPath(name).suffix}"
         try:
@@ -94,7 +106,9 @@ def local_copy(place: str, limits: InputLimits):
                     "too_large", f"{place} has {size} bytes, the limit is {limits.max_bytes}"
                 )
             system.get_file(name, str(path))
-        except OSError as error:
+        except RejectedInput:
+            raise
+        except Exception as error:  # every file system has its own errors
             raise RejectedInput("missing", f"{place} cannot be fetched: {error}") from error
         yield path
 
@@ -155,5 +169,5 @@ def _filesystem(url: str):
         ) from error
     try:
         return url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # a missing library, a bad archive, an unknown scheme
         raise MissingData(f"{url} cannot be opened: {error}") from error

@@ -10,7 +10,7 @@
 
 K is eight mosaics of one frame's grid each; a clip with fewer patches repeats its last one (`valid`
 in meta.json says how many count), a longer one gives its best. PNG by default: JPEG lets patches of
-different frames bleed into each other. Images are left out. Clips whose meta.json exists are kept.
+different frames bleed into each other. Images are left out. Clips whose meta.json fits are kept.
 
 Shape legend: K patches, gh, gw patch rows and columns of a frame, p patch size.
 """
@@ -60,7 +60,7 @@ def export_mosaics(
                 continue
             info = SampleInfo.from_bytes(reader.read(sample_id, "json"), sample["key"])
             folder = output / "assets" / sample["key"]
-            if not (folder / "meta.json").is_file():
+            if not _is_written(folder, info, image_format):
                 _write_clip(folder, _read_clip(reader, sample_id, info), info, image_format)
             records.append(_record(sample["key"], info, image_format))
     lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -69,6 +69,20 @@ def export_mosaics(
     if images:
         report(f"{images} images are left out: the layout is of clips")
     return len(records)
+
+
+def _is_written(folder: Path, info: SampleInfo, image_format: str) -> bool:
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    same = (info.source_sha256, info.num_patches, list(info.grid), image_format)
+    return (
+        meta.get("source_sha256"),
+        meta.get("packed_patches"),
+        meta.get("grid"),
+        meta.get("image_format"),
+    ) == same
 
 
 def _read_clip(reader: ShardReader, sample_id: int, info: SampleInfo) -> MosaicClip:
@@ -88,6 +102,8 @@ def _write_clip(folder: Path, clip: MosaicClip, info: SampleInfo, image_format: 
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.iterdir():
+        stale.unlink()
     (rows, columns), p = info.grid, info.patch_size
     pictures = clip.patches.reshape(NUM_MOSAICS, rows, columns, p, p, 3).swapaxes(2, 3)
     quality = {"quality": JPEG_QUALITY, "subsampling": "4:4:4"} if image_format == "jpg" else {}
@@ -99,6 +115,8 @@ def _write_clip(folder: Path, clip: MosaicClip, info: SampleInfo, image_format: 
     write_array(folder / "frame_ids.npy", np.unique(clip.positions[:, 0]).astype(np.int32))
     meta = {
         "source": info.source,
+        "source_sha256": info.source_sha256,
+        "packed_patches": info.num_patches,
         "grid": list(info.grid),
         "patch_size": p,
         "num_patches": len(clip.positions),

@@ -13,6 +13,7 @@ import resource
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -120,11 +121,12 @@ def _serve(pipe, config: SampleConfig) -> None:
             place, source = json.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return
+        path = Path(place)
         try:
             with local_copy(place, config.limits) as path:
                 members, _ = build_sample(path, source, config)
         except RejectedInput as rejection:
-            _refuse(pipe, rejection.reason, rejection.detail)
+            _refuse(pipe, rejection.reason, rejection.detail.replace(str(path), place))
             continue
         except MemoryError:
             _refuse(pipe, "memory", f"{place} needs more than {MEMORY_LIMIT >> 30} GB")

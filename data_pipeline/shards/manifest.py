@@ -80,6 +80,11 @@ class Manifest:
 
 def write_manifest(directory: Path, records: list[dict], settings: dict) -> None:
     """Bind the shards of a folder, in the order given."""
+    write_atomically(directory / MANIFEST_NAME, manifest_bytes(directory, records, settings))
+
+
+def manifest_bytes(directory: Path, records: list[dict], settings: dict) -> bytes:
+    """What manifest.json holds for these records."""
     shards = [
         {
             "name": record["name"],
@@ -98,9 +103,7 @@ def write_manifest(directory: Path, records: list[dict], settings: dict) -> None
         "num_rejected": sum(shard["num_rejected"] for shard in shards),
         "shards": shards,
     }
-    write_atomically(
-        directory / MANIFEST_NAME, json.dumps(content, indent=1, sort_keys=True).encode()
-    )
+    return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
 def load_manifest(directory: str | Path) -> Manifest:
@@ -122,8 +125,22 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"{path} has schema version {content.get('schema_version')}, this code reads "
             f"{SCHEMA_VERSION}"
         )
+    try:
+        problems, records = _bound_records(directory, content["shards"])
+        settings = content["settings"]
+    except (KeyError, TypeError) as error:
+        raise CorruptShard(f"{path} is damaged: {error!r} is missing or wrong") from error
+    if problems:
+        raise CorruptShard(
+            "\n  ".join([f"{len(problems)} files of {directory} are wrong; pack again:", *problems])
+        )
+    return Manifest(directory, hashlib.sha256(data).hexdigest(), settings, tuple(records))
+
+
+def _bound_records(directory: Path, shards: list[dict]) -> tuple[list[str], list[dict]]:
+    """(what is wrong with the files of the shards, their records)."""
     problems, records = [], []
-    for shard in content["shards"]:
+    for shard in shards:
         tar, record = directory / f"{shard['name']}.tar", directory / f"{shard['name']}.json"
         if not tar.is_file() or tar.stat().st_size != shard["size"]:
             actual = tar.stat().st_size if tar.is_file() else "no file"
@@ -132,10 +149,4 @@ def load_manifest(directory: str | Path) -> Manifest:
             problems.append(f"{record}: missing or not the record that the manifest binds")
         else:
             records.append(parse_json(record.read_bytes(), str(record), MAX_MANIFEST_BYTES))
-    if problems:
-        raise CorruptShard(
-            "\n  ".join([f"{len(problems)} files of {directory} are wrong; pack again:", *problems])
-        )
-    return Manifest(
-        directory, hashlib.sha256(data).hexdigest(), content["settings"], tuple(records)
-    )
+    return problems, records

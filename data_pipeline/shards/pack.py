@@ -17,7 +17,6 @@ Cost: about 0.4 s per 224 px clip of 64 frames and core.
 import json
 import os
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from .isolation import SamplePool
 from .manifest import Manifest, load_manifest, write_manifest
 from .sample_builder import SampleConfig
 from .schema import SCHEMA_VERSION
-from .writer import file_sha256, index_text, write_shard
+from .writer import file_sha256, index_text, only_here, write_shard
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class PackConfig:
         for name in ("samples_per_shard", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if not self.wall_seconds > 0:
+            raise ValueError(f"wall_seconds is {self.wall_seconds}, must be greater than 0")
 
     def settings(self) -> dict:
         """What decides the bytes of a shard; stored in its record."""
@@ -111,10 +112,14 @@ def bind(tasks: list[Task], output: Path, config: PackConfig, report=print) -> M
 
 def pack_task(task: Task, output: Path, config: PackConfig, pool: SamplePool) -> dict:
     """Write the shard of one task, unless it is done; returns its record."""
-    done = finished_record(task, output, config, thorough=True)
-    if done is not None:
-        return done
     name = shard_name(task, config)
+    with only_here(output / f".{name}.lock"):  # a second job of the same number waits, then skips
+        return finished_record(task, output, config, thorough=True) or _write_task(
+            task, name, output, config, pool
+        )
+
+
+def _write_task(task: Task, name: str, output: Path, config: PackConfig, pool) -> dict:
     for stale in output.glob(f".{name}.*tmp"):  # of a run that was killed in this very task
         stale.unlink(missing_ok=True)
     rejected: list[dict] = []
@@ -156,8 +161,7 @@ def progress_bar(results, task: Task):
 def finished_record(task: Task, output: Path, config: PackConfig, thorough: bool) -> dict | None:
     """Record of a task that is done with these inputs and settings; None when it is not.
 
-    `thorough` looks at every input again and reads every byte of the shard; else names and sizes
-    decide, so that the jobs of an array can ask about each other's shards cheaply.
+    `thorough` also reads every byte of the shard, which the jobs of an array do for their own.
     """
     name = shard_name(task, config)
     record_path, tar_path = output / f"{name}.json", output / f"{name}.tar"
@@ -167,17 +171,16 @@ def finished_record(task: Task, output: Path, config: PackConfig, thorough: bool
         record = json.loads(record_path.read_bytes())
     except ValueError:
         return None
-    sources = [entry["source"] for entry in (*record["samples"], *record["rejected"])]
-    same = record["settings"] == json.loads(json.dumps(config.settings())) and Counter(
-        sources
-    ) == Counter(item.source for item in task.inputs)
-    if not same or tar_path.stat().st_size != record["size"]:
+    if not isinstance(record, dict) or record.get("size") != tar_path.stat().st_size:
+        return None
+    if record.get("settings") != json.loads(json.dumps(config.settings())):
+        return None
+    if record.get("inputs_sha256") != inputs_sha256(task.inputs):
         return None
     index = output / f"{name}.tar.idx"
     whole = not thorough or (
-        record["inputs_sha256"] == inputs_sha256(task.inputs)
-        and index.is_file()
-        and index.read_text() == index_text(record)
+        index.is_file()
+        and index.read_bytes() == index_text(record).encode()
         and file_sha256(tar_path) == record["sha256"]
     )
     return record if whole else None

@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from ..codec.decode import frame_to
-from ..codec.decompose import CodecClip, decompose_video
+from ..codec.decompose import TIME_BASE, CodecClip, decompose_video
 from ..codec.native import decompose_native
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
 from ..codec.saliency import SaliencyConfig, is_static, motion_summary, patch_saliency
 from ..codec.selection import select_patches
 from ..errors import RejectedInput
-from .schema import SampleInfo, encode_clip, encode_image
+from .schema import SampleInfo, encode_clip, encode_image, strip_rows
 from .writer import file_sha256
 
 MOTION_GRID = 8
+MAX_JPEG_SIDE = 65500
 VECTORS = ("canonical", "native")
 RULES = ("i_frames_first", "published")
 
@@ -51,6 +52,16 @@ class SampleConfig:
         if self.size % self.patch_size or self.size % 2:
             raise ValueError(
                 f"--size {self.size} must be even and a multiple of --patch-size {self.patch_size}"
+            )
+        if self.num_frames > TIME_BASE:
+            raise ValueError(
+                f"num_frames is {self.num_frames}: temporal positions run over 0..{TIME_BASE - 1}, "
+                f"more than {TIME_BASE} frames would share them"
+            )
+        if self.num_full_frames * strip_rows(self.size) > MAX_JPEG_SIDE:
+            raise ValueError(
+                f"{self.num_full_frames} full frames of {self.size} px make a strip higher than "
+                f"the {MAX_JPEG_SIDE} px of a JPEG: lower --full-frames or --size"
             )
         for name, known in (("rule", RULES), ("vectors", VECTORS)):
             if getattr(self, name) not in known:
@@ -115,10 +126,14 @@ def _image_sample(picture: np.ndarray, source: str, sha256: str, config: SampleC
     framing = frame_to(
         picture.shape[0], picture.shape[1], config.size, config.patch_size, config.fit
     )
-    scaled = Image.fromarray(picture).resize(
-        (framing.width, framing.height), Image.Resampling.BICUBIC
+    # only what is kept is scaled: a thin strip blown up whole would not fit the memory
+    across, down = picture.shape[1] / framing.width, picture.shape[0] / framing.height
+    left, top = framing.left * across, framing.top * down
+    box = (left, top, left + framing.out_width * across, top + framing.out_height * down)
+    kept = Image.fromarray(picture).resize(
+        (framing.out_width, framing.out_height), Image.Resampling.BICUBIC, box=box
     )
-    picture = framing.cut(np.asarray(scaled))
+    picture = np.asarray(kept)
     height, width = picture.shape[:2]
     patches = (height // config.patch_size) * (width // config.patch_size)
     info = SampleInfo(

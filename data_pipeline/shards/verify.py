@@ -4,7 +4,7 @@ import numpy as np
 
 from ..errors import CorruptShard, DataPipelineError
 from ..loading.shard_reader import ShardReader
-from .manifest import Manifest
+from .manifest import MANIFEST_NAME, Manifest, manifest_bytes
 from .schema import SampleInfo, decode_array
 from .writer import file_sha256, index_text
 
@@ -15,13 +15,13 @@ def verify(manifest: Manifest) -> list[str]:
     Checks each shard's sha256, its index, and that every sample decodes by the schema with its
     stated counts.
     """
-    problems = []
+    problems = _manifest_problems(manifest)
     for shard in manifest.shards:
         tar = manifest.directory / f"{shard['name']}.tar"
         if file_sha256(tar) != shard["sha256"]:
             problems.append(f"{tar.name}: bytes changed since it was written (sha256 differs)")
         index = tar.with_suffix(".tar.idx")
-        if not index.is_file() or index.read_text() != index_text(shard):
+        if not index.is_file() or index.read_bytes() != index_text(shard).encode():
             problems.append(f"{index.name}: missing, stale or of another shard")
     with ShardReader(manifest) as reader:
         for sample_id in range(len(manifest)):
@@ -31,6 +31,18 @@ def verify(manifest: Manifest) -> list[str]:
             except DataPipelineError as error:
                 problems.append(str(error))
     return problems
+
+
+def _manifest_problems(manifest: Manifest) -> list[str]:
+    """The manifest must be what its records make, and no other shard may lie beside them."""
+    problems = []
+    settings = manifest.shards[0]["settings"] if manifest.shards else manifest.settings
+    path = manifest.directory / MANIFEST_NAME
+    if path.read_bytes() != manifest_bytes(manifest.directory, list(manifest.shards), settings):
+        problems.append(f"{path.name}: not what the shards' records make of it")
+    known = {f"{shard['name']}.tar" for shard in manifest.shards}
+    others = sorted(p.name for p in manifest.directory.glob("*.tar") if p.name not in known)
+    return problems + [f"{name}: a shard that the manifest does not name" for name in others]
 
 
 def _check_sample(reader, sample_id: int, name: str) -> None:

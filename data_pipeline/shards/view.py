@@ -69,7 +69,8 @@ def _held(pictures: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
-    """Write a .png contact sheet of the samples, or a .gif of the first one.
+    """Write a .png contact sheet of the samples, or a .gif of each
+    (NAME_ID.gif where there are several).
     ValueError for another suffix.
     """
     from PIL import Image
@@ -80,8 +81,10 @@ def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
     if path.suffix == ".png":
         Image.fromarray(contact_sheet(manifest, sample_ids)).save(path)
     elif path.suffix == ".gif":
-        first, *rest = (Image.fromarray(picture) for picture in animation(manifest, sample_ids[0]))
-        first.save(path, save_all=True, append_images=rest, duration=200, loop=0)
+        for sample_id in sample_ids:
+            one = path if len(sample_ids) == 1 else path.with_stem(f"{path.stem}_{sample_id}")
+            first, *rest = (Image.fromarray(picture) for picture in animation(manifest, sample_id))
+            first.save(one, save_all=True, append_images=rest, duration=200, loop=0)
     else:
         raise ValueError(f"--output {path} must end in .png (contact sheet) or .gif (animation)")
 

@@ -10,6 +10,8 @@ without its JSON does not exist. The same samples give the same bytes: fixed own
 stamps.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -78,6 +80,17 @@ def write_shard(
     write_atomically(directory / f"{name}.tar.idx", index_text(record).encode())
     write_atomically(directory / f"{name}.json", json.dumps(record, sort_keys=True).encode())
     return record
+
+
+@contextlib.contextmanager
+def only_here(lock: Path):
+    """Hold a lock file; another process that asks for it waits. The system frees it if we die, and
+    the file goes when the work was done.
+    """
+    with open(lock, "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+    lock.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

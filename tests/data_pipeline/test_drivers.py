@@ -123,3 +123,47 @@ def test_links_out_of_the_folder_are_left_out_and_reported(clips, tmp_path):
     found = [item.source for item in list_inputs([inside], said.append)]
     assert found == ["again.mp4", "real.mp4"]
     assert "1 links lead out" in said[0] and "link.mp4" in said[0]
+
+
+def test_the_same_job_started_twice_at_once_does_its_work_once(clips, tmp_path, whole):
+    command = [sys.executable, "-m", "data_pipeline", "pack", clips / "val.csv"]
+    jobs = [subprocess.Popen([*command, "--output", tmp_path, *FLAGS], cwd=ROOT) for _ in range(2)]
+    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+    assert load_manifest(tmp_path).sha256 == whole.sha256
+
+
+@pytest.mark.parametrize("fault", ["index", "record"])
+def test_damaged_side_files_are_repaired(clips, tmp_path, whole, fault):
+    inputs = list_inputs([clips / "val.csv"])
+    pack(inputs, tmp_path, CONFIG)
+    name = "video-000001.tar.idx" if fault == "index" else "video-000001.json"
+    (tmp_path / name).write_bytes(b"\xff\xfe" if fault == "index" else b"{}")
+    if fault == "index":
+        assert any("tar.idx" in problem for problem in verify(load_manifest(tmp_path)))
+    assert verify(pack(inputs, tmp_path, CONFIG)) == []
+
+
+def test_a_changed_input_is_never_bound_as_if_it_were_the_old_one(clips, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, source in (("a", 0), ("b", 1), ("c", 2)):
+        data = (clips / "clips" / f"train_{source:05d}.mp4").read_bytes()
+        (folder / f"{name}.mp4").write_bytes(data)
+    inputs = list_inputs([folder])
+    pack(inputs, tmp_path / "out", CONFIG)
+    (folder / "c.mp4").write_bytes((clips / "clips" / "train_00003.mp4").read_bytes())
+    said = []
+    assert pack(inputs, tmp_path / "out", CONFIG, said.append, task_id=0, num_tasks=2) is None
+    assert any("still to be packed" in line for line in said)
+
+
+def test_one_unreachable_address_rejects_that_input_only(clips, tmp_path):
+    listed = tmp_path / "list.txt"
+    broken = tmp_path / "broken.zip"
+    broken.write_bytes(b"no archive")
+    good = clips / "clips" / "train_00000.mp4"
+    listed.write_text(f"{good}\nzip://a.mp4::file://{broken}\nfile://{tmp_path}/nowhere.mp4\n")
+    manifest = pack(list_inputs([listed]), tmp_path / "out", CONFIG)
+    assert len(manifest) == 1 and dict(manifest.rejected_by_reason()) == {"missing": 2}
+    with pytest.raises(MissingData, match="broken.zip cannot be opened"):
+        list_inputs([f"zip://a.mp4::file://{broken}"])

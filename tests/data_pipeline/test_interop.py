@@ -97,3 +97,12 @@ def test_mosaics_that_do_not_fit_their_positions_are_named(exported, tmp_path):
     (folder / "mosaic_007.png").unlink()
     with pytest.raises(ValueError, match="7 mosaics of"):
         read_mosaics(folder)
+
+
+def test_another_format_or_source_is_written_again(exported, tmp_path):
+    manifest, _ = exported
+    export_mosaics(manifest, tmp_path)
+    export_mosaics(manifest, tmp_path, "jpg")
+    for line in (tmp_path / "samples.jsonl").read_text().splitlines():
+        assert all((tmp_path / path).is_file() for path in json.loads(line)["image"])
+    assert not list(tmp_path.glob("assets/*/*.png"))

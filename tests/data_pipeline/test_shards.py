@@ -272,3 +272,46 @@ def test_a_user_mistake_ends_with_a_sentence(tmp_path):
     )
     assert done.returncode == 1
     assert "does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_any_changed_byte_of_the_manifest_and_any_stray_shard_is_found(copy):
+    path = copy / "manifest.json"
+    original = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, len(original), 60):
+        damaged = bytearray(original)
+        damaged[place] ^= 1 << int(rng.integers(7))
+        path.write_bytes(damaged)
+        try:
+            problems = verify(load_manifest(copy))
+        except CorruptShard:
+            continue
+        assert any("manifest.json" in problem for problem in problems), place
+    path.write_bytes(original)
+    shutil.copy(copy / "video-000000.tar", copy / "video-000099.tar")
+    assert verify(load_manifest(copy)) == [
+        "video-000099.tar: a shard that the manifest does not name"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_frames": 65}, "num_frames is 65: temporal positions run over 0..63"),
+        ({"size": 1024, "num_full_frames": 64}, "64 full frames of 1024 px make a strip"),
+        ({"vectors": "mine"}, "vectors is 'mine'; choose one of canonical, native"),
+        ({"rule": "mine"}, "rule is 'mine'; choose one of i_frames_first, published"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SampleConfig(**fields)
+
+
+def test_a_thin_strip_is_scaled_where_it_is_kept_only(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (1, 16000), "red").save(tmp_path / "strip.png")
+    members, info = build_sample(tmp_path / "strip.png", "strip.png", SampleConfig(size=224))
+    assert (info.height, info.width) == (224, 224)
+    assert np.abs(decode_jpeg(members["jpg"]).astype(int) - (255, 0, 0)).max() < 4
