@@ -147,7 +147,7 @@ def _decode(
     unit = 1 / (stream.average_rate or 25) if timeline.is_numbered else stream.time_base
     frames, times, first, framing, last_good = [], [], None, None, None
     try:
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(_frames(container, stream, timeline)):
             stamp = number if timeline.is_numbered else frame.pts
             first = first or frame
             _check_frame(path, frame, first, number, last_good)
@@ -180,6 +180,15 @@ def _decode(
         source_width=first.width,
         notes=_notes(first),
     )
+
+
+def _frames(container, stream, timeline: Timeline):
+    """Decoded frames from the first key frame on: a recording may start inside a GOP."""
+    started = timeline.is_numbered or not timeline.key_stamps
+    for packet in container.demux(stream):
+        started = started or packet.is_keyframe
+        if started:
+            yield from packet.decode()
 
 
 def _check_frame(path: Path, frame, first, number: int, last_good) -> None:

@@ -45,7 +45,8 @@ def read_timeline(path: Path, limits: InputLimits, salvage: bool = False) -> Tim
     stamps, keys, count, problem = _list_packets(path, limits)
     if count == 0:
         raise RejectedInput("truncated", f"{path} announces a video stream but holds no packet")
-    timeline = Timeline(sorted(set(stamps)), keys)
+    shown = {stamp for stamp in stamps if not keys or stamp >= keys[0]}
+    timeline = Timeline(sorted(shown), keys)
     if problem is not None:
         timeline = timeline.before_damage(max(stamps, default=None))
         if not salvage or problem.reason == "timestamps" or not timeline.stamps:
@@ -76,6 +77,8 @@ def _list_packets(path: Path, limits: InputLimits):
             if packet.pts is not None and not packet.is_discard:
                 stamps.append(packet.pts)
                 keys += [packet.pts] if packet.is_keyframe else []
+            if keys and len(keys) == 1 and packet.is_keyframe:
+                stamps = keys.copy()  # a recording that starts inside a GOP shows nothing before
     except av.FFmpegError as error:
         detail = f"{path}: reading stopped: {error.strerror}"
         return stamps, keys, count, RejectedInput("decode", detail)

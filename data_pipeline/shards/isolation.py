@@ -1,8 +1,8 @@
 """A child process that builds samples, so that no input can hang or kill the packer.
 
-Decoders do crash and loop on damaged files. The child has a memory limit; the parent waits a
-bounded wall time, then kills it, rejects the input as `timeout` or `crash`, and starts another
-child for the next one. Requests and answers are JSON and raw bytes: nothing that a broken child
+Decoders do crash and loop on damaged files. The child has limits of memory and processor time; the
+parent waits a bounded wall time, then kills it, rejects the input as `timeout` or `crash`, and
+starts another child for the next one. Requests and answers are JSON and raw bytes: nothing that a broken child
 sends is ever executed. Starting a child costs about 0.2 s.
 """
 
@@ -23,6 +23,7 @@ from .sample_builder import SampleConfig, build_sample
 from .schema import SampleInfo
 
 MEMORY_LIMIT = 8 << 30
+CPU_PER_WALL = 4  # processor seconds per second of the wall limit: some decoders run threads
 
 
 class SampleWorker:
@@ -62,7 +63,9 @@ class SampleWorker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, child_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child_end, self._config), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(child_end, self._config, self._wall_seconds), daemon=True
+        )
         self._process.start()
         child_end.close()
 
@@ -112,7 +115,14 @@ class SamplePool:
             worker.close()
 
 
-def _serve(pipe, config: SampleConfig) -> None:
+def limit_cpu(wall_seconds: float) -> None:
+    """Let this process use its share of processor time from now on; the system kills it after."""
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    soft = int(used + CPU_PER_WALL * wall_seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+def _serve(pipe, config: SampleConfig, wall_seconds: float) -> None:
     """Child: answer requests until the parent goes away."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     os.nice(5)
@@ -122,6 +132,7 @@ def _serve(pipe, config: SampleConfig) -> None:
         except (EOFError, OSError):
             return
         path = Path(place)
+        limit_cpu(wall_seconds)
         try:
             with local_copy(place, config.limits) as path:
                 members, _ = build_sample(path, source, config)

@@ -200,6 +200,19 @@ def test_salvage_keeps_the_whole_gops_before_a_cut(tmp_path, suffix, share):
     assert np.array_equal(video.frames[:10], complete.frames[:10])
 
 
+def test_a_recording_that_starts_inside_a_gop_begins_at_its_first_key_frame(tmp_path):
+    options = {"x264-params": "keyint=20:min-keyint=20:scenecut=0:bframes=2", "crf": "5"}
+    rng = np.random.default_rng(0)
+    frames = numbered(80) // 2 + rng.integers(0, 100, (80, SIZE, SIZE, 3), dtype=np.uint8)
+    whole = write(tmp_path / "whole.ts", frames, **options)
+    data = whole.read_bytes()
+    late = tmp_path / "late.ts"
+    late.write_bytes(data[: 188 * 3] + data[len(data) // 188 * 188 // 3 // 188 * 188 :])
+    ours, theirs = (decode_video(path, 80, 32, 16) for path in (late, whole))
+    assert 20 <= len(ours.frames) < 60
+    assert np.array_equal(ours.frames[-20:], theirs.frames[-20:])
+
+
 def test_a_picture_that_changes_its_size_is_refused(tmp_path):
     path = tmp_path / "clip.ts"
     parts = [

@@ -5,6 +5,7 @@ Numbers in the names are those of the fault table that the packer is built to.
 """
 
 import os
+import signal
 import struct
 import threading
 import time
@@ -13,8 +14,9 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import write_video
+from conftest import run, write_video
 
+from data_pipeline.codec.open_video import InputLimits
 from data_pipeline.errors import CorruptShard, RejectedInput
 from data_pipeline.shards import sample_builder
 from data_pipeline.shards.inputs import Input, list_inputs
@@ -248,3 +250,26 @@ def test_c78_hostile_json_is_named(tmp_path, text, message):
         SampleInfo.from_bytes(text.encode(), "sample")
     with pytest.raises(CorruptShard, match="bytes of JSON, at most"):
         SampleInfo.from_bytes(b" " * (1 << 23), "sample")
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"max_bytes": 100}, "bytes, the limit is 100"),
+        ({"max_pixels": 1000}, "the limits are 1000 pixels"),
+        ({"max_side": 32}, "32 a side"),
+        ({"max_seconds": 0.5}, "and 0 s|and 1 s"),
+        ({"max_frames": 10}, "more than 10 frames"),
+    ],
+)
+def test_c11_every_limit_is_checked_before_decoding(tmp_path, limits, said):
+    good(tmp_path / "a.mp4")
+    config = SampleConfig(size=32, gop=64, budget=64, limits=InputLimits(**limits))
+    with pytest.raises(RejectedInput, match=f"too_large: .*({said})"):
+        build_sample(tmp_path / "a.mp4", "a.mp4", config)
+
+
+def test_a_child_that_burns_processor_time_is_killed():
+    code = "from data_pipeline.shards.isolation import limit_cpu\nlimit_cpu(0.1)\nwhile True: pass"
+    done = run("-c", code, check=False)
+    assert done.returncode == -signal.SIGXCPU
