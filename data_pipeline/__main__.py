@@ -87,7 +87,7 @@ def _add_selecting(sub) -> None:
         "--vectors",
         choices=("canonical", "native"),
         default="canonical",
-        help="canonical stream's, or the source's own (H.264 and MPEG-4 without B-frames)",
+        help="canonical stream's, or the source's own (H.264, MPEG-4)",
     )
     group.add_argument(
         "--camera",

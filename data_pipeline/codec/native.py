@@ -6,11 +6,13 @@ rate, in its picture. So that clips stay comparable,
     motion    = vector / frames since its reference * frames since the frame shown before
     residual  = |luma - prediction from the last reference frame|
 
-FFmpeg does not say which frame a vector refers to. In a stream of I- and P-frames it is the frame
-before, or an older one where the encoder used several; with B-frames it is anyone's guess (and
-direct-mode blocks export nothing). So streams with B-frames are refused, and so are those whose
-vectors predict hardly better than no vectors at all. Blocks without a vector stand still. I-frames
-are the source's own among the chosen frames, and the first one.
+FFmpeg does not say which frame a vector refers to. A P-frame's is taken to be the I- or P-frame
+before it; an older one, where the encoder used several, is an error that shows: streams whose
+vectors predict hardly better than no vectors at all are refused. A B-frame's own vectors are not
+used (direct-mode blocks export nothing): it lies on the way of the P-frame after it, whose vectors
+are cut to its share of the time. Blocks without a vector stand still, and so does the last group of an
+MPEG-4 stream with B-frames, for which FFmpeg exports none. I-frames are the source's own
+among the chosen frames, and the first one.
 
 Shape legend: T frames, H, W working size.
 """
@@ -38,19 +40,20 @@ class _Seen:
 
     number: int
     is_i_frame: bool
-    vectors: np.ndarray  # [H/8, W/8, 2] into the past, pixels of the working picture
-    reference: int  # number of the frame before
+    reference: int  # number of the I- or P-frame before
     reference_luma: np.ndarray | None
+    vectors: np.ndarray | None = None  # [H/8, W/8, 2] to the reference, in working pixels
 
 
 @dataclass
 class _Watcher:
-    """Looks at every decoded frame: remembers the last one, reads vectors of chosen ones."""
+    """Looks at every decoded frame: remembers reference frames, reads the vectors of P-frames."""
 
     path: Path
     seen: list[_Seen] = field(default_factory=list)
-    last_number: int = 0
-    last_luma: np.ndarray | None = None
+    waiting: list[_Seen] = field(default_factory=list)  # B-frames before their P-frame
+    anchor: int = 0
+    anchor_luma: np.ndarray | None = None
 
     def prepare(self, stream) -> None:
         """Ask the decoder for vectors; RejectedInput for a codec that exports none."""
@@ -68,17 +71,20 @@ class _Watcher:
         """One frame in the order of showing."""
         from av.video.frame import PictureType
 
-        if frame.pict_type == PictureType.B:
-            raise RejectedInput(
-                "no_motion_vectors",
-                f"{self.path} has B-frames, whose vectors cannot be traced to their frames: leave "
-                "out --vectors native",
-            )
         if is_chosen:
-            intra = frame.pict_type == PictureType.I or self.last_luma is None
+            intra = frame.pict_type == PictureType.I or self.anchor_luma is None
+            chosen = _Seen(number, intra, self.anchor, self.anchor_luma)
+            self.seen.append(chosen)
+            self.waiting.append(chosen)
+        if frame.pict_type == PictureType.B:
+            return
+        if self.waiting:
             vectors = _working_field(frame, framing)
-            self.seen.append(_Seen(number, intra, vectors, self.last_number, self.last_luma))
-        self.last_number, self.last_luma = number, _luma(picture_of(frame, framing))
+            for chosen in self.waiting:
+                share = (chosen.number - self.anchor) / max(number - self.anchor, 1)
+                chosen.vectors = vectors * share
+        self.waiting = []
+        self.anchor, self.anchor_luma = number, _luma(picture_of(frame, framing))
 
 
 def decompose_native(
@@ -98,14 +104,14 @@ def decompose_native(
     frames, seen = video.frames, watcher.seen[-len(video.frames) :]
     count, height, width = frames.shape[:3]
     luma = np.stack([_luma(picture) for picture in frames])
-    cells = seen[0].vectors.shape
-    motion = np.zeros((count, *cells), np.float32)
+    cells = -(-height // MOTION_CELL), -(-width // MOTION_CELL)
+    motion = np.zeros((count, *cells, 2), np.float32)
     residual = np.zeros((count, height, width), np.uint8)
-    change = np.zeros((count, *cells[:2]), np.float32)
+    change = np.zeros((count, *cells), np.float32)
     plain = []  # mean difference of each P-frame to its reference, without any vector
     for t in range(1, count):
         change[t] = cell_means(np.abs(luma[t].astype(np.int16) - luma[t - 1]))
-        if seen[t].is_i_frame:
+        if seen[t].is_i_frame or seen[t].vectors is None:  # none: a B-frame with nothing after it
             continue
         distance = max(seen[t].number - seen[t].reference, 1)
         motion[t] = -seen[t].vectors / distance * (seen[t].number - seen[t - 1].number)
