@@ -10,9 +10,9 @@ FFmpeg does not say which frame a vector refers to. A P-frame's is taken to be t
 before it; an older one, where the encoder used several, is an error that shows: streams whose
 vectors predict hardly better than no vectors at all are refused. A B-frame's own vectors are not
 used (direct-mode blocks export nothing): it lies on the way of the P-frame after it, whose vectors
-are cut to its share of the time. Blocks without a vector stand still, and so does the last group of an
-MPEG-4 stream with B-frames, for which FFmpeg exports none. I-frames are the source's own
-among the chosen frames, and the first one.
+are cut to its share of the time. Blocks without a vector stand still, and so does the last group of
+an MPEG-4 stream with B-frames, for which FFmpeg exports none. I-frames are the source's own among
+the chosen frames, and the first one.
 
 Shape legend: T frames, H, W working size.
 """
