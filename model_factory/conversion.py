@@ -4,7 +4,7 @@ checked before and after it is written.
 Every input goes, in fp32, through the dense source model and through the packing model: images of
 several resolutions, moving videos at interpolated times, and one mixed pack of them all; once
 before saving and once with the reloaded folder, whose tensors must also be those of the file bit
-for bit, so that no random start can pass for a weight. Cost: some 13,000 tokens through the
+for bit, so that no random start can pass for a weight. Cost: some 17,000 tokens through the
 encoder.
 """
 

@@ -10,24 +10,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .configuration import LlavaViTPackingConfig
 from .state_dict_adapter import to_packing
 
 MODEL_TYPES = ("llava_vit", "onevision_encoder")
-# fields that mean the same in the published configuration and in ours
-SAME_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "layer_norm_type",
-    "layer_norm_eps",
-    "rope_theta",
-    "use_head",
-    "initializer_range",
-)
+# fields of ours that a published configuration does not have; the others mean the same in both
+OURS_ONLY = ("head_norm_eps", "rope_pairing", "rope_position_scale")
 DEFAULTS = {  # what the published configuration class assumes for a field that is not written
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -59,7 +47,8 @@ def read_published_folder(folder) -> tuple[dict, dict[str, torch.Tensor]]:
             f"{folder}/config.json: hidden_act is {published['hidden_act']!r}, this encoder has "
             "the exact gelu only"
         )
-    fields = {name: published[name] for name in SAME_FIELDS if name in published}
+    same = set(LlavaViTPackingConfig.own_fields()) - set(OURS_ONLY)
+    fields = {name: published[name] for name in same if name in published}
     fields = {**DEFAULTS, **fields, "rope_pairing": "legacy"}
     fields["head_norm_eps"] = fields.get("layer_norm_eps", 1e-6)
     for spelling in ("torch_dtype", "dtype"):

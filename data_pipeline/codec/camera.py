@@ -7,7 +7,8 @@
 x are cell centres on [-1, 1]. The fit is iteratively reweighted least squares with Cauchy weights
 1 / (1 + (r / c) ** 2), c twice the median residual of the round before, started from the median
 vector: cells that follow another motion lose their say. All cells take part, still ones too, so a
-single moving thing before a still camera is not mistaken for the camera. Cost: 4 ms for 64 frames.
+single moving thing before a still camera is not mistaken for the camera. Cost at 224 px and
+64 frames: 2 ms for the median, 25 ms for the others.
 
 Shape legend: T frames, P cells of a frame, k parameters of the model.
 """

@@ -163,7 +163,7 @@ def _decode(
             if not wanted:
                 break
     except av.FFmpegError as error:
-        detail = f"{path}: decoding stopped: {error.strerror}"
+        detail = f"{path}: decoding stopped: {error.strerror} (--salvage keeps what is before)"
         raise _Damaged("decode", detail, last_good) from error
     finally:
         container.close()
@@ -217,7 +217,8 @@ def _framing_of(path: Path, frame, stream, size, patch_size, fit) -> Framing:
     if abs(frame.rotation / 90 - round(frame.rotation / 90)) > 0.01 or _is_mirrored(frame):
         turned = "mirrored" if _is_mirrored(frame) else f"turned by {frame.rotation:.0f} degrees"
         raise RejectedInput(
-            "rotation", f"{path} is to be shown {turned}: only quarter turns are read"
+            "rotation",
+            f"{path} is to be shown {turned}: only quarter turns are read, re-encode it upright",
         )
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
     height, width = float(frame.height), frame.width * float(aspect or 1)
@@ -228,7 +229,7 @@ def _framing_of(path: Path, frame, stream, size, patch_size, fit) -> Framing:
         raise RejectedInput(
             "too_large",
             f"{path} is a strip of {frame.width}x{frame.height}: scaled to {size} px it would be "
-            f"{framing.width}x{framing.height}",
+            f"{framing.width}x{framing.height}: crop it first",
         )
     return framing
 

@@ -45,6 +45,7 @@ def read_timeline(path: Path, limits: InputLimits, salvage: bool = False) -> Tim
     stamps, keys, count, problem = _list_packets(path, limits)
     if count == 0:
         raise RejectedInput("truncated", f"{path} announces a video stream but holds no packet")
+    # a recording that starts inside a GOP shows nothing before its first key frame
     shown = {stamp for stamp in stamps if not keys or stamp >= keys[0]}
     timeline = Timeline(sorted(shown), keys)
     if problem is not None:
@@ -77,8 +78,6 @@ def _list_packets(path: Path, limits: InputLimits):
             if packet.pts is not None and not packet.is_discard:
                 stamps.append(packet.pts)
                 keys += [packet.pts] if packet.is_keyframe else []
-            if keys and len(keys) == 1 and packet.is_keyframe:
-                stamps = keys.copy()  # a recording that starts inside a GOP shows nothing before
     except av.FFmpegError as error:
         detail = f"{path}: reading stopped: {error.strerror}"
         return stamps, keys, count, RejectedInput("decode", detail)
@@ -86,7 +85,8 @@ def _list_packets(path: Path, limits: InputLimits):
         container.close()
     missing = announced - (end - start)
     if missing > max(MISSING_SECONDS, MISSING_SHARE * announced):
-        detail = f"{path}: {missing:.1f} of the announced {announced:.1f} s are missing"
+        detail = f"{path}: {missing:.1f} of the announced {announced:.1f} s are missing: "
+        detail += "fetch the file again, or pack with --salvage"
         return stamps, keys, count, RejectedInput("truncated", detail)
     repeated = len(stamps) - len(set(stamps))
     if repeated > REPEATED_SHARE * len(stamps):

@@ -11,7 +11,7 @@ A task whose record names the same inputs and settings, and whose bytes are as r
 is skipped, so a killed run just runs again and a damaged shard is repaired. Whoever finds all
 records there binds them into the manifest. Unusable inputs are rejected with a reason code,
 counted, and listed in the record.
-Cost: about 0.4 s per 224 px clip of 64 frames and core.
+Cost: 0.56 s per 224 px clip of 64 frames and core (benchmarks/bench_decompose.py).
 """
 
 import json

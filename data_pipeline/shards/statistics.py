@@ -1,6 +1,6 @@
 """What a packed folder holds, counted from its records alone: no sample is read.
 
-Cost: one pass over the manifest, seconds for a million samples.
+Cost: one pass over the records in memory.
 """
 
 import json

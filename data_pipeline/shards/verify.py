@@ -39,7 +39,9 @@ def _manifest_problems(manifest: Manifest) -> list[str]:
     settings = manifest.shards[0]["settings"] if manifest.shards else manifest.settings
     path = manifest.directory / MANIFEST_NAME
     if path.read_bytes() != manifest_bytes(manifest.directory, list(manifest.shards), settings):
-        problems.append(f"{path.name}: not what the shards' records make of it")
+        problems.append(
+            f"{path.name}: not what the shards' records make of it, pack again to write it anew"
+        )
     known = {f"{shard['name']}.tar" for shard in manifest.shards}
     others = sorted(p.name for p in manifest.directory.glob("*.tar") if p.name not in known)
     return problems + [f"{name}: a shard that the manifest does not name" for name in others]
