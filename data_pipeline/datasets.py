@@ -48,11 +48,11 @@ class DatasetSpec:
     shards: Path
     labels: Path
 
-    def load(self) -> Dataset:
+    def load(self, allow_missing_shards: bool = False) -> Dataset:
         """Read and check manifest and labels; MissingData or CorruptShard says what to do."""
         from .clustering.labels import load_labels
 
-        manifest = load_manifest(self.shards)
+        manifest = load_manifest(self.shards, allow_missing_shards)
         labels, num_classes = load_labels(self.labels, manifest)
         return Dataset(self.name, manifest, labels, num_classes)
 

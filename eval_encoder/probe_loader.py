@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 
 from data_pipeline.errors import RejectedInput
-from data_pipeline.loading.loader import sequential_batches
+from data_pipeline.loading.choices import ViewConfig
 from data_pipeline.loading.packing import PackedBatch, pack_views
-from data_pipeline.loading.views import ViewConfig
+from data_pipeline.loading.sequential import sequential_batches
 from data_pipeline.shards.manifest import load_manifest
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 

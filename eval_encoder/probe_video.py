@@ -16,15 +16,9 @@ from data_pipeline.codec.open_video import InputLimits, open_video
 from data_pipeline.codec.saliency import patch_saliency
 from data_pipeline.codec.selection import select_patches
 from data_pipeline.errors import RejectedInput
-from data_pipeline.loading.views import View
+from data_pipeline.loading.views import View, still_view
 from data_pipeline.shards.sample_builder import cut_patches
-from model_factory.packing import (
-    CLIP_MEAN,
-    CLIP_STD,
-    compute_patch_positions_with_interpolated_temporal,
-    interpolate_frame_indices,
-    patchify,
-)
+from model_factory.packing import interpolate_frame_indices
 
 
 def have_decord() -> bool:
@@ -50,10 +44,7 @@ def frames_of_video(
     times = interpolate_frame_indices(
         torch.tensor(indices)[None], torch.tensor([total]), target_frames
     )
-    rows, columns = pictures.shape[1] // patch_size, pictures.shape[2] // patch_size
-    patches = patchify(_normalise(pictures).movedim(-1, 1), patch_size).flatten(0, 1)
-    positions = compute_patch_positions_with_interpolated_temporal(times, rows, columns)
-    return View(patches, positions, (len(pictures), rows, columns))
+    return still_view([torch.from_numpy(picture) for picture in pictures], patch_size, times)
 
 
 def codec_patches_of_video(
@@ -65,9 +56,9 @@ def codec_patches_of_video(
     clip = decompose_video(path, target_frames, size, patch_size, gop)
     selection = select_patches(patch_saliency(clip, patch_size), clip.is_i_frame, num_tokens)
     frame, row, column = selection.positions.astype(np.int64).T
-    pictures = _normalise(cut_patches(clip.frames, frame, row, column, patch_size)).movedim(-1, 1)
+    patches = torch.from_numpy(cut_patches(clip.frames, frame, row, column, patch_size))
     positions = np.stack([clip.times[frame], row, column], axis=-1)
-    return View(pictures.flatten(1), torch.from_numpy(positions), (1, 1, len(pictures)))
+    return View((patches.movedim(-1, 1),), torch.from_numpy(positions), (1, 1, len(patches)))
 
 
 def segment_middles(total: int, count: int) -> np.ndarray:
@@ -102,9 +93,3 @@ def _read_with_av(path: Path, num_frames: int, size: int, patch_size: int):
         indices = segment_middles(len(video.frames), min(num_frames, len(video.frames)))
         return video.frames[indices], indices, len(video.frames)
     return video.frames[1::2], np.arange(1, 2 * num_frames + 1, 2), 2 * num_frames + 1
-
-
-def _normalise(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 [..., 3] -> CLIP-normalised float32."""
-    scaled = torch.from_numpy(pictures).float() / 255
-    return (scaled - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)

@@ -58,6 +58,38 @@ def packed(clips) -> Path:
     return clips
 
 
+@pytest.fixture(scope="session")
+def mixed(clips, tmp_path_factory) -> Path:
+    """Packed folder of 12 clips and 28 pictures of many sizes (shards of 5), with 100 labels each
+    of which most are -1, as long lists of words have.
+    """
+    from PIL import Image
+
+    from data_pipeline.clustering.labels import save_labels
+    from data_pipeline.shards.inputs import list_inputs
+    from data_pipeline.shards.pack import PackConfig, pack
+    from data_pipeline.shards.sample_builder import SampleConfig
+
+    folder = tmp_path_factory.mktemp("mixed")
+    rng = np.random.default_rng(0)
+    for number in range(28):
+        side = int(rng.integers(40, 200))
+        picture = rng.integers(0, 256, (side, int(rng.integers(40, 200)), 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / f"picture_{number:02d}.png")
+    sources = [*sorted((clips / "clips").glob("train_000[01]*.mp4"))[:12], folder]
+    config = PackConfig(
+        SampleConfig(size=112, gop=64, budget=98, num_full_frames=8, fit="area"),
+        samples_per_shard=5,
+        workers=2,
+    )
+    manifest = pack(list_inputs(sources), folder / "packed", config)
+    labels = np.full((len(manifest), 100), -1)
+    for row, count in zip(labels, rng.integers(1, 12, len(manifest)), strict=True):
+        row[:count] = rng.integers(0, 500, count)
+    save_labels(folder / "packed", labels, manifest, 500, {})
+    return folder / "packed"
+
+
 def run(
     *command: str | Path, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.datasets import EMBEDDED
-from data_pipeline.loading.loader import StreamConfig
+from data_pipeline.loading.stream_config import StreamConfig
 
 from .losses.partial_fc import PartialFCConfig
 from .lr_scheduler import ScheduleConfig
@@ -68,6 +68,11 @@ class TrainConfig:
     embedded_clips: tuple[int, int] = (1200, 240)
     synthetic_data: bool = False
     resume: str = "auto"
+    pack_tokens: int = 0  # of one pack of all heads that have a token_share
+    allow_missing_shards: bool = False
+    prefetch_bytes: int = 1 << 30  # of the batches that wait for the trainer
+    data_warning_s: float = 30.0
+    data_timeout_s: float = 120.0
 
     def __post_init__(self):
         names = [head.name for head in self.heads]
@@ -76,15 +81,20 @@ class TrainConfig:
                 f"--list_datasets {names}: give at least one dataset, each name once (a folder's "
                 "name is its last part; rename or link one to tell two apart)"
             )
+        shares = [head.stream.token_share for head in self.heads]
+        if sum(shares) > 1 + 1e-9 or (any(shares) and self.pack_tokens < 1):
+            raise ValueError(
+                f"token_share {shares} of pack_tokens {self.pack_tokens}: they may not exceed "
+                "1 together, and pack_tokens must be set for them"
+            )
         for name in ("grad_accum_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
 
-    def samples_per_step(self, world_size: int) -> int:
-        """Samples of one optimizer step over all heads and ranks."""
-        return (
-            sum(head.stream.batch_size for head in self.heads) * world_size * self.grad_accum_steps
-        )
+    def pack_tokens_of(self, head: HeadConfig) -> int | None:
+        """Tokens of one pack of a head; None for a head whose batches count samples."""
+        share = head.stream.token_share
+        return int(share * self.pack_tokens) if share else None
 
     def to_json(self) -> str:
         """Indented JSON of all fields."""
@@ -156,7 +166,12 @@ FREE_FIELDS = (
     "checkpoints_kept",
     "resume",
     "embedded_clips",
+    "allow_missing_shards",
+    "prefetch_bytes",
+    "data_warning_s",
+    "data_timeout_s",
 )
+FREE_STREAM_FIELDS = ("dali_num_threads", "decode_on_gpu", "error_budget")
 
 
 def fingerprint(config: TrainConfig, world_size: int) -> dict:
@@ -167,8 +182,13 @@ def fingerprint(config: TrainConfig, world_size: int) -> dict:
     for index, head in enumerate(config.heads):
         flat[f"heads.{index}.stream.batch_size"] = head.stream.batch_size * world_size
         flat[f"heads.{index}.dataset"] = head.name
-        flat.pop(f"heads.{index}.stream.dali_num_threads")
-    return {key: value for key, value in flat.items() if key.split(".")[0] not in FREE_FIELDS}
+    return {key: value for key, value in flat.items() if not _is_free(key.split("."))}
+
+
+def _is_free(path: list[str]) -> bool:
+    return path[0] in FREE_FIELDS or (
+        path[0] == "heads" and path[2] == "stream" and path[3] in FREE_STREAM_FIELDS
+    )
 
 
 def fingerprint_difference(saved: dict, current: dict) -> list[str]:

@@ -25,9 +25,9 @@ class ScheduleConfig:
                 f"{self.warmup_ratio} in [0, 1)"
             )
 
-    def total_steps(self, samples_per_step: int) -> int:
+    def total_steps(self, samples_per_step: float) -> int:
         """Optimizer steps of the run, at least one."""
-        return max(1, self.total_samples // samples_per_step)
+        return max(1, int(self.total_samples // samples_per_step))
 
 
 def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:

@@ -45,12 +45,19 @@ class Ledger:
     def __init__(self, output: Path, rank: int):
         self._file = open(output / f"consumed-{rank:05d}.jsonl", "a", buffering=1)
 
+    def _start_interval(self) -> None:
+        self._since = time.monotonic()
+        self._wait = self._fill = 0.0
+        self._samples = self._tokens = self._steps = 0
+
     def record(self, step: int, batches: dict) -> None:
         """Note the samples of one micro step; rows of weight 0 are the tail's
-        padding and do not count.
+        padding and do not count. `replaced` are pairs of a bad sample and its stand-in in `ids`.
         """
         for head, batch in batches.items():
-            ids = batch.sample_ids[: batch.num_samples][batch.weights > 0].tolist()
+            ids = batch.sample_ids[: batch.num_samples][
+                batch.weights[: batch.num_samples] > 0
+            ].tolist()
             line = {
                 "step": step,
                 "head": head,
@@ -58,6 +65,8 @@ class Ledger:
                 "epoch": batch.epoch,
                 "ids": ids,
             }
+            if batch.replaced:
+                line["replaced"] = batch.replaced
             self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
@@ -81,13 +90,7 @@ class MetricLogger:
     ):
         self._ranks, self._total, self._every, self._logger = ranks, total_steps, log_every, logger
         self._pending: list[dict] = []
-        self._since, self._wait, self._samples, self._tokens, self._steps = (
-            time.monotonic(),
-            0.0,
-            0,
-            0,
-            0,
-        )
+        self._start_interval()
         self._file = self._board = None
         if ranks.is_main:
             from torch.utils.tensorboard import SummaryWriter
@@ -95,9 +98,15 @@ class MetricLogger:
             self._file = open(output / METRICS_NAME, "a")
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
-    def record(self, step: int, values: dict, samples: int, tokens: int, data_wait: float) -> None:
-        """Note one optimizer step. values: name -> float or scalar tensor;
-        samples and tokens of all ranks.
+    def _start_interval(self) -> None:
+        self._since = time.monotonic()
+        self._wait = self._fill = 0.0
+        self._samples = self._tokens = self._steps = 0
+
+    def record(self, step: int, values: dict, samples: int, tokens: int, data: dict) -> None:
+        """Note one optimizer step. values: name -> float or scalar tensor; samples and tokens of
+        all ranks; data: `fill`, the share of this rank's token budgets that samples take, and
+        `data_wait_s`, the seconds that it waited for them.
         """
         self._pending.append({"step": step, **values})
         self._samples, self._tokens, self._steps = (
@@ -105,7 +114,8 @@ class MetricLogger:
             self._tokens + tokens,
             self._steps + 1,
         )
-        self._wait += data_wait
+        self._wait += data["data_wait_s"]
+        self._fill += data["fill"]
         if step % self._every == 0 or step == self._total:
             self.flush()
 
@@ -126,18 +136,14 @@ class MetricLogger:
             "samples_per_s": self._samples / seconds,
             "tokens_per_s": self._tokens / seconds,
             "data_wait": self._wait / seconds,
+            "data_wait_s": self._wait / max(self._steps, 1),
+            "fill": self._fill / max(self._steps, 1),
         }
         for name, value in {**last, **speed}.items():
             if name != "step":
                 self._board.add_scalar(name, value, last["step"])
         self._logger.info(self._line(last, speed, seconds))
-        self._since, self._wait, self._samples, self._tokens, self._steps = (
-            time.monotonic(),
-            0.0,
-            0,
-            0,
-            0,
-        )
+        self._start_interval()
 
     def _line(self, last: dict, speed: dict, seconds: float) -> str:
         losses = "  ".join(
@@ -148,6 +154,7 @@ class MetricLogger:
             f"step {last['step']}/{self._total} | {losses} | {speed['samples_per_s']:.1f} "
             "samples/s | "
             f"{speed['tokens_per_s'] / 1000:.1f}k tokens/s | data wait {speed['data_wait']:.0%} | "
+            f"fill {speed['fill']:.0%} | "
             f"lr {last['lr']:.2e} | grad norm {last['grad_norm']:.2f} | ETA "
             f"{int(left // 60)}:{int(left % 60):02d}"
         )

@@ -7,8 +7,8 @@ defaults.
 
 from dataclasses import replace
 
-from data_pipeline.loading.loader import StreamConfig
-from data_pipeline.loading.views import ViewConfig
+from data_pipeline.loading.choices import ViewConfig
+from data_pipeline.loading.stream_config import StreamConfig
 
 from .config import HeadConfig, ModelConfig, TrainConfig
 from .losses.partial_fc import PartialFCConfig

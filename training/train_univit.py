@@ -2,8 +2,8 @@
 
 Parses the command line, writes the configuration before anything runs, prepares the embedded data
 set when no other is named, trains, and leaves exit.json with the outcome. Exit codes: 0 done, 1
-user's mistake or unknown error, 5 non-finite loss, 6 bad checkpoint, 7 checkpoint of another
-configuration.
+user's mistake or unknown error, 4 too many bad samples, 5 non-finite loss, 6 bad checkpoint, 7
+checkpoint of another configuration, 8 storage that does not answer.
 """
 
 import json
@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args, config, ranks) -> int:
+    from data_pipeline.errors import BudgetExceeded, DataTimeout
+
     from .checkpointer import BadCheckpoint
     from .log import setup_logging
     from .trainer import ConfigMismatch, NonFiniteLoss, Trainer
@@ -48,14 +50,10 @@ def _run(args, config, ranks) -> int:
             warn_idle(args, logger)
             _write_run_record(output, config)
         Trainer(config, _load_datasets(args, config, ranks, logger), ranks, logger).train()
-    except NonFiniteLoss as error:
-        code, message = 5, str(error)
-    except BadCheckpoint as error:
-        code, message = 6, str(error)
-    except ConfigMismatch as error:
-        code, message = 7, str(error)
-    except ValueError as error:
-        code, message = 1, str(error)
+    except (NonFiniteLoss, ValueError) as error:
+        named = {BudgetExceeded: 4, NonFiniteLoss: 5, BadCheckpoint: 6, ConfigMismatch: 7}
+        named |= {DataTimeout: 8}
+        code, message = named.get(type(error), 1), str(error)
     except BaseException as error:
         _write_outcome(output, 1, f"{type(error).__name__}: {error}")
         raise
@@ -119,7 +117,10 @@ def _load_datasets(args, config, ranks, logger) -> dict:
             prepare_embedded(folder, *config.embedded_clips, report=logger.info)
         dist.barrier()
         register_dataset(EMBEDDED, lambda: embedded_spec(folder))
-    return {head.name: resolve_dataset(head.dataset).load() for head in config.heads}
+    return {
+        head.name: resolve_dataset(head.dataset).load(config.allow_missing_shards)
+        for head in config.heads
+    }
 
 
 if __name__ == "__main__":

@@ -5,35 +5,32 @@
     loss    = sum of weight * PartialFC(pooled)       centres sharded over the ranks
     backward, one global gradient norm, stop unless finite, clip, AdamW, log, checkpoint
 
-State is one integer, the step; the learning rate, the data position and every random draw follow
-from it.
+State is the step and the position of the data; the learning rate and every random draw follow
+from them.
 """
 
 import contextlib
 import json
 import logging
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from data_pipeline.datasets import Dataset
-from data_pipeline.loading.loader import HeadStream, MixtureLoader
 from data_pipeline.loading.packing import PackedBatch
-from data_pipeline.loading.synthetic import SyntheticStream
 
 from .checkpointer import Checkpointer
 from .config import HeadConfig, TrainConfig, fingerprint, fingerprint_difference
+from .data import SYNTHETIC_CLASSES, TrainingData
 from .distributed import Ranks, wrap_encoder
 from .encoder import build_encoder, export_encoder
 from .losses.partial_fc import PartialFC
 from .lr_scheduler import lr_factor
 from .metrics import Ledger, MetricLogger, cut_back_records
 from .optimizer import build_optimizer, clip_gradients, global_grad_norm, set_learning_rate
-
-SYNTHETIC_CLASSES = 16
 
 
 class NonFiniteLoss(RuntimeError):
@@ -56,7 +53,6 @@ class Trainer:
     ):
         self.config, self.ranks, self.logger = config, ranks, logger
         self.output = Path(config.output)
-        self.total_steps = config.schedule.total_steps(config.samples_per_step(ranks.world_size))
         self.step = 0
         self.datasets = datasets
 
@@ -80,9 +76,11 @@ class Trainer:
             config.checkpoints_kept,
             logger,
         )
+        patch_size = self.encoder.config.patch_size
+        self.data = TrainingData(config, datasets, patch_size, ranks, logger)
+        self.total_steps = config.schedule.total_steps(self.data.samples_per_step)
         self._restore()
         self.forward = self.encoder if config.model.frozen else wrap_encoder(self.encoder, ranks)
-        self.streams = {head.name: self._build_stream(head) for head in config.heads}
 
     def train(self) -> None:
         """Run to the last step; leaves checkpoints,
@@ -96,7 +94,7 @@ class Trainer:
             self.output, self.ranks, self.total_steps, config.log_every, self.step, self.logger
         )
         try:
-            with MixtureLoader(self.streams) as loader:
+            with self.data.loader() as loader:
                 while self.step < self.total_steps:
                     self.train_step(loader, ledger, metrics)
                     if self.step % config.checkpoint_every == 0 or self.step == self.total_steps:
@@ -115,16 +113,15 @@ class Trainer:
         factor = lr_factor(self.step, self.total_steps, config.schedule)
         set_learning_rate(self.optimizer, config.optimizer.lr, factor)
         reported = {head.name: torch.zeros((), device=self.ranks.device) for head in config.heads}
-        tokens, samples, waited = 0, 0, 0.0
+        tokens, room, samples, waited = 0, 0, 0, loader.wait_s
         for micro in range(accumulate):
-            started = time.monotonic()
-            batches = next(loader)
-            waited += time.monotonic() - started
+            batches = self.data.next_batches(loader)
             ledger.record(self.step + 1, batches)
             with self._gradient_sync(last=micro == accumulate - 1):
                 objective = self._objective(batches, reported, self.step * accumulate + micro)
                 (objective / accumulate).backward()
             tokens += sum(batch.num_tokens for batch in batches.values())
+            room += sum(len(batch.pixels) for batch in batches.values())
             samples += sum(batch.num_samples for batch in batches.values())
 
         norm = global_grad_norm(self.encoder, list(self.heads.values()))
@@ -137,7 +134,8 @@ class Trainer:
         values = {f"loss/{name}": loss / accumulate for name, loss in reported.items()}
         values |= {"grad_norm": norm, "lr": config.optimizer.lr * factor}
         world = self.ranks.world_size
-        metrics.record(self.step, values, samples * world, tokens * world, waited)
+        data = {"fill": tokens / room, "data_wait_s": loader.wait_s - waited}
+        metrics.record(self.step, values, samples * world, tokens * world, data)
 
     def _objective(
         self, batches: dict[str, PackedBatch], reported: dict, draw: int
@@ -150,7 +148,9 @@ class Trainer:
                 self.ranks.device.type, torch.bfloat16, enabled=self.ranks.device.type == "cuda"
             ):
                 pooled = self.forward(**batch.model_inputs()).pooler_output[: batch.num_samples]
-            loss = self.heads[head.name](pooled.float(), batch.labels, batch.weights, draw)
+            # as many rows as the rank with most samples; those without one have weight 0
+            rows = F.pad(pooled.float(), (0, 0, 0, len(batch.weights) - batch.num_samples))
+            loss = self.heads[head.name](rows, batch.labels, batch.weights, draw)
             reported[head.name] += loss.reported
             total = total + head.loss_weight * loss.objective
         return total
@@ -186,8 +186,7 @@ class Trainer:
         the data position and what must match on resume.
         """
         return {
-            "next_batch": self.step * self.config.grad_accum_steps,
-            "data": self._data_identity(),
+            "data": self.data.state_dict(),
             "world_size": self.ranks.world_size,
             "fingerprint": fingerprint(self.config, self.ranks.world_size),
             "torch": torch.__version__,
@@ -200,11 +199,7 @@ class Trainer:
             difference = fingerprint_difference(
                 commit.state["fingerprint"], fingerprint(self.config, self.ranks.world_size)
             )
-            difference += [
-                f"data of {name}: shards or labels changed since the checkpoint was saved"
-                for name, sha256 in self._data_identity().items()
-                if commit.state["data"].get(name) != sha256
-            ]
+            difference += self.data.difference(commit.state["data"])
             if difference:
                 raise ConfigMismatch(
                     "the checkpoint belongs to another configuration:\n  "
@@ -212,13 +207,11 @@ class Trainer:
                     + "\nrestore these, or start over with --resume never or another --output"
                 )
             self.step = commit.state["step"]
+            self.data.load_state_dict(commit.state["data"])
         self.checkpointer.start(commit)
         if self.ranks.is_main:
             cut_back_records(self.output, self.step)
         dist.barrier()
-
-    def _data_identity(self) -> dict[str, str]:
-        return {name: data.sha256 for name, data in self.datasets.items() if data is not None}
 
     def _build_head(self, head: HeadConfig, width: int) -> PartialFC:
         dataset = self.datasets[head.name]
@@ -228,34 +221,13 @@ class Trainer:
             partial_fc.load_centers(torch.from_numpy(np.load(head.init_from, allow_pickle=False)))
         return partial_fc
 
-    def _build_stream(self, head: HeadConfig):
-        dataset, stream = self.datasets[head.name], head.stream
-        rank, world_size, start = (
-            self.ranks.rank,
-            self.ranks.world_size,
-            self.step * self.config.grad_accum_steps,
-        )
-        patch_size = self.encoder.config.patch_size
-        if dataset is None:
-            shape = (stream.batch_size, stream.view.max_tokens, patch_size)
-            targets = (SYNTHETIC_CLASSES, stream.labels_per_step)
-            return SyntheticStream(*shape, *targets, self.config.seed, rank, start)
-        packed_size = dataset.manifest.settings["patch_size"]
-        if packed_size != patch_size:
-            raise ValueError(
-                f"{head.dataset} was packed with patch size {packed_size}, "
-                f"{self.config.model.name} takes {patch_size}: "
-                f"pack again with --patch-size {patch_size}, or choose another --model_name"
-            )
-        return HeadStream(dataset, stream, self.config.seed, rank, world_size, start)
-
     def _facts(self) -> dict[str, object]:
         """What the model card says about the run."""
         config, record = self.config, self.output / "run.json"
         launched = json.loads(record.read_bytes()) if record.is_file() else {}
         return {
             "steps": self.step,
-            "samples per step": config.samples_per_step(self.ranks.world_size),
+            "samples per step": round(self.data.samples_per_step),
             "datasets": ", ".join(f"{head.name}: {head.dataset}" for head in config.heads),
             "classes": ", ".join(f"{name}: {h.num_classes}" for name, h in self.heads.items()),
             "started from": config.model.init_from or "random weights",
@@ -271,7 +243,7 @@ class Trainer:
             "%s: %d steps of %d samples on %d x %s; encoder %s, %.1fM parameters",
             start,
             self.total_steps,
-            self.config.samples_per_step(self.ranks.world_size),
+            self.data.samples_per_step,
             self.ranks.world_size,
             self.ranks.device.type,
             self.config.model.name,

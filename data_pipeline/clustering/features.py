@@ -41,7 +41,7 @@ def encoder_features(manifest: Manifest, encoder_folder: str, batch_size: int = 
 
     from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
-    from ..loading.loader import sequential_batches
+    from ..loading.sequential import sequential_batches
 
     model = LlavaViTPackingModel.from_pretrained(encoder_folder, local_files_only=True).eval()
     if manifest.settings["patch_size"] != model.config.patch_size:

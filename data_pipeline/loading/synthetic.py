@@ -5,6 +5,7 @@ for smoke runs and the throughput ceiling.
 import torch
 
 from ..counter_rng import counter_rng
+from .buffers import PackBuffers
 from .packing import PackedBatch, pack_views
 from .views import View
 
@@ -13,6 +14,8 @@ class SyntheticStream:
     """Endless packed batches; batch i is a pure function of (seed, rank, i).
     The first label names the pattern.
     """
+
+    activity = "making noise"
 
     def __init__(
         self,
@@ -23,29 +26,38 @@ class SyntheticStream:
         num_labels: int,
         seed: int,
         rank: int,
-        start: int = 0,
     ):
-        self._shape = (batch_size, tokens, 3 * patch_size**2)
+        self._shape = (batch_size, tokens, patch_size)
         self._classes, self._labels = num_classes, num_labels
-        self._seed, self._rank, self._next = seed, rank, start
-        self.token_budget = batch_size * tokens
+        self._seed, self._rank, self._next = seed, rank, 0
+        self.plan_sha256 = f"noise {self._shape} {num_classes} {num_labels} {seed}"
+        self._buffers = PackBuffers(torch.device("cpu"))
+
+    def seek(self, epoch: int, next_batch: int) -> None:
+        """Go on with this batch; noise has one epoch."""
+        self._next = next_batch
 
     def __next__(self) -> PackedBatch:
         rng = counter_rng(self._seed, "synthetic", self._rank, self._next)
-        batch, tokens, patch_dim = self._shape
+        batch, tokens, patch_size = self._shape
+        shape = (3, patch_size, patch_size)
         positions = torch.stack(
             [torch.arange(tokens) % 64, torch.arange(tokens) // 8, torch.arange(tokens) % 8], -1
         )
         labels = rng.integers(0, self._classes, (batch, self._labels))
         views = []
         for label in labels[:, 0]:
-            pattern = counter_rng(self._seed, "pattern", int(label)).standard_normal(
-                patch_dim, "float32"
-            )
-            patches = pattern + rng.standard_normal((tokens, patch_dim), "float32")
-            views.append(View(torch.from_numpy(patches), positions, (1, 1, tokens)))
+            pattern = counter_rng(self._seed, "pattern", int(label)).integers(64, 192, shape)
+            pixels = pattern + rng.integers(-64, 64, (tokens, *shape))
+            pieces = (torch.from_numpy(pixels.astype("uint8")),)
+            views.append(View(pieces, positions, (1, 1, tokens)))
         index, self._next = self._next, self._next + 1
         ids = torch.arange(batch) + batch * self._rank
-        return pack_views(
-            views, ids, torch.from_numpy(labels), torch.ones(batch), self.token_budget, index=index
-        )
+        labels, weights = torch.from_numpy(labels), torch.ones(batch)
+        return pack_views(views, ids, labels, weights, None, self._buffers, index=index)
+
+    def over_budget(self, epoch: int, bad_samples: int) -> None:
+        """Noise is never bad."""
+
+    def close(self) -> None:
+        """Nothing to close."""

@@ -1,9 +1,12 @@
-"""Four ways to look at a sample; pure functions from decoded pixels to patches with positions.
+"""Four ways to look at a decoded sample; pure functions from pixels to patches with positions.
 
     codec    the stored patches with their true (t, h, w), a prefix of any length
     frame    F whole frames, one from each of F bins of the stored frames
     collage  the same frames stacked into one tall picture: t = 0, rows go on counting
     image    one picture, t = 0
+
+Nothing is copied here unless pixels change (flip, shrinking, exchanged channels): a view holds
+strided windows into the decoded picture, and packing writes them where they belong.
 
 Shape legend: K tokens of the item, P patch dim, M stored frames, F chosen frames, H, W picture, p
 patch size.
@@ -13,133 +16,149 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from model_factory.packing import compute_patch_positions_with_interpolated_temporal, patchify
+from model_factory.packing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    compute_patch_positions_with_interpolated_temporal,
+)
 
-from ..counter_rng import counter_rng
-from ..shards.schema import SampleInfo, strip_rows, tile_side
+from ..shards.schema import TILE_COLUMNS, SampleInfo, strip_rows, tile_side
+from .table import scaled_grid
 
-VIEWS = ("codec", "frame", "collage")
-MEMBER_OF_VIEW = {
-    "codec": "tiles.jpg",
-    "frame": "frames.jpg",
-    "collage": "frames.jpg",
-    "image": "jpg",
-}
-
-
-@dataclass(frozen=True)
-class ViewConfig:
-    """How clips are looked at. The rest of the two ratios is collage;
-    `max_tokens` bounds every item, `colour_jitter` is the strength of jitter_colours.
-    """
-
-    codec_ratio: float = 0.4
-    frame_ratio: float = 0.4
-    max_tokens: int = 2048
-    max_frames: int = 8
-    colour_jitter: float = 0.0
-
-    def __post_init__(self):
-        if not 0 <= self.colour_jitter < 1:
-            raise ValueError(f"colour_jitter {self.colour_jitter} must lie in [0, 1)")
-        if (
-            min(self.codec_ratio, self.frame_ratio) < 0
-            or self.codec_ratio + self.frame_ratio > 1 + 1e-9
-        ):
-            raise ValueError(
-                f"--residual_ratio {self.codec_ratio} and --frame_sampling_ratio "
-                f"{self.frame_ratio} must not be "
-                "negative nor exceed 1 together (the rest is collage)"
-            )
-        if self.max_tokens < 1 or self.max_frames < 1:
-            raise ValueError(
-                f"--target_num {self.max_tokens} and --num_frames {self.max_frames} must be "
-                "positive"
-            )
-
-    def choose(self, kind: str, seed: int, epoch: int, sample_id: int) -> str:
-        """View of one sample in one epoch, by ratio; depends on nothing but its arguments."""
-        if kind == "image":
-            return "image"
-        draw = counter_rng(seed, "view", epoch, sample_id).random()
-        if draw < self.codec_ratio:
-            return "codec"
-        return "frame" if draw < self.codec_ratio + self.frame_ratio else "collage"
-
-    def num_frames(self, grid: tuple[int, int], num_stored: int) -> int:
-        """Whole frames that fit max_tokens and max_frames, at least one."""
-        return max(1, min(self.max_frames, num_stored, self.max_tokens // (grid[0] * grid[1])))
+NORMALISATION = torch.tensor(
+    [[1 / (255 * s) for s in CLIP_STD], [-m / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]]
+)
 
 
 @dataclass(frozen=True)
 class View:
-    """One item of a pack: patches float32 [K, P], positions int64 [K, 3], grid (t, h, w)
-    with t*h*w = K.
+    """One item of a pack.
+
+    pieces     uint8 tensors [..., 3, p, p], of any strides, that hold K patches in order
+    positions  int64 [K, 3]
+    grid       (t, h, w) with t*h*w = K
+    colour     float32 [2, 3]: gain and offset of the channels that make a byte a model input
     """
 
-    patches: torch.Tensor
+    pieces: tuple[torch.Tensor, ...]
     positions: torch.Tensor
     grid: tuple[int, int, int]
+    colour: torch.Tensor = NORMALISATION
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def patch_dim(self) -> int:
+        """P."""
+        return self.pieces[0].shape[-3:].numel()
+
+    def write(self, rows: torch.Tensor) -> None:
+        """Copy the patches into uint8 rows [K, P]."""
+        start = 0
+        for piece in self.pieces:
+            count = piece.shape[:-3].numel()
+            rows[start : start + count].view(piece.shape).copy_(piece)
+            start += count
 
 
 def codec_view(
     mosaic: torch.Tensor, positions: np.ndarray, patch_size: int, max_tokens: int
 ) -> View:
-    """Stored patches of a mosaic [3, h, w]; the first `max_tokens` of them.
+    """Stored patches of a mosaic uint8 [h, w, 3]; the first `max_tokens` of them.
     The grid of a sparse item is (1, 1, K).
     """
     count = min(len(positions), max_tokens)
-    side = tile_side(patch_size)
-    tiles = patchify(mosaic, side)[:count].unflatten(-1, (3, side, side))
-    patches = tiles[:, :, :patch_size, :patch_size].flatten(1)
-    return View(patches, torch.from_numpy(positions[:count].astype(np.int64)), (1, 1, count))
+    tiles = _windows(mosaic, tile_side(patch_size))[..., :patch_size, :patch_size]
+    whole, rest = divmod(count, TILE_COLUMNS)
+    pieces = (tiles[:whole],) + ((tiles[whole, :rest],) if rest else ())
+    where = torch.from_numpy(positions[:count].astype(np.int64))
+    return View(pieces, where, (1, 1, count))
 
 
-def frame_view(strip: torch.Tensor, info: SampleInfo, chosen: np.ndarray) -> View:
-    """Whole frames `chosen` (indices of stored frames) of a strip [3, M*rows, W],
+def frame_view(
+    strip: torch.Tensor, info: SampleInfo, chosen: np.ndarray, scale: float = 1.0
+) -> View:
+    """Whole frames `chosen` (indices of stored frames) of a strip uint8 [M*rows, W, 3],
     at their true times.
     """
-    frames = _frames(strip, info, chosen)
+    stored = strip.unflatten(0, (-1, strip_rows(info.height)))
+    frames = [shrink(stored[int(i), : info.height], info.patch_size, scale) for i in chosen]
     times = torch.tensor([info.frame_times[i] for i in chosen])
-    positions = compute_patch_positions_with_interpolated_temporal(times, *info.grid)
-    return View(
-        patchify(frames, info.patch_size).flatten(0, 1), positions, (len(chosen), *info.grid)
+    return still_view(frames, info.patch_size, times)
+
+
+def still_view(frames: list[torch.Tensor], patch_size: int, times: torch.Tensor) -> View:
+    """Whole pictures uint8 [H, W, 3] of one size at the given times [F] of the time base."""
+    pieces = tuple(_windows(frame, patch_size) for frame in frames)
+    grid = tuple(pieces[0].shape[:2])
+    positions = compute_patch_positions_with_interpolated_temporal(times, *grid)
+    return View(pieces, positions, (len(frames), *grid))
+
+
+def collage_view(view: View) -> View:
+    """The frames of a frame view as one picture of F * H rows."""
+    times, rows, columns = view.grid
+    positions = compute_patch_positions_with_interpolated_temporal(
+        torch.zeros(1), times * rows, columns
     )
+    return replace(view, positions=positions, grid=(1, times * rows, columns))
 
 
-def collage_view(strip: torch.Tensor, info: SampleInfo, chosen: np.ndarray) -> View:
-    """The same frames as one picture of len(chosen) * H rows."""
-    tall = _frames(strip, info, chosen).transpose(0, 1).flatten(1, 2)
-    return image_view(tall, info.patch_size)
+def image_view(picture: torch.Tensor, patch_size: int, scale: float = 1.0) -> View:
+    """All patches of a picture uint8 [H, W, 3]."""
+    return still_view([shrink(picture, patch_size, scale)], patch_size, torch.zeros(1))
 
 
-def image_view(picture: torch.Tensor, patch_size: int) -> View:
-    """All patches of a picture [3, H, W]."""
-    rows, columns = picture.shape[1] // patch_size, picture.shape[2] // patch_size
-    positions = compute_patch_positions_with_interpolated_temporal(torch.zeros(1), rows, columns)
-    return View(patchify(picture, patch_size), positions, (1, rows, columns))
+def shrink(picture: torch.Tensor, patch_size: int, scale: float) -> torch.Tensor:
+    """uint8 [H, W, 3] resized to `scale` of its patch grid, bilinear with antialiasing."""
+    if scale == 1.0:
+        return picture
+    rows, columns = scaled_grid(
+        picture.shape[0] // patch_size, picture.shape[1] // patch_size, scale
+    )
+    size = (int(rows) * patch_size, int(columns) * patch_size)
+    pixels = picture.movedim(-1, 0)[None]
+    if pixels.is_cuda:  # the kernel for bytes is the CPU's
+        small = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True)
+        return small.round_().clamp_(0, 255).to(torch.uint8)[0].movedim(0, -1)
+    return F.interpolate(pixels, size, mode="bilinear", antialias=True)[0].movedim(0, -1)
 
 
-def _frames(strip: torch.Tensor, info: SampleInfo, chosen: np.ndarray) -> torch.Tensor:
-    rows = strip_rows(info.height)
-    return strip.unflatten(1, (-1, rows))[:, torch.as_tensor(chosen), : info.height].transpose(0, 1)
+def flip(view: View, columns: int) -> View:
+    """The item mirrored left to right; `columns` patches are a whole frame's width."""
+    if view.grid[0] == 1 and view.grid[1] == 1:  # patches of their own: mirror each, and its place
+        positions = view.positions.clone()
+        positions[:, 2] = columns - 1 - positions[:, 2]
+        return replace(view, pieces=tuple(p.flip(-1) for p in view.pieces), positions=positions)
+    return replace(view, pieces=tuple(piece.flip(-1, -4) for piece in view.pieces))
 
 
-def jitter_colours(view: View, strength: float, rng: np.random.Generator) -> View:
-    """One random recolouring for the whole item: channels exchanged, each scaled by 1 +- strength
-    and shifted by +- strength in units of the normalised pixels. Motion and shape stay as they are.
+def jitter_colours(view: View, strength: float, draw: np.ndarray) -> View:
+    """One random recolouring for the whole item from nine uniform numbers: channels exchanged, each
+    scaled by 1 +- strength and shifted by +- strength in units of the normalised pixels. Motion and
+    shape stay as they are.
     """
-    order = torch.from_numpy(rng.permutation(3))
-    gain, shift = torch.from_numpy(rng.uniform(-strength, strength, (2, 3, 1)).astype(np.float32))
-    channels = view.patches.unflatten(1, (3, -1))[:, order]
-    return replace(view, patches=(channels * (1 + gain) + shift).flatten(1))
+    order = torch.from_numpy(np.argsort(draw[:3]).copy())
+    gain, shift = torch.from_numpy(strength * (2 * draw[3:9] - 1)).float().view(2, 3)
+    colour = view.colour[:, order] * (1 + gain)
+    colour[1] += shift
+    pieces = tuple(piece[..., order.to(piece.device), :, :] for piece in view.pieces)
+    return replace(view, pieces=pieces, colour=colour)
 
 
-def choose_frames(num_stored: int, count: int, rng: np.random.Generator | None) -> np.ndarray:
-    """One stored frame from each of `count` equal bins:
-    a random one, or the middle one without a generator.
+def choose_frames(num_stored: int, count: int, draw: np.ndarray | None) -> np.ndarray:
+    """One stored frame from each of `count` equal bins: the place inside from a uniform number
+    each, or the middle one without.
     """
     edges = np.linspace(0, num_stored, count + 1)
-    inside = np.full(count, 0.5) if rng is None else rng.random(count)
+    inside = np.full(count, 0.5) if draw is None else draw[:count]
     return np.minimum((edges[:-1] + inside * np.diff(edges)).astype(int), num_stored - 1)
+
+
+def _windows(picture: torch.Tensor, side: int) -> torch.Tensor:
+    """Strided view of a picture [H, W, 3] as squares [H / side, W / side, 3, side, side]."""
+    squares = picture.unflatten(0, (-1, side)).unflatten(2, (-1, side))
+    return squares.permute(0, 2, 4, 1, 3)

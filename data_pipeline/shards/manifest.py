@@ -43,6 +43,7 @@ class Manifest:
     sha256: str
     settings: dict
     shards: tuple[dict, ...]  # records of writer.write_shard, in order
+    absent: frozenset[int] = frozenset()  # places of shards whose bytes are missing
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -106,8 +107,9 @@ def manifest_bytes(directory: Path, records: list[dict], settings: dict) -> byte
     return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
-def load_manifest(directory: str | Path) -> Manifest:
+def load_manifest(directory: str | Path, allow_missing: bool = False) -> Manifest:
     """Read a packed folder; every shard must be there with its size, every record with its hash.
+    With `allow_missing` shards that are gone are left out; their sample ids stay taken.
 
     Raises MissingData or CorruptShard listing all that is wrong.
     """
@@ -126,23 +128,30 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"{SCHEMA_VERSION}"
         )
     try:
-        problems, records = _bound_records(directory, content["shards"])
-        settings = content["settings"]
+        shards, settings = content["shards"], content["settings"]
+        tars = [directory / f"{shard['name']}.tar" for shard in shards]
+        absent = {i for i, tar in enumerate(tars) if allow_missing and not tar.exists()}
+        problems, records = _bound_records(directory, shards, absent)
     except (KeyError, TypeError) as error:
         raise CorruptShard(f"{path} is damaged: {error!r} is missing or wrong") from error
     if problems:
         raise CorruptShard(
             "\n  ".join([f"{len(problems)} files of {directory} are wrong; pack again:", *problems])
         )
-    return Manifest(directory, hashlib.sha256(data).hexdigest(), settings, tuple(records))
+    if absent and len(absent) == len(shards):
+        raise MissingData(f"none of the {len(shards)} shards that {path} names is there")
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Manifest(directory, sha256, settings, tuple(records), frozenset(absent))
 
 
-def _bound_records(directory: Path, shards: list[dict]) -> tuple[list[str], list[dict]]:
+def _bound_records(
+    directory: Path, shards: list[dict], absent: set[int]
+) -> tuple[list[str], list[dict]]:
     """(what is wrong with the files of the shards, their records)."""
     problems, records = [], []
-    for shard in shards:
+    for place, shard in enumerate(shards):
         tar, record = directory / f"{shard['name']}.tar", directory / f"{shard['name']}.json"
-        if not tar.is_file() or tar.stat().st_size != shard["size"]:
+        if place not in absent and (not tar.is_file() or tar.stat().st_size != shard["size"]):
             actual = tar.stat().st_size if tar.is_file() else "no file"
             problems.append(f"{tar}: {actual}, the manifest says {shard['size']} bytes")
         if not record.is_file() or file_sha256(record) != shard["record_sha256"]:

@@ -122,6 +122,17 @@ def strip_rows(height: int) -> int:
     return -(-height // BLOCK) * BLOCK
 
 
+def mosaic_size(num_patches: int, patch_size: int) -> tuple[int, int]:
+    """Pixel rows and columns of KEY.tiles.jpg."""
+    side = tile_side(patch_size)
+    return -(-num_patches // TILE_COLUMNS) * side, TILE_COLUMNS * side
+
+
+def strip_size(info: SampleInfo) -> tuple[int, int]:
+    """Pixel rows and columns of KEY.frames.jpg."""
+    return len(info.frame_times) * strip_rows(info.height), info.width
+
+
 def encode_clip(
     info: SampleInfo, patches: np.ndarray, positions, scores, motion, frames
 ) -> dict[str, bytes]:

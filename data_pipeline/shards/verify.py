@@ -1,19 +1,24 @@
 """Reading every byte of a packed folder: does it still say what the manifest binds?"""
 
+import io
+import re
+import tarfile
+
 import numpy as np
 
 from ..errors import CorruptShard, DataPipelineError
 from ..loading.shard_reader import ShardReader
 from .manifest import MANIFEST_NAME, Manifest, manifest_bytes
-from .schema import SampleInfo, decode_array
+from .schema import SampleInfo, decode_array, mosaic_size, strip_size
 from .writer import file_sha256, index_text
 
 
 def verify(manifest: Manifest) -> list[str]:
     """Every problem found, one line each; an empty list means every byte is as it was written.
 
-    Checks each shard's sha256, its index, and that every sample decodes by the schema with its
-    stated counts.
+    Checks each shard's sha256, its index, that its tar holds the recorded members and nothing
+    else, and that every sample decodes by the schema with its stated counts. Pictures are checked
+    by their headers.
     """
     problems = _manifest_problems(manifest)
     for shard in manifest.shards:
@@ -23,6 +28,7 @@ def verify(manifest: Manifest) -> list[str]:
         index = tar.with_suffix(".tar.idx")
         if not index.is_file() or index.read_bytes() != index_text(shard).encode():
             problems.append(f"{index.name}: missing, stale or of another shard")
+        problems += _tar_problems(tar, shard)
     with ShardReader(manifest) as reader:
         for sample_id in range(len(manifest)):
             shard, sample = manifest.locate(sample_id)
@@ -47,10 +53,59 @@ def _manifest_problems(manifest: Manifest) -> list[str]:
     return problems + [f"{name}: a shard that the manifest does not name" for name in others]
 
 
+def _tar_problems(path, shard: dict) -> list[str]:
+    """What a tar holds that the writer never writes: foreign, linked, sparse or repeated members,
+    names that other readers split differently."""
+    places = {
+        f"{sample['key']}.{extension}": tuple(place[:2])
+        for sample in shard["samples"]
+        for extension, place in sample["members"].items()
+    }
+    problems, seen = [], set()
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                problem = _member_problem(member, places, seen)
+                seen.add(member.name)
+                if problem:
+                    problems.append(f"{path.name}: member {member.name!r} {problem}")
+    except (tarfile.TarError, OSError) as error:
+        problems.append(f"{path.name}: no readable plain tar ({error})")
+    missing = sorted(places.keys() - seen)
+    return problems + [f"{path.name}: no member {name}" for name in missing]
+
+
+def _member_problem(member: tarfile.TarInfo, places: dict, seen: set[str]) -> str | None:
+    if not member.isreg() or member.issparse():
+        return "is no regular file"
+    if member.name in seen:
+        return "is there twice"
+    if member.name not in places:
+        return "is not in the record"
+    if not re.fullmatch(r"[a-z0-9_]+\.[a-z.]+", member.name) or member.pax_headers:
+        return "has a name or header that readers disagree on"
+    if (member.offset_data, member.size) != places[member.name]:
+        return "lies elsewhere than its record says"
+    return None
+
+
+def _check_picture(reader, sample_id: int, extension: str, name: str, size) -> None:
+    from PIL import Image, UnidentifiedImageError
+
+    data = reader.read(sample_id, extension)
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
+            found = (picture.mode, picture.height, picture.width)
+    except (UnidentifiedImageError, OSError) as error:
+        raise CorruptShard(f"{name}.{extension} is no JPEG ({error})") from error
+    if found != ("RGB", *size):
+        raise CorruptShard(f"{name}.{extension} is {found}, expected {('RGB', *size)}")
+
+
 def _check_sample(reader, sample_id: int, name: str) -> None:
     info = SampleInfo.from_bytes(reader.read(sample_id, "json"), name)
     if info.kind == "image":
-        reader.read(sample_id, "jpg")
+        _check_picture(reader, sample_id, "jpg", name, (info.height, info.width))
         return
     positions = decode_array(reader.read(sample_id, "positions.npy"), "positions.npy", name)
     scores = decode_array(reader.read(sample_id, "scores.npy"), "scores.npy", name)
@@ -59,7 +114,11 @@ def _check_sample(reader, sample_id: int, name: str) -> None:
             f"{name}: {len(positions)} positions and {len(scores)} scores for {info.num_patches} "
             "patches"
         )
-    if not np.isfinite(scores).all() or (positions[:, 1:] >= info.grid).any():
-        raise CorruptShard(f"{name}: scores or positions out of range")
-    for member in ("motion.npy", "tiles.jpg", "frames.jpg"):
-        reader.read(sample_id, member)
+    motion = decode_array(reader.read(sample_id, "motion.npy"), "motion.npy", name)
+    if not (np.isfinite(scores).all() and np.isfinite(motion).all()):
+        raise CorruptShard(f"{name}: scores or motion are not finite")
+    if (positions[:, 1:] >= info.grid).any():
+        raise CorruptShard(f"{name}: positions out of range")
+    tiles = mosaic_size(info.num_patches, info.patch_size)
+    _check_picture(reader, sample_id, "tiles.jpg", name, tiles)
+    _check_picture(reader, sample_id, "frames.jpg", name, strip_size(info))

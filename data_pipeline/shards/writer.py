@@ -66,6 +66,7 @@ def write_shard(
                 "source": info.source,
                 "source_sha256": info.source_sha256[:SHORT_DIGEST],
                 "num_patches": info.num_patches,
+                "num_stored_frames": len(info.frame_times),
                 "grid": list(info.grid),
                 "is_static": info.is_static,
                 "mean_motion": info.mean_motion,

@@ -1,182 +1,160 @@
-"""Loading: the plan is exact and elastic, views are true, batches resume bitwise."""
+"""Streams: batches are the same bits wherever, however and with how many ranks they are read."""
 
 import dataclasses
+import threading
+import time
 from collections import Counter
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
-from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
-from data_pipeline.loading.loader import HeadStream, MixtureLoader, StreamConfig, sequential_batches
-from data_pipeline.loading.packing import pack_views
-from data_pipeline.loading.plan import EpochPlan
+from data_pipeline.errors import CorruptShard, DataPipelineError, DataTimeout, MissingData
+from data_pipeline.loading.buffers import PackBuffers
+from data_pipeline.loading.choices import ViewConfig
+from data_pipeline.loading.loader import MixtureLoader
+from data_pipeline.loading.packing import PackedBatch, pack_views
+from data_pipeline.loading.sequential import sequential_batches
+from data_pipeline.loading.stream import HeadStream
+from data_pipeline.loading.stream_config import StreamConfig, samples_per_batch
 from data_pipeline.loading.synthetic import SyntheticStream
-from data_pipeline.loading.views import (
-    View,
-    ViewConfig,
-    choose_frames,
-    codec_view,
-    collage_view,
-    frame_view,
-    jitter_colours,
-)
+from data_pipeline.loading.views import View
 from data_pipeline.shards.manifest import load_manifest
-from data_pipeline.shards.schema import SampleInfo
 
 VIEW = ViewConfig(codec_ratio=0.5, frame_ratio=0.3, max_tokens=98, max_frames=2)
 STREAM = StreamConfig(batch_size=4, view=VIEW, label_width=4, labels_per_step=2, dali_num_threads=1)
-
-
-@given(
-    ranks=st.integers(1, 8),
-    per_rank=st.integers(1, 5),
-    extra=st.integers(0, 200),
-    seed=st.integers(0, 2**31),
-    epoch=st.integers(0, 3),
+JITTERED = dataclasses.replace(
+    STREAM, view=dataclasses.replace(VIEW, flip=0.5, colour_jitter=0.3), shuffle_shards=2
 )
-@settings(max_examples=60, deadline=None)
-def test_every_epoch_holds_every_sample_once_for_any_world_size(
-    ranks, per_rank, extra, seed, epoch
-):
-    total = ranks * per_rank + extra
-    plan = EpochPlan(total, ranks * per_rank, seed)
-    seen = Counter()
-    for place in range(plan.batches_per_epoch):
-        batch = plan.batch(epoch * plan.batches_per_epoch + place)
-        shares = [batch.share(rank, ranks) for rank in range(ranks)]
-        assert all(len(share.sample_ids) == per_rank for share in shares)
-        joined = np.concatenate([share.sample_ids for share in shares])
-        assert np.array_equal(joined, batch.sample_ids)
-        seen.update(batch.sample_ids[batch.weights > 0].tolist())
-    assert seen == Counter(range(total))
+PACKS = dataclasses.replace(JITTERED, batch_size=2, token_share=0.5, label_width=100)
+TENSORS = ("pixels", "colours", "patch_positions", "cu_seqlens", "sample_ids", "labels", "weights")
 
 
-def test_epochs_and_seeds_have_different_orders():
-    plan = EpochPlan(50, 10, seed=1)
-    first, later = plan.batch(0).sample_ids, plan.batch(plan.batches_per_epoch).sample_ids
-    assert not np.array_equal(first, later)
-    assert not np.array_equal(first, EpochPlan(50, 10, seed=2).batch(0).sample_ids)
+def assert_same(got: PackedBatch, want: PackedBatch) -> None:
+    for name in TENSORS:
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert (got.epoch, got.index, got.max_seqlen) == (want.epoch, want.index, want.max_seqlen)
 
 
-def test_a_dataset_smaller_than_one_batch_is_refused():
-    with pytest.raises(DataPipelineError, match="7 samples, one global batch takes 8"):
-        EpochPlan(7, 8, 0)
+def stream(folder, config=STREAM, seed=0, at=(0, 0), **options) -> HeadStream:
+    made = HeadStream(resolve_dataset(str(folder)).load(), config, seed, **options)
+    made.seek(*at)
+    return made
 
 
-def info(**changes) -> SampleInfo:
-    base = SampleInfo("video", "a", "", 32, 48, 16, 5, 8, 8, (0, 21, 42, 63))
-    return dataclasses.replace(base, **changes)
+def take(made, count: int) -> list[PackedBatch]:
+    return [next(made) for _ in range(count)]
 
 
-def test_views_place_the_right_pixels_at_the_right_positions():
-    frames = torch.randn(3, 4, 32, 48)  # C, M, H, W
-    strip = frames.flatten(1, 2)
-    chosen = np.array([1, 3])
-    view = frame_view(strip, info(), chosen)
-    assert view.grid == (2, 2, 3) and view.patches.shape == (12, 768)
-    assert view.positions[7].tolist() == [63, 0, 1]
-    assert torch.equal(view.patches[7], frames[:, 3, :16, 16:32].flatten())
-
-    collage = collage_view(strip, info(), chosen)
-    assert collage.grid == (1, 4, 3) and collage.positions[:, 0].unique().tolist() == [0]
-    assert torch.equal(collage.patches, view.patches)
-    assert collage.positions[7].tolist() == [0, 2, 1]
-
-
-@pytest.mark.parametrize("patch_size", [14, 16])
-def test_codec_view_reads_tiles_in_order_and_any_prefix(patch_size):
-    mosaic = torch.randn(3, 32, 32 * 16)
-    positions = np.stack([np.arange(40), np.zeros(40), np.ones(40)], -1).astype(np.uint16)
-    view = codec_view(mosaic, positions, patch_size, max_tokens=35)
-    assert view.grid == (1, 1, 35) and view.positions[34].tolist() == [34, 0, 1]
-    tile = mosaic[:, 16 : 16 + patch_size, 32 : 32 + patch_size]
-    assert torch.equal(view.patches[34], tile.flatten())
-
-
-def test_colour_jitter_recolours_an_item_as_a_whole_and_moves_nothing():
-    patches = torch.randn(6, 12)
-    view = View(patches, torch.randint(0, 9, (6, 3)), (1, 2, 3))
-    first, second = (jitter_colours(view, 0.4, np.random.default_rng(5)) for _ in range(2))
-    assert torch.equal(first.patches, second.patches) and torch.equal(
-        first.positions, view.positions
-    )
-    before, after = patches.view(6, 3, 4), first.patches.view(6, 3, 4)
-    for channel in range(
-        3
-    ):  # each new channel is an affine map of one old one, alike in all patches
-        fits = [
-            np.corrcoef(after[:, channel].ravel(), before[:, old].ravel())[0, 1] for old in range(3)
-        ]
-        assert max(fits) > 0.9999
-
-
-def test_frames_are_drawn_one_per_bin():
-    assert choose_frames(8, 2, None).tolist() == [2, 6]
-    rng = np.random.default_rng(0)
-    draws = np.stack([choose_frames(16, 4, rng) for _ in range(200)])
-    assert (draws // 4 == np.arange(4)).all()
-    assert len(np.unique(draws[:, 0])) == 4
-
-
-def test_view_choice_follows_the_ratio_and_nothing_else():
-    choices = Counter(VIEW.choose("video", 0, 0, i) for i in range(2000))
-    assert abs(choices["codec"] / 2000 - 0.5) < 0.05 and abs(choices["collage"] / 2000 - 0.2) < 0.05
-    assert VIEW.choose("image", 0, 0, 1) == "image"
-    with pytest.raises(ValueError, match="--residual_ratio 0.8"):
-        ViewConfig(codec_ratio=0.8, frame_ratio=0.4)
+def item(length: int, value: int = 1) -> View:
+    pixels = torch.full((length, 3, 2, 2), value, dtype=torch.uint8)
+    return View((pixels,), torch.zeros(length, 3, dtype=torch.int64), (1, 1, length))
 
 
 def test_packs_fill_up_to_the_budget_with_rows_that_do_not_count():
-    views = [
-        View(torch.ones(n, 3), torch.zeros(n, 3, dtype=torch.int64), (1, 1, n)) for n in (5, 3)
-    ]
     ids, labels, weights = torch.tensor([7, 9]), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2)
-    batch = pack_views(views, ids, labels, weights, token_budget=20)
+    batch = pack_views([item(5), item(3)], ids, labels, weights, token_budget=20)
     assert batch.cu_seqlens.tolist() == [0, 5, 8, 13, 18, 20]
     assert batch.sample_ids.tolist() == [7, 9, -1, -1, -1]
     assert batch.num_samples == 2 and batch.num_tokens == 8 and batch.max_seqlen == 5
-    assert len(batch.hidden_states) == 20 and not batch.hidden_states[8:].any()
+    rows = batch.hidden_states()
+    assert rows.shape == (20, 12) and not rows[8:].any() and rows[:8].all()
     with pytest.raises(DataPipelineError, match="8 tokens do not fit the token budget 6"):
-        pack_views(views, ids, labels, weights, token_budget=6)
+        pack_views([item(5), item(3)], ids, labels, weights, token_budget=6)
 
 
-def test_an_item_beyond_the_budget_is_refused_at_the_start(packed):
-    dataset = resolve_dataset(str(packed / "train")).load()
+def test_memory_of_packs_is_used_again_only_after_its_last_holder_is_gone():
+    buffers = PackBuffers(torch.device("cpu"))
+    first = buffers.rows(100, 10)
+    place, part = first.data_ptr(), first[50:]
+    del first
+    assert buffers.rows(100, 10).data_ptr() != place, "a part of it is still held"
+    del part
+    assert place in {held.data_ptr() for held in (buffers.rows(90, 10), buffers.rows(90, 10))}
+
+
+def test_an_item_beyond_the_budget_is_refused_at_the_start(packed, mixed):
     small = dataclasses.replace(STREAM, view=ViewConfig(max_tokens=48))
     with pytest.raises(DataPipelineError, match="one frame of clips/train_00000.mp4 is 49 tokens"):
-        HeadStream(dataset, small, seed=0)
+        stream(packed / "train", small)
+    with pytest.raises(DataPipelineError, match="98 tokens, a pack holds 97: raise pack_tokens"):
+        stream(mixed, PACKS, pack_tokens=97)
 
 
-def test_an_unknown_dataset_says_what_is_known(tmp_path):
+def test_an_unknown_dataset_says_what_is_known():
     with pytest.raises(MissingData, match="motion_shapes.*nor a folder"):
         resolve_dataset("motion_shape")
 
 
 @pytest.mark.dali
-def test_a_stream_started_anywhere_gives_the_same_batches_bitwise(packed):
-    dataset = resolve_dataset(str(packed / "train")).load()
-    straight = HeadStream(dataset, STREAM, seed=3)
-    batches = [next(straight) for _ in range(9)]
-    for start in (1, 6):
-        resumed = next(HeadStream(dataset, STREAM, seed=3, start=start))
-        for name in ("hidden_states", "patch_positions", "sample_ids", "labels", "weights"):
-            assert torch.equal(getattr(resumed, name), getattr(batches[start], name)), name
-    assert batches[6].epoch == 1
+@pytest.mark.parametrize("config, pack", [(JITTERED, None), (PACKS, 400)])
+def test_a_stream_started_anywhere_gives_the_same_batches_bitwise(mixed, config, pack):
+    batches = take(stream(mixed, config, seed=3, pack_tokens=pack), 14)
+    ends = [i for i, batch in enumerate(batches) if batch.epoch == 1]
+    assert ends, "the epoch's end is among them"
+    for start in (1, ends[0] - 1, ends[0], ends[0] + 1):
+        at = (batches[start].epoch, batches[start].index)
+        resumed = stream(mixed, config, seed=3, at=at, pack_tokens=pack)
+        for want in batches[start : start + 2]:
+            assert_same(next(resumed), want)
+    beyond = (0, batches[ends[0] - 1].index + 1)  # what is saved after an epoch's last batch
+    resumed = stream(mixed, config, seed=3, at=beyond, pack_tokens=pack)
+    assert_same(next(resumed), batches[ends[0]])
 
 
 @pytest.mark.dali
-def test_two_ranks_together_hold_the_batch_of_one(packed):
-    dataset = resolve_dataset(str(packed / "train")).load()
-    double = dataclasses.replace(STREAM, batch_size=8)
-    whole = next(HeadStream(dataset, double, seed=0))
-    parts = [next(HeadStream(dataset, STREAM, 0, rank, 2)) for rank in (0, 1)]
-    for name in ("hidden_states", "sample_ids", "labels"):
-        joined = torch.cat([getattr(part, name) for part in parts])
-        assert torch.equal(joined, getattr(whole, name)), name
+def test_threads_and_prefetch_change_nothing(mixed):
+    want = take(stream(mixed, PACKS, pack_tokens=400), 4)
+    threads = dataclasses.replace(PACKS, dali_num_threads=3)
+    made = stream(mixed, threads, pack_tokens=400)
+    assert made.plan_sha256 == stream(mixed, PACKS, pack_tokens=400).plan_sha256
+    with MixtureLoader({"a": made}, prefetch_bytes=1) as loader:
+        for batch in want:
+            assert_same(next(loader)["a"], batch)
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("config, pack", [(JITTERED, None), (PACKS, 120)])
+def test_ranks_together_hold_the_batch_of_one(mixed, world, config, pack):
+    alone = dataclasses.replace(config, batch_size=12)
+    share = dataclasses.replace(config, batch_size=12 // world)
+    (whole,) = take(stream(mixed, alone, pack_tokens=pack), 1)
+    shares = [
+        stream(mixed, share, rank=r, world_size=world, pack_tokens=pack) for r in range(world)
+    ]
+    assert {made.plan_sha256 for made in shares} == {
+        stream(mixed, alone, pack_tokens=pack).plan_sha256
+    }
+    parts = [next(made) for made in shares]
+    assert len({len(part.labels) for part in parts}) == 1, "losses need equal shapes"
+    assert len({len(part.pixels) for part in parts}) == 1
+    for name in ("pixels", "patch_positions"):
+        joined = torch.cat([getattr(part, name)[: part.num_tokens] for part in parts])
+        assert torch.equal(joined, getattr(whole, name)[: whole.num_tokens]), name
+    for name in ("sample_ids", "labels", "weights"):
+        joined = torch.cat([getattr(part, name)[: part.num_samples] for part in parts])
+        assert torch.equal(joined, getattr(whole, name)[: whole.num_samples]), name
+    for part in parts:
+        assert not part.weights[part.num_samples :].any()
+        assert (part.labels[part.num_samples :] == -1).all()
+
+
+@pytest.mark.dali
+def test_packs_of_pictures_and_clips_hold_each_once_per_epoch(mixed):
+    made = stream(mixed, PACKS, pack_tokens=400)
+    seen, batch = Counter(), next(made)
+    while batch.epoch == 0:
+        counted = batch.weights[: batch.num_samples] > 0
+        seen.update(batch.sample_ids[: batch.num_samples][counted].tolist())
+        assert len(batch.pixels) == 800 and batch.num_tokens <= 800
+        lengths = batch.cu_seqlens.diff()
+        assert lengths.min() > 0 and lengths.max() == batch.max_seqlen
+        batch = next(made)
+    assert seen == Counter(range(40))
 
 
 @pytest.mark.dali
@@ -192,8 +170,43 @@ def test_decoded_tokens_are_the_clips_normalised_patches(packed):
     want = (torch.from_numpy(tiles).float() / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(
         CLIP_STD
     )
-    got = batch.hidden_states.unflatten(1, (3, 16, 16)).movedim(1, -1)
+    got = batch.hidden_states().unflatten(1, (3, 16, 16)).movedim(1, -1)
     assert (got - want).abs().mean() < 0.01  # two JPEG decoders round differently
+
+
+@pytest.mark.dali
+def test_early_stages_see_fewer_tokens_and_the_plan_knows_it(packed):
+    config = dataclasses.replace(STREAM, stages=((0, 49, 1, 0.5), (0.5, 98, 2, 1.0)))
+    made = stream(packed / "train", config, total_samples=48)
+    first, *_, last = take(made, 12)
+    assert len(first.pixels) == 4 * 49 and len(last.pixels) == 4 * 98
+    frames = [grid for grid in first.grid_thw.tolist() if grid[1] > 1]
+    assert frames and all(grid == [1, 4, 4] for grid in frames)  # 7 x 7 shrunk to half
+    other = stream(packed / "train", config, total_samples=480)
+    assert other.plan_sha256 != made.plan_sha256
+
+
+@pytest.mark.dali
+def test_the_samples_of_a_batch_of_packs_are_foretold(mixed):
+    dataset = resolve_dataset(str(mixed)).load()
+    expected = samples_per_batch(dataset, PACKS, 0, units=2, pack_tokens=400)
+    batches = take(stream(mixed, PACKS, pack_tokens=400), 8)
+    counts = [batch.num_samples for batch in batches if batch.weights.all()]
+    assert abs(expected - np.mean(counts)) < 0.25 * expected
+    assert samples_per_batch(dataset, STREAM, 0, units=8, pack_tokens=None) == 8
+
+
+@pytest.mark.dali
+def test_long_label_lists_reach_the_batch_without_their_padding(mixed):
+    config = dataclasses.replace(PACKS, label_width=100, labels_per_step=8)
+    dataset = resolve_dataset(str(mixed)).load()
+    (batch,) = take(stream(mixed, config, pack_tokens=400), 1)
+    for sample, labels in zip(batch.sample_ids.tolist(), batch.labels.tolist(), strict=False):
+        stored = dataset.labels[sample]
+        there = stored[stored >= 0].tolist()
+        drawn = [label for label in labels if label >= 0]
+        assert len(labels) == 8 and len(drawn) == min(8, len(there))
+        assert not Counter(drawn) - Counter(there)
 
 
 @pytest.mark.dali
@@ -208,28 +221,94 @@ def test_sequential_batches_hold_every_sample_once_in_order(packed):
 
 
 @pytest.mark.dali
-def test_damaged_bytes_stop_the_loader_with_file_and_sample(packed, tmp_path):
+def test_sequential_batches_name_every_damaged_sample(packed, tmp_path):
     import shutil
 
     shutil.copytree(packed / "train", tmp_path / "copy")
-    dataset = resolve_dataset(str(tmp_path / "copy")).load()
-    for sample in range(24):
-        for member in ("tiles.jpg", "frames.jpg"):
-            place = dataset.manifest.member(sample, member)
-            data = bytearray(place.path.read_bytes())
-            data[place.offset + 50] ^= 1
-            place.path.write_bytes(data)
-    with MixtureLoader({"a": HeadStream(dataset, STREAM, seed=0)}) as loader:
-        with pytest.raises(CorruptShard, match=r"video-00000.\.tar: member"):
-            next(loader)
+    manifest = load_manifest(tmp_path / "copy")
+    place = manifest.member(5, "tiles.jpg")
+    data = bytearray(place.path.read_bytes())
+    data[place.offset + 50] ^= 1
+    place.path.write_bytes(data)
+    with pytest.raises(CorruptShard, match=r"video-000000.tar: member .tiles.jpg of sample 5"):
+        list(sequential_batches(manifest, range(24), 7, "codec", VIEW))
+
+
+@pytest.mark.dali
+def test_the_loader_starts_no_process_and_ends_its_thread(packed):
+    before = psutil.Process().children(recursive=True)
+    with MixtureLoader({"a": stream(packed / "train")}) as loader:
+        next(loader)
+        assert psutil.Process().children(recursive=True) == before
+        assert loader._thread in threading.enumerate()
+    assert loader._thread not in threading.enumerate()
+
+
+@pytest.mark.dali
+def test_the_position_is_that_of_the_batches_handed_out_not_of_those_read_ahead(packed):
+    with MixtureLoader({"a": stream(packed / "train")}) as loader:
+        assert loader.state_dict() == {}
+        next(loader), next(loader)
+        time.sleep(0.3)
+        assert loader.state_dict() == {"a": {"epoch": 0, "next_batch": 2}}
+
+
+def synthetic(rank=0) -> SyntheticStream:
+    return SyntheticStream(4, 12, 16, 5, 2, seed=0, rank=rank)
+
+
+def test_what_waits_in_memory_is_bounded_by_bytes():
+    made, batch = synthetic(), next(synthetic())
+    with MixtureLoader({"a": made}, prefetch_bytes=3 * batch.num_bytes()) as loader:
+        time.sleep(0.5)
+        assert len(loader._ready) == 3 and loader._waiting_bytes <= 3 * batch.num_bytes()
+        next(loader)
+        assert loader.wait_s >= 0
+
+
+class Stuck(SyntheticStream):
+    """Gives one batch and then hangs, as a read on a dead network folder does."""
+
+    activity = "reading /mnt/far/video-000007.tar"
+    released = threading.Event()
+
+    def __next__(self):
+        if self._next == 1:
+            self.released.wait(60)
+        return super().__next__()
+
+
+def test_a_read_that_hangs_is_warned_of_and_then_named(caplog):
+    import logging
+
+    stuck = Stuck(4, 12, 16, 5, 2, seed=0, rank=0)
+    loader = MixtureLoader({"clips": stuck}, 1 << 30, 0.2, 0.6, logging.getLogger("test"))
+    next(loader)
+    with pytest.raises(DataTimeout, match="head clips: reading /mnt/far/video-000007.tar"):
+        next(loader)
+    assert "waiting for data" in caplog.text and "video-000007.tar" in caplog.text
+    assert loader.wait_s >= 0
+    stuck.released.set()
+    loader.close()
 
 
 def test_the_synthetic_stream_keeps_the_contract_and_resumes():
-    def stream(start):
-        return SyntheticStream(4, 12, 16, 5, 2, seed=0, rank=1, start=start)
+    straight = synthetic(rank=1)
+    batches = take(straight, 3)
+    resumed = synthetic(rank=1)
+    resumed.seek(0, 2)
+    batch = next(resumed)
+    assert_same(batch, batches[2])
+    assert batch.cu_seqlens.tolist() == [0, 12, 24, 36, 48] and batch.labels.shape == (4, 2)
 
-    straight = stream(0)
-    batches = [next(straight) for _ in range(3)]
-    resumed = next(stream(2))
-    assert torch.equal(resumed.hidden_states, batches[2].hidden_states)
-    assert resumed.cu_seqlens.tolist() == [0, 12, 24, 36, 48] and resumed.labels.shape == (4, 2)
+
+def test_other_labels_make_another_plan(packed, tmp_path):
+    import shutil
+
+    shutil.copytree(packed / "train", tmp_path / "train")
+    manifest = load_manifest(tmp_path / "train")
+    before = stream(tmp_path / "train").plan_sha256
+    save_labels(
+        tmp_path / "train", np.load(tmp_path / "train" / "labels.npy")[::-1], manifest, 8, {}
+    )
+    assert stream(tmp_path / "train").plan_sha256 != before

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from data_pipeline.counter_hash import counter_uniform
 from training.distributed import all_gather_rows, process_group
 from training.losses import sharded_softmax
-from training.losses.counter_hash import counter_uniform
 from training.losses.partial_fc import PartialFC, PartialFCConfig
 
 
@@ -102,8 +102,28 @@ def out_of_range(ranks):
         print("range ok", flush=True)
 
 
+def positives(ranks):
+    """Loss and gradients stay finite, and right, when a shard owns no label of the batch, when all
+    rows have one class, and when there are no negatives but what the batch brings."""
+    for sample_rate in (1.0, 1e-6):
+        for labels in (torch.zeros(4, 1, dtype=torch.int64), torch.arange(4)[:, None] % 2):
+            config = PartialFCConfig(sample_rate=sample_rate, scale=12.0)
+            head = PartialFC(20, 8, config, ranks, seed=4)  # rank 1 owns classes 10 to 19
+            rows = torch.randn(4, 8, generator=torch.manual_seed(ranks.rank)).requires_grad_()
+            loss = head(rows, labels, torch.ones(4), 0)
+            loss.objective.backward()
+            assert loss.objective.isfinite() and rows.grad.isfinite().all()
+            assert head.centers.grad is None or head.centers.grad.isfinite().all()
+            chosen = labels.unique()
+            if sample_rate < 1 and len(chosen) == 1:  # nothing to tell the class from
+                assert loss.objective.abs() < 1e-5
+            empty = head(torch.zeros(4, 8), torch.full((4, 1), -1), torch.zeros(4), 0)
+            assert empty.objective == 0
+    print("positives ok", flush=True)
+
+
 if __name__ == "__main__":
     with process_group() as this_rank:
-        {"golden": golden, "dense": dense, "range": out_of_range}[sys.argv[1]](
-            this_rank, *sys.argv[2:]
-        )
+        {"golden": golden, "dense": dense, "range": out_of_range, "positives": positives}[
+            sys.argv[1]
+        ](this_rank, *sys.argv[2:])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import run, torchrun
 
-from training.losses.counter_hash import counter_normal, counter_uniform
+from data_pipeline.counter_hash import counter_normal, counter_uniform
 from training.losses.margin import margin_losses
 from training.losses.partial_fc import PartialFCConfig, class_range
 

@@ -126,19 +126,19 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_none_left_stops(
     checkpoints = sorted((output / "checkpoints").iterdir(), reverse=True)
     assert [path.name for path in checkpoints] == [f"step_{s:08d}" for s in (24, 20, 15)]
 
-    def damage(path):
+    def corrupt(path):
         victim = next(path.glob("*.safetensors"))
         data = bytearray(victim.read_bytes())
         data[-10] ^= 1
         victim.write_bytes(data)
 
-    damage(checkpoints[0])
+    corrupt(checkpoints[0])
     done = torchrun(2, *command(packed, output))
     assert "DAMAGED CHECKPOINT" in done.stderr and "resuming after step 20" in done.stderr
     assert metrics(output) == metrics(straight)
 
     for path in (output / "checkpoints").iterdir():
-        damage(path)
+        corrupt(path)
     done = torchrun(2, *command(packed, output), check=False)
     assert done.returncode != 0
     outcome = json.loads((output / "exit.json").read_text())
@@ -176,6 +176,134 @@ def test_other_labels_do_not_resume(packed, straight, tmp_path):
     assert done.returncode != 0
     outcome = json.loads((output / "exit.json").read_text())
     assert outcome["code"] == 7 and "shards or labels changed" in outcome["message"]
+
+
+def damage(folder: Path, *samples: int) -> None:
+    """Flip a byte of the stored patches and of the frames of some samples."""
+    from data_pipeline.shards.manifest import load_manifest
+
+    for sample in samples:
+        for member in ("tiles.jpg", "frames.jpg"):
+            place = load_manifest(folder).member(sample, member)
+            with open(place.path, "r+b") as tar:
+                tar.seek(place.offset + 99)
+                byte = tar.read(1)[0]
+                tar.seek(place.offset + 99)
+                tar.write(bytes([byte ^ 255]))
+
+
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_a_bad_sample_is_replaced_on_record_and_a_resume_replaces_it_alike(packed, tmp_path):
+    data, output, resumed = tmp_path / "data" / "train", tmp_path / "run", tmp_path / "resumed"
+    shutil.copytree(packed / "train", data)
+    damage(data, 13)
+    done = torchrun(2, *command(tmp_path / "data", output))
+    assert done.stderr.count("quarantined sample 13: ") >= 1
+    pairs = [p for rank in (0, 1) for r in ledger(output, rank) for p in r.get("replaced", [])]
+    assert len(pairs) == 8 and {bad for bad, _ in pairs} == {13}  # once in each of 8 epochs
+    for rank in (0, 1):
+        for record in ledger(output, rank):
+            assert 13 not in record["ids"]
+            assert {stand_in for _, stand_in in record.get("replaced", [])} <= set(record["ids"])
+    by_epoch: dict[int, Counter] = {}
+    for rank in (0, 1):
+        for record in ledger(output, rank):
+            back = Counter({stand_in: -1 for _, stand_in in record.get("replaced", [])})
+            counts = by_epoch.setdefault(record["epoch"], Counter())
+            counts.update(record["ids"])
+            counts.update(back)
+            counts.update(bad for bad, _ in record.get("replaced", []))
+    assert all(counts == Counter(range(24)) for counts in by_epoch.values())
+
+    shutil.copytree(output, resumed)
+    shutil.rmtree(resumed / "checkpoints" / f"step_{STEPS:08d}")
+    torchrun(2, *command(tmp_path / "data", resumed))
+    assert metrics(resumed) == metrics(output)
+    assert all(ledger(resumed, rank) == ledger(output, rank) for rank in (0, 1))
+
+
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_too_many_bad_samples_stop_all_ranks_with_the_whole_list(packed, tmp_path):
+    data, output = tmp_path / "data" / "train", tmp_path / "run"
+    shutil.copytree(packed / "train", data)
+    damage(data, 3, 13)  # of two shards: each rank alone may never meet more than is allowed
+    done = torchrun(2, *command(tmp_path / "data", output), check=False)
+    assert done.returncode != 0
+    outcome = json.loads((output / "exit.json").read_text())
+    assert outcome["code"] == 4
+    assert "2 bad samples in epoch 0" in outcome["message"]
+    assert "sample 3: " in outcome["message"] and "sample 13: " in outcome["message"]
+
+
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_storage_that_stops_answering_ends_the_run_with_the_file(packed, tmp_path):
+    data, output = tmp_path / "data" / "train", tmp_path / "run"
+    shutil.copytree(packed / "train", data)
+    code = (
+        "import os, pathlib, sys, training.train_univit as entry\n"
+        "from data_pipeline.loading.shard_reader import ShardReader\n"
+        "def stall(self, path):\n"
+        "    if os.environ['RANK'] == '1': __import__('time').sleep(1000)\n"
+        "    return descriptor(self, path)\n"
+        "descriptor, ShardReader._descriptor = ShardReader._descriptor, stall\n"
+        "sys.exit(entry.main(sys.argv[1:]))\n"
+    )
+    script = tmp_path / "stalling.py"
+    script.write_text(code)
+    _, _, *arguments = command(tmp_path / "data", output)
+    done = torchrun(
+        2, script, *arguments, "--set", "data_timeout_s=2", "--set", "data_warning_s=1", check=False
+    )
+    assert done.returncode != 0 and "waiting for data for 1 s" in done.stderr
+    outcome = json.loads((output / "exit.json").read_text())
+    assert outcome["code"] == 8 and "reading" in outcome["message"]
+    assert "video-00000" in outcome["message"]
+
+
+def mixture(packed: Path, mixed: Path, output: Path, world: int, *extra):
+    """A head of clips counted in samples, and one of clips and pictures counted in packs."""
+    settings = (
+        "pack_tokens=600",
+        "heads.1.stream.token_share=0.5",
+        "heads.1.stream.label_width=100",
+    )
+    return (
+        *("-m", "training.train_univit", "--preset", "demo", "--output", output),
+        *("--list_datasets", packed / "train", mixed, "--list_batch_sizes", 4 // world, 4 // world),
+        *("--num_sampled_data", 160, "--frequent", 2, "--ckpt_interval", 3),
+        *(part for setting in settings for part in ("--set", setting)),
+        *extra,
+    )
+
+
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_a_mixture_with_packs_gives_one_curve_on_any_ranks_and_resumes_bitwise(
+    packed, mixed, tmp_path
+):
+    for world in (1, 2):
+        torchrun(world, *mixture(packed, mixed, tmp_path / str(world), world))
+    one, two = (metrics(tmp_path / str(world)) for world in (1, 2))
+    assert len(one) == len(two) >= 6
+    for left, right in zip(one, two, strict=True):
+        for name in (LOSS, "loss/packed"):
+            assert left[name] == pytest.approx(right[name], rel=1e-5), left["step"]
+    counts = [
+        [len(r["ids"]) for r in ledger(tmp_path / "2", rank) if r["head"] == "packed"]
+        for rank in (0, 1)
+    ]
+    assert counts[0] != counts[1], "packs differ in samples, so ranks do"
+
+    output = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "2", output)
+    newest = max((output / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    torchrun(2, *mixture(packed, mixed, output, 2))
+    assert metrics(output) == two
+    assert all(ledger(output, rank) == ledger(tmp_path / "2", rank) for rank in (0, 1))
 
 
 @pytest.mark.e2e

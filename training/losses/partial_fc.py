@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data_pipeline.counter_hash import counter_normal, counter_uniform
+
 from ..distributed import Ranks, all_gather_rows, gather_rows_with_grad, sum_over_ranks
-from .counter_hash import counter_normal, counter_uniform
 from .margin import margin_losses
 from .sharded_softmax import NegativeLogSumExp
 
