@@ -12,31 +12,32 @@ import torch
 
 
 class PackBuffers:
-    """uint8 rows for packs. Safe by construction: a block is handed out again only after the last
-    tensor that shows it is gone.
+    """Rows for packs. Safe by construction: a block is handed out again only after the last tensor
+    that shows it is gone.
     """
 
     def __init__(self, device: torch.device):
-        """device: where decoded pictures are; `pinned` host memory is used when CUDA is there."""
+        """device: where the rows are wanted; on a CPU beside a CUDA device they are pinned."""
         self._device = device
         self._pinned = device.type == "cpu" and torch.cuda.is_available()
         self._free: list[np.ndarray] = []
 
-    def rows(self, count: int, width: int) -> torch.Tensor:
-        """uint8 [count, width] of undefined content."""
+    def rows(self, count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """[count, width] of undefined content."""
         if self._pinned or self._device.type != "cpu":
             options = {"device": self._device, "pin_memory": self._pinned}
-            return torch.empty(count, width, dtype=torch.uint8, **options)
-        size = count * width
+            return torch.empty(count, width, dtype=dtype, **options)
+        size = count * width * dtype.itemsize
         fitting = [block for block in self._free if len(block) >= size]
         if fitting:
             block = min(fitting, key=len)
+            # a block freed by another thread meanwhile is forgotten here, and its memory returned
             self._free = [other for other in self._free if other is not block]
         else:
             block = np.empty(size, np.uint8)
-        lease = block[:size].reshape(count, width)
-        weakref.finalize(lease, self._free_block, block).atexit = False
-        return torch.from_numpy(lease)
+        lease = block[:size]
+        weakref.finalize(lease, self._take_back, block).atexit = False
+        return torch.from_numpy(lease).view(dtype).view(count, width)
 
-    def _free_block(self, block: np.ndarray) -> None:
+    def _take_back(self, block: np.ndarray) -> None:
         self._free.append(block)

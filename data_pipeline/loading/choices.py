@@ -6,7 +6,7 @@
     labels     which of a sample's labels are drawn
 
 All depend on (seed, epoch, sample id) and never on the place in a batch, the rank or the worker.
-Vectorised over samples: about 100 ns a sample.
+Vectorised over samples: 0.1 microseconds a sample for view and tokens, 3 for the draws.
 """
 
 from dataclasses import dataclass, replace

@@ -48,10 +48,13 @@ class PackedBatch:
     index: int = 0  # of the global batch in its epoch
     replaced: tuple[tuple[int, int], ...] = ()  # (bad sample, who stands in for it)
     bad_samples: int = 0  # that this rank met in the epoch so far
+    buffers: PackBuffers | None = None  # where memory for normalised rows comes from
 
     def hidden_states(self) -> torch.Tensor:
         """Normalised patch rows float32 [S, P], on the device of the pixels."""
-        rows = torch.empty(self.pixels.shape, device=self.pixels.device)
+        rows = (self.buffers or PackBuffers(self.pixels.device)).rows(
+            *self.pixels.shape, torch.float32
+        )
         lengths = self.cu_seqlens.diff().long()
         item = torch.repeat_interleave(lengths, output_size=len(rows))
         channels = self.pixels.unflatten(1, (3, -1))
@@ -60,7 +63,7 @@ class PackedBatch:
             piece = slice(start, start + step)
             gain, offset = self.colours[item[piece]].unbind(1)
             out = rows[piece].unflatten(1, (3, -1)).copy_(channels[piece])
-            torch.addcmul(offset[..., None], out, gain[..., None], out=out)
+            out.mul_(gain[..., None]).add_(offset[..., None])
         return rows
 
     def model_inputs(self) -> dict:
@@ -74,7 +77,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on a device; copies from pinned memory do not wait."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return moved if moved.pixels.device == self.pixels.device else replace(moved, buffers=None)
 
     def pinned(self) -> "PackedBatch":
         """The same batch in pinned host memory, if there is a CUDA device to copy it to."""
@@ -115,7 +119,7 @@ def pack_views(
         )
     fill = [min(longest, budget - start) for start in range(used, budget, longest)]
     device = views[0].pieces[0].device
-    pixels = (buffers or PackBuffers(device)).rows(budget, views[0].patch_dim)
+    pixels = (buffers or PackBuffers(device)).rows(budget, views[0].patch_dim, torch.uint8)
     for view, rows in zip(views, pixels[:used].split(lengths), strict=True):
         view.write(rows)
     pixels[used:] = 0
@@ -135,5 +139,6 @@ def pack_views(
         weights=weights,
         num_samples=len(views),
         num_tokens=used,
+        buffers=buffers,
         **facts,
     )

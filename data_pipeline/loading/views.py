@@ -13,6 +13,7 @@ patch size.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -94,16 +95,14 @@ def still_view(frames: list[torch.Tensor], patch_size: int, times: torch.Tensor)
     """Whole pictures uint8 [H, W, 3] of one size at the given times [F] of the time base."""
     pieces = tuple(_windows(frame, patch_size) for frame in frames)
     grid = tuple(pieces[0].shape[:2])
-    positions = compute_patch_positions_with_interpolated_temporal(times, *grid)
+    positions = _grid_positions(tuple(times.flatten().tolist()), *grid)
     return View(pieces, positions, (len(frames), *grid))
 
 
 def collage_view(view: View) -> View:
     """The frames of a frame view as one picture of F * H rows."""
     times, rows, columns = view.grid
-    positions = compute_patch_positions_with_interpolated_temporal(
-        torch.zeros(1), times * rows, columns
-    )
+    positions = _grid_positions((0,), times * rows, columns)
     return replace(view, positions=positions, grid=(1, times * rows, columns))
 
 
@@ -158,7 +157,14 @@ def choose_frames(num_stored: int, count: int, draw: np.ndarray | None) -> np.nd
     return np.minimum((edges[:-1] + inside * np.diff(edges)).astype(int), num_stored - 1)
 
 
+@lru_cache(maxsize=4096)
+def _grid_positions(times: tuple[int, ...], rows: int, columns: int) -> torch.Tensor:
+    """int64 [K, 3] of whole frames; shared between views, so never written to."""
+    return compute_patch_positions_with_interpolated_temporal(torch.tensor(times), rows, columns)
+
+
 def _windows(picture: torch.Tensor, side: int) -> torch.Tensor:
     """Strided view of a picture [H, W, 3] as squares [H / side, W / side, 3, side, side]."""
-    squares = picture.unflatten(0, (-1, side)).unflatten(2, (-1, side))
+    height, width, channels = picture.shape
+    squares = picture.view(height // side, side, width // side, side, channels)
     return squares.permute(0, 2, 4, 1, 3)

@@ -162,7 +162,7 @@ def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
     stream = io.BytesIO(data)
     try:
         np.lib.format.read_magic(stream)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     except ValueError as error:
         raise CorruptShard(f"{name}.{member} is no .npy array ({error})") from error
     if (
@@ -172,8 +172,11 @@ def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
         raise CorruptShard(
             f"{name}.{member} holds {dtype} {shape}, expected {np.dtype(ARRAY_DTYPES[member])}"
         )
-    stream.seek(0)
-    return np.load(stream, allow_pickle=False)
+    count = int(np.prod(shape, dtype=object))
+    if len(data) - stream.tell() != count * dtype.itemsize:
+        raise CorruptShard(f"{name}.{member} has not the bytes of a {dtype} {shape}")
+    flat = np.frombuffer(data, dtype, count, stream.tell())
+    return flat.reshape(shape, order="F" if fortran_order else "C").copy()
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:

@@ -68,12 +68,15 @@ def test_packs_fill_up_to_the_budget_with_rows_that_do_not_count():
 
 def test_memory_of_packs_is_used_again_only_after_its_last_holder_is_gone():
     buffers = PackBuffers(torch.device("cpu"))
-    first = buffers.rows(100, 10)
+    first = buffers.rows(100, 10, torch.uint8)
     place, part = first.data_ptr(), first[50:]
     del first
-    assert buffers.rows(100, 10).data_ptr() != place, "a part of it is still held"
+    assert buffers.rows(100, 10, torch.uint8).data_ptr() != place, "a part of it is still held"
     del part
-    assert place in {held.data_ptr() for held in (buffers.rows(90, 10), buffers.rows(90, 10))}
+    assert place in {
+        held.data_ptr()
+        for held in (buffers.rows(90, 10, torch.uint8), buffers.rows(90, 10, torch.uint8))
+    }
 
 
 def test_an_item_beyond_the_budget_is_refused_at_the_start(packed, mixed):
