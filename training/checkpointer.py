@@ -27,12 +27,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from data_pipeline.shards.writer import file_sha256, write_atomically
 
 from .distributed import Ranks, broadcast_object
 from .losses.partial_fc import PartialFC
+from .optimizer import ensure_moments
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -67,7 +67,6 @@ class Checkpointer:
         self._directory = output / "checkpoints"
         self._ranks, self._encoder, self._heads, self._optimizer = ranks, encoder, heads, optimizer
         self._keep, self._logger = keep, logger
-        self._mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         if ranks.is_main:
             self._directory.mkdir(parents=True, exist_ok=True)
             for leftover in self._directory.glob(".step_*.tmp"):
@@ -152,16 +151,16 @@ class Checkpointer:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the run by name, sharing memory with it."""
-        _ensure_moments(self._optimizer)
+        ensure_moments(self._optimizer)
         tensors = {}
         for name, parameter in self._encoder.named_parameters():
             tensors[f"encoder.{name}"] = parameter.data
             tensors.update(self._moments(f"encoder.{name}", parameter))
         for head_name, head in self._heads.items():
             name = f"head.{head_name}.centers"
-            tensors[name] = self._global(head.centers.data, head)
+            tensors[name] = head.sharded(head.centers.data)
             for key, moment in self._moments(name, head.centers).items():
-                tensors[key] = moment if moment.ndim == 0 else self._global(moment, head)
+                tensors[key] = moment if moment.ndim == 0 else head.sharded(moment)
         return tensors
 
     def _moments(self, name: str, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
@@ -169,13 +168,6 @@ class Checkpointer:
         return {
             f"optimizer.{moment}.{name}": state[moment] for moment in MOMENTS if moment in state
         }
-
-    def _global(self, local: torch.Tensor, head: PartialFC) -> DTensor:
-        """This rank's rows as part of one tensor over all classes."""
-        shape = torch.Size((head.num_classes, local.shape[1]))
-        return DTensor.from_local(
-            local, self._mesh, [Shard(0)], shape=shape, stride=(local.shape[1], 1), run_check=False
-        )
 
 
 def verify_checkpoint(path: Path) -> list[str]:
@@ -214,14 +206,3 @@ def _sync_folder(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _ensure_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters that took no step yet the state that AdamW would start them with."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)

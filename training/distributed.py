@@ -70,53 +70,15 @@ def wrap_encoder(encoder: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
 def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """[b, ...] of every rank -> [W * b, ...] in rank order, without gradient."""
     gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather(list(gathered.chunk(dist.get_world_size())), rows.contiguous())
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
     return gathered
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows):
-        ctx.count = rows.shape[0]
-        return all_gather_rows(rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        start = dist.get_rank() * ctx.count
-        return grad[start : start + ctx.count] * dist.get_world_size()
-
-
-def gather_rows_with_grad(rows: torch.Tensor) -> torch.Tensor:
-    """all_gather_rows with gradient, for a loss that every rank computes from
-    all rows but with its own classes.
-
-    Backward sums what all ranks say about a row, takes this rank's rows and multiplies by the world
-    size, so that the averaging of data parallelism gives the gradient of the global loss.
-    """
-    return _GatherRows.apply(rows)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value):
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Sum of every rank's tensor, whose gradient reaches each summand unchanged.
-
-    Right for a loss that all ranks compute alike from the sum: each holds one and the same loss,
-    not a share of it.
-    """
-    return _SumOverRanks.apply(value)
+def reduce_scatter_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[W * b, ...] of every rank -> sum over the ranks of this rank's [b, ...]."""
+    own = rows.new_empty((rows.shape[0] // dist.get_world_size(), *rows.shape[1:]))
+    dist.reduce_scatter_tensor(own, rows.contiguous())
+    return own
 
 
 def broadcast_object(value):

@@ -1,5 +1,9 @@
-"""One AdamW over encoder and centres, its parameter groups by role,
-and one global gradient norm.
+"""One AdamW over encoder and centres, its parameter groups by role, and one global gradient norm.
+
+Centres of classes that were not sampled in a step have no gradient. Their rows then stay as they
+are, moments and weight decay included, and every row counts its own steps, so that its bias
+correction is exact: each row is trained by an AdamW of its own that runs when the class is sampled.
+The cost of a step follows the sampled rows. Dense gradients take torch's AdamW.
 """
 
 from dataclasses import dataclass
@@ -7,6 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from .losses.partial_fc import PartialFC
+
+ROWS_AT_ONCE = 8192  # of centres, to bound the memory of a lazy step
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,58 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith("probe")
 
 
+class RowAdamW(torch.optim.AdamW):
+    """AdamW whose groups with `lazy` set take sparse gradients over the rows of a matrix."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of every group; sparse gradients must be coalesced."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["lazy"]]
+        super().step(closure)
+        self.param_groups = groups
+        for group in groups:
+            for parameter in group["params"]:
+                if group["lazy"] and parameter.grad is not None:
+                    self._step_rows(parameter, group)
+
+    def _step_rows(self, parameter: torch.Tensor, group: dict) -> None:
+        state, (beta1, beta2) = self._state_of(parameter, lazy=True), group["betas"]
+        rows, grads = parameter.grad.indices()[0], parameter.grad.values()
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            index, grad = rows[start : start + ROWS_AT_ONCE], grads[start : start + ROWS_AT_ONCE]
+            steps = state["step"][index] + 1
+            mean = state["exp_avg"][index].lerp_(grad, 1 - beta1)
+            square = state["exp_avg_sq"][index].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            scale = (group["lr"] / (1 - beta1**steps))[:, None]
+            denominator = (square / (1 - beta2**steps)[:, None]).sqrt_().add_(group["eps"])
+            kept = parameter[index].mul_(1 - group["lr"] * group["weight_decay"])
+            parameter[index] = kept.sub_(mean.div(denominator).mul_(scale))
+            state["step"][index], state["exp_avg"][index] = steps, mean
+            state["exp_avg_sq"][index] = square
+
+    def _state_of(self, parameter: torch.Tensor, lazy: bool) -> dict:
+        """State of a parameter; as AdamW starts it where it took no step yet. Untouched pages of
+        zeros take no memory."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(len(parameter) if lazy else ())
+            state["step"] = state["step"].to(parameter.device if lazy else "cpu")
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def ensure_moments(optimizer: RowAdamW) -> None:
+    """Give parameters that took no step yet the state that they would start with."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer._state_of(parameter, group["lazy"])
+
+
 def build_optimizer(
-    encoder: nn.Module, heads: dict[str, tuple[nn.Module, float]], config: OptimizerConfig
-):
+    encoder: nn.Module, heads: dict[str, tuple[PartialFC, float]], config: OptimizerConfig
+) -> RowAdamW:
     """AdamW with one group per role, each carrying `name` and `lr_scale`; heads:
     name -> (module, lr scale).
     """
@@ -53,12 +110,14 @@ def build_optimizer(
             "params": [parameter for name, parameter in named if is_decayed(name, parameter)],
             "weight_decay": config.weight_decay,
             "lr_scale": 1.0,
+            "lazy": False,
         },
         {
             "name": "encoder, norms, biases, probe",
             "params": [parameter for name, parameter in named if not is_decayed(name, parameter)],
             "weight_decay": 0.0,
             "lr_scale": 1.0,
+            "lazy": False,
         },
     ]
     for name, (head, lr_scale) in heads.items():
@@ -68,10 +127,11 @@ def build_optimizer(
                 "params": list(head.parameters()),
                 "weight_decay": config.weight_decay_centers,
                 "lr_scale": lr_scale,
+                "lazy": head.config.is_sparse,
             }
         )
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return RowAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, base_lr: float, factor: float) -> None:
@@ -95,11 +155,23 @@ def clip_gradients(parameters, norm: torch.Tensor, clip_norm: float) -> None:
     if clip_norm <= 0:
         return
     factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+    torch._foreach_mul_(_gradients(parameters), factor)
+
+
+def _gradients(parameters) -> list[torch.Tensor]:
+    """Gradients that are there; of sparse ones, which are coalesced in place, the values."""
+    grads = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            grads.append(parameter.grad.values())
+        elif parameter.grad is not None:
+            grads.append(parameter.grad)
+    return grads
 
 
 def _squared_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [grad for grad in _gradients(parameters) if grad.numel()]
     if not grads:
         return torch.zeros((), device=parameters[0].device)
     return torch.stack(torch._foreach_norm(grads)).square().sum()

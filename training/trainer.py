@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from data_pipeline.datasets import Dataset
 from data_pipeline.loading.packing import PackedBatch
@@ -148,9 +147,7 @@ class Trainer:
                 self.ranks.device.type, torch.bfloat16, enabled=self.ranks.device.type == "cuda"
             ):
                 pooled = self.forward(**batch.model_inputs()).pooler_output[: batch.num_samples]
-            # as many rows as the rank with most samples; those without one have weight 0
-            rows = F.pad(pooled.float(), (0, 0, 0, len(batch.weights) - batch.num_samples))
-            loss = self.heads[head.name](rows, batch.labels, batch.weights, draw)
+            loss = self.heads[head.name](pooled.float(), batch.labels, batch.weights, draw)
             reported[head.name] += loss.reported
             total = total + head.loss_weight * loss.objective
         return total
@@ -170,6 +167,8 @@ class Trainer:
         """
         if np.isfinite(norm.item()):
             return
+        for head in self.heads.values():
+            head.check_labels()
         losses = {name: round(value.item(), 4) for name, value in reported.items()}
         ids = {
             name: batch.sample_ids[: batch.num_samples].tolist() for name, batch in batches.items()

@@ -22,10 +22,17 @@ def test_golden_vectors(shared, world_size):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_equals_a_dense_reference_with_sampling_padding_and_odd_shards(world_size):
     done = torchrun(world_size, SCRIPT, "dense")
     assert done.stdout.count("dense ok") == world_size
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_ranks_may_have_any_number_of_samples_and_need_three_collectives(world_size):
+    done = torchrun(world_size, SCRIPT, "uneven")
+    assert done.stdout.count("uneven ok") == world_size
 
 
 @pytest.mark.dist

@@ -1,33 +1,36 @@
 """Partial FC: learnable class centres, sharded over the ranks,
 trained with a margin softmax over a sample of them.
 
-    rows     = unit(all_gather(embeddings))                       every rank sees the global batch
+    rows     = unit(all_gather(embeddings, labels, weights))      every rank sees the global batch
     sample   = all classes that are labels of the batch, and every other class with probability
-             sample_rate
-    lse      = log sum exp over sampled non-label classes          streamed, all_reduce
-    cosines  = rows . unit(centers[labels])                        filled in by the owning rank,
-             all_reduce
+               sample_rate; one sample for all labels
+    lse      = log sum exp over sampled non-label classes          streamed
+    cosines  = of rows with their labels                           filled in by the owning rank
     loss     = mean over rows of mean (or sum) over labels of margin_losses
 
 Class c lives on the rank that owns row c of a chunked [num_classes, D] matrix. Which classes are
 sampled and how centres start depends on (seed, step, global class id) alone, so results do not
-depend on the world size. Cost per step: one [B, M] matmul for all labels, three small collectives
-and two of size [B, D].
+depend on the world size. Collectives: one all-gather and one all-reduce forward, one
+reduce-scatter backward. Time and memory follow the sampled classes, not the labels per row; the
+choice itself is one hash per class.
 
-Shape legend: b rows of this rank, B rows of all, L labels, D width, M sampled classes of this rank.
+Shape legend: b samples of this rank, R rows of each rank, B rows of all, L labels, D width, M
+sampled classes of this rank.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from data_pipeline.counter_hash import counter_normal, counter_uniform
 
-from ..distributed import Ranks, all_gather_rows, gather_rows_with_grad, sum_over_ranks
+from ..distributed import Ranks, all_gather_rows, reduce_scatter_rows
 from .margin import margin_losses
-from .sharded_softmax import NegativeLogSumExp
+from .sharded_softmax import SampledSoftmax
 
 LABEL_REDUCTIONS = ("mean", "sum")
 
@@ -47,6 +50,7 @@ class PartialFCConfig:
     label_reduction: str = "mean"
     mask_co_positives: bool = False
     init_std: float = 0.01
+    sparse_gradient: bool = True  # of the sampled classes only; their AdamW is then lazy
 
     def __post_init__(self):
         if not 0 < self.sample_rate <= 1:
@@ -58,6 +62,11 @@ class PartialFCConfig:
             )
         if self.scale <= 0:
             raise ValueError(f"scale {self.scale} must be positive")
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether gradients of centres hold sampled classes only."""
+        return self.sparse_gradient and self.sample_rate < 1
 
     @property
     def threshold(self) -> float:
@@ -109,79 +118,157 @@ class PartialFC(nn.Module):
         with torch.no_grad():
             self.centers.copy_(centers[self.class_start : self.class_end])
 
+    def sharded(self, local: torch.Tensor) -> DTensor:
+        """What this rank holds for each of its classes [n, ...] as part of one tensor over all
+        global class ids [num_classes, ...]."""
+        mesh = init_device_mesh(local.device.type, (dist.get_world_size(),))
+        shape = torch.Size((self.num_classes, *local.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            local, mesh, [Shard(0)], shape=shape, stride=stride, run_check=False
+        )
+
     def forward(
         self, embeddings: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, step: int
     ) -> PartialFCLoss:
-        """embeddings fp32 [b, D], labels int64 [b, L] (-1 ignored),
-        weights [b] (0 takes a row out), same b everywhere.
+        """embeddings fp32 [b, D], labels int64 [R, L] (-1 ignored), weights [R] (0 takes a row
+        out); the same R on every rank, b at most R: rows beyond b must weigh 0.
 
-        Raises ValueError on all ranks when any label is not below num_classes (on the CPU; on a GPU
-        reading the maximum would wait for the device, and load_labels has checked the file).
+        Raises ValueError on all ranks when any label is not below num_classes; on a GPU, where
+        reading labels would wait for the device, the loss becomes NaN and `check_labels` says why.
         """
-        config = self.config
-        rows = F.normalize(gather_rows_with_grad(embeddings), dim=-1)
-        labels, weights = all_gather_rows(labels), all_gather_rows(weights)
-        self._check_labels(labels)
+        gathered, labels, weights = self._gather(embeddings.detach(), labels, weights)
+        self._highest = labels.max()
+        if not labels.is_cuda:
+            self.check_labels()
         labels = labels.masked_fill(weights[:, None] == 0, -1)
+        sampled, columns = self._sample(labels, step)
+        plan = _Plan(self, labels, weights, sampled, columns)
+        objective, mean, losses = _Loss.apply(embeddings, self.centers, gathered, plan)
+        wrong = torch.where(self._highest >= self.num_classes, torch.nan, 0.0)
+        return PartialFCLoss(objective + wrong, mean, losses)
 
+    def check_labels(self) -> None:
+        """Raise ValueError when a label of the last batch was out of range."""
+        if int(self._highest) >= self.num_classes:
+            raise ValueError(
+                f"label {int(self._highest)} is out of range, the head has {self.num_classes} "
+                "classes: label the data again"
+            )
+
+    def _gather(self, embeddings, labels, weights):
+        """Embeddings [B, D], labels [B, L] and weights [B] of all ranks, in one collective."""
+        width, missing = embeddings.shape[1], len(labels) - len(embeddings)
+        bits = labels.to(torch.int32).view(torch.float32)
+        rows = F.pad(embeddings.float(), (0, 0, 0, missing))
+        gathered = all_gather_rows(torch.cat([rows, bits, weights.float()[:, None]], dim=1))
+        rows, bits, weights = gathered.split([width, labels.shape[1], 1], dim=1)
+        return rows, bits.contiguous().view(torch.int32).long(), weights.squeeze(1)
+
+    def _sample(self, labels: torch.Tensor, step: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Ascending local numbers of the sampled classes [M] (None: all), and each label's place
+        among them (-1: not this rank's).
+        """
         local = labels - self.class_start
         here = (labels >= self.class_start) & (labels < self.class_end)
-        sampled, columns = self._sample(local, here, step)
-        centers = F.normalize(self.centers[sampled], dim=-1)
+        if self.config.sample_rate == 1:
+            return None, local.masked_fill(~here, -1)
+        classes = torch.arange(self.class_start, self.class_end, device=labels.device)
+        chosen = counter_uniform(classes, self.seed, "negatives", step) < self.config.sample_rate
+        chosen[local[here]] = True
+        sampled = chosen.nonzero().squeeze(1)
+        places = torch.searchsorted(sampled, local.clamp(min=0).contiguous())
+        return sampled, places.masked_fill(~here, -1)
 
-        lse = NegativeLogSumExp.apply(rows, centers, columns, config.scale, config.threshold)
-        cosines = sum_over_ranks(_label_cosines(rows, centers, columns)).clamp(-1.0, 1.0)
-        losses = margin_losses(
-            cosines,
-            labels,
-            lse,
-            config.scale,
-            config.margin,
-            config.threshold,
-            config.mask_co_positives,
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one loss needs beside embeddings and centres."""
+
+    head: PartialFC
+    labels: torch.Tensor
+    weights: torch.Tensor
+    sampled: torch.Tensor | None
+    columns: torch.Tensor
+
+
+class _Loss(torch.autograd.Function):
+    """Objective, mean and losses [B, L] of the global batch; the same numbers on every rank.
+
+    The gradient of embeddings is that of the global loss times the world size, so that the
+    averaging of data parallelism gives the true one.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, centers, gathered, plan: _Plan):
+        config = plan.head.config
+        rows = F.normalize(gathered, dim=-1)
+        softmax = SampledSoftmax(
+            rows, centers.detach(), plan.sampled, plan.columns, config.scale, config.threshold
         )
-        valid = (labels >= 0).float()
-        per_row = valid.sum(dim=1)
-        row_weights = weights * (per_row > 0)
-        total = row_weights.sum().clamp(min=1e-12)
-        mean = (row_weights * losses.sum(dim=1) / per_row.clamp(min=1)).sum() / total
-        summed = (row_weights * losses.sum(dim=1)).sum() / total
-        objective = mean if config.label_reduction == "mean" else summed
-        return PartialFCLoss(objective, mean.detach(), losses)
+        lse, cosines = _reduce(*softmax.forward(), config.scale)
+        with torch.enable_grad():
+            lse, cosines = lse.requires_grad_(), cosines.requires_grad_()
+            objective, mean, losses = _objective(cosines, lse, plan)
+            reached = torch.autograd.grad(objective, (lse, cosines))
+        ctx.softmax, ctx.plan, ctx.num_centers = softmax, plan, len(centers)
+        ctx.save_for_backward(embeddings, rows, lse.detach(), *reached)
+        ctx.mark_non_differentiable(mean, losses)
+        return objective.detach(), mean, losses
 
-    def _check_labels(self, labels: torch.Tensor) -> None:
-        highest = int(labels.max()) if not labels.is_cuda else None
-        if highest is not None and highest >= self.num_classes:
-            raise ValueError(
-                f"label {highest} is out of range, the head has {self.num_classes} classes: label "
-                "the data again"
-            )
-
-    def _sample(
-        self, local: torch.Tensor, here: torch.Tensor, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sorted local indices of the sampled classes [M], and each label's column among them (-1:
-        not this rank's).
-        """
-        count = self.class_end - self.class_start
-        chosen = torch.ones(count, dtype=torch.bool, device=local.device)
-        if self.config.sample_rate < 1:
-            classes = torch.arange(self.class_start, self.class_end, device=local.device)
-            chosen = (
-                counter_uniform(classes, self.seed, "negatives", step) < self.config.sample_rate
-            )
-            chosen[local[here]] = True
-        column_of_class = chosen.cumsum(0) - 1
-        columns = torch.full_like(local, -1)
-        columns[here] = column_of_class[local[here]]
-        return chosen.nonzero().squeeze(1), columns
+    @staticmethod
+    def backward(ctx, grad, *_):
+        embeddings, rows, lse, grad_lse, grad_cosines = ctx.saved_tensors
+        grad_rows, grad_centers = ctx.softmax.backward(lse, grad_lse * grad, grad_cosines * grad)
+        grad_embeddings = None
+        if ctx.needs_input_grad[0]:
+            own = reduce_scatter_rows(grad_rows)[: len(embeddings)] * dist.get_world_size()
+            norms = embeddings.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            unit = embeddings / norms
+            grad_embeddings = (own - (own * unit).sum(dim=-1, keepdim=True) * unit) / norms
+        return grad_embeddings, _of_all(grad_centers, ctx), None, None
 
 
-def _label_cosines(
-    rows: torch.Tensor, centers: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
-    """Cosine of each row with its labels [B, L]; 0 for labels of other ranks."""
-    here = columns >= 0
-    row_index = torch.arange(len(rows), device=rows.device)[:, None].expand_as(columns)[here]
-    values = (rows[row_index] * centers[columns[here]]).sum(dim=-1)
-    return torch.zeros(columns.shape, device=rows.device).masked_scatter(here, values)
+def _reduce(maximum, total, cosines, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sums and label cosines over all ranks by one sum. Exponentials are taken relative to the
+    largest possible logit, in fp64, which holds them down to scales of 350.
+    """
+    sums = total.double() * (maximum.double() - scale).exp()
+    joined = torch.cat([sums[:, None], cosines.double()], dim=1)
+    dist.all_reduce(joined)
+    return (joined[:, 0].log() + scale).float(), joined[:, 1:].float()
+
+
+def _objective(cosines, lse, plan: _Plan):
+    """(objective, mean, losses [B, L]) from cosines of the labels [B, L] and log-sums [B]."""
+    config = plan.head.config
+    losses = margin_losses(
+        cosines,
+        plan.labels,
+        lse,
+        config.scale,
+        config.margin,
+        config.threshold,
+        config.mask_co_positives,
+    )
+    valid = (plan.labels >= 0).float()
+    per_row = valid.sum(dim=1)
+    row_weights = plan.weights * (per_row > 0)
+    total = row_weights.sum().clamp(min=1e-12)
+    mean = (row_weights * losses.sum(dim=1) / per_row.clamp(min=1)).sum() / total
+    summed = (row_weights * losses.sum(dim=1)).sum() / total
+    objective = mean if config.label_reduction == "mean" else summed
+    return objective, mean.detach(), losses.detach()
+
+
+def _of_all(grad: torch.Tensor, ctx) -> torch.Tensor:
+    """Gradient of the sampled centres [M, D] as one of all this rank's centres."""
+    sampled, config = ctx.plan.sampled, ctx.plan.head.config
+    if sampled is None:
+        return grad
+    shape = (ctx.num_centers, grad.shape[1])
+    if config.is_sparse:
+        return torch.sparse_coo_tensor(
+            sampled[None], grad, shape, is_coalesced=True, check_invariants=False
+        )
+    return torch.zeros(shape, device=grad.device).index_copy_(0, sampled, grad)

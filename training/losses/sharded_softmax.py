@@ -1,22 +1,120 @@
-"""The denominator of a softmax over sharded classes, streamed:
-logits exist for one chunk of classes only.
+"""The large half of Partial FC on one rank: cosines with this rank's sampled classes, streamed.
 
-    lse_i = log sum over all ranks' classes j that are no label of row i of exp(scale * f(cos_ij)),
-    f(c) = c if c <= threshold else 0        (the inter-class filter)
+    cos_ij = row_i . center_j / |center_j|
+    lse_i  = log sum over classes j that are no label of row i of exp(scale * f(cos_ij)),
+    f(c)   = c if c <= threshold else 0        (the inter-class filter)
 
-Forward keeps a running maximum and sum per row; backward computes each chunk's cosines again:
-    d lse_i / d cos_ij = scale * exp(scale * f(cos_ij) - lse_i)   where the filter lets j pass, else
-    0.
-Cost: two matmuls forward and backward recompute, B x chunk floats of memory, two all_reduce of [B]
-numbers.
+Forward goes over the classes in chunks and keeps a maximum and a sum per row, and the cosines of
+the labels. Backward, analytic, makes one matrix per chunk of what reaches each cosine,
 
-Shape legend: B rows of the global batch, M sampled classes of this rank, L labels, D width.
+    G_ij = d lse_i / d cos_ij = scale * exp(scale * f(cos_ij) - lse_i) where the filter lets j
+    pass, and the label's own gradient where j is a label of row i,
+
+and from it the gradients of rows (G @ unit centers) and of raw centres,
+(G^T @ rows - (sum_i G_ij cos_ij) * unit_j) / |center_j|.
+
+Cost: one matrix product forward, two backward, and one more for chunks whose cosines were not kept
+(at most KEPT numbers are). Centres are never normalised as a whole, gradients exist for sampled
+classes only.
+
+Shape legend: B rows of the global batch, M sampled classes of this rank, m of a chunk, L labels, D
+width.
 """
 
 import torch
-import torch.distributed as dist
 
-CHUNK = 16384
+CHUNK = 8192
+KEPT = 1 << 25
+
+
+class SampledSoftmax:
+    """One step of one rank. rows: unit vectors fp32 [B, D]; centers: this rank's raw centres
+    [N, D]; sampled: int64 [M] ascending rows of them, None for all; columns: int64 [B, L], the
+    place of each label among the sampled, -1 where it is not here.
+    """
+
+    def __init__(self, rows, centers, sampled, columns, scale: float, threshold: float):
+        self._rows, self._centers, self._sampled, self._columns = rows, centers, sampled, columns
+        self._scale, self._threshold = scale, threshold
+        self._count = len(centers) if sampled is None else len(sampled)
+        self._kept: list[torch.Tensor] = []
+        self._lines = torch.arange(len(rows), device=rows.device)[:, None].expand_as(columns)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(maximum, sum): of the classes here that are no labels, sum = sum exp(logit - maximum),
+        fp32 [B] each, -inf and 0 where there is none; cosines of the labels that are here [B, L],
+        0 for others.
+        """
+        rows = self._rows
+        maximum = torch.full((len(rows),), -torch.inf, device=rows.device)
+        total = torch.zeros(len(rows), device=rows.device)
+        label_cosines = torch.zeros(self._columns.shape, device=rows.device)
+        keep = self._count * len(rows) <= KEPT
+        for start in range(0, self._count, CHUNK):
+            cosines = self._cosines(*self._chunk(start))
+            if keep:
+                self._kept.append(cosines)
+            here, places = self._labels_in(start, cosines)
+            label_cosines[here] = cosines[places]
+            logits = self._logits(cosines)
+            logits[places] = -torch.inf
+            peak = torch.maximum(maximum, logits.amax(dim=1))
+            safe = peak.masked_fill(peak == -torch.inf, 0.0)
+            sums = logits.sub_(safe[:, None]).exp_().sum(dim=1)
+            total = total * (maximum - safe).exp() + sums
+            maximum = peak
+        return maximum, total, label_cosines
+
+    def backward(self, lse, grad_lse, grad_cosines) -> tuple[torch.Tensor, torch.Tensor]:
+        """lse [B] over all ranks, what reaches it [B] and what reaches the label cosines [B, L] ->
+        gradients of rows [B, D] (this rank's part) and of the raw sampled centres [M, D].
+        """
+        rows = self._rows
+        grad_rows = torch.zeros_like(rows)
+        grad_centers = torch.empty(self._count, rows.shape[1], device=rows.device)
+        shift = lse.masked_fill(lse == -torch.inf, torch.inf)
+        weight = (self._scale * grad_lse)[:, None]
+        for number, start in enumerate(range(0, self._count, CHUNK)):
+            chunk, inverse = self._chunk(start)
+            cosines = self._kept[number] if self._kept else self._cosines(chunk, inverse)
+            here, places = self._labels_in(start, cosines)
+            grad = self._logits(cosines).sub_(shift[:, None]).exp_().mul_(weight)
+            if self._threshold < 1:
+                grad.mul_(cosines <= self._threshold)
+            grad[places] = 0.0
+            grad.index_put_(places, grad_cosines[here], accumulate=True)
+            along = (grad * cosines).sum(dim=0)
+            grad.mul_(inverse)
+            grad_rows += _product(grad, chunk)
+            piece = grad_centers[start : start + CHUNK]
+            piece.copy_(_product(grad.T, rows))
+            piece.addcmul_(chunk, (along * inverse.square())[:, None], value=-1)
+        self._kept.clear()
+        return grad_rows, grad_centers
+
+    def _chunk(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw centres [m, D] of a chunk and the inverse of their norms [m]."""
+        if self._sampled is None:
+            chunk = self._centers[start : start + CHUNK]
+        else:
+            chunk = self._centers.index_select(0, self._sampled[start : start + CHUNK])
+        norms = torch.linalg.vector_norm(chunk, dim=1)
+        return chunk, norms.clamp_(min=1e-12).reciprocal_()
+
+    def _cosines(self, chunk: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        return _product(self._rows, chunk.T).mul_(inverse).clamp_(-1.0, 1.0)
+
+    def _logits(self, cosines: torch.Tensor) -> torch.Tensor:
+        logits = cosines * self._scale
+        if self._threshold < 1:
+            logits.masked_fill_(cosines > self._threshold, 0.0)
+        return logits
+
+    def _labels_in(self, start: int, cosines: torch.Tensor):
+        """(which labels [B, L] lie in a chunk, (their rows, their columns in it))."""
+        columns = self._columns - start
+        here = (columns >= 0) & (columns < cosines.shape[1])
+        return here, (self._lines[here], columns[here])
 
 
 def filtered(cosines: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -26,61 +124,8 @@ def filtered(cosines: torch.Tensor, threshold: float) -> torch.Tensor:
     return torch.where(cosines <= threshold, cosines, torch.zeros_like(cosines))
 
 
-class NegativeLogSumExp(torch.autograd.Function):
-    """Log of the summed exponentials of all non-label classes, over all ranks.
-
-    rows: unit vectors [B, D]; centers: unit vectors [M, D]; label_columns: int64 [B, L], the column
-    of each label among this rank's centers, -1 where it is not here. Returns fp32 [B]; -inf for a
-    row without any negative.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, rows, centers, label_columns, scale: float, threshold: float, chunk: int = CHUNK
-    ):
-        maximum = torch.full((len(rows),), -torch.inf, device=rows.device)
-        total = torch.zeros(len(rows), device=rows.device)
-        for start in range(0, len(centers), chunk):
-            logits = _chunk_logits(
-                rows, centers[start : start + chunk], label_columns - start, scale, threshold
-            )[0]
-            peak = torch.maximum(maximum, logits.amax(dim=1))
-            safe = peak.masked_fill(peak == -torch.inf, 0.0)
-            total = total * (maximum - safe).exp() + (logits - safe[:, None]).exp().sum(dim=1)
-            maximum = peak
-        peak = maximum.clone()
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        safe = peak.masked_fill(peak == -torch.inf, 0.0)
-        total = total * (maximum - safe).exp()
-        dist.all_reduce(total)
-        lse = safe + total.log()
-        ctx.save_for_backward(rows, centers, label_columns, lse)
-        ctx.settings = (scale, threshold, chunk)
-        return lse
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, centers, label_columns, lse = ctx.saved_tensors
-        scale, threshold, chunk = ctx.settings
-        grad_rows, grad_centers = torch.zeros_like(rows), torch.empty_like(centers)
-        shift = lse.masked_fill(lse == -torch.inf, 0.0)
-        for start in range(0, len(centers), chunk):
-            piece = centers[start : start + chunk]
-            logits, passed = _chunk_logits(rows, piece, label_columns - start, scale, threshold)
-            grad_cosines = (logits - shift[:, None]).exp() * passed * (scale * grad)[:, None]
-            grad_rows += (grad_cosines.to(rows.dtype) @ piece).to(grad_rows.dtype)
-            grad_centers[start : start + chunk] = grad_cosines.to(rows.dtype).T @ rows
-        return grad_rows, grad_centers, None, None, None, None
-
-
-def _chunk_logits(rows, centers, label_columns, scale: float, threshold: float):
-    """Scaled, filtered logits [B, m] with labels at -inf,
-    and the mask of cosines that carry gradient.
-    """
-    cosines = (rows @ centers.T).float().clamp(-1.0, 1.0)
-    passed = cosines <= threshold
-    logits = scale * filtered(cosines, threshold)
-    here = (label_columns >= 0) & (label_columns < len(centers))
-    row_index = torch.arange(len(rows), device=rows.device)[:, None].expand_as(label_columns)
-    logits[row_index[here], label_columns[here]] = -torch.inf
-    return logits, passed
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Matrix product fp32; on a GPU of bf16 factors, summed in fp32."""
+    if left.is_cuda:
+        return torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
+    return left @ right

@@ -1,0 +1,90 @@
+"""The optimizer: lazy rows are AdamWs of their own, dense gradients take torch's."""
+
+import pytest
+import torch
+from torch import nn
+
+from training.losses.partial_fc import PartialFCConfig
+from training.optimizer import (
+    OptimizerConfig,
+    RowAdamW,
+    build_optimizer,
+    clip_gradients,
+    ensure_moments,
+    set_learning_rate,
+)
+
+CONFIG = OptimizerConfig(lr=0.1, weight_decay=0.2, weight_decay_centers=0.3, clip_norm=1.0)
+
+
+class Head(nn.Module):
+    """Centres with the settings that the optimizer asks for."""
+
+    def __init__(self, rows: int, sample_rate: float, sparse: bool = True):
+        super().__init__()
+        self.config = PartialFCConfig(sample_rate=sample_rate, sparse_gradient=sparse)
+        self.centers = nn.Parameter(torch.randn(rows, 3, generator=torch.manual_seed(0)))
+
+
+def sparse(rows: list[int], shape, seed: int) -> torch.Tensor:
+    values = torch.randn(len(rows), shape[1], generator=torch.manual_seed(seed))
+    return torch.sparse_coo_tensor(torch.tensor([rows]), values, shape)
+
+
+def optimizer_of(head: Head) -> RowAdamW:
+    return build_optimizer(nn.Linear(2, 2), {"a": (head, 1.0)}, CONFIG)
+
+
+def test_every_sampled_row_is_trained_by_an_adamw_of_its_own():
+    head = Head(6, sample_rate=0.5)
+    rows = [nn.Parameter(row.clone()) for row in head.centers.data]
+    optimizer = optimizer_of(head)
+    options = {"lr": CONFIG.lr, "weight_decay": CONFIG.weight_decay_centers}
+    alone = [torch.optim.AdamW([row], **options) for row in rows]
+    for step, chosen in enumerate([[0, 2, 5], [2], [0, 1, 2], [5], [], [0, 5]]):
+        head.centers.grad = sparse(chosen, (6, 3), step).coalesce()
+        values = dict(zip(chosen, head.centers.grad.values(), strict=True))
+        for number in chosen:
+            rows[number].grad = values[number].clone()
+            alone[number].step()
+        optimizer.step()
+        assert torch.allclose(head.centers.data, torch.stack([r.data for r in rows]), atol=1e-6)
+    assert torch.equal(head.centers[3:5], Head(6, 0.5).centers[3:5]), "never sampled"
+    assert optimizer.state[head.centers]["step"].tolist() == [3, 1, 3, 0, 0, 3]
+
+
+@pytest.mark.parametrize("head", [Head(6, 1.0), Head(6, 0.5, sparse=False)])
+def test_dense_gradients_take_torchs_adamw(head):
+    copy = nn.Parameter(head.centers.data.clone())
+    optimizer = optimizer_of(head)
+    options = {"lr": CONFIG.lr, "weight_decay": CONFIG.weight_decay_centers}
+    reference = torch.optim.AdamW([copy], **options)
+    for step in range(4):
+        grad = sparse([0, 2, 5], (6, 3), step).to_dense()
+        head.centers.grad, copy.grad = grad, grad.clone()
+        optimizer.step()
+        reference.step()
+    assert torch.equal(head.centers, copy)
+
+
+def test_micro_steps_with_other_samples_add_up():
+    head, parts = Head(6, 0.5), ([0, 2], [2, 5])
+    for step, rows in enumerate(parts):
+        grad = sparse(rows, (6, 3), step)
+        head.centers.grad = grad if head.centers.grad is None else head.centers.grad + grad
+    want = sum(sparse(rows, (6, 3), step).to_dense() for step, rows in enumerate(parts))
+    clip_gradients([head.centers], torch.tensor(1e-9), 0.5)
+    assert head.centers.grad.is_coalesced()
+    assert head.centers.grad.indices().tolist() == [[0, 2, 5]]
+    assert torch.allclose(head.centers.grad.to_dense(), want)
+    clip_gradients([head.centers], torch.tensor(10.0), 0.5)
+    assert torch.allclose(head.centers.grad.to_dense(), want * 0.05)
+
+
+def test_state_can_be_laid_out_before_the_first_step():
+    head = Head(6, 0.5)
+    optimizer = optimizer_of(head)
+    ensure_moments(optimizer)
+    assert optimizer.state[head.centers]["step"].shape == (6,)
+    set_learning_rate(optimizer, 1.0, 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
