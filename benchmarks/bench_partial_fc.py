@@ -1,4 +1,4 @@
-"""Partial FC against what it replaces, as ratios of one run: `python benchmarks/bench_partial_fc.py`
+"""Partial FC against what it replaces, in ratios: `python benchmarks/bench_partial_fc.py`
 
     against    forward and backward of our loss, and of the reference: one softmax per label, each
                over positives and a fresh random tenth of the classes, logits materialised, centres

@@ -22,10 +22,6 @@ class CorruptShard(DataPipelineError):
     """Bytes on disk that do not match the manifest that binds them."""
 
 
-class ShardLost(CorruptShard):
-    """A shard that cannot be opened or ends too early: none of its samples can be read."""
-
-
 class MissingData(DataPipelineError):
     """A manifest, shard, label or centroid file that is not where it should be."""
 

@@ -171,7 +171,7 @@ FREE_FIELDS = (
     "data_warning_s",
     "data_timeout_s",
 )
-FREE_STREAM_FIELDS = ("dali_num_threads", "decode_on_gpu", "error_budget")
+FREE_STREAM_FIELDS = ("dali_num_threads", "error_budget")
 
 
 def fingerprint(config: TrainConfig, world_size: int) -> dict:

@@ -1,12 +1,13 @@
 """The trainer's side of the loader: streams, positions, and one decision for all ranks.
 
 What goes wrong with data is seen by one rank: a sample too many that is bad, a read that hangs. All
-ranks learn of it at the same step and stop together with the same message. Cost: one collective of
-a few integers per micro step, on the CPU.
+ranks learn of it at the same step and stop together. Cost: one collective of a few integers per
+micro step, on the CPU, and one more for steps in which a sample was replaced.
 """
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,28 @@ from .distributed import Ranks, all_gather_json
 
 SYNTHETIC_CLASSES = 16
 DATA_ERRORS = {error.__name__: error for error in (BudgetExceeded, DataTimeout)}
+
+
+@dataclass(frozen=True)
+class DataCounts:
+    """Of all heads and ranks in one micro step: samples that count, their tokens, the token
+    budgets; and the bad samples of the running epochs so far."""
+
+    samples: int = 0
+    tokens: int = 0
+    room: int = 0
+    bad_samples: int = 0
+
+    def __add__(self, other: "DataCounts") -> "DataCounts":
+        sums = (self.samples + other.samples, self.tokens + other.tokens, self.room + other.room)
+        return DataCounts(*sums, bad_samples=other.bad_samples)
+
+
+def _totals(batches: dict[str, PackedBatch]) -> list[int]:
+    """[samples, tokens, room] of one rank's batches."""
+    samples = sum(int((batch.weights > 0).sum()) for batch in batches.values())
+    tokens = sum(batch.num_tokens for batch in batches.values())
+    return [samples, tokens, sum(len(batch.pixels) for batch in batches.values())]
 
 
 class TrainingData:
@@ -47,6 +70,9 @@ class TrainingData:
             for head in config.heads
         }
         self._position = {name: {"epoch": 0, "next_batch": 0} for name in self.streams}
+        self._bad = dict.fromkeys(self.streams, 0)
+        self._on_record: dict[str, dict[int, list[int]]] = {}
+        self._compare_plans()
 
     def state_dict(self) -> dict[str, dict]:
         """{head: plan hash, epoch, next global batch}: all that a resume needs to know."""
@@ -64,8 +90,12 @@ class TrainingData:
             if state.get(name, {}).get("plan") != stream.plan_sha256
         ]
 
-    def load_state_dict(self, state: dict[str, dict]) -> None:
-        """Go on where a state was saved."""
+    def load_state_dict(
+        self, state: dict[str, dict], bad_on_record: dict[str, dict[int, list[int]]]
+    ) -> None:
+        """Go on where a state was saved. bad_on_record: {head: {epoch: bad samples}} of the run so
+        far, which count against the error budget."""
+        self._on_record = bad_on_record
         for name, stream in self.streams.items():
             place = {key: state[name][key] for key in ("epoch", "next_batch")}
             stream.seek(**place)
@@ -82,30 +112,61 @@ class TrainingData:
             self._logger,
         )
 
-    def next_batches(self, loader: Iterator) -> dict[str, PackedBatch]:
-        """{head: batch}. Raises on all ranks alike what any of them met."""
+    def next_batches(self, loader: Iterator) -> tuple[dict[str, PackedBatch], DataCounts]:
+        """({head: batch of this rank}, counts of all ranks). Raises on all ranks alike what any of
+        them met.
+        """
         batches, failure = {}, None
         try:
             batches = next(loader)
-        except DataPipelineError as error:
+        except Exception as error:
             failure = error
-        bad = [batches[name].bad_samples if batches else 0 for name in self.streams]
-        counts = torch.tensor([int(failure is not None), *bad])
-        dist.all_reduce(counts)
-        failed, *bad = counts.tolist()
-        for (name, stream), count in zip(self.streams.items(), bad, strict=True):
-            if batches and (message := stream.over_budget(batches[name].epoch, count)):
-                failed, failure = True, BudgetExceeded(message)
+        replaced = sum(len(batch.replaced) for batch in batches.values())
+        counts = [failure is not None, replaced, *_totals(batches)]
+        totals = torch.tensor(counts, dtype=torch.int64)
+        dist.all_reduce(totals)
+        failed, replaced, *totals = totals.tolist()
         if failed:
             self._stop(failure)
+        bad = self._count_bad(batches) if replaced else self._bad
+        self._bad = bad
         self._position.update(loader.state_dict())
-        return batches
+        return batches, DataCounts(*totals, bad_samples=sum(bad.values()))
+
+    def _count_bad(self, batches: dict[str, PackedBatch]) -> dict[str, int]:
+        """{head: bad samples of its epoch}, counted alike on all ranks."""
+        mine = {
+            name: [[bad, self.streams[name].reason(bad)] for bad, _ in batch.replaced]
+            for name, batch in batches.items()
+        }
+        counts = dict(self._bad)
+        for name in self.streams:
+            met = {bad: text for part in all_gather_json(mine[name]) for bad, text in part}
+            epoch = batches[name].epoch
+            earlier = self._on_record.get(name, {}).get(epoch, [])
+            counts[name] = self.streams[name].count_bad(epoch, [*met, *earlier], met)
+        return counts
 
     def _stop(self, failure: Exception | None) -> None:
+        """Raise this rank's failure, or in its absence what the first failing rank says."""
         mine = None if failure is None else [type(failure).__name__, str(failure)]
         reports = [report for report in all_gather_json(mine) if report]
-        lines = dict.fromkeys(line for _, text in reports for line in text.splitlines())
-        raise DATA_ERRORS.get(reports[0][0], DataPipelineError)("\n".join(lines))
+        if failure is not None and type(failure).__name__ not in DATA_ERRORS:
+            raise failure
+        kind, text = reports[0]
+        raise DATA_ERRORS.get(kind, DataPipelineError)(
+            text if kind in DATA_ERRORS else f"another rank stopped: {kind}: {text}"
+        )
+
+    def _compare_plans(self) -> None:
+        """All ranks must see the same shards, labels and settings."""
+        plans = all_gather_json([stream.plan_sha256 for stream in self.streams.values()])
+        odd = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
+        if odd:
+            raise DataPipelineError(
+                f"ranks {odd} plan other batches than rank 0: they see other shards or labels, or "
+                "were started with other settings; compare the data folders of their machines"
+            )
 
     def _samples_per_batch(self, head: HeadConfig) -> float:
         dataset, units = self._datasets[head.name], head.stream.batch_size * self._ranks.world_size

@@ -37,6 +37,18 @@ def cut_back_records(output: Path, step: int) -> None:
         write_atomically(path, "".join(kept).encode())
 
 
+def bad_samples_on_record(output: Path) -> dict[str, dict[int, list[int]]]:
+    """{head: {epoch: bad samples}} of the ledgers of all ranks."""
+    found: dict[str, dict[int, list[int]]] = {}
+    for path in sorted(output.glob("consumed-*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            epochs = found.setdefault(record["head"], {})
+            bad = [bad for bad, _ in record.get("replaced", ())]
+            epochs.setdefault(record["epoch"], []).extend(bad)
+    return found
+
+
 class Ledger:
     """consumed-RANK.jsonl: which samples this rank trained on at which step;
     the proof of exactly once.
@@ -45,14 +57,10 @@ class Ledger:
     def __init__(self, output: Path, rank: int):
         self._file = open(output / f"consumed-{rank:05d}.jsonl", "a", buffering=1)
 
-    def _start_interval(self) -> None:
-        self._since = time.monotonic()
-        self._wait = self._fill = 0.0
-        self._samples = self._tokens = self._steps = 0
-
     def record(self, step: int, batches: dict) -> None:
         """Note the samples of one micro step; rows of weight 0 are the tail's
-        padding and do not count. `replaced` are pairs of a bad sample and its stand-in in `ids`.
+        padding and do not count. `replaced` are pairs of a bad sample and its stand-in in `ids`, or
+        -1 where nobody stands in.
         """
         for head, batch in batches.items():
             ids = batch.sample_ids[: batch.num_samples][
@@ -101,12 +109,13 @@ class MetricLogger:
     def _start_interval(self) -> None:
         self._since = time.monotonic()
         self._wait = self._fill = 0.0
+        self._bad = 0
         self._samples = self._tokens = self._steps = 0
 
     def record(self, step: int, values: dict, samples: int, tokens: int, data: dict) -> None:
         """Note one optimizer step. values: name -> float or scalar tensor; samples and tokens of
-        all ranks; data: `fill`, the share of this rank's token budgets that samples take, and
-        `data_wait_s`, the seconds that it waited for them.
+        all ranks; data: `fill`, the share of the token budgets that samples take, `data_wait_s`,
+        the seconds that this rank waited for them, and `bad_samples` of the running epochs.
         """
         self._pending.append({"step": step, **values})
         self._samples, self._tokens, self._steps = (
@@ -116,6 +125,7 @@ class MetricLogger:
         )
         self._wait += data["data_wait_s"]
         self._fill += data["fill"]
+        self._bad = data["bad_samples"]
         if step % self._every == 0 or step == self._total:
             self.flush()
 
@@ -138,6 +148,7 @@ class MetricLogger:
             "data_wait": self._wait / seconds,
             "data_wait_s": self._wait / max(self._steps, 1),
             "fill": self._fill / max(self._steps, 1),
+            "bad_samples": self._bad,
         }
         for name, value in {**last, **speed}.items():
             if name != "step":

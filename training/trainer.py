@@ -23,12 +23,12 @@ from data_pipeline.loading.packing import PackedBatch
 
 from .checkpointer import Checkpointer
 from .config import HeadConfig, TrainConfig, fingerprint, fingerprint_difference
-from .data import SYNTHETIC_CLASSES, TrainingData
-from .distributed import Ranks, wrap_encoder
+from .data import SYNTHETIC_CLASSES, DataCounts, TrainingData
+from .distributed import Ranks, broadcast_object, wrap_encoder
 from .encoder import build_encoder, export_encoder
 from .losses.partial_fc import PartialFC
 from .lr_scheduler import lr_factor
-from .metrics import Ledger, MetricLogger, cut_back_records
+from .metrics import Ledger, MetricLogger, bad_samples_on_record, cut_back_records
 from .optimizer import build_optimizer, clip_gradients, global_grad_norm, set_learning_rate
 
 
@@ -112,16 +112,14 @@ class Trainer:
         factor = lr_factor(self.step, self.total_steps, config.schedule)
         set_learning_rate(self.optimizer, config.optimizer.lr, factor)
         reported = {head.name: torch.zeros((), device=self.ranks.device) for head in config.heads}
-        tokens, room, samples, waited = 0, 0, 0, loader.wait_s
+        counts, waited = DataCounts(), loader.wait_s
         for micro in range(accumulate):
-            batches = self.data.next_batches(loader)
+            batches, new = self.data.next_batches(loader)
+            counts += new
             ledger.record(self.step + 1, batches)
             with self._gradient_sync(last=micro == accumulate - 1):
                 objective = self._objective(batches, reported, self.step * accumulate + micro)
                 (objective / accumulate).backward()
-            tokens += sum(batch.num_tokens for batch in batches.values())
-            room += sum(len(batch.pixels) for batch in batches.values())
-            samples += sum(batch.num_samples for batch in batches.values())
 
         norm = global_grad_norm(self.encoder, list(self.heads.values()))
         self._stop_unless_finite(norm, reported, batches)
@@ -132,9 +130,9 @@ class Trainer:
         self.step += 1
         values = {f"loss/{name}": loss / accumulate for name, loss in reported.items()}
         values |= {"grad_norm": norm, "lr": config.optimizer.lr * factor}
-        world = self.ranks.world_size
-        data = {"fill": tokens / room, "data_wait_s": loader.wait_s - waited}
-        metrics.record(self.step, values, samples * world, tokens * world, data)
+        data = {"fill": counts.tokens / counts.room, "data_wait_s": loader.wait_s - waited}
+        data["bad_samples"] = counts.bad_samples
+        metrics.record(self.step, values, counts.samples, counts.tokens, data)
 
     def _objective(
         self, batches: dict[str, PackedBatch], reported: dict, draw: int
@@ -206,10 +204,15 @@ class Trainer:
                     + "\nrestore these, or start over with --resume never or another --output"
                 )
             self.step = commit.state["step"]
-            self.data.load_state_dict(commit.state["data"])
         self.checkpointer.start(commit)
         if self.ranks.is_main:
             cut_back_records(self.output, self.step)
+        if commit is not None:
+            bad = broadcast_object(
+                bad_samples_on_record(self.output) if self.ranks.is_main else None
+            )
+            bad = {head: {int(e): ids for e, ids in epochs.items()} for head, epochs in bad.items()}
+            self.data.load_state_dict(commit.state["data"], bad)
         dist.barrier()
 
     def _build_head(self, head: HeadConfig, width: int) -> PartialFC:

@@ -12,7 +12,7 @@ import torch
 
 
 class PackBuffers:
-    """Rows for packs. Safe by construction: a block is handed out again only after the last tensor
+    """Rows for packs, for several threads. A block is handed out again only after the last tensor
     that shows it is gone.
     """
 
@@ -20,7 +20,7 @@ class PackBuffers:
         """device: where the rows are wanted; on a CPU beside a CUDA device they are pinned."""
         self._device = device
         self._pinned = device.type == "cpu" and torch.cuda.is_available()
-        self._free: list[np.ndarray] = []
+        self._free: dict[int, list[np.ndarray]] = {}  # bytes -> blocks of that size
 
     def rows(self, count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """[count, width] of undefined content."""
@@ -28,16 +28,12 @@ class PackBuffers:
             options = {"device": self._device, "pin_memory": self._pinned}
             return torch.empty(count, width, dtype=dtype, **options)
         size = count * width * dtype.itemsize
-        fitting = [block for block in self._free if len(block) >= size]
-        if fitting:
-            block = min(fitting, key=len)
-            # a block freed by another thread meanwhile is forgotten here, and its memory returned
-            self._free = [other for other in self._free if other is not block]
-        else:
+        free = self._free.setdefault(size, [])
+        try:
+            block = free.pop()  # one step for the interpreter, so no two threads get one block
+        except IndexError:
             block = np.empty(size, np.uint8)
-        lease = block[:size]
-        weakref.finalize(lease, self._take_back, block).atexit = False
+        lease = block[:]
+        # no lock: a finalizer may run inside any allocation, also in the thread that would hold it
+        weakref.finalize(lease, free.append, block).atexit = False
         return torch.from_numpy(lease).view(dtype).view(count, width)
-
-    def _take_back(self, block: np.ndarray) -> None:
-        self._free.append(block)

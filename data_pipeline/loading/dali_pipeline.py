@@ -51,6 +51,8 @@ class PictureDecoder:
         return self
 
     def __next__(self) -> list[torch.Tensor]:
+        if self._device.type == "cuda":  # copies out of the last batch's buffers are still queued
+            torch.cuda.current_stream(self._device).synchronize()
         try:
             (pictures,) = self._pipeline.run()
         except StopIteration:

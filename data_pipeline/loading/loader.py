@@ -31,7 +31,9 @@ class MixtureLoader:
         timeout_s: float = 120.0,
         logger: logging.Logger | None = None,
     ):
-        """prefetch_bytes: memory of the batches that may wait; one step's may always."""
+        """prefetch_bytes: memory of the batches that may wait; one step's may always. Beside them
+        DALI holds three decoded batches of each head.
+        """
         self._streams, self._prefetch_bytes = streams, prefetch_bytes
         self._warn_s, self._timeout_s, self._logger = warn_s, timeout_s, logger
         self._ready: deque = deque()  # (batches or an exception, bytes)
@@ -39,6 +41,7 @@ class MixtureLoader:
         self._changed = threading.Condition()
         self._position: dict[str, dict] = {}
         self._current = next(iter(streams), "")  # the head that the thread works on
+        self._failure: BaseException | None = None
         self.wait_s = 0.0  # what the consumer waited in all
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
         self._thread.start()
@@ -46,9 +49,10 @@ class MixtureLoader:
     def __next__(self) -> dict[str, PackedBatch]:
         """Raises what went wrong in a stream, or DataTimeout."""
         started = time.monotonic()
-        item = self._take(started)
+        item = self._failure or self._take(started)
         self.wait_s += time.monotonic() - started
         if isinstance(item, BaseException):
+            self._failure = item  # the thread has ended: whoever asks again is told the same
             raise item
         for name, batch in item.items():
             self._position[name] = {"epoch": batch.epoch, "next_batch": batch.index + 1}

@@ -46,8 +46,7 @@ class PackedBatch:
     num_tokens: int  # tokens of samples, without filling
     epoch: int = 0
     index: int = 0  # of the global batch in its epoch
-    replaced: tuple[tuple[int, int], ...] = ()  # (bad sample, who stands in for it)
-    bad_samples: int = 0  # that this rank met in the epoch so far
+    replaced: tuple[tuple[int, int], ...] = ()  # (bad sample, who stands in for it; -1: nobody)
     buffers: PackBuffers | None = None  # where memory for normalised rows comes from
 
     def hidden_states(self) -> torch.Tensor:

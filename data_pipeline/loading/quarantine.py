@@ -1,12 +1,14 @@
 """Bad samples at training time: named, replaced by the plan's reserve, counted, and too many stop.
 
 A damaged sample is never trained on and never replaced in silence: the batch says who stands in for
-whom, the ledger records it. What is bad depends on the bytes alone, so a resumed run replaces the
-same samples by the same reserves.
+whom, the ledger records it. What is bad is judged by the bytes that are read, every time anew, and
+never by what a process met before: so a resumed run and any number of ranks replace alike. Only
+what cannot be told from the bytes, that the decoder died of a picture, is remembered.
 """
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import BudgetExceeded
@@ -34,72 +36,65 @@ def allowed(share: float, count: int) -> int:
 
 
 class Quarantine:
-    """Bad samples and lost shards of one dataset as this rank met them."""
+    """Bad samples of one dataset: why, and how many of an epoch."""
 
     def __init__(self, manifest: Manifest, budget: ErrorBudget, logger: logging.Logger | None):
         self._manifest, self._budget, self._logger = manifest, budget, logger
         self._reasons: dict[int, str] = {}
-        self._lost: dict[str, str] = {}  # shard name -> reason
-        self._met: tuple[int, set[int]] = (0, set())  # epoch, bad samples planned in it
-        self.limit = allowed(budget.share, len(manifest))
+        self._undecodable: dict[tuple[int, int], str] = {}  # (sample, view) -> reason
+        self._epoch, self._met = -1, set()
 
-    def reason(self, sample_id: int) -> str | None:
-        """Why a sample is known to be bad; None for all others."""
-        if not self._reasons and not self._lost:
-            return None
-        shard = self._manifest.locate(sample_id)[0]["name"] if self._lost else ""
-        return self._reasons.get(sample_id) or self._lost.get(shard)
+    def note(self, sample_id: int, reason: str) -> None:
+        """Keep a bad sample's reason for messages, and say it once."""
+        if sample_id not in self._reasons:
+            self._reasons[sample_id] = reason
+            if self._logger:
+                self._logger.warning("quarantined sample %d: %s", sample_id, reason)
 
-    def add(self, sample_id: int, reason: str) -> None:
-        """Note a bad sample. Raises BudgetExceeded when its shard has too many of them."""
-        if sample_id in self._reasons:
-            return
-        self._reasons[sample_id] = reason
-        self._warn("quarantined sample %d: %s", sample_id, reason)
-        shards = Counter(self._manifest.locate(bad)[0]["name"] for bad in self._reasons)
-        shard = self._manifest.locate(sample_id)[0]
-        if shards[shard["name"]] > allowed(self._budget.shard_share, len(shard["samples"])):
+    def add_undecodable(self, sample_id: int, view: int, reason: str) -> None:
+        """Remember a picture that must not reach the decoder again."""
+        self._undecodable[sample_id, view] = reason
+        self.note(sample_id, reason)
+
+    def is_undecodable(self, sample_id: int, view: int) -> bool:
+        """Whether the picture of a sample under a view must not reach the decoder."""
+        return (sample_id, view) in self._undecodable
+
+    def reason(self, sample_id: int) -> str:
+        """Why a sample is bad."""
+        return self._reasons.get(sample_id, "met by another rank or an earlier run")
+
+    def count(self, epoch: int, bad: Iterable[int], reasons: dict[int, str] | None = None) -> int:
+        """Count bad samples, of all ranks, in the batches of an epoch in their order; returns how
+        many the epoch has so far. Raises BudgetExceeded with the list.
+        """
+        if epoch != self._epoch:
+            self._epoch, self._met = epoch, set()
+        self._met |= set(bad)
+        self._reasons = {**(reasons or {}), **self._reasons}
+        limit = allowed(self._budget.share, len(self._manifest))
+        if len(self._met) > limit:
             raise BudgetExceeded(
-                f"{shards[shard['name']]} of {len(shard['samples'])} samples of "
-                f"{shard['name']}.tar are bad, more than {self._budget.shard_share:.1%}; pack that "
-                f"shard again\n{self.listing()}"
+                f"{len(self._met)} bad samples in epoch {epoch} of {self._manifest.directory}, "
+                f"{limit} are allowed ({self._budget.share:.2%}); run `python -m data_pipeline "
+                f"verify {self._manifest.directory}` and pack the damaged shards again, or raise "
+                f"error_budget.share\n{self._listing()}"
             )
+        self._check_shards()
+        return len(self._met)
 
-    def add_shard(self, sample_id: int, reason: str) -> None:
-        """Note that the whole shard of a sample cannot be read any more."""
-        shard = self._manifest.locate(sample_id)[0]["name"]
-        if shard not in self._lost:
-            self._lost[shard] = reason
-            self._warn("quarantined shard %s: %s", shard, reason)
+    def _check_shards(self) -> None:
+        shards = [self._manifest.locate(sample)[0] for sample in self._met]
+        sizes = {shard["name"]: len(shard["samples"]) for shard in shards}
+        for name, count in Counter(shard["name"] for shard in shards).items():
+            if count > allowed(self._budget.shard_share, sizes[name]):
+                raise BudgetExceeded(
+                    f"{count} of {sizes[name]} samples of {name}.tar are bad, more than "
+                    f"{self._budget.shard_share:.1%}; pack that shard again\n{self._listing()}"
+                )
 
-    def meet(self, epoch: int, sample_id: int) -> None:
-        """Count a bad sample in the place where the plan has it. Raises BudgetExceeded."""
-        if self._met[0] != epoch:
-            self._met = (epoch, set())
-        self._met[1].add(sample_id)
-        if len(self._met[1]) > self.limit:
-            raise BudgetExceeded(self.over_budget(epoch, len(self._met[1])))
-
-    def met(self, epoch: int) -> int:
-        """Bad samples that this rank met so far in an epoch, the one that is being read."""
-        return len(self._met[1]) if self._met[0] == epoch else 0
-
-    def over_budget(self, epoch: int, count: int) -> str:
-        """Message for `count` bad samples in one epoch."""
-        return (
-            f"{count} bad samples in epoch {epoch} of {self._manifest.directory}, "
-            f"{self.limit} are allowed ({self._budget.share:.2%}); run `python -m data_pipeline "
-            f"verify {self._manifest.directory}` and pack the damaged shards again, or raise "
-            f"error_budget.share\n{self.listing()}"
-        )
-
-    def listing(self) -> str:
-        """What is bad and why, one line each, at most MAX_LISTED."""
-        lines = [f"  shard {name}: {reason}" for name, reason in self._lost.items()]
-        lines += [f"  sample {bad}: {reason}" for bad, reason in self._reasons.items()]
+    def _listing(self) -> str:
+        """The epoch's bad samples and why, one line each, at most MAX_LISTED."""
+        lines = [f"  sample {bad}: {self.reason(bad)}" for bad in sorted(self._met)]
         more = [f"  and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
         return "\n".join(lines[:MAX_LISTED] + more)
-
-    def _warn(self, *message) -> None:
-        if self._logger:
-            self._logger.warning(*message)

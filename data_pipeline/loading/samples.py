@@ -53,6 +53,10 @@ class SampleReader:
         """The file that is being read right now; empty between reads."""
         return str(self._reader.reading or "")
 
+    def first_and_last(self) -> list[str]:
+        """As ShardReader.first_and_last."""
+        return self._reader.first_and_last()
+
     def close(self) -> None:
         """Close the shards."""
         self._reader.close()
@@ -76,6 +80,13 @@ class SampleReader:
         if view == CODEC:
             return self._read_tiles(sample_id, config, encoded)
         info = SampleInfo.from_bytes(self._reader.read(sample_id, "json"), self.name(sample_id))
+        stored = int(self._table.num_frames[sample_id])
+        grid = (int(self._table.rows[sample_id]), int(self._table.columns[sample_id]))
+        if (info.grid, len(info.frame_times), info.patch_size) != (grid, stored, self._patch_size):
+            raise CorruptShard(
+                f"{self.name(sample_id)}: {len(info.frame_times)} frames of {info.grid} patches of "
+                f"{info.patch_size} px, its record says {stored} of {grid} of {self._patch_size}"
+            )
         return Request(sample_id, view, config, encoded, strip_size(info), info)
 
     def _read_tiles(self, sample_id: int, config: ViewConfig, encoded: np.ndarray) -> Request:

@@ -5,14 +5,16 @@ which binds them. Cost: one pread and one crc32 (4 GB/s per core) per member.
 """
 
 import os
+import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
 
-from ..errors import CorruptShard, ShardLost
-from ..shards.manifest import Manifest
+from ..errors import CorruptShard, DataPipelineError
+from ..shards.manifest import Manifest, Member
 
 MAX_OPEN_FILES = 256
+ATTEMPTS, PAUSE_S = 3, 0.1
 
 
 class ShardReader:
@@ -28,22 +30,17 @@ class ShardReader:
     def read(self, sample_id: int, extension: str) -> bytes:
         """Bytes of one member.
 
-        CorruptShard names file, sample and member when they are not what was written, ShardLost the
-        shard that cannot be opened, read or ends too early.
+        CorruptShard names file, sample and member when they are not what was written, or the file
+        that cannot be read, which is tried ATTEMPTS times.
         """
         member = self._manifest.member(sample_id, extension)
         self.reading = member.path
         try:
-            data = os.pread(self._descriptor(member.path), member.size, member.offset)
-        except OSError as error:
-            raise ShardLost(
-                f"{member.path}: {error.strerror}, looking for sample {sample_id}: check the "
-                "storage, then pack that shard again"
-            ) from error
+            data = self._pread(member, sample_id)
         finally:
             self.reading = None
         if len(data) != member.size:
-            raise ShardLost(
+            raise CorruptShard(
                 f"{member.path} ends before byte {member.offset + member.size}, where sample "
                 f"{sample_id} ends by the manifest: it was cut or replaced, pack that shard again"
             )
@@ -55,6 +52,40 @@ class ShardReader:
                 "shard again"
             )
         return data
+
+    def _pread(self, member: Member, sample_id: int) -> bytes:
+        for attempt in range(ATTEMPTS):
+            time.sleep(PAUSE_S * attempt)
+            try:
+                return os.pread(self._descriptor(member.path), member.size, member.offset)
+            except OSError as error:  # a network folder may forget a file for a moment
+                reason = error.strerror
+                self._forget(member.path)
+        raise CorruptShard(
+            f"{member.path}: {reason}, looking for sample {sample_id}: check the storage, then "
+            "pack that shard again"
+        )
+
+    def first_and_last(self) -> list[str]:
+        """Shards whose first or last member is not what the manifest binds, one line each: the
+        cheap look at every shard before a run, two reads each.
+        """
+        problems, starts = [], self._manifest.starts
+        for place, shard in enumerate(self._manifest.shards):
+            if place in self._manifest.absent or not shard["samples"]:
+                continue
+            for sample in {int(starts[place]), int(starts[place + 1]) - 1}:
+                try:
+                    self.read(sample, "json")
+                except DataPipelineError as error:
+                    problems.append(str(error))
+                    break
+        return problems
+
+    def _forget(self, path: Path) -> None:
+        descriptor = self._files.pop(path, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     def _descriptor(self, path: Path) -> int:
         if path in self._files:

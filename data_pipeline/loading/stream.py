@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..datasets import Dataset
-from ..errors import BudgetExceeded, DataPipelineError, ShardLost
+from ..errors import CorruptShard, DataPipelineError
 from .buffers import PackBuffers
 from .choices import (
     ViewConfig,
@@ -50,9 +50,9 @@ class _Slot:
 
     share: PlannedBatch
     requests: list[Request]
+    weights: np.ndarray
     replaced: tuple[tuple[int, int], ...]
     budget: int
-    bad_samples: int  # of this rank's epoch, up to this batch
 
 
 class HeadStream:
@@ -86,6 +86,9 @@ class HeadStream:
         self.plan = EpochPlan(order, units, self._tokens, pack_tokens, starts)
         self.plan_sha256 = self._identity(units, starts)
         self._samples = SampleReader(dataset.manifest, self._table)
+        problems = self._samples.first_and_last()
+        if problems:
+            raise CorruptShard("\n  ".join(["shards changed since they were packed:", *problems]))
         self._quarantine = Quarantine(dataset.manifest, config.error_budget, logger)
         on_gpu = config.decode_on_gpu and torch.cuda.is_available()
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
@@ -100,6 +103,7 @@ class HeadStream:
         """Go on with this global batch of this epoch; one beyond its end is the next epoch's first.
         Only before the first batch is taken."""
         assert self._pictures is None
+        self.plan.batch(epoch, next_batch)  # packs the epoch's past now, before anyone waits
         self._batches = batches_from(self.plan, epoch, next_batch)
 
     def __next__(self) -> PackedBatch:
@@ -113,7 +117,9 @@ class HeadStream:
         labels = np.full((share.rows, self._label_count()), -1, np.int64)
         labels[: len(ids)] = self._labels(ids, share.epoch)
         weights = np.zeros(share.rows, np.float32)
-        weights[: len(ids)] = share.weights
+        weights[: len(ids)] = slot.weights
+        if self._world_size == 1:  # else who joins the ranks counts what all of them met
+            self.count_bad(share.epoch, [bad for bad, _ in slot.replaced])
         return pack_views(
             views,
             torch.from_numpy(ids),
@@ -124,7 +130,6 @@ class HeadStream:
             epoch=share.epoch,
             index=share.index,
             replaced=slot.replaced,
-            bad_samples=slot.bad_samples,
         )
 
     @property
@@ -133,12 +138,14 @@ class HeadStream:
         reading = self._samples.reading
         return f"reading {reading}" if reading else f"decoding {self._dataset.manifest.directory}"
 
-    def over_budget(self, epoch: int, bad_samples: int) -> str | None:
-        """The message to stop with when all ranks together met so many bad samples in an epoch;
-        None while they may."""
-        if bad_samples <= self._quarantine.limit:
-            return None
-        return self._quarantine.over_budget(epoch, bad_samples)
+    def count_bad(self, epoch: int, bad: list[int], reasons: dict[int, str] | None = None) -> int:
+        """Count bad samples of all ranks, batch by batch, against the error budget; returns how
+        many the epoch has so far. Raises BudgetExceeded."""
+        return self._quarantine.count(epoch, bad, reasons)
+
+    def reason(self, sample_id: int) -> str:
+        """Why this rank replaced a sample."""
+        return self._quarantine.reason(sample_id)
 
     def close(self) -> None:
         """Close the shards."""
@@ -147,7 +154,7 @@ class HeadStream:
     def _identity(self, units: int, starts: list[int]) -> str:
         """Hash of all that decides the batches; decoding threads and the like do not."""
         config = asdict(self._config)
-        for free in ("batch_size", "dali_num_threads", "decode_on_gpu", "error_budget"):
+        for free in ("batch_size", "dali_num_threads", "error_budget"):
             config.pop(free)
         manifest = self._dataset.manifest
         facts = [PLAN_VERSION, LOOK_AHEAD, self._dataset.sha256, sorted(manifest.absent)]
@@ -163,12 +170,6 @@ class HeadStream:
             raise DataPipelineError(
                 f"one frame of {manifest.locate(worst)[1]['source']} is {whole[worst]} tokens, "
                 f"--target_num allows {view.max_tokens}: raise it or pack at a smaller size"
-            )
-        if shortest_item(table, view) < 1:
-            empty = int((table.num_patches < 1).argmax())
-            raise DataPipelineError(
-                f"{manifest.locate(empty)[1]['source']} has no patches: an empty item is no "
-                "sample, pack its shard again"
             )
         worst, tokens = longest_item(table, view)
         if self._pack_tokens is not None and tokens > self._pack_tokens:
@@ -210,46 +211,45 @@ class HeadStream:
         unit = self._pack_tokens or max(self._longest[stage] for stage in np.unique(batch.stages))
         chosen, tokens = self._choose(share.sample_ids, share.stages, share.epoch)
         room = tokens if self._pack_tokens else np.full(len(tokens), unit)
-        requests, replaced = [], []
+        requests, weights, replaced = [], [], []
         for i, planned in enumerate(share.sample_ids.tolist()):
             stage = int(share.stages[i])
-            request = self._try(planned, int(chosen[i]), self._views[stage])
+            request = self._try(planned, int(chosen[i]), stage)
             if request is None:
-                if share.weights[i]:  # the tail's padding was met where it counts
-                    self._quarantine.meet(share.epoch, planned)
                 request = self._reserve(planned, stage, share.epoch, int(room[i]))
-            if request.sample_id != planned:
-                replaced.append((planned, request.sample_id))
-            requests.append(request)
+                if share.weights[i]:  # the tail's padding is no sample of the epoch
+                    replaced.append((planned, -1 if request is None else request.sample_id))
+            if request is not None:
+                requests.append(request)
+                weights.append(share.weights[i])
+        if not requests:
+            raise DataPipelineError(
+                f"no sample of a whole batch can be read, nor any reserve: {share.sample_ids}; "
+                f"the first: {self._quarantine.reason(int(share.sample_ids[0]))}"
+            )
         budget = self._config.batch_size * unit
-        bad_samples = self._quarantine.met(share.epoch)
-        self._read[iteration] = _Slot(share, requests, tuple(replaced), budget, bad_samples)
+        self._read[iteration] = _Slot(share, requests, np.array(weights), tuple(replaced), budget)
         return [request.encoded for request in requests]
 
-    def _reserve(self, planned: int, stage: int, epoch: int, room: int) -> Request:
-        """The first good reserve of a bad sample that fits its room."""
+    def _reserve(self, planned: int, stage: int, epoch: int, room: int) -> Request | None:
+        """The first good reserve of a bad sample that fits its room; None when none does."""
         for attempt in range(RESERVES):
             reserve = self.plan.reserve(epoch, planned, attempt)
             chosen, tokens = self._choose(np.array([reserve]), np.array([stage]), epoch)
             if tokens[0] > room:
                 continue
-            request = self._try(reserve, int(chosen[0]), self._views[stage])
+            request = self._try(reserve, int(chosen[0]), stage)
             if request is not None:
                 return request
-        raise BudgetExceeded(
-            f"none of {RESERVES} reserves can stand in for sample {planned} "
-            f"({self._samples.name(planned)}): they are bad or longer\n{self._quarantine.listing()}"
-        )
+        return None
 
-    def _try(self, sample_id: int, view: int, config: ViewConfig) -> Request | None:
-        if self._quarantine.reason(sample_id) is not None:
+    def _try(self, sample_id: int, view: int, stage: int) -> Request | None:
+        if self._quarantine.is_undecodable(sample_id, view):
             return None
         try:
-            return self._samples.read(sample_id, view, config)
-        except ShardLost as error:
-            self._quarantine.add_shard(sample_id, str(error))
+            return self._samples.read(sample_id, view, self._views[stage])
         except DataPipelineError as error:
-            self._quarantine.add(sample_id, str(error))
+            self._quarantine.note(sample_id, str(error))
         return None
 
     def _decoded(self) -> list[torch.Tensor]:
@@ -263,11 +263,8 @@ class HeadStream:
                 self._blame(error)
             else:
                 requests = self._read[self._next].requests
-                wrong = {
-                    request.sample_id: reason
-                    for request, picture in zip(requests, pictures, strict=True)
-                    if (reason := wrong_size(request, picture))
-                }
+                reasons = [wrong_size(*pair) for pair in zip(requests, pictures, strict=True)]
+                wrong = [pair for pair in zip(requests, reasons, strict=True) if pair[1]]
                 if not wrong:
                     self._rebuilds = 0
                     return pictures
@@ -280,7 +277,7 @@ class HeadStream:
         requests = [request for slot in self._read.values() for request in slot.requests]
         device = self._device or torch.device("cpu")
         found = undecodable([request.encoded for request in requests], device)
-        self._exclude({requests[place].sample_id: reason for place, reason in found.items()})
+        self._exclude([(requests[place], reason) for place, reason in found.items()])
         self._rebuilds += not found
         if self._rebuilds > MAX_REBUILDS:
             names = ", ".join(self._samples.name(request.sample_id) for request in requests[:8])
@@ -289,9 +286,10 @@ class HeadStream:
                 f"{error}; first samples of the batches: {names}"
             ) from error
 
-    def _exclude(self, reasons: dict[int, str]) -> None:
-        for sample_id, reason in reasons.items():
-            self._quarantine.add(sample_id, f"{self._samples.name(sample_id)}: {reason}")
+    def _exclude(self, bad: list[tuple[Request, str]]) -> None:
+        for request, reason in bad:
+            text = f"{self._samples.name(request.sample_id)}: {reason}"
+            self._quarantine.add_undecodable(request.sample_id, request.view, text)
 
     def _label_count(self) -> int:
         config, stored = self._config, self._dataset.labels.shape[1]

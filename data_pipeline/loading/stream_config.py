@@ -15,9 +15,9 @@ class StreamConfig:
     """One head's data.
 
     `batch_size` is samples per rank and batch or, with a `token_share`, packs of that share of
-    TrainConfig.pack_tokens. `stages` let the view's bounds change with the share of the run that is
-    done. Of the first `label_width` labels `labels_per_step` are drawn. `shuffle_shards` is the
-    window of the shuffle.
+    TrainConfig.pack_tokens. `stages` let the view's bounds change with the share of the run's
+    samples that is done. Of the first `label_width` labels `labels_per_step` are drawn.
+    `shuffle_shards` is the window of the shuffle.
     """
 
     batch_size: int = 32
@@ -32,7 +32,13 @@ class StreamConfig:
     decode_on_gpu: bool = False
 
     def __post_init__(self):
-        stages = tuple(s if isinstance(s, Stage) else Stage(*s) for s in self.stages)
+        try:
+            stages = tuple(s if isinstance(s, Stage) else Stage(*s) for s in self.stages)
+            sorted(stage.start for stage in stages)
+        except TypeError as error:
+            raise ValueError(
+                f"stages {self.stages}: give (share of the run, tokens, frames, scale) of each"
+            ) from error
         object.__setattr__(self, "stages", stages)
         starts = [stage.start for stage in stages]
         if starts and (starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1):
@@ -63,12 +69,17 @@ class StreamConfig:
 def samples_per_batch(
     dataset: Dataset, config: StreamConfig, seed: int, units: int, pack_tokens: int | None
 ) -> float:
-    """Samples of one global batch: the units, or for packs what their tokens hold of the mean item
-    in the last stage, judged by up to 10,000 samples.
+    """Samples of the mean global batch of a run: the units, or for packs what their tokens hold of
+    the mean item, judged by up to 10,000 samples in every stage.
     """
     if pack_tokens is None:
         return units
-    table, view = SampleTable.of(dataset.manifest), config.views()[-1]
+    table = SampleTable.of(dataset.manifest)
     ids = np.unique(np.linspace(0, len(table.rows) - 1, 10_000).astype(np.int64))
-    views = choose_views(table, view, seed, 0, ids)
-    return units * pack_tokens / float(num_tokens(table, view, views, ids).mean())
+    ends = [stage.start for stage in config.stages[1:]] + [1.0]
+    batches = 0.0  # per sample of the run: stages are shares of its samples
+    for start, end, view in zip([0.0, *ends], ends, config.views(), strict=False):
+        views = choose_views(table, view, seed, 0, ids)
+        tokens = float(num_tokens(table, view, views, ids).mean())
+        batches += (end - start) * tokens / (units * pack_tokens)
+    return 1 / batches

@@ -56,8 +56,9 @@ class SyntheticStream:
         labels, weights = torch.from_numpy(labels), torch.ones(batch)
         return pack_views(views, ids, labels, weights, None, self._buffers, index=index)
 
-    def over_budget(self, epoch: int, bad_samples: int) -> None:
+    def count_bad(self, epoch: int, bad: list[int], reasons: dict | None = None) -> int:
         """Noise is never bad."""
+        return 0
 
     def close(self) -> None:
         """Nothing to close."""

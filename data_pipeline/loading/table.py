@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import CorruptShard
+from ..errors import CorruptShard, MissingData
 from ..shards.manifest import Manifest
+from ..shards.schema import MAX_PATCHES
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,11 @@ class SampleTable:
     def of(cls, manifest: Manifest) -> "SampleTable":
         """Read off the shards' records; CorruptShard for records of an older writer."""
         samples = [sample for shard in manifest.shards for sample in shard["samples"]]
-        try:
-            columns = {
-                "rows": [sample["grid"][0] for sample in samples],
-                "columns": [sample["grid"][1] for sample in samples],
-                "num_patches": [sample["num_patches"] for sample in samples],
-                "num_frames": [sample["num_stored_frames"] for sample in samples],
-            }
-        except KeyError as error:
-            raise CorruptShard(
-                f"{manifest.directory}: the shards' records lack {error}, an older version wrote "
-                "them: pack into another folder"
-            ) from error
+        if not samples:
+            raise MissingData(f"{manifest.directory} holds no sample: see `stats` on it")
+        rows = [_numbers(sample, manifest) for sample in samples]
         is_image = np.array([sample["kind"] == "image" for sample in samples], dtype=bool)
-        return cls(is_image, **{name: np.array(v, np.int32) for name, v in columns.items()})
+        return cls(is_image, *np.array(rows, np.int32).T)
 
     def scaled_grid(self, ids, scale: float):
         """(rows, columns) of one frame of samples after shrinking."""
@@ -56,3 +48,21 @@ def scaled_grid(rows, columns, scale: float):
     """Patch rows and columns of a frame after shrinking to whole patches, at least one."""
     shrunk = [np.floor(np.asarray(side) * scale + 0.5).astype(np.int64) for side in (rows, columns)]
     return np.maximum(shrunk[0], 1), np.maximum(shrunk[1], 1)
+
+
+def _numbers(sample: dict, manifest: Manifest) -> tuple[int, int, int, int]:
+    """(rows, columns, patches, stored frames) of a record's sample, checked."""
+    try:
+        rows, columns = sample["grid"]
+        numbers = (rows, columns, sample["num_patches"], sample["num_stored_frames"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptShard(
+            f"{manifest.directory}: the record of {sample.get('source')} lacks {error}; an older "
+            "version wrote it: pack into another folder"
+        ) from error
+    if not all(type(number) is int and 0 < number < MAX_PATCHES for number in numbers):
+        raise CorruptShard(
+            f"{manifest.directory}: the record of {sample['source']} says grid {rows}x{columns}, "
+            f"{numbers[2]} patches, {numbers[3]} frames: no sample is like that, pack it again"
+        )
+    return numbers

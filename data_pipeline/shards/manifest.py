@@ -10,6 +10,7 @@ manifest's own sha256 names the dataset: labels and training plans are bound to 
 
 import hashlib
 import json
+import operator
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,7 +68,15 @@ class Manifest:
             raise MissingData(
                 f"sample {sample['key']} of {shard['name']}.tar has no member .{extension}"
             )
-        offset, size, crc = sample["members"][extension]
+        try:
+            offset, size, crc = (operator.index(value) for value in sample["members"][extension])
+        except (TypeError, ValueError):
+            offset = size = crc = -1
+        if offset < 0 or size < 0 or offset + size > shard["size"]:
+            raise CorruptShard(
+                f"sample {sample['key']} of {shard['name']}.tar: member .{extension} lies outside "
+                "of the file by its record, pack that shard again"
+            )
         return Member(self.directory / f"{shard['name']}.tar", offset, size, crc)
 
     def sources(self) -> list[str]:

@@ -19,6 +19,8 @@ size, p patch.
 
 import io
 import json
+import math
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -32,6 +34,12 @@ JPEG_QUALITY = 90
 BLOCK = 8  # a JPEG block's side; with 4:4:4 chroma the same for colour
 MAX_ARRAY_BYTES = 1 << 28
 MAX_INFO_BYTES = 1 << 22
+MAX_SIDE = 1 << 20
+MAX_PATCHES = 1 << 24
+NPY_MAGIC = b"\x93NUMPY\x01\x00"
+NPY_HEADER = re.compile(
+    rb"\{'descr': '([^']{1,8})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n"
+)
 ARRAY_DTYPES = {"positions.npy": np.uint16, "scores.npy": np.float16, "motion.npy": np.float16}
 
 
@@ -65,6 +73,16 @@ class SampleInfo:
         """Patch rows and columns of one full frame."""
         return self.height // self.patch_size, self.width // self.patch_size
 
+    def _check(self) -> None:
+        """ValueError for numbers that no writer writes; what they size is allocated later."""
+        sizes = (self.height, self.width, self.patch_size, self.num_frames, *self.frame_times)
+        if not all(type(value) is int and 0 <= value < MAX_SIDE for value in sizes):
+            raise ValueError(f"sizes {sizes} are not all integers in 0..{MAX_SIDE}")
+        if type(self.num_patches) is not int or not 0 <= self.num_patches < MAX_PATCHES:
+            raise ValueError(f"num_patches {self.num_patches!r}")
+        if self.patch_size == 0 or not self.frame_times or min(self.grid) < 1:
+            raise ValueError(f"{self.height}x{self.width} in patches of {self.patch_size}")
+
     def to_bytes(self) -> bytes:
         """JSON, keys sorted: the same sample always gives the same bytes."""
         return json.dumps(asdict(self), sort_keys=True, ensure_ascii=True).encode()
@@ -82,8 +100,12 @@ class SampleInfo:
             known = {field.name for field in fields(cls)} & values.keys()
             given: dict[str, Any] = {name: values[name] for name in known}
             given.update({k: tuple(v) for k, v in given.items() if isinstance(v, list)})
-            return cls(**given)
-        except (KeyError, TypeError) as error:
+            info = cls(**given)
+            info._check()
+            return info
+        except CorruptShard:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise CorruptShard(f"{name}: KEY.json is not a sample's metadata ({error})") from error
 
 
@@ -156,27 +178,24 @@ def encode_image(info: SampleInfo, picture: np.ndarray) -> dict[str, bytes]:
 
 
 def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
-    """Read a .npy member: fixed dtype, bounded size, never an object array.
-    CorruptShard names the sample.
+    """Read a .npy member: fixed dtype, bounded size, never an object array. The header is matched,
+    not evaluated as Python, which numpy does and which is not safe in threads (CPython 3.11 counts
+    the depth of syntax trees for all threads together). CorruptShard names the sample.
     """
-    stream = io.BytesIO(data)
-    try:
-        np.lib.format.read_magic(stream)
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
-        raise CorruptShard(f"{name}.{member} is no .npy array ({error})") from error
-    if (
-        dtype != ARRAY_DTYPES[member]
-        or int(np.prod(shape, dtype=object)) * dtype.itemsize > MAX_ARRAY_BYTES
-    ):
-        raise CorruptShard(
-            f"{name}.{member} holds {dtype} {shape}, expected {np.dtype(ARRAY_DTYPES[member])}"
-        )
-    count = int(np.prod(shape, dtype=object))
-    if len(data) - stream.tell() != count * dtype.itemsize:
-        raise CorruptShard(f"{name}.{member} has not the bytes of a {dtype} {shape}")
-    flat = np.frombuffer(data, dtype, count, stream.tell())
-    return flat.reshape(shape, order="F" if fortran_order else "C").copy()
+    length = int.from_bytes(data[8:10], "little")
+    header = NPY_HEADER.fullmatch(data[10 : 10 + length]) if data.startswith(NPY_MAGIC) else None
+    if header is None:
+        raise CorruptShard(f"{name}.{member} is no .npy array of version 1.0")
+    descr, order, sizes = (group.decode() for group in header.groups())
+    shape = tuple(int(size) for size in sizes.split(",") if size.strip())
+    wanted = np.dtype(ARRAY_DTYPES[member])
+    num_bytes = math.prod(shape) * wanted.itemsize
+    if descr != wanted.str or num_bytes > MAX_ARRAY_BYTES:
+        raise CorruptShard(f"{name}.{member} holds {descr} {shape}, expected {wanted}")
+    if len(data) != 10 + length + num_bytes:
+        raise CorruptShard(f"{name}.{member} has not the bytes of a {descr} {shape}")
+    flat = np.frombuffer(data, wanted, offset=10 + length)
+    return flat.reshape(shape, order="F" if order == "True" else "C").copy()
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:

@@ -32,10 +32,13 @@ def verify(manifest: Manifest) -> list[str]:
     with ShardReader(manifest) as reader:
         for sample_id in range(len(manifest)):
             shard, sample = manifest.locate(sample_id)
+            name = f"{shard['name']}/{sample['key']}"
             try:
-                _check_sample(reader, sample_id, f"{shard['name']}/{sample['key']}")
+                _check_sample(reader, sample_id, name, sample)
             except DataPipelineError as error:
                 problems.append(str(error))
+            except Exception as error:  # whatever hostile bytes do to a parser, they get a name
+                problems.append(f"{name}: {type(error).__name__}: {error}")
     return problems
 
 
@@ -102,17 +105,23 @@ def _check_picture(reader, sample_id: int, extension: str, name: str, size) -> N
         raise CorruptShard(f"{name}.{extension} is {found}, expected {('RGB', *size)}")
 
 
-def _check_sample(reader, sample_id: int, name: str) -> None:
+def _check_sample(reader, sample_id: int, name: str, record: dict) -> None:
     info = SampleInfo.from_bytes(reader.read(sample_id, "json"), name)
+    said = {key: record.get(key) for key in ("kind", "source", "grid", "num_patches")}
+    found = {"kind": info.kind, "source": info.source, "grid": list(info.grid)}
+    said["num_stored_frames"] = record.get("num_stored_frames")
+    found |= {"num_patches": info.num_patches, "num_stored_frames": len(info.frame_times)}
+    if said != found:
+        raise CorruptShard(f"{name}: the shard's record says {said}, the sample {found}")
     if info.kind == "image":
         _check_picture(reader, sample_id, "jpg", name, (info.height, info.width))
         return
     positions = decode_array(reader.read(sample_id, "positions.npy"), "positions.npy", name)
     scores = decode_array(reader.read(sample_id, "scores.npy"), "scores.npy", name)
-    if len(positions) != info.num_patches or len(scores) != info.num_patches:
+    if positions.shape != (info.num_patches, 3) or scores.shape != (info.num_patches,):
         raise CorruptShard(
-            f"{name}: {len(positions)} positions and {len(scores)} scores for {info.num_patches} "
-            "patches"
+            f"{name}: positions {positions.shape} and scores {scores.shape} for "
+            f"{info.num_patches} patches"
         )
     motion = decode_array(reader.read(sample_id, "motion.npy"), "motion.npy", name)
     if not (np.isfinite(scores).all() and np.isfinite(motion).all()):

@@ -1,6 +1,7 @@
 """Streams: batches are the same bits wherever, however and with how many ranks they are read."""
 
 import dataclasses
+import sys
 import threading
 import time
 from collections import Counter
@@ -73,10 +74,29 @@ def test_memory_of_packs_is_used_again_only_after_its_last_holder_is_gone():
     del first
     assert buffers.rows(100, 10, torch.uint8).data_ptr() != place, "a part of it is still held"
     del part
-    assert place in {
-        held.data_ptr()
-        for held in (buffers.rows(90, 10, torch.uint8), buffers.rows(90, 10, torch.uint8))
-    }
+    held = [buffers.rows(100, 10, torch.uint8) for _ in range(2)]
+    assert place in {rows.data_ptr() for rows in held}
+
+
+def test_two_threads_never_hold_the_same_memory():
+    buffers, clashes = PackBuffers(torch.device("cpu")), []
+
+    def use(mark: int) -> None:
+        for _ in range(20_000):
+            rows = buffers.rows(4, 4, torch.uint8)
+            rows.fill_(mark)
+            if not bool((rows == mark).all()):
+                clashes.append(mark)
+
+    threads = [threading.Thread(target=use, args=(mark,)) for mark in (1, 2, 3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert not clashes
 
 
 def test_an_item_beyond_the_budget_is_refused_at_the_start(packed, mixed):
@@ -187,6 +207,19 @@ def test_early_stages_see_fewer_tokens_and_the_plan_knows_it(packed):
     assert frames and all(grid == [1, 4, 4] for grid in frames)  # 7 x 7 shrunk to half
     other = stream(packed / "train", config, total_samples=480)
     assert other.plan_sha256 != made.plan_sha256
+
+
+@pytest.mark.dali
+def test_a_stage_of_packs_lasts_its_share_of_the_samples(mixed):
+    config = dataclasses.replace(PACKS, stages=((0, 49, 1, 0.5), (0.5, 98, 2, 1.0)))
+    dataset = resolve_dataset(str(mixed)).load()
+    mean = samples_per_batch(dataset, config, 0, units=2, pack_tokens=400)
+    made = stream(mixed, config, pack_tokens=400, total_samples=400)
+    batches = take(made, round(400 / mean))
+    seen = sum(int((batch.weights > 0).sum()) for batch in batches)
+    assert 280 < seen < 480  # small windows fill badly
+    stages = np.concatenate([made.plan.batch(b.epoch, b.index).stages for b in batches])
+    assert abs((stages == 0).mean() - 0.5) < 0.15
 
 
 @pytest.mark.dali

@@ -237,22 +237,57 @@ def test_too_many_bad_samples_stop_all_ranks_with_the_whole_list(packed, tmp_pat
     assert "sample 3: " in outcome["message"] and "sample 13: " in outcome["message"]
 
 
+def on_rank_1(folder: Path, fault: str) -> Path:
+    """The entry point, in which something happens to the fourth read of rank 1."""
+    script = folder / "faulty.py"
+    script.write_text(
+        "import os, sys, training.train_univit as entry\n"
+        "from data_pipeline.loading.samples import SampleReader\n"
+        "reads = []\n"
+        "def read(self, *args):\n"
+        "    reads.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(reads) > 3:\n"
+        "        self._reader.reading = 'video-000001.tar'\n"
+        f"        {fault}\n"
+        "    return original(self, *args)\n"
+        "original, SampleReader.read = SampleReader.read, read\n"
+        "sys.exit(entry.main(sys.argv[1:]))\n"
+    )
+    return script
+
+
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_what_one_rank_cannot_go_on_from_ends_all_at_the_same_step(packed, tmp_path):
+    script = on_rank_1(tmp_path, "raise MemoryError('no room')")
+    _, _, *arguments = command(packed, tmp_path / "run")
+    done = torchrun(2, script, *arguments, check=False)
+    assert done.returncode != 0 and "another rank stopped: MemoryError: no room" in done.stderr
+    assert "Connection closed" not in done.stderr
+
+
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_ranks_that_see_other_data_do_not_start(packed, tmp_path):
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import os, sys, training.train_univit as entry\n"
+        "from data_pipeline.loading.stream import HeadStream\n"
+        "original = HeadStream._identity\n"
+        "HeadStream._identity = lambda *a: original(*a) + os.environ['RANK']\n"
+        "sys.exit(entry.main(sys.argv[1:]))\n"
+    )
+    _, _, *arguments = command(packed, tmp_path / "run")
+    done = torchrun(2, script, *arguments, check=False)
+    assert done.returncode != 0 and "ranks [1] plan other batches than rank 0" in done.stderr
+
+
 @pytest.mark.e2e
 @pytest.mark.dali
 def test_storage_that_stops_answering_ends_the_run_with_the_file(packed, tmp_path):
     data, output = tmp_path / "data" / "train", tmp_path / "run"
     shutil.copytree(packed / "train", data)
-    code = (
-        "import os, pathlib, sys, training.train_univit as entry\n"
-        "from data_pipeline.loading.shard_reader import ShardReader\n"
-        "def stall(self, path):\n"
-        "    if os.environ['RANK'] == '1': __import__('time').sleep(1000)\n"
-        "    return descriptor(self, path)\n"
-        "descriptor, ShardReader._descriptor = ShardReader._descriptor, stall\n"
-        "sys.exit(entry.main(sys.argv[1:]))\n"
-    )
-    script = tmp_path / "stalling.py"
-    script.write_text(code)
+    script = on_rank_1(tmp_path, "__import__('time').sleep(1000)")
     _, _, *arguments = command(tmp_path / "data", output)
     done = torchrun(
         2, script, *arguments, "--set", "data_timeout_s=2", "--set", "data_warning_s=1", check=False
