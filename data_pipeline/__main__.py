@@ -4,6 +4,7 @@
     pack INPUT... --output DIR              videos and images -> shards
     verify DIR | stats DIR | view DIR       check, count and look at shards
     export DIR --output DIR2                clips as mosaics, for codec LLaVA training
+    features DIR --output DIR2              one vector per sample
     cluster DIR --num-centroids K --output DIR2      features -> centroids
     label DIR --centroids DIR2              nearest centroids of every sample -> DIR/labels.npy
 
@@ -128,19 +129,43 @@ def _add_exporting(command) -> None:
 
 
 def _add_labelling(command) -> None:
+    sub = command("features", "one vector per sample, shard by shard", _features)
+    sub.add_argument("directory", type=Path)
+    sub.add_argument("--output", type=Path, required=True, help="folder of the vectors")
+    _add_feature_options(sub)
+    sub.add_argument("--task-id", type=int, default=0, help="which part of the shards to do")
+    sub.add_argument("--num-tasks", type=int, default=1, help="number of parts, one per process")
+
     sub = command("cluster", "features of all samples -> k-means centroids", _cluster)
     sub.add_argument("directory", type=Path)
     sub.add_argument("--num-centroids", type=int, required=True, help="number of classes")
     sub.add_argument("--output", type=Path, required=True, help="folder of the centroids")
-    sub.add_argument("--encoder", help="Hugging Face folder (default: the codec descriptor)")
+    _add_feature_options(sub)
+    sub.add_argument("--features", type=Path, help="folder of vectors (OUTPUT/features)")
+    sub.add_argument("--pca", type=int, help="principal components that are kept (all directions)")
     sub.add_argument("--seed", type=int, default=0, help="of the first centroids")
     sub.add_argument("--iterations", type=int, default=25, help="rounds of k-means")
+    sub.add_argument("--init", type=Path, help="folder of centroids to start from")
+    sub.add_argument(
+        "--near-duplicates", type=float, metavar="COSINE", help="cluster one sample of each group"
+    )
 
     sub = command("label", "nearest centroids of every sample -> labels.npy", _label)
     sub.add_argument("directory", type=Path)
     sub.add_argument("--centroids", type=Path, required=True, help="folder written by cluster")
     sub.add_argument("--num-labels", type=int, default=10, help="labels per sample")
     sub.add_argument("--output", type=Path, help="folder of labels.npy (the packed folder)")
+    sub.add_argument("--features", type=Path, help="folder of vectors (cluster's own, if it fits)")
+
+
+def _add_feature_options(sub) -> None:
+    group = sub.add_argument_group("vectors")
+    group.add_argument(
+        "--encoder", help="Hugging Face folder, or FAMILY:FOLDER (default: the codec descriptor)"
+    )
+    group.add_argument("--num-frames", type=int, default=1, help="frames seen by FAMILY:FOLDER")
+    group.add_argument("--concat", action="store_true", help="frame vectors side by side")
+    group.add_argument("--keep-dims", type=int, help="numbers kept of each frame vector (all)")
 
 
 def _motion_shapes(args) -> None:
@@ -242,14 +267,36 @@ def _export(args) -> None:
     print(f"{count} clips in {args.output / 'samples.jsonl'}")
 
 
+def _feature_config(args):
+    from .clustering.features import FeatureConfig
+
+    return FeatureConfig(args.encoder, args.num_frames, args.concat, args.keep_dims)
+
+
+def _features(args) -> None:
+    from .clustering.features import extract
+    from .shards.manifest import load_manifest
+
+    parts = (args.task_id, args.num_tasks)
+    if extract(load_manifest(args.directory), _feature_config(args), args.output, *parts):
+        print(f"all vectors are in {args.output}")
+
+
 def _cluster(args) -> None:
-    from .clustering.pipeline import cluster
+    from .clustering.pipeline import ClusterConfig, cluster
     from .shards.manifest import load_manifest
 
     manifest = load_manifest(args.directory)
-    centroids = cluster(
-        manifest, args.num_centroids, args.output, args.encoder, args.seed, args.iterations
+    config = ClusterConfig(
+        args.num_centroids,
+        _feature_config(args),
+        args.pca,
+        args.seed,
+        args.iterations,
+        args.near_duplicates,
+        args.init,
     )
+    centroids = cluster(manifest, config, args.output, args.features, print)
     print(f"{len(centroids)} centroids of {len(manifest)} samples in {args.output}")
 
 
@@ -257,8 +304,8 @@ def _label(args) -> None:
     from .clustering.pipeline import label
     from .shards.manifest import load_manifest
 
-    output = args.output or args.directory
-    labels = label(load_manifest(args.directory), args.centroids, args.num_labels, output)
+    output, manifest = args.output or args.directory, load_manifest(args.directory)
+    labels = label(manifest, args.centroids, args.num_labels, output, args.features, print)
     print(f"{labels.shape[1]} labels for {len(labels)} samples in {output / 'labels.npy'}")
 
 

@@ -94,7 +94,7 @@ def prepare_embedded(
     P-frames), and the pseudo-labels come from 64 clusters of the codec descriptor.
     """
     from .clustering.labels import RECORD_NAME
-    from .clustering.pipeline import cluster, label
+    from .clustering.pipeline import ClusterConfig, cluster, label
     from .motion_shapes import write_motion_shapes
     from .shards.inputs import list_inputs
     from .shards.pack import PackConfig, pack
@@ -113,6 +113,6 @@ def prepare_embedded(
         not record.is_file()
         or json.loads(record.read_bytes())["manifest_sha256"] != manifest.sha256
     ):
-        cluster(manifest, min(64, len(manifest)), directory / "centroids")
+        cluster(manifest, ClusterConfig(min(64, len(manifest))), directory / "centroids")
         label(manifest, directory / "centroids", 10, spec.labels)
     return spec

@@ -41,7 +41,7 @@ def packed(clips) -> Path:
     """Those clips packed (98 tokens each, shards of 10), clustered and labelled:
     folders train/ and val/.
     """
-    from data_pipeline.clustering.pipeline import cluster, label
+    from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
     from data_pipeline.shards.inputs import list_inputs
     from data_pipeline.shards.pack import PackConfig, pack
     from data_pipeline.shards.sample_builder import SampleConfig
@@ -53,7 +53,7 @@ def packed(clips) -> Path:
     )
     for split in ("train", "val"):
         manifest = pack(list_inputs([clips / f"{split}.csv"]), clips / split, config)
-        cluster(manifest, 8, clips / "centroids" / split)
+        cluster(manifest, ClusterConfig(8), clips / "centroids" / split)
         label(manifest, clips / "centroids" / split, 4, clips / split)
     return clips
 

@@ -19,7 +19,11 @@ ALLOWED = {
 # optional heavy libraries and the only modules that may name them
 HOMES = {
     "nvidia": {"data_pipeline.loading.dali_pipeline"},
-    "faiss": {"data_pipeline.clustering.kmeans", "data_pipeline.clustering.labels"},
+    "faiss": {
+        "data_pipeline.clustering.kmeans",
+        "data_pipeline.clustering.labels",
+        "data_pipeline.clustering.near_duplicates",
+    },
     "flash_attn": {"model_factory.attention"},
     "decord": {"eval_encoder.probe_video"},
     "webdataset": {"data_pipeline.shards.writer"},

@@ -70,15 +70,21 @@ def wrap_encoder(encoder: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
 def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """[b, ...] of every rank -> [W * b, ...] in rank order, without gradient."""
     gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    _single("all_gather")(gathered, rows.contiguous())
     return gathered
 
 
 def reduce_scatter_rows(rows: torch.Tensor) -> torch.Tensor:
     """[W * b, ...] of every rank -> sum over the ranks of this rank's [b, ...]."""
     own = rows.new_empty((rows.shape[0] // dist.get_world_size(), *rows.shape[1:]))
-    dist.reduce_scatter_tensor(own, rows.contiguous())
+    _single("reduce_scatter")(own, rows.contiguous())
     return own
+
+
+def _single(name: str):
+    """A collective on one tensor, under its newer name where torch has it."""
+    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
+    return getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
 
 
 def broadcast_object(value):

@@ -16,20 +16,71 @@ from ..errors import CorruptShard, MissingData
 from ..shards.manifest import Manifest
 from ..shards.writer import file_sha256, write_array, write_atomically
 
+EXACT = 1 << 17  # centroids up to which every one is compared
+RECALL = 0.99
+JUDGED = 1000  # samples that judge an approximate search
+PIECE = 1 << 14  # queries at a time
 LABELS_NAME = "labels.npy"
 RECORD_NAME = "labels.json"
 
 
-def nearest_centroids(features: np.ndarray, centroids: np.ndarray, num_labels: int) -> np.ndarray:
-    """int32 [N, min(num_labels, K)]: centroids by falling cosine, exact search by FAISS."""
+def nearest_centroids(
+    features: np.ndarray, centroids: np.ndarray, num_labels: int
+) -> tuple[np.ndarray, dict]:
+    """int32 [N, num_labels]: centroids by falling cosine, -1 where there are fewer; and how they
+    were found: exactly up to EXACT centroids, else in the cells of an inverted file, as many as are
+    needed for a measured recall of RECALL.
+    """
+    count = min(num_labels, len(centroids))
+    if len(centroids) <= EXACT:
+        labels, how = search(features, centroids, count), {"search": "exact", "recall": 1.0}
+    else:
+        labels, how = _search_cells(features, centroids, count)
+    padded = np.full((len(features), num_labels), -1, np.int32)
+    padded[:, :count] = labels
+    return padded, how
+
+
+def search(queries: np.ndarray, points: np.ndarray, count: int, with_cosines: bool = False):
+    """The `count` points of largest cosine for each query, int64 [N, count]; exact, in pieces."""
     import faiss
 
-    index = faiss.IndexFlatIP(centroids.shape[1])
+    index = faiss.IndexFlatIP(points.shape[1])
+    index.add(np.ascontiguousarray(points, np.float32))
+    return _search_in_pieces(index, queries, count, with_cosines)
+
+
+def _search_in_pieces(index, queries, count, with_cosines=False):
+    found = [
+        index.search(np.ascontiguousarray(queries[start : start + PIECE], np.float32), count)
+        for start in range(0, len(queries), PIECE)
+    ]
+    cosines, nearest = (np.concatenate(part) for part in zip(*found, strict=True))
+    return (nearest, cosines) if with_cosines else nearest
+
+
+def _search_cells(features, centroids, count) -> tuple[np.ndarray, dict]:
+    import faiss
+
+    num_cells = int(len(centroids) ** 0.5)
+    quantizer = faiss.IndexFlatIP(centroids.shape[1])
+    index = faiss.IndexIVFFlat(quantizer, centroids.shape[1], num_cells, faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1
+    index.train(np.ascontiguousarray(centroids, np.float32))
     index.add(np.ascontiguousarray(centroids, np.float32))
-    _, nearest = index.search(
-        np.ascontiguousarray(features, np.float32), min(num_labels, len(centroids))
-    )
-    return nearest.astype(np.int32)
+    some = features[np.unique(np.linspace(0, len(features) - 1, JUDGED).astype(np.int64))]
+    truth = search(some, centroids, count)
+    index.nprobe, recall = 4, 0.0
+    while recall < RECALL and index.nprobe < num_cells:
+        index.nprobe = min(2 * index.nprobe, num_cells)
+        recall = recall_of(_search_in_pieces(index, some, count), truth)
+    how = {"search": f"{index.nprobe} of {num_cells} cells", "recall": round(recall, 4)}
+    return _search_in_pieces(index, features, count), how
+
+
+def recall_of(found: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the true neighbours [N, L] that are among the found ones [N, L]."""
+    return float((found[:, :, None] == truth[:, None, :]).any(axis=1).mean())
 
 
 def save_labels(

@@ -1,65 +1,143 @@
-"""The two commands on labels: `cluster` (features -> centroids) and `label` (features -> nearest).
+"""The commands on labels: `cluster` (features -> centroids), `label` (features -> nearest)."""
 
-Codec descriptors share a large common part, so their mean over the clustered set is taken away;
-it is stored with the centroids, so that another set is labelled in the same space.
-"""
-
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..errors import DataPipelineError, MissingData
+from ..errors import DataPipelineError
 from ..shards.manifest import Manifest
-from ..shards.writer import file_sha256
-from .features import descriptor_features, encoder_features, encoder_weights, normalise
-from .kmeans import load_centroids, save_centroids, spherical_kmeans
+from .features import FeatureConfig, extract, load_features
+from .kmeans import (
+    PARTIAL_NAME,
+    PartialCentroids,
+    check_features,
+    load_centroids,
+    save_centroids,
+    spherical_kmeans,
+)
 from .labels import nearest_centroids, save_labels
+from .near_duplicates import representatives
+from .projection import Projection, fit_projection
+
+FEATURES_NAME = "features"
+
+
+def quiet(line: str) -> None:
+    """Report to nobody."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """How a set is clustered.
+
+    features: where vectors come from; pca: principal components that are kept of them, None: all
+    directions. near_duplicates: cosine from which samples count as one, None: all count. init:
+    folder of centroids to start from.
+    """
+
+    num_centroids: int
+    features: FeatureConfig = FeatureConfig()
+    pca: int | None = None
+    seed: int = 0
+    num_iterations: int = 25
+    near_duplicates: float | None = None
+    init: Path | None = None
 
 
 def cluster(
     manifest: Manifest,
-    num_centroids: int,
+    config: ClusterConfig,
     output: Path,
-    encoder: str | None = None,
-    seed: int = 0,
-    num_iterations: int = 25,
+    features_folder: Path | None = None,
+    report=quiet,
 ) -> np.ndarray:
-    """Cluster a packed set and write centroids.npy and clusters.json to `output`.
+    """Cluster a packed set and write centroids.npy and clusters.json to `output`. Features are kept
+    in `features_folder` (OUTPUT/features); a run that was killed goes on from the shards and
+    iterations that were done.
 
-    encoder: Hugging Face folder of a packing model; None takes the codec descriptor. Returns the
-    centroids float32 [K, D]. Raises DataPipelineError for an impossible number of centroids.
+    Returns the centroids float32 [K, D]. Raises DataPipelineError for an impossible number of
+    centroids.
     """
-    if len(manifest) == 0:
-        raise MissingData(
-            f"{manifest.directory} holds no sample: see `python -m data_pipeline stats`"
-        )
-    raw = descriptor_features(manifest) if encoder is None else encoder_features(manifest, encoder)
-    mean = raw.mean(axis=0) if encoder is None else np.zeros(raw.shape[1], np.float32)
-    centroids = spherical_kmeans(normalise(raw - mean), num_centroids, seed, num_iterations)
-    details = {
+    folder = features_folder or output / FEATURES_NAME
+    raw = _features(manifest, config.features, folder, report)
+    check_features(raw, 1)
+    projection = fit_projection(raw, centred=config.features.encoder is None, dims=config.pca)
+    features = projection(raw)
+    details: dict[str, Any] = {
         "manifest_sha256": manifest.sha256,
-        "encoder": encoder,
-        "encoder_sha256": encoder and file_sha256(encoder_weights(encoder)),
-        "seed": seed,
-        "feature_mean": mean.tolist(),
+        "features": asdict(config.features),
+        "weights_sha256": config.features.weights_sha256(),
+        "pca": config.pca,
+        "seed": config.seed,
+        "num_iterations": config.num_iterations,
+        "near_duplicates": config.near_duplicates,
+        "feature_mean": projection.mean.tolist(),
     }
-    save_centroids(output, centroids, details)
+    if config.near_duplicates is not None:
+        groups = representatives(features, config.near_duplicates)
+        features = features[np.unique(groups)]
+        details["near_duplicates_removed"] = len(groups) - len(features)
+        report(f"{len(groups) - len(features)} of {len(groups)} samples are near-duplicates")
+    centroids, details = _centroids(features, config, output, details, report)
+    save_centroids(output, centroids, details, projection.components)
     return centroids
 
 
-def label(manifest: Manifest, centroids_folder: Path, num_labels: int, output: Path) -> np.ndarray:
+def label(
+    manifest: Manifest,
+    centroids_folder: Path,
+    num_labels: int,
+    output: Path,
+    features_folder: Path | None = None,
+    report=quiet,
+) -> np.ndarray:
     """Write labels.npy and labels.json of a packed set to `output`; returns labels int32 [N, L].
 
-    Features are computed as `cluster` did. Raises MissingData or DataPipelineError.
+    Features are computed as `cluster` did, or taken from where it left them when it was the same
+    set. Raises MissingData or DataPipelineError.
     """
-    centroids, record = load_centroids(centroids_folder)
-    encoder = record["encoder"]
-    if encoder and file_sha256(encoder_weights(encoder)) != record["encoder_sha256"]:
+    centroids, record, components = load_centroids(centroids_folder)
+    config = FeatureConfig(**record["features"])
+    if config.weights_sha256() != record["weights_sha256"]:
         raise DataPipelineError(
-            f"{encoder} changed since {centroids_folder} was made from it: cluster again"
+            f"{config.encoder} changed since {centroids_folder} was made from it: cluster again"
         )
-    raw = descriptor_features(manifest) if encoder is None else encoder_features(manifest, encoder)
-    features = normalise(raw - np.array(record["feature_mean"], np.float32))
-    labels = nearest_centroids(features, centroids, num_labels)
-    save_labels(output, labels, manifest, len(centroids), {"centroids_sha256": record["sha256"]})
+    same_set = record["manifest_sha256"] == manifest.sha256
+    beside = centroids_folder if same_set else output
+    folder = features_folder or beside / FEATURES_NAME
+    raw = _features(manifest, config, folder, report)
+    projection = Projection(np.array(record["feature_mean"], np.float32), components)
+    labels, how = nearest_centroids(projection(raw), centroids, num_labels)
+    details = {"centroids_sha256": record["sha256"], **how}
+    save_labels(output, labels, manifest, len(centroids), details)
     return labels
+
+
+def _features(manifest: Manifest, config: FeatureConfig, folder: Path, report) -> np.ndarray:
+    """Raw vectors of all samples, extracted where they are not there yet."""
+    extract(manifest, config, folder, report=report)
+    return load_features(manifest, folder)[0]
+
+
+def _centroids(features, config: ClusterConfig, output: Path, details: dict, report):
+    """(centroids, details with what happened); goes on from a block that was saved."""
+    partial = PartialCentroids(output, {**details, "num_centroids": config.num_centroids})
+    initial, done = partial.load()
+    if done:
+        report(f"going on after {done} iterations, from {output / PARTIAL_NAME}")
+    elif config.init is not None:
+        initial, record, _ = load_centroids(config.init)
+        details = {**details, "started_from_sha256": record["sha256"]}
+    rest = max(0, config.num_iterations - done)
+    centroids, found = spherical_kmeans(
+        features, config.num_centroids, config.seed, rest, initial, partial.saver(done)
+    )
+    if found.repaired_empty or found.repaired_duplicate:
+        report(
+            f"repaired {found.repaired_empty} empty and {found.repaired_duplicate} repeated "
+            "centroids"
+        )
+    partial.remove()
+    return centroids, {**details, **asdict(found)}

@@ -4,10 +4,25 @@ import csv
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data_pipeline.clustering.features import descriptor_features, normalise
-from data_pipeline.clustering.kmeans import load_centroids, save_centroids, spherical_kmeans
+from data_pipeline.clustering import labels as labels_module
+from data_pipeline.clustering.features import (
+    FeatureConfig,
+    descriptor_rows,
+    extract,
+    load_features,
+    normalise,
+)
+from data_pipeline.clustering.kmeans import (
+    allot,
+    load_centroids,
+    save_centroids,
+    spherical_kmeans,
+)
 from data_pipeline.clustering.labels import load_labels, nearest_centroids, save_labels
+from data_pipeline.clustering.near_duplicates import representatives
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
 from data_pipeline.shards.manifest import load_manifest
 
@@ -22,7 +37,7 @@ def test_the_codec_descriptor_tells_motions_apart(packed):
     with open(packed / "train.csv") as lines:
         truth = {name: int(label) for name, label in csv.reader(lines)}
     labels = np.array([truth[source] for source in manifest.sources()])
-    raw = descriptor_features(manifest)
+    raw = descriptor_rows(manifest, range(len(manifest)))
     features = normalise(raw - raw.mean(axis=0))
     assert np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
     similarity = features @ features.T
@@ -36,7 +51,7 @@ def test_centroids_are_unit_seeded_and_find_planted_clusters():
         (200, 8)
     )
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    first, second = spherical_kmeans(rows, 5, seed=3), spherical_kmeans(rows, 5, seed=3)
+    (first, _), (second, _) = (spherical_kmeans(rows, 5, seed=3) for _ in range(2))
     assert np.array_equal(first, second)
     assert np.allclose(np.linalg.norm(first, axis=1), 1, atol=1e-5)
     assert (planted @ first.T).max(axis=1).mean() > 0.9
@@ -44,9 +59,11 @@ def test_centroids_are_unit_seeded_and_find_planted_clusters():
 
 def test_labels_are_the_nearest_centroids_in_order():
     rows, centroids = unit(30), unit(12, seed=5)
-    labels = nearest_centroids(rows, centroids, 4)
+    labels, how = nearest_centroids(rows, centroids, 4)
+    assert how == {"search": "exact", "recall": 1.0}
     assert np.array_equal(labels, np.argsort(-(rows @ centroids.T), axis=1)[:, :4])
-    assert nearest_centroids(rows, centroids, 40).shape == (30, 12)
+    wide, _ = nearest_centroids(rows, centroids, 40)
+    assert wide.shape == (30, 40) and (wide[:, 12:] == -1).all() and (wide[:, :12] >= 0).all()
 
 
 @pytest.mark.parametrize(
@@ -54,11 +71,194 @@ def test_labels_are_the_nearest_centroids_in_order():
     [
         (unit(5), 6, "must be 1 to 5"),
         (unit(5) * np.float32("nan"), 2, "not finite, the first is of sample 0"),
+        (unit(5) * np.float32("inf"), 2, "not finite, the first is of sample 0"),
+        (np.repeat(unit(3), 4, axis=0), 4, "only 3 of 12 features differ"),
     ],
 )
 def test_impossible_clusterings_are_refused(rows, count, message):
     with pytest.raises(DataPipelineError, match=message):
         spherical_kmeans(rows, count)
+
+
+def blobs(groups: int, each: int, dim: int = 16) -> np.ndarray:
+    """Unit rows around planted centres."""
+    rng = np.random.default_rng(2)
+    rows = np.repeat(unit(groups, dim, seed=1), each, axis=0)
+    return normalise(rows + 0.02 * rng.standard_normal(rows.shape))
+
+
+def test_two_levels_give_the_number_asked_and_a_share_to_every_cell():
+    rows = blobs(40, 50)
+    one, _ = spherical_kmeans(rows, 100, seed=0)
+    two, report = spherical_kmeans(rows, 100, seed=0, single=50)
+    assert two.shape == one.shape and report.levels == 2 and report.cells == 10
+    assert np.allclose(np.linalg.norm(two, axis=1), 1, atol=1e-5)
+    assert report.smallest_cluster > 0
+    fits = [(rows @ centroids.T).max(axis=1).mean() for centroids in (one, two)]
+    assert fits[1] > fits[0] - 0.01
+    again, _ = spherical_kmeans(rows, 100, seed=0, single=50)
+    assert np.array_equal(two, again)
+
+
+def test_two_levels_go_on_from_given_centroids():
+    rows = blobs(40, 50)
+    first, _ = spherical_kmeans(rows, 100, seed=0, single=50, num_iterations=2)
+    more, _ = spherical_kmeans(rows, 100, seed=0, single=50, num_iterations=5, initial=first)
+    assert more.shape == first.shape
+    assert (rows @ more.T).max(axis=1).mean() >= (rows @ first.T).max(axis=1).mean() - 1e-4
+
+
+@given(
+    sizes=st.lists(st.integers(0, 50), min_size=1, max_size=30).filter(lambda s: sum(s) > 0),
+    share=st.floats(0.02, 1.0),
+)
+def test_shares_of_cells_add_up_and_fit(sizes, share):
+    sizes = np.array(sizes)
+    total = max(1, int(share * sizes.sum()))
+    shares = allot(total, sizes)
+    assert shares.sum() == total and (shares <= sizes).all() and (shares >= 0).all()
+    if total >= (sizes > 0).sum():
+        assert ((shares > 0) == (sizes > 0)).all()
+
+
+def test_empty_and_repeated_centroids_are_moved_and_reported():
+    rows = blobs(6, 30)
+    lost = np.stack([rows[0], rows[0], rows[40], rows[70], -rows[90], -rows[100]])
+    centroids, report = spherical_kmeans(rows, 6, num_iterations=0, initial=lost)
+    counts = np.bincount((rows @ centroids.T).argmax(axis=1), minlength=6)
+    assert counts.min() > 0 and len(np.unique(centroids.round(5), axis=0)) == 6
+    assert report.repaired_duplicate >= 1 and report.repaired_empty >= 1
+    assert report.smallest_cluster == counts.min() and report.largest_cluster == counts.max()
+
+
+def test_initial_centroids_of_another_shape_are_refused():
+    with pytest.raises(DataPipelineError, match=r"shape \(4, 8\), these features need \(5, 8\)"):
+        spherical_kmeans(unit(30), 5, initial=unit(4))
+
+
+def test_near_duplicates_are_joined_along_chains_and_the_lowest_id_stands_for_them():
+    angles = np.array([0.0, 2.0, 0.02, 0.04, 2.01, 4.0])  # 0, 2 and 3 are a chain
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    assert representatives(rows, float(np.cos(0.025))).tolist() == [0, 1, 0, 0, 1, 5]
+    assert representatives(rows, 1.0).tolist() == list(range(6))
+    copies = np.repeat(rows, 50, axis=0)
+    assert (representatives(copies, 0.999999) == np.repeat(np.arange(6) * 50, 50)).all()
+    with pytest.raises(ValueError, match="--near-duplicates 1.5"):
+        representatives(rows, 1.5)
+
+
+def test_near_duplicates_of_large_sets_are_found_inside_cells():
+    rows = blobs(20, 1, dim=8)
+    copies = np.repeat(rows, 30, axis=0)
+    found = representatives(copies, 0.99999, exact=100)
+    assert (found == np.repeat(np.arange(20) * 30, 30)).all()
+
+
+def test_approximate_search_reaches_the_recall_it_reports(monkeypatch):
+    monkeypatch.setattr(labels_module, "EXACT", 100)
+    rows, centroids = blobs(300, 10), unit(2000, 16, seed=3)
+    found, how = nearest_centroids(rows, centroids, 10)
+    truth = labels_module.search(rows, centroids, 10)
+    assert how["search"] != "exact" and how["recall"] >= 0.99
+    assert labels_module.recall_of(found, truth) >= 0.985
+
+
+def test_a_killed_clustering_goes_on_from_its_last_block(packed, tmp_path, monkeypatch):
+    from data_pipeline.clustering import kmeans as module
+    from data_pipeline.clustering.pipeline import ClusterConfig, cluster
+
+    manifest, config = load_manifest(packed / "train"), ClusterConfig(8, num_iterations=15)
+    want = cluster(manifest, config, tmp_path / "straight")
+    original, calls = module.write_array, []
+
+    def write_twice(path, array):
+        calls.append(path.name)
+        if len(calls) == 3:  # the first two blocks are there
+            raise KeyboardInterrupt
+        original(path, array)
+
+    monkeypatch.setattr(module, "write_array", write_twice)
+    with pytest.raises(KeyboardInterrupt):
+        cluster(manifest, config, tmp_path / "killed")
+    monkeypatch.undo()
+    said = []
+    got = cluster(manifest, config, tmp_path / "killed", report=said.append)
+    assert any("going on after 10 iterations" in line for line in said)
+    assert np.array_equal(got, want)
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [
+        "centroids.npy",
+        "clusters.json",
+        "features",
+    ]
+    other = ClusterConfig(7, num_iterations=15, near_duplicates=0.999, init=None)
+    assert len(cluster(manifest, other, tmp_path / "killed")) == 7
+    warm = ClusterConfig(8, num_iterations=5, init=tmp_path / "straight")
+    assert cluster(manifest, warm, tmp_path / "warm").shape == want.shape
+
+
+def test_features_are_done_shard_by_shard_and_by_many(packed, tmp_path):
+    manifest, config, said = load_manifest(packed / "train"), FeatureConfig(), []
+    assert not extract(manifest, config, tmp_path, 0, 2, said.append)
+    assert said == ["1 shards are still to be done by other tasks, video-000001 first"]
+    with pytest.raises(MissingData, match="video-000001 is not done"):
+        load_features(manifest, tmp_path)
+    kept = (tmp_path / "video-000000.npy").stat().st_mtime_ns
+    assert extract(manifest, config, tmp_path, 1, 2)
+    assert extract(manifest, config, tmp_path)
+    assert (tmp_path / "video-000000.npy").stat().st_mtime_ns == kept
+    rows, found = load_features(manifest, tmp_path)
+    assert found == config and np.array_equal(rows, descriptor_rows(manifest, range(24)))
+    with pytest.raises(DataPipelineError, match="features of other samples, settings"):
+        extract(load_manifest(packed / "val"), config, tmp_path)
+    with pytest.raises(DataPipelineError, match="another set"):
+        load_features(load_manifest(packed / "val"), tmp_path)
+    np.save(tmp_path / "video-000002.npy", rows[20:] + 1)
+    with pytest.raises(CorruptShard, match="video-000002.npy changed"):
+        load_features(manifest, tmp_path)
+    with pytest.raises(ValueError, match="--task-id 2 must be 0 to 1"):
+        extract(manifest, config, tmp_path, 2, 2)
+
+
+def test_a_frozen_image_encoder_gives_frame_vectors_as_mean_or_side_by_side(packed, tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    settings = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**settings, image_size=28, patch_size=14)).save_pretrained(
+        tmp_path / "dino"
+    )
+    manifest, encoder = load_manifest(packed / "val"), f"dinov2:{tmp_path / 'dino'}"
+    both = {}
+    for concat in (False, True):
+        config = FeatureConfig(encoder, num_frames=3, concat=concat, keep_dims=8)
+        assert extract(manifest, config, tmp_path / str(concat))
+        both[concat], _ = load_features(manifest, tmp_path / str(concat))
+    assert both[True].shape == (8, 24) and both[False].shape == (8, 8)
+    frames = both[True].reshape(8, 3, 8)
+    assert np.allclose(np.linalg.norm(frames, axis=2), 1, atol=1e-5)
+    assert np.allclose(frames.mean(axis=1), both[False], atol=1e-6)
+    with pytest.raises(MissingData, match="no .safetensors"):
+        extract(manifest, FeatureConfig("dinov2:nowhere"), tmp_path / "none")
+
+
+def test_principal_components_keep_what_varies_and_label_in_the_same_space(packed, tmp_path):
+    from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
+    from data_pipeline.clustering.projection import fit_projection
+
+    rng = np.random.default_rng(0)
+    raw = (rng.standard_normal((200, 3)) * [9, 4, 1]) @ np.linalg.qr(rng.normal(size=(5, 3)))[0].T
+    projection = fit_projection(raw.astype(np.float32), centred=False, dims=2)
+    parts = (raw - raw.mean(axis=0)) @ projection.components.T
+    assert np.allclose(projection.components @ projection.components.T, np.eye(2), atol=1e-5)
+    assert 60 < parts[:, 0].var() < 110 and 10 < parts[:, 1].var() < 25
+    with pytest.raises(DataPipelineError, match="--pca 9: 200 vectors of width 5"):
+        fit_projection(raw, False, 9)
+
+    manifest = load_manifest(packed / "train")
+    centroids = cluster(manifest, ClusterConfig(6, pca=10), tmp_path / "c")
+    assert centroids.shape == (6, 10)
+    labels = label(manifest, tmp_path / "c", 3, tmp_path / "l")
+    again = label(manifest, tmp_path / "c", 3, tmp_path / "m", tmp_path / "fresh")
+    assert np.array_equal(labels, again) and (tmp_path / "fresh" / "features.json").is_file()
 
 
 def test_changed_centroids_are_refused(tmp_path):
