@@ -7,6 +7,7 @@
     features DIR --output DIR2              one vector per sample
     cluster DIR --num-centroids K --output DIR2      features -> centroids
     label DIR --centroids DIR2              nearest centroids of every sample -> DIR/labels.npy
+    browse DIR --output FILE.png            what clusters hold
 
 Commands import what they need when they run, so `--help` is instant.
 """
@@ -156,6 +157,13 @@ def _add_labelling(command) -> None:
     sub.add_argument("--num-labels", type=int, default=10, help="labels per sample")
     sub.add_argument("--output", type=Path, help="folder of labels.npy (the packed folder)")
     sub.add_argument("--features", type=Path, help="folder of vectors (cluster's own, if it fits)")
+
+    sub = command("browse", "draw the largest, smallest and some other clusters", _browse)
+    sub.add_argument("directory", type=Path)
+    sub.add_argument("--output", type=Path, required=True, help="FILE.png")
+    sub.add_argument("--labels", type=Path, help="folder of labels.npy (the packed folder)")
+    sub.add_argument("--truth", type=Path, help="list of `relative path,label`: gives purities")
+    sub.add_argument("--count", type=int, default=4, help="clusters of each group")
 
 
 def _add_feature_options(sub) -> None:
@@ -307,6 +315,24 @@ def _label(args) -> None:
     output, manifest = args.output or args.directory, load_manifest(args.directory)
     labels = label(manifest, args.centroids, args.num_labels, output, args.features, print)
     print(f"{labels.shape[1]} labels for {len(labels)} samples in {output / 'labels.npy'}")
+
+
+def _browse(args) -> None:
+    from .clustering.browse import overall_purity, read_truth, save_page, summarise
+    from .clustering.labels import load_labels
+    from .shards.manifest import load_manifest
+
+    manifest = load_manifest(args.directory)
+    labels, num_classes = load_labels(args.labels or args.directory, manifest)
+    truth = None if args.truth is None else read_truth(manifest, args.truth)
+    summaries = summarise(labels, num_classes, truth)
+    save_page(manifest, summaries, args.output, args.count)
+    sizes = [len(summary.members) for summary in summaries]
+    purity = overall_purity(summaries)
+    known = "" if purity is None else f", purity {purity:.1%}"
+    empty = sizes.count(0)
+    print(f"{num_classes} clusters of {sizes[-1]} to {sizes[0]} samples, {empty} empty{known}")
+    print(args.output)
 
 
 def main(argv: list[str] | None = None) -> None:

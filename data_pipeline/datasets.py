@@ -84,6 +84,26 @@ def embedded_spec(directory: Path) -> DatasetSpec:
     return DatasetSpec(EMBEDDED, directory / "train", directory / "train")
 
 
+def recluster(dataset: Dataset, encoder: Path, output: Path, report=print) -> Dataset:
+    """The same shards with labels by another encoder: features, as many centroids and as wide
+    labels as before, in `output`. What is there already and made by these weights is kept.
+    """
+    from .clustering.features import FeatureConfig
+    from .clustering.kmeans import load_centroids
+    from .clustering.labels import RECORD_NAME, load_labels
+    from .clustering.pipeline import ClusterConfig, cluster, label
+
+    config = ClusterConfig(dataset.num_classes, FeatureConfig(str(encoder)))
+    manifest, width = dataset.manifest, dataset.labels.shape[1]
+    weights = config.features.weights_sha256()
+    done = (output / RECORD_NAME).is_file()
+    if not done or load_centroids(output)[1]["weights_sha256"] != weights:
+        cluster(manifest, config, output, report=report)
+        label(manifest, output, width, output)
+    labels, num_classes = load_labels(output, manifest)
+    return Dataset(dataset.name, manifest, labels, num_classes)
+
+
 def prepare_embedded(
     directory: Path, num_train: int = 1200, num_val: int = 240, report=print
 ) -> DatasetSpec:

@@ -68,6 +68,7 @@ class TrainConfig:
     embedded_clips: tuple[int, int] = (1200, 240)
     synthetic_data: bool = False
     resume: str = "auto"
+    rounds: int = 1  # of training, with a new clustering by the trained encoder between two
     pack_tokens: int = 0  # of one pack of all heads that have a token_share
     allow_missing_shards: bool = False
     prefetch_bytes: int = 1 << 30  # of the batches that wait for the trainer
@@ -87,7 +88,8 @@ class TrainConfig:
                 f"token_share {shares} of pack_tokens {self.pack_tokens}: they may not exceed "
                 "1 together, and pack_tokens must be set for them"
             )
-        for name in ("grad_accum_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
+        counts = ("grad_accum_steps", "log_every", "checkpoint_every", "checkpoints_kept")
+        for name in (*counts, "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
 

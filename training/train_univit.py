@@ -40,7 +40,8 @@ def _run(args, config, ranks) -> int:
 
     from .checkpointer import BadCheckpoint
     from .log import setup_logging
-    from .trainer import ConfigMismatch, NonFiniteLoss, Trainer
+    from .rounds import train_rounds
+    from .trainer import ConfigMismatch, NonFiniteLoss
 
     logger = setup_logging(ranks.rank)
     output = Path(config.output)
@@ -49,7 +50,7 @@ def _run(args, config, ranks) -> int:
         if ranks.is_main:
             warn_idle(args, logger)
             _write_run_record(output, config)
-        Trainer(config, _load_datasets(args, config, ranks, logger), ranks, logger).train()
+        train_rounds(config, _load_datasets(args, config, ranks, logger), ranks, logger)
     except (NonFiniteLoss, ValueError) as error:
         named = {BudgetExceeded: 4, NonFiniteLoss: 5, BadCheckpoint: 6, ConfigMismatch: 7}
         named |= {DataTimeout: 8}

@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -259,6 +260,36 @@ def test_principal_components_keep_what_varies_and_label_in_the_same_space(packe
     labels = label(manifest, tmp_path / "c", 3, tmp_path / "l")
     again = label(manifest, tmp_path / "c", 3, tmp_path / "m", tmp_path / "fresh")
     assert np.array_equal(labels, again) and (tmp_path / "fresh" / "features.json").is_file()
+
+
+def test_clusters_can_be_looked_at_with_sizes_and_purity(packed, tmp_path):
+    from PIL import Image
+
+    from data_pipeline.clustering.browse import overall_purity, summarise
+
+    labels, truth = np.array([[2], [2], [2], [0], [0], [2]]), np.array([5, 5, 7, 1, -1, 5])
+    summaries = summarise(labels, 4, truth)
+    assert [s.cluster for s in summaries] == [2, 0, 1, 3]
+    assert summaries[0].members.tolist() == [0, 1, 2, 5] and summaries[0].purity == 0.75
+    assert summaries[1].purity == 1.0 and summaries[2].purity is None
+    assert overall_purity(summaries) == (4 * 0.75 + 2 * 1.0) / 6
+    assert overall_purity(summarise(labels, 4)) is None
+
+    page, truth = tmp_path / "page.png", packed / "train.csv"
+    done = run(
+        *("-m", "data_pipeline", "browse", packed / "train", "--output", page, "--truth", truth)
+    )
+    assert "8 clusters of" in done.stdout and "purity" in done.stdout
+    with Image.open(page) as picture:
+        assert picture.width == 8 * 116 and picture.height % 134 == 0
+    stranger = tmp_path / "other.csv"
+    stranger.write_text("clips/nobody.mp4,3\n")
+    done = run(
+        *("-m", "data_pipeline", "browse", packed / "train", "--output", page),
+        *("--truth", stranger),
+        check=False,
+    )
+    assert done.returncode == 1 and "names none of the samples" in done.stderr
 
 
 def test_changed_centroids_are_refused(tmp_path):

@@ -298,6 +298,49 @@ def test_storage_that_stops_answering_ends_the_run_with_the_file(packed, tmp_pat
     assert "video-00000" in outcome["message"]
 
 
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_rounds_cluster_again_with_the_trained_encoder_and_start_from_it(packed, tmp_path):
+    import numpy as np
+
+    from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
+
+    torchrun(2, *command(packed, tmp_path, "--rounds", 2, steps=6))
+    (report,) = json.loads((tmp_path / "rounds.json").read_text())
+    head = report["motion_shapes-train"]
+    assert report["after_round"] == 1 and head["classes"] == 8
+    assert 0 <= head["nmi_with_labels_before"] <= 1
+    clusters = tmp_path / "round_1" / "clusters" / "motion_shapes-train"
+    centroids = np.load(clusters / "centroids.npy")
+    state = tmp_path / "round_2" / "checkpoints" / "step_00000005" / "state.json"
+    fingerprint = json.loads(state.read_text())["fingerprint"]
+    assert fingerprint["heads.0.init_from"] == str(clusters / "centroids.npy")
+    assert centroids.shape == (8, 128) and (clusters / "labels.npy").is_file()
+    encoders = [
+        LlavaViTPackingModel.from_pretrained(folder / "hf").state_dict()
+        for folder in (tmp_path, tmp_path / "round_2", tmp_path / "round_1")
+    ]
+    assert all(torch.equal(encoders[0][name], encoders[1][name]) for name in encoders[0])
+    assert any(not torch.equal(encoders[0][name], encoders[2][name]) for name in encoders[0])
+    before = (clusters / "centroids.npy").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "round_2" / "checkpoints")
+    torchrun(2, *command(packed, tmp_path, "--rounds", 2, steps=6))
+    assert (clusters / "centroids.npy").stat().st_mtime_ns == before, "clustered once"
+    again = LlavaViTPackingModel.from_pretrained(tmp_path / "hf").state_dict()
+    assert all(torch.equal(encoders[0][name], again[name]) for name in again)
+
+
+def test_mutual_information_of_partitions():
+    import numpy as np
+
+    from training.rounds import normalised_mutual_information
+
+    left = np.array([0, 0, 1, 1, 2, 2])
+    assert normalised_mutual_information(left, left + 5) == 1.0
+    assert normalised_mutual_information(left, np.zeros(6, int)) == 0.0
+    assert 0.5 < normalised_mutual_information(left, np.array([0, 0, 1, 1, 1, 1])) < 0.9
+
+
 def mixture(packed: Path, mixed: Path, output: Path, world: int, *extra):
     """A head of clips counted in samples, and one of clips and pictures counted in packs."""
     settings = (

@@ -1,0 +1,138 @@
+"""A picture of what clusters hold: the largest, the smallest and some others, with sample frames.
+
+A cluster's members are the samples whose nearest centroid it is. Where true labels are known, a
+cluster's purity is the share of its most frequent one. Cost: one member read per picture shown.
+"""
+
+import csv
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataPipelineError
+from ..loading.shard_reader import ShardReader
+from ..shards.manifest import Manifest
+from ..shards.schema import SampleInfo, decode_jpeg, frames_from_strip
+
+SHOWN = 8  # samples of a cluster
+SIDE, GAP, CAPTION = 112, 4, 18
+
+
+@dataclass(frozen=True)
+class ClusterSummary:
+    """One cluster: its number, members in the order of sample ids, and purity if truth is known."""
+
+    cluster: int
+    members: np.ndarray
+    purity: float | None
+
+    def caption(self, group: str) -> str:
+        """One line for the picture."""
+        purity = "" if self.purity is None else f", purity {self.purity:.0%}"
+        return f"{group}: cluster {self.cluster}, {len(self.members)} samples{purity}"
+
+
+def summarise(labels: np.ndarray, num_classes: int, truth: np.ndarray | None = None):
+    """ClusterSummary of every cluster, largest first. labels int32 [N, L], nearest first; truth
+    int [N], -1 unknown.
+    """
+    nearest = labels[:, 0]
+    order = np.argsort(nearest, kind="stable")
+    bounds = np.searchsorted(nearest[order], np.arange(num_classes + 1))
+    summaries = []
+    for cluster in range(num_classes):
+        members = order[bounds[cluster] : bounds[cluster + 1]]
+        known = [] if truth is None else truth[members][truth[members] >= 0].tolist()
+        purity = Counter(known).most_common(1)[0][1] / len(known) if known else None
+        summaries.append(ClusterSummary(cluster, members, purity))
+    return sorted(summaries, key=lambda summary: (-len(summary.members), summary.cluster))
+
+
+def overall_purity(summaries: list[ClusterSummary]) -> float | None:
+    """Purity over all samples of clusters that have one; None when truth is unknown."""
+    known = [s for s in summaries if s.purity is not None]
+    total = sum(len(s.members) for s in known)
+    return sum(s.purity * len(s.members) for s in known) / total if total else None
+
+
+def read_truth(manifest: Manifest, path: Path) -> np.ndarray:
+    """True labels int64 [N] from a list of `relative path,label`; -1 where it names no label.
+
+    DataPipelineError when it names none of the samples.
+    """
+    with open(path, newline="") as lines:
+        named = {row[0]: row[1] for row in csv.reader(lines) if len(row) == 2}
+    numbers = {label: number for number, label in enumerate(sorted(set(named.values())))}
+    found = [numbers.get(named.get(source, ""), -1) for source in manifest.sources()]
+    if max(found, default=-1) < 0:
+        raise DataPipelineError(
+            f"{path} names none of the samples of {manifest.directory}, e.g. "
+            f"{manifest.sources()[0]!r}: write lines of `relative path,label`"
+        )
+    return np.array(found)
+
+
+def save_page(
+    manifest: Manifest,
+    summaries: list[ClusterSummary],
+    output: Path,
+    count: int = 4,
+    seed: int = 0,
+) -> None:
+    """Write a PNG with a row of sample frames for the `count` largest, smallest (not empty) and
+    random clusters."""
+    from PIL import Image
+
+    filled = [summary for summary in summaries if len(summary.members)]
+    rng = np.random.default_rng(seed)
+    middle = rng.permutation(len(filled))[:count]
+    groups = {
+        "largest": filled[:count],
+        "smallest": filled[-count:][::-1],
+        "random": [filled[i] for i in sorted(middle)],
+    }
+    rows = []
+    with ShardReader(manifest) as reader:
+        for group, chosen in groups.items():
+            for summary in chosen:
+                pictures = [_picture(reader, manifest, int(i)) for i in _some(summary)]
+                rows.append(_row(summary.caption(group), pictures))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(output, "PNG")
+
+
+def _some(summary: ClusterSummary) -> np.ndarray:
+    """Up to SHOWN members, evenly spread."""
+    places = np.linspace(0, len(summary.members) - 1, min(SHOWN, len(summary.members)))
+    return summary.members[np.unique(places.astype(int))]
+
+
+def _picture(reader: ShardReader, manifest: Manifest, sample_id: int) -> np.ndarray:
+    """The middle frame of a clip, or a picture, fitted into a square of SIDE pixels."""
+    from PIL import Image
+
+    _, sample = manifest.locate(sample_id)
+    if sample["kind"] == "image":
+        picture = decode_jpeg(reader.read(sample_id, "jpg"))
+    else:
+        info = SampleInfo.from_bytes(reader.read(sample_id, "json"), sample["key"])
+        frames = frames_from_strip(decode_jpeg(reader.read(sample_id, "frames.jpg")), info.height)
+        picture = frames[len(frames) // 2]
+    small = Image.fromarray(picture)
+    small.thumbnail((SIDE, SIDE))
+    square = Image.new("RGB", (SIDE, SIDE), "white")
+    square.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
+    return np.asarray(square)
+
+
+def _row(caption: str, pictures: list[np.ndarray]) -> np.ndarray:
+    from PIL import Image, ImageDraw
+
+    width = SHOWN * (SIDE + GAP)
+    row = Image.new("RGB", (width, CAPTION + SIDE + GAP), "white")
+    ImageDraw.Draw(row).text((GAP, 3), caption, fill="black")
+    for place, picture in enumerate(pictures):
+        row.paste(Image.fromarray(picture), (place * (SIDE + GAP), CAPTION))
+    return np.asarray(row)

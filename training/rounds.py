@@ -1,0 +1,108 @@
+"""Rounds of training and clustering: the trained encoder makes better classes for the next round.
+
+    round 1   the labels of the dataset                       OUTPUT/round_1/
+    round n   features by the encoder of round n - 1, clustered into as many classes, nearest
+              labels; the encoder starts from its weights, the centres from the new centroids
+
+Each round is a run of its own with checkpoints and exports, and a killed one goes on where it was;
+the last one's exports are also left in OUTPUT. `rounds.json` says what each clustering changed.
+Cost of a clustering: one forward pass over the dataset on rank 0, while other ranks wait.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from data_pipeline.datasets import Dataset, recluster
+from data_pipeline.shards.writer import write_atomically
+
+from .config import TrainConfig
+from .distributed import Ranks
+from .trainer import Trainer
+
+REPORT_NAME = "rounds.json"
+
+
+def train_rounds(
+    config: TrainConfig, datasets: dict[str, Dataset | None], ranks: Ranks, logger: logging.Logger
+) -> None:
+    """Train `config.rounds` rounds; one round is a plain run in OUTPUT."""
+    if config.rounds == 1:
+        Trainer(config, datasets, ranks, logger).train()
+        return
+    if None in datasets.values():
+        raise ValueError("--rounds clusters real data again; synthetic patches have none")
+    output, report = Path(config.output), []
+    for number in range(1, config.rounds + 1):
+        folder = output / f"round_{number}"
+        started = _round_config(config, number, folder)
+        logger.info("round %d of %d, in %s", number, config.rounds, folder)
+        if ranks.is_main:
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(started.to_json())
+            shutil.copyfile(output / "run.json", folder / "run.json")
+        Trainer(started, datasets, ranks, logger).train()
+        dist.barrier()
+        if number < config.rounds:
+            datasets, changes = _cluster_again(datasets, folder, ranks, logger)
+            report.append({"after_round": number, **changes})
+    if ranks.is_main:
+        write_atomically(output / REPORT_NAME, json.dumps(report, indent=1).encode())
+        for name in ("backbone.pt", "backbone.json"):
+            shutil.copyfile(folder / name, output / name)
+        shutil.copytree(folder / "hf", output / "hf", dirs_exist_ok=True)
+    dist.barrier()
+
+
+def _round_config(config: TrainConfig, number: int, folder: Path) -> TrainConfig:
+    changes: dict = {"output": str(folder), "rounds": 1}
+    if number > 1:
+        before = folder.with_name(f"round_{number - 1}")
+        changes["model"] = dataclasses.replace(config.model, init_from=str(before / "hf"))
+        changes["heads"] = tuple(
+            dataclasses.replace(head, init_from=str(_clusters(before, head.name) / "centroids.npy"))
+            for head in config.heads
+        )
+    return dataclasses.replace(config, **changes)
+
+
+def _clusters(folder: Path, head: str) -> Path:
+    return folder / "clusters" / head
+
+
+def _cluster_again(datasets, folder: Path, ranks: Ranks, logger) -> tuple[dict, dict]:
+    """New labels of every head by the encoder in FOLDER/hf, and what changed."""
+    if ranks.is_main:
+        for name, dataset in datasets.items():
+            recluster(dataset, folder / "hf", _clusters(folder, name), logger.info)
+    dist.barrier()
+    again = {
+        name: recluster(dataset, folder / "hf", _clusters(folder, name), logger.info)
+        for name, dataset in datasets.items()
+    }
+    changes = {}
+    for name, dataset in datasets.items():
+        shared = normalised_mutual_information(dataset.labels[:, 0], again[name].labels[:, 0])
+        changes[name] = {"classes": again[name].num_classes, "nmi_with_labels_before": shared}
+        logger.info("head %s: new clusters share %.3f NMI with the old ones", name, shared)
+    return again, changes
+
+
+def normalised_mutual_information(left: np.ndarray, right: np.ndarray) -> float:
+    """Mutual information of two partitions over the mean of their entropies, 0 to 1."""
+    _, a = np.unique(left, return_inverse=True)
+    _, b = np.unique(right, return_inverse=True)
+    joint = np.bincount(a * (b.max() + 1) + b).astype(np.float64) / len(a)
+    entropies = [_entropy(np.bincount(side) / len(a)) for side in (a, b)]
+    mutual = sum(entropies) - _entropy(joint)
+    return round(float(2 * mutual / max(sum(entropies), 1e-12)), 4)
+
+
+def _entropy(shares: np.ndarray) -> float:
+    shares = shares[shares > 0]
+    return float(-(shares * np.log(shares)).sum())
