@@ -1,0 +1,41 @@
+"""The picture of clusters: both objectives are drawn over steps, and centres gather their samples."""
+
+import numpy as np
+from conftest import run
+from PIL import Image
+
+from eval_encoder.visualize_clusters import picture, separation, train
+
+
+def planted() -> tuple[np.ndarray, np.ndarray]:
+    """120 unit rows around 6 directions that overlap."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(6), 20)
+    rows = rng.standard_normal((6, 12))[groups] + 0.8 * rng.standard_normal((120, 12))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), groups
+
+
+def test_centres_gather_their_samples_and_drawings_are_seeded():
+    rows, groups = planted()
+    snapshots = train(rows, groups, "clusters", steps=200, every=100, seed=0)
+    assert [snapshot.step for snapshot in snapshots] == [0, 100, 200]
+    first, last = (separation(snapshots[i].embeddings, groups) for i in (0, -1))
+    assert last > first + 0.4
+    assert np.allclose(np.linalg.norm(snapshots[-1].centers, axis=1), 1, atol=1e-5)
+    again = train(rows, groups, "clusters", steps=200, every=100, seed=0)
+    assert np.array_equal(again[-1].embeddings, snapshots[-1].embeddings)
+    contrast = train(rows, groups, "contrastive", steps=200, every=100, seed=0)
+    assert contrast[-1].centers is None
+    assert picture(contrast[-1], snapshots[-1], groups).size == (756, 412)
+
+
+def test_the_command_writes_a_gif_and_its_last_picture(packed, tmp_path):
+    run("-m", "data_pipeline", "features", packed / "train", "--output", tmp_path / "features")
+    command = ("eval_encoder/visualize_clusters.py", "--features", tmp_path / "features")
+    flags = ("--shards", packed / "train", "--truth", packed / "train.csv", "--steps", 40)
+    done = run(*command, *flags, "--output", tmp_path / "clusters.gif")
+    assert "global centres: same minus other groups" in done.stdout
+    with Image.open(tmp_path / "clusters.gif") as gif, Image.open(tmp_path / "clusters.png") as png:
+        assert gif.n_frames == 3 and gif.size == png.size == (756, 412)
+    done = run(*command, "--shards", packed / "val", "--output", tmp_path / "x.gif", check=False)
+    assert done.returncode == 1 and "another set" in done.stderr
