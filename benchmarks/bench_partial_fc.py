@@ -18,6 +18,7 @@ import multiprocessing
 import statistics
 import threading
 import time
+from queue import Empty
 
 import psutil
 import torch
@@ -129,7 +130,13 @@ def in_a_process(function, *args):
     queue = context.Queue()
     process = context.Process(target=function, args=(*args, queue))
     process.start()
-    result = queue.get(timeout=600)
+    while True:
+        try:
+            result = queue.get(timeout=1)
+            break
+        except Empty:
+            if not process.is_alive():
+                raise RuntimeError(f"a measurement ended with {process.exitcode}: {args}") from None
     process.join()
     return result
 

@@ -22,7 +22,16 @@ PUBLIC_TRAINER_FLAGS = """
 --mask
 --repeat_pfc --save_pfc --visualize --vis_samples --vis_interval --finetune_backbone
 """.split()
-OWN_TRAINER_FLAGS = ["--preset", "--resume", "--seed", "--set", "--print_config", "--help", "-h"]
+OWN_TRAINER_FLAGS = [
+    "--preset",
+    "--resume",
+    "--rounds",
+    "--seed",
+    "--set",
+    "--print_config",
+    "--help",
+    "-h",
+]
 
 
 def documented_commands() -> list[str]:

@@ -1,4 +1,4 @@
-"""The picture of clusters: both objectives are drawn over steps, and centres gather their samples."""
+"""The picture of clusters: both objectives are drawn, and centres gather their samples."""
 
 import numpy as np
 from conftest import run
