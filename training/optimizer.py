@@ -6,6 +6,7 @@ correction is exact: each row is trained by an AdamW of its own that runs when t
 The cost of a step follows the sampled rows. Dense gradients take torch's AdamW.
 """
 
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -75,15 +76,23 @@ class RowAdamW(torch.optim.AdamW):
             state["exp_avg_sq"][index] = square
 
     def _state_of(self, parameter: torch.Tensor, lazy: bool) -> dict:
-        """State of a parameter; as AdamW starts it where it took no step yet. Untouched pages of
-        zeros take no memory."""
+        """State of a parameter; as AdamW starts it where it took no step yet."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(len(parameter) if lazy else ())
             state["step"] = state["step"].to(parameter.device if lazy else "cpu")
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = _zeros_like(parameter) if lazy else torch.zeros_like(parameter)
         return state
+
+
+def _zeros_like(parameter: torch.Tensor) -> torch.Tensor:
+    """Zeros that take memory on a CPU only where they are written to: fresh pages of the system,
+    small ones, where torch would write all of them and numpy ask for pages of 2 MB."""
+    if parameter.is_cuda or not parameter.numel():
+        return torch.zeros_like(parameter)
+    pages = mmap.mmap(-1, parameter.numel() * parameter.element_size())
+    return torch.frombuffer(pages, dtype=parameter.dtype).view(parameter.shape)
 
 
 def ensure_moments(optimizer: RowAdamW) -> None:
