@@ -19,6 +19,7 @@ from ..shards.writer import file_sha256, write_array, write_atomically
 EXACT = 1 << 17  # centroids up to which every one is compared
 RECALL = 0.99
 JUDGED = 1000  # samples that judge an approximate search
+WORTHWHILE = 4  # a search in more than a fourth of the cells is left to the exact one
 PIECE = 1 << 14  # queries at a time
 LABELS_NAME = "labels.npy"
 RECORD_NAME = "labels.json"
@@ -28,8 +29,8 @@ def nearest_centroids(
     features: np.ndarray, centroids: np.ndarray, num_labels: int
 ) -> tuple[np.ndarray, dict]:
     """int32 [N, num_labels]: centroids by falling cosine, -1 where there are fewer; and how they
-    were found: exactly up to EXACT centroids, else in the cells of an inverted file, as many as are
-    needed for a measured recall of RECALL.
+    were found: exactly up to EXACT centroids and where samples lie badly in cells, else in the
+    cells of an inverted file, as many as are needed for a measured recall of RECALL.
     """
     count = min(num_labels, len(centroids))
     if len(centroids) <= EXACT:
@@ -71,8 +72,10 @@ def _search_cells(features, centroids, count) -> tuple[np.ndarray, dict]:
     some = features[np.unique(np.linspace(0, len(features) - 1, JUDGED).astype(np.int64))]
     truth = search(some, centroids, count)
     index.nprobe, recall = 4, 0.0
-    while recall < RECALL and index.nprobe < num_cells:
-        index.nprobe = min(2 * index.nprobe, num_cells)
+    while recall < RECALL:
+        index.nprobe *= 2
+        if index.nprobe * WORTHWHILE > num_cells:  # nothing to gain from cells
+            return search(features, centroids, count), {"search": "exact", "recall": 1.0}
         recall = recall_of(_search_in_pieces(index, some, count), truth)
     how = {"search": f"{index.nprobe} of {num_cells} cells", "recall": round(recall, 4)}
     return _search_in_pieces(index, features, count), how

@@ -157,11 +157,14 @@ def test_near_duplicates_of_large_sets_are_found_inside_cells():
 
 def test_approximate_search_reaches_the_recall_it_reports(monkeypatch):
     monkeypatch.setattr(labels_module, "EXACT", 100)
-    rows, centroids = blobs(300, 10), unit(2000, 16, seed=3)
+    centroids = blobs(200, 10)
+    rows = normalise(np.repeat(centroids, 2, axis=0) + 0.01 * unit(4000, 16, seed=3))
     found, how = nearest_centroids(rows, centroids, 10)
     truth = labels_module.search(rows, centroids, 10)
-    assert how["search"] != "exact" and how["recall"] >= 0.99
+    assert how["search"].endswith("of 44 cells") and how["recall"] >= 0.99
     assert labels_module.recall_of(found, truth) >= 0.985
+    found, how = nearest_centroids(unit(500, 16), unit(2000, 16, seed=5), 10)
+    assert how == {"search": "exact", "recall": 1.0}, "cells do not help without clusters"
 
 
 def test_a_killed_clustering_goes_on_from_its_last_block(packed, tmp_path, monkeypatch):
