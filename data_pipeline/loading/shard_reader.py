@@ -55,7 +55,8 @@ class ShardReader:
 
     def _pread(self, member: Member, sample_id: int) -> bytes:
         for attempt in range(ATTEMPTS):
-            time.sleep(PAUSE_S * attempt)
+            if attempt:  # even a pause of nothing gives the processor away
+                time.sleep(PAUSE_S * attempt)
             try:
                 return os.pread(self._descriptor(member.path), member.size, member.offset)
             except OSError as error:  # a network folder may forget a file for a moment
