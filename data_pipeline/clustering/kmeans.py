@@ -179,12 +179,9 @@ def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.n
         nearest, cosines = search(features, centroids, 1, with_cosines=True)
         counts = np.bincount(nearest[:, 0], minlength=len(centroids))
         neighbours, near = search(centroids, centroids, min(2, len(centroids)), with_cosines=True)
-        twin = np.zeros(len(centroids), bool)
-        if len(centroids) > 1:
-            own = np.arange(len(centroids))
-            other = np.where(neighbours[:, 0] == own, neighbours[:, 1], neighbours[:, 0])
-            same = (near[:, 1] > 1 - SAME) & (other < own)
-            twin = same
+        own = np.arange(len(centroids))
+        other = np.where(neighbours[:, 0] == own, neighbours[:, -1], neighbours[:, 0])
+        twin = (near[:, -1] > 1 - SAME) & (other < own)
         empty = (counts == 0) & ~twin
         broken = np.flatnonzero(empty | twin)
         report.smallest_cluster, report.largest_cluster = int(counts.min()), int(counts.max())

@@ -123,13 +123,15 @@ def _features(manifest: Manifest, config: FeatureConfig, folder: Path, report) -
 
 def _centroids(features, config: ClusterConfig, output: Path, details: dict, report):
     """(centroids, details with what happened); goes on from a block that was saved."""
-    partial = PartialCentroids(output, {**details, "num_centroids": config.num_centroids})
-    initial, done = partial.load()
-    if done:
-        report(f"going on after {done} iterations, from {output / PARTIAL_NAME}")
-    elif config.init is not None:
+    initial = None
+    if config.init is not None:
         initial, record, _ = load_centroids(config.init)
         details = {**details, "started_from_sha256": record["sha256"]}
+    partial = PartialCentroids(output, {**details, "num_centroids": config.num_centroids})
+    saved, done = partial.load()
+    if done:
+        initial = saved
+        report(f"going on after {done} iterations, from {output / PARTIAL_NAME}")
     rest = max(0, config.num_iterations - done)
     centroids, found = spherical_kmeans(
         features, config.num_centroids, config.seed, rest, initial, partial.saver(done)

@@ -71,14 +71,14 @@ class SampleOrder:
         self._present = np.setdiff1d(
             np.arange(len(shard_sizes)), np.array(sorted(absent), np.int64)
         )
-        self._seed, self._shuffle_shards = seed, shuffle_shards
+        self.seed, self._shuffle_shards = seed, shuffle_shards
         self.num_samples = int(np.asarray(shard_sizes)[self._present].sum())
         self._layout = lru_cache(maxsize=2)(self._shuffle)
         self.window = lru_cache(maxsize=4)(self._window)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(shards in their order, int64 [windows + 1] places where windows start)."""
-        shards = counter_rng(self._seed, "shards", epoch).permutation(self._present)
+        shards = counter_rng(self.seed, "shards", epoch).permutation(self._present)
         sizes = np.diff(self._starts)[shards]
         cuts = np.arange(0, len(shards), self._shuffle_shards)
         return shards, np.concatenate([[0], np.add.reduceat(sizes, cuts).cumsum()])
@@ -92,7 +92,7 @@ class SampleOrder:
         first = window * self._shuffle_shards
         shards = self._layout(epoch)[0][first : first + self._shuffle_shards]
         ids = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in shards])
-        return counter_rng(self._seed, "window", epoch, window).permutation(ids)
+        return counter_rng(self.seed, "window", epoch, window).permutation(ids)
 
     def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Sample ids at places start..stop of the epoch."""
@@ -108,29 +108,23 @@ def first_fit(lengths: list[int], budget: int, look_ahead: int = LOOK_AHEAD) -> 
     A pack takes, in order, every waiting item that still fits, until `look_ahead` items have been
     passed over; those come first in the next pack, so none waits for long.
     """
-    packs, waiting, position = [], [], 0
+    packs, waiting, ahead = [], [], iter(range(len(lengths)))
     shortest = min(lengths, default=0)
-    while waiting or position < len(lengths):
-        pack, passed, free = [], [], budget
-        for number, item in enumerate(waiting):
-            if free < shortest or len(passed) >= look_ahead:
-                passed.extend(waiting[number:])
-                break
+    while True:
+        pack, passed, free, earlier = [], [], budget, iter(waiting)
+        for item in itertools.chain(earlier, ahead):
             if lengths[item] <= free:
                 pack.append(item)
                 free -= lengths[item]
             else:
                 passed.append(item)
-        while position < len(lengths) and free >= shortest and len(passed) < look_ahead:
-            if lengths[position] <= free:
-                pack.append(position)
-                free -= lengths[position]
-            else:
-                passed.append(position)
-            position += 1
+            if free < shortest or len(passed) >= look_ahead:
+                break
+        if not pack:
+            assert not passed, "an item is longer than the budget"
+            return packs
         packs.append(pack)
-        waiting = passed
-    return packs
+        waiting = passed + list(earlier)
 
 
 class EpochPlan:
@@ -204,7 +198,7 @@ class EpochPlan:
     def reserve(self, epoch: int, sample_id: int, attempt: int) -> int:
         """The attempt-th sample that stands in for a bad one: any of the epoch, at random."""
         word = torch.tensor([sample_id * RESERVES + attempt])
-        place = int(counter_uniform(word, self.order._seed, "reserve", epoch).item() * 2**24)
+        place = int(counter_uniform(word, self.order.seed, "reserve", epoch).item() * 2**24)
         place = place * self.order.num_samples >> 24
         return int(self.order.ids(epoch, place, place + 1)[0])
 

@@ -70,7 +70,7 @@ class SampleReader:
 
     def read(self, sample_id: int, view: int, config: ViewConfig) -> Request:
         """Encoded picture and metadata of one sample under a view, crc checked.
-        Raises CorruptShard, ShardLost or MissingData.
+        Raises CorruptShard or MissingData.
         """
         encoded = np.frombuffer(self._reader.read(sample_id, MEMBER_OF_VIEW[view]), np.uint8)
         if view == IMAGE:

@@ -19,6 +19,7 @@ sampled classes of this rank.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -118,14 +119,18 @@ class PartialFC(nn.Module):
         with torch.no_grad():
             self.centers.copy_(centers[self.class_start : self.class_end])
 
+    @cached_property
+    def _mesh(self):
+        """All ranks in one row, made once."""
+        return init_device_mesh(self.centers.device.type, (dist.get_world_size(),))
+
     def sharded(self, local: torch.Tensor) -> DTensor:
         """What this rank holds for each of its classes [n, ...] as part of one tensor over all
         global class ids [num_classes, ...]."""
-        mesh = init_device_mesh(local.device.type, (dist.get_world_size(),))
         shape = torch.Size((self.num_classes, *local.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            local, mesh, [Shard(0)], shape=shape, stride=stride, run_check=False
+            local, self._mesh, [Shard(0)], shape=shape, stride=stride, run_check=False
         )
 
     def forward(
