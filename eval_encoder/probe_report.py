@@ -1,4 +1,5 @@
-"""The demo's last word: what was packed, how the loss went, what the probe says, where things are.
+"""The demo's last word: what was packed, how the loss went, what each round of clustering changed,
+what the probe says, where things are.
 
 `python -m eval_encoder.probe_report OUTPUT --shards DIR` prints it and writes OUTPUT/report.md.
 """
@@ -10,6 +11,8 @@ from pathlib import Path
 from .probe_datasets import find_benchmark
 
 BARS = "▁▂▃▄▅▆▇█"
+ROUNDS_NAME = "rounds.json"
+UNTRAINED = "random"
 INPUTS = {"llava_vit_sampling": "whole frames", "llava_vit_codec": "codec patches"}
 
 
@@ -22,16 +25,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shards", type=Path, required=True, help="packed folder that was trained on"
     )
+    parser.add_argument("--truth", type=Path, help="lines of `relative path,label`, for purity")
     parser.add_argument("--seconds", type=int, default=0, help="duration of the demo")
     return parser
 
 
-def compose(output: Path, shards: Path, seconds: int) -> str:
-    """The report as Markdown."""
+def compose(output: Path, shards: Path, truth: Path | None = None, seconds: int = 0) -> str:
+    """The report as Markdown; purity of the clusters only where `truth` names labels."""
     sections = [
         "# Demo report",
         _packed(shards),
-        _losses(output / "train" / "metrics.jsonl"),
+        _rounds(output / "train", shards, truth),
         _probe(output / "probe" / "results.jsonl"),
         _paths(output),
     ]
@@ -58,42 +62,73 @@ def _packed(shards: Path) -> str:
     return "\n".join(["## Data", "", *lines])
 
 
-def _losses(metrics: Path) -> str:
+def _rounds(run: Path, shards: Path, truth: Path | None) -> str:
+    """A row per round of training: its classes, how they differ from those before, its loss."""
+    changes = json.loads((run / ROUNDS_NAME).read_bytes())
+    lines = [
+        "## Training",
+        "",
+        "| round | classes made from | purity | NMI with the classes before | steps | loss |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for number, change in enumerate([None, *changes], 1):
+        folder, source, shared = shards, "codec descriptor", "-"
+        if change:
+            (head,) = (change[name] for name in change if name != "after_round")
+            (folder,) = (run / f"round_{number - 1}" / "clusters").iterdir()
+            source = f"encoder of round {number - 1}"
+            shared = f"{head['nmi_with_labels_before']:.3f}"
+        losses = _losses(run / f"round_{number}" / "metrics.jsonl")
+        lines.append(
+            f"| {number} | {source} | {_purity(shards, folder, truth)} | {shared} | "
+            f"{len(losses)} | {_sparkline(losses)} |"
+        )
+    return "\n".join(lines)
+
+
+def _purity(shards: Path, labels_folder: Path, truth: Path | None) -> str:
+    if truth is None:
+        return "-"
+    from data_pipeline.clustering.browse import overall_purity, read_truth, summarise
+    from data_pipeline.clustering.labels import load_labels
+    from data_pipeline.shards.manifest import load_manifest
+
+    manifest = load_manifest(shards)
+    labels, num_classes = load_labels(labels_folder, manifest)
+    purity = overall_purity(summarise(labels, num_classes, read_truth(manifest, truth)))
+    return f"{100 * purity:.1f} %"
+
+
+def _losses(metrics: Path) -> list[float]:
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [sum(value for key, value in r.items() if key.startswith("loss/")) for r in records]
-    width = min(60, len(losses))
+    return [sum(value for key, value in r.items() if key.startswith("loss/")) for r in records]
+
+
+def _sparkline(losses: list[float]) -> str:
+    width = min(24, len(losses))
     edges = [round(i * len(losses) / width) for i in range(width + 1)]
     means = [sum(losses[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
     low, high = min(means), max(means)
     bars = "".join(BARS[round((m - low) / max(high - low, 1e-9) * (len(BARS) - 1))] for m in means)
-    return "\n".join(
-        [
-            "## Training",
-            "",
-            f"{len(records)} steps; loss {means[0]:.3f} -> {means[-1]:.3f}",
-            "",
-            f"    {bars}",
-        ]
-    )
+    return f"{means[0]:.3f} {bars} {means[-1]:.3f}"
 
 
 def _probe(results: Path) -> str:
     if not results.is_file():
         return ""
     records = [json.loads(line) for line in results.read_text().splitlines()]
-    latest = {(r["family"], r["weight"] == "random"): r for r in records}
+    latest = {(r["family"], Path(r["weight"]).name): r for r in records}
+    weights = sorted({name for _, name in latest} - {UNTRAINED}) + [UNTRAINED]
     chance = 100 / find_benchmark(records[-1]["dataset"]).num_classes
     lines = [
         "## Attentive probe, top-1 on held-out clips",
         "",
-        "| input (equal token budget) | trained | untrained | chance |",
-        "| --- | ---: | ---: | ---: |",
+        f"| input (equal token budget) | {' | '.join(weights)} | chance |",
+        f"| --- |{' ---: |' * (len(weights) + 1)}",
     ]
     for family, name in INPUTS.items():
-        cells = []
-        for untrained in (False, True):
-            record = latest.get((family, untrained))
-            cells.append(f"{record['last_epoch']['top1']:.1f} %" if record else "-")
+        found = [latest.get((family, weight)) for weight in weights]
+        cells = [f"{r['last_epoch']['top1']:.1f} %" if r else "-" for r in found]
         lines.append(f"| {name} | {' | '.join(cells)} | {chance:.1f} % |")
     seeds = sorted({record["seed"] for record in latest.values()})
     lines += ["", f"Last epoch, best of the learning rates tried; probe seed {seeds}."]
@@ -103,7 +138,7 @@ def _probe(results: Path) -> str:
 def _paths(output: Path) -> str:
     places = {
         "contact sheet (frames, motion, kept patches)": output / "contact_sheet.png",
-        "TensorBoard log": output / "train" / "tensorboard",
+        "TensorBoard log": output / "train" / "round_*" / "tensorboard",
         "exported model": output / "export",
         "this report": output / "report.md",
     }
@@ -115,7 +150,7 @@ def _paths(output: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print and write the report."""
     args = build_parser().parse_args(argv)
-    report = compose(args.output, args.shards, args.seconds)
+    report = compose(args.output, args.shards, args.truth, args.seconds)
     (args.output / "report.md").write_text(report)
     print(report)
 

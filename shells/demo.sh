@@ -7,7 +7,7 @@
 #                                        output/demo-NAME for a folder NAME of videos)
 #
 # Run it again and it goes on where it was stopped.
-videos="" output=""
+videos="" truth="" output=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --videos) videos="$(realpath "$2")"; shift 2 ;;
@@ -23,12 +23,15 @@ model=llava_vit_tiny_ln
 ranks=2
 
 step() { printf '\n== %s\n' "$*"; }
-train() { torchrun --nproc_per_node "$ranks" -m training.train_univit --preset demo --output "$output/train" "$@"; }
+train() {
+    torchrun --nproc_per_node "$ranks" -m training.train_univit --preset demo --rounds 2 --output "$output/train" "$@"
+}
 
 if [ -z "$videos" ]; then
-    step "1/4 data and training: clips, shards, clusters, 800 steps on 2 ranks"
-    train
+    step "1/4 data and training: clips, shards, clusters, 400 steps on 2 ranks, clusters of the encoder's own, 400 steps"
+    train --num_sampled_data 25600
     shards="$output/train/data/motion_shapes/train"
+    truth="$output/train/data/motion_shapes/train.csv"
 else
     step "1/4 data: packing $videos"
     shards="$output/shards"
@@ -41,16 +44,16 @@ else
     batch=$((samples / 2 > 8 ? 8 : samples / 2 > 1 ? samples / 2 : 1))
     python -m data_pipeline cluster "$shards" --num-centroids "$clusters" --output "$output/centroids"
     python -m data_pipeline label "$shards" --centroids "$output/centroids"
-    step "   training: 100 steps on 2 ranks"
-    train --list_datasets "$shards" --list_batch_size "$batch" --num_sampled_data $((100 * ranks * batch))
+    step "   training: twice 50 steps on $ranks rank(s), clustered again in between"
+    train --list_datasets "$shards" --list_batch_size "$batch" --num_sampled_data $((50 * ranks * batch))
 fi
 step "2/4 what the encoder sees"
 python -m data_pipeline stats "$shards"
 python -m data_pipeline view "$shards" --output "$output/contact_sheet.png"
 
 if [ -z "$videos" ]; then
-    step "3/4 probe: trained and untrained encoder, frame and codec input, equal token budget"
-    for weight in "$output/train" random; do
+    step "3/4 probe: encoder of either round and untrained, frame and codec input, equal token budget"
+    for weight in "$output/train/round_1" "$output/train/round_2" random; do
         for family in llava_vit_sampling llava_vit_codec; do
             torchrun --nproc_per_node 2 eval_encoder/attentive_probe.py --dataset motion_shapes \
                 --data_root "$output/train/data" --model_family "$family" --model_name "$model" \
@@ -80,4 +83,4 @@ with torch.no_grad():
 print(f"fresh process: export and trained encoder differ by {difference:.1e}")
 assert difference < 1e-5
 PY
-python -m eval_encoder.probe_report "$output" --shards "$shards" --seconds $((SECONDS - started))
+python -m eval_encoder.probe_report "$output" --shards "$shards" ${truth:+--truth "$truth"} --seconds $((SECONDS - started))
