@@ -84,13 +84,24 @@ def embedded_spec(directory: Path) -> DatasetSpec:
     return DatasetSpec(EMBEDDED, directory / "train", directory / "train")
 
 
+def extract_features(
+    dataset: Dataset, encoder: Path, output: Path, part: int, num_parts: int, report=print
+) -> None:
+    """Vectors by another encoder, of every num_parts-th shard from `part` on, for recluster."""
+    from .clustering.features import FeatureConfig, extract
+    from .clustering.pipeline import FEATURES_NAME
+
+    config = FeatureConfig(str(encoder))
+    extract(dataset.manifest, config, output / FEATURES_NAME, part, num_parts, report)
+
+
 def recluster(dataset: Dataset, encoder: Path, output: Path, report=print) -> Dataset:
     """The same shards with labels by another encoder: features, as many centroids and as wide
     labels as before, in `output`. What is there already and made by these weights is kept.
     """
     from .clustering.features import FeatureConfig
     from .clustering.kmeans import load_centroids
-    from .clustering.labels import RECORD_NAME, load_labels
+    from .clustering.labels import RECORD_NAME
     from .clustering.pipeline import ClusterConfig, cluster, label
 
     config = ClusterConfig(dataset.num_classes, FeatureConfig(str(encoder)))
@@ -100,8 +111,15 @@ def recluster(dataset: Dataset, encoder: Path, output: Path, report=print) -> Da
     if not done or load_centroids(output)[1]["weights_sha256"] != weights:
         cluster(manifest, config, output, report=report)
         label(manifest, output, width, output)
-    labels, num_classes = load_labels(output, manifest)
-    return Dataset(dataset.name, manifest, labels, num_classes)
+    return relabelled(dataset, output)
+
+
+def relabelled(dataset: Dataset, labels_folder: Path) -> Dataset:
+    """The same shards with the labels of another folder."""
+    from .clustering.labels import load_labels
+
+    labels, num_classes = load_labels(labels_folder, dataset.manifest)
+    return Dataset(dataset.name, dataset.manifest, labels, num_classes)
 
 
 def prepare_embedded(

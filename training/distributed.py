@@ -4,10 +4,12 @@ NCCL on GPUs, gloo on CPUs, and a group of one without a launcher, so that no ot
 whether a group exists. All collectives here move equal shapes from every rank.
 """
 
+import itertools
 import json
 import os
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +18,13 @@ import torch
 import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+DONE = "done"
+POLL_S = 0.1
+_CALLS = itertools.count()  # of on_main, the same on every rank
+
+
+class PeerFailed(RuntimeError):
+    """Another rank stopped while this one waited for it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    store: dist.Store | None = None  # shared by all ranks; None: a group that others made
 
     @property
     def is_main(self) -> bool:
@@ -51,12 +61,13 @@ def process_group() -> Iterator[Ranks]:
     else:
         # as many threads as this rank's share of the cores, the same on every rank
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    launched = "MASTER_ADDR" in os.environ
+    store = next(dist.rendezvous("env://"))[0] if launched else dist.HashStore()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )
-    yield Ranks(rank, world_size, local_rank, device)
+    yield Ranks(rank, world_size, local_rank, device, dist.PrefixStore("univit", store))
     # not after an exception: leaving in good order would wait for peers inside a collective
     dist.destroy_process_group()
 
@@ -67,6 +78,35 @@ def wrap_encoder(encoder: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
     return torch.nn.parallel.DistributedDataParallel(encoder, device_ids=devices)
 
 
+def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Once all ranks are here, rank 0 works while the others wait, for hours if need be: no
+    collective is open meanwhile, so none can time out. A failure of rank 0 ends the others with
+    its text.
+    """
+    key = f"on_main/{next(_CALLS)}"
+    if not ranks.is_main:
+        ranks.store.set(f"{key}/{ranks.rank}", DONE)
+        outcome = _await(ranks.store, key)
+        if outcome != DONE:
+            raise PeerFailed(f"rank 0 stopped: {outcome}")
+        return
+    for rank in range(1, ranks.world_size):
+        _await(ranks.store, f"{key}/{rank}")
+    try:
+        work()
+    except BaseException as error:
+        ranks.store.set(key, f"{type(error).__name__}: {error}")
+        raise
+    ranks.store.set(key, DONE)
+
+
+def _await(store: dist.Store, key: str) -> str:
+    """The value of a key, however long it takes to be set."""
+    while not store.check([key]):
+        time.sleep(POLL_S)
+    return store.get(key).decode()
+
+
 def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """[b, ...] of every rank -> [W * b, ...] in rank order, without gradient."""
     gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
@@ -74,11 +114,18 @@ def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
-def reduce_scatter_rows(rows: torch.Tensor) -> torch.Tensor:
-    """[W * b, ...] of every rank -> sum over the ranks of this rank's [b, ...]."""
+def reduce_scatter_rows(rows: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """[W * b, ...] of every rank -> sum over the ranks of this rank's [b, ...], under way: calling
+    the result waits for it.
+    """
     own = rows.new_empty((rows.shape[0] // dist.get_world_size(), *rows.shape[1:]))
-    _single("reduce_scatter")(own, rows.contiguous())
-    return own
+    work = _single("reduce_scatter")(own, rows.contiguous(), async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return own
+
+    return wait
 
 
 def _single(name: str):

@@ -6,7 +6,8 @@
 
 Each round is a run of its own with checkpoints and exports, and a killed one goes on where it was;
 the last one's exports are also left in OUTPUT. `rounds.json` says what each clustering changed.
-Cost of a clustering: one forward pass over the dataset on rank 0, while other ranks wait.
+Cost of a clustering: one forward pass over the dataset, its shards divided among the ranks, then
+k-means on rank 0 while the others wait.
 """
 
 import dataclasses
@@ -18,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from data_pipeline.datasets import Dataset, recluster
+from data_pipeline.datasets import Dataset, extract_features, recluster, relabelled
 from data_pipeline.shards.writer import write_atomically
 
 from .config import TrainConfig
-from .distributed import Ranks
+from .distributed import Ranks, on_main
 from .trainer import Trainer
 
 REPORT_NAME = "rounds.json"
@@ -77,16 +78,19 @@ def _clusters(folder: Path, head: str) -> Path:
 
 def _cluster_again(datasets, folder: Path, ranks: Ranks, logger) -> tuple[dict, dict]:
     """New labels of every head by the encoder in FOLDER/hf, and what changed."""
-    if ranks.is_main:
-        for name, dataset in datasets.items():
-            recluster(dataset, folder / "hf", _clusters(folder, name), logger.info)
-    dist.barrier()
-    again = {
-        name: recluster(dataset, folder / "hf", _clusters(folder, name), logger.info)
-        for name, dataset in datasets.items()
-    }
-    changes = {}
+    encoder, report = folder / "hf", logger.info
     for name, dataset in datasets.items():
+        part = (_clusters(folder, name), ranks.rank, ranks.world_size)
+        extract_features(dataset, encoder, *part, report)
+
+    def cluster() -> None:
+        for name, dataset in datasets.items():
+            recluster(dataset, encoder, _clusters(folder, name), report)
+
+    on_main(ranks, cluster)
+    again, changes = {}, {}
+    for name, dataset in datasets.items():
+        again[name] = relabelled(dataset, _clusters(folder, name))
         shared = normalised_mutual_information(dataset.labels[:, 0], again[name].labels[:, 0])
         changes[name] = {"classes": again[name].num_classes, "nmi_with_labels_before": shared}
         logger.info("head %s: new clusters share %.3f NMI with the old ones", name, shared)

@@ -92,8 +92,6 @@ def _load_datasets(args, config, ranks, logger) -> dict:
     """Dataset of every head by name (None: synthetic);
     the embedded set is made under the output folder first.
     """
-    import torch.distributed as dist
-
     from data_pipeline.datasets import (
         EMBEDDED,
         embedded_spec,
@@ -102,21 +100,21 @@ def _load_datasets(args, config, ranks, logger) -> dict:
         resolve_dataset,
     )
 
+    from .distributed import on_main
+
     if config.synthetic_data:
         return {head.name: None for head in config.heads}
     if any(head.dataset == EMBEDDED for head in config.heads):
         folder = Path(config.output) / "data" / EMBEDDED
-        if ranks.is_main:
-            if args.list_datasets is None and args.preset is None:
-                logger.info(
-                    "no --list_datasets given: making, packing and clustering the embedded %s set "
-                    "in %s, and training "
-                    "with the demo preset under your flags",
-                    EMBEDDED,
-                    folder,
-                )
-            prepare_embedded(folder, *config.embedded_clips, report=logger.info)
-        dist.barrier()
+        if args.list_datasets is None and args.preset is None:
+            logger.info(
+                "no --list_datasets given: making, packing and clustering the embedded %s set in "
+                "%s, and training with the demo preset under your flags",
+                EMBEDDED,
+                folder,
+            )
+        clips = config.embedded_clips
+        on_main(ranks, lambda: prepare_embedded(folder, *clips, report=logger.info))
         register_dataset(EMBEDDED, lambda: embedded_spec(folder))
     return {
         head.name: resolve_dataset(head.dataset).load(config.allow_missing_shards)

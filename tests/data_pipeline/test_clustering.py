@@ -1,10 +1,13 @@
 """Features, centroids and labels: meaningful, bound to their data, errors before any work."""
 
 import csv
+import os
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +27,7 @@ from data_pipeline.clustering.kmeans import (
 )
 from data_pipeline.clustering.labels import load_labels, nearest_centroids, save_labels
 from data_pipeline.clustering.near_duplicates import representatives
+from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
 from data_pipeline.shards.manifest import load_manifest
 
@@ -169,7 +173,6 @@ def test_approximate_search_reaches_the_recall_it_reports(monkeypatch):
 
 def test_a_killed_clustering_goes_on_from_its_last_block(packed, tmp_path, monkeypatch):
     from data_pipeline.clustering import kmeans as module
-    from data_pipeline.clustering.pipeline import ClusterConfig, cluster
 
     manifest, config = load_manifest(packed / "train"), ClusterConfig(8, num_iterations=15)
     want = cluster(manifest, config, tmp_path / "straight")
@@ -223,6 +226,19 @@ def test_features_are_done_shard_by_shard_and_by_many(packed, tmp_path):
         extract(manifest, config, tmp_path, 2, 2)
 
 
+@pytest.mark.e2e
+def test_processes_of_the_launcher_share_the_features_and_change_no_label(packed, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(packed / "train", shards)
+    command = ["bash", ROOT / "shells" / "cluster.sh", shards, "4", tmp_path / "out"]
+    subprocess.run(command, check=True, env={**os.environ, "NPROC": "3"}, timeout=300)
+    manifest = load_manifest(shards)
+    two, num_classes = load_labels(shards, manifest)
+    cluster(manifest, ClusterConfig(4), tmp_path / "alone")
+    one = label(manifest, tmp_path / "alone", 10, tmp_path / "alone")
+    assert num_classes == 4 and np.array_equal(one, two)
+
+
 def test_a_frozen_image_encoder_gives_frame_vectors_as_mean_or_side_by_side(packed, tmp_path):
     from transformers import Dinov2Config, Dinov2Model
 
@@ -245,7 +261,6 @@ def test_a_frozen_image_encoder_gives_frame_vectors_as_mean_or_side_by_side(pack
 
 
 def test_principal_components_keep_what_varies_and_label_in_the_same_space(packed, tmp_path):
-    from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
     from data_pipeline.clustering.projection import fit_projection
 
     rng = np.random.default_rng(0)

@@ -11,8 +11,8 @@ trained with a margin softmax over a sample of them.
 Class c lives on the rank that owns row c of a chunked [num_classes, D] matrix. Which classes are
 sampled and how centres start depends on (seed, step, global class id) alone, so results do not
 depend on the world size. Collectives: one all-gather and one all-reduce forward, one
-reduce-scatter backward. Time and memory follow the sampled classes, not the labels per row; the
-choice itself is one hash per class.
+reduce-scatter backward, which runs beside the gradient of the centres. Time and memory follow the
+sampled classes, not the labels per row; the choice itself is one hash per class.
 
 Shape legend: b samples of this rank, R rows of each rank, B rows of all, L labels, D width, M
 sampled classes of this rank.
@@ -224,10 +224,12 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         embeddings, rows, lse, grad_lse, grad_cosines = ctx.saved_tensors
-        grad_rows, grad_centers = ctx.softmax.backward(lse, grad_lse * grad, grad_cosines * grad)
+        grad_rows = ctx.softmax.backward_rows(lse, grad_lse * grad, grad_cosines * grad)
+        exchange = reduce_scatter_rows(grad_rows) if ctx.needs_input_grad[0] else None
+        grad_centers = ctx.softmax.backward_centers()
         grad_embeddings = None
-        if ctx.needs_input_grad[0]:
-            own = reduce_scatter_rows(grad_rows)[: len(embeddings)] * dist.get_world_size()
+        if exchange is not None:
+            own = exchange()[: len(embeddings)] * dist.get_world_size()
             norms = embeddings.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             unit = embeddings / norms
             grad_embeddings = (own - (own * unit).sum(dim=-1, keepdim=True) * unit) / norms

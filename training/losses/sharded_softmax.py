@@ -65,13 +65,14 @@ class SampledSoftmax:
             maximum = peak
         return maximum, total, label_cosines
 
-    def backward(self, lse, grad_lse, grad_cosines) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward_rows(self, lse, grad_lse, grad_cosines) -> torch.Tensor:
         """lse [B] over all ranks, what reaches it [B] and what reaches the label cosines [B, L] ->
-        gradients of rows [B, D] (this rank's part) and of the raw sampled centres [M, D].
+        gradient of rows [B, D], this rank's part. First half of backward; what the second half
+        needs is kept where the cosines were.
         """
         rows = self._rows
         grad_rows = torch.zeros_like(rows)
-        grad_centers = torch.empty(self._count, rows.shape[1], device=rows.device)
+        self._grad_centers = torch.empty(self._count, rows.shape[1], device=rows.device)
         shift = lse.masked_fill(lse == -torch.inf, torch.inf)
         weight = (self._scale * grad_lse)[:, None]
         for number, start in enumerate(range(0, self._count, CHUNK)):
@@ -86,11 +87,23 @@ class SampledSoftmax:
             along = (grad * cosines).sum(dim=0)
             grad.mul_(inverse)
             grad_rows += _product(grad, chunk)
-            piece = grad_centers[start : start + CHUNK]
-            piece.copy_(_product(grad.T, rows))
-            piece.addcmul_(chunk, (along * inverse.square())[:, None], value=-1)
+            piece = self._grad_centers[start : start + CHUNK]
+            torch.mul(chunk, (along * inverse.square())[:, None].neg_(), out=piece)
+            if self._kept:
+                self._kept[number] = grad
+            else:
+                piece += _product(grad.T, rows)
+        return grad_rows
+
+    def backward_centers(self) -> torch.Tensor:
+        """Gradient of the raw sampled centres [M, D]: the second half of backward, for which
+        nobody waits, so the ranks can exchange gradients of rows meanwhile.
+        """
+        for number, grad in enumerate(self._kept):
+            piece = self._grad_centers[number * CHUNK : (number + 1) * CHUNK]
+            piece += _product(grad.T, self._rows)
         self._kept.clear()
-        return grad_rows, grad_centers
+        return self._grad_centers
 
     def _chunk(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw centres [m, D] of a chunk and the inverse of their norms [m]."""
