@@ -20,7 +20,8 @@ import numpy as np
 from data_pipeline.clustering import labels as labels_module
 from data_pipeline.clustering.features import normalise
 from data_pipeline.clustering.kmeans import spherical_kmeans
-from data_pipeline.clustering.labels import nearest_centroids, recall_of, search
+from data_pipeline.clustering.labels import nearest_centroids
+from data_pipeline.clustering.search import recall_of, search
 
 
 def clustered(count: int, width: int, groups: int, seed: int = 0) -> np.ndarray:

@@ -6,6 +6,7 @@ a name.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ class Dataset:
     manifest: Manifest
     labels: np.ndarray
     num_classes: int
+    clustered: bool = True  # False: from outside, not to be clustered again
 
     @cached_property
     def sha256(self) -> str:
@@ -50,11 +52,11 @@ class DatasetSpec:
 
     def load(self, allow_missing_shards: bool = False) -> Dataset:
         """Read and check manifest and labels; MissingData or CorruptShard says what to do."""
-        from .clustering.labels import load_labels
+        from .clustering.labels import are_clusters, load_labels
 
         manifest = load_manifest(self.shards, allow_missing_shards)
         labels, num_classes = load_labels(self.labels, manifest)
-        return Dataset(self.name, manifest, labels, num_classes)
+        return Dataset(self.name, manifest, labels, num_classes, are_clusters(self.labels))
 
 
 _REGISTRY: dict[str, Callable[[], DatasetSpec]] = {}
@@ -84,6 +86,18 @@ def embedded_spec(directory: Path) -> DatasetSpec:
     return DatasetSpec(EMBEDDED, directory / "train", directory / "train")
 
 
+def forget_other_clusters(dataset: Dataset, encoder: Path, output: Path) -> bool:
+    """Remove from `output` what other weights made; whether there was anything."""
+    from .clustering.features import FeatureConfig, is_of
+    from .clustering.pipeline import FEATURES_NAME
+
+    origin = {"manifest_sha256": dataset.manifest.sha256, **FeatureConfig(str(encoder)).identity()}
+    other = not is_of(output / FEATURES_NAME, origin)
+    if other:
+        shutil.rmtree(output)
+    return other
+
+
 def extract_features(
     dataset: Dataset, encoder: Path, output: Path, part: int, num_parts: int, report=print
 ) -> None:
@@ -95,23 +109,18 @@ def extract_features(
     extract(dataset.manifest, config, output / FEATURES_NAME, part, num_parts, report)
 
 
-def recluster(dataset: Dataset, encoder: Path, output: Path, report=print) -> Dataset:
-    """The same shards with labels by another encoder: features, as many centroids and as wide
-    labels as before, in `output`. What is there already and made by these weights is kept.
+def recluster(dataset: Dataset, encoder: Path, output: Path, report=print) -> None:
+    """Labels by another encoder in `output`: features, as many centroids and as wide labels as
+    before. What is there already is kept.
     """
     from .clustering.features import FeatureConfig
-    from .clustering.kmeans import load_centroids
     from .clustering.labels import RECORD_NAME
     from .clustering.pipeline import ClusterConfig, cluster, label
 
-    config = ClusterConfig(dataset.num_classes, FeatureConfig(str(encoder)))
-    manifest, width = dataset.manifest, dataset.labels.shape[1]
-    weights = config.features.weights_sha256()
-    done = (output / RECORD_NAME).is_file()
-    if not done or load_centroids(output)[1]["weights_sha256"] != weights:
-        cluster(manifest, config, output, report=report)
-        label(manifest, output, width, output)
-    return relabelled(dataset, output)
+    if not (output / RECORD_NAME).is_file():
+        config = ClusterConfig(dataset.num_classes, FeatureConfig(str(encoder)))
+        cluster(dataset.manifest, config, output, report=report)
+        label(dataset.manifest, output, dataset.labels.shape[1], output)
 
 
 def relabelled(dataset: Dataset, labels_folder: Path) -> Dataset:

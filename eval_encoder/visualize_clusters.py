@@ -52,7 +52,7 @@ def train(features, labels, objective: str, steps: int, every: int, seed: int) -
 
     snapshots = []
     for step in range(steps + 1):
-        if step % every == 0:
+        if step % every == 0 or step == steps:
             with torch.no_grad():
                 drawn = F.normalize(head(rows)).numpy()
                 middle = F.normalize(centers).numpy() if objective == "clusters" else None
@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     """Draw; a user's mistake ends with its message."""
     args = build_parser().parse_args(argv)
     try:
+        _check(args)
         features, labels, groups = _load(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -153,6 +154,14 @@ def main(argv: list[str] | None = None) -> None:
     print(args.output, args.output.with_suffix(".png"))
 
 
+def _check(args) -> None:
+    if args.output.suffix.lower() != ".gif":
+        raise ValueError(f"--output {args.output}: the animation is written as FILE.gif")
+    for name in ("samples", "clusters", "steps", "every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+
+
 def _load(args) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(unit features, cluster numbers 0.., colour groups) of the samples that are drawn."""
     from data_pipeline.clustering.browse import read_truth
@@ -164,11 +173,14 @@ def _load(args) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     manifest = load_manifest(args.shards)
     raw, _ = load_features(manifest, args.features)
     labels, _ = load_labels(args.labels or args.shards, manifest)
-    largest = np.argsort(-np.bincount(labels[:, 0]), kind="stable")[: args.clusters]
+    nearest = labels[labels[:, 0] >= 0, 0]
+    largest = np.argsort(-np.bincount(nearest, minlength=1), kind="stable")[: args.clusters]
     chosen = np.flatnonzero(np.isin(labels[:, 0], largest))
     chosen = np.sort(np.random.default_rng(args.seed).permutation(chosen)[: args.samples])
-    features = fit_projection(raw, centred=True, dims=None)(raw)[chosen]
+    features = fit_projection(raw)(raw)[chosen]
     clusters = np.searchsorted(np.sort(largest), labels[chosen, 0])
+    if len(np.unique(clusters)) < 2:
+        raise ValueError(f"{len(chosen)} samples of one cluster: two show what is apart")
     groups = clusters if args.truth is None else read_truth(manifest, args.truth)[chosen]
     return features, clusters, groups
 

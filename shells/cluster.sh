@@ -12,14 +12,7 @@ shards="$1" centroids="$2" output="$3"
 shift 3
 gpus="$(nvidia-smi -L 2>/dev/null | wc -l || true)"
 processes="${NPROC:-$((gpus > 0 ? gpus : 1))}"
-# one process of many: its shards are those of its RANK, its GPU that of its LOCAL_RANK
-extract() {
-    IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES-$(seq -s, 0 "$LOCAL_RANK")}"
-    export CUDA_VISIBLE_DEVICES="${devices[$LOCAL_RANK]:-}"
-    exec python -m data_pipeline features "$@" --task-id "$RANK" --num-tasks "$WORLD_SIZE"
-}
-export -f extract
-torchrun --standalone --no-python --nproc_per_node "$processes" \
-    bash -c 'extract "$@"' extract "$shards" --output "$output/features" "$@"
+torchrun --standalone --nproc_per_node "$processes" -m data_pipeline features \
+    "$shards" --output "$output/features" "$@"
 python -m data_pipeline cluster "$shards" --num-centroids "$centroids" --output "$output" "$@"
 python -m data_pipeline label "$shards" --centroids "$output"

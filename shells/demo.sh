@@ -39,13 +39,19 @@ else
         --size 112 --gop 64 --budget 98 --full-frames 8
     samples=$(python -m data_pipeline stats "$shards" --json | python -c 'import json, sys; print(json.load(sys.stdin)["samples"])')
     if [ "$samples" -eq 0 ]; then echo "no usable video or image in $videos" >&2; exit 1; fi
-    if [ "$samples" -eq 1 ]; then ranks=1; fi
-    clusters=$((samples / 2 > 64 ? 64 : samples / 2 > 1 ? samples / 2 : 1))
+    alone=()
+    if [ "$samples" -eq 1 ]; then
+        echo "one sample: there is nothing to tell it from, so the loss will be zero"
+        ranks=1 alone=(--set heads.0.loss.mask_co_positives=false)
+    fi
+    clusters=$((samples / 2 > 64 ? 64 : samples / 2 > 2 ? samples / 2 : samples > 1 ? 2 : 1))
+    labels=$((clusters / 2 > 8 ? 8 : clusters / 2 > 1 ? clusters / 2 : 1))
     batch=$((samples / 2 > 8 ? 8 : samples / 2 > 1 ? samples / 2 : 1))
     python -m data_pipeline cluster "$shards" --num-centroids "$clusters" --output "$output/centroids"
     python -m data_pipeline label "$shards" --centroids "$output/centroids"
     step "   training: twice 50 steps on $ranks rank(s), clustered again in between"
-    train --list_datasets "$shards" --list_batch_size "$batch" --num_sampled_data $((50 * ranks * batch))
+    train --list_datasets "$shards" --list_batch_size "$batch" --num_sampled_data $((50 * ranks * batch)) \
+        --set "heads.0.stream.labels_per_step=$labels" "${alone[@]}"
 fi
 step "2/4 what the encoder sees"
 python -m data_pipeline stats "$shards"

@@ -188,8 +188,10 @@ def fingerprint(config: TrainConfig, world_size: int) -> dict:
 
 
 def _is_free(path: list[str]) -> bool:
-    return path[0] in FREE_FIELDS or (
-        path[0] == "heads" and path[2] == "stream" and path[3] in FREE_STREAM_FIELDS
+    return (
+        path[0] in FREE_FIELDS
+        or path[-1] == "init_from"  # a checkpoint has weights and centres of its own
+        or (path[0] == "heads" and path[2] == "stream" and path[3] in FREE_STREAM_FIELDS)
     )
 
 

@@ -53,12 +53,15 @@ class RowAdamW(torch.optim.AdamW):
         """One step of every group; sparse gradients must be coalesced."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["lazy"]]
-        super().step(closure)
-        self.param_groups = groups
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
         for group in groups:
             for parameter in group["params"]:
                 if group["lazy"] and parameter.grad is not None:
                     self._step_rows(parameter, group)
+        return loss
 
     def _step_rows(self, parameter: torch.Tensor, group: dict) -> None:
         state, (beta1, beta2) = self._state_of(parameter, lazy=True), group["betas"]

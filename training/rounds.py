@@ -19,8 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from data_pipeline.datasets import Dataset, extract_features, recluster, relabelled
-from data_pipeline.shards.writer import write_atomically
+from data_pipeline.datasets import (
+    Dataset,
+    extract_features,
+    forget_other_clusters,
+    recluster,
+    relabelled,
+)
+from data_pipeline.shards.writer import write_array, write_atomically
 
 from .config import TrainConfig
 from .distributed import Ranks, on_main
@@ -39,6 +45,7 @@ def train_rounds(
     if None in datasets.values():
         raise ValueError("--rounds clusters real data again; synthetic patches have none")
     output, report = Path(config.output), []
+    _check_resume(config)
     for number in range(1, config.rounds + 1):
         folder = output / f"round_{number}"
         started = _round_config(config, number, folder)
@@ -47,9 +54,10 @@ def train_rounds(
             folder.mkdir(exist_ok=True)
             (folder / "config.json").write_text(started.to_json())
             shutil.copyfile(output / "run.json", folder / "run.json")
-        Trainer(started, datasets, ranks, logger).train()
-        dist.barrier()
+        trainer = Trainer(started, datasets, ranks, logger)
+        trainer.train()
         if number < config.rounds:
+            _keep_centers(trainer.heads, datasets, folder, ranks)
             datasets, changes = _cluster_again(datasets, folder, ranks, logger)
             report.append({"after_round": number, **changes})
     if ranks.is_main:
@@ -60,16 +68,45 @@ def train_rounds(
     dist.barrier()
 
 
+def _check_resume(config: TrainConfig) -> None:
+    """A checkpoint to resume from must lie in one of the rounds."""
+    path, output = Path(config.resume).resolve(), Path(config.output).resolve()
+    rounds = {output / f"round_{number}" for number in range(1, config.rounds + 1)}
+    if config.resume not in ("auto", "never") and not rounds & set(path.parents):
+        raise ValueError(
+            f"--resume {config.resume} lies in no round of {output}: name one that does"
+        )
+
+
+def _keep_centers(heads, datasets, folder: Path, ranks: Ranks) -> None:
+    """Leave the trained centres of heads that are not clustered again, for the next round."""
+    for name, head in heads.items():
+        if not datasets[name].clustered:
+            centers = head.whole_centers()
+            if ranks.is_main:
+                (folder / "centers").mkdir(exist_ok=True)
+                write_array(folder / "centers" / f"{name}.npy", centers.numpy())
+    dist.barrier()
+
+
 def _round_config(config: TrainConfig, number: int, folder: Path) -> TrainConfig:
     changes: dict = {"output": str(folder), "rounds": 1}
+    if config.resume not in ("auto", "never"):
+        inside = folder.resolve() in Path(config.resume).resolve().parents
+        changes["resume"] = config.resume if inside else "auto"
     if number > 1:
         before = folder.with_name(f"round_{number - 1}")
         changes["model"] = dataclasses.replace(config.model, init_from=str(before / "hf"))
         changes["heads"] = tuple(
-            dataclasses.replace(head, init_from=str(_clusters(before, head.name) / "centroids.npy"))
-            for head in config.heads
+            dataclasses.replace(head, init_from=_start(before, head.name)) for head in config.heads
         )
     return dataclasses.replace(config, **changes)
+
+
+def _start(before: Path, head: str) -> str:
+    """Where a head's centres start from: its new centroids, or its centres of the round before."""
+    centroids = _clusters(before, head) / "centroids.npy"
+    return str(centroids if centroids.is_file() else before / "centers" / f"{head}.npy")
 
 
 def _clusters(folder: Path, head: str) -> Path:
@@ -77,19 +114,27 @@ def _clusters(folder: Path, head: str) -> Path:
 
 
 def _cluster_again(datasets, folder: Path, ranks: Ranks, logger) -> tuple[dict, dict]:
-    """New labels of every head by the encoder in FOLDER/hf, and what changed."""
+    """New labels of every head by the encoder in FOLDER/hf, and what changed; heads whose classes
+    came from outside keep them."""
     encoder, report = folder / "hf", logger.info
-    for name, dataset in datasets.items():
-        part = (_clusters(folder, name), ranks.rank, ranks.world_size)
-        extract_features(dataset, encoder, *part, report)
+    clustered = {name: dataset for name, dataset in datasets.items() if dataset.clustered}
+
+    def forget() -> None:
+        for name, dataset in clustered.items():
+            if forget_other_clusters(dataset, encoder, _clusters(folder, name)):
+                logger.warning("head %s: clusters of other weights removed", name)
 
     def cluster() -> None:
-        for name, dataset in datasets.items():
+        for name, dataset in clustered.items():
             recluster(dataset, encoder, _clusters(folder, name), report)
 
+    on_main(ranks, forget)
+    for name, dataset in clustered.items():
+        part = (_clusters(folder, name), ranks.rank, ranks.world_size)
+        extract_features(dataset, encoder, *part, report)
     on_main(ranks, cluster)
-    again, changes = {}, {}
-    for name, dataset in datasets.items():
+    again, changes = dict(datasets), {}
+    for name, dataset in clustered.items():
         again[name] = relabelled(dataset, _clusters(folder, name))
         shared = normalised_mutual_information(dataset.labels[:, 0], again[name].labels[:, 0])
         changes[name] = {"classes": again[name].num_classes, "nmi_with_labels_before": shared}
@@ -98,15 +143,15 @@ def _cluster_again(datasets, folder: Path, ranks: Ranks, logger) -> tuple[dict, 
 
 
 def normalised_mutual_information(left: np.ndarray, right: np.ndarray) -> float:
-    """Mutual information of two partitions over the mean of their entropies, 0 to 1."""
-    _, a = np.unique(left, return_inverse=True)
-    _, b = np.unique(right, return_inverse=True)
-    joint = np.bincount(a * (b.max() + 1) + b).astype(np.float64) / len(a)
-    entropies = [_entropy(np.bincount(side) / len(a)) for side in (a, b)]
-    mutual = sum(entropies) - _entropy(joint)
+    """Mutual information of two partitions over the mean of their entropies, 0 to 1. Memory and
+    time follow the samples, not the classes."""
+    pairs = np.stack([left, right], axis=1).astype(np.int64)
+    entropies = [_entropy(np.unique(side, return_counts=True)[1]) for side in (left, right)]
+    joint = _entropy(np.unique(pairs, axis=0, return_counts=True)[1])
+    mutual = sum(entropies) - joint
     return round(float(2 * mutual / max(sum(entropies), 1e-12)), 4)
 
 
-def _entropy(shares: np.ndarray) -> float:
-    shares = shares[shares > 0]
+def _entropy(counts: np.ndarray) -> float:
+    shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())

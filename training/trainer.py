@@ -31,6 +31,8 @@ from .lr_scheduler import lr_factor
 from .metrics import Ledger, MetricLogger, bad_samples_on_record, cut_back_records
 from .optimizer import build_optimizer, clip_gradients, global_grad_norm, set_learning_rate
 
+CROWDED, DEAD = 0.2, 0.95  # shares of pairs of centres that the filter takes out
+
 
 class NonFiniteLoss(RuntimeError):
     """A loss or gradient that is NaN or infinite; no weight was touched by it."""
@@ -218,10 +220,25 @@ class Trainer:
     def _build_head(self, head: HeadConfig, width: int) -> PartialFC:
         dataset = self.datasets[head.name]
         num_classes = dataset.num_classes if dataset else SYNTHETIC_CLASSES
-        partial_fc = PartialFC(num_classes, width, head.loss, self.ranks, self.config.seed)
+        if dataset is not None:
+            _check_negatives(head, dataset.labels.shape[1], num_classes)
+        facts = (num_classes, width, head.loss, self.ranks, self.config.seed, head.name)
+        partial_fc = PartialFC(*facts)
         if head.init_from:
             partial_fc.load_centers(torch.from_numpy(np.load(head.init_from, allow_pickle=False)))
+            self._check_crowding(head, partial_fc.crowding())
         return partial_fc
+
+    def _check_crowding(self, head: HeadConfig, share: float) -> None:
+        if share > CROWDED:
+            text = (
+                f"head {head.name}: {share:.0%} of the pairs of starting centres are closer than "
+                f"the inter-class filter of {head.loss.filter_threshold}, so they are not each "
+                "other's negatives: raise --list_filters, or 0 to switch it off"
+            )
+            if share > DEAD:
+                raise ValueError(text)
+            self.logger.warning(text)
 
     def _facts(self) -> dict[str, object]:
         """What the model card says about the run."""
@@ -253,3 +270,13 @@ class Trainer:
         )
         for name, head in self.heads.items():
             self.logger.info("head %s: %d classes, %s", name, head.num_classes, head.config)
+
+
+def _check_negatives(head: HeadConfig, num_labels: int, num_classes: int) -> None:
+    """Without a class that is no label of a row there is nothing to learn."""
+    used = min(head.stream.labels_per_step, num_labels)
+    if head.loss.mask_co_positives and used >= num_classes:
+        raise ValueError(
+            f"head {head.name}: {used} labels of {num_classes} classes leave no negative class: "
+            "cluster into more, or use fewer labels (--set heads.0.stream.labels_per_step=N)"
+        )

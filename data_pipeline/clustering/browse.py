@@ -22,10 +22,12 @@ SIDE, GAP, CAPTION = 112, 4, 18
 
 @dataclass(frozen=True)
 class ClusterSummary:
-    """One cluster: its number, members in the order of sample ids, and purity if truth is known."""
+    """One cluster: its number, members in the order of sample ids, how many of them have a known
+    truth, and the purity of those."""
 
     cluster: int
     members: np.ndarray
+    known: int
     purity: float | None
 
     def caption(self, group: str) -> str:
@@ -46,15 +48,16 @@ def summarise(labels: np.ndarray, num_classes: int, truth: np.ndarray | None = N
         members = order[bounds[cluster] : bounds[cluster + 1]]
         known = [] if truth is None else truth[members][truth[members] >= 0].tolist()
         purity = Counter(known).most_common(1)[0][1] / len(known) if known else None
-        summaries.append(ClusterSummary(cluster, members, purity))
+        summaries.append(ClusterSummary(cluster, members, len(known), purity))
     return sorted(summaries, key=lambda summary: (-len(summary.members), summary.cluster))
 
 
 def overall_purity(summaries: list[ClusterSummary]) -> float | None:
-    """Purity over all samples of clusters that have one; None when truth is unknown."""
-    known = [s for s in summaries if s.purity is not None]
-    total = sum(len(s.members) for s in known)
-    return sum(s.purity * len(s.members) for s in known) / total if total else None
+    """Share of the samples of known truth whose truth is the most frequent one of their cluster;
+    None when no truth is known."""
+    known = sum(summary.known for summary in summaries)
+    right = sum(s.purity * s.known for s in summaries if s.purity is not None)
+    return right / known if known else None
 
 
 def read_truth(manifest: Manifest, path: Path) -> np.ndarray:
@@ -86,6 +89,8 @@ def save_page(
     from PIL import Image
 
     filled = [summary for summary in summaries if len(summary.members)]
+    if not filled:
+        raise DataPipelineError(f"no sample of {manifest.directory} has a label: nothing to draw")
     rng = np.random.default_rng(seed)
     middle = rng.permutation(len(filled))[:count]
     groups = {

@@ -3,7 +3,8 @@ encoder of ours, or from a frozen public image encoder.
 
     FOLDER/features.json     what was read by what: manifest, settings, hash of the weights
     FOLDER/SHARD.npy         float32 [n, D], one row per sample of the shard
-    FOLDER/SHARD.json        its sha256; written last, so a shard without it is not done
+    FOLDER/SHARD.json        its sha256 and what it was made of; written last, so a shard without it
+                             is not done
 
 Work is cut by shards: finished ones are kept, several jobs share a folder by task numbers. Vectors
 are stored as they come; `normalise` and the projection of clustering come after.
@@ -11,7 +12,7 @@ are stored as they come; `normalise` and the projection of clustering come after
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..loading.shard_reader import ShardReader
+from ..records import read_record
 from ..shards.manifest import Manifest
 from ..shards.schema import SampleInfo, decode_array, decode_jpeg, frames_from_strip
 from ..shards.writer import file_sha256, write_array, write_atomically
@@ -55,6 +57,14 @@ class FeatureConfig:
             )
         return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
+    def identity(self) -> dict:
+        """What decides the vectors: a folder counts by its weights, not by its path."""
+        fields = asdict(self)
+        if self.encoder is not None:
+            family, separator, _ = self.encoder.partition(":")
+            fields["encoder"] = family if separator else "ours"
+        return {**fields, "weights_sha256": self.weights_sha256()}
+
 
 def extract(
     manifest: Manifest,
@@ -77,59 +87,71 @@ def extract(
         )
     if not 0 <= task_id < num_tasks:
         raise ValueError(f"--task-id {task_id} must be 0 to {num_tasks - 1} with {num_tasks} tasks")
-    identity = _identity(manifest, config)
+    origin = {"manifest_sha256": manifest.sha256, **config.identity()}
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / RECORD_NAME
-    if record.is_file() and json.loads(record.read_bytes()) != identity:
+    if not is_of(folder, origin):
         raise DataPipelineError(
-            f"{folder} holds features of other samples, settings or weights: name another folder"
+            f"{folder} holds features of other samples, settings or weights: name another folder, "
+            "or remove it"
         )
-    write_atomically(record, json.dumps(identity, indent=1, sort_keys=True).encode())
+    whole = {"config": asdict(config), "origin": origin}
+    write_atomically(record, json.dumps(whole, indent=1, sort_keys=True).encode())
+    done = _Done(folder, origin)
     todo = [
         place
         for place in range(task_id, len(manifest.shards), num_tasks)
-        if manifest.shards[place]["samples"] and not _is_done(folder, manifest.shards[place])
+        if manifest.shards[place]["samples"] and not done.has(manifest.shards[place])
     ]
     if todo:
         rows_of = _source(manifest, config)
         for place in tqdm(todo, desc="features", unit="shard", disable=None):
-            name = manifest.shards[place]["name"]
             ids = range(int(manifest.starts[place]), int(manifest.starts[place + 1]))
-            write_array(folder / f"{name}.npy", rows_of(ids))
-            done = {"sha256": file_sha256(folder / f"{name}.npy"), "rows": len(ids)}
-            write_atomically(folder / f"{name}.json", json.dumps(done).encode())
-    missing = [s["name"] for s in manifest.shards if s["samples"] and not _is_done(folder, s)]
+            done.add(manifest.shards[place], _finite(rows_of(ids), manifest, ids))
+    missing = [s["name"] for s in manifest.shards if s["samples"] and not done.has(s)]
     if missing:
         report(f"{len(missing)} shards are still to be done by other tasks, {missing[0]} first")
     return not missing
 
 
-def load_features(manifest: Manifest, folder: Path) -> tuple[np.ndarray, FeatureConfig]:
-    """Vectors float32 [N, D] in the order of sample ids, and where they come from.
+def is_of(folder: Path, origin: dict) -> bool:
+    """Whether a folder may take features of this origin: it holds none, or such."""
+    record = folder / RECORD_NAME
+    return not record.is_file() or read_record(record, "origin")["origin"] == origin
 
-    Raises MissingData for unfinished folders, CorruptShard for changed files, DataPipelineError for
-    features of another set.
-    """
+
+def load_features(manifest: Manifest, folder: Path) -> tuple[np.ndarray, FeatureConfig]:
+    """Vectors float32 [N, D] in the order of sample ids, and where they come from; errors as of
+    feature_pieces."""
+    pieces = list(feature_pieces(manifest, folder))
+    return np.concatenate(pieces), features_config(manifest, folder)
+
+
+def features_config(manifest: Manifest, folder: Path) -> FeatureConfig:
+    """Where the vectors of a folder come from; MissingData or DataPipelineError when they are not
+    there, or of another set."""
     record = folder / RECORD_NAME
     if not record.is_file():
         raise MissingData(
             f"{record} does not exist: make it with `python -m data_pipeline features`"
         )
-    identity = json.loads(record.read_bytes())
-    config = FeatureConfig(**identity["config"])
-    if identity["manifest_sha256"] != manifest.sha256:
+    whole = read_record(record, "config", "origin")
+    if whole["origin"]["manifest_sha256"] != manifest.sha256:
         raise DataPipelineError(f"{folder} holds features of another set than {manifest.directory}")
-    parts = []
+    return FeatureConfig(**whole["config"])
+
+
+def feature_pieces(manifest: Manifest, folder: Path) -> Iterator[np.ndarray]:
+    """Vectors float32 [n, D] of one shard after the other.
+
+    Raises MissingData for unfinished folders, CorruptShard for changed files, DataPipelineError for
+    features of another set.
+    """
+    features_config(manifest, folder)
+    done = _Done(folder, read_record(folder / RECORD_NAME, "origin")["origin"])
     for shard in manifest.shards:
-        if not shard["samples"]:
-            continue
-        if not _is_done(folder, shard):
-            raise MissingData(f"{folder}: {shard['name']} is not done, run `features` again")
-        path = folder / f"{shard['name']}.npy"
-        if file_sha256(path) != json.loads(path.with_suffix(".json").read_bytes())["sha256"]:
-            raise CorruptShard(f"{path} changed since it was written: remove it and run again")
-        parts.append(np.load(path, allow_pickle=False))
-    return np.concatenate(parts), config
+        if shard["samples"]:
+            yield done.read(shard)
 
 
 def normalise(features: np.ndarray) -> np.ndarray:
@@ -138,19 +160,49 @@ def normalise(features: np.ndarray) -> np.ndarray:
     return (features / np.maximum(norms, 1e-12)).astype(np.float32)
 
 
-def _identity(manifest: Manifest, config: FeatureConfig) -> dict:
-    return {
-        "manifest_sha256": manifest.sha256,
-        "config": asdict(config),
-        "weights_sha256": config.weights_sha256(),
-    }
+class _Done:
+    """Shards of one origin in a folder."""
+
+    def __init__(self, folder: Path, origin: dict):
+        self._folder = folder
+        text = json.dumps(origin, sort_keys=True)
+        self._origin = hashlib.sha256(text.encode()).hexdigest()
+
+    def has(self, shard: dict) -> bool:
+        """Whether a shard's vectors are there."""
+        record = self._folder / f"{shard['name']}.json"
+        if not record.is_file() or not record.with_suffix(".npy").is_file():
+            return False
+        found = read_record(record, "rows", "origin", "sha256")
+        return found["rows"] == len(shard["samples"]) and found["origin"] == self._origin
+
+    def add(self, shard: dict, rows: np.ndarray) -> None:
+        """Write a shard's vectors."""
+        path = self._folder / f"{shard['name']}.npy"
+        write_array(path, rows)
+        facts = {"sha256": file_sha256(path), "rows": len(rows), "origin": self._origin}
+        write_atomically(path.with_suffix(".json"), json.dumps(facts).encode())
+
+    def read(self, shard: dict) -> np.ndarray:
+        """A shard's vectors, checked."""
+        path = self._folder / f"{shard['name']}.npy"
+        if not self.has(shard):
+            raise MissingData(f"{self._folder}: {shard['name']} is not done, run `features` again")
+        if file_sha256(path) != read_record(path.with_suffix(".json"))["sha256"]:
+            raise CorruptShard(f"{path} changed since it was written: remove it and run again")
+        return np.load(path, allow_pickle=False)
 
 
-def _is_done(folder: Path, shard: dict) -> bool:
-    record = folder / f"{shard['name']}.json"
-    if not record.is_file() or not record.with_suffix(".npy").is_file():
-        return False
-    return json.loads(record.read_bytes())["rows"] == len(shard["samples"])
+def _finite(rows: np.ndarray, manifest: Manifest, ids: range) -> np.ndarray:
+    """Rows as they are; DataPipelineError names the first sample whose row is not finite."""
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        sample = ids[int(bad[0])]
+        raise DataPipelineError(
+            f"the vector of sample {sample} ({manifest.sources()[sample]}) is not finite: look at "
+            "the sample and at the encoder's weights"
+        )
+    return rows
 
 
 def _source(manifest: Manifest, config: FeatureConfig) -> Callable[[range], np.ndarray]:

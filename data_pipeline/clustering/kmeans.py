@@ -2,28 +2,27 @@
 
 Up to SINGLE centroids one k-means finds them all. Beyond, two levels: coarse cells first, then fine
 centroids inside each cell, as many as the cell's share of the samples. A level costs iterations x
-points x centroids x width; two levels cost about 2 / sqrt(k) of one.
+points x centroids x width; two levels cost about 2 / sqrt(k) of one, repairs included.
 
-Iterations run in blocks; after each the centroids are written, and a run that was killed goes on
-from them. What k-means leaves empty or twice is put where samples fit worst, and reported.
+What is done is kept by a Progress: centroids after every block of iterations, or, of two levels,
+those of every cell that is finished. What k-means leaves empty or twice is put where samples of the
+same level fit worst, and reported. Vectors of zeros have no direction and take no part.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataPipelineError, MissingData
+from ..records import read_record
 from ..shards.writer import file_sha256, write_array, write_atomically
 from .features import normalise
-from .labels import search
+from .search import search
 
 CENTROIDS_NAME = "centroids.npy"
 COMPONENTS_NAME = "components.npy"
-PARTIAL_NAME = "centroids.partial.npy"
-PARTIAL_RECORD = "clusters.partial.json"
 RECORD_NAME = "clusters.json"
 SINGLE = 1 << 16
 BLOCK = 5  # iterations between two saves
@@ -34,14 +33,32 @@ SAME = 1e-6  # cosine distance of centroids that are one
 
 @dataclass
 class Report:
-    """What happened: levels, cells with samples, centroids that were repaired, and what remains."""
+    """What happened: levels, cells with samples, centroids that were given and used, centroids that
+    were repaired, each counted once, what is still empty, and the sizes of the clusters."""
 
     levels: int = 1
     cells: int = 1
+    started_from: int = 0
+    zero_vectors: int = 0
     repaired_empty: int = 0
     repaired_duplicate: int = 0
+    left_empty: int = 0
     smallest_cluster: int = 0
     largest_cluster: int = 0
+
+
+class Progress:
+    """Keeps nothing; progress.py has the one that a killed run goes on from."""
+
+    def save(self, centroids: np.ndarray, iterations: int) -> None:
+        """Called with a single level's centroids after each block of iterations."""
+
+    def save_cell(self, cell: int, centroids: np.ndarray) -> None:
+        """Called with the centroids of a finished cell."""
+
+    def load_cell(self, cell: int) -> np.ndarray | None:
+        """Centroids of a cell that an earlier start finished."""
+        return None
 
 
 def spherical_kmeans(
@@ -50,25 +67,31 @@ def spherical_kmeans(
     seed: int = 0,
     num_iterations: int = 25,
     initial: np.ndarray | None = None,
-    save: Callable[[np.ndarray, int], None] = lambda centroids, iterations: None,
+    progress: Progress | None = None,
     single: int = SINGLE,
 ) -> tuple[np.ndarray, Report]:
     """Unit centroids float32 [num_centroids, D] of unit features float32 [N, D], and a Report.
 
-    initial: centroids to start from. save(centroids, iterations done) is called between blocks of
-    iterations of a single level.
+    initial: centroids to start from; of two levels, each cell takes those that lie in it, as many
+    as it needs.
 
     Raises DataPipelineError, before any work, for more centroids than different features, for NaN
     or infinite features and for initial centroids of another shape.
     """
     check_features(features, num_centroids, initial)
     features = np.ascontiguousarray(features, np.float32)
-    report = Report()
+    pointing = features.any(axis=1)
+    report = Report(zero_vectors=int((~pointing).sum()))
+    if report.zero_vectors:
+        features = features[pointing]
+    progress = progress or Progress()
     if num_centroids <= single:
-        centroids = _lloyd(features, num_centroids, seed, num_iterations, initial, save)
+        report.started_from = 0 if initial is None else num_centroids
+        centroids = _lloyd(features, num_centroids, seed, num_iterations, initial, progress.save)
+        centroids = _repair(features, centroids, report)
     else:
-        centroids = _two_levels(features, num_centroids, seed, num_iterations, initial, report)
-    centroids = _repair(features, centroids, report)
+        levels = _TwoLevels(features, num_centroids, seed, num_iterations, report, progress)
+        centroids = levels.centroids(initial)
     return centroids, report
 
 
@@ -84,11 +107,12 @@ def check_features(features: np.ndarray, num_centroids: int, initial=None) -> No
             f"--num-centroids is {num_centroids}, must be 1 to {len(features)}, the number of "
             "samples"
         )
-    distinct = len(np.unique(np.ascontiguousarray(features).view(f"V{features[0].nbytes}")))
+    rows = np.ascontiguousarray(features).view(f"V{features[0].nbytes}")
+    distinct = len(np.unique(rows)) - (not features.any(axis=1).all())
     if num_centroids > distinct:
         raise DataPipelineError(
             f"--num-centroids is {num_centroids}, but only {distinct} of {len(features)} features "
-            "differ: ask for fewer, or remove what is there many times"
+            "differ and are not zero: ask for fewer, or remove what is there many times"
         )
     if initial is not None and initial.shape != (num_centroids, features.shape[1]):
         raise DataPipelineError(
@@ -122,35 +146,59 @@ def _lloyd(features, num_centroids, seed, num_iterations, initial, save) -> np.n
     return centroids
 
 
-def _two_levels(features, num_centroids, seed, num_iterations, initial, report) -> np.ndarray:
-    num_cells = max(1, int(round(num_centroids**0.5)))
-    rng = np.random.default_rng(seed)
-    some = rng.permutation(len(features))[: POINTS_PER_COARSE * num_cells]
-    coarse = _lloyd(features[np.sort(some)], num_cells, seed, num_iterations, None, _nothing)
-    cell_of = search(features, coarse, 1)[:, 0]
-    sizes = np.bincount(cell_of, minlength=num_cells)
-    starts = None
-    if initial is not None:
-        start_cell = search(initial, coarse, 1)[:, 0]
-        starts = [initial[start_cell == cell] for cell in range(num_cells)]
-    shares = allot(num_centroids, sizes)
-    parts = []
-    for cell in np.flatnonzero(shares):
-        members = features[cell_of == cell]
-        start = None
-        if starts is not None and len(starts[cell]) == shares[cell]:
-            start = starts[cell]
-        if shares[cell] == len(members):
-            parts.append(members)
-            continue
-        parts.append(
-            _lloyd(members, int(shares[cell]), seed + int(cell), num_iterations, start, _nothing)
-        )
-    report.levels, report.cells = 2, int((shares > 0).sum())
-    return np.concatenate(parts)
+class _TwoLevels:
+    """Coarse cells, then a k-means with repairs inside each."""
+
+    def __init__(self, features, num_centroids, seed, num_iterations, report, progress):
+        self._features, self._seed, self._iterations = features, seed, num_iterations
+        self._report, self._progress = report, progress
+        num_cells = max(1, int(round(num_centroids**0.5)))
+        rng = np.random.default_rng(seed)
+        some = rng.permutation(len(features))[: POINTS_PER_COARSE * num_cells]
+        chosen = features[np.sort(some)]
+        self._coarse = _lloyd(chosen, num_cells, seed, num_iterations, None, progress_of_nobody)
+        self._cell_of = search(features, self._coarse, 1)[:, 0]
+        sizes = np.bincount(self._cell_of, minlength=num_cells)
+        self._shares = allot(num_centroids, sizes)
+
+    def centroids(self, initial: np.ndarray | None) -> np.ndarray:
+        """All fine centroids, cell after cell."""
+        start_cell = None if initial is None else search(initial, self._coarse, 1)[:, 0]
+        sizes, parts = [], []
+        for cell in np.flatnonzero(self._shares):
+            starts = None if initial is None else initial[start_cell == cell]
+            parts.append(self._cell(int(cell), starts))
+            sizes += [self._report.smallest_cluster, self._report.largest_cluster]
+        self._report.smallest_cluster, self._report.largest_cluster = min(sizes), max(sizes)
+        self._report.levels, self._report.cells = 2, len(parts)
+        return np.concatenate(parts)
+
+    def _cell(self, cell: int, starts: np.ndarray | None) -> np.ndarray:
+        members, share = self._features[self._cell_of == cell], int(self._shares[cell])
+        done = self._progress.load_cell(cell)
+        if done is not None and len(done) == share:
+            _faults(members, done, self._report)  # for its sizes
+            return done
+        if share == len(members):
+            self._report.smallest_cluster = self._report.largest_cluster = 1
+            return members
+        start = None if starts is None else self._filled(starts, members, share, cell)
+        seed, rest = self._seed + cell, self._iterations
+        centroids = _lloyd(members, share, seed, rest, start, progress_of_nobody)
+        centroids = _repair(members, centroids, self._report)
+        self._progress.save_cell(cell, centroids)
+        return centroids
+
+    def _filled(self, starts: np.ndarray, members: np.ndarray, share: int, cell: int) -> np.ndarray:
+        """As many starts as the cell needs: some of those given, or members beside them."""
+        rng = np.random.default_rng([self._seed, cell])
+        taken = starts[np.sort(rng.permutation(len(starts))[:share])]
+        self._report.started_from += len(taken)
+        more = members[rng.permutation(len(members))[: share - len(taken)]]
+        return np.concatenate([taken, more])
 
 
-def _nothing(centroids: np.ndarray, iterations: int) -> None:
+def progress_of_nobody(centroids: np.ndarray, iterations: int) -> None:
     """Cells are small: nothing is saved between their iterations."""
 
 
@@ -174,27 +222,39 @@ def allot(total: int, sizes: np.ndarray) -> np.ndarray:
 
 
 def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.ndarray:
-    """Move empty and repeated centroids onto the samples that fit worst, one each."""
+    """Move empty and repeated centroids onto the samples that fit worst, one each; a few times, as
+    a move may leave another one empty."""
+    was_empty, was_twin = set(), set()
     for _ in range(REPAIRS):
-        nearest, cosines = search(features, centroids, 1, with_cosines=True)
-        counts = np.bincount(nearest[:, 0], minlength=len(centroids))
-        neighbours, near = search(centroids, centroids, min(2, len(centroids)), with_cosines=True)
-        own = np.arange(len(centroids))
-        other = np.where(neighbours[:, 0] == own, neighbours[:, -1], neighbours[:, 0])
-        twin = (near[:, -1] > 1 - SAME) & (other < own)
-        empty = (counts == 0) & ~twin
+        empty, twin, cosines = _faults(features, centroids, report)
         broken = np.flatnonzero(empty | twin)
-        report.smallest_cluster, report.largest_cluster = int(counts.min()), int(counts.max())
         if not len(broken):
-            return centroids
-        report.repaired_empty += int(empty.sum())
-        report.repaired_duplicate += int(twin.sum())
-        worst = np.argsort(cosines[:, 0], kind="stable")[: 4 * len(broken) + 64]
+            break
+        was_empty |= set(np.flatnonzero(empty).tolist())
+        was_twin |= set(np.flatnonzero(twin).tolist()) - was_empty
+        worst = np.argsort(cosines, kind="stable")[: 4 * len(broken) + 64]
         _, first = np.unique(features[worst], axis=0, return_index=True)
         centroids = centroids.copy()
         placed = worst[np.sort(first)][: len(broken)]
         centroids[broken[: len(placed)]] = features[placed]
+    else:
+        empty, twin, _ = _faults(features, centroids, report)
+        report.left_empty += int((empty | twin).sum())
+    report.repaired_empty += len(was_empty)
+    report.repaired_duplicate += len(was_twin)
     return centroids
+
+
+def _faults(features: np.ndarray, centroids: np.ndarray, report: Report):
+    """(which centroids are empty, which repeat one before them, every sample's best cosine)."""
+    nearest, cosines = search(features, centroids, 1, with_cosines=True)
+    counts = np.bincount(nearest[:, 0], minlength=len(centroids))
+    neighbours, near = search(centroids, centroids, min(2, len(centroids)), with_cosines=True)
+    own = np.arange(len(centroids))
+    other = np.where(neighbours[:, 0] == own, neighbours[:, -1], neighbours[:, 0])
+    twin = (near[:, -1] > 1 - SAME) & (other < own)
+    report.smallest_cluster, report.largest_cluster = int(counts.min()), int(counts.max())
+    return (counts == 0) & ~twin, twin, cosines[:, 0]
 
 
 def save_centroids(
@@ -226,7 +286,7 @@ def load_centroids(directory: Path) -> tuple[np.ndarray, dict, np.ndarray | None
         raise MissingData(
             f"{directory} holds no {RECORD_NAME}: make it with `python -m data_pipeline cluster`"
         )
-    record = json.loads((directory / RECORD_NAME).read_bytes())
+    record = read_record(directory / RECORD_NAME, "files")
     for name, sha256 in record["files"].items():
         if not (directory / name).is_file() or file_sha256(directory / name) != sha256:
             raise DataPipelineError(
@@ -234,44 +294,3 @@ def load_centroids(directory: Path) -> tuple[np.ndarray, dict, np.ndarray | None
             )
     arrays = {n: np.load(directory / n, allow_pickle=False) for n in record["files"]}
     return arrays[CENTROIDS_NAME], record, arrays.get(COMPONENTS_NAME)
-
-
-class PartialCentroids:
-    """Centroids between two blocks of iterations, with what they belong to; as safe as the final
-    ones, so that a killed run goes on from them.
-    """
-
-    def __init__(self, directory: Path, identity: dict):
-        self._directory, self._identity = directory, identity
-
-    def load(self) -> tuple[np.ndarray | None, int]:
-        """(centroids, iterations done) of a run with the same identity; (None, 0) without."""
-        record = self._directory / PARTIAL_RECORD
-        if not record.is_file() or not (self._directory / PARTIAL_NAME).is_file():
-            return None, 0
-        saved = json.loads(record.read_bytes())
-        if saved["identity"] != self._identity:
-            return None, 0
-        if file_sha256(self._directory / PARTIAL_NAME) != saved["sha256"]:
-            return None, 0
-        return np.load(self._directory / PARTIAL_NAME, allow_pickle=False), saved["iterations"]
-
-    def saver(self, before: int) -> Callable[[np.ndarray, int], None]:
-        """What spherical_kmeans calls between blocks, after `before` earlier iterations."""
-
-        def save(centroids: np.ndarray, iterations: int) -> None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            write_array(self._directory / PARTIAL_NAME, centroids)
-            record = {
-                "identity": self._identity,
-                "iterations": before + iterations,
-                "sha256": file_sha256(self._directory / PARTIAL_NAME),
-            }
-            write_atomically(self._directory / PARTIAL_RECORD, json.dumps(record).encode())
-
-        return save
-
-    def remove(self) -> None:
-        """The work is done."""
-        for name in (PARTIAL_NAME, PARTIAL_RECORD):
-            (self._directory / name).unlink(missing_ok=True)

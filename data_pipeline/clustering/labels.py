@@ -12,15 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import CorruptShard, MissingData
+from ..errors import CorruptShard, DataPipelineError, MissingData
+from ..records import read_record
 from ..shards.manifest import Manifest
 from ..shards.writer import file_sha256, write_array, write_atomically
+from .search import CentroidSearch, judges
 
-EXACT = 1 << 17  # centroids up to which every one is compared
-RECALL = 0.99
-JUDGED = 1000  # samples that judge an approximate search
-WORTHWHILE = 4  # a search in more than a fourth of the cells is left to the exact one
-PIECE = 1 << 14  # queries at a time
 LABELS_NAME = "labels.npy"
 RECORD_NAME = "labels.json"
 
@@ -29,61 +26,17 @@ def nearest_centroids(
     features: np.ndarray, centroids: np.ndarray, num_labels: int
 ) -> tuple[np.ndarray, dict]:
     """int32 [N, num_labels]: centroids by falling cosine, -1 where there are fewer; and how they
-    were found: exactly up to EXACT centroids and where samples lie badly in cells, else in the
-    cells of an inverted file, as many as are needed for a measured recall of RECALL.
+    were found.
     """
-    count = min(num_labels, len(centroids))
-    if len(centroids) <= EXACT:
-        labels, how = search(features, centroids, count), {"search": "exact", "recall": 1.0}
-    else:
-        labels, how = _search_cells(features, centroids, count)
-    padded = np.full((len(features), num_labels), -1, np.int32)
-    padded[:, :count] = labels
-    return padded, how
+    find = CentroidSearch(centroids, num_labels, judges(features))
+    return padded(find(features), num_labels), find.how
 
 
-def search(queries: np.ndarray, points: np.ndarray, count: int, with_cosines: bool = False):
-    """The `count` points of largest cosine for each query, int64 [N, count]; exact, in pieces."""
-    import faiss
-
-    index = faiss.IndexFlatIP(points.shape[1])
-    index.add(np.ascontiguousarray(points, np.float32))
-    return _search_in_pieces(index, queries, count, with_cosines)
-
-
-def _search_in_pieces(index, queries, count, with_cosines=False):
-    found = [
-        index.search(np.ascontiguousarray(queries[start : start + PIECE], np.float32), count)
-        for start in range(0, len(queries), PIECE)
-    ]
-    cosines, nearest = (np.concatenate(part) for part in zip(*found, strict=True))
-    return (nearest, cosines) if with_cosines else nearest
-
-
-def _search_cells(features, centroids, count) -> tuple[np.ndarray, dict]:
-    import faiss
-
-    num_cells = int(len(centroids) ** 0.5)
-    quantizer = faiss.IndexFlatIP(centroids.shape[1])
-    index = faiss.IndexIVFFlat(quantizer, centroids.shape[1], num_cells, faiss.METRIC_INNER_PRODUCT)
-    index.cp.min_points_per_centroid = 1
-    index.train(np.ascontiguousarray(centroids, np.float32))
-    index.add(np.ascontiguousarray(centroids, np.float32))
-    some = features[np.unique(np.linspace(0, len(features) - 1, JUDGED).astype(np.int64))]
-    truth = search(some, centroids, count)
-    index.nprobe, recall = 4, 0.0
-    while recall < RECALL:
-        index.nprobe *= 2
-        if index.nprobe * WORTHWHILE > num_cells:  # nothing to gain from cells
-            return search(features, centroids, count), {"search": "exact", "recall": 1.0}
-        recall = recall_of(_search_in_pieces(index, some, count), truth)
-    how = {"search": f"{index.nprobe} of {num_cells} cells", "recall": round(recall, 4)}
-    return _search_in_pieces(index, features, count), how
-
-
-def recall_of(found: np.ndarray, truth: np.ndarray) -> float:
-    """Share of the true neighbours [N, L] that are among the found ones [N, L]."""
-    return float((found[:, :, None] == truth[:, None, :]).any(axis=1).mean())
+def padded(labels: np.ndarray, width: int) -> np.ndarray:
+    """int32 [N, width] of labels [N, L], -1 beyond L."""
+    wide = np.full((len(labels), width), -1, np.int32)
+    wide[:, : labels.shape[1]] = labels
+    return wide
 
 
 def save_labels(
@@ -102,6 +55,58 @@ def save_labels(
     write_atomically(directory / RECORD_NAME, json.dumps(record, indent=1, sort_keys=True).encode())
 
 
+def are_clusters(directory: Path) -> bool:
+    """Whether labels are nearest centroids, which may be made again, or came from outside."""
+    return "centroids_sha256" in read_record(directory / RECORD_NAME)
+
+
+def import_labels(manifest: Manifest, path: Path, num_classes: int, width: int) -> np.ndarray:
+    """Labels int32 [N, width] from a list of ours or of somebody else, -1 where a sample has fewer:
+
+        FILE.npy     integers [N, L] in the order of sample ids
+        FILE.jsonl   a line {"source": relative path, "labels": [..]} for each sample, in any order
+
+    MissingData names samples without a line; DataPipelineError classes out of range and lists of
+    another length.
+    """
+    rows = _array_rows(manifest, path) if path.suffix == ".npy" else _listed_rows(manifest, path)
+    labels = np.full((len(manifest), width), -1, np.int64)
+    for place, row in enumerate(rows):
+        labels[place, : min(width, len(row))] = row[:width]
+    wrong = np.flatnonzero(((labels < -1) | (labels >= num_classes)).any(axis=1))
+    if len(wrong):
+        raise DataPipelineError(
+            f"{path}: sample {wrong[0]} has labels {labels[wrong[0]].tolist()}, classes are 0 to "
+            f"{num_classes - 1} and -1 for none"
+        )
+    return labels.astype(np.int32)
+
+
+def _array_rows(manifest: Manifest, path: Path) -> np.ndarray:
+    rows = np.load(path, allow_pickle=False)
+    if rows.ndim != 2 or len(rows) != len(manifest) or rows.dtype.kind not in "iu":
+        raise DataPipelineError(
+            f"{path} holds {rows.dtype} {list(rows.shape)}, expected integers [{len(manifest)}, L]"
+        )
+    return rows
+
+
+def _listed_rows(manifest: Manifest, path: Path) -> list[list[int]]:
+    listed = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            listed[entry["source"]] = [int(label) for label in entry["labels"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataPipelineError(
+                f'{path}, line {number}: write {{"source": PATH, "labels": [..]}} ({error!r})'
+            ) from error
+    absent = [source for source in manifest.sources() if source not in listed]
+    if absent:
+        raise MissingData(f"{path} has no line for {len(absent)} samples, {absent[0]!r} first")
+    return [listed[source] for source in manifest.sources()]
+
+
 def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
     """Labels int32 [N, L] of a manifest and the number of classes.
 
@@ -117,21 +122,22 @@ def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
             f"{manifest.directory} "
             "--centroids CENTROIDS`"
         )
-    record = json.loads(record_path.read_bytes())
+    record = read_record(record_path, "manifest_sha256", "num_classes", "sha256")
     if record["manifest_sha256"] != manifest.sha256:
         raise CorruptShard(
             f"{record_path} belongs to another version of {manifest.directory}: label it again"
         )
-    if file_sha256(directory / LABELS_NAME) != record["sha256"]:
-        raise CorruptShard(f"{directory / LABELS_NAME} changed since it was written: label again")
-    labels = np.load(directory / LABELS_NAME, allow_pickle=False)
+    path = directory / LABELS_NAME
+    if not path.is_file() or file_sha256(path) != record["sha256"]:
+        raise CorruptShard(f"{path} is missing, or changed since it was written: label again")
+    labels = np.load(path, allow_pickle=False)
     if (
         labels.shape[0] != len(manifest)
         or labels.min() < -1
         or labels.max() >= record["num_classes"]
     ):
         raise CorruptShard(
-            f"{directory / LABELS_NAME} is {labels.shape} with ids {labels.min()}..{labels.max()}, "
+            f"{path} is {labels.shape} with ids {labels.min()}..{labels.max()}, "
             f"expected {len(manifest)} rows and ids below {record['num_classes']}"
         )
     return labels, record["num_classes"]

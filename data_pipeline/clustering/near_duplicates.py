@@ -3,15 +3,17 @@
 A web set repeats itself, and centroids would be spent on what is there most often. Samples are
 joined when their cosine reaches a threshold, and joins are transitive (union-find); the sample of
 the lowest id stands for its group. Up to EXACT samples all pairs are compared; beyond, pairs inside
-coarse cells only, so that a pair across a border may stay.
+coarse cells only, so that a pair across a border may stay. Copies, byte for byte, are joined before
+any comparison: a set may hold one black clip a hundred thousand times.
 """
 
 import numpy as np
 
-from .labels import PIECE, search
+from .search import search
 
 EXACT = 1 << 17
 POINTS_PER_CELL = 1 << 14
+PIECE = 1 << 10  # queries at a time: all of their pairs are in memory
 
 
 def representatives(features: np.ndarray, threshold: float, exact: int = EXACT) -> np.ndarray:
@@ -19,13 +21,24 @@ def representatives(features: np.ndarray, threshold: float, exact: int = EXACT) 
 
     threshold: cosine in (0, 1]. Cost: N^2 products of width D, or N^2 / cells beyond `exact`.
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"--near-duplicates {threshold}: a cosine above 0 and at most 1")
-    groups = np.arange(len(features))
-    for members in _cells(features, exact):
-        for left, right in _pairs(features[members], threshold):
+    check_threshold(threshold)
+    features = np.ascontiguousarray(features, np.float32)
+    _, first, copy_of = np.unique(
+        features.view(f"V{features[0].nbytes}")[:, 0], return_index=True, return_inverse=True
+    )
+    lowest = np.sort(first)
+    different = features[lowest]
+    groups = np.arange(len(different))
+    for members in _cells(different, exact):
+        for left, right in _pairs(different[members], threshold):
             groups = _join(groups, members[left], members[right])
-    return groups
+    return lowest[groups][np.searchsorted(lowest, first)][copy_of]
+
+
+def check_threshold(threshold: float | None) -> None:
+    """ValueError for what is no useful cosine; None is."""
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ValueError(f"--near-duplicates {threshold}: a cosine above 0 and at most 1")
 
 
 def _cells(features: np.ndarray, exact: int):

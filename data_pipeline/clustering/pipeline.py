@@ -7,19 +7,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataPipelineError
+from ..records import read_record
 from ..shards.manifest import Manifest
-from .features import FeatureConfig, extract, load_features
-from .kmeans import (
-    PARTIAL_NAME,
-    PartialCentroids,
-    check_features,
-    load_centroids,
-    save_centroids,
-    spherical_kmeans,
-)
-from .labels import nearest_centroids, save_labels
-from .near_duplicates import representatives
+from .features import FeatureConfig, extract, feature_pieces, load_features
+from .kmeans import RECORD_NAME, check_features, load_centroids, save_centroids, spherical_kmeans
+from .labels import padded, save_labels
+from .near_duplicates import check_threshold, representatives
+from .progress import SavedProgress
 from .projection import Projection, fit_projection
+from .search import CentroidSearch, judges
 
 FEATURES_NAME = "features"
 
@@ -45,6 +41,18 @@ class ClusterConfig:
     near_duplicates: float | None = None
     init: Path | None = None
 
+    def __post_init__(self):
+        if self.num_centroids < 1 or self.num_iterations < 0:
+            raise ValueError(
+                f"--num-centroids {self.num_centroids} must be at least 1, --iterations "
+                f"{self.num_iterations} not negative"
+            )
+        if not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"--seed {self.seed} must be 0 to {(1 << 31) - 1}")
+        if self.pca is not None and self.pca < 1:
+            raise ValueError(f"--pca {self.pca} must be at least 1")
+        check_threshold(self.near_duplicates)
+
 
 def cluster(
     manifest: Manifest,
@@ -60,10 +68,17 @@ def cluster(
     Returns the centroids float32 [K, D]. Raises DataPipelineError for an impossible number of
     centroids.
     """
+    if config.num_centroids > len(manifest):
+        raise DataPipelineError(
+            f"--num-centroids is {config.num_centroids}, {manifest.directory} holds "
+            f"{len(manifest)} samples: ask for fewer"
+        )
+    initial = None if config.init is None else load_centroids(config.init)
     folder = features_folder or output / FEATURES_NAME
-    raw = _features(manifest, config.features, folder, report)
+    extract(manifest, config.features, folder, report=report)
+    raw, _ = load_features(manifest, folder)
     check_features(raw, 1)
-    projection = fit_projection(raw, centred=config.features.encoder is None, dims=config.pca)
+    projection = fit_projection(raw, config.pca)
     features = projection(raw)
     details: dict[str, Any] = {
         "manifest_sha256": manifest.sha256,
@@ -80,7 +95,7 @@ def cluster(
         features = features[np.unique(groups)]
         details["near_duplicates_removed"] = len(groups) - len(features)
         report(f"{len(groups) - len(features)} of {len(groups)} samples are near-duplicates")
-    centroids, details = _centroids(features, config, output, details, report)
+    centroids, details = _centroids(features, config, output, initial, details, report)
     save_centroids(output, centroids, details, projection.components)
     return centroids
 
@@ -96,9 +111,13 @@ def label(
     """Write labels.npy and labels.json of a packed set to `output`; returns labels int32 [N, L].
 
     Features are computed as `cluster` did, or taken from where it left them when it was the same
-    set. Raises MissingData or DataPipelineError.
+    set; one shard of them is in memory at a time. Raises MissingData or DataPipelineError.
     """
+    if num_labels < 1:
+        raise ValueError(f"--num-labels {num_labels} must be at least 1")
     centroids, record, components = load_centroids(centroids_folder)
+    needed = ("features", "weights_sha256", "manifest_sha256", "feature_mean")
+    read_record(centroids_folder / RECORD_NAME, *needed)
     config = FeatureConfig(**record["features"])
     if config.weights_sha256() != record["weights_sha256"]:
         raise DataPipelineError(
@@ -107,39 +126,47 @@ def label(
     same_set = record["manifest_sha256"] == manifest.sha256
     beside = centroids_folder if same_set else output
     folder = features_folder or beside / FEATURES_NAME
-    raw = _features(manifest, config, folder, report)
+    extract(manifest, config, folder, report=report)
     projection = Projection(np.array(record["feature_mean"], np.float32), components)
-    labels, how = nearest_centroids(projection(raw), centroids, num_labels)
-    details = {"centroids_sha256": record["sha256"], **how}
+    labels = np.full((len(manifest), num_labels), -1, np.int32)
+    find, start = None, 0
+    for raw in feature_pieces(manifest, folder):
+        check_features(raw, 1)
+        rows = projection(raw)
+        find = find or CentroidSearch(centroids, num_labels, judges(rows))
+        labels[start : start + len(rows)] = padded(find(rows), num_labels)
+        start += len(rows)
+    details = {"centroids_sha256": record["sha256"], **(find.how if find else {})}
     save_labels(output, labels, manifest, len(centroids), details)
     return labels
 
 
-def _features(manifest: Manifest, config: FeatureConfig, folder: Path, report) -> np.ndarray:
-    """Raw vectors of all samples, extracted where they are not there yet."""
-    extract(manifest, config, folder, report=report)
-    return load_features(manifest, folder)[0]
-
-
-def _centroids(features, config: ClusterConfig, output: Path, details: dict, report):
-    """(centroids, details with what happened); goes on from a block that was saved."""
+def _centroids(features, config: ClusterConfig, output: Path, init, details: dict, report):
+    """(centroids, details with what happened); goes on from what was saved."""
     initial = None
-    if config.init is not None:
-        initial, record, _ = load_centroids(config.init)
+    if init is not None:
+        initial, record, _ = init
         details = {**details, "started_from_sha256": record["sha256"]}
-    partial = PartialCentroids(output, {**details, "num_centroids": config.num_centroids})
-    saved, done = partial.load()
-    if done:
+    progress = SavedProgress(output, {**details, "num_centroids": config.num_centroids})
+    saved, done = progress.centroids()
+    if saved is not None:
         initial = saved
-        report(f"going on after {done} iterations, from {output / PARTIAL_NAME}")
+        report(f"going on after {done} iterations, from {progress.folder}")
     rest = max(0, config.num_iterations - done)
     centroids, found = spherical_kmeans(
-        features, config.num_centroids, config.seed, rest, initial, partial.saver(done)
+        features, config.num_centroids, config.seed, rest, initial, progress
     )
     if found.repaired_empty or found.repaired_duplicate:
         report(
             f"repaired {found.repaired_empty} empty and {found.repaired_duplicate} repeated "
             "centroids"
         )
-    partial.remove()
+    if found.left_empty:
+        report(
+            f"WARNING: {found.left_empty} centroids are still empty or repeated: these samples do "
+            "not make so many clusters; ask for fewer"
+        )
+    if found.zero_vectors:
+        report(f"{found.zero_vectors} vectors of zeros took no part")
+    progress.remove()
     return centroids, {**details, **asdict(found)}

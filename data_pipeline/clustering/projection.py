@@ -1,8 +1,9 @@
 """From raw vectors to the unit space of the centroids: centred, reduced, normalised.
 
-Codec descriptors share a large common part, so their mean over the clustered set is taken away; a
-principal component analysis may keep the directions in which the set varies most. Both are stored
-with the centroids, so that another set is labelled in the same space.
+Vectors share a large common part, so their mean over the clustered set is taken away: without that
+all centroids point one way, and as starting centres of a head lie within its inter-class filter of
+each other. A principal component analysis may keep the directions in which the set varies most.
+Both are stored with the centroids, so that another set is labelled in the same space.
 """
 
 from dataclasses import dataclass
@@ -26,11 +27,10 @@ class Projection:
         return normalise(centred if self.components is None else centred @ self.components.T)
 
 
-def fit_projection(raw: np.ndarray, centred: bool, dims: int | None) -> Projection:
-    """Projection of a set [N, D]; `dims` principal components (which are of the centred set), None:
-    all directions. DataPipelineError for more than there are."""
-    mean = raw.mean(axis=0, dtype=np.float64) if centred or dims else np.zeros(raw.shape[1])
-    mean = mean.astype(np.float32)
+def fit_projection(raw: np.ndarray, dims: int | None = None) -> Projection:
+    """Projection of a set [N, D]; `dims` principal components, None: all directions.
+    DataPipelineError for more than there are."""
+    mean = raw.mean(axis=0, dtype=np.float64).astype(np.float32)
     if dims is None:
         return Projection(mean)
     if not 1 <= dims <= min(raw.shape):

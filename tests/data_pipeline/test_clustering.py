@@ -1,6 +1,7 @@
 """Features, centroids and labels: meaningful, bound to their data, errors before any work."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from conftest import ROOT, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.clustering import labels as labels_module
+from data_pipeline.clustering import search as search_module
 from data_pipeline.clustering.features import (
     FeatureConfig,
     descriptor_rows,
@@ -160,19 +161,19 @@ def test_near_duplicates_of_large_sets_are_found_inside_cells():
 
 
 def test_approximate_search_reaches_the_recall_it_reports(monkeypatch):
-    monkeypatch.setattr(labels_module, "EXACT", 100)
+    monkeypatch.setattr(search_module, "EXACT", 100)
     centroids = blobs(200, 10)
     rows = normalise(np.repeat(centroids, 2, axis=0) + 0.01 * unit(4000, 16, seed=3))
     found, how = nearest_centroids(rows, centroids, 10)
-    truth = labels_module.search(rows, centroids, 10)
+    truth = search_module.search(rows, centroids, 10)
     assert how["search"].endswith("of 44 cells") and how["recall"] >= 0.99
-    assert labels_module.recall_of(found, truth) >= 0.985
+    assert search_module.recall_of(found, truth) >= 0.985
     found, how = nearest_centroids(unit(500, 16), unit(2000, 16, seed=5), 10)
     assert how == {"search": "exact", "recall": 1.0}, "cells do not help without clusters"
 
 
 def test_a_killed_clustering_goes_on_from_its_last_block(packed, tmp_path, monkeypatch):
-    from data_pipeline.clustering import kmeans as module
+    from data_pipeline.clustering import progress as module
 
     manifest, config = load_manifest(packed / "train"), ClusterConfig(8, num_iterations=15)
     want = cluster(manifest, config, tmp_path / "straight")
@@ -265,12 +266,12 @@ def test_principal_components_keep_what_varies_and_label_in_the_same_space(packe
 
     rng = np.random.default_rng(0)
     raw = (rng.standard_normal((200, 3)) * [9, 4, 1]) @ np.linalg.qr(rng.normal(size=(5, 3)))[0].T
-    projection = fit_projection(raw.astype(np.float32), centred=False, dims=2)
+    projection = fit_projection(raw.astype(np.float32), 2)
     parts = (raw - raw.mean(axis=0)) @ projection.components.T
     assert np.allclose(projection.components @ projection.components.T, np.eye(2), atol=1e-5)
     assert 60 < parts[:, 0].var() < 110 and 10 < parts[:, 1].var() < 25
     with pytest.raises(DataPipelineError, match="--pca 9: 200 vectors of width 5"):
-        fit_projection(raw, False, 9)
+        fit_projection(raw, 9)
 
     manifest = load_manifest(packed / "train")
     centroids = cluster(manifest, ClusterConfig(6, pca=10), tmp_path / "c")
@@ -290,7 +291,7 @@ def test_clusters_can_be_looked_at_with_sizes_and_purity(packed, tmp_path):
     assert [s.cluster for s in summaries] == [2, 0, 1, 3]
     assert summaries[0].members.tolist() == [0, 1, 2, 5] and summaries[0].purity == 0.75
     assert summaries[1].purity == 1.0 and summaries[2].purity is None
-    assert overall_purity(summaries) == (4 * 0.75 + 2 * 1.0) / 6
+    assert overall_purity(summaries) == 4 / 5, "the sample of unknown truth does not count"
     assert overall_purity(summarise(labels, 4)) is None
 
     page, truth = tmp_path / "page.png", packed / "train.csv"
@@ -347,3 +348,143 @@ def test_another_set_is_labelled_in_the_space_of_the_centroids(packed, tmp_path)
     labels = label(few, packed / "centroids" / "train", 4, tmp_path)
     whole = np.load(packed / "train" / "labels.npy")
     assert np.array_equal(labels, whole[[3, 5, 11]])
+
+
+def test_copies_are_joined_before_any_pair_is_compared():
+    features = np.concatenate([np.repeat(unit(1, seed=1), 30_000, axis=0), unit(50, seed=2)])
+    groups = representatives(features, 0.999)
+    assert not groups[:30_000].any() and np.array_equal(groups[30_000:], np.arange(30_000, 30_050))
+    shuffled = np.random.default_rng(0).permutation(len(features))
+    again = representatives(features[shuffled], 0.999)
+    assert len(np.unique(again)) == 51 and (again <= np.arange(len(again))).all()
+
+
+def test_centroids_that_samples_cannot_fill_are_reported():
+    directions = np.repeat(unit(20, 16), 10, axis=0)
+    noise = 1e-5 * np.random.default_rng(0).standard_normal(directions.shape)
+    centroids, report = spherical_kmeans(normalise(directions + noise), 150)
+    found = search_module.search(normalise(directions + noise), centroids, 1)
+    assert report.left_empty >= 150 - len(np.unique(found)) > 0
+    assert report.repaired_empty + report.repaired_duplicate <= 150, "each is counted once"
+
+
+def test_vectors_of_zeros_become_no_centroid():
+    rows = unit(40)
+    rows[[3, 9]] = 0
+    centroids, report = spherical_kmeans(rows, 20)
+    assert report.zero_vectors == 2
+    assert np.allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-5)
+    with pytest.raises(DataPipelineError, match="only 38 of 40"):
+        spherical_kmeans(rows, 39)
+
+
+def test_two_levels_go_on_from_finished_cells_and_use_what_was_given():
+    from data_pipeline.clustering.kmeans import Progress
+
+    class Kept(Progress):
+        def __init__(self):
+            self.cells, self.saved = {}, 0
+
+        def save_cell(self, cell, centroids):
+            self.cells[cell], self.saved = centroids, self.saved + 1
+
+        def load_cell(self, cell):
+            return self.cells.get(cell)
+
+    rows = unit(2000, 16)
+    kept = Kept()
+    want, _ = spherical_kmeans(rows, 200, single=100, progress=kept)
+    assert kept.saved > 5
+    for cell in list(kept.cells)[::2]:
+        del kept.cells[cell]
+    kept.saved = 0
+    got, report = spherical_kmeans(rows, 200, single=100, progress=kept)
+    assert np.array_equal(got, want) and 0 < kept.saved <= len(kept.cells) - len(kept.cells) // 2
+    assert report.smallest_cluster >= 1
+    moved = normalise(rows + 0.1 * unit(2000, 16, seed=5))
+    _, report = spherical_kmeans(moved, 200, single=100, initial=want)
+    assert report.started_from > 150
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("cluster", "--num-centroids", 50), "holds 24 samples"),
+        (("cluster", "--num-centroids", 0), "--num-centroids 0"),
+        (("cluster", "--num-centroids", 4, "--pca", 0), "--pca 0"),
+        (("cluster", "--num-centroids", 4, "--near-duplicates", 2), "--near-duplicates 2"),
+        (("cluster", "--num-centroids", 4, "--iterations", -1), "--iterations -1"),
+        (("cluster", "--num-centroids", 4, "--seed", 99999999999), "--seed 99999999999"),
+        (("cluster", "--num-centroids", 4, "--init", "nowhere"), "clusters.json"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_any_vector_is_made(packed, tmp_path, flags, message):
+    command, *rest = flags
+    output = ("--output", tmp_path / "out")
+    done = run("-m", "data_pipeline", command, packed / "train", *rest, *output, check=False)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_ones_own_are_imported_and_padded(packed, tmp_path):
+    manifest = load_manifest(packed / "train")
+    listed = tmp_path / "words.jsonl"
+    lines = [
+        json.dumps({"source": source, "labels": [place, 90 + place % 3][: 1 + place % 2]})
+        for place, source in enumerate(manifest.sources())
+    ]
+    listed.write_text("\n".join(lines[::-1]))
+    command = ("-m", "data_pipeline", "label", packed / "train", "--num-labels", 5)
+    command += ("--output", tmp_path / "labels")
+    run(*command, "--from", listed, "--num-classes", 100)
+    labels, num_classes = load_labels(tmp_path / "labels", manifest)
+    assert num_classes == 100 and labels.shape == (24, 5)
+    assert labels[0].tolist() == [0, -1, -1, -1, -1] and labels[1].tolist() == [1, 91, -1, -1, -1]
+    done = run(*command, "--from", listed, "--num-classes", 50, check=False)
+    assert done.returncode == 1 and "classes are 0 to 49" in done.stderr
+    listed.write_text("\n".join(lines[1:]))
+    done = run(*command, "--from", listed, "--num-classes", 100, check=False)
+    assert done.returncode == 1 and "no line for 1 samples" in done.stderr
+    np.save(tmp_path / "words.npy", np.full((24, 9), -1))
+    run(*command, "--from", tmp_path / "words.npy", "--num-classes", 100)
+    assert (load_labels(tmp_path / "labels", manifest)[0] == -1).all()
+    page = ("--labels", tmp_path / "labels", "--output", tmp_path / "page.png")
+    done = run("-m", "data_pipeline", "browse", packed / "train", *page, check=False)
+    assert done.returncode == 1 and "no sample" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["{}", "oops!", "[1]"])
+@pytest.mark.parametrize("name", ["features.json", "video-000001.json", "labels.json"])
+def test_damaged_records_are_named(packed, tmp_path, name, text):
+    manifest = load_manifest(packed / "train")
+    extract(manifest, FeatureConfig(), tmp_path, report=lambda line: None)
+    save_labels(tmp_path, np.zeros((len(manifest), 2), np.int32), manifest, 3, {})
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CorruptShard, match=name):
+        load_features(manifest, tmp_path)
+        load_labels(tmp_path, manifest)
+
+
+def test_vectors_of_another_set_are_not_taken_when_their_record_is_lost(packed, tmp_path):
+    train, val = (load_manifest(packed / split) for split in ("train", "val"))
+    extract(train, FeatureConfig(), tmp_path, report=lambda line: None)
+    first = np.load(tmp_path / f"{train.shards[0]['name']}.npy")
+    (tmp_path / "features.json").unlink()
+    extract(val, FeatureConfig(), tmp_path, report=lambda line: None)
+    rows, _ = load_features(val, tmp_path)
+    assert not np.array_equal(rows[: len(first)], first[: len(rows)])
+
+
+def test_vectors_that_are_not_finite_are_refused_by_sample(packed, tmp_path, monkeypatch):
+    from data_pipeline.clustering import features as module
+
+    manifest = load_manifest(packed / "train")
+
+    def spoilt(manifest, ids):
+        rows = np.ones((len(ids), 4), np.float32)
+        rows[3] = np.nan
+        return rows
+
+    monkeypatch.setattr(module, "descriptor_rows", spoilt)
+    with pytest.raises(DataPipelineError, match="sample 3 .* not finite"):
+        extract(manifest, FeatureConfig(), tmp_path)

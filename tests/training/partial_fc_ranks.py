@@ -152,7 +152,7 @@ def out_of_range(ranks):
     try:
         head(torch.randn(2, 8), labels, torch.ones(2), 0)
     except ValueError as error:
-        assert "label 10 is out of range" in str(error)
+        assert "a label is out of range" in str(error)
         print("range ok", flush=True)
 
 

@@ -97,6 +97,10 @@ def test_class_ranges_partition_all_classes(world_size):
     ("changes", "message"),
     [
         ({"sample_rate": 0.0}, "--list_sample_rates 0.0"),
+        ({"margin": float("nan")}, "--list_margins nan"),
+        ({"filter_threshold": -0.1}, "--list_filters"),
+        ({"scale": float("nan")}, "scale nan"),
+        ({"init_std": 0.0}, "init_std 0.0"),
         ({"label_reduction": "max"}, "choose one of"),
     ],
 )
@@ -107,3 +111,76 @@ def test_impossible_settings_are_named(changes, message):
 
 def test_single_process_needs_no_launcher():
     assert "dense ok" in run(SCRIPT, "dense").stdout
+
+
+@pytest.mark.parametrize("gap", [6.0, 12.0, 15.0, 30.0])
+def test_losses_of_well_fitted_rows_keep_their_digits_at_full_scale(gap):
+    """A row whose logit stands `gap` above its rivals: loss and gradient against fp64."""
+    got, want = [], []
+    for dtype, results in ((torch.float32, got), (torch.float64, want)):
+        cosine = torch.full((1, 1), 0.3 + gap / 64, dtype=dtype, requires_grad=True)
+        rivals = torch.zeros(1, dtype=dtype)
+        loss = margin_losses(cosine, torch.zeros(1, 1, dtype=torch.int64), rivals, 64.0, 0.3, 1.0)
+        (gradient,) = torch.autograd.grad(loss.sum(), cosine)
+        results += [loss.item(), gradient.item()]
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+@pytest.fixture
+def alone():
+    """A group of one."""
+    from training.distributed import process_group
+
+    with process_group() as ranks:
+        yield ranks
+
+
+def test_a_label_out_of_range_poisons_the_gradient_where_reading_it_would_wait(alone, monkeypatch):
+    from training.losses.partial_fc import PartialFC
+
+    head = PartialFC(10, 8, PartialFCConfig(), alone)
+    monkeypatch.setattr(PartialFC, "check_labels", lambda self: None)  # as on a GPU
+    for label in (10, -2, 2**31 + 3, 2**32 + 3):
+        rows = torch.randn(2, 8, requires_grad=True)
+        head(rows, torch.tensor([[1], [label]]), torch.ones(2), 0).objective.backward()
+        assert rows.grad.isnan().any(), label
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="out of range"):
+        head.check_labels()
+
+
+def test_what_stands_in_a_row_without_weight_changes_nothing(alone):
+    from training.losses.partial_fc import PartialFC
+
+    head = PartialFC(10, 8, PartialFCConfig(sample_rate=1.0), alone)
+    labels, weights = torch.tensor([[1], [2], [3]]), torch.tensor([1.0, 0.0, 1.0])
+    found = []
+    for filling in (0.5, torch.nan):
+        rows = torch.randn(3, 8, generator=torch.manual_seed(0))
+        rows[1] = filling
+        rows.requires_grad_()
+        head.zero_grad()
+        loss = head(rows, labels, weights, 0).objective
+        loss.backward()
+        found.append((loss.item(), rows.grad, head.centers.grad.to_dense().clone()))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1]) and not found[0][1][1].any()
+    assert torch.equal(found[0][2], found[1][2])
+
+
+def test_starting_centres_are_checked_and_crowded_ones_are_seen(alone):
+    from training.losses.partial_fc import PartialFC
+
+    head = PartialFC(10, 8, PartialFCConfig(), alone)
+    centers = torch.randn(10, 8, generator=torch.manual_seed(1))
+    for bad in (0.0, torch.nan):
+        spoilt = centers.clone()
+        spoilt[4] = bad
+        with pytest.raises(ValueError, match="first is of class 4"):
+            head.load_centers(spoilt)
+    head.load_centers(centers)
+    assert head.crowding() < 0.1 and torch.equal(head.whole_centers(), centers)
+    head.load_centers(centers * 0.01 + 1.0)
+    assert head.crowding() == 1.0
+    other = PartialFC(10, 8, PartialFCConfig(), alone, name="another")
+    assert not torch.equal(other.centers, PartialFC(10, 8, PartialFCConfig(), alone).centers)

@@ -312,9 +312,10 @@ def test_rounds_cluster_again_with_the_trained_encoder_and_start_from_it(packed,
     assert 0 <= head["nmi_with_labels_before"] <= 1
     clusters = tmp_path / "round_1" / "clusters" / "motion_shapes-train"
     centroids = np.load(clusters / "centroids.npy")
-    state = tmp_path / "round_2" / "checkpoints" / "step_00000005" / "state.json"
-    fingerprint = json.loads(state.read_text())["fingerprint"]
-    assert fingerprint["heads.0.init_from"] == str(clusters / "centroids.npy")
+    config = json.loads((tmp_path / "round_2" / "config.json").read_text())
+    assert config["heads"][0]["init_from"] == str(clusters / "centroids.npy")
+    second = metrics(tmp_path / "round_2")
+    assert all(record[LOSS] > 0 and record["grad_norm"] > 0.1 for record in second)
     assert centroids.shape == (8, 128) and (clusters / "labels.npy").is_file()
     encoders = [
         LlavaViTPackingModel.from_pretrained(folder / "hf").state_dict()
@@ -323,11 +324,23 @@ def test_rounds_cluster_again_with_the_trained_encoder_and_start_from_it(packed,
     assert all(torch.equal(encoders[0][name], encoders[1][name]) for name in encoders[0])
     assert any(not torch.equal(encoders[0][name], encoders[2][name]) for name in encoders[0])
     before = (clusters / "centroids.npy").stat().st_mtime_ns
-    shutil.rmtree(tmp_path / "round_2" / "checkpoints")
-    torchrun(2, *command(packed, tmp_path, "--rounds", 2, steps=6))
+    shutil.rmtree(tmp_path / "round_2" / "checkpoints" / "step_00000006")
+    moved = tmp_path.with_name("moved")
+    shutil.move(tmp_path, moved)  # found again wherever it lies
+    torchrun(2, *command(packed, moved, "--rounds", 2, steps=6))
+    clusters = moved / "round_1" / "clusters" / "motion_shapes-train"
     assert (clusters / "centroids.npy").stat().st_mtime_ns == before, "clustered once"
-    again = LlavaViTPackingModel.from_pretrained(tmp_path / "hf").state_dict()
+    again = LlavaViTPackingModel.from_pretrained(moved / "hf").state_dict()
     assert all(torch.equal(encoders[0][name], again[name]) for name in again)
+
+    done = torchrun(
+        2,
+        *command(packed, moved, "--rounds", 2, "--resume", "never", "--seed", 5, steps=6),
+    )
+    assert "clusters of other weights removed" in done.stderr
+    outside = command(packed, moved, "--rounds", 2, "--resume", moved / "hf", steps=6)
+    done = torchrun(1, *outside, check=False)
+    assert done.returncode and "lies in no round" in done.stderr
 
 
 def test_mutual_information_of_partitions():
@@ -339,6 +352,8 @@ def test_mutual_information_of_partitions():
     assert normalised_mutual_information(left, left + 5) == 1.0
     assert normalised_mutual_information(left, np.zeros(6, int)) == 0.0
     assert 0.5 < normalised_mutual_information(left, np.array([0, 0, 1, 1, 1, 1])) < 0.9
+    many = np.arange(1_000_000)  # as many classes: nothing quadratic in them
+    assert normalised_mutual_information(many, many[::-1]) == 1.0
 
 
 def mixture(packed: Path, mixed: Path, output: Path, world: int, *extra):

@@ -14,8 +14,11 @@ Shape legend: B rows, L labels.
 """
 
 import torch
+import torch.nn.functional as F
 
 from .sharded_softmax import filtered
+
+NOTHING = -1e30  # logarithm of an empty sum: finite, so that its gradient is zero and not NaN
 
 
 def margin_losses(
@@ -40,10 +43,8 @@ def margin_losses(
     counts = ~same & (valid & ~earlier)[:, None, :]
     if mask_co_positives:
         counts = torch.zeros_like(counts)
-    others = logits[:, None, :].expand_as(counts).masked_fill(~counts, -torch.inf)
-    parts = torch.cat(
-        [others, negative_lse[:, None, None].expand(-1, labels.shape[1], 1), target[..., None]],
-        dim=-1,
-    )
-    losses = parts.logsumexp(dim=-1) - target
+    others = logits[:, None, :].expand_as(counts).masked_fill(~counts, NOTHING)
+    negatives = negative_lse.clamp(min=NOTHING)[:, None, None].expand(-1, labels.shape[1], 1)
+    rivals = torch.cat([others, negatives], dim=-1).logsumexp(dim=-1)
+    losses = F.softplus(rivals - target)  # = logsumexp(rivals, target) - target, without cancelling
     return torch.where(valid, losses, torch.zeros_like(losses))

@@ -9,7 +9,7 @@ trained with a margin softmax over a sample of them.
     loss     = mean over rows of mean (or sum) over labels of margin_losses
 
 Class c lives on the rank that owns row c of a chunked [num_classes, D] matrix. Which classes are
-sampled and how centres start depends on (seed, step, global class id) alone, so results do not
+sampled and how centres start depends on (seed, name, step, global class id), so results do not
 depend on the world size. Collectives: one all-gather and one all-reduce forward, one
 reduce-scatter backward, which runs beside the gradient of the centres. Time and memory follow the
 sampled classes, not the labels per row; the choice itself is one hash per class.
@@ -18,6 +18,7 @@ Shape legend: b samples of this rank, R rows of each rank, B rows of all, L labe
 sampled classes of this rank.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,8 +62,15 @@ class PartialFCConfig:
                 f"label_reduction {self.label_reduction!r}: choose one of "
                 f"{', '.join(LABEL_REDUCTIONS)}"
             )
-        if self.scale <= 0:
-            raise ValueError(f"scale {self.scale} must be positive")
+        positive = {"scale": self.scale, "init_std": self.init_std}
+        for name, value in positive.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} {value} must be positive and finite")
+        if not -2 <= self.margin <= 2 or not 0 <= self.filter_threshold <= 1:
+            raise ValueError(
+                f"--list_margins {self.margin} must lie in [-2, 2], --list_filters "
+                f"{self.filter_threshold} in [0, 1] (0: off)"
+            )
 
     @property
     def is_sparse(self) -> bool:
@@ -98,14 +106,22 @@ class PartialFC(nn.Module):
     """Centres of this rank's classes and the loss over all of them."""
 
     def __init__(
-        self, num_classes: int, width: int, config: PartialFCConfig, ranks: Ranks, seed: int = 0
+        self,
+        num_classes: int,
+        width: int,
+        config: PartialFCConfig,
+        ranks: Ranks,
+        seed: int = 0,
+        name: str = "",
     ):
         super().__init__()
+        self._centers_draw = f"centers {name}".strip()
+        self._negatives_draw = f"negatives {name}".strip()
         self.num_classes, self.config, self.seed = num_classes, config, seed
         self.class_start, self.class_end = class_range(num_classes, ranks.rank, ranks.world_size)
         classes = torch.arange(self.class_start, self.class_end, device=ranks.device)
         self.centers = nn.Parameter(
-            counter_normal(classes, width, seed, "centers") * config.init_std
+            counter_normal(classes, width, seed, self._centers_draw) * config.init_std
         )
 
     def load_centers(self, centers: torch.Tensor) -> None:
@@ -116,8 +132,30 @@ class PartialFC(nn.Module):
                 f"initial centres have shape {list(centers.shape)}, this head needs "
                 f"{list(expected)}"
             )
+        centers = centers[self.class_start : self.class_end]
+        lost = ~(centers.isfinite().all(dim=1) & centers.any(dim=1))
+        if lost.any():
+            first = self.class_start + int(lost.nonzero()[0])
+            raise ValueError(
+                f"{int(lost.sum())} initial centres are zero or not finite, the first is of class "
+                f"{first}: cluster again"
+            )
         with torch.no_grad():
-            self.centers.copy_(centers[self.class_start : self.class_end])
+            self.centers.copy_(centers)
+
+    def crowding(self, most: int = 2048) -> float:
+        """Share of pairs of this rank's first centres that are closer than the filter's threshold:
+        classes of such a pair would not be each other's negatives."""
+        unit = F.normalize(self.centers.detach()[:most].float(), dim=-1)
+        pairs = len(unit) * (len(unit) - 1)
+        if pairs == 0:
+            return 0.0
+        close = ((unit @ unit.T) > self.config.threshold).sum() - len(unit)
+        return max(0.0, close.item() / pairs) if self.config.threshold < 1 else 0.0
+
+    def whole_centers(self) -> torch.Tensor:
+        """Centres of all ranks, float32 [num_classes, D] on the CPU. Called by all ranks."""
+        return self.sharded(self.centers.detach()).full_tensor().cpu()
 
     @cached_property
     def _mesh(self):
@@ -139,26 +177,33 @@ class PartialFC(nn.Module):
         """embeddings fp32 [b, D], labels int64 [R, L] (-1 ignored), weights [R] (0 takes a row
         out); the same R on every rank, b at most R: rows beyond b must weigh 0.
 
-        Raises ValueError on all ranks when any label is not below num_classes; on a GPU, where
-        reading labels would wait for the device, the loss becomes NaN and `check_labels` says why.
+        Raises ValueError on all ranks when any label is below -1 or not below num_classes; on a
+        GPU, where reading labels would wait for the device, loss and gradients become NaN and
+        `check_labels` says why.
         """
+        if not labels.numel():
+            raise ValueError(f"labels are {list(labels.shape)}: give at least one row and label")
+        labels = labels.clamp(-2, self.num_classes)  # what is out of range stays so as int32
+        own_weights = weights
         gathered, labels, weights = self._gather(embeddings.detach(), labels, weights)
-        self._highest = labels.max()
+        self._range = torch.stack([labels.min(), labels.max()])
         if not labels.is_cuda:
             self.check_labels()
         labels = labels.masked_fill(weights[:, None] == 0, -1)
         sampled, columns = self._sample(labels, step)
-        plan = _Plan(self, labels, weights, sampled, columns)
+        plan = _Plan(self, labels, weights, own_weights, sampled, columns)
         objective, mean, losses = _Loss.apply(embeddings, self.centers, gathered, plan)
-        wrong = torch.where(self._highest >= self.num_classes, torch.nan, 0.0)
-        return PartialFCLoss(objective + wrong, mean, losses)
+        lowest, highest = self._range
+        wrong = (lowest < -1) | (highest >= self.num_classes)
+        return PartialFCLoss(objective * torch.where(wrong, torch.nan, 1.0), mean, losses)
 
     def check_labels(self) -> None:
         """Raise ValueError when a label of the last batch was out of range."""
-        if int(self._highest) >= self.num_classes:
+        lowest, highest = self._range.tolist()
+        if lowest < -1 or highest >= self.num_classes:
             raise ValueError(
-                f"label {int(self._highest)} is out of range, the head has {self.num_classes} "
-                "classes: label the data again"
+                f"a label is out of range: the head has {self.num_classes} classes, 0 to "
+                f"{self.num_classes - 1}, and -1 for none; label the data again"
             )
 
     def _gather(self, embeddings, labels, weights):
@@ -166,6 +211,7 @@ class PartialFC(nn.Module):
         width, missing = embeddings.shape[1], len(labels) - len(embeddings)
         bits = labels.to(torch.int32).view(torch.float32)
         rows = F.pad(embeddings.float(), (0, 0, 0, missing))
+        rows = rows.masked_fill(weights[:, None] == 0, 0.0)  # whatever is in them
         gathered = all_gather_rows(torch.cat([rows, bits, weights.float()[:, None]], dim=1))
         rows, bits, weights = gathered.split([width, labels.shape[1], 1], dim=1)
         return rows, bits.contiguous().view(torch.int32).long(), weights.squeeze(1)
@@ -179,7 +225,10 @@ class PartialFC(nn.Module):
         if self.config.sample_rate == 1:
             return None, local.masked_fill(~here, -1)
         classes = torch.arange(self.class_start, self.class_end, device=labels.device)
-        chosen = counter_uniform(classes, self.seed, "negatives", step) < self.config.sample_rate
+        chosen = (
+            counter_uniform(classes, self.seed, self._negatives_draw, step)
+            < self.config.sample_rate
+        )
         chosen[local[here]] = True
         sampled = chosen.nonzero().squeeze(1)
         places = torch.searchsorted(sampled, local.clamp(min=0).contiguous())
@@ -193,6 +242,7 @@ class _Plan:
     head: PartialFC
     labels: torch.Tensor
     weights: torch.Tensor
+    own_weights: torch.Tensor
     sampled: torch.Tensor | None
     columns: torch.Tensor
 
@@ -233,6 +283,8 @@ class _Loss(torch.autograd.Function):
             norms = embeddings.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             unit = embeddings / norms
             grad_embeddings = (own - (own * unit).sum(dim=-1, keepdim=True) * unit) / norms
+            unused = ctx.plan.own_weights[: len(embeddings), None] == 0
+            grad_embeddings = grad_embeddings.masked_fill(unused, 0.0)
         return grad_embeddings, _of_all(grad_centers, ctx), None, None
 
 

@@ -1,0 +1,69 @@
+"""What a clustering has done so far, so that one that was killed goes on from it.
+
+    OUTPUT/partial/record.json       what it belongs to, iterations done, sha256 of every file
+    OUTPUT/partial/centroids.npy     of a single level, after the last block of iterations
+    OUTPUT/partial/cell-00012.npy    of two levels, the centroids of a finished cell
+
+Removed when the clustering is done. Cost: one write of the centroids per block, or per cell.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from ..records import read_record
+from ..shards.writer import file_sha256, write_array, write_atomically
+from .kmeans import Progress
+
+FOLDER = "partial"
+CENTROIDS = "centroids.npy"
+
+
+class SavedProgress(Progress):
+    """Progress of a clustering whose `identity` decides its centroids; another's is thrown away."""
+
+    def __init__(self, output: Path, identity: dict):
+        self.folder, self._record = output / FOLDER, output / FOLDER / "record.json"
+        self._identity = json.loads(json.dumps(identity))
+        self._state: dict = {"identity": self._identity, "iterations": 0, "files": {}}
+        if self._record.is_file():
+            found = read_record(self._record, "identity", "iterations", "files")
+            if found["identity"] == self._identity:
+                self._state = found
+        self._before = self._state["iterations"]
+
+    def centroids(self) -> tuple[np.ndarray | None, int]:
+        """(centroids of a single level, iterations done); (None, 0) where nothing was saved."""
+        found = self._load(CENTROIDS)
+        return (None, 0) if found is None else (found, self._before)
+
+    def save(self, centroids: np.ndarray, iterations: int) -> None:
+        """After a block: `iterations` of this start."""
+        self._state["iterations"] = self._before + iterations
+        self._write(CENTROIDS, centroids)
+
+    def save_cell(self, cell: int, centroids: np.ndarray) -> None:
+        """A finished cell of two levels."""
+        self._write(f"cell-{cell:05d}.npy", centroids)
+
+    def load_cell(self, cell: int) -> np.ndarray | None:
+        """Its centroids, if an earlier start finished it."""
+        return self._load(f"cell-{cell:05d}.npy")
+
+    def remove(self) -> None:
+        """The work is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _load(self, name: str) -> np.ndarray | None:
+        path, sha256 = self.folder / name, self._state["files"].get(name)
+        if sha256 is None or not path.is_file() or file_sha256(path) != sha256:
+            return None
+        return np.load(path, allow_pickle=False)
+
+    def _write(self, name: str, centroids: np.ndarray) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_array(self.folder / name, centroids)
+        self._state["files"][name] = file_sha256(self.folder / name)
+        write_atomically(self._record, json.dumps(self._state).encode())
