@@ -15,13 +15,15 @@ from torch import nn
 
 from .losses.partial_fc import PartialFC
 
+MEAN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS_AT_ONCE = 8192  # of centres, to bound the memory of a lazy step
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW. `clip_norm` bounds the norm over encoder and all centres of all ranks together;
-    0 switches it off.
+    0 switches it off. `centers_mean` bfloat16 halves the memory of the first moments of sampled
+    centres; they forget within some ten steps, so that its three digits do.
     """
 
     lr: float = 1e-3
@@ -30,8 +32,14 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_norm: float = 5.0
+    centers_mean: str = "float32"
 
     def __post_init__(self):
+        if self.centers_mean not in MEAN_DTYPES:
+            raise ValueError(
+                f"optimizer.centers_mean {self.centers_mean!r}: choose one of "
+                f"{', '.join(MEAN_DTYPES)}"
+            )
         if self.lr <= 0 or self.weight_decay < 0 or self.weight_decay_centers < 0:
             raise ValueError(
                 f"--lr {self.lr} must be positive, --weight_decay {self.weight_decay} and "
@@ -64,45 +72,47 @@ class RowAdamW(torch.optim.AdamW):
         return loss
 
     def _step_rows(self, parameter: torch.Tensor, group: dict) -> None:
-        state, (beta1, beta2) = self._state_of(parameter, lazy=True), group["betas"]
+        state, (beta1, beta2) = self._state_of(parameter, group), group["betas"]
         rows, grads = parameter.grad.indices()[0], parameter.grad.values()
         for start in range(0, len(rows), ROWS_AT_ONCE):
             index, grad = rows[start : start + ROWS_AT_ONCE], grads[start : start + ROWS_AT_ONCE]
             steps = state["step"][index] + 1
-            mean = state["exp_avg"][index].lerp_(grad, 1 - beta1)
+            mean = state["exp_avg"][index].float().lerp_(grad, 1 - beta1)
             square = state["exp_avg_sq"][index].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             scale = (group["lr"] / (1 - beta1**steps))[:, None]
             denominator = (square / (1 - beta2**steps)[:, None]).sqrt_().add_(group["eps"])
             kept = parameter[index].mul_(1 - group["lr"] * group["weight_decay"])
             parameter[index] = kept.sub_(mean.div(denominator).mul_(scale))
-            state["step"][index], state["exp_avg"][index] = steps, mean
+            state["step"][index] = steps
+            state["exp_avg"][index] = mean.to(state["exp_avg"].dtype)
             state["exp_avg_sq"][index] = square
 
-    def _state_of(self, parameter: torch.Tensor, lazy: bool) -> dict:
+    def _state_of(self, parameter: torch.Tensor, group: dict) -> dict:
         """State of a parameter; as AdamW starts it where it took no step yet."""
-        state = self.state[parameter]
+        state, lazy = self.state[parameter], group["lazy"]
         if not state:
             state["step"] = torch.zeros(len(parameter) if lazy else ())
             state["step"] = state["step"].to(parameter.device if lazy else "cpu")
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = _zeros_like(parameter) if lazy else torch.zeros_like(parameter)
+            for moment, dtype in (("exp_avg", group["mean"]), ("exp_avg_sq", torch.float32)):
+                zeros = _zeros_like(parameter, dtype) if lazy else torch.zeros_like(parameter)
+                state[moment] = zeros
         return state
 
 
-def _zeros_like(parameter: torch.Tensor) -> torch.Tensor:
+def _zeros_like(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Zeros that take memory on a CPU only where they are written to: fresh pages of the system,
     small ones, where torch would write all of them and numpy ask for pages of 2 MB."""
     if parameter.is_cuda or not parameter.numel():
-        return torch.zeros_like(parameter)
-    pages = mmap.mmap(-1, parameter.numel() * parameter.element_size())
-    return torch.frombuffer(pages, dtype=parameter.dtype).view(parameter.shape)
+        return torch.zeros_like(parameter, dtype=dtype)
+    pages = mmap.mmap(-1, parameter.numel() * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(parameter.shape)
 
 
 def ensure_moments(optimizer: RowAdamW) -> None:
     """Give parameters that took no step yet the state that they would start with."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer._state_of(parameter, group["lazy"])
+            optimizer._state_of(parameter, group)
 
 
 def build_optimizer(
@@ -123,6 +133,7 @@ def build_optimizer(
             "weight_decay": config.weight_decay,
             "lr_scale": 1.0,
             "lazy": False,
+            "mean": torch.float32,
         },
         {
             "name": "encoder, norms, biases, probe",
@@ -130,6 +141,7 @@ def build_optimizer(
             "weight_decay": 0.0,
             "lr_scale": 1.0,
             "lazy": False,
+            "mean": torch.float32,
         },
     ]
     for name, (head, lr_scale) in heads.items():
@@ -140,6 +152,7 @@ def build_optimizer(
                 "weight_decay": config.weight_decay_centers,
                 "lr_scale": lr_scale,
                 "lazy": head.config.is_sparse,
+                "mean": MEAN_DTYPES[config.centers_mean],
             }
         )
     groups = [group for group in groups if group["params"]]

@@ -53,6 +53,24 @@ def test_every_sampled_row_is_trained_by_an_adamw_of_its_own():
     assert optimizer.state[head.centers]["step"].tolist() == [3, 1, 3, 0, 0, 3]
 
 
+def test_first_moments_in_bfloat16_stay_close_to_those_in_float32():
+    heads = [Head(50, sample_rate=0.5), Head(50, sample_rate=0.5)]
+    configs = [OptimizerConfig(lr=0.01), OptimizerConfig(lr=0.01, centers_mean="bfloat16")]
+    optimizers = [
+        build_optimizer(nn.Linear(2, 2), {"a": (head, 1.0)}, config)
+        for head, config in zip(heads, configs, strict=True)
+    ]
+    start = heads[0].centers.detach().clone()
+    for step in range(60):
+        rows = torch.randperm(50, generator=torch.manual_seed(step))[:25].sort().values.tolist()
+        for head, optimizer in zip(heads, optimizers, strict=True):
+            head.centers.grad = sparse(rows, (50, 3), step).coalesce()
+            optimizer.step()
+    moved = (heads[0].centers - start).norm()
+    assert (heads[0].centers - heads[1].centers).norm() < 0.01 * moved
+    assert optimizers[1].state[heads[1].centers]["exp_avg"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("head", [Head(6, 1.0), Head(6, 0.5, sparse=False)])
 def test_dense_gradients_take_torchs_adamw(head):
     copy = nn.Parameter(head.centers.data.clone())
