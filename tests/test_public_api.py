@@ -25,10 +25,18 @@ PUBLIC_TRAINER_FLAGS = """
 OWN_TRAINER_FLAGS = [
     "--preset",
     "--resume",
+    "--resume_allow",
     "--rounds",
     "--seed",
     "--set",
+    "--fsdp",
+    "--compile",
+    "--max_skipped_steps",
+    "--profile",
     "--print_config",
+    "--print-config",
+    "--dry_run",
+    "--dry-run",
     "--help",
     "-h",
 ]
@@ -56,8 +64,12 @@ def parser_of(words: list[str]):
     from eval_encoder.probe_report import build_parser as report_parser
     from model_factory.convert_llava_vit_packing_to_hf import build_parser as convert_parser
     from training.cli import build_parser as train_parser
+    from training.doctor import build_parser as doctor_parser
+    from training.export import build_parser as export_parser
 
     entries = {
+        "training.doctor": doctor_parser,
+        "training.export": export_parser,
         "training.train_univit": train_parser,
         "data_pipeline": data_parser,
         "eval_encoder.probe_prepare": prepare_parser,

@@ -1,46 +1,72 @@
-"""Checkpoints that are whole or do not exist, and load on any number of ranks.
+"""Checkpoints that are whole or do not exist, are written beside the training, and load on any
+number of ranks.
 
-    OUTPUT/checkpoints/
-      step_00000200/
-        *.safetensors     encoder, centres and AdamW moments, written by
-                          torch.distributed.checkpoint: centres and their moments as one tensor over
-                          all classes (DTensor), so another world size can read them
-        state.json        step, data position, configuration fingerprint, versions
-        manifest.json     size and sha256 of every file; written last
-      .step_00000400.tmp/ a save in progress; a leftover is deleted at the next start
+    save    copy tensors to host memory (the loop waits for this only)
+            in a thread: space? -> write -> compare with the copy -> manifest -> rename -> prune
+    start   newest commit whose bytes are as saved -> every tensor, resharded
 
-A save is committed by one directory rename after everything is on disk. Before loading, every byte
-is checked against the manifest; when the newest commit is damaged the previous one is used, loudly.
-Nothing is ever unpickled. Cost: three times the parameters in bytes (weight and two moments, fp32),
-hashed once when saved and once when loaded.
+Tensors go through torch.distributed.checkpoint into safetensors files: encoder, centres and AdamW
+moments under their names, sharded ones as one tensor over all ranks (DTensor), so another number of
+ranks, or another strategy of parallel.py, can read them. Nothing is ever unpickled from a file. A
+save that fails is removed and counted; MAX_FAILURES in a row end the run. Folder layout:
+checkpoint_folder.py. Cost: three times the parameters in bytes (weight and two moments, fp32) on
+disk and once more in host memory.
 """
 
 import json
 import logging
-import os
-import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from data_pipeline.shards.writer import file_sha256, write_atomically
+from data_pipeline.shards.writer import write_atomically
 
-from .distributed import Ranks, broadcast_object
+from .checkpoint_folder import CheckpointFolder, StorageError, verify_checkpoint, write_manifest
+from .distributed import Ranks, all_gather_json, broadcast_object
+from .fault_points import reach
 from .losses.partial_fc import PartialFC
 from .optimizer import ensure_moments
+from .parallel import local
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MAX_FAILURES = 3
 
 
 class BadCheckpoint(ValueError):
     """A checkpoint that is damaged, missing or not of this run;
     the message says which and what to do.
     """
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A commit every `every` steps or `minutes`, whichever comes first; the newest `keep` and those
+    of every `keep_every`-th step stay (0: no more than the newest). `background` False: the loop
+    waits for the disk, and no second copy of the state is in memory.
+    """
+
+    every: int = 2000
+    minutes: float = 30.0
+    keep: int = 3
+    keep_every: int = 10_000
+    background: bool = True
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep < 1 or self.keep_every < 0 or self.minutes <= 0:
+            raise ValueError(
+                f"checkpoint.every {self.every} and keep {self.keep} must be at least 1, "
+                f"keep_every {self.keep_every} not negative, minutes {self.minutes} positive"
+            )
 
 
 @dataclass(frozen=True)
@@ -51,8 +77,21 @@ class Commit:
     state: dict
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What became of one save, the same on every rank: seconds that the loop and the writing took,
+    bytes of all ranks, and why it failed (None: committed)."""
+
+    step: int
+    waited_s: float
+    seconds: float
+    num_bytes: int
+    failure: str | None
+
+
 class Checkpointer:
-    """Saves and restores encoder, heads and optimizer of one run."""
+    """Saves and restores encoder, heads and optimizer of one run. Every method but `close` is
+    called by all ranks."""
 
     def __init__(
         self,
@@ -61,40 +100,57 @@ class Checkpointer:
         encoder: nn.Module,
         heads: dict[str, PartialFC],
         optimizer: torch.optim.Optimizer,
-        keep: int,
+        config: CheckpointConfig,
         logger: logging.Logger,
     ):
-        self._directory = output / "checkpoints"
+        self._folder = CheckpointFolder(output / "checkpoints", config.keep, config.keep_every)
         self._ranks, self._encoder, self._heads, self._optimizer = ranks, encoder, heads, optimizer
-        self._keep, self._logger = keep, logger
+        self._config, self._logger = config, logger
+        self._group = dist.new_group(backend="gloo")  # of its own: saves run beside the training
+        self._mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._running: Future | None = None
+        self._copies: dict[str, torch.Tensor] = {}
+        self._failures = 0
+        self.last: Saved | None = None
         if ranks.is_main:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self._directory.glob(".step_*.tmp"):
-                shutil.rmtree(leftover)
+            self._folder.prepare()
         dist.barrier()
 
-    def save(self, step: int, state: dict) -> Path:
-        """Write and commit the checkpoint of `step`; `state` is JSON-like. Called by all ranks."""
-        final = self._directory / f"step_{step:08d}"
-        temporary = self._directory / f".{final.name}.tmp"
-        if self._ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        dist.barrier()
-        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(self._tensors(), storage_writer=writer)
-        dist.barrier()
-        if self._ranks.is_main:
-            write_atomically(
-                temporary / "state.json", json.dumps({"step": step, **state}, indent=1).encode()
+    def save(self, step: int, state: dict, wait: bool = False) -> None:
+        """Start saving the checkpoint of `step`, after the one before is done; `state` is
+        JSON-like. With `wait`, return when it is committed.
+
+        Raises StorageError on all ranks when MAX_FAILURES saves in a row failed.
+        """
+        started = time.monotonic()
+        self.wait()
+        reach("checkpoint.stage", step)
+        tensors = self._stage() if self._config.background else self._tensors()
+        waited = time.monotonic() - started
+        self._running = self._thread.submit(self._write, step, state, tensors, waited)
+        if wait or not self._config.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save under way, if any, is committed or has failed."""
+        if self._running is None:
+            return
+        self.last, self._running = self._running.result(), None
+        if self.last.failure is None:
+            self._failures = 0
+            return
+        self._failures += 1
+        if self._failures >= MAX_FAILURES:
+            raise StorageError(
+                f"{self._failures} checkpoints in a row could not be saved, the last at step "
+                f"{self.last.step}: {self.last.failure}; free space in {self._folder.path} and "
+                "start again, the newest commit there is whole"
             )
-            _write_manifest(temporary)
-            os.rename(temporary, final)
-            _sync_folder(self._directory)
-            for old in self._commits()[self._keep :]:
-                shutil.rmtree(old)
-        dist.barrier()
-        return final
+
+    def close(self) -> None:
+        """Let a save under way come to its end, whatever it is."""
+        self._thread.shutdown(wait=True)
 
     def find(self, resume: str) -> Commit | None:
         """The checkpoint to start from by the rule auto | never | PATH; None for a fresh start.
@@ -108,29 +164,21 @@ class Checkpointer:
         return None if answer["path"] is None else Commit(Path(answer["path"]), answer["state"])
 
     def start(self, commit: Commit | None) -> None:
-        """Load the tensors of a commit, and set aside the commits that lie beyond the start: they
-        are another run's future and would otherwise outlive, and outrank, the new ones.
-        """
+        """Load the tensors of a commit, and set aside the commits that lie beyond the start."""
         if commit is not None:
-            reader = HuggingFaceStorageReader(str(commit.path))
-            dcp.load(self._tensors(), storage_reader=reader)
+            dcp.load(self._tensors(), storage_reader=HuggingFaceStorageReader(str(commit.path)))
         dist.barrier()
-        first = 0 if commit is None else commit.state["step"]
         if self._ranks.is_main:
-            for path in self._commits():
-                if int(path.name.removeprefix("step_")) > first:
-                    aside = path.with_name(f"superseded_{path.name}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.rename(path, aside)
-                    self._logger.warning("%s lies beyond the start; kept as %s", path, aside)
+            first = 0 if commit is None else commit.state["step"]
+            for aside in self._folder.set_aside_beyond(first):
+                self._logger.warning("a commit lies beyond the start; kept as %s", aside)
         dist.barrier()
 
     def _choose(self, resume: str) -> dict:
         if resume == "never":
             return {"path": None}
-        candidates = self._commits() if resume == "auto" else [Path(resume)]
         complaints = []
-        for path in candidates:
+        for path in self._folder.commits() if resume == "auto" else [Path(resume)]:
             problems = verify_checkpoint(path)
             if not problems:
                 for complaint in complaints:
@@ -144,10 +192,6 @@ class Checkpointer:
                 + "\nname an intact one with --resume PATH, or start over with --resume never"
             }
         return {"path": None}
-
-    def _commits(self) -> list[Path]:
-        """Committed checkpoints, newest step first."""
-        return sorted(self._directory.glob("step_*"), reverse=True)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the run by name, sharing memory with it."""
@@ -169,40 +213,109 @@ class Checkpointer:
             f"optimizer.{moment}.{name}": state[moment] for moment in MOMENTS if moment in state
         }
 
+    def _stage(self) -> dict[str, torch.Tensor]:
+        """A copy of every tensor in host memory, in the buffers of the save before."""
+        staged = {}
+        for name, tensor in self._tensors().items():
+            own = local(tensor)
+            if name not in self._copies:
+                pin = own.is_cuda
+                self._copies[name] = torch.empty(own.shape, dtype=own.dtype, pin_memory=pin)
+            self._copies[name].copy_(own, non_blocking=True)
+            staged[name] = self._like(tensor, self._copies[name])
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return staged
 
-def verify_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint directory;
-    an empty list means every byte is as it was saved.
-    """
-    manifest_path = path / "manifest.json"
-    if not manifest_path.is_file():
-        return ["no manifest.json: not a committed checkpoint"]
-    try:
-        files = json.loads(manifest_path.read_bytes())["files"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        return ["manifest.json is unreadable"]
-    problems = []
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["size"]:
-            problems.append(f"{name} is missing or has another size")
-        elif file_sha256(file) != entry["sha256"]:
-            problems.append(f"{name} changed since it was saved (sha256 differs)")
-    return problems
+    def _like(self, tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        """A host copy of this rank's part, in the place of the whole."""
+        if not isinstance(tensor, DTensor):
+            return copy
+        facts = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+        return DTensor.from_local(copy, self._mesh, tensor.placements, **facts)
+
+    def _write(self, step: int, state: dict, tensors: dict, waited: float) -> Saved:
+        """In the thread: one save, and what became of it, agreed on by all ranks."""
+        started = time.monotonic()
+        mine = sum(_own_bytes(tensor, self._ranks.is_main) for tensor in tensors.values())
+        num_bytes = sum(all_gather_json(mine, self._group))
+        failure = self._agreed(lambda: self._make_room(step, num_bytes))
+        failure = failure or self._agreed(lambda: self._write_tensors(step, tensors))
+        failure = failure or self._agreed(lambda: self._commit(step, state))
+        seconds = time.monotonic() - started
+        if self._ranks.is_main:
+            self._say(step, num_bytes, seconds, failure)
+        return Saved(step, waited, seconds, num_bytes, failure)
+
+    def _agreed(self, work) -> str | None:
+        """Do a part of a save; the failure of the first rank that has one, on all ranks."""
+        mine = None
+        try:
+            work()
+        # a CheckpointException is a BaseException; whatever it is, the training goes on
+        except BaseException as error:
+            mine = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
+        return next((text for text in all_gather_json(mine, self._group) if text), None)
+
+    def _make_room(self, step: int, num_bytes: int) -> None:
+        if not self._ranks.is_main:
+            return
+        self._folder.discard(step)
+        free = self._folder.free_bytes()
+        if free < num_bytes:
+            raise StorageError(f"{num_bytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
+        self._folder.temporary(step).mkdir()
+
+    def _write_tensors(self, step: int, tensors: dict) -> None:
+        """Write this rank's files and compare what is in them with what is in memory."""
+        folder = self._folder.temporary(step)
+        writer = _Writer(str(folder), save_distributed=True)
+        writer.training_step = step
+        dcp.save(tensors, storage_writer=writer, process_group=self._group)
+        for file in folder.glob(f"shard-{self._ranks.rank + 1:05d}-*.safetensors"):
+            with safe_open(file, framework="pt") as written:
+                for name in written.keys():
+                    if not torch.equal(written.get_tensor(name), local(tensors[name]).cpu()):
+                        raise StorageError(f"{name} in {file} is not what was written there")
+
+    def _commit(self, step: int, state: dict) -> None:
+        if not self._ranks.is_main:
+            return
+        folder = self._folder.temporary(step)
+        text = json.dumps({"step": step, **state}, indent=1)
+        write_atomically(folder / "state.json", text.encode())
+        reach("checkpoint.manifest", step)
+        write_manifest(folder)
+        reach("checkpoint.rename", step)
+        self._folder.commit(step)
+        reach("checkpoint.renamed", step)
+        try:
+            self._folder.prune()
+        except OSError as error:  # the commit stands; the next save tries again
+            self._logger.warning("an old checkpoint could not be removed: %s", error)
+
+    def _say(self, step: int, num_bytes: int, seconds: float, failure: str | None) -> None:
+        if failure is None:
+            rate = num_bytes / 1e6 / max(seconds, 1e-9)
+            text = "checkpoint of step %d: %.1f MB saved and checked in %.1f s (%.0f MB/s)"
+            self._logger.info(text, step, num_bytes / 1e6, seconds, rate)
+            return
+        self._folder.discard(step)
+        self._logger.error("CHECKPOINT OF STEP %d FAILED, the training goes on: %s", step, failure)
 
 
-def _write_manifest(directory: Path) -> None:
-    files = {}
-    for file in sorted(directory.iterdir()):
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-        files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
-    write_atomically(directory / "manifest.json", json.dumps({"files": files}, indent=1).encode())
+class _Writer(HuggingFaceStorageWriter):
+    """The library's writer, with a place for faults inside of its own collective."""
+
+    training_step = 0
+
+    def write_data(self, plan, planner):
+        """Write this rank's files; what fails here fails the save on all ranks."""
+        reach("checkpoint.write", self.training_step)
+        return super().write_data(plan, planner)
 
 
-def _sync_folder(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _own_bytes(tensor: torch.Tensor, is_main: bool) -> int:
+    """Bytes of a tensor that count as this rank's: its part of a sharded one, whole ones once."""
+    counts = is_main or isinstance(tensor, DTensor)
+    return local(tensor).numel() * tensor.element_size() if counts else 0

@@ -15,12 +15,13 @@ RUN_FLAGS = {
     ("--output",): (str, "folder of checkpoints, logs and exports (default: output)"),
     ("--preset",): (
         str,
-        "complete configuration to start from: baseline, debug or demo (default: baseline)",
+        "complete configuration to start from, one of training/presets.py (default: baseline)",
     ),
     ("--resume",): (
         str,
         "auto (newest checkpoint of --output, if any), never, or the path of a checkpoint",
     ),
+    ("--resume_allow",): (str, "field that may differ from the checkpoint's, e.g. optimizer.lr"),
     ("--rounds",): (int, "rounds of training, clustered again by the trained encoder in between"),
     ("--seed",): (int, "seed of every random draw (default: 0)"),
     ("--model_name",): (str, "registered encoder, e.g. llava_vit_base_ln"),
@@ -45,6 +46,11 @@ RUN_FLAGS = {
     ("--ckpt_interval",): (int, "steps between checkpoints"),
     ("--workers",): (int, "decoding threads per head"),
     ("--random_diff",): (int, "width of the label lists that are used"),
+    ("--gradient_checkpoint",): (int, "1: blocks keep their input only and run again in backward"),
+    ("--fsdp",): (bool, "shard the encoder over the ranks (FSDP2) instead of copying it (DDP)"),
+    ("--compile",): (bool, "torch.compile every block"),
+    ("--max_skipped_steps",): (int, "steps to leave out for non-finite gradients (default: 0)"),
+    ("--profile",): (int, "steps that OUTPUT/trace.json shows"),
     ("--use_synthetic_data",): (bool, "random patches instead of files"),
     ("--debug",): (int, "1: as --use_synthetic_data"),
 }
@@ -75,7 +81,6 @@ IDLE_FLAGS = {
     "--multi_frame_list": "clips of any length share a pack",
     "--base_num_frames": "clips of any length share a pack",
     "--use_fastpfc": "there is one Partial FC",
-    "--gradient_checkpoint": "activations are kept",
     **{
         flag: "it had no effect in the public trainer either"
         for flag in (
@@ -103,7 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="override any config field",
     )
-    run.add_argument("--print_config", action="store_true", help="print the configuration and exit")
+    for name, text in {
+        "print_config": "print the configuration and exit",
+        "dry_run": "build everything, train one step, leave nothing, exit",
+    }.items():
+        dashed = name.replace("_", "-")
+        run.add_argument(f"--{dashed}", f"--{name}", action="store_true", help=text)
     heads = parser.add_argument_group("heads, one value for all or one per head")
     for aliases, (kind, text) in LIST_FLAGS.items():
         heads.add_argument(*aliases, dest=aliases[0].lstrip("-"), type=kind, nargs="+", help=text)
@@ -127,7 +137,7 @@ def build_config(args: argparse.Namespace):
     if args.opt not in (None, "adamw"):
         raise ValueError(f"--opt {args.opt!r}: only adamw")
     config = _lay_over(config, _run_changes(args))
-    config = dataclasses.replace(config, heads=build_heads(args, config.heads[0]))
+    config = dataclasses.replace(config, heads=build_heads(args, config.heads))
     for assignment in args.set:
         config = override(config, assignment)
     return config
@@ -143,15 +153,19 @@ def warn_idle(args: argparse.Namespace, logger: logging.Logger) -> None:
 def _run_changes(args) -> dict[str, dict]:
     """Given flags as {section: {field: value}}; section "" is TrainConfig itself."""
     synthetic = True if args.use_synthetic_data or args.debug else None
+    allow = None if args.resume_allow is None else tuple(args.resume_allow.split(","))
+    recompute = None if args.gradient_checkpoint is None else bool(args.gradient_checkpoint)
     changes = {
         "": {
             "output": args.output,
             "resume": args.resume,
+            "resume_allow": allow,
             "seed": args.seed,
             "rounds": args.rounds,
             "grad_accum_steps": args.backward_passes_per_step,
             "log_every": args.frequent,
-            "checkpoint_every": args.ckpt_interval,
+            "max_skipped_steps": args.max_skipped_steps,
+            "profile_steps": args.profile,
             "synthetic_data": synthetic,
         },
         "model": {
@@ -164,6 +178,12 @@ def _run_changes(args) -> dict[str, dict]:
             "lr": args.lr,
             "weight_decay": args.weight_decay,
             "weight_decay_centers": args.weight_decay_pfc,
+        },
+        "checkpoint": {"every": args.ckpt_interval},
+        "parallel": {
+            "strategy": "fsdp" if args.fsdp else None,
+            "compile_blocks": args.compile,
+            "activation_checkpointing": recompute,
         },
         "schedule": {"total_samples": args.num_sampled_data, "warmup_ratio": args.warmup_ratio},
     }
@@ -182,11 +202,14 @@ def _lay_over(config, changes: dict[str, dict]):
     return config
 
 
-def build_heads(args, template) -> tuple:
-    """Zip the list flags into heads over a template; the only place where lists become heads."""
+def build_heads(args, templates: tuple) -> tuple:
+    """Zip the list flags into heads over the preset's, or, where their number differs, each over
+    its first; the only place where lists become heads."""
     lists = {names[0].lstrip("-"): getattr(args, names[0].lstrip("-")) for names in LIST_FLAGS}
     given = {name: values for name, values in lists.items() if values is not None}
-    num_heads = len(lists["list_datasets"]) if lists["list_datasets"] else 1
+    num_heads = len(lists["list_datasets"]) if lists["list_datasets"] else len(templates)
+    if num_heads != len(templates):
+        templates = templates[:1] * num_heads
     for name, values in given.items():
         if len(values) not in (1, num_heads):
             raise ValueError(
@@ -197,7 +220,8 @@ def build_heads(args, template) -> tuple:
         {name: values[i if len(values) > 1 else 0] for name, values in given.items()}
         for i in range(num_heads)
     ]
-    return tuple(_build_head(row, args, template) for row in rows)
+    pairs = zip(rows, templates, strict=True)
+    return tuple(_build_head(row, args, template) for row, template in pairs)
 
 
 def _build_head(row: dict, args, template):

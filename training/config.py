@@ -15,9 +15,11 @@ from pathlib import Path
 from data_pipeline.datasets import EMBEDDED
 from data_pipeline.loading.stream_config import StreamConfig
 
+from .checkpointer import CheckpointConfig
 from .losses.partial_fc import PartialFCConfig
 from .lr_scheduler import ScheduleConfig
 from .optimizer import OptimizerConfig
+from .parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,23 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     grad_accum_steps: int = 1
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = 10
-    checkpoint_every: int = 2000
-    checkpoints_kept: int = 3
+    max_skipped_steps: int = 0  # for gradients that are not finite; 0: the first one stops the run
+    profile_steps: int = 0  # that trace.json shows
     embedded_clips: tuple[int, int] = (1200, 240)
     synthetic_data: bool = False
     resume: str = "auto"
+    resume_allow: tuple[str, ...] = ()  # fields that may differ from the checkpoint's
+    resume_data: str = "same"  # or new-epoch: where shards or labels changed
     rounds: int = 1  # of training, with a new clustering by the trained encoder between two
     pack_tokens: int = 0  # of one pack of all heads that have a token_share
     allow_missing_shards: bool = False
     prefetch_bytes: int = 1 << 30  # of the batches that wait for the trainer
     data_warning_s: float = 30.0
     data_timeout_s: float = 120.0
+    collective_timeout_s: float = 600.0
 
     def __post_init__(self):
         names = [head.name for head in self.heads]
@@ -88,10 +95,19 @@ class TrainConfig:
                 f"token_share {shares} of pack_tokens {self.pack_tokens}: they may not exceed "
                 "1 together, and pack_tokens must be set for them"
             )
-        counts = ("grad_accum_steps", "log_every", "checkpoint_every", "checkpoints_kept")
-        for name in (*counts, "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name, least in {
+            "grad_accum_steps": 1,
+            "log_every": 1,
+            "rounds": 1,
+            "max_skipped_steps": 0,
+            "profile_steps": 0,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        if self.resume_data not in RESUME_DATA:
+            raise ValueError(
+                f"resume_data {self.resume_data!r}: choose one of {', '.join(RESUME_DATA)}"
+            )
 
     def pack_tokens_of(self, head: HeadConfig) -> int | None:
         """Tokens of one pack of a head; None for a head whose batches count samples."""
@@ -101,6 +117,10 @@ class TrainConfig:
     def to_json(self) -> str:
         """Indented JSON of all fields."""
         return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def flat(self) -> dict:
+        """{path of a field: its value}, e.g. heads.0.loss.margin."""
+        return _flatten(json.loads(self.to_json()))
 
 
 def override(config: TrainConfig, assignment: str) -> TrainConfig:
@@ -159,19 +179,26 @@ def _typed(current, value, node, key: str, assignment: str):
 
 SPLITS = ("train", "val", "test", "shards")  # folder names that name no dataset by themselves
 
+RESUME_DATA = ("same", "new-epoch")
+
 # what may differ between a checkpoint and the run that resumes it: it changes no result, or is
 # compared through the data itself (embedded_clips)
 FREE_FIELDS = (
     "output",
+    "parallel",
+    "checkpoint",
     "log_every",
-    "checkpoint_every",
-    "checkpoints_kept",
+    "max_skipped_steps",
+    "profile_steps",
     "resume",
+    "resume_allow",
+    "resume_data",
     "embedded_clips",
     "allow_missing_shards",
     "prefetch_bytes",
     "data_warning_s",
     "data_timeout_s",
+    "collective_timeout_s",
 )
 FREE_STREAM_FIELDS = ("dali_num_threads", "error_budget")
 
@@ -180,7 +207,7 @@ def fingerprint(config: TrainConfig, world_size: int) -> dict:
     """What must be equal on resume, flat: field path -> value,
     with global instead of per-rank batch sizes.
     """
-    flat = _flatten(json.loads(config.to_json()))
+    flat = config.flat()
     for index, head in enumerate(config.heads):
         flat[f"heads.{index}.stream.batch_size"] = head.stream.batch_size * world_size
         flat[f"heads.{index}.dataset"] = head.name
@@ -203,6 +230,12 @@ def fingerprint_difference(saved: dict, current: dict) -> list[str]:
         for k in keys
         if saved.get(k) != current.get(k)
     ]
+
+
+def is_allowed(difference: str, fields: tuple[str, ...]) -> bool:
+    """Whether a line of fingerprint_difference is about one of `fields`, or a part of one."""
+    name = difference.partition(":")[0]
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 def _flatten(node, prefix: str = "") -> dict:

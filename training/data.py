@@ -22,6 +22,7 @@ from data_pipeline.loading.synthetic import SyntheticStream
 
 from .config import HeadConfig, TrainConfig
 from .distributed import Ranks, all_gather_json
+from .step_clock import StepClock
 
 SYNTHETIC_CLASSES = 16
 DATA_ERRORS = {error.__name__: error for error in (BudgetExceeded, DataTimeout)}
@@ -29,24 +30,33 @@ DATA_ERRORS = {error.__name__: error for error in (BudgetExceeded, DataTimeout)}
 
 @dataclass(frozen=True)
 class DataCounts:
-    """Of all heads and ranks in one micro step: samples that count, their tokens, the token
-    budgets; and the bad samples of the running epochs so far."""
+    """Of all heads and ranks in one micro step: samples that count, their tokens and the squares of
+    their lengths, the token budgets; the bad samples of the running epochs so far; how many ranks
+    wish to stop and to save."""
 
     samples: int = 0
     tokens: int = 0
+    squares: int = 0
     room: int = 0
+    stop: int = 0
+    save: int = 0
     bad_samples: int = 0
 
     def __add__(self, other: "DataCounts") -> "DataCounts":
-        sums = (self.samples + other.samples, self.tokens + other.tokens, self.room + other.room)
-        return DataCounts(*sums, bad_samples=other.bad_samples)
+        names = ("samples", "tokens", "squares", "room", "stop", "save")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return DataCounts(**sums, bad_samples=other.bad_samples)
 
 
 def _totals(batches: dict[str, PackedBatch]) -> list[int]:
-    """[samples, tokens, room] of one rank's batches."""
+    """[samples, tokens, squares, room] of one rank's batches."""
     samples = sum(int((batch.weights > 0).sum()) for batch in batches.values())
     tokens = sum(batch.num_tokens for batch in batches.values())
-    return [samples, tokens, sum(len(batch.pixels) for batch in batches.values())]
+    squares = sum(
+        int(batch.cu_seqlens[: batch.num_samples + 1].diff().long().square().sum())
+        for batch in batches.values()
+    )
+    return [samples, tokens, squares, sum(len(batch.pixels) for batch in batches.values())]
 
 
 class TrainingData:
@@ -101,6 +111,13 @@ class TrainingData:
             stream.seek(**place)
             self._position[name] = place
 
+    def start_next_epoch(self, state: dict[str, dict]) -> None:
+        """Start the epoch after that of a saved state, whose plan was another."""
+        for name, stream in self.streams.items():
+            place = {"epoch": state.get(name, {"epoch": -1})["epoch"] + 1, "next_batch": 0}
+            stream.seek(**place)
+            self._position[name] = place
+
     def loader(self) -> MixtureLoader:
         """Start reading ahead; to be used as a context manager."""
         config = self._config
@@ -112,19 +129,23 @@ class TrainingData:
             self._logger,
         )
 
-    def next_batches(self, loader: Iterator) -> tuple[dict[str, PackedBatch], DataCounts]:
+    def next_batches(
+        self, loader: Iterator, clock: StepClock, stop: bool = False, save: bool = False
+    ) -> tuple[dict[str, PackedBatch], DataCounts]:
         """({head: batch of this rank}, counts of all ranks). Raises on all ranks alike what any of
-        them met.
+        them met. `stop` and `save` are this rank's wishes, of which all learn in the counts.
         """
         batches, failure = {}, None
-        try:
-            batches = next(loader)
-        except Exception as error:
-            failure = error
+        with clock.section("data"):
+            try:
+                batches = next(loader)
+            except Exception as error:
+                failure = error
         replaced = sum(len(batch.replaced) for batch in batches.values())
-        counts = [failure is not None, replaced, *_totals(batches)]
+        counts = [failure is not None, replaced, *_totals(batches), stop, save]
         totals = torch.tensor(counts, dtype=torch.int64)
-        dist.all_reduce(totals)
+        with clock.section("agree"):
+            dist.all_reduce(totals)
         failed, replaced, *totals = totals.tolist()
         if failed:
             self._stop(failure)

@@ -6,8 +6,10 @@ whether a group exists. All collectives here move equal shapes from every rank.
 
 import itertools
 import json
+import math
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+JOIN_TIMEOUT = timedelta(minutes=5)
 DONE = "done"
 POLL_S = 0.1
 _CALLS = itertools.count()  # of on_main, the same on every rank
@@ -44,8 +46,12 @@ class Ranks:
 
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Join the group that torchrun describes in the environment, leave it at the end."""
+def process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
+    """Join the group that torchrun describes in the environment, leave it at the end. A collective
+    that a rank does not come to within `timeout_s` fails on the others.
+
+    Raises PeerFailed when the meeting point cannot be reached.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -61,21 +67,68 @@ def process_group() -> Iterator[Ranks]:
     else:
         # as many threads as this rank's share of the cores, the same on every rank
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    launched = "MASTER_ADDR" in os.environ
-    store = next(dist.rendezvous("env://"))[0] if launched else dist.HashStore()
+    store = _meeting_point(rank, world_size)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
-    )
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     yield Ranks(rank, world_size, local_rank, device, dist.PrefixStore("univit", store))
     # not after an exception: leaving in good order would wait for peers inside a collective
     dist.destroy_process_group()
 
 
-def wrap_encoder(encoder: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
-    """Replicate the encoder: its gradients are averaged over the ranks during backward."""
-    devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(encoder, device_ids=devices)
+def _meeting_point(rank: int, world_size: int) -> dist.Store:
+    """A store that all ranks of this start share, and no earlier start wrote to."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    try:
+        store = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))[0]
+        return dist.PrefixStore(_session(store, rank, world_size), store)
+    except (dist.DistNetworkError, dist.DistStoreError, OSError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '?')}"
+        raise PeerFailed(
+            f"rank {rank} could not meet the others at {place}: {error}; check "
+            "that the name resolves on every node, that the port is free on the first and open to "
+            "the others, or use --standalone on one node"
+        ) from error
+
+
+def _session(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name for this start that rank 0 gives to processes that are alive now. torchrun keeps its
+    store over restarts, with the addresses of processes that are gone.
+
+    Every other rank leaves a word of its own and waits for an answer to just that word; rank 0
+    answers whatever words it finds until all ranks have thanked.
+    """
+    if rank:
+        word = uuid.uuid4().hex
+        store.set(f"hello/{rank}", word)
+        session = _await(store, f"welcome/{word}", JOIN_TIMEOUT.total_seconds())
+        store.set(f"thanks/{session}/{rank}", DONE)
+        return session
+    session, answered = uuid.uuid4().hex, set()
+    missing, until = set(range(1, world_size)), time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"thanks/{session}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"hello/{other}"]):
+                word = store.get(f"hello/{other}").decode()
+                if word not in answered:
+                    store.set(f"welcome/{word}", session)
+                    answered.add(word)
+        if missing and time.monotonic() > until:
+            raise dist.DistStoreError(f"ranks {sorted(missing)} did not come")
+        if missing:
+            time.sleep(POLL_S / 10)
+    return session
+
+
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone, or did not come to a collective."""
+    if isinstance(error, (PeerFailed, dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("gloo" in said or "NCCL" in said)
 
 
 def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
@@ -100,17 +153,20 @@ def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
     ranks.store.set(key, DONE)
 
 
-def _await(store: dist.Store, key: str) -> str:
-    """The value of a key, however long it takes to be set."""
+def _await(store: dist.Store, key: str, at_most_s: float = math.inf) -> str:
+    """The value of a key once it is set; DistStoreError when that takes too long."""
+    until = time.monotonic() + at_most_s
     while not store.check([key]):
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"nobody answered within {at_most_s:.0f} s")
         time.sleep(POLL_S)
     return store.get(key).decode()
 
 
-def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """[b, ...] of every rank -> [W * b, ...] in rank order, without gradient."""
-    gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
-    _single("all_gather")(gathered, rows.contiguous())
+    gathered = rows.new_empty((dist.get_world_size(group) * rows.shape[0], *rows.shape[1:]))
+    _single("all_gather")(gathered, rows.contiguous(), group=group)
     return gathered
 
 
@@ -145,11 +201,11 @@ def broadcast_object(value):
     return json.loads(bytes(data.tolist()))
 
 
-def all_gather_json(value) -> list:
+def all_gather_json(value, group: dist.ProcessGroup | None = None) -> list:
     """Every rank's JSON-like value, in rank order, on every rank;
     as JSON text padded to equal length.
     """
     data = json.dumps(value).encode()
-    lengths = all_gather_rows(torch.tensor([len(data)]))
+    lengths = all_gather_rows(torch.tensor([len(data)]), group)
     padded = torch.frombuffer(bytearray(data.ljust(int(lengths.max()))), dtype=torch.uint8)
-    return [json.loads(bytes(row.tolist())) for row in all_gather_rows(padded[None])]
+    return [json.loads(bytes(row.tolist())) for row in all_gather_rows(padded[None], group)]

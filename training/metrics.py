@@ -2,89 +2,45 @@
 a TensorBoard copy.
 
 Losses stay on the device until a line is due, so logging costs no synchronisation per step. On
-resume everything after the checkpoint is cut off, so the record holds every step exactly once.
+resume everything after the checkpoint is cut off, so the record holds every step exactly once; what
+depends on the machine (rates, times, memory) is in TensorBoard and in speed.jsonl instead.
 """
 
 import json
 import logging
-import time
+import resource
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data_pipeline.shards.writer import write_atomically
-
+from .config import TrainConfig
 from .distributed import Ranks
+from .flops import peak_flops
+from .ledger import METRICS_NAME
+from .pack_picture import pack_picture
+from .step_clock import StepClock
+from .watch import SpikeWatch, compare_ranks
 
-METRICS_NAME = "metrics.jsonl"
-
-
-def cut_back_records(output: Path, step: int) -> None:
-    """Keep the records of steps up to `step` in metrics.jsonl and in every rank's ledger;
-    half-written last lines go too.
-    """
-    for path in [output / METRICS_NAME, *output.glob("consumed-*.jsonl")]:
-        if not path.exists():
-            continue
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        write_atomically(path, "".join(kept).encode())
+SPEED_NAME = "speed.jsonl"  # one line per log line, appended over all starts
 
 
-def bad_samples_on_record(output: Path) -> dict[str, dict[int, list[int]]]:
-    """{head: {epoch: bad samples}} of the ledgers of all ranks."""
-    found: dict[str, dict[int, list[int]]] = {}
-    for path in sorted(output.glob("consumed-*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            epochs = found.setdefault(record["head"], {})
-            bad = [bad for bad, _ in record.get("replaced", ())]
-            epochs.setdefault(record["epoch"], []).extend(bad)
-    return found
+@dataclass(frozen=True)
+class StepCounts:
+    """Of one optimizer step, over all ranks: samples that count, their tokens, the token budgets,
+    model FLOPs, bad samples of the running epochs, skipped steps of the run."""
 
-
-class Ledger:
-    """consumed-RANK.jsonl: which samples this rank trained on at which step;
-    the proof of exactly once.
-    """
-
-    def __init__(self, output: Path, rank: int):
-        self._file = open(output / f"consumed-{rank:05d}.jsonl", "a", buffering=1)
-
-    def record(self, step: int, batches: dict) -> None:
-        """Note the samples of one micro step; rows of weight 0 are the tail's
-        padding and do not count. `replaced` are pairs of a bad sample and its stand-in in `ids`, or
-        -1 where nobody stands in.
-        """
-        for head, batch in batches.items():
-            ids = batch.sample_ids[: batch.num_samples][
-                batch.weights[: batch.num_samples] > 0
-            ].tolist()
-            line = {
-                "step": step,
-                "head": head,
-                "batch": batch.index,
-                "epoch": batch.epoch,
-                "ids": ids,
-            }
-            if batch.replaced:
-                line["replaced"] = batch.replaced
-            self._file.write(json.dumps(line) + "\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    samples: int
+    tokens: int
+    room: int
+    flops: int
+    bad_samples: int
+    skipped_steps: int
 
 
 class MetricLogger:
-    """Collects step values on the device and writes them every `log_every` steps;
-    silent on ranks other than 0.
+    """Collects step values on the device and writes them every `log_every` steps; `flush` is a
+    collective, the rest is silent on ranks other than 0.
     """
 
     def __init__(
@@ -94,88 +50,132 @@ class MetricLogger:
         total_steps: int,
         log_every: int,
         step: int,
+        clock: StepClock,
         logger: logging.Logger,
     ):
         self._ranks, self._total, self._every, self._logger = ranks, total_steps, log_every, logger
+        self._clock, self._spikes = clock, SpikeWatch(logger)
         self._pending: list[dict] = []
-        self._start_interval()
-        self._file = self._board = None
+        self._counts: list[StepCounts] = []
+        self._files = []
+        self.board = None
         if ranks.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._file = open(output / METRICS_NAME, "a")
-            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+            self._peak = peak_flops(ranks.device) * ranks.world_size
+            self._files = [open(output / name, "a") for name in (METRICS_NAME, SPEED_NAME)]
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        clock.take()
 
-    def _start_interval(self) -> None:
-        self._since = time.monotonic()
-        self._wait = self._fill = 0.0
-        self._bad = 0
-        self._samples = self._tokens = self._steps = 0
+    def describe(self, config: TrainConfig) -> None:
+        """Put the configuration into TensorBoard, as text and as hyper-parameters."""
+        if self.board is None:
+            return
+        self.board.add_text("configuration", f"```\n{config.to_json()}\n```")
+        flat = {key: value for key, value in config.flat().items() if value is not None}
+        self.board.add_hparams(flat, {"hparam/steps": self._total}, run_name=".")
 
-    def record(self, step: int, values: dict, samples: int, tokens: int, data: dict) -> None:
-        """Note one optimizer step. values: name -> float or scalar tensor; samples and tokens of
-        all ranks; data: `fill`, the share of the token budgets that samples take, `data_wait_s`,
-        the seconds that this rank waited for them, and `bad_samples` of the running epochs.
-        """
+    def picture(self, step: int, batches: dict, patch_size: int) -> None:
+        """Show the first items of a step's packs as the encoder sees them."""
+        if self.board is None:
+            return
+        for name, batch in batches.items():
+            picture = pack_picture(batch, patch_size)
+            self.board.add_image(f"pack/{name}", picture, step, dataformats="HWC")
+
+    def record(self, step: int, values: dict, counts: StepCounts) -> None:
+        """Note one optimizer step. values: name -> float or scalar tensor."""
         self._pending.append({"step": step, **values})
-        self._samples, self._tokens, self._steps = (
-            self._samples + samples,
-            self._tokens + tokens,
-            self._steps + 1,
-        )
-        self._wait += data["data_wait_s"]
-        self._fill += data["fill"]
-        self._bad = data["bad_samples"]
+        self._counts.append(counts)
         if step % self._every == 0 or step == self._total:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending: every step to the record,
-        the last one to console and TensorBoard.
-        """
-        if self._file is None or not self._pending:
-            self._pending.clear()
+        """Write what is pending: every step to the record, the last one and the speed to console
+        and TensorBoard. Called by all ranks at the same step."""
+        if not self._pending:
             return
-        records = [{k: _number(v) for k, v in record.items()} for record in self._pending]
+        taken, steps = self._clock.take(), len(self._pending)
+        own = compare_ranks(taken, steps, self._logger)
+        if self._files:
+            self._write(self._write_records(), self._speed(taken, steps, own))
         self._pending.clear()
-        self._file.writelines(json.dumps(record) + "\n" for record in records)
-        self._file.flush()
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        last = records[-1]
-        speed = {
-            "samples_per_s": self._samples / seconds,
-            "tokens_per_s": self._tokens / seconds,
-            "data_wait": self._wait / seconds,
-            "data_wait_s": self._wait / max(self._steps, 1),
-            "fill": self._fill / max(self._steps, 1),
-            "bad_samples": self._bad,
+        self._counts.clear()
+        if self._ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def close(self) -> None:
+        """Write the steps since the last line to the record and close: whatever ended the run, its
+        last losses are there to be seen."""
+        if self._files and self._pending:
+            self._write_records()
+        for file in self._files:
+            file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _write_records(self) -> list[dict]:
+        records = [{k: _number(v) for k, v in record.items()} for record in self._pending]
+        self._files[0].writelines(json.dumps(line) + "\n" for line in records)
+        return records
+
+    def _speed(self, taken: dict[str, float], steps: int, own: list[float]) -> dict[str, float]:
+        total = max(taken["total"], 1e-9)
+        sums = {
+            name: sum(getattr(counts, name) for counts in self._counts)
+            for name in ("samples", "tokens", "room", "flops")
         }
+        speed = {
+            "samples_per_s": sums["samples"] / total,
+            "tokens_per_s": sums["tokens"] / total,
+            "mfu": sums["flops"] / total / self._peak,
+            "step_s": total / steps,
+            "slowest_rank_own_s": max(own),
+            "median_rank_own_s": sorted(own)[(len(own) - 1) // 2],
+            "data_wait": taken.get("data", 0.0) / total,
+            "fill": sums["tokens"] / max(sums["room"], 1),
+            "memory_gb": _memory(self._ranks.device) / 1e9,
+            "bad_samples": self._counts[-1].bad_samples,
+            "skipped_steps": self._counts[-1].skipped_steps,
+        }
+        parts = {f"time/{name}_s": s / steps for name, s in taken.items() if name != "total"}
+        return speed | parts
+
+    def _write(self, records: list[dict], speed: dict[str, float]) -> None:
+        line = {"step": records[-1]["step"], "steps": len(records), **speed}
+        self._files[1].write(json.dumps(line) + "\n")
+        for file in self._files:
+            file.flush()
+        for line in records:
+            for name, value in line.items():
+                if name.startswith("loss/"):
+                    self._spikes.look(line["step"], name, value)
+        last = records[-1]
         for name, value in {**last, **speed}.items():
             if name != "step":
-                self._board.add_scalar(name, value, last["step"])
-        self._logger.info(self._line(last, speed, seconds))
-        self._start_interval()
+                self.board.add_scalar(name, value, last["step"])
+        self._logger.info(self._line(last, speed))
 
-    def _line(self, last: dict, speed: dict, seconds: float) -> str:
+    def _line(self, last: dict, speed: dict) -> str:
         losses = "  ".join(
             f"{name[5:]} {value:.4f}" for name, value in last.items() if name.startswith("loss/")
         )
-        left = (self._total - last["step"]) * seconds / max(self._steps, 1)
+        left = (self._total - last["step"]) * speed["step_s"]
         return (
             f"step {last['step']}/{self._total} | {losses} | {speed['samples_per_s']:.1f} "
-            "samples/s | "
-            f"{speed['tokens_per_s'] / 1000:.1f}k tokens/s | data wait {speed['data_wait']:.0%} | "
-            f"fill {speed['fill']:.0%} | "
-            f"lr {last['lr']:.2e} | grad norm {last['grad_norm']:.2f} | ETA "
-            f"{int(left // 60)}:{int(left % 60):02d}"
+            f"samples/s | {speed['tokens_per_s'] / 1000:.1f}k tokens/s | MFU {speed['mfu']:.0%} | "
+            f"data wait {speed['data_wait']:.0%} | fill {speed['fill']:.0%} | "
+            f"lr {last['lr']:.2e} | grad norm {last['grad_norm']:.2f} | "
+            f"{speed['memory_gb']:.1f} GB | ETA {int(left // 60)}:{int(left % 60):02d}"
         )
 
-    def close(self) -> None:
-        """Write what is pending and close."""
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+
+def _memory(device: torch.device) -> int:
+    """Most bytes that were in use: allocated on a GPU since the last log line, else resident on the
+    host since the start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _number(value) -> float | int:

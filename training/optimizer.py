@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .losses.partial_fc import PartialFC
+from .parallel import local
 
 MEAN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS_AT_ONCE = 8192  # of centres, to bound the memory of a lazy step
@@ -166,13 +168,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, base_lr: float, factor: 
 
 
 def global_grad_norm(encoder: nn.Module, heads: list[nn.Module]) -> torch.Tensor:
-    """Norm of all gradients: the encoder's once (equal on all ranks) and every rank's centres.
-    A scalar tensor.
+    """Norm of all gradients: those that every rank holds counted once, those of centres and of
+    sharded weights over all ranks. A scalar tensor, the same on every rank.
     """
-    replicated = _squared_norm(list(encoder.parameters()))
-    sharded = _squared_norm([parameter for head in heads for parameter in head.parameters()])
+    whole = [p for p in encoder.parameters() if not isinstance(p, DTensor)]
+    parts = [p for p in encoder.parameters() if isinstance(p, DTensor)]
+    parts += [parameter for head in heads for parameter in head.parameters()]
+    sharded = _squared_norm(parts)
     dist.all_reduce(sharded)
-    return (replicated + sharded).sqrt()
+    return (_squared_norm(whole).to(sharded.device) + sharded).sqrt()
 
 
 def clip_gradients(parameters, norm: torch.Tensor, clip_norm: float) -> None:
@@ -184,19 +188,20 @@ def clip_gradients(parameters, norm: torch.Tensor, clip_norm: float) -> None:
 
 
 def _gradients(parameters) -> list[torch.Tensor]:
-    """Gradients that are there; of sparse ones, which are coalesced in place, the values."""
+    """This rank's part of the gradients that are there; of sparse ones, which are coalesced in
+    place, the values."""
     grads = []
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
             grads.append(parameter.grad.values())
         elif parameter.grad is not None:
-            grads.append(parameter.grad)
+            grads.append(local(parameter.grad))
     return grads
 
 
 def _squared_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     grads = [grad for grad in _gradients(parameters) if grad.numel()]
     if not grads:
-        return torch.zeros((), device=parameters[0].device)
+        return torch.zeros((), device=parameters[0].device if parameters else "cpu")
     return torch.stack(torch._foreach_norm(grads)).square().sum()

@@ -30,17 +30,23 @@ from data_pipeline.shards.writer import write_array, write_atomically
 
 from .config import TrainConfig
 from .distributed import Ranks, on_main
+from .fault_points import reach
+from .stop_signals import StopSignals
 from .trainer import Trainer
 
 REPORT_NAME = "rounds.json"
 
 
 def train_rounds(
-    config: TrainConfig, datasets: dict[str, Dataset | None], ranks: Ranks, logger: logging.Logger
+    config: TrainConfig,
+    datasets: dict[str, Dataset | None],
+    ranks: Ranks,
+    signals: StopSignals,
+    logger: logging.Logger,
 ) -> None:
     """Train `config.rounds` rounds; one round is a plain run in OUTPUT."""
     if config.rounds == 1:
-        Trainer(config, datasets, ranks, logger).train()
+        Trainer(config, datasets, ranks, signals, logger).train()
         return
     if None in datasets.values():
         raise ValueError("--rounds clusters real data again; synthetic patches have none")
@@ -52,9 +58,10 @@ def train_rounds(
         logger.info("round %d of %d, in %s", number, config.rounds, folder)
         if ranks.is_main:
             folder.mkdir(exist_ok=True)
-            (folder / "config.json").write_text(started.to_json())
+            write_atomically(folder / "config.json", started.to_json().encode())
             shutil.copyfile(output / "run.json", folder / "run.json")
-        trainer = Trainer(started, datasets, ranks, logger)
+        dist.barrier()
+        trainer = Trainer(started, datasets, ranks, signals, logger)
         trainer.train()
         if number < config.rounds:
             _keep_centers(trainer.heads, datasets, folder, ranks)
@@ -125,6 +132,7 @@ def _cluster_again(datasets, folder: Path, ranks: Ranks, logger) -> tuple[dict, 
                 logger.warning("head %s: clusters of other weights removed", name)
 
     def cluster() -> None:
+        reach("rounds.cluster")
         for name, dataset in clustered.items():
             recluster(dataset, encoder, _clusters(folder, name), report)
 

@@ -1,13 +1,15 @@
 """Entry point of training: `torchrun --nproc_per_node N -m training.train_univit ...`.
 
-Parses the command line, writes the configuration before anything runs, prepares the embedded data
-set when no other is named, trains, and leaves exit.json with the outcome. Exit codes: 0 done, 1
-user's mistake or unknown error, 4 too many bad samples, 5 non-finite loss, 6 bad checkpoint, 7
-checkpoint of another configuration, 8 storage that does not answer.
+Parses the command line, claims the output folder and writes the configuration there before anything
+runs, prepares the embedded data set when no other is named, trains, writes report.md, and leaves
+exit.json with the outcome. Exit codes: 0 done, 1 user's mistake or unknown error, 3 asked to stop
+and saved, 4 too many bad samples, 5 non-finite loss, 6 bad checkpoint, 7 checkpoint of another
+configuration, 8 storage, 9 another rank is gone, 10 out of memory.
 """
 
-import json
-import subprocess
+import dataclasses
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,66 +28,66 @@ def main(argv: list[str] | None = None) -> int:
         print(config.to_json())
         return 0
 
-    from .distributed import process_group
+    from .distributed import PeerFailed, process_group
 
-    with process_group() as ranks:
-        code = _run(args, config, ranks)
-        if code:
-            sys.exit(code)  # from inside, so that no rank waits for a peer that still works
+    try:
+        with process_group(config.collective_timeout_s) as ranks:
+            code = _run(args, config, ranks)
+            if code:
+                sys.exit(code)  # from inside, so that no rank waits for a peer that still works
+    except PeerFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 9
     return 0
 
 
 def _run(args, config, ranks) -> int:
-    from data_pipeline.errors import BudgetExceeded, DataTimeout
-
-    from .checkpointer import BadCheckpoint
+    from . import fault_points
     from .log import setup_logging
-    from .rounds import train_rounds
-    from .trainer import ConfigMismatch, NonFiniteLoss
+    from .outcomes import outcome_of
+    from .run_folder import RunFolder
+    from .stop_signals import StopSignals
 
     logger = setup_logging(ranks.rank)
-    output = Path(config.output)
-    code, message = 0, "done"
+    signals = StopSignals()
+    signals.install()
+    if args.dry_run:
+        folder = Path(config.output) / "dry_run"
+        config = dataclasses.replace(config, output=str(folder), resume="never", rounds=1)
+    run = RunFolder(config, ranks)
     try:
+        fault_points.arm(os.environ.get("FAULT"), ranks.rank)
+        run.claim(sys.argv[1:])
         if ranks.is_main:
             warn_idle(args, logger)
-            _write_run_record(output, config)
-        train_rounds(config, _load_datasets(args, config, ranks, logger), ranks, logger)
-    except (NonFiniteLoss, ValueError) as error:
-        named = {BudgetExceeded: 4, NonFiniteLoss: 5, BadCheckpoint: 6, ConfigMismatch: 7}
-        named |= {DataTimeout: 8}
-        code, message = named.get(type(error), 1), str(error)
+        _train(args, config, ranks, signals, logger)
     except BaseException as error:
-        _write_outcome(output, 1, f"{type(error).__name__}: {error}")
-        raise
-    if code and (ranks.is_main or code == 1):  # other codes are decisions that all ranks share
-        logger.error("%s", message)
-    if ranks.is_main or code:
-        _write_outcome(output, code, message)
-    return code
+        outcome, message = outcome_of(error)
+        if outcome is None:
+            run.leave("error", f"{type(error).__name__}: {error}")
+            raise
+        if ranks.is_main or outcome in ("error", "peer lost"):
+            logger.error("%s", message)
+        return run.leave(outcome, message)
+    if args.dry_run and ranks.is_main:
+        shutil.rmtree(run.path)
+    return run.leave("done", "done") if ranks.is_main else 0
 
 
-def _write_outcome(output: Path, code: int, message: str) -> None:
-    if output.is_dir():
-        (output / "exit.json").write_text(json.dumps({"code": code, "message": message}))
+def _train(args, config, ranks, signals, logger) -> None:
+    from .report import write_report
+    from .rounds import train_rounds
+    from .trainer import Trainer
 
-
-def _write_run_record(output: Path, config) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "exit.json").unlink(missing_ok=True)
-    (output / "config.json").write_text(config.to_json())
-    (output / "run.json").write_text(
-        json.dumps({"argv": sys.argv[1:], "git_revision": _git_revision()})
-    )
-
-
-def _git_revision() -> str | None:
-    """Commit of the running code; None outside a checkout or without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    datasets = _load_datasets(args, config, ranks, logger)
+    if args.dry_run:
+        trainer = Trainer(config, datasets, ranks, signals, logger)
+        trainer.train(last_step=1)
+        logger.info("dry run: built everything and trained one step; nothing was kept")
+        return
+    train_rounds(config, datasets, ranks, signals, logger)
+    if ranks.is_main:
+        write_report(Path(config.output))
 
 
 def _load_datasets(args, config, ranks, logger) -> dict:
@@ -101,11 +103,12 @@ def _load_datasets(args, config, ranks, logger) -> dict:
     )
 
     from .distributed import on_main
+    from .fault_points import reach
 
     if config.synthetic_data:
         return {head.name: None for head in config.heads}
     if any(head.dataset == EMBEDDED for head in config.heads):
-        folder = Path(config.output) / "data" / EMBEDDED
+        folder = Path(args.output or config.output) / "data" / EMBEDDED
         if args.list_datasets is None and args.preset is None:
             logger.info(
                 "no --list_datasets given: making, packing and clustering the embedded %s set in "
@@ -113,8 +116,12 @@ def _load_datasets(args, config, ranks, logger) -> dict:
                 EMBEDDED,
                 folder,
             )
-        clips = config.embedded_clips
-        on_main(ranks, lambda: prepare_embedded(folder, *clips, report=logger.info))
+
+        def prepare() -> None:
+            reach("prepare")
+            prepare_embedded(folder, *config.embedded_clips, report=logger.info)
+
+        on_main(ranks, prepare)
         register_dataset(EMBEDDED, lambda: embedded_spec(folder))
     return {
         head.name: resolve_dataset(head.dataset).load(config.allow_missing_shards)

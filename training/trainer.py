@@ -1,17 +1,17 @@
-"""The trainer: owns the order of things and nothing else. Reading `train_step` is reading a step.
+"""The trainer: builds a run, restores it if asked, trains it to its end, exports it.
 
-    batches = loader                                  {head: PackedBatch}
-    pooled  = encoder(batch)                          replicated, gradients averaged over the ranks
-    loss    = sum of weight * PartialFC(pooled)       centres sharded over the ranks
-    backward, one global gradient norm, stop unless finite, clip, AdamW, log, checkpoint
+    start    newest whole checkpoint, or fresh weights: one visible choice
+    loop     TrainStep.run -> metrics -> checkpoint when due -> end when asked
+    end      backbone.pt and hf/ of the last step
 
-State is the step and the position of the data; the learning rate and every random draw follow
-from them.
+State is the step, the position of the data and the number of skipped steps; the learning rate and
+every random draw follow from them.
 """
 
-import contextlib
+import dataclasses
 import json
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +19,24 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.datasets import Dataset
-from data_pipeline.loading.packing import PackedBatch
 
 from .checkpointer import Checkpointer
-from .config import HeadConfig, TrainConfig, fingerprint, fingerprint_difference
-from .data import SYNTHETIC_CLASSES, DataCounts, TrainingData
-from .distributed import Ranks, broadcast_object, wrap_encoder
+from .config import HeadConfig, TrainConfig, fingerprint, fingerprint_difference, is_allowed
+from .data import SYNTHETIC_CLASSES, TrainingData
+from .distributed import Ranks, broadcast_object
 from .encoder import build_encoder, export_encoder
+from .fault_points import reach
+from .ledger import Ledger, bad_samples_on_record, cut_back_records
 from .losses.partial_fc import PartialFC
-from .lr_scheduler import lr_factor
-from .metrics import Ledger, MetricLogger, bad_samples_on_record, cut_back_records
-from .optimizer import build_optimizer, clip_gradients, global_grad_norm, set_learning_rate
+from .metrics import MetricLogger
+from .optimizer import build_optimizer
+from .parallel import ParallelEncoder
+from .profiler import Profiler
+from .step_clock import StepClock
+from .stop_signals import Preempted, StopSignals
+from .train_step import TrainStep
 
 CROWDED, DEAD = 0.2, 0.95  # shares of pairs of centres that the filter takes out
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss or gradient that is NaN or infinite; no weight was touched by it."""
 
 
 class ConfigMismatch(ValueError):
@@ -43,179 +44,166 @@ class ConfigMismatch(ValueError):
 
 
 class Trainer:
-    """Builds a run, restores it if asked, trains it to its end."""
+    """One run. Every method is called by all ranks."""
 
     def __init__(
         self,
         config: TrainConfig,
         datasets: dict[str, Dataset | None],
         ranks: Ranks,
+        signals: StopSignals,
         logger: logging.Logger,
     ):
         self.config, self.ranks, self.logger = config, ranks, logger
+        self.signals, self.datasets = signals, datasets
         self.output = Path(config.output)
         self.step = 0
-        self.datasets = datasets
 
-        self.encoder = build_encoder(config.model, config.seed).to(ranks.device)
+        encoder = build_encoder(config.model, config.seed)
         sizes = [data.manifest.settings["size"] for data in datasets.values() if data is not None]
         if sizes:
-            self.encoder.config.image_size = max(sizes)  # what the exported processor resizes to
-        width = self.encoder.config.hidden_size
+            encoder.config.image_size = max(sizes)  # what the exported processor resizes to
+        self.encoder = ParallelEncoder(encoder, config.parallel, ranks)
+        width = encoder.config.hidden_size
         self.heads = {head.name: self._build_head(head, width) for head in config.heads}
         self.optimizer = build_optimizer(
-            self.encoder,
+            encoder,
             {h.name: (self.heads[h.name], h.lr_scale) for h in config.heads},
             config.optimizer,
         )
         self.checkpointer = Checkpointer(
-            self.output,
-            ranks,
-            self.encoder,
-            self.heads,
-            self.optimizer,
-            config.checkpoints_kept,
-            logger,
+            self.output, ranks, encoder, self.heads, self.optimizer, config.checkpoint, logger
         )
-        patch_size = self.encoder.config.patch_size
-        self.data = TrainingData(config, datasets, patch_size, ranks, logger)
+        self.data = TrainingData(config, datasets, encoder.config.patch_size, ranks, logger)
         self.total_steps = config.schedule.total_steps(self.data.samples_per_step)
+        self.clock = StepClock(ranks.device)
+        self.train_step = TrainStep(
+            config, self.encoder, self.heads, self.optimizer, self.data, ranks, self.clock, logger
+        )
         self._restore()
-        self.forward = self.encoder if config.model.frozen else wrap_encoder(self.encoder, ranks)
 
-    def train(self) -> None:
-        """Run to the last step; leaves checkpoints,
-        logs and the exported encoder in the output folder.
+    def train(self, last_step: int | None = None) -> None:
+        """Run to the last step, or to an earlier one without leaving anything behind; leaves
+        checkpoints, logs and the exported encoder in the output folder.
+
+        Raises Preempted, after saving, when any rank was asked to stop.
         """
-        config = self.config
         self._announce()
-        self.encoder.train()
         ledger = Ledger(self.output, self.ranks.rank)
         metrics = MetricLogger(
-            self.output, self.ranks, self.total_steps, config.log_every, self.step, self.logger
+            self.output,
+            self.ranks,
+            self.total_steps,
+            self.config.log_every,
+            self.step,
+            self.clock,
+            self.logger,
         )
+        metrics.describe(self.config)
         try:
-            with self.data.loader() as loader:
-                while self.step < self.total_steps:
-                    self.train_step(loader, ledger, metrics)
-                    if self.step % config.checkpoint_every == 0 or self.step == self.total_steps:
-                        metrics.flush()
-                        self.checkpointer.save(self.step, self.state())
+            self._loop(last_step or self.total_steps, ledger, metrics, trial=last_step is not None)
         finally:
+            self.checkpointer.close()
             metrics.close()
             ledger.close()
+        if last_step is None:
+            self._export()
+
+    def _loop(self, last_step: int, ledger: Ledger, metrics: MetricLogger, trial: bool) -> None:
+        profiler = Profiler(self.output, self.config.profile_steps, self.ranks)
+        saved_at, encoder, first = time.monotonic(), self.encoder.module.train(), True
+        with self.signals.deferred(), self.data.loader() as loader, profiler:
+            while self.step < last_step:
+                asked = self.signals.requested is not None
+                due = time.monotonic() - saved_at > 60 * self.config.checkpoint.minutes
+                result = self.train_step.run(
+                    self.step, self.total_steps, loader, ledger, asked, due and self.ranks.is_main
+                )
+                self.step += 1
+                profiler.step()
+                if first:
+                    metrics.picture(self.step, result.batches, encoder.config.patch_size)
+                    first = False
+                metrics.record(self.step, result.values, result.counts)
+                done = result.stop or self.step == last_step
+                if not trial and (self._is_due(result.save) or done):
+                    metrics.flush()
+                    self.checkpointer.save(self.step, self.state(), wait=done)
+                    saved_at = time.monotonic()
+                reach("step.end", self.step)
+                if result.stop:
+                    raise Preempted(f"asked to stop: saved at step {self.step} of {last_step}")
+
+    def _is_due(self, wished: bool) -> bool:
+        return wished or self.step % self.config.checkpoint.every == 0
+
+    def _export(self) -> None:
+        reach("export", self.step)
+        whole = self.encoder.whole()
         if self.ranks.is_main:
-            export_encoder(self.encoder, self.output, self._facts())
+            export_encoder(whole, self.output, self._facts())
             self.logger.info("done: %s and %s", self.output / "hf", self.output / "backbone.pt")
 
-    def train_step(self, loader, ledger: Ledger, metrics: MetricLogger) -> None:
-        """One optimizer step over `grad_accum_steps` micro steps."""
-        config, accumulate = self.config, self.config.grad_accum_steps
-        factor = lr_factor(self.step, self.total_steps, config.schedule)
-        set_learning_rate(self.optimizer, config.optimizer.lr, factor)
-        reported = {head.name: torch.zeros((), device=self.ranks.device) for head in config.heads}
-        counts, waited = DataCounts(), loader.wait_s
-        for micro in range(accumulate):
-            batches, new = self.data.next_batches(loader)
-            counts += new
-            ledger.record(self.step + 1, batches)
-            with self._gradient_sync(last=micro == accumulate - 1):
-                objective = self._objective(batches, reported, self.step * accumulate + micro)
-                (objective / accumulate).backward()
-
-        norm = global_grad_norm(self.encoder, list(self.heads.values()))
-        self._stop_unless_finite(norm, reported, batches)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        clip_gradients(parameters, norm, config.optimizer.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        values = {f"loss/{name}": loss / accumulate for name, loss in reported.items()}
-        values |= {"grad_norm": norm, "lr": config.optimizer.lr * factor}
-        data = {"fill": counts.tokens / counts.room, "data_wait_s": loader.wait_s - waited}
-        data["bad_samples"] = counts.bad_samples
-        metrics.record(self.step, values, counts.samples, counts.tokens, data)
-
-    def _objective(
-        self, batches: dict[str, PackedBatch], reported: dict, draw: int
-    ) -> torch.Tensor:
-        """Weighted sum of the heads' losses; adds what is reported to `reported`."""
-        total = torch.zeros((), device=self.ranks.device)
-        for head in self.config.heads:
-            batch = batches[head.name].to(self.ranks.device)
-            with torch.autocast(
-                self.ranks.device.type, torch.bfloat16, enabled=self.ranks.device.type == "cuda"
-            ):
-                pooled = self.forward(**batch.model_inputs()).pooler_output[: batch.num_samples]
-            loss = self.heads[head.name](pooled.float(), batch.labels, batch.weights, draw)
-            reported[head.name] += loss.reported
-            total = total + head.loss_weight * loss.objective
-        return total
-
-    def _gradient_sync(self, last: bool):
-        return (
-            contextlib.nullcontext()
-            if last or self.forward is self.encoder
-            else self.forward.no_sync()
-        )
-
-    def _stop_unless_finite(
-        self, norm: torch.Tensor, reported: dict, batches: dict[str, PackedBatch]
-    ) -> None:
-        """The norm covers all ranks, so all ranks stop together;
-        the one value read back per step.
-        """
-        if np.isfinite(norm.item()):
-            return
-        for head in self.heads.values():
-            head.check_labels()
-        losses = {name: round(value.item(), 4) for name, value in reported.items()}
-        ids = {
-            name: batch.sample_ids[: batch.num_samples].tolist() for name, batch in batches.items()
-        }
-        raise NonFiniteLoss(
-            f"step {self.step + 1}: gradient norm {norm.item()}, losses {losses}; samples of rank "
-            f"{self.ranks.rank}: "
-            f"{ids}. No weight was changed: lower --lr, or resume from an older checkpoint with "
-            "--resume PATH"
-        )
-
     def state(self) -> dict:
-        """What a checkpoint stores beside tensors:
-        the data position and what must match on resume.
-        """
+        """What a checkpoint stores beside tensors: the data position, what must match on resume and
+        what may differ, at the price of other last bits."""
         return {
             "data": self.data.state_dict(),
+            "skipped_steps": self.train_step.skipped,
             "world_size": self.ranks.world_size,
             "fingerprint": fingerprint(self.config, self.ranks.world_size),
+            "may_differ": self._may_differ(),
+        }
+
+    def _may_differ(self) -> dict:
+        return {
             "torch": torch.__version__,
+            "device": self.ranks.device.type,
+            "world_size": self.ranks.world_size,
+            **dataclasses.asdict(self.config.parallel),
         }
 
     def _restore(self) -> None:
         """Decide between resuming and starting: one visible choice."""
         commit = self.checkpointer.find(self.config.resume)
+        same_data = commit is None or not self._compare(commit.state)
         if commit is not None:
-            difference = fingerprint_difference(
-                commit.state["fingerprint"], fingerprint(self.config, self.ranks.world_size)
-            )
-            difference += self.data.difference(commit.state["data"])
-            if difference:
-                raise ConfigMismatch(
-                    "the checkpoint belongs to another configuration:\n  "
-                    + "\n  ".join(difference)
-                    + "\nrestore these, or start over with --resume never or another --output"
-                )
             self.step = commit.state["step"]
+            self.train_step.skipped = commit.state.get("skipped_steps", 0)
         self.checkpointer.start(commit)
         if self.ranks.is_main:
             cut_back_records(self.output, self.step)
-        if commit is not None:
+        if commit is not None and same_data:
             bad = broadcast_object(
                 bad_samples_on_record(self.output) if self.ranks.is_main else None
             )
             bad = {head: {int(e): ids for e, ids in epochs.items()} for head, epochs in bad.items()}
             self.data.load_state_dict(commit.state["data"], bad)
+        elif commit is not None:
+            self.data.start_next_epoch(commit.state["data"])
         dist.barrier()
+
+    def _compare(self, state: dict) -> list[str]:
+        """Differences in the data, which a new epoch takes; raises ConfigMismatch for others."""
+        config = self.config
+        difference = fingerprint_difference(
+            state["fingerprint"], fingerprint(config, self.ranks.world_size)
+        )
+        allowed = [line for line in difference if is_allowed(line, config.resume_allow)]
+        other_data = self.data.difference(state["data"])
+        difference = [line for line in difference if line not in allowed]
+        if difference or (other_data and config.resume_data != "new-epoch"):
+            raise ConfigMismatch(
+                "the checkpoint belongs to another configuration:\n  "
+                + "\n  ".join(difference + other_data)
+                + "\nrestore these, or start over with --resume never or another --output; to go "
+                "on all the same, name fields with --resume_allow, and for data "
+                "--set resume_data=new-epoch"
+            )
+        allowed += fingerprint_difference(state.get("may_differ", {}), self._may_differ())
+        for line in [*allowed, *other_data]:
+            self.logger.warning("resuming all the same, %s", line)
+        return other_data
 
     def _build_head(self, head: HeadConfig, width: int) -> PartialFC:
         dataset = self.datasets[head.name]
@@ -256,15 +244,16 @@ class Trainer:
         }
 
     def _announce(self) -> None:
-        encoder = sum(parameter.numel() for parameter in self.encoder.parameters())
+        encoder = sum(parameter.numel() for parameter in self.encoder.module.parameters())
         start = f"resuming after step {self.step}" if self.step else "starting"
         self.logger.info(
-            "%s: %d steps of %d samples on %d x %s; encoder %s, %.1fM parameters",
+            "%s: %d steps of %d samples on %d x %s (%s); encoder %s, %.1fM parameters",
             start,
             self.total_steps,
             self.data.samples_per_step,
             self.ranks.world_size,
             self.ranks.device.type,
+            self.config.parallel.strategy,
             self.config.model.name,
             encoder / 1e6,
         )

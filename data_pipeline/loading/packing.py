@@ -141,3 +141,18 @@ def pack_views(
         buffers=buffers,
         **facts,
     )
+
+
+def joined_inputs(batches: list[PackedBatch]) -> dict:
+    """Keyword arguments of one forward pass over several batches, one after the other; their items
+    stay apart, fillings included."""
+    if len(batches) == 1:
+        return batches[0].model_inputs()
+    starts = torch.tensor([0] + [len(batch.pixels) for batch in batches]).cumsum(0).tolist()
+    bounds = [b.cu_seqlens[1:] + start for b, start in zip(batches, starts, strict=False)]
+    return {
+        "hidden_states": torch.cat([batch.hidden_states() for batch in batches]),
+        "patch_positions": torch.cat([batch.patch_positions for batch in batches]),
+        "cu_seqlens": torch.cat([batches[0].cu_seqlens[:1], *bounds]),
+        "max_seqlen": max(batch.max_seqlen for batch in batches),
+    }

@@ -1,0 +1,297 @@
+"""Cases 42-71 of the reliability list: whatever ends a run, the next start goes on from a whole
+checkpoint, bitwise, and exit.json says what happened.
+
+Runs use synthetic patches and named fault points (training/fault_points.py).
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, kill_group, launcher, run, start_torchrun, torchrun
+
+from training import fault_points
+from training.checkpoint_folder import verify_checkpoint
+
+STEPS = 40
+
+
+def command(output: Path, *extra) -> tuple:
+    """Forty small steps, a checkpoint every ten."""
+    return (
+        *("-m", "training.train_univit", "--preset", "debug", "--output", output),
+        *("--num_sampled_data", STEPS * 16, *extra),
+    )
+
+
+def one_rank(output: Path, *extra, check: bool = True, fault: str = ""):
+    """The same steps in one process, without a launcher."""
+    return run(*command(output, "--list_batch_size", 16, *extra), check=check, FAULT=fault)
+
+
+def exit_record(output: Path) -> dict:
+    return json.loads((output / "exit.json").read_text())
+
+
+def records(output: Path) -> str:
+    return (output / "metrics.jsonl").read_text()
+
+
+def commits(output: Path) -> list[int]:
+    return sorted(int(p.name[5:]) for p in (output / "checkpoints").glob("step_*"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """An uninterrupted run of one process."""
+    output = tmp_path_factory.mktemp("straight")
+    one_rank(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def straight_of_two(tmp_path_factory) -> Path:
+    """An uninterrupted run of two ranks."""
+    output = tmp_path_factory.mktemp("straight_of_two")
+    torchrun(2, *command(output))
+    return output
+
+
+@pytest.mark.e2e
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(straight, tmp_path):
+    """SIGKILL at every stage of the writer, one start after the other in one folder."""
+    kills = {
+        "checkpoint.stage@10": [],
+        "checkpoint.write@10": [],
+        "checkpoint.manifest@20": [10],
+        "checkpoint.rename@20": [10],
+        "checkpoint.renamed@20": [10, 20],
+        "step.end@35": [10, 20, 30],
+        "checkpoint.prune@10": [20, 30, 40],
+    }
+    for point, expected in kills.items():
+        done = one_rank(tmp_path, check=False, fault=f"{point}:kill")
+        assert done.returncode == -signal.SIGKILL, point
+        assert commits(tmp_path) == expected, point
+        for step in expected:
+            assert verify_checkpoint(tmp_path / "checkpoints" / f"step_{step:08d}") == []
+        assert not (tmp_path / "exit.json").exists()
+    one_rank(tmp_path)
+    assert records(tmp_path) == records(straight) and exit_record(tmp_path)["code"] == 0
+    assert not list((tmp_path / "checkpoints").glob(".*")), "leftovers of killed saves"
+    assert json.loads((tmp_path / "run.json").read_text())["starts"] == len(kills) + 1
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_one_rank_asked_to_stop_ends_all_after_a_save(straight_of_two, tmp_path):
+    env = {"FAULT": "step.begin@13#1:term"}
+    done = run(*launcher(2), *command(tmp_path), check=False, **env)
+    assert exit_record(tmp_path)["code"] == 3, done.stderr
+    (step,) = set(commits(tmp_path)) - {10}
+    assert 13 <= step <= 14 and f"saved at step {step}" in exit_record(tmp_path)["message"]
+    torchrun(2, *command(tmp_path))
+    assert records(tmp_path) == records(straight_of_two)
+
+
+@pytest.mark.e2e
+def test_a_stop_before_the_first_step_ends_at_once(tmp_path):
+    flags = ("-m", "training.train_univit", "--preset", "demo", "--output", tmp_path)
+    done = run(*flags, check=False, FAULT="prepare:term")
+    assert done.returncode == 3 and exit_record(tmp_path)["outcome"] == "preempted"
+
+
+@pytest.mark.e2e
+def test_a_second_signal_ends_a_run_that_does_not_come_to_a_stop(tmp_path):
+    env = {**os.environ, "FAULT": "step.begin@15:sleep=60", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = map(str, command(tmp_path, "--list_batch_size", 16))
+    process = subprocess.Popen([sys.executable, *arguments], env=env, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while commits(tmp_path) != [10] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert process.poll() is None, "the first signal waits for the step"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert verify_checkpoint(tmp_path / "checkpoints" / "step_00000010") == []
+
+
+@pytest.mark.e2e
+def test_a_save_that_fails_is_told_and_the_training_goes_on(straight, tmp_path):
+    done = one_rank(tmp_path, fault="checkpoint.write@20:disk_full")
+    assert "CHECKPOINT OF STEP 20 FAILED" in done.stderr and "No space left" in done.stderr
+    assert commits(tmp_path) == [10, 30, 40] and records(tmp_path) == records(straight)
+
+
+@pytest.mark.e2e
+def test_a_disk_that_stays_full_ends_the_run_with_the_last_commit_whole(tmp_path):
+    """The real thing: the system refuses files above a size, from the first checkpoint on."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    limit = 4 << 20
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    arguments = [sys.executable, *map(str, command(tmp_path, "--list_batch_size", 16))]
+    done = subprocess.run(
+        arguments, env=env, cwd=ROOT, preexec_fn=small_files, capture_output=True, text=True
+    )
+    assert done.returncode == 8, done.stderr
+    assert done.stderr.count("FAILED, the training goes on") == 3
+    assert "3 checkpoints in a row" in exit_record(tmp_path)["message"]
+    assert commits(tmp_path) == [] and not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("output", ["/proc/univit", "/dev/null/run"])
+def test_an_output_that_cannot_be_written_to_is_refused_before_anything(output):
+    done = run(*command(Path(output)), check=False)
+    assert done.returncode == 8 and "cannot be written to by rank 0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.e2e
+def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
+    process = start_torchrun(1, *command(tmp_path, "--num_sampled_data", 10**7))
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        done = one_rank(tmp_path, check=False)
+        assert done.returncode == 1
+        assert "is in use by process" in done.stderr and socket.gethostname() in done.stderr
+        assert process.poll() is None
+    finally:
+        kill_group(process)
+    one_rank(tmp_path, "--resume", "never")  # the lock went with its process
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_numbers_that_are_not_finite_stop_all_ranks_before_any_weight(tmp_path):
+    done = run(*launcher(2), *command(tmp_path), check=False, FAULT="step.backward@15#1:nan")
+    assert done.returncode and exit_record(tmp_path)["code"] == 5
+    message = exit_record(tmp_path)["message"]
+    assert "step 15" in message and "patch_embed" in message and "No weight was changed" in message
+    assert commits(tmp_path) == [10]
+
+
+@pytest.mark.e2e
+def test_some_steps_may_be_left_out_and_are_counted_over_restarts(tmp_path):
+    flags = ("--max_skipped_steps", 2)
+    fault = "step.backward@15:nan,step.backward@25:nan,step.end@22:kill"
+    one_rank(tmp_path, *flags, check=False, fault=fault)
+    done = one_rank(tmp_path, *flags, fault="step.backward@25:nan")
+    assert "step skipped, 2 of at most 2" in done.stderr
+    speeds = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert speeds[-1]["skipped_steps"] == 2
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000040")
+    done = one_rank(tmp_path, *flags, check=False, fault="step.backward@35:nan")
+    assert done.returncode == 5, "one more than was allowed"
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_a_slow_rank_is_named(tmp_path):
+    done = run(*launcher(2), *command(tmp_path), FAULT="step.begin#1:sleep=0.15")
+    assert "rank 1 is slow" in done.stderr and "rank 0 is slow" not in done.stderr
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_a_killed_rank_is_noticed_in_seconds_and_the_launcher_goes_on(straight_of_two, tmp_path):
+    """With --max_restarts torchrun starts all ranks again; the fault strikes the first time only,
+    as the second start begins after it."""
+    fault = {"FAULT": "step.optimizer@15#1:kill"}
+    started = time.monotonic()
+    done = run(*launcher(2), *command(tmp_path), check=False, **fault)
+    assert done.returncode and time.monotonic() - started < 60
+    assert exit_record(tmp_path)["outcome"] == "peer lost"
+    restarts = ("--max_restarts", "1", *launcher(2)[2:])
+    fault = {"FAULT": "step.optimizer@25#0:kill"}
+    script = tmp_path / "once.py"
+    script.write_text(
+        "import os, sys\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] != '0':\n"
+        "    os.environ.pop('FAULT')\n"
+        "from training.train_univit import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    run("-m", "torch.distributed.run", *restarts, script, *command(tmp_path)[2:], **fault)
+    assert records(tmp_path) == records(straight_of_two)
+    assert exit_record(tmp_path)["code"] == 0
+
+
+@pytest.mark.e2e
+def test_what_may_differ_from_the_checkpoint_must_be_named(straight, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(straight, output)
+    shutil.rmtree(output / "checkpoints" / "step_00000040")
+    done = one_rank(output, "--lr", "5e-4", check=False)
+    assert done.returncode == 7
+    assert "optimizer.lr: checkpoint 0.001, now 0.0005" in exit_record(output)["message"]
+    done = one_rank(output, "--lr", "5e-4", "--resume_allow", "optimizer.lr")
+    assert "resuming all the same, optimizer.lr" in done.stderr
+    assert "resuming after step 30" in done.stderr
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_a_meeting_point_that_is_taken_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2"}
+        done = run(*command(tmp_path), check=False, **place)
+    assert done.returncode == 9 and f"127.0.0.1:{port}" in done.stderr
+    assert "port is free" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_want_of_memory_is_an_outcome_with_advice():
+    import torch
+
+    from training.outcomes import outcome_of
+
+    for error in (
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ):
+        outcome, message = outcome_of(error)
+        assert outcome == "out of memory" and "--gradient_checkpoint" in message
+    assert outcome_of(KeyError("a fault of ours"))[0] is None
+
+
+def test_no_flipped_bit_of_a_checkpoint_goes_unseen(straight, tmp_path):
+    shutil.copytree(straight / "checkpoints" / "step_00000040", tmp_path / "c")
+    for file in sorted((tmp_path / "c").iterdir()):
+        whole = file.read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 20)):
+            spoilt = bytearray(whole)
+            spoilt[place] ^= 1 << place % 8
+            file.write_bytes(spoilt)
+            if file.name != "manifest.json":
+                assert verify_checkpoint(tmp_path / "c"), f"{file.name}, byte {place}"
+        file.write_bytes(whole)
+    assert verify_checkpoint(tmp_path / "c") == []
+    (tmp_path / "c" / "state.json").unlink()
+    assert verify_checkpoint(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_text('{"files": {"../x": {"size": 1, "sha256": ""}}}')
+    assert verify_checkpoint(tmp_path / "c") == ["manifest.json does not describe a checkpoint"]
+
+
+@pytest.mark.parametrize("text", ["step:kill", "step.begin:explode", "step.begin@x:kill"])
+def test_a_fault_that_means_nothing_is_refused(text):
+    with pytest.raises(ValueError):
+        fault_points.arm(text, 0)
+    fault_points.arm(None, 0)

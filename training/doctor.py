@@ -1,0 +1,210 @@
+"""What is wrong with this machine, before a run finds out: python -m training.doctor --output DIR.
+
+    ok     nothing to do        note   worth knowing        FIX    a run would fail or crawl
+
+Alone it looks at one process's view of the machine; under torchrun, with the launcher's flags of
+the run to come, also at whether all ranks meet, agree on versions and clocks, and how fast they
+exchange.
+Exit code 1 when anything needs fixing. Cost: seconds.
+"""
+
+import argparse
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+OK, NOTE, FIX = "ok", "note", "FIX"
+GIB = 1 << 30
+SHM_PER_PROCESS = GIB // 4  # NCCL's and DALI's shared memory
+EXCHANGED = 64 << 20  # bytes of the measured all-reduce
+SLOW_DISK = 100e6  # bytes a second
+SKEW_S = 5.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    level: str
+    subject: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<5} {self.subject:<16} {self.text}"
+
+
+def check_python() -> Iterator[Finding]:
+    """Versions of what a run imports, and what is missing."""
+    from .run_folder import versions
+
+    known = versions()
+    yield Finding(OK, "versions", ", ".join(f"{name} {v}" for name, v in known.items()))
+    needed = {
+        "nvidia.dali": "pip install nvidia-dali-cuda130 (or -cuda120): training reads through it",
+        "faiss": "pip install faiss-gpu or faiss-cpu: clustering needs it",
+    }
+    for name, cure in needed.items():
+        if not _is_there(name):
+            yield Finding(FIX, name, cure)
+
+
+def check_gpus() -> Iterator[Finding]:
+    """GPUs, their memory and drivers, and which attention kernels there are."""
+    import torch
+
+    if not torch.cuda.is_available():
+        text = "none: computing on the CPU, good for the debug and demo presets"
+        yield Finding(NOTE if shutil.which("nvidia-smi") is None else FIX, "GPU", text)
+        return
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        busy = free < 0.9 * total
+        text = f"{facts.name}, {total / GIB:.0f} GiB, {free / GIB:.0f} GiB free"
+        yield Finding(NOTE if busy else OK, f"GPU {number}", text)
+        if facts.major < 8:
+            text = (
+                f"compute capability {facts.major}.{facts.minor}: no bf16 kernels, use 8.0 or newer"
+            )
+            yield Finding(FIX, f"GPU {number}", text)
+    yield Finding(OK, "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+
+
+def check_memory() -> Iterator[Finding]:
+    """Shared memory, host memory and limits of this process."""
+    shm = Path("/dev/shm")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if shm.is_dir():
+        free, need = shutil.disk_usage(shm).free, SHM_PER_PROCESS * local
+        text = f"{free / GIB:.1f} GiB free for {local} processes"
+        cure = "; start the container with --shm-size 32g, or mount a larger one"
+        yield Finding(OK if free >= need else FIX, "/dev/shm", text + (cure if free < need else ""))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    cure = "" if soft >= 4096 else ": raise it with `ulimit -n 65536`"
+    yield Finding(OK if soft >= 4096 else NOTE, "open files", f"at most {soft}{cure}")
+    cores = len(os.sched_getaffinity(0))
+    text = f"{cores} for {local} processes"
+    yield Finding(OK if cores >= local else FIX, "CPU cores", text)
+
+
+def check_output(output: Path) -> Iterator[Finding]:
+    """Whether the output folder can be written to, how much fits and how fast."""
+    probe = output / f".doctor-{os.getpid()}"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with open(probe, "wb") as file:
+            file.write(os.urandom(EXCHANGED))
+            file.flush()
+            os.fsync(file.fileno())
+        rate = EXCHANGED / max(time.monotonic() - started, 1e-9)
+        probe.unlink()
+    except OSError as error:
+        yield Finding(FIX, "output", f"{output} cannot be written to: {error.strerror}")
+        return
+    free = shutil.disk_usage(output).free
+    yield Finding(NOTE if rate < SLOW_DISK else OK, "output", f"{output}: {rate / 1e6:.0f} MB/s")
+    text = f"{free / GIB:.0f} GiB free; a checkpoint of large with 2 million classes takes 27"
+    yield Finding(OK if free > 100 * GIB else NOTE, "disk", text)
+
+
+def check_clock() -> Iterator[Finding]:
+    """Whether the clock can be right: TensorBoard and logs carry it, nothing is decided by it."""
+    year = time.gmtime().tm_year
+    level = OK if 2024 <= year < 2100 else FIX
+    yield Finding(level, "clock", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
+
+
+def check_ranks(ranks) -> Iterator[Finding]:
+    """Whether all ranks see the same versions and time, and how fast they exchange."""
+    import torch
+    import torch.distributed as dist
+
+    from .distributed import all_gather_json
+    from .run_folder import versions
+
+    dist.barrier()
+    times = all_gather_json([time.time(), platform.node(), versions()])
+    skew = max(t for t, _, _ in times) - min(t for t, _, _ in times)
+    nodes = len({node for _, node, _ in times})
+    text = f"{ranks.world_size} on {nodes} nodes, clocks within {skew:.2f} s"
+    yield Finding(NOTE if skew > SKEW_S else OK, "ranks", text)
+    odd = [rank for rank, (_, _, found) in enumerate(times) if found != times[0][2]]
+    if odd:
+        text = f"ranks {odd} have other versions than rank 0: install the same image everywhere"
+        yield Finding(FIX, "versions", text)
+    data = torch.ones(EXCHANGED // 4, device=ranks.device)
+    dist.all_reduce(data)
+    started = time.monotonic()
+    for _ in range(5):
+        dist.all_reduce(data)
+    data.sum().item()
+    seconds = (time.monotonic() - started) / 5
+    text = f"{EXCHANGED >> 20} MB summed over all ranks in {1e3 * seconds:.1f} ms"
+    yield Finding(OK, "exchange", f"{text}, {EXCHANGED / seconds / 1e9:.2f} GB/s")
+
+
+def examine(output: Path, ranks) -> list[Finding]:
+    """All findings of this rank; a check that breaks is a finding itself. Called by all ranks."""
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        check_python,
+        check_gpus,
+        check_memory,
+        check_clock,
+        lambda: check_output(output),
+        lambda: check_ranks(ranks),
+    ]
+    findings = []
+    for check in checks:
+        try:
+            findings += check()
+        except Exception as error:
+            findings.append(Finding(FIX, "check", f"{type(error).__name__}: {error}"))
+    return findings
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.doctor", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder of runs")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what was found on rank 0, and what other ranks found to be fixed."""
+    args = build_parser().parse_args(argv)
+    from .distributed import all_gather_json, process_group
+
+    with process_group(60.0) as ranks:
+        found = examine(args.output, ranks)
+        everything = all_gather_json([[f.level, f.subject, f.text] for f in found])
+    broken = [
+        (rank, line) for rank, lines in enumerate(everything) for line in lines if line[0] == FIX
+    ]
+    if ranks.is_main:
+        print("\n".join(map(str, found)))
+        for rank, line in broken:
+            if rank:
+                print(f"{Finding(*line)} (rank {rank})")
+        print("nothing needs fixing" if not broken else f"{len(broken)} to fix, see FIX above")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Exports of a checkpoint while its run goes on: python -m training.export CHECKPOINT --output DIR.
+
+    DIR/backbone.pt, backbone.json, hf/    as a run leaves them at its end
+
+One process, on the CPU; only the encoder's tensors are read, after every byte of the checkpoint was
+checked. The run's config.json is looked for above the checkpoint.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.export",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step_N, or RUN: its newest")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the exports")
+    return parser
+
+
+def export_checkpoint(checkpoint: Path, output: Path) -> int:
+    """Write the exports of a checkpoint, or of the newest in a run's folder; returns its step.
+
+    Raises BadCheckpoint for a damaged or missing one, ValueError without the run's configuration.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    from .checkpoint_folder import verify_checkpoint
+    from .checkpointer import BadCheckpoint
+    from .config import ModelConfig
+    from .encoder import build_encoder, export_encoder
+
+    path = newest_commit(checkpoint)
+    problems = verify_checkpoint(path)
+    if problems:
+        raise BadCheckpoint(f"{path}: {'; '.join(problems)}")
+    record = path.parents[1] / "config.json"
+    if not record.is_file():
+        raise ValueError(f"{record} does not exist: name a checkpoint inside of its run's folder")
+    fields = json.loads(record.read_bytes())["model"]
+    encoder = build_encoder(ModelConfig(**{**fields, "init_from": None}), seed=0)
+    tensors = {f"encoder.{name}": p.data for name, p in encoder.named_parameters()}
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    step = json.loads((path / "state.json").read_bytes())["step"]
+    output.mkdir(parents=True, exist_ok=True)
+    export_encoder(encoder, output, {"steps": step, "checkpoint": path.name})
+    return step
+
+
+def newest_commit(path: Path) -> Path:
+    """A checkpoint as named, or the newest of a run's folder; BadCheckpoint where there is none."""
+    from .checkpoint_folder import CheckpointFolder
+    from .checkpointer import BadCheckpoint
+
+    if (path / "manifest.json").is_file():
+        return path.resolve()
+    commits = CheckpointFolder(path.resolve() / "checkpoints", 1, 0).commits()
+    if not commits:
+        raise BadCheckpoint(f"{path} is no checkpoint, and holds none under checkpoints/")
+    return commits[0]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export; a user's mistake ends with its message."""
+    args = build_parser().parse_args(argv)
+    try:
+        step = export_checkpoint(args.checkpoint, args.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"step {step}: {args.output / 'hf'} and {args.output / 'backbone.pt'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""How the encoder is spread over the ranks; the only module that knows of DDP and FSDP2.
+
+    ddp    every rank holds all weights and moments; gradients are averaged during backward
+    fsdp   every rank holds 1/W of weights, gradients and moments; a block's weights are gathered
+           when it runs. For encoders whose 16 bytes per parameter do not fit beside activations.
+
+Either way master weights and moments are fp32 and a CUDA device computes in bf16. Class centres
+are sharded by the heads themselves. Activation checkpointing costs one more forward pass and keeps
+one tensor per block; compiling costs some 20 s at the first step (2 CPU cores).
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
+
+from .distributed import Ranks
+
+STRATEGIES = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """`strategy` ddp or fsdp; `forward_tokens`: packs of several heads run in one forward pass
+    while they hold at most so many tokens together (0: each head its own).
+    """
+
+    strategy: str = "ddp"
+    compile_blocks: bool = False
+    activation_checkpointing: bool = False
+    forward_tokens: int = 0
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"parallel.strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}"
+            )
+
+
+class ParallelEncoder:
+    """The encoder as the training step calls it. `module` is the model itself, whose parameters
+    optimizer and checkpoints use; under fsdp they are DTensors.
+    """
+
+    def __init__(self, encoder: LlavaViTPackingModel, config: ParallelConfig, ranks: Ranks):
+        self.module = encoder.to(ranks.device)
+        self._ranks = ranks
+        self._trained = any(p.requires_grad for p in encoder.parameters())
+        if config.activation_checkpointing:
+            encoder.gradient_checkpointing_enable()
+        if config.compile_blocks:
+            encoder.compile_blocks()
+        self._forward: nn.Module = encoder
+        if config.strategy == "fsdp":
+            self._shard()
+        elif self._trained:
+            devices = [ranks.device] if ranks.device.type == "cuda" else None
+            self._forward = DistributedDataParallel(encoder, device_ids=devices)
+
+    def __call__(self, **inputs) -> torch.Tensor:
+        """Pooled vectors fp32 [N, D] of one pack."""
+        device = self._ranks.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            return self._forward(**inputs).pooler_output.float()
+
+    @contextlib.contextmanager
+    def accumulation(self, last: bool):
+        """Around one micro step: gradients travel between ranks after the last one only."""
+        if isinstance(self._forward, FSDPModule):
+            self._forward.set_requires_gradient_sync(last)
+        waits = isinstance(self._forward, DistributedDataParallel) and not last
+        with self._forward.no_sync() if waits else contextlib.nullcontext():
+            yield
+
+    def whole(self) -> LlavaViTPackingModel | None:
+        """The model with all of its weights, for exports: on rank 0, None on others. Called by all
+        ranks."""
+        if not isinstance(self._forward, FSDPModule):
+            return self.module if self._ranks.is_main else None
+        weights = {
+            name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
+            for name, tensor in self.module.state_dict().items()
+        }
+        if not self._ranks.is_main:
+            return None
+        model = LlavaViTPackingModel(self.module.config)
+        model.load_state_dict(weights)
+        return model
+
+    def _shard(self) -> None:
+        mesh = init_device_mesh(self._ranks.device.type, (dist.get_world_size(),))
+        options = {"mesh": mesh}
+        if self._ranks.device.type == "cuda":
+            precision = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+            options["mp_policy"] = MixedPrecisionPolicy(**precision)
+        for layer in self.module.encoder.layers:
+            fully_shard(layer, **options)
+        fully_shard(self.module, **options)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,116 @@
+"""report.md of a finished run, with its curves as pictures: OUTPUT/report/*.png.
+
+Reads what every run leaves: run.json, metrics.jsonl (every step), speed.jsonl (every log line). A
+run of several rounds gets one report per round and a page that names them. Cost: a second.
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+from .ledger import METRICS_NAME
+from .metrics import SPEED_NAME
+
+REPORT_NAME = "report.md"
+CURVES = {"tokens_per_s": "tokens per second", "data_wait": "share of time waiting for data"}
+
+
+def write_report(output: Path) -> Path:
+    """Write report.md and its pictures; returns its path."""
+    rounds = sorted(output.glob("round_*"), key=lambda path: int(path.name.split("_")[1]))
+    sections = [f"# Run in {output.name}", _facts(output)]
+    sections += [_training(folder, output) for folder in rounds or [output]]
+    path = output / REPORT_NAME
+    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def _facts(output: Path) -> str:
+    config = _record(output / "config.json")
+    run = _record(output / "run.json")
+    lines = [
+        f"- encoder: {config['model']['name']}",
+        *(f"- data set: {head['dataset']}" for head in config["heads"]),
+        f"- arguments: `{' '.join(run.get('argv', []))}`",
+        f"- git revision: {run.get('git_revision')}",
+        f"- ranks: {run.get('world_size')}, starts: {run.get('starts')}",
+        *(f"- {name}: {version}" for name, version in run.get("versions", {}).items()),
+    ]
+    return "\n".join(lines)
+
+
+def _training(folder: Path, output: Path) -> str:
+    records, speeds = _lines(folder / METRICS_NAME), _lines(folder / SPEED_NAME)
+    if not records:
+        return ""
+    pictures = output / "report"
+    pictures.mkdir(exist_ok=True)
+    prefix = "" if folder == output else f"{folder.name}_"
+    losses = sorted(name for name in records[0] if name.startswith("loss/"))
+    drawn = {
+        "loss": ([r["step"] for r in records], {n: [r[n] for r in records] for n in losses}),
+        "throughput": _curve(speeds, "tokens_per_s"),
+        "data_wait": _curve(speeds, "data_wait"),
+    }
+    lines = [f"## {folder.name if prefix else 'Training'}", "", *_numbers(records, speeds, losses)]
+    for name, (steps, curves) in drawn.items():
+        if steps:
+            _draw(pictures / f"{prefix}{name}.png", steps, curves, name.replace("_", " "))
+            lines += ["", f"![{name}](report/{prefix}{name}.png)"]
+    return "\n".join(lines)
+
+
+def _curve(speeds: list[dict], name: str) -> tuple[list[int], dict[str, list[float]]]:
+    return [s["step"] for s in speeds], {CURVES[name]: [s[name] for s in speeds]}
+
+
+def _numbers(records: list[dict], speeds: list[dict], losses: list[str]) -> list[str]:
+    tenth = max(1, len(records) // 10)
+    rows = ["| figure | value |", "| --- | ---: |", f"| steps | {records[-1]['step']} |"]
+    for name in losses:
+        first, last = (
+            statistics.fmean(r[name] for r in part) for part in (records[:tenth], records[-tenth:])
+        )
+        rows.append(f"| {name}, first and last tenth | {first:.4f}, {last:.4f} |")
+    for name, text in {
+        "samples_per_s": "samples per second",
+        "tokens_per_s": "tokens per second",
+        "mfu": "MFU",
+        "data_wait": "share of time waiting for data",
+        "memory_gb": "memory of rank 0, GB",
+    }.items():
+        if speeds:
+            rows.append(f"| {text}, median | {statistics.median(s[name] for s in speeds):.4g} |")
+    if speeds:
+        rows.append(f"| bad samples, skipped steps | {_last(speeds)} |")
+    return rows
+
+
+def _last(speeds: list[dict]) -> str:
+    return f"{speeds[-1]['bad_samples']}, {speeds[-1]['skipped_steps']}"
+
+
+def _draw(path: Path, steps: list[int], curves: dict[str, list[float]], title: str) -> None:
+    """One picture, without a display and without the state of pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, values in curves.items():
+        axes.plot(steps, values, linewidth=1, label=name)
+    axes.set(xlabel="step", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def _record(path: Path) -> dict:
+    return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
+def _lines(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]

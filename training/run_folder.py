@@ -1,0 +1,142 @@
+"""The output folder of a run: claimed by one run at a time, and explaining itself.
+
+    OUTPUT/run.lock      who writes here now; the operating system frees it when that process ends
+    OUTPUT/config.json   the whole configuration, written before anything else happens
+    OUTPUT/run.json      arguments, git revision, versions, number of ranks, starts so far
+    OUTPUT/exit.json     how the last start ended: exit code, its name, and what to do
+
+torchrun itself ends with 1 whatever its workers end with, so the code is in exit.json too.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+from pathlib import Path
+
+from data_pipeline.shards.writer import write_atomically
+
+from .checkpoint_folder import StorageError
+from .config import TrainConfig
+from .distributed import Ranks, on_main
+
+EXIT_CODES = {
+    "done": 0,
+    "error": 1,
+    "preempted": 3,
+    "data budget": 4,
+    "non-finite": 5,
+    "bad checkpoint": 6,
+    "other configuration": 7,
+    "storage": 8,
+    "peer lost": 9,
+    "out of memory": 10,
+}
+PACKAGES = ("torch", "numpy", "transformers", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
+
+
+class FolderInUse(ValueError):
+    """Another run writes to this folder."""
+
+
+class RunFolder:
+    """One start of a run in its folder."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks):
+        self.path = Path(config.output)
+        self._config, self._ranks = config, ranks
+        self._lock, self._claimed = None, False
+
+    def claim(self, arguments: list[str]) -> None:
+        """Check that every rank can write here, take the lock, leave config.json and run.json.
+
+        Raises StorageError, or FolderInUse with the other run's host and process.
+        """
+        self._probe()
+        on_main(self._ranks, self._take_lock)
+        self._claimed = True
+        if not self._ranks.is_main:
+            return
+        (self.path / "exit.json").unlink(missing_ok=True)
+        write_atomically(self.path / "config.json", self._config.to_json().encode())
+        facts = {
+            "argv": arguments,
+            "git_revision": git_revision(),
+            "versions": versions(),
+            "world_size": self._ranks.world_size,
+            "starts": self._read("run.json").get("starts", 0) + 1,
+        }
+        write_atomically(self.path / "run.json", json.dumps(facts, indent=1).encode())
+
+    def leave(self, outcome: str, message: str) -> int:
+        """Write exit.json and return the exit code; a folder that was not claimed is left alone.
+        That a peer is lost is only said where nobody has said why."""
+        code = EXIT_CODES[outcome]
+        record = self.path / "exit.json"
+        told = outcome == "peer lost" and record.exists()
+        if self._claimed and self.path.is_dir() and not told:
+            facts = {"code": code, "outcome": outcome, "message": message}
+            try:
+                write_atomically(record, json.dumps(facts, indent=1).encode())
+            except OSError:  # the disk may be what ended the run; the code still says so
+                pass
+        return code
+
+    def _probe(self) -> None:
+        probe = self.path / f".probe-{self._ranks.rank:05d}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"univit")
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"--output {self.path} cannot be written to by rank {self._ranks.rank} on "
+                f"{socket.gethostname()}: {error.strerror}; give a folder that can, with free space"
+            ) from error
+
+    def _take_lock(self) -> None:
+        path = self.path / "run.lock"
+        self._lock = open(path, "a+")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise FolderInUse(
+                f"{self.path} is in use by {holder} ({error.strerror}): stop that run, or give "
+                "another --output"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def _read(self, name: str) -> dict:
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+
+def git_revision() -> str | None:
+    """Commit of the running code, with "-dirty" where files differ from it; None outside a checkout
+    or without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    command += ["--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Python, platform and the packages that decide numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
