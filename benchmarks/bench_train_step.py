@@ -74,7 +74,12 @@ def bench_checkpoint(folder: Path, rounds: int = 3) -> dict:
     from training.distributed import process_group
     from training.encoder import build_encoder
     from training.losses.partial_fc import PartialFC, PartialFCConfig
-    from training.optimizer import OptimizerConfig, build_optimizer, ensure_moments
+    from training.optimizer import (
+        OptimizerConfig,
+        build_optimizer,
+        ensure_moments,
+        global_grad_norm,
+    )
     from training.parallel import ParallelConfig, ParallelEncoder
 
     with process_group() as ranks:
@@ -85,13 +90,14 @@ def bench_checkpoint(folder: Path, rounds: int = 3) -> dict:
         ensure_moments(optimizer)
         facts = (model, {"a": head}, optimizer, CheckpointConfig(), logging.getLogger("bench"))
         saver = Checkpointer(folder / "checkpoint", ranks, *facts)
-        batches = iter(SyntheticStream(16, 196, 16, 100_000, 8, 0, 0))
+        batches = SyntheticStream(16, 196, 16, 100_000, 8, 0, 0)
         seconds, beside, waited, saves = [], [], [], []
         for number in range(1, 4 * rounds + 2):
             batch = next(batches)
             started = time.perf_counter()
             pooled = encoder(**batch.model_inputs())[: batch.num_samples]
             head(pooled, batch.labels, batch.weights, number).objective.backward()
+            global_grad_norm(model, [head])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             (beside if saver._running is not None else seconds).append(
@@ -122,28 +128,30 @@ def bench_checkpoint(folder: Path, rounds: int = 3) -> dict:
 
 
 def bench_recovery(folder: Path) -> dict:
-    """Seconds from the last step before a kill to the next one that was not there before."""
-    output = folder / "recovery"
+    """Seconds from a SIGKILL of one rank to the first step that is finished after it."""
+    output, saved, killed = folder / "recovery", 50, 75
     arguments = demo(demo_data(folder / "data"), output, 120)
-    killed = 75
     process = torchrun(2, *arguments, restarts=1, FAULT=f"step.begin@{killed}#1:kill")
-    died = wait_for(output, killed - 1, process)
-    back = wait_for(output, killed, process, once_gone=True)
-    process.kill()
-    return {"killed_at_step": killed, "checkpoint_at": 50, "seconds": round(back - died, 2)}
-
-
-def wait_for(output: Path, step: int, process, once_gone: bool = False) -> float:
-    """The time at which rank 0's ledger first holds a step; with `once_gone`, after it was cut."""
-    ledger, seen_gone = output / "consumed-00000.jsonl", not once_gone
-    while process.poll() is None:
-        text = ledger.read_text() if ledger.exists() else ""
-        last = max((json.loads(t)["step"] for t in text.splitlines() if t.endswith("}")), default=0)
-        seen_gone = seen_gone or last < step - 1
-        if seen_gone and last >= step:
-            return time.monotonic()
+    while last_step(output) < killed - 1 and process.poll() is None:
         time.sleep(0.02)
-    raise SystemExit(f"the run ended before step {step}")
+    died = time.monotonic()  # rank 1 is gone by the time that rank 0 has written this line
+    while last_step(output) >= killed - 1 and process.poll() is None:
+        time.sleep(0.02)
+    while last_step(output) < saved + 2 and process.poll() is None:
+        time.sleep(0.02)
+    seconds = time.monotonic() - died
+    ended = process.poll() is not None
+    process.kill()
+    if ended:
+        raise SystemExit("the run ended before it came back")
+    return {"killed_at_step": killed, "checkpoint_at": saved, "seconds": round(seconds, 2)}
+
+
+def last_step(output: Path) -> int:
+    """The last whole line's step in rank 0's ledger."""
+    ledger = output / "consumed-00000.jsonl"
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
 def bench_gpu(rounds: int, compiled: bool) -> dict:
@@ -168,8 +176,8 @@ def bench_gpu(rounds: int, compiled: bool) -> dict:
         encoder = ParallelEncoder(model, ParallelConfig(compile_blocks=compiled), ranks)
         head = PartialFC(400_000, 1024, PartialFCConfig(), ranks)
         optimizer = build_optimizer(model, {"a": (head, 1.0)}, OptimizerConfig())
-        clips = iter(SyntheticStream(16, 2048, 14, 400_000, 8, 0, 0))
-        pictures = iter(SyntheticStream(16, 1024, 14, 400_000, 8, 1, 0))
+        clips = SyntheticStream(16, 2048, 14, 400_000, 8, 0, 0)
+        pictures = SyntheticStream(16, 1024, 14, 400_000, 8, 1, 0)
         seconds, tokens, flops = [], 0, 0
         for number in range(rounds + 5):
             batches = [next(stream).to(ranks.device) for stream in (clips, pictures)]

@@ -40,6 +40,9 @@ from .parallel import local
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 MAX_FAILURES = 3
+FILE_BYTES = (
+    24 << 20
+)  # of a file with several tensors: memory of this size is reused by the allocator
 
 
 class BadCheckpoint(ValueError):
@@ -269,7 +272,7 @@ class Checkpointer:
     def _write_tensors(self, step: int, tensors: dict) -> None:
         """Write this rank's files and compare what is in them with what is in memory."""
         folder = self._folder.temporary(step)
-        writer = _Writer(str(folder), save_distributed=True)
+        writer = _Writer(str(folder), _files_of(tensors), save_distributed=True)
         writer.training_step = step
         dcp.save(tensors, storage_writer=writer, process_group=self._group)
         for file in folder.glob(f"shard-{self._ranks.rank + 1:05d}-*.safetensors"):
@@ -319,3 +322,16 @@ def _own_bytes(tensor: torch.Tensor, is_main: bool) -> int:
     """Bytes of a tensor that count as this rank's: its part of a sharded one, whole ones once."""
     counts = is_main or isinstance(tensor, DTensor)
     return local(tensor).numel() * tensor.element_size() if counts else 0
+
+
+def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Number of the file, from 1, that each tensor goes to; a large one has its own. The library
+    makes every file in memory first, and fresh memory costs six times the writing (measured)."""
+    numbers, number, room = {}, 1, FILE_BYTES
+    for name, tensor in tensors.items():
+        size = local(tensor).numel() * tensor.element_size()
+        if size > room and room < FILE_BYTES:
+            number, room = number + 1, FILE_BYTES
+        numbers[name] = number
+        room -= size
+    return numbers
