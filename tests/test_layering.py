@@ -27,6 +27,7 @@ HOMES = {
     "flash_attn": {"model_factory.attention"},
     "decord": {"eval_encoder.probe_video"},
     "webdataset": {"data_pipeline.shards.writer"},
+    "wandb": {"training.metrics"},
     "ray": {"data_pipeline.shards.ray_driver"},
     "fsspec": {"data_pipeline.shards.inputs"},
 }

@@ -69,6 +69,7 @@ class TrainConfig:
     log_every: int = 10
     max_skipped_steps: int = 0  # for gradients that are not finite; 0: the first one stops the run
     profile_steps: int = 0  # that trace.json shows
+    wandb_project: str | None = None  # None: W&B gets no copy of the metrics
     embedded_clips: tuple[int, int] = (1200, 240)
     synthetic_data: bool = False
     resume: str = "auto"
@@ -190,6 +191,7 @@ FREE_FIELDS = (
     "log_every",
     "max_skipped_steps",
     "profile_steps",
+    "wandb_project",
     "resume",
     "resume_allow",
     "resume_data",

@@ -6,6 +6,7 @@ resume everything after the checkpoint is cut off, so the record holds every ste
 depends on the machine (rates, times, memory) is in TensorBoard and in speed.jsonl instead.
 """
 
+import hashlib
 import json
 import logging
 import resource
@@ -58,7 +59,7 @@ class MetricLogger:
         self._pending: list[dict] = []
         self._counts: list[StepCounts] = []
         self._files = []
-        self.board = None
+        self.board = self._wandb = None
         if ranks.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -74,6 +75,8 @@ class MetricLogger:
         self.board.add_text("configuration", f"```\n{config.to_json()}\n```")
         flat = {key: value for key, value in config.flat().items() if value is not None}
         self.board.add_hparams(flat, {"hparam/steps": self._total}, run_name=".")
+        if config.wandb_project is not None:
+            self._wandb = _wandb_run(config.wandb_project, flat, Path(config.output))
 
     def picture(self, step: int, batches: dict, patch_size: int) -> None:
         """Show the first items of a step's packs as the encoder sees them."""
@@ -113,6 +116,8 @@ class MetricLogger:
             file.close()
         if self.board is not None:
             self.board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _write_records(self) -> list[dict]:
         records = [{k: _number(v) for k, v in record.items()} for record in self._pending]
@@ -154,6 +159,8 @@ class MetricLogger:
         for name, value in {**last, **speed}.items():
             if name != "step":
                 self.board.add_scalar(name, value, last["step"])
+        if self._wandb is not None:
+            self._wandb.log({**last, **speed}, step=last["step"])
         self._logger.info(self._line(last, speed))
 
     def _line(self, last: dict, speed: dict) -> str:
@@ -168,6 +175,15 @@ class MetricLogger:
             f"lr {last['lr']:.2e} | grad norm {last['grad_norm']:.2f} | "
             f"{speed['memory_gb']:.1f} GB | ETA {int(left // 60)}:{int(left % 60):02d}"
         )
+
+
+def _wandb_run(project: str, config: dict, output: Path):
+    """A W&B run that a resumed training goes on with; its own variables (WANDB_MODE and the like)
+    decide where it goes."""
+    import wandb
+
+    name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, id=name, config=config, dir=str(output), resume="allow")
 
 
 def _memory(device: torch.device) -> int:

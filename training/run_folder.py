@@ -10,6 +10,7 @@ torchrun itself ends with 1 whatever its workers end with, so the code is in exi
 
 import fcntl
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -56,6 +57,8 @@ class RunFolder:
         Raises StorageError, or FolderInUse with the other run's host and process.
         """
         self._probe()
+        if self._config.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise ValueError("wandb_project is set, but wandb is not there: pip install wandb")
         on_main(self._ranks, self._take_lock)
         self._claimed = True
         if not self._ranks.is_main:

@@ -172,3 +172,15 @@ def test_list_flags_are_laid_over_the_heads_of_a_preset():
     assert [head.loss_weight for head in config.heads] == [10.0]
     with pytest.raises(ValueError, match="did you mean huge_stage2_video"):
         build_config(build_parser().parse_args(["--preset", "huge_stage2_vide"]))
+
+
+def test_a_copy_for_wandb_needs_wandb_and_says_so(tmp_path):
+    flags = ("--output", tmp_path, "--set", "wandb_project=univit")
+    try:
+        import wandb  # noqa: F401
+    except ModuleNotFoundError:
+        done = run(*DEBUG, *flags, check=False)
+        assert done.returncode == 1 and "pip install wandb" in done.stderr
+        return
+    run(*DEBUG, *flags, WANDB_MODE="offline")
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
