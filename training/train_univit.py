@@ -87,7 +87,10 @@ def _train(args, config, ranks, signals, logger) -> None:
         return
     train_rounds(config, datasets, ranks, signals, logger)
     if ranks.is_main:
-        write_report(Path(config.output))
+        try:
+            write_report(Path(config.output))
+        except Exception as error:  # the run is done and whole; a picture must not say otherwise
+            logger.warning("report.md could not be written: %s: %s", type(error).__name__, error)
 
 
 def _load_datasets(args, config, ranks, logger) -> dict:

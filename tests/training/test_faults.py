@@ -246,6 +246,42 @@ def test_what_may_differ_from_the_checkpoint_must_be_named(straight, tmp_path):
 
 @pytest.mark.e2e
 @pytest.mark.dist
+def test_a_rank_that_hangs_is_given_up_after_the_time_out(tmp_path):
+    fault = {"FAULT": "step.begin@15#1:sleep=300"}
+    started = time.monotonic()
+    flags = ("--set", "collective_timeout_s=5")
+    done = run(*launcher(2), *command(tmp_path, *flags), check=False, **fault)
+    assert done.returncode and time.monotonic() - started < 90
+    assert exit_record(tmp_path)["outcome"] == "peer lost"
+    assert verify_checkpoint(tmp_path / "checkpoints" / "step_00000010") == []
+
+
+@pytest.mark.e2e
+@pytest.mark.dali
+def test_other_labels_are_taken_from_the_next_epoch_on_when_asked(packed, tmp_path):
+    import numpy as np
+
+    from data_pipeline.clustering.labels import save_labels
+    from data_pipeline.shards.manifest import load_manifest
+
+    data, output = tmp_path / "data" / "train", tmp_path / "run"
+    shutil.copytree(packed / "train", data)
+    flags = ("-m", "training.train_univit", "--preset", "demo", "--list_datasets", data)
+    flags += ("--list_batch_size", 8, "--num_sampled_data", 8 * 8, "--output", output)
+    run(*flags, "--ckpt_interval", 4)  # three batches are an epoch: step 4 is in the second
+    shutil.rmtree(output / "checkpoints" / "step_00000008")
+    manifest = load_manifest(data)
+    save_labels(data, np.load(data / "labels.npy")[::-1], manifest, 8, {})
+    done = run(*flags, check=False)
+    assert done.returncode == 7 and "resume_data=new-epoch" in done.stderr
+    done = run(*flags, "--set", "resume_data=new-epoch")
+    assert "resuming all the same, data of" in done.stderr
+    lines = [json.loads(t) for t in (output / "consumed-00000.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["epoch"]) for line in lines[3:5]] == [(4, 1), (5, 2)]
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
 def test_a_meeting_point_that_is_taken_is_named(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
