@@ -28,6 +28,7 @@ def compare(first: Path, second: Path) -> dict[str, dict]:
         differences = [
             (abs(a[s][name] - b[s][name]) / max(abs(a[s][name]), abs(b[s][name]), 1e-30), s)
             for s in steps
+            if None not in (a[s][name], b[s][name])  # not finite
         ]
         worst, step = max(differences)
         report[name] = {"steps": len(steps), "worst": worst, "step": step}

@@ -5,7 +5,7 @@
 #       bash docker/run_multi_node.sh --list_datasets /data/shards --list_batch_size 64
 #
 # DATA and OUTPUT are folders that all nodes share; everything after the script's name goes to the trainer. Further
-# variables: those of shells/train_multi_node.sh, and IMAGE, SHM_SIZE (default 32g). `docker stop -t 120` leaves the
+# variables: those of shells/train_multi_node.sh, and IMAGE, SHM_SIZE (default 32g). `docker stop -t 150` leaves the
 # run two minutes to save.
 set -euo pipefail
 : "${RDZV_ENDPOINT:?host:port where the nodes meet}" "${NUM_NODES:?number of nodes}"

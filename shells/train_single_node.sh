@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Training on all GPUs of this node, or on 2 CPU processes without one; arguments go to the trainer:
-# A lost process is started again MAX_RESTARTS times (default: 3), from the last checkpoint.
+# Training on all GPUs of this node, or on 2 CPU processes without one. A lost process is started again, from the last
+# checkpoint, MAX_RESTARTS times (default: 3). Arguments go to the trainer:
 #   bash shells/train_single_node.sh --list_datasets SHARDS --list_batch_size 64 --output OUT
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || gpus=0

@@ -15,6 +15,7 @@ several files at a time.
 
 import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ from .fault_points import reach
 
 HASHING_THREADS = 8
 PREFIX = "step_"
+COMMIT = re.compile(r"step_\d{8,}")
 
 
 class StorageError(ValueError):
@@ -53,7 +55,8 @@ class CheckpointFolder:
 
     def commits(self) -> list[Path]:
         """Committed checkpoints, newest step first."""
-        return sorted(self.path.glob(f"{PREFIX}*"), key=step_of, reverse=True)
+        found = [path for path in self.path.glob(f"{PREFIX}*") if COMMIT.fullmatch(path.name)]
+        return sorted(found, key=step_of, reverse=True)
 
     def commit(self, step: int) -> Path:
         """Make a finished save a commit, by one rename."""
@@ -80,8 +83,10 @@ class CheckpointFolder:
         renamed = []
         for path in self.commits():
             if step_of(path) > step:
-                aside = path.with_name(f"superseded_{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
+                aside, number = path.with_name(f"superseded_{path.name}"), 1
+                while aside.exists():
+                    number += 1
+                    aside = path.with_name(f"superseded_{path.name}_{number}")
                 os.rename(path, aside)
                 renamed.append(aside)
         return renamed

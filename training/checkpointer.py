@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from data_pipeline.shards.writer import write_atomically
 
 from .checkpoint_folder import CheckpointFolder, StorageError, verify_checkpoint, write_manifest
-from .distributed import Ranks, all_gather_json, broadcast_object
+from .distributed import Ranks, all_gather_json, broadcast_object, on_main
 from .fault_points import reach
 from .losses.partial_fc import PartialFC
 from .optimizer import ensure_moments
@@ -122,9 +122,9 @@ class Checkpointer:
 
     def save(self, step: int, state: dict, wait: bool = False) -> None:
         """Start saving the checkpoint of `step`, after the one before is done; `state` is
-        JSON-like. With `wait`, return when it is committed.
+        JSON-like. With `wait`, return when it is committed, after a second try if need be.
 
-        Raises StorageError on all ranks when MAX_FAILURES saves in a row failed.
+        Raises StorageError on all ranks when MAX_FAILURES saves in a row failed, or with `wait`.
         """
         started = time.monotonic()
         self.wait()
@@ -132,8 +132,15 @@ class Checkpointer:
         tensors = self._stage() if self._config.background else self._tensors()
         waited = time.monotonic() - started
         self._running = self._thread.submit(self._write, step, state, tensors, waited)
-        if wait or not self._config.background:
+        if not wait and self._config.background:
+            return
+        self.wait()
+        if wait and self.last.failure is not None:  # nothing comes after it that would try again
+            self._logger.warning("trying once more to save step %d", step)
+            self._running = self._thread.submit(self._write, step, state, tensors, waited)
             self.wait()
+            if self.last.failure is not None:
+                raise StorageError(f"step {step} could not be saved: {self.last.failure}")
 
     def wait(self) -> None:
         """Until the save under way, if any, is committed or has failed."""
@@ -161,7 +168,9 @@ class Checkpointer:
         Raises BadCheckpoint on all ranks when a named checkpoint, or every existing one, is
         unusable. Nothing is loaded yet, so the caller can compare the state first.
         """
-        answer = broadcast_object(self._choose(resume) if self._ranks.is_main else None)
+        found: list[dict] = []
+        on_main(self._ranks, lambda: found.append(self._choose(resume)))  # hashing takes its time
+        answer = broadcast_object(found[0] if found else None)
         if "error" in answer:
             raise BadCheckpoint(answer["error"])
         return None if answer["path"] is None else Commit(Path(answer["path"]), answer["state"])
@@ -169,7 +178,12 @@ class Checkpointer:
     def start(self, commit: Commit | None) -> None:
         """Load the tensors of a commit, and set aside the commits that lie beyond the start."""
         if commit is not None:
-            dcp.load(self._tensors(), storage_reader=HuggingFaceStorageReader(str(commit.path)))
+            try:
+                dcp.load(self._tensors(), storage_reader=HuggingFaceStorageReader(str(commit.path)))
+            except dcp.api.CheckpointException as error:
+                raise BadCheckpoint(
+                    f"{commit.path} has not the tensors of this run: {error}"
+                ) from error
         dist.barrier()
         if self._ranks.is_main:
             first = 0 if commit is None else commit.state["step"]
@@ -278,8 +292,11 @@ class Checkpointer:
         for file in folder.glob(f"shard-{self._ranks.rank + 1:05d}-*.safetensors"):
             with safe_open(file, framework="pt") as written:
                 for name in written.keys():
-                    if not torch.equal(written.get_tensor(name), local(tensors[name]).cpu()):
+                    own = written.get_tensor(name)
+                    if not torch.equal(own, local(tensors[name]).cpu()):
                         raise StorageError(f"{name} in {file} is not what was written there")
+                    if not torch.isfinite(own).all():
+                        raise StorageError(f"{name} is not finite, so this state is not kept")
 
     def _commit(self, step: int, state: dict) -> None:
         if not self._ranks.is_main:
@@ -294,7 +311,7 @@ class Checkpointer:
         reach("checkpoint.renamed", step)
         try:
             self._folder.prune()
-        except OSError as error:  # the commit stands; the next save tries again
+        except Exception as error:  # the commit stands; the next save tries again
             self._logger.warning("an old checkpoint could not be removed: %s", error)
 
     def _say(self, step: int, num_bytes: int, seconds: float, failure: str | None) -> None:

@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, text in {
         "print_config": "print the configuration and exit",
-        "dry_run": "build everything, train one step, leave nothing, exit",
+        "dry_run": "build everything, train one step, leave nothing but data, exit",
     }.items():
         dashed = name.replace("_", "-")
         run.add_argument(f"--{dashed}", f"--{name}", action="store_true", help=text)
@@ -208,8 +208,14 @@ def build_heads(args, templates: tuple) -> tuple:
     lists = {names[0].lstrip("-"): getattr(args, names[0].lstrip("-")) for names in LIST_FLAGS}
     given = {name: values for name, values in lists.items() if values is not None}
     num_heads = len(lists["list_datasets"]) if lists["list_datasets"] else len(templates)
+    if len(templates) > 1 and num_heads != len(templates):
+        names = ", ".join(template.dataset for template in templates)
+        raise ValueError(
+            f"--list_datasets names {num_heads} data sets, the preset has {len(templates)} heads "
+            f"with settings of their own, in the order of {names}: name as many"
+        )
     if num_heads != len(templates):
-        templates = templates[:1] * num_heads
+        templates = templates * num_heads
     for name, values in given.items():
         if len(values) not in (1, num_heads):
             raise ValueError(

@@ -8,6 +8,7 @@ dotted overrides (`--set heads.0.loss.margin=0.2`), and the comparison that guar
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,9 @@ class TrainConfig:
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        for name in ("prefetch_bytes", "data_warning_s", "data_timeout_s", "collective_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be positive")
         if self.resume_data not in RESUME_DATA:
             raise ValueError(
                 f"resume_data {self.resume_data!r}: choose one of {', '.join(RESUME_DATA)}"
@@ -164,6 +168,10 @@ def _replace(node, keys: list[str], value, assignment: str):
 
 def _typed(current, value, node, key: str, assignment: str):
     hint = typing.get_type_hints(type(node))[key]
+    if dataclasses.is_dataclass(current) or _holds_configs(current):
+        raise ValueError(f"--set {assignment!r}: {key} has fields of its own, set those")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"--set {assignment!r}: {value} is no number to work with")
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -176,6 +184,10 @@ def _typed(current, value, node, key: str, assignment: str):
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ValueError(f"--set {assignment!r}: {key} takes {hint}, got {value!r}")
     return value
+
+
+def _holds_configs(value) -> bool:
+    return isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value)
 
 
 SPLITS = ("train", "val", "test", "shards")  # folder names that name no dataset by themselves
@@ -238,6 +250,18 @@ def is_allowed(difference: str, fields: tuple[str, ...]) -> bool:
     """Whether a line of fingerprint_difference is about one of `fields`, or a part of one."""
     name = difference.partition(":")[0]
     return any(name == field or name.startswith(f"{field}.") for field in fields)
+
+
+def check_allowed(fields: tuple[str, ...], known: dict) -> None:
+    """ValueError for a name of --resume_allow that is no field of the fingerprint, nor a part of
+    one's path."""
+    for name in fields:
+        if not any(key == name or key.startswith(f"{name}.") for key in known):
+            near = difflib.get_close_matches(name, known, n=3)
+            raise ValueError(
+                f"--resume_allow {name}: no field that a checkpoint is compared by; nearest: "
+                f"{', '.join(near) or 'none'}"
+            )
 
 
 def _flatten(node, prefix: str = "") -> dict:

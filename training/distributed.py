@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 JOIN_TIMEOUT = timedelta(minutes=5)
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 DONE = "done"
 POLL_S = 0.1
 _CALLS = itertools.count()  # of on_main, the same on every rank
@@ -38,6 +39,7 @@ class Ranks:
     local_rank: int
     device: torch.device
     store: dist.Store | None = None  # shared by all ranks; None: a group that others made
+    restarted: bool = False  # by the launcher or the scheduler, after an earlier start of this job
 
     @property
     def is_main(self) -> bool:
@@ -71,7 +73,9 @@ def process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    yield Ranks(rank, world_size, local_rank, device, dist.PrefixStore("univit", store))
+    yield Ranks(
+        rank, world_size, local_rank, device, dist.PrefixStore("univit", store), _restarted()
+    )
     # not after an exception: leaving in good order would wait for peers inside a collective
     dist.destroy_process_group()
 
@@ -129,6 +133,14 @@ def is_peer_loss(error: BaseException) -> bool:
         return True
     said = str(error)
     return isinstance(error, RuntimeError) and ("gloo" in said or "NCCL" in said)
+
+
+def _restarted() -> bool:
+    """Whether any rank of this start is not the job's first."""
+    counts = (os.environ.get(name, "0") for name in RESTART_COUNTS)
+    restarted = torch.tensor(int(any(int(count) > 0 for count in counts)))
+    dist.all_reduce(restarted)
+    return bool(restarted)
 
 
 def on_main(ranks: Ranks, work: Callable[[], None]) -> None:

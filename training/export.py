@@ -48,7 +48,9 @@ def export_checkpoint(checkpoint: Path, output: Path) -> int:
     tensors = {f"encoder.{name}": p.data for name, p in encoder.named_parameters()}
     reader = dcp.HuggingFaceStorageReader(str(path))
     dcp.load(tensors, storage_reader=reader, no_dist=True)
-    step = json.loads((path / "state.json").read_bytes())["step"]
+    state = json.loads((path / "state.json").read_bytes())
+    step = state["step"]
+    encoder.config.image_size = state.get("image_size", encoder.config.image_size)
     output.mkdir(parents=True, exist_ok=True)
     export_encoder(encoder, output, {"steps": step, "checkpoint": path.name})
     return step

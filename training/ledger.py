@@ -11,6 +11,7 @@ from pathlib import Path
 from data_pipeline.shards.writer import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
+SPEED_NAME = "speed.jsonl"  # one line per log line
 
 
 class Ledger:
@@ -45,10 +46,10 @@ class Ledger:
 
 
 def cut_back_records(output: Path, step: int) -> None:
-    """Keep the records of steps up to `step` in metrics.jsonl and in every rank's ledger;
+    """Keep the records of steps up to `step` in metrics.jsonl, speed.jsonl and every rank's ledger;
     half-written last lines go too.
     """
-    for path in [output / METRICS_NAME, *output.glob("consumed-*.jsonl")]:
+    for path in [output / METRICS_NAME, output / SPEED_NAME, *output.glob("consumed-*.jsonl")]:
         if not path.exists():
             continue
         kept = []

@@ -9,6 +9,7 @@ depends on the machine (rates, times, memory) is in TensorBoard and in speed.jso
 import hashlib
 import json
 import logging
+import math
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,10 @@ import torch
 from .config import TrainConfig
 from .distributed import Ranks
 from .flops import peak_flops
-from .ledger import METRICS_NAME
+from .ledger import METRICS_NAME, SPEED_NAME
 from .pack_picture import pack_picture
 from .step_clock import StepClock
 from .watch import SpikeWatch, compare_ranks
-
-SPEED_NAME = "speed.jsonl"  # one line per log line, appended over all starts
 
 
 @dataclass(frozen=True)
@@ -153,17 +152,18 @@ class MetricLogger:
             file.flush()
         for line in records:
             for name, value in line.items():
-                if name.startswith("loss/"):
+                if name.startswith("loss/") and value is not None:
                     self._spikes.look(line["step"], name, value)
         last = records[-1]
         for name, value in {**last, **speed}.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self.board.add_scalar(name, value, last["step"])
         if self._wandb is not None:
             self._wandb.log({**last, **speed}, step=last["step"])
         self._logger.info(self._line(last, speed))
 
     def _line(self, last: dict, speed: dict) -> str:
+        last = {name: math.nan if value is None else value for name, value in last.items()}
         losses = "  ".join(
             f"{name[5:]} {value:.4f}" for name, value in last.items() if name.startswith("loss/")
         )
@@ -194,5 +194,7 @@ def _memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _number(value) -> float | int:
-    return value.item() if isinstance(value, torch.Tensor) else value
+def _number(value) -> float | int | None:
+    """A number of the record; None, which JSON has, for what is not finite."""
+    number = value.item() if isinstance(value, torch.Tensor) else value
+    return number if math.isfinite(number) else None

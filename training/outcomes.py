@@ -1,5 +1,7 @@
 """What ended a run, by the names of run_folder.EXIT_CODES, and what its user may do."""
 
+import errno
+
 import torch
 
 from data_pipeline.errors import BudgetExceeded, DataTimeout
@@ -11,8 +13,8 @@ from .stop_signals import Preempted
 from .train_step import NonFiniteLoss
 from .trainer import ConfigMismatch
 
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 OUTCOMES = {
-    Preempted: "preempted",
     BudgetExceeded: "data budget",
     NonFiniteLoss: "non-finite",
     BadCheckpoint: "bad checkpoint",
@@ -37,6 +39,10 @@ def outcome_of(error: BaseException) -> tuple[str | None, str]:
             f"{type(error).__name__}: {said}; another rank is gone or hangs: see its own message, "
             "then start again with the same command, the run goes on from its last checkpoint"
         )
+    if isinstance(error, Preempted):
+        return "preempted" if error.saved else "stopped", said
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        return "storage", f"{type(error).__name__}: {said}; free space or look at the file system"
     for kind, outcome in OUTCOMES.items():
         if isinstance(error, kind):
             return outcome, said

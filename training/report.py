@@ -8,8 +8,7 @@ import json
 import statistics
 from pathlib import Path
 
-from .ledger import METRICS_NAME
-from .metrics import SPEED_NAME
+from .ledger import METRICS_NAME, SPEED_NAME
 
 REPORT_NAME = "report.md"
 CURVES = {"tokens_per_s": "tokens per second", "data_wait": "share of time waiting for data"}
@@ -69,7 +68,8 @@ def _numbers(records: list[dict], speeds: list[dict], losses: list[str]) -> list
     rows = ["| figure | value |", "| --- | ---: |", f"| steps | {records[-1]['step']} |"]
     for name in losses:
         first, last = (
-            statistics.fmean(r[name] for r in part) for part in (records[:tenth], records[-tenth:])
+            statistics.fmean(r[name] for r in part if r[name] is not None)
+            for part in (records[:tenth], records[-tenth:])
         )
         rows.append(f"| {name}, first and last tenth | {first:.4f}, {last:.4f} |")
     for name, text in {

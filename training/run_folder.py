@@ -27,7 +27,8 @@ from .distributed import Ranks, on_main
 EXIT_CODES = {
     "done": 0,
     "error": 1,
-    "preempted": 3,
+    "preempted": 3,  # saved
+    "stopped": 3,  # where there was nothing to save
     "data budget": 4,
     "non-finite": 5,
     "bad checkpoint": 6,
@@ -36,6 +37,7 @@ EXIT_CODES = {
     "peer lost": 9,
     "out of memory": 10,
 }
+REPEATING = ("data budget", "non-finite", "bad checkpoint", "other configuration")
 PACKAGES = ("torch", "numpy", "transformers", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
@@ -59,11 +61,10 @@ class RunFolder:
         self._probe()
         if self._config.wandb_project and importlib.util.find_spec("wandb") is None:
             raise ValueError("wandb_project is set, but wandb is not there: pip install wandb")
-        on_main(self._ranks, self._take_lock)
+        on_main(self._ranks, self._enter)
         self._claimed = True
         if not self._ranks.is_main:
             return
-        (self.path / "exit.json").unlink(missing_ok=True)
         write_atomically(self.path / "config.json", self._config.to_json().encode())
         facts = {
             "argv": arguments,
@@ -76,10 +77,10 @@ class RunFolder:
 
     def leave(self, outcome: str, message: str) -> int:
         """Write exit.json and return the exit code; a folder that was not claimed is left alone.
-        That a peer is lost is only said where nobody has said why."""
+        What may follow from another rank's end is only said where nobody has said why."""
         code = EXIT_CODES[outcome]
         record = self.path / "exit.json"
-        told = outcome == "peer lost" and record.exists()
+        told = outcome in ("peer lost", "stopped") and record.exists()
         if self._claimed and self.path.is_dir() and not told:
             facts = {"code": code, "outcome": outcome, "message": message}
             try:
@@ -99,6 +100,15 @@ class RunFolder:
                 f"--output {self.path} cannot be written to by rank {self._ranks.rank} on "
                 f"{socket.gethostname()}: {error.strerror}; give a folder that can, with free space"
             ) from error
+
+    def _enter(self) -> None:
+        """Take the lock and the last start's record away; a launcher's restart after an end that
+        will repeat itself goes no further."""
+        self._take_lock()
+        last = self._read("exit.json")
+        if self._ranks.restarted and last.get("outcome") in REPEATING:
+            raise ValueError(f"not started again: the last start ended with {last['message']}")
+        (self.path / "exit.json").unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         path = self.path / "run.lock"

@@ -7,6 +7,7 @@ and saved, 4 too many bad samples, 5 non-finite loss, 6 bad checkpoint, 7 checkp
 configuration, 8 storage, 9 another rank is gone, 10 out of memory.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -69,8 +70,11 @@ def _run(args, config, ranks) -> int:
         if ranks.is_main or outcome in ("error", "peer lost"):
             logger.error("%s", message)
         return run.leave(outcome, message)
-    if args.dry_run and ranks.is_main:
-        shutil.rmtree(run.path)
+    finally:
+        if args.dry_run and ranks.is_main:
+            shutil.rmtree(run.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: somebody else's, or data that was made
+                run.path.parent.rmdir()
     return run.leave("done", "done") if ranks.is_main else 0
 
 

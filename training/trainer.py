@@ -21,7 +21,14 @@ import torch.distributed as dist
 from data_pipeline.datasets import Dataset
 
 from .checkpointer import Checkpointer
-from .config import HeadConfig, TrainConfig, fingerprint, fingerprint_difference, is_allowed
+from .config import (
+    HeadConfig,
+    TrainConfig,
+    check_allowed,
+    fingerprint,
+    fingerprint_difference,
+    is_allowed,
+)
 from .data import SYNTHETIC_CLASSES, TrainingData
 from .distributed import Ranks, broadcast_object
 from .encoder import build_encoder, export_encoder
@@ -132,7 +139,8 @@ class Trainer:
                     saved_at = time.monotonic()
                 reach("step.end", self.step)
                 if result.stop:
-                    raise Preempted(f"asked to stop: saved at step {self.step} of {last_step}")
+                    saved = f"asked to stop: saved at step {self.step} of {last_step}"
+                    raise Preempted(saved, saved=True)
 
     def _is_due(self, wished: bool) -> bool:
         return wished or self.step % self.config.checkpoint.every == 0
@@ -150,6 +158,7 @@ class Trainer:
         return {
             "data": self.data.state_dict(),
             "skipped_steps": self.train_step.skipped,
+            "image_size": self.encoder.module.config.image_size,
             "world_size": self.ranks.world_size,
             "fingerprint": fingerprint(self.config, self.ranks.world_size),
             "may_differ": self._may_differ(),
@@ -165,7 +174,13 @@ class Trainer:
 
     def _restore(self) -> None:
         """Decide between resuming and starting: one visible choice."""
-        commit = self.checkpointer.find(self.config.resume)
+        resume = self.config.resume
+        if self.ranks.restarted and resume != "auto":
+            self.logger.warning(
+                "--resume %s was for the first start: going on from the newest", resume
+            )
+            resume = "auto"
+        commit = self.checkpointer.find(resume)
         same_data = commit is None or not self._compare(commit.state)
         if commit is not None:
             self.step = commit.state["step"]
@@ -186,9 +201,9 @@ class Trainer:
     def _compare(self, state: dict) -> list[str]:
         """Differences in the data, which a new epoch takes; raises ConfigMismatch for others."""
         config = self.config
-        difference = fingerprint_difference(
-            state["fingerprint"], fingerprint(config, self.ranks.world_size)
-        )
+        now = fingerprint(config, self.ranks.world_size)
+        check_allowed(config.resume_allow, now)
+        difference = fingerprint_difference(state["fingerprint"], now)
         allowed = [line for line in difference if is_allowed(line, config.resume_allow)]
         other_data = self.data.difference(state["data"])
         difference = [line for line in difference if line not in allowed]

@@ -106,7 +106,7 @@ def test_one_rank_asked_to_stop_ends_all_after_a_save(straight_of_two, tmp_path)
 def test_a_stop_before_the_first_step_ends_at_once(tmp_path):
     flags = ("-m", "training.train_univit", "--preset", "demo", "--output", tmp_path)
     done = run(*flags, check=False, FAULT="prepare:term")
-    assert done.returncode == 3 and exit_record(tmp_path)["outcome"] == "preempted"
+    assert done.returncode == 3 and exit_record(tmp_path)["outcome"] == "stopped"
 
 
 @pytest.mark.e2e
@@ -124,6 +124,86 @@ def test_a_second_signal_ends_a_run_that_does_not_come_to_a_stop(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 128 + signal.SIGTERM
     assert verify_checkpoint(tmp_path / "checkpoints" / "step_00000010") == []
+
+
+def ranks_of(process: subprocess.Popen) -> list:
+    """The rank processes of a launcher, in order."""
+    import psutil
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    found = [c for c in children if c.environ().get("RANK") and "train_univit" in str(c.cmdline())]
+    return sorted(found, key=lambda child: child.environ()["RANK"])
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_a_second_signal_ends_a_rank_that_hangs_in_a_collective(tmp_path):
+    env = {**os.environ, "FAULT": "step.begin@15#1:sleep=60", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = map(str, [*launcher(2), *command(tmp_path)])
+    process = subprocess.Popen(
+        [sys.executable, *arguments], env=env, cwd=ROOT, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while commits(tmp_path) != [10] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1.5)  # rank 0 waits for rank 1 now
+        first = ranks_of(process)[0]
+        first.send_signal(signal.SIGTERM)
+        time.sleep(2.5)
+        assert first.is_running()
+        first.send_signal(signal.SIGTERM)
+        first.wait(10)
+    finally:
+        kill_group(process)
+
+
+@pytest.mark.e2e
+def test_a_last_save_that_fails_is_tried_again_and_never_called_saved(tmp_path):
+    fault = "step.begin@13:term,checkpoint.write:disk_full"
+    done = one_rank(tmp_path, check=False, fault=fault)
+    assert done.returncode == 8 and commits(tmp_path) == []
+    assert "could not be saved" in exit_record(tmp_path)["message"]
+    assert done.stderr.count("trying once more") == 1
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_a_restart_of_a_run_that_began_anew_goes_on_and_keeps_what_was_set_aside(tmp_path):
+    one_rank(tmp_path, "--num_sampled_data", 10 * 16)  # an older run's commit
+    flags = command(tmp_path, "--resume", "never")
+    restarts = ("-m", "torch.distributed.run", "--max_restarts", "1", *launcher(2)[2:])
+    fault = {"FAULT": "step.begin@15#1:kill"}  # in the second start too
+    done = run(*restarts, *flags, check=False, **fault)
+    assert "was for the first start" in done.stderr and "resuming after step 10" in done.stderr
+    kept = [path.name for path in (tmp_path / "checkpoints").glob("superseded_*")]
+    assert kept == ["superseded_step_00000010"] and commits(tmp_path) == [10]
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_an_end_that_would_repeat_itself_is_not_started_again(tmp_path):
+    restarts = ("-m", "torch.distributed.run", "--max_restarts", "2", *launcher(2)[2:])
+    fault = {"FAULT": "step.backward@5:nan"}
+    done = run(*restarts, *command(tmp_path), check=False, **fault)
+    assert exit_record(tmp_path)["code"] == 5 and "not started again" in done.stderr
+    assert json.loads((tmp_path / "run.json").read_text())["starts"] == 1
+
+
+@pytest.mark.e2e
+def test_foreign_names_beside_checkpoints_are_left_alone(straight, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(straight, output)
+    shutil.rmtree(output / "checkpoints" / "step_00000040")
+    shutil.copytree(output / "checkpoints/step_00000020", output / "checkpoints/step_00000020.bak")
+    (output / "checkpoints" / "step_old").mkdir()
+    with open(output / "speed.jsonl", "a") as speed:
+        speed.write('{"step": 35, "ste')
+    one_rank(output)
+    assert records(output) == records(straight)
+    names = {path.name for path in (output / "checkpoints").iterdir()}
+    assert {"step_00000020.bak", "step_old", "step_00000040"} <= names
+    assert (output / "report.md").is_file()
 
 
 @pytest.mark.e2e
@@ -239,6 +319,8 @@ def test_what_may_differ_from_the_checkpoint_must_be_named(straight, tmp_path):
     done = one_rank(output, "--lr", "5e-4", check=False)
     assert done.returncode == 7
     assert "optimizer.lr: checkpoint 0.001, now 0.0005" in exit_record(output)["message"]
+    done = one_rank(output, "--lr", "5e-4", "--resume_allow", "optimizer.lrr", check=False)
+    assert done.returncode == 1 and "nearest: optimizer.lr" in exit_record(output)["message"]
     done = one_rank(output, "--lr", "5e-4", "--resume_allow", "optimizer.lr")
     assert "resuming all the same, optimizer.lr" in done.stderr
     assert "resuming after step 30" in done.stderr

@@ -27,6 +27,7 @@ def train(packed: Path, output: Path, world: int, *flags, steps: int = STEPS) ->
 def assert_same_curve(found: list[dict], wanted: list[dict]) -> None:
     for one, two in zip(found, wanted, strict=True):
         assert one[LOSS] == pytest.approx(two[LOSS], rel=1e-5), one["step"]
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3), one["step"]
 
 
 @pytest.fixture(scope="module")
