@@ -22,15 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from data_pipeline.shards.writer import write_atomically
 
+from .checkpoint_files import BadCheckpoint, read_tensors, write_tensors
 from .checkpoint_folder import CheckpointFolder, StorageError, verify_checkpoint, write_manifest
 from .distributed import Ranks, all_gather_json, broadcast_object, on_main
 from .fault_points import reach
@@ -40,15 +38,6 @@ from .parallel import local
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 MAX_FAILURES = 3
-FILE_BYTES = (
-    24 << 20
-)  # of a file with several tensors: memory of this size is reused by the allocator
-
-
-class BadCheckpoint(ValueError):
-    """A checkpoint that is damaged, missing or not of this run;
-    the message says which and what to do.
-    """
 
 
 @dataclass(frozen=True)
@@ -178,12 +167,7 @@ class Checkpointer:
     def start(self, commit: Commit | None) -> None:
         """Load the tensors of a commit, and set aside the commits that lie beyond the start."""
         if commit is not None:
-            try:
-                dcp.load(self._tensors(), storage_reader=HuggingFaceStorageReader(str(commit.path)))
-            except dcp.api.CheckpointException as error:
-                raise BadCheckpoint(
-                    f"{commit.path} has not the tensors of this run: {error}"
-                ) from error
+            read_tensors(self._tensors(), commit.path)
         dist.barrier()
         if self._ranks.is_main:
             first = 0 if commit is None else commit.state["step"]
@@ -256,8 +240,9 @@ class Checkpointer:
         started = time.monotonic()
         mine = sum(_own_bytes(tensor, self._ranks.is_main) for tensor in tensors.values())
         num_bytes = sum(all_gather_json(mine, self._group))
+        where = (self._folder.temporary(step), step, self._ranks.rank, self._group)
         failure = self._agreed(lambda: self._make_room(step, num_bytes))
-        failure = failure or self._agreed(lambda: self._write_tensors(step, tensors))
+        failure = failure or self._agreed(lambda: write_tensors(tensors, *where))
         failure = failure or self._agreed(lambda: self._commit(step, state))
         seconds = time.monotonic() - started
         if self._ranks.is_main:
@@ -282,21 +267,6 @@ class Checkpointer:
         if free < num_bytes:
             raise StorageError(f"{num_bytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
         self._folder.temporary(step).mkdir()
-
-    def _write_tensors(self, step: int, tensors: dict) -> None:
-        """Write this rank's files and compare what is in them with what is in memory."""
-        folder = self._folder.temporary(step)
-        writer = _Writer(str(folder), _files_of(tensors), save_distributed=True)
-        writer.training_step = step
-        dcp.save(tensors, storage_writer=writer, process_group=self._group)
-        for file in folder.glob(f"shard-{self._ranks.rank + 1:05d}-*.safetensors"):
-            with safe_open(file, framework="pt") as written:
-                for name in written.keys():
-                    own = written.get_tensor(name)
-                    if not torch.equal(own, local(tensors[name]).cpu()):
-                        raise StorageError(f"{name} in {file} is not what was written there")
-                    if not torch.isfinite(own).all():
-                        raise StorageError(f"{name} is not finite, so this state is not kept")
 
     def _commit(self, step: int, state: dict) -> None:
         if not self._ranks.is_main:
@@ -324,31 +294,7 @@ class Checkpointer:
         self._logger.error("CHECKPOINT OF STEP %d FAILED, the training goes on: %s", step, failure)
 
 
-class _Writer(HuggingFaceStorageWriter):
-    """The library's writer, with a place for faults inside of its own collective."""
-
-    training_step = 0
-
-    def write_data(self, plan, planner):
-        """Write this rank's files; what fails here fails the save on all ranks."""
-        reach("checkpoint.write", self.training_step)
-        return super().write_data(plan, planner)
-
-
 def _own_bytes(tensor: torch.Tensor, is_main: bool) -> int:
     """Bytes of a tensor that count as this rank's: its part of a sharded one, whole ones once."""
     counts = is_main or isinstance(tensor, DTensor)
     return local(tensor).numel() * tensor.element_size() if counts else 0
-
-
-def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Number of the file, from 1, that each tensor goes to; a large one has its own. The library
-    makes every file in memory first, and fresh memory costs six times the writing (measured)."""
-    numbers, number, room = {}, 1, FILE_BYTES
-    for name, tensor in tensors.items():
-        size = local(tensor).numel() * tensor.element_size()
-        if size > room and room < FILE_BYTES:
-            number, room = number + 1, FILE_BYTES
-        numbers[name] = number
-        room -= size
-    return numbers

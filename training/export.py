@@ -31,8 +31,8 @@ def export_checkpoint(checkpoint: Path, output: Path) -> int:
     """
     import torch.distributed.checkpoint as dcp
 
+    from .checkpoint_files import BadCheckpoint
     from .checkpoint_folder import verify_checkpoint
-    from .checkpointer import BadCheckpoint
     from .config import ModelConfig
     from .encoder import build_encoder, export_encoder
 
@@ -58,8 +58,8 @@ def export_checkpoint(checkpoint: Path, output: Path) -> int:
 
 def newest_commit(path: Path) -> Path:
     """A checkpoint as named, or the newest of a run's folder; BadCheckpoint where there is none."""
+    from .checkpoint_files import BadCheckpoint
     from .checkpoint_folder import CheckpointFolder
-    from .checkpointer import BadCheckpoint
 
     if (path / "manifest.json").is_file():
         return path.resolve()

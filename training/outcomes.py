@@ -6,8 +6,8 @@ import torch
 
 from data_pipeline.errors import BudgetExceeded, DataTimeout
 
+from .checkpoint_files import BadCheckpoint
 from .checkpoint_folder import StorageError
-from .checkpointer import BadCheckpoint
 from .distributed import is_peer_loss
 from .stop_signals import Preempted
 from .train_step import NonFiniteLoss
