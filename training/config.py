@@ -47,6 +47,13 @@ class HeadConfig:
     loss_weight: float = 1.0
     init_from: str | None = None
 
+    def __post_init__(self):
+        if self.lr_scale < 0 or self.loss_weight < 0:
+            raise ValueError(
+                f"--list_lr_pfc_weights {self.lr_scale} and --list_loss_weights "
+                f"{self.loss_weight} must not be negative"
+            )
+
     @property
     def name(self) -> str:
         """Short name for logs and checkpoints: the folder's, with its parent's for a mere split."""
@@ -168,12 +175,14 @@ def _replace(node, keys: list[str], value, assignment: str):
 
 def _typed(current, value, node, key: str, assignment: str):
     hint = typing.get_type_hints(type(node))[key]
-    if dataclasses.is_dataclass(current) or _holds_configs(current):
+    if dataclasses.is_dataclass(current) or key == "heads":
         raise ValueError(f"--set {assignment!r}: {key} has fields of its own, set those")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--set {assignment!r}: {value} is no number to work with")
     if isinstance(value, list):
         value = tuple(value)
+        if not _items_fit(value, typing.get_args(hint)):
+            raise ValueError(f"--set {assignment!r}: {key} takes {hint}, got {value!r}")
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     allowed = (
@@ -186,8 +195,16 @@ def _typed(current, value, node, key: str, assignment: str):
     return value
 
 
-def _holds_configs(value) -> bool:
-    return isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value)
+def _items_fit(items: tuple, kinds: tuple) -> bool:
+    """Whether the items of a list have the types of a tuple's hint; a list stands for a config."""
+    if kinds[1:] == (...,):
+        kinds = kinds[:1] * len(items)
+    return len(items) == len(kinds) and all(
+        isinstance(item, list if dataclasses.is_dataclass(kind) else (kind, int))
+        and (kind is not int or not isinstance(item, bool))
+        and (kind is not str or isinstance(item, str))
+        for item, kind in zip(items, kinds, strict=True)
+    )
 
 
 SPLITS = ("train", "val", "test", "shards")  # folder names that name no dataset by themselves

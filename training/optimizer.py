@@ -37,6 +37,11 @@ class OptimizerConfig:
     centers_mean: str = "float32"
 
     def __post_init__(self):
+        if not (0 <= min(self.betas) and max(self.betas) < 1 and self.eps > 0 <= self.clip_norm):
+            raise ValueError(
+                f"optimizer.betas {self.betas} must lie in [0, 1), eps {self.eps} be positive, "
+                f"clip_norm {self.clip_norm} not negative"
+            )
         if self.centers_mean not in MEAN_DTYPES:
             raise ValueError(
                 f"optimizer.centers_mean {self.centers_mean!r}: choose one of "

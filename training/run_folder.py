@@ -75,14 +75,14 @@ class RunFolder:
         }
         write_atomically(self.path / "run.json", json.dumps(facts, indent=1).encode())
 
-    def leave(self, outcome: str, message: str) -> int:
+    def leave(self, outcome: str, message: str, trace: str | None = None) -> int:
         """Write exit.json and return the exit code; a folder that was not claimed is left alone.
         What may follow from another rank's end is only said where nobody has said why."""
         code = EXIT_CODES[outcome]
         record = self.path / "exit.json"
         told = outcome in ("peer lost", "stopped") and record.exists()
         if self._claimed and self.path.is_dir() and not told:
-            facts = {"code": code, "outcome": outcome, "message": message}
+            facts = {"code": code, "outcome": outcome, "message": message, "traceback": trace}
             try:
                 write_atomically(record, json.dumps(facts, indent=1).encode())
             except OSError:  # the disk may be what ended the run; the code still says so

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 from .cli import build_config, build_parser, warn_idle
@@ -64,12 +65,13 @@ def _run(args, config, ranks) -> int:
         _train(args, config, ranks, signals, logger)
     except BaseException as error:
         outcome, message = outcome_of(error)
+        trace = traceback.format_exc()
         if outcome is None:
-            run.leave("error", f"{type(error).__name__}: {error}")
+            run.leave("error", f"{type(error).__name__}: {error}", trace)
             raise
         if ranks.is_main or outcome in ("error", "peer lost"):
             logger.error("%s", message)
-        return run.leave(outcome, message)
+        return run.leave(outcome, message, trace)
     finally:
         if args.dry_run and ranks.is_main:
             shutil.rmtree(run.path, ignore_errors=True)

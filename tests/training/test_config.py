@@ -53,6 +53,13 @@ def test_a_mere_split_is_named_with_its_parent():
         (["--set", "optimizer.lr=fast"], "lr takes"),
         (["--set", "heads.3.dataset=x"], "no index of a list of 1"),
         (["--backward_passes_per_step", "0"], "grad_accum_steps is 0"),
+        (["--set", "heads=[1]"], "heads has fields of its own"),
+        (["--set", "embedded_clips=[1]"], "embedded_clips takes"),
+        (["--set", "resume_allow=[1]"], "resume_allow takes"),
+        (["--set", "optimizer.lr=NaN"], "no number to work with"),
+        (["--set", "optimizer.betas=[0.9,1]"], "optimizer.betas"),
+        (["--set", "collective_timeout_s=-1"], "collective_timeout_s is -1.0"),
+        (["--list_loss_weights", "-1"], "--list_loss_weights -1.0"),
     ],
 )
 def test_mistakes_are_value_errors_that_name_the_flag(argv, message):
