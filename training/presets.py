@@ -90,13 +90,7 @@ def base_stage1_image() -> TrainConfig:
     640 images per GPU on 80 GPUs, 13 billion seen. Cost by formula: 0.11 TFLOP an image, 1.4e21 in
     all, 970 H100-hours at 40 % MFU. No figure of this stage alone was published.
     """
-    stream = StreamConfig(batch_size=640, view=ViewConfig(max_tokens=256))
-    return TrainConfig(
-        model=ModelConfig(name="llava_vit_base_ln"),
-        heads=(HeadConfig(dataset="data/images", stream=stream),),
-        optimizer=OptimizerConfig(lr=6e-4),
-        schedule=ScheduleConfig(total_samples=13_000_000_000, warmup_ratio=0.1),
-    )
+    return _stage1("llava_vit_base_ln", 640, warmup_ratio=0.1)
 
 
 def large_stage1_image() -> TrainConfig:
@@ -109,13 +103,7 @@ def large_stage1_image() -> TrainConfig:
     billion. Cost by formula: 0.49 TFLOP an image, 6.3e21 in all, 4400 H100-hours at 40 % MFU. No
     figure of this stage alone was published.
     """
-    stream = StreamConfig(batch_size=192, view=ViewConfig(max_tokens=256))
-    return TrainConfig(
-        model=ModelConfig(name="llava_vit_large_ln"),
-        heads=(HeadConfig(dataset="data/images", stream=stream),),
-        optimizer=OptimizerConfig(lr=6e-4),
-        schedule=ScheduleConfig(total_samples=13_000_000_000, warmup_ratio=0.05),
-    )
+    return _stage1("llava_vit_large_ln", 192, warmup_ratio=0.05)
 
 
 def large_stage2_video() -> TrainConfig:
@@ -166,6 +154,17 @@ def progressive() -> TrainConfig:
         heads=(head,),
         schedule=ScheduleConfig(total_samples=60_000_000, warmup_ratio=0.05),
         pack_tokens=64 * 2048,
+    )
+
+
+def _stage1(model: str, batch_size: int, warmup_ratio: float) -> TrainConfig:
+    """One head of pictures of 224 px over random weights."""
+    stream = StreamConfig(batch_size=batch_size, view=ViewConfig(max_tokens=256))
+    return TrainConfig(
+        model=ModelConfig(name=model),
+        heads=(HeadConfig(dataset="data/images", stream=stream),),
+        optimizer=OptimizerConfig(lr=6e-4),
+        schedule=ScheduleConfig(total_samples=13_000_000_000, warmup_ratio=warmup_ratio),
     )
 
 
