@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import psutil
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,13 +75,23 @@ def watch(process: subprocess.Popen, seconds: float) -> list[tuple[int, int]]:
 
 
 def same(first: Path, second: Path, steps: int) -> list[str]:
-    """What differs between two finished runs."""
+    """What differs between two finished runs: lines of records, and tensors bit by bit (headers of
+    safetensors files list their metadata in any order)."""
     names = ["metrics.jsonl", "consumed-00000.jsonl", "consumed-00001.jsonl"]
-    names += [
-        f"checkpoints/step_{steps:08d}/{path.name}"
-        for path in (first / f"checkpoints/step_{steps:08d}").glob("*.safetensors")
-    ]
-    return [n for n in names if (first / n).read_bytes() != (second / n).read_bytes()]
+    differing = [n for n in names if (first / n).read_bytes() != (second / n).read_bytes()]
+    left, right = (tensors(folder / f"checkpoints/step_{steps:08d}") for folder in (first, second))
+    odd = left.keys() ^ right.keys()
+    odd |= {name for name in left.keys() & right.keys() if not left[name].equal(right[name])}
+    return differing + sorted(odd)
+
+
+def tensors(folder: Path) -> dict:
+    """All tensors of a checkpoint by file and name."""
+    return {
+        f"{file.name}/{name}": tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def main() -> int:
