@@ -129,7 +129,10 @@ class Checkpointer:
             self._running = self._thread.submit(self._write, step, state, tensors, waited)
             self.wait()
             if self.last.failure is not None:
-                raise StorageError(f"step {step} could not be saved: {self.last.failure}")
+                raise StorageError(
+                    f"step {step} could not be saved: {self.last.failure}; free space in "
+                    f"{self._folder.path} and start again, the newest commit there is whole"
+                )
 
     def wait(self) -> None:
         """Until the save under way, if any, is committed or has failed."""

@@ -153,7 +153,7 @@ class TrainStep:
         if self.skipped >= self._config.max_skipped_steps:
             raise NonFiniteLoss(
                 f"{text}: lower --lr, or resume from an older checkpoint with --resume PATH, or "
-                "let some steps pass with --set max_skipped_steps=N"
+                "let some steps pass with --max_skipped_steps N"
             )
         self.skipped += 1
         limit = self._config.max_skipped_steps
