@@ -1,14 +1,17 @@
-"""Entry point of the attentive probe: `torchrun
-eval_encoder/attentive_probe.py --dataset NAME ...`.
+"""Entry point of the probe: `torchrun eval_encoder/attentive_probe.py --dataset NAME ...`.
 
-The encoder is frozen and runs once per clip; a bank of small heads learns on its tokens. Run by
-path, so this file holds no definition that another module needs.
+    lists -> frozen encoder -> features, once per look -> bank of heads -> judgement -> results
+
+The encoder is frozen; small heads learn on its tokens, all settings in one pass. Run by path, so
+this file holds no definition that another module needs.
 """
 
+import contextlib
 import sys
+import time
 
 from eval_encoder.probe_config import build_config, build_parser, idle_flags
-from eval_encoder.probe_datasets import find_benchmark, read_lists
+from eval_encoder.probe_datasets import read_lists
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,7 +19,14 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         config = build_config(args)
-        lists = read_lists(config.dataset, config.data_root, config.train_csv, config.val_csv)
+        lists = read_lists(
+            config.dataset,
+            config.data_root,
+            config.train_csv,
+            config.val_csv,
+            config.num_classes,
+            config.protocol,
+        )
         return _probe(config, lists, idle_flags(args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -27,51 +37,91 @@ def _probe(config, lists, ignored: list[str]) -> int:
     import torch.distributed as dist
 
     from eval_encoder.probe_encoders import build_encoder
-    from eval_encoder.probe_loader import ClipTokens
-    from eval_encoder.probe_results import write_results
-    from eval_encoder.probe_trainer import train_heads
-    from training.distributed import all_gather_json, process_group
+    from eval_encoder.probe_features import ClipFeatures, refuse_unreadable
+    from training.distributed import process_group
     from training.log import setup_logging
 
+    started = time.perf_counter()
     with process_group() as ranks:
         log = setup_logging(ranks.rank)
         if ignored:
             log.info("without effect here: %s", ", ".join(ignored))
-        encoder = build_encoder(config.model_name, config.model_weight, config.seed).to(
-            ranks.device
-        )
-        train, val = (
-            ClipTokens(clips, config, encoder, ranks.device, ranks.rank, ranks.world_size)
-            for clips in lists
-        )
-        for clips in (train, val):
-            clips.warm_up(config.batch_size)
-        unreadable = {}
-        for part in all_gather_json({**train.unreadable, **val.unreadable}):
-            unreadable.update(part)
-        if unreadable and not config.allow_partial:
-            listing = "\n  ".join(
-                f"{name}: {reason}" for name, reason in sorted(unreadable.items())[:50]
-            )
-            raise ValueError(
-                f"{len(unreadable)} clips cannot be judged, so there is no accuracy:\n  {listing}\n"
-                "repair or remove them, or accept the rest with --allow-partial"
-            )
-        num_classes = find_benchmark(config.dataset).num_classes
-        history = train_heads(
-            config, num_classes, encoder.config.hidden_size, train, val, ranks, log
-        )
+        encoder = build_encoder(
+            config.input, config.model_name, config.model_weight, config.heads.seed
+        ).to(ranks.device)
+        train, val = (ClipFeatures(clips, config, encoder, ranks.device) for clips in lists)
+        for features in (train, val):
+            features.find_missing(ranks.rank, ranks.world_size)
+        refuse_unreadable(train, val, config.allow_partial)
+        judge = _neighbours if config.heads.kind == "knn" else _bank
+        record, confusion = judge(config, encoder.width, train, val, ranks, log)
         if ranks.is_main:
-            counts = {clips.split: len(clips.names) for clips in lists}
-            record = write_results(config, history, counts, unreadable)
-            last, best = record["last_epoch"], record["best_epoch"]
-            partial = f" without {len(unreadable)} unreadable clips" if unreadable else ""
-            print(
-                f"{config.dataset} {config.family}: top-1 {last['top1']:.2f} at the last epoch "
-                f"(best {best['top1']:.2f} at epoch {best['epoch']}), lr {last['lr']:g}{partial}"
-            )
+            _report(config, record, confusion, (train, val), ranks, time.perf_counter() - started)
         dist.barrier()
     return 0
+
+
+def _bank(config, width, train, val, ranks, log):
+    """(record, confusion) of heads that are trained."""
+    from eval_encoder.probe_results import summarise
+    from eval_encoder.probe_trainer import ProbeTrainer
+
+    with _board(config, ranks) as board:
+        history = ProbeTrainer(config, width, train, val, ranks, log, board).run()
+    record = summarise(config, history, {"train": len(train.clips), "val": len(val.clips)})
+    chosen = (record["chosen"]["lr"], record["chosen"]["weight_decay"])
+    heads = [i for i, s in enumerate(history.settings) if (s.lr, s.weight_decay) == chosen]
+    return record, history.last.confusion(heads, val.clips.num_classes)
+
+
+def _neighbours(config, width, train, val, ranks, log):
+    """(record, confusion) of nearest neighbours."""
+    from eval_encoder.probe_features import refuse_unreadable
+    from eval_encoder.probe_knn import judge_neighbours
+    from eval_encoder.probe_results import summarise_neighbours
+
+    share, batch_size = config.heads.holdout, config.heads.batch_size
+    k, held, judged = judge_neighbours(train, val, share, batch_size, ranks)
+    refuse_unreadable(train, val, config.allow_partial)
+    counts = {"train": len(train.clips), "val": len(val.clips)}
+    record = summarise_neighbours(config, k, held, judged, counts)
+    return record, judged.confusion([0], val.clips.num_classes)
+
+
+@contextlib.contextmanager
+def _board(config, ranks):
+    if not ranks.is_main:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(str(config.report_dir / "tensorboard" / time.strftime("%Y%m%d-%H%M%S")))
+    yield board
+    board.close()
+
+
+def _report(config, record, confusion, features, ranks, seconds: float) -> None:
+    from eval_encoder.probe_results import Costs, write_results
+
+    train, val = features
+    costs = Costs(
+        wall_s=round(seconds, 2),
+        encoder_s=round(train.encode_s + val.encode_s, 2),
+        tokens_per_clip=round(val.tokens_per_clip(), 1),
+        encoder_passes=train.passes + val.passes,
+        world_size=ranks.world_size,
+        device=str(ranks.device.type),
+    )
+    unreadable = train.unreadable | val.unreadable
+    record = write_results(config, record, confusion, costs, unreadable)
+    metric, last = record["metric"], record["last_epoch"]
+    partial = f" without {len(unreadable)} unreadable clips" if unreadable else ""
+    chosen = ", ".join(f"{k} {v:g}" for k, v in record["chosen"].items() if k != "held_out")
+    interval = f"± {last['ci95_clips']:.2f}"
+    print(
+        f"{record['dataset']} {config.input.family}: {metric.replace('top1', 'top-1')} "
+        f"{last[metric]:.2f} {interval} at the last epoch, {chosen}{partial}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,21 +1,35 @@
 """The probe's command line: the public flags, turned into a ProbeConfig once. Needs no torch."""
 
 import argparse
-from dataclasses import dataclass
+import difflib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-FAMILIES = ("llava_vit_sampling", "llava_vit_codec")
+VIDEO_FAMILIES = {  # public name -> view of the packed encoder
+    "llava_vit_sampling": "frame",
+    "chunk_wise_sampling": "frame",
+    "llava_vit_codec": "codec",
+    "ov_encoder_codec": "codec",
+}
+IMAGE_FAMILIES = ("clip", "metaclip", "siglip", "siglip2", "dinov2", "dinov3", "aimv2")
+HEADS = ("attentive", "linear", "knn")
+DECODERS = ("auto", "decord", "av", "torchcodec")
+AUGMENTATIONS = ("jitter", "brightness", "saturation", "hue", "channels")
+CAMERAS = ("none", "median", "similarity", "affine")
 
 # flag -> (type, default, help)
 FLAGS = {
-    "dataset": (str, "ssv2", "benchmark, see probe_datasets.BENCHMARKS"),
+    "dataset": (str, "ssv2", "benchmark, see probe_datasets.BENCHMARKS, or a folder of lists"),
     "data_root": (Path, Path("data"), "folder that holds one folder per benchmark"),
     "train_data_csv_path": (str, None, "training list inside the benchmark's folder"),
     "val_data_csv_path": (str, None, "validation list inside the benchmark's folder"),
+    "num_classes": (int, 0, "0: the benchmark's own, or one more than the largest label"),
+    "protocol": (str, None, "single_label or multi_label (mean average precision)"),
     "model_family": (
         str,
         "llava_vit_sampling",
-        f"input of the encoder: {' (whole frames) or '.join(FAMILIES)} (patches)",
+        f"{', '.join(VIDEO_FAMILIES)} (ours, whole frames or codec patches), or frame by frame "
+        f"{', '.join(IMAGE_FAMILIES)}",
     ),
     "model_name": (
         str,
@@ -25,111 +39,151 @@ FLAGS = {
     "model_weight": (
         str,
         "NULL",
-        "Hugging Face folder, backbone.pt, a training output folder, or `random`",
+        "Hugging Face folder, backbone.pt, a training run or checkpoint, or `random`",
     ),
+    "head": (str, "attentive", f"{', '.join(HEADS)}; the last two on pooled features"),
     "num_frames": (int, 8, "whole frames of a clip"),
     "target_frames": (int, 64, "time base of positions, and frames the codec selects from"),
-    "K_keep": (int, 2048, "patches of a clip under llava_vit_codec"),
-    "gop": (
-        int,
-        16,
-        "frames from one I-frame to the next, when raw videos are read under llava_vit_codec",
-    ),
-    "input_size": (int, 224, "side of the picture when raw videos are read"),
+    "K_keep": (int, 2048, "patches of a clip under codec input"),
+    "gop": (int, 16, "frames from one I-frame to the next, for raw videos under codec input"),
+    "mv_compensate": (str, "median", f"camera model of codec input: {', '.join(CAMERAS)}"),
+    "center_prior": (float, 0.0, "preference of codec input for the middle of the picture"),
+    "input_size": (int, 224, "side of raw videos' pictures; image encoders have their own"),
+    "num_temporal_crops": (int, 1, "shifted samplings of a validation clip, scores averaged"),
+    "num_spatial_crops": (int, 1, "squares along the long side of a validation clip, averaged"),
+    "train_views": (int, 0, "drawn versions of a raw training clip; 0: one per epoch, 1: plain"),
     "batch_size": (int, 32, "clips per process"),
     "default_epoch": (int, 10, "epochs of every head"),
-    "default_weight_decay": (float, 0.0, "AdamW"),
     "default_min_lr": (float, 1e-7, "learning rate at the end of the linear schedule"),
     "clip_grad": (float, 5.0, "gradient norm of each head"),
     "smoothing": (float, 0.1, "label smoothing"),
     "eval_freq": (int, 1, "epochs between validations"),
     "print_freq": (int, 10, "epochs between log lines"),
-    "seed": (int, 1, "of head initialisation and order"),
+    "seed": (int, 1, "of the first head, the order and the drawn versions"),
+    "num_seeds": (int, 1, "heads per setting, seeds counted up"),
+    "holdout": (float, 0.1, "share of the training list that chooses among settings and epochs"),
     "save_report": (Path, Path("fewshot_video_report/ActionRecognition"), "folder of the reports"),
-    "feature_cache_gb": (
-        float,
-        4.0,
-        "encoder outputs kept in memory per process; beyond it every epoch encodes again",
-    ),
-    "decoder": (str, "auto", "raw video reader: decord, av, or auto (decord where installed)"),
+    "feature_cache_gb": (float, 4.0, "fixed features kept in memory per process"),
+    "cache_dir": (str, None, "folder of stored features (fp16), read by every later probe"),
+    "decoder": (str, "auto", f"raw video reader: {', '.join(DECODERS)} (auto: decord, else av)"),
+    "decord_num_threads": (int, 2, "threads of one decord reader"),
+    "dali_py_num_workers": (int, 4, "raw videos decoded at a time"),
+}  # fmt: skip
+LISTS = {  # flag -> (type, default, help), several values
+    "default_lr_list": (float, [1e-4], "learning rates; heads are trained for all combinations"),
+    "default_weight_decay": (float, [0.0], "AdamW's weight decays"),
+    "mean": (float, None, "of the normalisation; default: what the encoder was trained with"),
+    "std": (float, None, "of the normalisation"),
+    "augment": (str, list(AUGMENTATIONS), "of drawn versions; `none` for none"),
 }
 # accepted for old scripts, without effect: the value follows from the data or the weights
 IDLE_FLAGS = (
     "short_side_size", "tubelet_size", "embedding_size", "frames_token_num", "num_tokens",
-    "num_classes",
-    "dali_num_threads", "dali_py_num_workers", "decord_num_threads", "mean", "std",
-    "num_temporal_crops",
-    "num_spatial_crops", "probe_size", "patch_size",
+    "dali_num_threads", "probe_size", "patch_size", "mv_use_inconsistency", "mv_incon_ksize",
+    "res_use_grad", "center_sigma", "static_fallback", "static_abs_thresh", "static_rel_thresh",
+    "static_uniform_frames", "checkpoint_dir", "resume_checkpoint",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
+class InputConfig:
+    """How a clip becomes what the encoder sees."""
+
+    family: str
+    num_frames: int
+    target_frames: int
+    num_tokens: int
+    gop: int
+    camera: str
+    centre_prior: float
+    size: int
+    temporal_crops: int
+    spatial_crops: int
+    train_views: int
+    augmentations: tuple[str, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    decoder: str
+    decoder_threads: int
+    workers: int
+    seed: int
+
+    @property
+    def view(self) -> str:
+        """frame or codec."""
+        return VIDEO_FAMILIES.get(self.family, "frame")
+
+    def identity(self) -> dict:
+        """What decides on the pixels, for the key of stored features."""
+        fields = asdict(self)
+        others = {"frame": ("num_tokens", "gop", "camera", "centre_prior")}
+        others["codec"] = ("num_frames", "decoder")
+        for name in ("workers", "decoder_threads", "train_views", "family", *others[self.view]):
+            fields.pop(name)
+        return {"view": self.view, **fields}
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """The bank: one head for every learning rate, weight decay and seed."""
+
+    kind: str
+    lrs: tuple[float, ...]
+    weight_decays: tuple[float, ...]
+    seed: int
+    num_seeds: int
+    epochs: int
+    batch_size: int
+    min_lr: float
+    clip_grad: float
+    smoothing: float
+    holdout: float
+    eval_every: int
+    log_every: int
+
+    def __post_init__(self):
+        settings = len(self.lrs) * len(self.weight_decays)
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"--holdout {self.holdout} must lie in [0, 1)")
+        if settings > 1 and self.holdout == 0:
+            raise ValueError(
+                f"--holdout 0 leaves nothing to choose among {settings} settings with: the "
+                "validation list is for judging"
+            )
+
+
+@dataclass(frozen=True)
 class ProbeConfig:
-    """One probe. `lrs`: one head is trained for each, all on the same tokens."""
+    """One probe: whose features, of which clips, judged by which heads."""
 
     dataset: str
     data_root: Path
     train_csv: str | None
     val_csv: str | None
-    family: str
+    num_classes: int
+    protocol: str | None
     model_name: str
     model_weight: str
-    num_frames: int
-    target_frames: int
-    num_tokens: int
-    gop: int
-    input_size: int
-    batch_size: int
-    epochs: int
-    lrs: tuple[float, ...]
-    weight_decay: float
-    min_lr: float
-    clip_grad: float
-    smoothing: float
-    eval_every: int
-    log_every: int
-    seed: int
+    input: InputConfig
+    heads: HeadsConfig
     report_dir: Path
     cache_gb: float
-    decoder: str
+    cache_dir: Path | None
     allow_partial: bool
-
-    def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise ValueError(f"--model_family {self.family!r}: choose one of {', '.join(FAMILIES)}")
-        if self.decoder not in ("auto", "decord", "av"):
-            raise ValueError(f"--decoder {self.decoder!r}: choose decord, av or auto")
-        for name in (
-            "num_frames",
-            "target_frames",
-            "num_tokens",
-            "gop",
-            "batch_size",
-            "epochs",
-            "eval_every",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags; abbreviations are off."""
     parser = argparse.ArgumentParser(
         prog="torchrun eval_encoder/attentive_probe.py",
-        description="Attentive probe: a small head on the tokens of a frozen encoder.",
+        description="Attentive probe: small heads on the tokens of a frozen encoder.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, (kind, default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-    parser.add_argument(
-        "--default_lr_list",
-        type=float,
-        nargs="+",
-        default=[1e-4],
-        help="one head per learning rate",
-    )
+    for name, (kind, default, text) in LISTS.items():
+        parser.add_argument(f"--{name}", type=kind, nargs="+", default=default, help=text)
     parser.add_argument(
         "--allow-partial",
         action="store_true",
@@ -142,32 +196,35 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_config(args: argparse.Namespace) -> ProbeConfig:
     """ProbeConfig of parsed flags; ValueError names the flag that is wrong."""
+    _check(args)
     return ProbeConfig(
         dataset=args.dataset,
         data_root=args.data_root,
         train_csv=args.train_data_csv_path,
         val_csv=args.val_data_csv_path,
-        family=args.model_family,
+        num_classes=args.num_classes,
+        protocol=args.protocol,
         model_name=args.model_name,
         model_weight=args.model_weight,
-        num_frames=args.num_frames,
-        target_frames=args.target_frames,
-        num_tokens=args.K_keep,
-        gop=args.gop,
-        input_size=args.input_size,
-        batch_size=args.batch_size,
-        epochs=args.default_epoch,
-        lrs=tuple(args.default_lr_list),
-        weight_decay=args.default_weight_decay,
-        min_lr=args.default_min_lr,
-        clip_grad=args.clip_grad,
-        smoothing=args.smoothing,
-        eval_every=args.eval_freq,
-        log_every=args.print_freq,
-        seed=args.seed,
+        input=_input_config(args),
+        heads=HeadsConfig(
+            kind=args.head,
+            lrs=tuple(args.default_lr_list),
+            weight_decays=tuple(args.default_weight_decay),
+            seed=args.seed,
+            num_seeds=args.num_seeds,
+            epochs=args.default_epoch,
+            batch_size=args.batch_size,
+            min_lr=args.default_min_lr,
+            clip_grad=args.clip_grad,
+            smoothing=args.smoothing,
+            holdout=args.holdout,
+            eval_every=args.eval_freq,
+            log_every=args.print_freq,
+        ),
         report_dir=args.save_report,
         cache_gb=args.feature_cache_gb,
-        decoder=args.decoder,
+        cache_dir=None if args.cache_dir in (None, "None") else Path(args.cache_dir),
         allow_partial=args.allow_partial,
     )
 
@@ -175,3 +232,56 @@ def build_config(args: argparse.Namespace) -> ProbeConfig:
 def idle_flags(args: argparse.Namespace) -> list[str]:
     """Given flags that have no effect."""
     return [f"--{name}" for name in IDLE_FLAGS if getattr(args, name) is not None]
+
+
+def _input_config(args: argparse.Namespace) -> InputConfig:
+    return InputConfig(
+        family=args.model_family,
+        num_frames=args.num_frames,
+        target_frames=args.target_frames,
+        num_tokens=args.K_keep,
+        gop=args.gop,
+        camera=args.mv_compensate,
+        centre_prior=args.center_prior,
+        size=args.input_size,
+        temporal_crops=args.num_temporal_crops,
+        spatial_crops=args.num_spatial_crops,
+        train_views=args.train_views,
+        augmentations=tuple(name for name in args.augment if name != "none"),
+        mean=tuple(args.mean) if args.mean else None,
+        std=tuple(args.std) if args.std else None,
+        decoder=args.decoder,
+        decoder_threads=args.decord_num_threads,
+        workers=args.dali_py_num_workers,
+        seed=args.seed,
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Choices and ranges of single flags."""
+    choices = {
+        "model_family": (*VIDEO_FAMILIES, *IMAGE_FAMILIES),
+        "head": HEADS,
+        "decoder": DECODERS,
+        "mv_compensate": CAMERAS,
+        "protocol": (None, "single_label", "multi_label"),
+    }
+    given = [(name, getattr(args, name), known) for name, known in choices.items()]
+    given += [("augment", name, (*AUGMENTATIONS, "none")) for name in args.augment]
+    for name, value, known in given:
+        if value not in known:
+            near = difflib.get_close_matches(str(value), [str(k) for k in known], n=1)
+            hint = f", nearest: {near[0]}" if near else ""
+            names = ", ".join(str(k) for k in known if k is not None)
+            raise ValueError(f"--{name} {value!r}: choose one of {names}{hint}")
+    least = {"num_classes": 0, "train_views": 0}
+    for name, (kind, _, _) in FLAGS.items():
+        if kind is int and name != "seed" and getattr(args, name) < least.get(name, 1):
+            value = getattr(args, name)
+            raise ValueError(f"--{name} {value} must be at least {least.get(name, 1)}")
+    if (args.mean is None) != (args.std is None):
+        raise ValueError("--mean and --std belong together")
+    for name in ("mean", "std"):
+        values = getattr(args, name)
+        if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
+            raise ValueError(f"--{name} {values}: three numbers, one per channel")

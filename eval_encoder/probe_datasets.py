@@ -1,11 +1,13 @@
-"""The benchmarks as data: one row each, and what to do when their files are not there.
+"""The benchmarks as data: one row each, their lists, and what to do when files are not there.
 
-A benchmark is a folder with two lists of `relative path,label` lines and the videos they name:
+A benchmark is a folder with two lists of `relative path,label` lines and the videos (or pictures)
+they name. Several labels of a clip are separated by spaces:
 
     DATA_ROOT/NAME/train.csv   DATA_ROOT/NAME/val.csv   DATA_ROOT/NAME/<videos>
 
-Packed shards of the two lists may stand beside them as train/ and val/ (`python -m data_pipeline
-pack`).
+Any other folder of that form is judged with `--dataset PATH`, and so is one with train/CLASS/ and
+val/CLASS/ folders of files. Packed shards of the two lists may stand beside them as train/ and val/
+(`python -m data_pipeline pack`).
 """
 
 import csv
@@ -13,10 +15,18 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from data_pipeline.codec.open_video import is_image, is_video
+from data_pipeline.counter_rng import counter_rng
+
+PREPARE = "python -m eval_encoder.probe_prepare"
+
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Number of classes, file names of the lists, and the command that makes them."""
+    """Number of classes (0: read off the labels), file names of the lists, and the command that
+    makes them."""
 
     num_classes: int
     train_csv: str = "train_new.csv"
@@ -24,11 +34,12 @@ class Benchmark:
     prepare: str = ""
 
 
-_SSV2 = (
-    "python -m eval_encoder.probe_prepare ssv2 --annotations DIR_OF_THE_JSON_FILES --videos "
-    "DIR_OF_THE_WEBM_FILES "
-    "--output {folder}"
-)
+def _splits(name: str) -> str:
+    return f"{PREPARE} {name} --splits DIR_OF_THE_SPLIT_LISTS --videos DIR --output {{folder}}"
+
+
+_SSV2 = f"{PREPARE} ssv2 --annotations DIR_OF_THE_JSON_FILES --videos DIR --output {{folder}}"
+_KINETICS = f"{PREPARE} kinetics --train TRAIN.csv --val VAL.csv --videos DIR --output {{folder}}"
 
 BENCHMARKS = {
     "ssv2": Benchmark(174, "ssv2_train_new.csv", "ssv2_val_new.csv", _SSV2),
@@ -36,13 +47,18 @@ BENCHMARKS = {
     "perception_test": Benchmark(63),
     "epic_verb": Benchmark(97),
     "epic_noun": Benchmark(300),
-    "ucf101": Benchmark(101),
-    "hmdb51": Benchmark(51),
-    "k400": Benchmark(400),
-    "k600": Benchmark(600),
-    "k700": Benchmark(700),
+    "ucf101": Benchmark(101, prepare=_splits("ucf101")),
+    "hmdb51": Benchmark(51, prepare=_splits("hmdb51")),
+    "k400": Benchmark(400, prepare=_KINETICS),
+    "k600": Benchmark(600, prepare=_KINETICS),
+    "k700": Benchmark(700, prepare=_KINETICS),
     "k710": Benchmark(710),
     "charadesego": Benchmark(157),
+    "coin": Benchmark(150),
+    "jester": Benchmark(27),
+    "mit": Benchmark(339),
+    "rareact": Benchmark(149),
+    "drone_action": Benchmark(13),
     "motion_shapes": Benchmark(
         8, "train.csv", "val.csv", "python -m data_pipeline motion-shapes {folder}"
     ),
@@ -57,14 +73,23 @@ class MissingBenchmark(ValueError):
 
 @dataclass(frozen=True)
 class LabelledList:
-    """One split: names relative to `folder`, labels, and the packed shards beside the list,
-    if any.
+    """One split: names relative to `folder`, labels int64 [N] or, where clips have several, 0/1
+    uint8 [N, classes]; and the packed shards beside the list, if any.
     """
 
     folder: Path
     split: str
     names: list[str]
-    labels: list[int]
+    labels: np.ndarray
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether a clip may have several labels."""
+        return self.labels.ndim == 2
 
     @property
     def shards(self) -> Path | None:
@@ -78,45 +103,110 @@ def find_benchmark(name: str) -> Benchmark:
     key = name.lower()
     if key not in BENCHMARKS:
         near = difflib.get_close_matches(key, BENCHMARKS, n=3, cutoff=0.3) or list(BENCHMARKS)
-        raise ValueError(f"--dataset {name!r} is unknown; nearest known: {', '.join(near)}")
+        raise ValueError(
+            f"--dataset {name!r} is neither a folder nor a known benchmark; nearest known: "
+            f"{', '.join(near)}"
+        )
     return BENCHMARKS[key]
 
 
 def read_lists(
-    name: str, data_root: Path, train_csv: str | None, val_csv: str | None
+    name: str,
+    data_root: Path,
+    train_csv: str | None = None,
+    val_csv: str | None = None,
+    num_classes: int = 0,
+    protocol: str | None = None,
 ) -> tuple[LabelledList, LabelledList]:
-    """Training and validation list of a benchmark.
+    """Training and validation list of a benchmark, or of a folder.
 
-    Raises MissingBenchmark without the files, ValueError for a line that is no `path,label` or a
-    label out of range.
+    Raises MissingBenchmark without the files, ValueError for a line that is no `path,label`, a
+    label out of range, or several labels under the single-label protocol.
     """
-    benchmark = find_benchmark(name)
-    folder = data_root / name.lower()
+    if name.lower() in BENCHMARKS or not Path(name).is_dir():
+        benchmark, folder = find_benchmark(name), data_root / name.lower()
+    else:
+        benchmark, folder = Benchmark(0, "train.csv", "val.csv"), Path(name)
     files = (folder / (train_csv or benchmark.train_csv), folder / (val_csv or benchmark.val_csv))
-    if not all(file.is_file() for file in files):
-        raise MissingBenchmark(_instructions(name.lower(), benchmark, folder, files))
+    if all(file.is_file() for file in files):
+        rows = [_read_rows(file) for file in files]
+    elif all((folder / split).is_dir() for split in ("train", "val")):
+        rows = _class_folders(folder)
+    else:
+        raise MissingBenchmark(_instructions(name, benchmark, folder, files))
+    several = _is_multi_label(rows, protocol, name)
+    largest = max(label for split in rows for _, _, labels in split for label in labels)
+    classes = num_classes or benchmark.num_classes or largest + 1
     return tuple(
-        _read_list(file, folder, split, benchmark.num_classes)
-        for file, split in zip(files, ("train", "val"), strict=True)
+        _labelled(folder, split, found, classes, several)
+        for split, found in zip(("train", "val"), rows, strict=True)
     )
 
 
-def _read_list(file: Path, folder: Path, split: str, num_classes: int) -> LabelledList:
-    names, labels = [], []
+def hold_out(clips: LabelledList, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """(indices to train on, indices held out to choose with), the same for every seed of heads."""
+    count = min(max(1, round(share * len(clips))), len(clips) - 1) if share else 0
+    order = counter_rng(0, "probe holdout").permutation(len(clips))
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _read_rows(file: Path) -> list[tuple[str, str, list[int]]]:
+    """(where it stands, name, labels) of every line."""
+    rows = []
     with open(file, newline="", encoding="utf-8-sig") as lines:
         for number, row in enumerate(csv.reader(lines), start=1):
             if not row:
                 continue
-            if len(row) != 2 or not row[1].strip().isdigit() or int(row[1]) >= num_classes:
+            labels = row[1].split() if len(row) == 2 else []
+            if not labels or not all(label.isdigit() for label in labels):
                 raise ValueError(
-                    f"{file} line {number}: {row} is no `relative path,label` with a label below "
-                    f"{num_classes}"
+                    f"{file} line {number}: {row} is no `relative path,label` (several labels "
+                    "separated by spaces)"
                 )
-            names.append(row[0].strip())
-            labels.append(int(row[1]))
-    if not names:
-        raise ValueError(f"{file} lists no video")
-    return LabelledList(folder, split, names, labels)
+            rows.append((f"{file} line {number}", row[0].strip(), [int(i) for i in labels]))
+    if not rows:
+        raise ValueError(f"{file} lists nothing")
+    return rows
+
+
+def _class_folders(folder: Path) -> list[list[tuple[str, str, list[int]]]]:
+    """Rows of train/CLASS/ and val/CLASS/: classes are numbered by name over both."""
+    found = {split: sorted(p for p in (folder / split).glob("*/*")) for split in ("train", "val")}
+    found = {s: [p for p in paths if is_image(p) or is_video(p)] for s, paths in found.items()}
+    for split, paths in found.items():
+        if not paths:
+            raise ValueError(f"{folder / split} holds no CLASS/ folders with pictures or videos")
+    names = sorted({path.parent.name for paths in found.values() for path in paths})
+    number = {name: i for i, name in enumerate(names)}
+    return [
+        [(str(p), str(p.relative_to(folder)), [number[p.parent.name]]) for p in paths]
+        for paths in found.values()
+    ]
+
+
+def _is_multi_label(rows, protocol: str | None, name: str) -> bool:
+    if protocol == "multi_label":
+        return True
+    for split in rows:
+        for place, _, labels in split:
+            if len(labels) > 1:
+                raise ValueError(
+                    f"{place}: {len(labels)} labels; judge {name} with --protocol multi_label, or "
+                    "write lists with one label per clip"
+                )
+    return False
+
+
+def _labelled(folder: Path, split: str, rows, num_classes: int, several: bool) -> LabelledList:
+    for place, _, labels in rows:
+        if max(labels) >= num_classes:
+            raise ValueError(f"{place}: label {max(labels)}, but there are {num_classes} classes")
+    labels = np.array([labels[0] for _, _, labels in rows])
+    if several:
+        labels = np.zeros((len(rows), num_classes), np.uint8)
+        for row, (_, _, given) in zip(labels, rows, strict=True):
+            row[given] = 1
+    return LabelledList(folder, split, [name for _, name, _ in rows], labels, num_classes)
 
 
 def _instructions(name: str, benchmark: Benchmark, folder: Path, files) -> str:
@@ -133,5 +223,5 @@ def _instructions(name: str, benchmark: Benchmark, folder: Path, files) -> str:
     )
     return (
         f"benchmark {name} is not on disk: {missing} is missing. Expected:\n{tree}\n{command}\n"
-        f"or point --data_root at the folder that holds {name}/"
+        f"or point --data_root at the folder that holds {name.lower()}/, or --dataset at a folder"
     )

@@ -1,43 +1,179 @@
 """Weights -> a frozen encoder. What is named is what is judged:
 a path that does not fit is an error.
+
+    our encoders      packs as they are: whole frames or codec patches with positions
+    image encoders    frame by frame, tokens of all frames joined, plus a fixed sine code of the
+                      frame's number (base 10000, full size), as published
+
+Both answer to one call: batch -> tokens of every item, and one pooled vector.
 """
 
+import hashlib
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from data_pipeline.loading.packing import PackedBatch
 from model_factory.backbone import load_backbone
+from model_factory.hf_image_encoders import load_image_encoder
+from model_factory.packing import unpatchify
 from model_factory.registry import packing_config, packing_name
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
+from training.export import read_encoder
+
+from .probe_config import IMAGE_FAMILIES, InputConfig
+
+TIME_BASE = 10_000.0
 
 
-def build_encoder(model_name: str, model_weight: str, seed: int) -> LlavaViTPackingModel:
-    """Frozen encoder in eval mode, from
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Tokens [T, C] of all items in order, int64 lengths [N], pooled vectors [N, C]."""
 
-    a Hugging Face folder, a training output folder (its hf/ export), a backbone.pt (with the
-    backbone.json beside it, else --model_name and the public rotary rule), or `random`: untrained
-    weights of --model_name, the baseline. Raises ValueError for anything else.
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    pooled: torch.Tensor
+
+
+class ProbeEncoder:
+    """A frozen encoder: `width` of its tokens, `patch_size`, the side `size` of the pictures that
+    it is given (None: as asked for), and `sha256` of its weights."""
+
+    width: int
+    patch_size: int
+    size: int | None = None
+
+    def __init__(self, model: nn.Module, colours: torch.Tensor | None):
+        self._model, self._colours = model.eval().requires_grad_(False), colours
+        self.sha256 = _identity(model)
+
+    def to(self, device: torch.device) -> "ProbeEncoder":
+        """The same encoder, on a device."""
+        self._model.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, batch: PackedBatch) -> EncodedBatch:
+        """batch on the encoder's device; computed in bf16 on CUDA."""
+        if self._colours is not None:
+            colours = self._colours.to(batch.colours.device).expand_as(batch.colours)
+            batch = replace(batch, colours=colours)
+        kind = batch.pixels.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            return self._encode(batch)
+
+    def _encode(self, batch: PackedBatch) -> EncodedBatch:
+        raise NotImplementedError
+
+
+class PackedEncoder(ProbeEncoder):
+    """Ours: one variable-length pass; pooled by the encoder's own head where it has one."""
+
+    def __init__(self, model: LlavaViTPackingModel, colours: torch.Tensor | None):
+        super().__init__(model, colours)
+        self.width, self.patch_size = model.config.hidden_size, model.config.patch_size
+
+    def _encode(self, batch: PackedBatch) -> EncodedBatch:
+        out = self._model(**batch.model_inputs())
+        lengths = batch.cu_seqlens.diff().long()
+        pooled = out.pooler_output
+        if pooled is None:
+            pooled = _means(out.last_hidden_state, lengths)
+        return EncodedBatch(out.last_hidden_state, lengths, pooled)
+
+
+class FramewiseEncoder(ProbeEncoder):
+    """An image encoder on every frame; pooled by the mean of all tokens."""
+
+    def __init__(self, model: nn.Module, colours: torch.Tensor | None):
+        super().__init__(model, None)
+        self.width, self.patch_size = model.width, model.patch_size
+        side = model.preprocessing.crop
+        self.size = side - side % (2 * model.patch_size) if side % model.patch_size else side
+        if colours is not None:  # the model normalises by itself: undo bytes -> (x - mean) / std
+            gain, offset = colours
+            model.std.copy_((1 / (255 * gain)).view(3, 1, 1))
+            model.mean.copy_((-offset / (255 * gain)).view(3, 1, 1))
+
+    def _encode(self, batch: PackedBatch) -> EncodedBatch:
+        items, counts = [], []
+        bounds = batch.cu_seqlens.tolist()
+        for start, end, grid in zip(bounds, bounds[1:], batch.grid_thw.tolist(), strict=False):
+            frames, rows, columns = grid
+            patches = batch.pixels[start:end].unflatten(0, (frames, rows, columns))
+            tiles = unpatchify(patches, self.patch_size)  # [F, h, w, 3, p, p]
+            pictures = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+            tokens = self._model.encode(pictures).float()
+            code = time_code(frames, self.width).to(tokens.device)
+            items.append((tokens + code[:, None]).flatten(0, 1))
+            counts.append(len(items[-1]))
+        tokens, lengths = torch.cat(items), torch.tensor(counts, device=batch.pixels.device)
+        return EncodedBatch(tokens, lengths, _means(tokens, lengths))
+
+
+def time_code(count: int, width: int) -> torch.Tensor:
+    """Sine and cosine code float32 [count, width] of the numbers 0, 1, ..."""
+    half = width // 2
+    rates = TIME_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.arange(count, dtype=torch.float64)[:, None] * rates
+    code = torch.zeros(count, width)
+    code[:, : 2 * half] = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    return code
+
+
+def build_encoder(
+    config: InputConfig, model_name: str, model_weight: str, seed: int
+) -> ProbeEncoder:
+    """Frozen encoder of the family that `config` names. Ours come from
+
+    a Hugging Face folder, a run's folder (its hf/ export, else its newest checkpoint), a
+    checkpoint, a backbone.pt (with the backbone.json beside it, else --model_name and the public
+    rotary rule), or `random`: untrained weights of --model_name, the baseline. Image encoders come
+    from a Hugging Face folder. Raises ValueError for anything else.
     """
+    colours = None
+    if config.mean is not None:
+        mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+        colours = torch.stack([1 / (255 * std), -mean / std])
+    if config.family in IMAGE_FAMILIES:
+        return FramewiseEncoder(load_image_encoder(config.family, model_weight), colours)
+    return PackedEncoder(_packed_model(model_name, model_weight, seed), colours)
+
+
+def _packed_model(model_name: str, model_weight: str, seed: int) -> LlavaViTPackingModel:
     path = Path(model_weight)
     if model_weight == "random":
         torch.manual_seed(seed)
-        model = LlavaViTPackingModel(
-            packing_config(packing_name(model_name), rope_pairing="rotary")
-        )
-    elif (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        model = LlavaViTPackingModel.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True
-        )
-    elif (path / "hf" / "config.json").is_file():
-        model = LlavaViTPackingModel.from_pretrained(
-            path / "hf", dtype=torch.float32, local_files_only=True
-        )
-    elif path.is_file():
-        model = load_backbone(path, model_name)
-    else:
-        raise ValueError(
-            f"--model_weight {model_weight!r} is no Hugging Face folder, no training output with "
-            "an hf/ export and no "
-            "weights file; write `random` to judge an untrained encoder"
-        )
-    return model.eval().requires_grad_(False)
+        fields = packing_config(packing_name(model_name), rope_pairing="rotary")
+        return LlavaViTPackingModel(fields)
+    for folder in (path / "hf", path):
+        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+            return LlavaViTPackingModel.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        return read_encoder(path)[0]
+    if path.is_file():
+        return load_backbone(path, model_name)
+    raise ValueError(
+        f"--model_weight {model_weight!r} is no Hugging Face folder, no training run or checkpoint "
+        "and no weights file; write `random` to judge an untrained encoder"
+    )
+
+
+def _means(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Mean of every item's tokens [N, C]."""
+    return torch.stack([item.mean(dim=0) for item in tokens.split(lengths.tolist())])
+
+
+def _identity(model: nn.Module) -> str:
+    """Hash of the configuration and of every weight."""
+    config = model.config if hasattr(model, "config") else model.model.config
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

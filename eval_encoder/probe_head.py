@@ -1,16 +1,38 @@
-"""The attentive head: one learned query over the frozen tokens of a clip, then a linear classifier.
+"""Heads on frozen features, many of them in one pass.
 
-A bank of heads, one per hyper-parameter setting, trains on the same tokens in one pass.
+An attentive head is one learned query over the tokens of a clip (attention pooling, MLP), a
+LayerNorm and a linear classifier. Its query is the same for every clip, so keys and values need not
+be computed for every token. With the head's query q, and a token x,
 
-Shape legend: S packed tokens, N clips, C encoder width, H heads of the bank.
+    score    q . (W_k x + b_k)           = (W_k^T q) . x + const        const cancels in the softmax
+    pooled   sum_i a_i (W_v x_i + b_v)   = W_v (sum_i a_i x_i) + b_v    the weights a_i sum to one
+
+which is the same function with 4 L C A instead of 4 L C C multiplications and additions (A
+attention heads, 64 channels each). The queries of all heads of the bank are rows of one matrix, so
+a bank reads the tokens twice, however many heads it has.
+
+Shape legend: N clips, L longest clip's tokens, C width, B heads of the bank, A attention heads of
+each.
 """
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model_factory.layers import AttentionPoolingHead
 
 HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class HeadSetting:
+    """What tells the heads of a bank apart."""
+
+    lr: float
+    weight_decay: float
+    seed: int
 
 
 class AttentiveClassifier(nn.Module):
@@ -36,21 +58,86 @@ class AttentiveClassifier(nn.Module):
     def forward(
         self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
     ) -> torch.Tensor:
-        """tokens [S, C] of a pack -> logits [N, classes]."""
+        """tokens [S, C] of a pack -> logits [N, classes]; the definition, which banks compute in
+        another order."""
         return self.classifier(self.norm(self.pool(tokens, cu_seqlens, max_seqlen)))
+
+    def queries(self) -> torch.Tensor:
+        """Rows [A, C] whose products with the tokens are the attention scores."""
+        attention = self.pool.attention
+        key, _ = self._keys_values()
+        width = attention.in_proj_weight.shape[1]
+        query = F.linear(
+            self.pool.probe[0, 0], attention.in_proj_weight[:width], attention.in_proj_bias[:width]
+        )
+        query = query.view(attention.num_heads, 1, -1)
+        return (query @ key).squeeze(1) / query.shape[-1] ** 0.5
+
+    def classify(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Weighted means of tokens [N, A, C], by the head's queries -> logits [N, classes]."""
+        attention = self.pool.attention
+        _, value = self._keys_values()
+        mixed = torch.einsum("nac,adc->nad", pooled, value).flatten(1)
+        mixed = attention.out_proj(mixed + attention.in_proj_bias[2 * pooled.shape[-1] :])
+        mixed = mixed + self.pool.mlp(self.pool.norm(mixed))
+        return self.classifier(self.norm(mixed))
+
+    def _keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [A, d, C] of keys and of values."""
+        attention = self.pool.attention
+        width = attention.in_proj_weight.shape[1]
+        key, value = attention.in_proj_weight[width:].split(width)
+        return tuple(part.unflatten(0, (attention.num_heads, -1)) for part in (key, value))
+
+
+class LinearClassifier(nn.Module):
+    """LayerNorm without weights, so that no scale of the features is favoured, and Linear."""
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.classifier = nn.Linear(width, num_classes)
+        nn.init.trunc_normal_(self.classifier.weight, std=2e-5)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[N, C] -> logits [N, classes]."""
+        return self.classifier(self.norm(features))
 
 
 class HeadBank(nn.Module):
-    """One classifier per learning rate, seeded alike."""
+    """One head per setting; heads of one seed start alike."""
 
-    def __init__(self, width: int, num_classes: int, count: int, seed: int):
+    def __init__(self, kind: str, width: int, num_classes: int, settings: list[HeadSetting]):
+        """kind: attentive or linear."""
         super().__init__()
+        self.settings = settings
+        build = {"attentive": AttentiveClassifier, "linear": LinearClassifier}[kind]
         heads = []
-        for _ in range(count):
-            torch.manual_seed(seed)
-            heads.append(AttentiveClassifier(width, num_classes))
+        for setting in settings:
+            torch.manual_seed(setting.seed)
+            heads.append(build(width, num_classes))
         self.heads = nn.ModuleList(heads)
+        self._attentive = kind == "attentive"
 
-    def forward(self, tokens, cu_seqlens, max_seqlen) -> torch.Tensor:
-        """Logits [H, N, classes]."""
-        return torch.stack([head(tokens, cu_seqlens, max_seqlen) for head in self.heads])
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Features [L_i, C] of N clips -> logits [B, N, classes]."""
+        if not self._attentive:
+            rows = torch.cat(features)
+            return torch.stack([head(rows) for head in self.heads])
+        queries = [head.queries() for head in self.heads]
+        pooled = pool_by_queries(features, torch.cat(queries)).split(
+            [len(rows) for rows in queries], dim=1
+        )
+        return torch.stack([h.classify(p) for h, p in zip(self.heads, pooled, strict=True)])
+
+
+def pool_by_queries(features: list[torch.Tensor], queries: torch.Tensor) -> torch.Tensor:
+    """Softmax-weighted means [N, Q, C] of every clip's tokens [L_i, C], by query rows [Q, C]."""
+    lengths = torch.tensor([len(tokens) for tokens in features], device=queries.device)
+    tokens = nn.utils.rnn.pad_sequence(features, batch_first=True)
+    scores = tokens @ queries.T  # [N, L, Q]
+    if int(lengths.min()) < tokens.shape[1]:
+        beyond = torch.arange(tokens.shape[1], device=queries.device) >= lengths[:, None]
+        scores = scores.masked_fill(beyond[..., None], -torch.inf)
+    return scores.softmax(dim=1).transpose(1, 2) @ tokens

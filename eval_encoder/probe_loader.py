@@ -1,11 +1,13 @@
-"""Labelled clips -> tokens of the frozen encoder, each clip once, on the rank that owns it.
+"""Labelled clips -> packs for the encoder, in the order that is asked for.
 
-Clip i belongs to rank i mod W. Packed shards are read where they exist, raw videos otherwise.
-Tokens are kept in memory as fp16 while they fit the cache, so later epochs cost no encoding; beyond
-it they are computed again each epoch.
+Raw files are decoded by a few threads, some clips ahead of the encoder (the decoders leave Python
+meanwhile). Packed shards of a split are read instead where they exist; they hold one version of
+each clip. A file that cannot be read is noted, with its reason, and left out.
 """
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -13,162 +15,147 @@ from data_pipeline.errors import RejectedInput
 from data_pipeline.loading.choices import ViewConfig
 from data_pipeline.loading.packing import PackedBatch, pack_views
 from data_pipeline.loading.sequential import sequential_batches
-from data_pipeline.shards.manifest import load_manifest
-from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
+from data_pipeline.shards.manifest import Manifest, load_manifest
 
-from .probe_config import ProbeConfig
+from .probe_cache import file_identity
+from .probe_config import InputConfig
 from .probe_datasets import LabelledList
-from .probe_video import codec_patches_of_video, frames_of_video
+from .probe_video import Look, view_of_file
 
-VIEW_OF_FAMILY = {"llava_vit_sampling": "frame", "llava_vit_codec": "codec"}
+Packs = Iterator[tuple[list[Look], PackedBatch]]
 
 
-class ClipTokens:
-    """Tokens of one split's clips of one rank."""
+class RawClips:
+    """Files of a list; `unreadable` fills up with names and reasons."""
 
-    def __init__(
-        self,
-        clips: LabelledList,
-        config: ProbeConfig,
-        encoder: LlavaViTPackingModel,
-        device,
-        rank: int,
-        world_size: int,
-    ):
-        self.labels = clips.labels
+    def __init__(self, clips: LabelledList, config: InputConfig, size: int, patch_size: int):
+        self._clips, self._config = clips, config
+        self._shape = (size, patch_size)
         self.unreadable: dict[str, str] = {}
-        self._clips, self._config, self._encoder, self._device = clips, config, encoder, device
-        self._cache: dict[int, torch.Tensor] = {}
-        self._cache_bytes = int(config.cache_gb * (1 << 30))
-        self._sample_ids = None
-        if clips.shards is not None:
-            self._manifest = load_manifest(clips.shards)
-            self._check_stored()
-            self._sample_ids = {name: i for i, name in enumerate(self._manifest.sources())}
-        self.indices = list(range(rank, len(clips.names), world_size))
-        if self._sample_ids is not None:
-            absent = [i for i in self.indices if clips.names[i] not in self._sample_ids]
-            self.unreadable.update({clips.names[i]: "not in the packed shards" for i in absent})
-            self.indices = [i for i in self.indices if clips.names[i] in self._sample_ids]
 
     @property
-    def num_readable(self) -> int:
-        """Clips of this rank that have tokens; right after warm_up."""
-        return sum(self._clips.names[i] not in self.unreadable for i in self.indices)
+    def several_versions(self) -> bool:
+        """Whether clips can be looked at in other ways than the plain one."""
+        return True
 
-    def batches(
-        self, order: list[int], batch_size: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]]:
-        """(tokens [S, C], cu_seqlens [N+1], longest, labels [N]) of the clips `order`,
-        unreadable ones left out.
-        """
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            fresh = dict(self._encode([i for i in chunk if i not in self._cache]))
-            self._remember(fresh)
-            known = {i: self._cache.get(i, fresh.get(i)) for i in chunk}
-            known = {i: tokens for i, tokens in known.items() if tokens is not None}
-            if not known:
-                continue
-            lengths = [len(tokens) for tokens in known.values()]
-            bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-            labels = torch.tensor([self.labels[i] for i in known])
-            tokens = torch.cat(list(known.values())).to(self._device).float()
-            yield tokens, bounds.to(self._device), max(lengths), labels.to(self._device)
+    def identity(self, index: int) -> str:
+        """Text that changes with the file."""
+        return file_identity(self._clips.folder / self._clips.names[index])
 
-    def _check_stored(self) -> None:
-        """A budget beyond what is packed would silently be a smaller one."""
-        config = self._config
-        kept = max(s["num_patches"] for shard in self._manifest.shards for s in shard["samples"])
-        frames = self._manifest.settings["num_full_frames"]
-        if config.family == "llava_vit_codec" and config.num_tokens > kept:
-            raise ValueError(
-                f"--K_keep {config.num_tokens}: {self._clips.shards} keeps {kept} patches a clip; "
-                f"pass --K_keep {kept} or pack with a larger --budget"
-            )
-        if config.family == "llava_vit_sampling" and config.num_frames > frames:
-            raise ValueError(
-                f"--num_frames {config.num_frames}: {self._clips.shards} stores {frames} frames "
-                f"a clip; pass --num_frames {frames} or pack with more --full-frames"
-            )
+    def find_missing(self, indices) -> None:
+        """Note the files among `indices` that are not there."""
+        for name in (self._clips.names[i] for i in indices):
+            if not (self._clips.folder / name).is_file():
+                self.unreadable[name] = "missing"
 
-    def warm_up(self, batch_size: int) -> None:
-        """Encode every clip once, keeping what fits; afterwards `unreadable` is complete."""
-        for start in range(
-            0, len(self.indices), 16 * batch_size
-        ):  # long runs keep the decoder's pipeline busy
-            self._remember(
-                dict(self._encode(self.indices[start : start + 16 * batch_size], batch_size))
-            )
+    def packs(self, looks: list[Look], batch_size: int) -> Packs:
+        """(looks, pack) of readable clips in order, at most batch_size each."""
+        ready: list = []
+        for look, view in self._views(looks, 2 * batch_size):
+            if view is not None:
+                ready.append((look, view))
+            if len(ready) == batch_size:
+                yield _packed(ready)
+                ready = []
+        if ready:
+            yield _packed(ready)
 
-    def _remember(self, fresh: dict[int, torch.Tensor]) -> None:
-        for index, tokens in fresh.items():
-            size = tokens.numel() * tokens.element_size()
-            if size <= self._cache_bytes:
-                self._cache[index] = tokens
-                self._cache_bytes -= size
+    def _views(self, looks: list[Look], ahead: int):
+        pool = ThreadPoolExecutor(self._config.workers, thread_name_prefix="probe")
+        waiting: deque[tuple[Look, Future]] = deque()
+        try:
+            for look in looks:
+                waiting.append((look, pool.submit(self._view, look)))
+                if len(waiting) > ahead:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
-    @torch.inference_mode()
-    def _encode(
-        self, indices: list[int], batch_size: int = 32
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        for batch in self._packs(indices, batch_size):
-            moved = batch.to(self._device)
-            with torch.autocast(
-                self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"
-            ):
-                tokens = self._encoder(**moved.model_inputs()).last_hidden_state
-            pieces = tokens.half().cpu().split(batch.cu_seqlens.diff().tolist())
-            yield from zip(
-                batch.sample_ids.tolist(), (piece.clone() for piece in pieces), strict=True
-            )
+    def _view(self, look: Look):
+        name = self._clips.names[look.clip]
+        try:
+            return view_of_file(self._clips.folder / name, look, self._config, *self._shape)
+        except RejectedInput as rejection:
+            self.unreadable[name] = f"{rejection.reason} ({rejection.detail})"
+            return None
 
-    def _packs(self, indices: list[int], batch_size: int) -> Iterator[PackedBatch]:
-        """Packs whose sample_ids are list indices."""
-        if not indices:
-            return
-        config, names = self._config, self._clips.names
-        view = VIEW_OF_FAMILY[config.family]
-        if self._sample_ids is not None:
-            per_frame = self._frame_tokens()
-            limit = config.num_tokens if view == "codec" else config.num_frames * per_frame
-            by_sample = {self._sample_ids[names[i]]: i for i in indices}
-            view_config = ViewConfig(max_tokens=limit, max_frames=config.num_frames)
-            for batch in sequential_batches(
-                self._manifest, by_sample, batch_size, view, view_config
-            ):
-                batch.sample_ids.copy_(torch.tensor([by_sample[int(i)] for i in batch.sample_ids]))
-                yield batch
-            return
-        for start in range(0, len(indices), batch_size):
-            yield from self._raw_pack(indices[start : start + batch_size], view)
 
-    def _frame_tokens(self) -> int:
-        """Most patches that one whole frame of the packed split has."""
-        samples = (sample for shard in self._manifest.shards for sample in shard["samples"])
-        return max(sample["grid"][0] * sample["grid"][1] for sample in samples)
+class PackedClips:
+    """Clips of packed shards; names that are not in them are unreadable."""
 
-    def _raw_pack(self, indices: list[int], view: str) -> Iterator[PackedBatch]:
-        config, patch_size = self._config, self._encoder.config.patch_size
-        common = (config.input_size, patch_size, config.target_frames)
-        views, kept = [], []
-        for index in indices:
-            path = self._clips.folder / self._clips.names[index]
-            try:
-                if view == "codec":
-                    views.append(
-                        codec_patches_of_video(path, config.num_tokens, *common, config.gop)
-                    )
-                else:
-                    views.append(frames_of_video(path, config.num_frames, *common, config.decoder))
-                kept.append(index)
-            except RejectedInput as rejection:
-                self.unreadable[self._clips.names[index]] = rejection.reason
-        if views:
-            count = len(views)
-            yield pack_views(
-                views,
-                torch.tensor(kept),
-                torch.zeros(count, 0, dtype=torch.int64),
-                torch.ones(count),
-            )
+    several_versions = False
+
+    def __init__(self, clips: LabelledList, config: InputConfig):
+        self._config, self._manifest = config, load_manifest(clips.shards)
+        _check_stored(self._manifest, clips, config)
+        ids = {name: i for i, name in enumerate(self._manifest.sources())}
+        self._sample_ids = [ids.get(name) for name in clips.names]
+        absent = [name for name in clips.names if name not in ids]
+        self.unreadable = dict.fromkeys(absent, "not in the packed shards")
+
+    def identity(self, index: int) -> str:
+        """Text that changes with the shards."""
+        return f"{self._manifest.sha256} {self._sample_ids[index]}"
+
+    def find_missing(self, indices) -> None:
+        """Nothing to do: the manifest has told."""
+
+    def packs(self, looks: list[Look], batch_size: int) -> Packs:
+        """(looks, pack) of clips in order, batch_size each."""
+        looks = [look for look in looks if self._sample_ids[look.clip] is not None]
+        config, view = self._config, self._config.view
+        limit = config.num_tokens
+        if view == "frame":
+            limit = config.num_frames * _frame_tokens(self._manifest)
+        shown = ViewConfig(max_tokens=limit, max_frames=config.num_frames)
+        ids = [self._sample_ids[look.clip] for look in looks]
+        batches = sequential_batches(self._manifest, ids, batch_size, view, shown)
+        for number, batch in enumerate(batches):
+            yield looks[number * batch_size : (number + 1) * batch_size], batch
+
+
+def open_clips(
+    clips: LabelledList, config: InputConfig, size: int, patch_size: int
+) -> RawClips | PackedClips:
+    """The reader of a split. Raises ValueError for more than packed shards hold."""
+    if clips.shards is None:
+        return RawClips(clips, config, size, patch_size)
+    return PackedClips(clips, config)
+
+
+def _packed(ready: list) -> tuple[list[Look], PackedBatch]:
+    looks, views = zip(*ready, strict=True)
+    count = len(views)
+    ids = torch.tensor([look.clip for look in looks])
+    labels = torch.zeros(count, 0, dtype=torch.int64)
+    return list(looks), pack_views(list(views), ids, labels, torch.ones(count))
+
+
+def _frame_tokens(manifest: Manifest) -> int:
+    """Most patches that one whole frame of the split has."""
+    samples = (sample for shard in manifest.shards for sample in shard["samples"])
+    return max(sample["grid"][0] * sample["grid"][1] for sample in samples)
+
+
+def _check_stored(manifest: Manifest, clips: LabelledList, config: InputConfig) -> None:
+    """A budget beyond what is packed would silently be a smaller one."""
+    kept = max(s["num_patches"] for shard in manifest.shards for s in shard["samples"])
+    frames = manifest.settings["num_full_frames"]
+    if config.view == "codec" and config.num_tokens > kept:
+        raise ValueError(
+            f"--K_keep {config.num_tokens}: {clips.shards} keeps {kept} patches a clip; "
+            f"pass --K_keep {kept} or pack with a larger --budget"
+        )
+    if config.view == "frame" and config.num_frames > frames:
+        raise ValueError(
+            f"--num_frames {config.num_frames}: {clips.shards} stores {frames} frames "
+            f"a clip; pass --num_frames {frames} or pack with more --full-frames"
+        )
+    if config.temporal_crops > 1 or config.spatial_crops > 1:
+        raise ValueError(
+            f"{clips.shards} holds one square and one sampling of every clip: crops need the raw "
+            "videos, so move the packed folder away"
+        )

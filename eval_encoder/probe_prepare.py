@@ -1,9 +1,16 @@
-"""Official split files -> the two lists a benchmark needs:
-`python -m eval_encoder.probe_prepare ssv2 ...`.
+"""Official split files -> the two lists of a benchmark: `python -m eval_encoder.probe_prepare ...`.
 
-Something-Something v2 ships something-something-v2-train.json, -validation.json and -labels.json
-(with or without the prefix); a clip's class is its template with the brackets taken away. Videos
-that are named but absent are counted and left out; nothing else is.
+    ssv2       something-something-v2-{train,validation,labels}.json, with or without the prefix; a
+               class is its template with the brackets taken away; videos ID.webm
+    ucf101     classInd.txt, trainlist01.txt, testlist01.txt; videos CLASS/NAME.avi
+    hmdb51     CLASS_test_split1.txt with 1 for training, 2 for testing, 0 for neither; videos
+               CLASS/NAME.avi
+    kinetics   two csv files with the columns label, youtube_id, time_start, time_end; videos
+               [LABEL/]ID_START_END.mp4 (six digits) or [LABEL/]ID.mp4; classes are numbered by
+               name over both files
+
+Videos may have any ending that can be read. Those that are named but absent are left out of the
+lists, counted, and written to absent_SPLIT.txt; nothing else is left out.
 """
 
 import argparse
@@ -11,9 +18,24 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-VIDEO_SUFFIX = ".webm"
+from data_pipeline.codec.open_video import is_video
+
+from .probe_datasets import find_benchmark
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One official line: names the video may have below the folder, without ending; its class."""
+
+    names: tuple[str, ...]
+    label: int
+
+
+Splits = dict[str, list[Entry]]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,40 +44,144 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m eval_encoder.probe_prepare", description=__doc__.split("\n")[0]
     )
     commands = parser.add_subparsers(dest="dataset", required=True)
-    ssv2 = commands.add_parser("ssv2", help="Something-Something v2")
-    ssv2.add_argument(
-        "--annotations", type=Path, required=True, help="folder of the official JSON files"
-    )
-    ssv2.add_argument("--videos", type=Path, required=True, help="folder of the .webm files")
-    ssv2.add_argument("--output", type=Path, required=True, help="DATA_ROOT/ssv2")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--videos", type=Path, required=True, help="folder of the videos")
+    common.add_argument("--output", type=Path, required=True, help="DATA_ROOT/NAME")
+    ssv2 = commands.add_parser("ssv2", parents=[common], help="Something-Something v2")
+    ssv2.add_argument("--annotations", type=Path, required=True, help="folder of the JSON files")
+    for name, title in (("ucf101", "UCF101"), ("hmdb51", "HMDB51")):
+        one = commands.add_parser(name, parents=[common], help=title)
+        one.add_argument("--splits", type=Path, required=True, help="folder of the split lists")
+        one.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help="which of three")
+    kinetics = commands.add_parser("kinetics", parents=[common], help="Kinetics 400, 600 or 700")
+    kinetics.add_argument("--train", type=Path, required=True, help="official training csv")
+    kinetics.add_argument("--val", type=Path, required=True, help="official validation csv")
     return parser
 
 
-def prepare_ssv2(annotations: Path, videos: Path, output: Path) -> dict[str, tuple[int, int]]:
-    """Write ssv2_train_new.csv and ssv2_val_new.csv; returns split -> (listed, absent videos).
-
-    Paths in the lists are relative to `output`. Raises ValueError for missing or unknown content.
-    """
+def read_ssv2(annotations: Path) -> Splits:
+    """Entries of the official JSON files; ValueError for missing or unknown content."""
     classes = {name: int(index) for name, index in _read_json(annotations, "labels").items()}
-    output.mkdir(parents=True, exist_ok=True)
-    counts = {}
+    splits: Splits = {}
     for split, file in (("train", "train"), ("val", "validation")):
-        rows, absent = [], 0
+        splits[split] = []
         for entry in _read_json(annotations, file):
             template = entry["template"].replace("[", "").replace("]", "")
             if template not in classes:
                 raise ValueError(
                     f"clip {entry['id']}: template {template!r} is not in the labels file"
                 )
-            video = videos / f"{entry['id']}{VIDEO_SUFFIX}"
-            if not video.is_file():
-                absent += 1
-                continue
-            rows.append((os.path.relpath(video, output), classes[template]))
-        with open(output / f"ssv2_{split}_new.csv", "w", newline="", encoding="utf-8") as stream:
+            splits[split].append(Entry((str(entry["id"]),), classes[template]))
+    return splits
+
+
+def read_ucf101(folder: Path, number: int) -> Splits:
+    """Entries of the official lists; ValueError for a missing file or an unknown class."""
+    numbered = (line.split() for line in _lines(folder / "classInd.txt"))
+    classes = {name: int(index) - 1 for index, name in numbered}
+    splits: Splits = {}
+    for split, file in (("train", "trainlist"), ("val", "testlist")):
+        path = folder / f"{file}{number:02d}.txt"
+        splits[split] = []
+        for line in _lines(path):
+            video = Path(line.split()[0])
+            if video.parent.name not in classes:
+                raise ValueError(f"{path}: class {video.parent.name!r} is not in classInd.txt")
+            splits[split].append(Entry((str(video.with_suffix("")),), classes[video.parent.name]))
+    return splits
+
+
+def read_hmdb51(folder: Path, number: int) -> Splits:
+    """Entries of the official lists, one file per class; ValueError where there are none."""
+    suffix = f"_test_split{number}.txt"
+    files = sorted(folder.glob(f"*{suffix}"))
+    if not files:
+        raise ValueError(f"{folder} holds no CLASS{suffix}: give the folder of the official lists")
+    splits: Splits = {"train": [], "val": []}
+    for label, path in enumerate(files):
+        name = path.name.removesuffix(suffix)
+        for line in _lines(path):
+            video, use = line.rsplit(maxsplit=1)
+            if use not in ("0", "1", "2"):
+                raise ValueError(f"{path}: {line!r} does not end with 0, 1 or 2")
+            if use != "0":
+                entry = Entry((f"{name}/{Path(video).stem}",), label)
+                splits["train" if use == "1" else "val"].append(entry)
+    return splits
+
+
+def read_kinetics(train: Path, val: Path) -> Splits:
+    """Entries of the official csv files; ValueError for missing columns."""
+    rows = {"train": _kinetics_rows(train), "val": _kinetics_rows(val)}
+    names = sorted({row["label"] for found in rows.values() for row in found})
+    number = {name: i for i, name in enumerate(names)}
+    return {
+        split: [Entry(_kinetics_names(row), number[row["label"]]) for row in found]
+        for split, found in rows.items()
+    }
+
+
+def write_lists(
+    dataset: str, splits: Splits, videos: Path, output: Path
+) -> dict[str, tuple[int, int]]:
+    """Write the two lists and absent_SPLIT.txt; returns split -> (listed, absent videos). Paths in
+    the lists are relative to `output`."""
+    benchmark = find_benchmark(dataset)
+    files = {"train": benchmark.train_csv, "val": benchmark.val_csv}
+    known = _videos_below(videos)
+    output.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for split, entries in splits.items():
+        rows, absent = [], []
+        for entry in entries:
+            video = next((known[name] for name in entry.names if name in known), None)
+            if video is None:
+                absent.append(entry.names[0])
+            else:
+                rows.append((os.path.relpath(video, output), entry.label))
+        with open(output / files[split], "w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows(rows)
-        counts[split] = (len(rows), absent)
+        (output / f"absent_{split}.txt").write_text("".join(f"{name}\n" for name in absent))
+        counts[split] = (len(rows), len(absent))
     return counts
+
+
+def _videos_below(folder: Path) -> dict[str, Path]:
+    """{path below the folder without ending: file}, read once: a listing costs less than asking
+    for every name."""
+    if not folder.is_dir():
+        raise ValueError(f"--videos {folder} is no folder")
+    found = {}
+    for place, _, files in os.walk(folder, followlinks=True):
+        for name in files:
+            path = Path(place, name)
+            if is_video(path):
+                found[str(path.relative_to(folder).with_suffix(""))] = path
+    return found
+
+
+def _kinetics_rows(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the official csv file")
+    with open(path, newline="", encoding="utf-8-sig") as stream:
+        rows = list(csv.DictReader(stream))
+    wanted = {"label", "youtube_id", "time_start", "time_end"}
+    if not rows or not wanted <= rows[0].keys():
+        raise ValueError(f"{path} lacks the columns {', '.join(sorted(wanted))}, or has no line")
+    return rows
+
+
+def _kinetics_names(row: dict) -> tuple[str, ...]:
+    start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+    plain = (f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"])
+    folders = (row["label"], row["label"].replace(" ", "_"))
+    return (*(f"{folder}/{name}" for name in plain for folder in folders), *plain)
+
+
+def _lines(path: Path) -> Iterable[str]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the folder of the official lists")
+    return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def _read_json(annotations: Path, name: str):
@@ -68,15 +194,28 @@ def _read_json(annotations: Path, name: str):
     )
 
 
+def _read(args: argparse.Namespace) -> tuple[str, Splits]:
+    """(benchmark, entries) of a command."""
+    if args.dataset == "ssv2":
+        return "ssv2", read_ssv2(args.annotations)
+    if args.dataset == "kinetics":
+        splits = read_kinetics(args.train, args.val)
+        classes = 1 + max(entry.label for entries in splits.values() for entry in entries)
+        return f"k{classes}" if f"k{classes}" in ("k400", "k600", "k700") else "k700", splits
+    read = {"ucf101": read_ucf101, "hmdb51": read_hmdb51}[args.dataset]
+    return args.dataset, read(args.splits, args.split)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one command; a user's mistake ends with its message."""
     args = build_parser().parse_args(argv)
     try:
-        counts = prepare_ssv2(args.annotations, args.videos, args.output)
+        counts = write_lists(*_read(args), args.videos, args.output)
     except ValueError as error:
         sys.exit(f"error: {error}")
     for split, (listed, absent) in counts.items():
-        print(f"{split}: {listed} videos listed, {absent} named but absent")
+        names = args.output / f"absent_{split}.txt"
+        print(f"{split}: {listed} videos listed, {absent} named but absent ({names})")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Training and validating the bank of heads on frozen tokens.
+"""Training and judging the bank of heads on frozen features.
 
-Validation counts every clip exactly once over all ranks. Training steps are the same number on
-every rank; each epoch has its own order, drawn from (seed, epoch).
+    order of an epoch   drawn from (seed, epoch), the same on any number of ranks
+    global batch        batch_size clips per rank; the loss is the mean over all of its clips
+    judging             the held-out part of train (to choose with) and the validation list
+
+A head whose gradient is not finite is left as it was and takes no further part.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,118 +18,216 @@ import torch.nn.functional as F
 from data_pipeline.counter_rng import counter_rng
 from training.distributed import Ranks
 
-from .probe_config import ProbeConfig
-from .probe_head import HeadBank
-from .probe_loader import ClipTokens
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 and top-5 in percent, of one head at one epoch."""
-
-    lr: float
-    epoch: int
-    top1: float
-    top5: float
+from .probe_config import HeadsConfig, ProbeConfig
+from .probe_datasets import hold_out
+from .probe_features import ClipFeatures, refuse_unreadable
+from .probe_head import HeadBank, HeadSetting
+from .probe_metrics import Judgement, JudgementBuilder
 
 
 class NonFiniteProbe(RuntimeError):
-    """A head whose loss became NaN or infinite."""
+    """All heads had gradients that are NaN or infinite."""
 
 
-def train_heads(
-    config: ProbeConfig,
-    num_classes: int,
-    width: int,
-    train: ClipTokens,
-    val: ClipTokens,
-    ranks: Ranks,
-    log: logging.Logger,
-) -> list[list[Accuracy]]:
-    """Accuracies per head and validated epoch, on all ranks. Raises NonFiniteProbe."""
-    bank = HeadBank(width, num_classes, len(config.lrs), config.seed).to(ranks.device)
-    groups = [
-        {"params": list(head.parameters()), "peak": lr}
-        for head, lr in zip(bank.heads, config.lrs, strict=True)
+@dataclass
+class History:
+    """Figures per judged epoch, float64 [B] each, the last judgement of the validation list, and
+    which heads went astray."""
+
+    settings: list[HeadSetting]
+    epochs: list[int] = field(default_factory=list)
+    held: list[np.ndarray] = field(default_factory=list)
+    main: list[np.ndarray] = field(default_factory=list)
+    top5: list[np.ndarray] = field(default_factory=list)
+    loss: list[np.ndarray] = field(default_factory=list)
+    last: Judgement | None = None
+    astray: set[int] = field(default_factory=set)
+
+
+def settings_of(config: HeadsConfig) -> list[HeadSetting]:
+    """Every combination of learning rate, weight decay and seed."""
+    seeds = range(config.seed, config.seed + config.num_seeds)
+    return [
+        HeadSetting(lr, decay, seed)
+        for lr in config.lrs
+        for decay in config.weight_decays
+        for seed in seeds
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=config.weight_decay)
-    steps_per_epoch = _steps_per_epoch(train, config.batch_size, ranks)
-    total_steps, step = config.epochs * steps_per_epoch, 0
-    history: list[list[Accuracy]] = [[] for _ in config.lrs]
-    for epoch in range(1, config.epochs + 1):
-        order = (
-            counter_rng(config.seed, "probe order", epoch, ranks.rank)
-            .permutation(train.indices)
-            .tolist()
-        )
-        batches = train.batches(order, config.batch_size)
-        for _ in range(steps_per_epoch):
-            loss = _train_step(bank, next(batches), optimizer, step / total_steps, config)
-            step += 1
-        if epoch % config.eval_every == 0 or epoch == config.epochs:
-            for scores, lr, accuracy in zip(
-                history, config.lrs, evaluate(bank, val, config, ranks), strict=True
-            ):
-                scores.append(Accuracy(lr, epoch, *accuracy))
-        if epoch % config.log_every == 0 or epoch == config.epochs:
-            best = max(scores[-1].top1 for scores in history) if history[0] else float("nan")
-            log.info("epoch %d/%d | loss %.4f | top-1 %.2f", epoch, config.epochs, loss, best)
-    return history
 
 
-def _steps_per_epoch(train: ClipTokens, batch_size: int, ranks: Ranks) -> int:
-    smallest = torch.tensor([train.num_readable], device=ranks.device)
-    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    if int(smallest) < 1:
-        raise ValueError(
-            "a rank has no readable training clip: use fewer processes or repair the data"
-        )
-    return max(1, int(smallest) // batch_size)
+class ProbeTrainer:
+    """One bank on the features of two lists. Every method is called by all ranks."""
 
+    def __init__(
+        self,
+        config: ProbeConfig,
+        width: int,
+        train: ClipFeatures,
+        val: ClipFeatures,
+        ranks: Ranks,
+        log: logging.Logger,
+        board=None,
+    ):
+        """board: TensorBoard writer of rank 0."""
+        self._config, self._heads_config = config, config.heads
+        self._train, self._val, self._ranks = train, val, ranks
+        self._log, self._board = log, board
+        self._num_classes = val.clips.num_classes
+        settings = settings_of(config.heads)
+        self.bank = HeadBank(config.heads.kind, width, self._num_classes, settings)
+        self.bank.to(ranks.device)
+        groups = [
+            {"params": list(head.parameters()), "peak": s.lr, "weight_decay": s.weight_decay}
+            for head, s in zip(self.bank.heads, settings, strict=True)
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=1.0)
+        self.history = History(settings)
 
-def _train_step(bank: HeadBank, batch, optimizer, progress: float, config: ProbeConfig) -> float:
-    tokens, bounds, longest, labels = batch
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] + (config.min_lr - group["peak"]) * progress
-    logits = bank(tokens, bounds, longest)
-    losses = [F.cross_entropy(one, labels, label_smoothing=config.smoothing) for one in logits]
-    optimizer.zero_grad()
-    sum(losses).backward()
-    _average_gradients(bank)
-    for head in bank.heads:
-        norm = torch.nn.utils.clip_grad_norm_(head.parameters(), config.clip_grad)
-        if not torch.isfinite(norm):
+    def run(self) -> History:
+        """All epochs. Raises UnreadableClips after the first reading of both lists, NonFiniteProbe
+        when no head is left."""
+        config = self._heads_config
+        keep, held = hold_out(self._train.clips, config.holdout)
+        size = config.batch_size * self._ranks.world_size
+        steps = -(-len(keep) // size)
+        for epoch in range(1, config.epochs + 1):
+            order = counter_rng(config.seed, "probe order", epoch).permutation(keep)
+            chunks = [order[i * size : (i + 1) * size] for i in range(steps)]
+            mine = [chunk[self._ranks.rank :: self._ranks.world_size] for chunk in chunks]
+            looks = [self._train.drawn_looks(chunk, epoch) for chunk in mine]
+            losses = []
+            for number, (found, features) in enumerate(self._train.batches(looks)):
+                progress = ((epoch - 1) * steps + number) / (config.epochs * steps)
+                labels = self._labels([look.clip for look in found])
+                losses.append(self._step(features, labels, progress))
+            last = epoch == config.epochs
+            if epoch == 1 or last or epoch % config.eval_every == 0:
+                self._judge(epoch, held, np.mean(losses, axis=0))
+            if epoch % config.log_every == 0 or last:
+                self._say(epoch)
+        return self.history
+
+    def judge(self, features: ClipFeatures, indices: np.ndarray) -> Judgement:
+        """Scores of the clips `indices` by all heads: the mean over the crops of the shares that
+        the softmax gives (multi-label: of the sigmoids)."""
+        clips, config = features.clips, self._heads_config
+        builder = JudgementBuilder(clips.labels, indices, len(self.bank.heads), clips.num_classes)
+        mine = indices[self._ranks.rank :: self._ranks.world_size]
+        chunks = [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
+        looks = [features.crops(chunk) for chunk in chunks]
+        with torch.no_grad():
+            for found, tokens in features.batches(looks):
+                if found:
+                    logits = self.bank(tokens).double()
+                    scores = logits.sigmoid() if clips.is_multi_label else logits.softmax(dim=-1)
+                    builder.add(*_mean_over_crops([look.clip for look in found], scores))
+        return builder.gather()
+
+    def _judge(self, epoch: int, held: np.ndarray, losses: np.ndarray) -> None:
+        history = self.history
+        judged = self.judge(self._val, np.arange(len(self._val.clips)))
+        if len(held):
+            history.held.append(self.judge(self._train, held).main())
+        if epoch == 1:
+            refuse_unreadable(self._train, self._val, self._config.allow_partial)
+        history.epochs.append(epoch)
+        history.main.append(judged.main())
+        history.top5.append(judged.top(5) if judged.scores is None else judged.main())
+        history.loss.append(losses)
+        history.last = judged
+        if self._board is not None:
+            for number, s in enumerate(self.bank.settings):
+                name = f"lr{s.lr:g}_wd{s.weight_decay:g}_seed{s.seed}"
+                self._board.add_scalar(f"loss/{name}", losses[number], epoch)
+                self._board.add_scalar(f"{judged.metric}/{name}", history.main[-1][number], epoch)
+                if len(held):
+                    value = history.held[-1][number]
+                    self._board.add_scalar(f"held_out_{judged.metric}/{name}", value, epoch)
+
+    def _labels(self, indices: list[int]) -> torch.Tensor:
+        return torch.from_numpy(self._train.clips.labels[indices]).to(self._ranks.device)
+
+    def _step(
+        self, features: list[torch.Tensor], labels: torch.Tensor, progress: float
+    ) -> np.ndarray:
+        """One step of every head; returns this rank's mean losses [B]."""
+        config = self._heads_config
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak"] + (config.min_lr - group["peak"]) * progress
+        count = torch.tensor(float(len(features)), device=self._ranks.device)
+        dist.all_reduce(count)
+        self._optimizer.zero_grad(set_to_none=False)
+        losses = torch.zeros(len(self.bank.heads))
+        if features:
+            sums = _losses(self.bank(features), labels, config.smoothing)
+            (sums.sum() / count.clamp(min=1)).backward()
+            losses = sums.detach().cpu() / len(features)
+        self._sum_gradients()
+        self._clip()
+        self._optimizer.step()
+        return losses.numpy()
+
+    def _sum_gradients(self) -> None:
+        """Over the ranks, in one collective."""
+        if self._ranks.world_size == 1:
+            return
+        parameters = list(self.bank.parameters())
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        dist.all_reduce(flat)
+        pieces = flat.split([parameter.numel() for parameter in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad.copy_(piece.view_as(parameter))
+
+    def _clip(self) -> None:
+        """Bound every head's gradient; a head without a finite one is left where it is."""
+        config, astray = self._heads_config, self.history.astray
+        for number, head in enumerate(self.bank.heads):
+            norm = torch.nn.utils.clip_grad_norm_(head.parameters(), config.clip_grad)
+            if number not in astray and not torch.isfinite(norm):
+                astray.add(number)
+                self._log.warning("head %s went astray", self.bank.settings[number])
+            if number in astray:
+                for parameter in head.parameters():
+                    parameter.grad = None
+        if len(astray) == len(self.bank.heads):
             raise NonFiniteProbe(
-                f"the gradient of a head is {norm.item()}: lower --default_lr_list {config.lrs}"
+                f"the gradients of all heads are not finite: lower --default_lr_list {config.lrs}"
             )
-    optimizer.step()
-    return float(torch.stack(losses).detach().mean())
+
+    def _say(self, epoch: int) -> None:
+        history = self.history
+        sound = [i for i in range(len(self.bank.heads)) if i not in history.astray]
+        self._log.info(
+            "epoch %d/%d | loss %.4f | %s of the heads %.2f to %.2f",
+            epoch,
+            self._heads_config.epochs,
+            history.loss[-1][sound].mean(),
+            history.last.metric,
+            history.main[-1][sound].min(),
+            history.main[-1][sound].max(),
+        )
 
 
-def _average_gradients(bank: HeadBank) -> None:
-    """Mean over the ranks, in one collective."""
-    gradients = [parameter.grad for parameter in bank.parameters()]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    pieces = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, piece in zip(gradients, pieces, strict=True):
-        gradient.copy_(piece.view_as(gradient))
+def _losses(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Sum over the clips of every head's loss [B]: cross entropy, or for several labels the mean
+    over the classes of binary cross entropies."""
+    if labels.ndim == 2:
+        targets = labels.float().expand_as(logits)
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1).sum(1)
+    heads, clips = logits.shape[:2]
+    flat = F.cross_entropy(
+        logits.flatten(0, 1), labels.repeat(heads), label_smoothing=smoothing, reduction="none"
+    )
+    return flat.view(heads, clips).sum(dim=1)
 
 
-@torch.inference_mode()
-def evaluate(
-    bank: HeadBank, val: ClipTokens, config: ProbeConfig, ranks: Ranks
-) -> list[tuple[float, float]]:
-    """(top-1, top-5) in percent of every head over all ranks' clips."""
-    counts = torch.zeros(len(bank.heads), 3, dtype=torch.float64, device=ranks.device)
-    for tokens, bounds, longest, labels in val.batches(val.indices, config.batch_size):
-        logits = bank(tokens, bounds, longest)
-        ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[None, :, None]
-        counts[:, 0] += ranked[..., 0].sum(dim=1)
-        counts[:, 1] += ranked.any(dim=-1).sum(dim=1)
-        counts[:, 2] += len(labels)
-    dist.all_reduce(counts)
-    if not counts[0, 2]:
-        raise ValueError("no validation clip can be read: repair the data")
-    return [(100 * top1 / n, 100 * top5 / n) for top1, top5, n in counts.tolist()]
+def _mean_over_crops(clips: list[int], scores: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """(clips once each, mean scores [B, n, K]) of scores of crops [B, m, K]."""
+    once = list(dict.fromkeys(clips))
+    number = {clip: row for row, clip in enumerate(once)}
+    rows = torch.tensor([number[clip] for clip in clips], device=scores.device)
+    total = scores.new_zeros(len(scores), len(once), scores.shape[-1]).index_add_(1, rows, scores)
+    return once, total / rows.bincount()[:, None]

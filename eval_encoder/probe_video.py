@@ -1,10 +1,17 @@
-"""Raw video -> a view, for benchmarks that are not packed:
-whole frames, or patches chosen by the codec.
+"""One file of a benchmark -> a view: whole frames, patches chosen by the codec, or a picture.
 
-decord reads frames where it is installed, PyAV otherwise; codec patches always come from PyAV,
-which exports the motion vectors.
+    validation   frames from the middle of S equal segments of the clip, centre square
+    crops        T samplings shifted within the segments, S squares along the long side
+    versions     of training clips: a uniform place in every segment, other colours; drawn from
+                 (seed, clip, version), so a version can be stored and met again
+
+Segments are (n - 1) / S frames long, as published: 8 frames of 64 are 3, 11, 19, ... Whole frames
+are read by decord where it is installed, by PyAV otherwise, or by torchcodec; codec patches always
+come from PyAV, which exports the motion vectors. decord shows pictures as they are stored, so clips
+that are to be turned or stretched go to PyAV in any case.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +19,51 @@ import torch
 
 from data_pipeline.codec.decode import decode_video, frame_to
 from data_pipeline.codec.decompose import decompose_video
-from data_pipeline.codec.open_video import InputLimits, open_video
-from data_pipeline.codec.saliency import patch_saliency
+from data_pipeline.codec.open_video import InputLimits, is_image, open_image, open_video
+from data_pipeline.codec.saliency import SaliencyConfig, patch_saliency
 from data_pipeline.codec.selection import select_patches
+from data_pipeline.counter_rng import counter_rng
 from data_pipeline.errors import RejectedInput
-from data_pipeline.loading.views import View, still_view
+from data_pipeline.loading.views import View, image_view, still_view
 from data_pipeline.shards.sample_builder import cut_patches
 from model_factory.packing import interpolate_frame_indices
+
+from .probe_augment import recolour
+from .probe_config import InputConfig
+
+
+@dataclass(frozen=True, order=True)
+class Look:
+    """What of a clip is looked at: `version` 0 is plain, others are drawn; the number of the
+    temporal and of the spatial crop."""
+
+    clip: int
+    version: int = 0
+    temporal: int = 0
+    spatial: int = 0
+
+
+def view_of_file(path: Path, look: Look, config: InputConfig, size: int, patch_size: int) -> View:
+    """The view of a video or picture. Raises RejectedInput for a file that cannot be read."""
+    squares = config.spatial_crops
+    place = 0.5 if squares == 1 else look.spatial / (squares - 1)
+    framed = (size, patch_size, place)
+    if is_image(path):
+        picture = _picture(path, *framed)
+        return image_view(torch.from_numpy(_coloured(picture[None], look, config)[0]), patch_size)
+    if config.view == "codec":
+        return _codec_patches(path, look, config, *framed)
+    return _whole_frames(path, look, config, *framed)
+
+
+def frame_numbers(total: int, look: Look, config: InputConfig) -> np.ndarray:
+    """Frames of a clip of `total` frames, int64 [num_frames]; those of a short clip repeat."""
+    count = config.num_frames
+    within = np.full(count, (look.temporal + 0.5) / config.temporal_crops)
+    if look.version and "jitter" in config.augmentations:
+        draw = counter_rng(config.seed, "probe jitter", look.clip, look.version)
+        within = draw.random(count)
+    return ((np.arange(count) + within) * (total - 1) / count).astype(np.int64)
 
 
 def have_decord() -> bool:
@@ -30,66 +75,116 @@ def have_decord() -> bool:
     return True
 
 
-def frames_of_video(
-    path: Path, num_frames: int, size: int, patch_size: int, target_frames: int, decoder: str
-) -> View:
-    """Whole frames from the middle of `num_frames` equal segments,
-    at their times on the target time base.
+def chosen_decoder(config: InputConfig) -> str:
+    """The reader of whole frames: decord, av or torchcodec."""
+    if config.decoder != "auto":
+        return config.decoder
+    return "decord" if have_decord() else "av"
 
-    Raises RejectedInput for a file that cannot be read.
-    """
-    use_decord = decoder == "decord" or (decoder == "auto" and have_decord())
-    reader = _read_with_decord if use_decord else _read_with_av
-    pictures, indices, total = reader(path, num_frames, size, patch_size)
+
+def _coloured(frames: np.ndarray, look: Look, config: InputConfig) -> np.ndarray:
+    if not look.version:
+        return frames
+    draw = counter_rng(config.seed, "probe colours", look.clip, look.version)
+    return recolour(frames, draw, config.augmentations)
+
+
+def _whole_frames(path, look, config, size, patch_size, place) -> View:
+    decoder = chosen_decoder(config)
+    if decoder != "av" and not _is_plain(path):
+        decoder = "av"
+    read = {"av": _read_with_av, "decord": _read_with_decord, "torchcodec": _read_with_torchcodec}
+    pictures, numbers, total = read[decoder](path, look, config, size, patch_size, place)
     times = interpolate_frame_indices(
-        torch.tensor(indices)[None], torch.tensor([total]), target_frames
+        torch.from_numpy(numbers)[None], torch.tensor([total]), config.target_frames
     )
-    return still_view([torch.from_numpy(picture) for picture in pictures], patch_size, times)
+    frames = [torch.from_numpy(picture) for picture in _coloured(pictures, look, config)]
+    return still_view(frames, patch_size, times)
 
 
-def codec_patches_of_video(
-    path: Path, num_tokens: int, size: int, patch_size: int, target_frames: int, gop: int
-) -> View:
-    """The `num_tokens` patches that packing would keep.
-    Raises RejectedInput for a file that cannot be read.
-    """
-    clip = decompose_video(path, target_frames, size, patch_size, gop)
-    selection = select_patches(patch_saliency(clip, patch_size), clip.is_i_frame, num_tokens)
+def _codec_patches(path, look, config, size, patch_size, place) -> View:
+    """The patches that packing would keep."""
+    framed = (config.target_frames, size, patch_size, config.gop)
+    clip = decompose_video(path, *framed, place=place)
+    saliency = SaliencyConfig(camera=config.camera, centre_prior=config.centre_prior)
+    selection = select_patches(
+        patch_saliency(clip, patch_size, saliency), clip.is_i_frame, config.num_tokens
+    )
     frame, row, column = selection.positions.astype(np.int64).T
-    patches = torch.from_numpy(cut_patches(clip.frames, frame, row, column, patch_size))
+    frames = _coloured(clip.frames, look, config)
+    patches = torch.from_numpy(cut_patches(frames, frame, row, column, patch_size))
     positions = np.stack([clip.times[frame], row, column], axis=-1)
     return View((patches.movedim(-1, 1),), torch.from_numpy(positions), (1, 1, len(patches)))
 
 
-def segment_middles(total: int, count: int) -> np.ndarray:
-    """Frame numbers in the middle of `count` equal segments of `total` frames."""
-    return np.minimum(((np.arange(count) + 0.5) * total / count).astype(int), total - 1)
+def _picture(path: Path, size: int, patch_size: int, place: float) -> np.ndarray:
+    return _framed(open_image(path, InputLimits())[None], size, patch_size, place)[0]
 
 
-def _read_with_decord(path: Path, num_frames: int, size: int, patch_size: int):
-    import decord
+def _framed(pictures: np.ndarray, size: int, patch_size: int, place: float) -> np.ndarray:
+    """uint8 [T, H, W, 3] -> [T, size, size, 3], bicubic."""
     from PIL import Image
 
-    open_video(path, InputLimits())[0].close()  # container white list and limits, before decord
-    try:
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        total = len(reader)
-        indices = segment_middles(total, min(num_frames, total))
-        raw = reader.get_batch(list(indices)).asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
-        raise RejectedInput("decode", f"{path}: {str(error).splitlines()[0]}") from error
-    framing = frame_to(*raw.shape[1:3], size, patch_size, "crop")
+    framing = frame_to(*pictures.shape[1:3], size, patch_size, "crop", place)
     scaled = (
         Image.fromarray(p).resize((framing.width, framing.height), Image.Resampling.BICUBIC)
-        for p in raw
+        for p in pictures
     )
-    return np.stack([framing.cut(np.asarray(picture)) for picture in scaled]), indices, total
+    return np.stack([framing.cut(np.asarray(picture)) for picture in scaled])
 
 
-def _read_with_av(path: Path, num_frames: int, size: int, patch_size: int):
-    # twice as many even frames plus one: every second one is the middle of a segment
-    video = decode_video(path, 2 * num_frames + 1, size, patch_size)
-    if len(video.frames) < 2 * num_frames + 1:
-        indices = segment_middles(len(video.frames), min(num_frames, len(video.frames)))
-        return video.frames[indices], indices, len(video.frames)
-    return video.frames[1::2], np.arange(1, 2 * num_frames + 1, 2), 2 * num_frames + 1
+def _is_plain(path: Path) -> bool:
+    """Whether frames are shown as they are stored: upright, square pixels, not interlaced. Checks
+    the container and its limits by the way, before any other reader opens the file."""
+    import av
+
+    container, stream = open_video(path, InputLimits())
+    try:
+        first = next(container.decode(stream))
+    except (av.FFmpegError, StopIteration) as error:
+        raise RejectedInput("decode", f"{path}: no frame can be decoded: {error}") from error
+    finally:
+        container.close()
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
+    return first.rotation == 0 and aspect == 1 and not first.interlaced_frame
+
+
+def _read_with_decord(path, look, config, size, patch_size, place):
+    import decord
+
+    try:
+        reader = decord.VideoReader(
+            str(path), ctx=decord.cpu(0), num_threads=config.decoder_threads
+        )
+        total = len(reader)
+        numbers = frame_numbers(total, look, config)
+        raw = reader.get_batch(list(numbers)).asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError) as error:
+        raise RejectedInput("decode", f"{path}: {str(error).splitlines()[0]}") from error
+    return _framed(raw, size, patch_size, place), numbers, total
+
+
+def _read_with_torchcodec(path, look, config, size, patch_size, place):
+    from torchcodec.decoders import VideoDecoder
+
+    try:
+        threads = {"num_ffmpeg_threads": config.decoder_threads}
+        reader = VideoDecoder(str(path), dimension_order="NHWC", **threads)
+        total = len(reader)
+        numbers = frame_numbers(total, look, config)
+        raw = reader.get_frames_at(numbers.tolist()).data.numpy()
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise RejectedInput("decode", f"{path}: {str(error).splitlines()[0]}") from error
+    return _framed(raw, size, patch_size, place), numbers, total
+
+
+def _read_with_av(path, look, config, size, patch_size, place):
+    seen = {}
+
+    def wanted(total: int) -> np.ndarray:
+        seen["total"], seen["numbers"] = total, frame_numbers(total, look, config)
+        return np.unique(seen["numbers"])
+
+    video = decode_video(path, wanted, size, patch_size, place=place)
+    numbers = seen["numbers"]
+    return video.frames[np.searchsorted(np.unique(numbers), numbers)], numbers, seen["total"]

@@ -2,11 +2,12 @@
 
 What goes wrong with data is seen by one rank: a sample too many that is bad, a read that hangs. All
 ranks learn of it at the same step and stop together. Cost: one collective of a few integers per
-micro step, on the CPU, and one more for steps in which a sample was replaced.
+micro step, on the CPU and beside the optimizer's work of the step before, and one more for steps in
+which a sample was replaced.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,18 @@ class DataCounts:
         return DataCounts(**sums, bad_samples=other.bad_samples)
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """Batches of this rank, or why there are none; the position after them; and the sums over all
+    ranks, which are there when `work` is done."""
+
+    batches: dict[str, PackedBatch]
+    failure: Exception | None
+    position: dict[str, dict]
+    sums: torch.Tensor
+    work: dist.Work
+
+
 def _totals(batches: dict[str, PackedBatch]) -> list[int]:
     """[samples, tokens, squares, room] of one rank's batches."""
     samples = sum(int((batch.weights > 0).sum()) for batch in batches.values())
@@ -80,6 +93,7 @@ class TrainingData:
             for head in config.heads
         }
         self._position = {name: {"epoch": 0, "next_batch": 0} for name in self.streams}
+        self._drawn: _Drawn | None = None
         self._bad = dict.fromkeys(self.streams, 0)
         self._on_record: dict[str, dict[int, list[int]]] = {}
         self._compare_plans()
@@ -129,11 +143,10 @@ class TrainingData:
             self._logger,
         )
 
-    def next_batches(
-        self, loader: Iterator, clock: StepClock, stop: bool = False, save: bool = False
-    ) -> tuple[dict[str, PackedBatch], DataCounts]:
-        """({head: batch of this rank}, counts of all ranks). Raises on all ranks alike what any of
-        them met. `stop` and `save` are this rank's wishes, of which all learn in the counts.
+    def draw(self, loader: MixtureLoader, clock: StepClock, wishes: Callable) -> None:
+        """Take the next batches and tell the other ranks, without waiting for them.
+
+        wishes() -> (stop, save): what this rank wishes, of which all learn in the counts.
         """
         batches, failure = {}, None
         with clock.section("data"):
@@ -142,17 +155,28 @@ class TrainingData:
             except Exception as error:
                 failure = error
         replaced = sum(len(batch.replaced) for batch in batches.values())
-        counts = [failure is not None, replaced, *_totals(batches), stop, save]
-        totals = torch.tensor(counts, dtype=torch.int64)
+        counts = [failure is not None, replaced, *_totals(batches), *wishes()]
+        sums = torch.tensor(counts, dtype=torch.int64)
+        work = dist.all_reduce(sums, async_op=True)
+        self._drawn = _Drawn(batches, failure, loader.state_dict(), sums, work)
+
+    def next_batches(
+        self, loader: MixtureLoader, clock: StepClock, wishes: Callable
+    ) -> tuple[dict[str, PackedBatch], DataCounts]:
+        """({head: batch of this rank}, counts of all ranks) of what was drawn, or is now. Raises on
+        all ranks alike what any of them met."""
+        if self._drawn is None:
+            self.draw(loader, clock, wishes)
+        drawn, self._drawn = self._drawn, None
         with clock.section("agree"):
-            dist.all_reduce(totals)
-        failed, replaced, *totals = totals.tolist()
+            drawn.work.wait()
+        failed, replaced, *totals = drawn.sums.tolist()
         if failed:
-            self._stop(failure)
-        bad = self._count_bad(batches) if replaced else self._bad
+            self._stop(drawn.failure)
+        bad = self._count_bad(drawn.batches) if replaced else self._bad
         self._bad = bad
-        self._position.update(loader.state_dict())
-        return batches, DataCounts(*totals, bad_samples=sum(bad.values()))
+        self._position.update(drawn.position)
+        return drawn.batches, DataCounts(*totals, bad_samples=sum(bad.values()))
 
     def _count_bad(self, batches: dict[str, PackedBatch]) -> dict[str, int]:
         """{head: bad samples of its epoch}, counted alike on all ranks."""

@@ -26,6 +26,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def export_checkpoint(checkpoint: Path, output: Path) -> int:
     """Write the exports of a checkpoint, or of the newest in a run's folder; returns its step.
+    Raises what `read_encoder` raises.
+    """
+    from .encoder import export_encoder
+
+    encoder, path, step = read_encoder(checkpoint)
+    output.mkdir(parents=True, exist_ok=True)
+    export_encoder(encoder, output, {"steps": step, "checkpoint": path.name})
+    return step
+
+
+def read_encoder(checkpoint: Path):
+    """(encoder, checkpoint folder, step) of a checkpoint, or of the newest in a run's folder.
 
     Raises BadCheckpoint for a damaged or missing one, ValueError without the run's configuration.
     """
@@ -34,7 +46,7 @@ def export_checkpoint(checkpoint: Path, output: Path) -> int:
     from .checkpoint_files import BadCheckpoint
     from .checkpoint_folder import verify_checkpoint
     from .config import ModelConfig
-    from .encoder import build_encoder, export_encoder
+    from .encoder import build_encoder
 
     path = newest_commit(checkpoint)
     problems = verify_checkpoint(path)
@@ -49,11 +61,8 @@ def export_checkpoint(checkpoint: Path, output: Path) -> int:
     reader = dcp.HuggingFaceStorageReader(str(path))
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     state = json.loads((path / "state.json").read_bytes())
-    step = state["step"]
     encoder.config.image_size = state.get("image_size", encoder.config.image_size)
-    output.mkdir(parents=True, exist_ok=True)
-    export_encoder(encoder, output, {"steps": step, "checkpoint": path.name})
-    return step
+    return encoder, path, state["step"]
 
 
 def newest_commit(path: Path) -> Path:

@@ -4,14 +4,19 @@ batches = loader                                  {head: PackedBatch}
 pooled  = encoder(batch)                          ddp or fsdp; heads may share a forward
 loss    = sum of weight * PartialFC(pooled)       centres sharded over the ranks
 backward, one global gradient norm, stop unless finite, clip, AdamW
+
+The batches of the next step are drawn before the optimizer works, so that ranks agree on them
+meanwhile.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from data_pipeline.loading.loader import MixtureLoader
 from data_pipeline.loading.packing import PackedBatch, joined_inputs
 
 from .config import TrainConfig
@@ -65,10 +70,10 @@ class TrainStep:
         self.skipped = 0
 
     def run(
-        self, step: int, total_steps: int, loader, ledger: Ledger, stop: bool, save: bool
+        self, step: int, total_steps: int, loader: MixtureLoader, ledger: Ledger, wishes: Callable
     ) -> StepResult:
-        """The step after `step` steps, over `grad_accum_steps` micro steps. `stop` and `save` are
-        this rank's wishes."""
+        """The step after `step` steps, over `grad_accum_steps` micro steps. `wishes()` tells
+        whether this rank wishes to stop and to save."""
         config, accumulate, clock = self._config, self._config.grad_accum_steps, self._clock
         reach("step.begin", step + 1)
         factor = lr_factor(step, total_steps, config.schedule)
@@ -76,16 +81,19 @@ class TrainStep:
         reported = {head.name: torch.zeros((), device=self._ranks.device) for head in config.heads}
         counts, softmax = DataCounts(), 0
         for micro in range(accumulate):
-            batches, new = self._data.next_batches(loader, clock, stop and micro == 0, save)
+            batches, new = self._data.next_batches(loader, clock, wishes)
             counts += new
             softmax += self._softmax_flops(batches)
             ledger.record(step + 1, batches)
-            with self._encoder.accumulation(last=micro == accumulate - 1):
+            last = micro == accumulate - 1
+            with self._encoder.accumulation(last):
                 objective = self._objective(batches, reported, step * accumulate + micro)
                 if reach("step.backward", step + 1):
                     objective = objective * torch.nan
                 with clock.section("backward"):
                     (objective / accumulate).backward()
+            if not last or step + 1 < total_steps:
+                self._data.draw(loader, clock, wishes)
 
         with clock.section("optimizer"):
             norm = global_grad_norm(self._encoder.module, list(self._heads.values()))
@@ -97,8 +105,8 @@ class TrainStep:
             self._optimizer.zero_grad(set_to_none=True)
         values = {f"loss/{name}": loss / accumulate for name, loss in reported.items()}
         values |= {"grad_norm": norm, "lr": config.optimizer.lr * factor}
-        wishes = (counts.stop > 0, counts.save > 0)
-        return StepResult(values, self._step_counts(counts, softmax), *wishes, batches)
+        wished = (counts.stop > 0, counts.save > 0)
+        return StepResult(values, self._step_counts(counts, softmax), *wished, batches)
 
     def _objective(
         self, batches: dict[str, PackedBatch], reported: dict, draw: int

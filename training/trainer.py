@@ -118,13 +118,11 @@ class Trainer:
 
     def _loop(self, last_step: int, ledger: Ledger, metrics: MetricLogger, trial: bool) -> None:
         profiler = Profiler(self.output, self.config.profile_steps, self.ranks)
-        saved_at, encoder, first = time.monotonic(), self.encoder.module.train(), True
+        self._saved_at, encoder, first = time.monotonic(), self.encoder.module.train(), True
         with self.signals.deferred(), self.data.loader() as loader, profiler:
             while self.step < last_step:
-                asked = self.signals.requested is not None
-                due = time.monotonic() - saved_at > 60 * self.config.checkpoint.minutes
                 result = self.train_step.run(
-                    self.step, self.total_steps, loader, ledger, asked, due and self.ranks.is_main
+                    self.step, self.total_steps, loader, ledger, self._wishes
                 )
                 self.step += 1
                 profiler.step()
@@ -136,11 +134,19 @@ class Trainer:
                 if not trial and (self._is_due(result.save) or done):
                     metrics.flush()
                     self.checkpointer.save(self.step, self.state(), wait=done)
-                    saved_at = time.monotonic()
+                    self._saved_at = time.monotonic()
                 reach("step.end", self.step)
                 if result.stop:
                     saved = f"asked to stop: saved at step {self.step} of {last_step}"
                     raise Preempted(saved, saved=True)
+
+    def _wishes(self) -> tuple[bool, bool]:
+        """Whether this rank wishes to stop and to save; a wish to save is uttered once."""
+        now, asked = time.monotonic(), self.signals.requested is not None
+        due = self.ranks.is_main and now - self._saved_at > 60 * self.config.checkpoint.minutes
+        if due:
+            self._saved_at = now
+        return asked, due
 
     def _is_due(self, wished: bool) -> bool:
         return wished or self.step % self.config.checkpoint.every == 0

@@ -12,6 +12,7 @@ taken for 720 lines and more and BT.601 below, as players do.
 Shape legend: T frames, H, W working height and width.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -47,12 +48,14 @@ class Framing:
         ]
 
 
-def frame_to(height: float, width: float, size: int, patch_size: int, fit: str) -> Framing:
+def frame_to(
+    height: float, width: float, size: int, patch_size: int, fit: str, place: float = 0.5
+) -> Framing:
     """Choose the working size of a picture of any shape (pixels already square).
 
-    crop: short side to `size`, centre square of `size` x `size`. area: keep the aspect ratio with
-    about `size` ** 2 pixels. Sides are multiples of the patch size. Raises ValueError when `size`
-    is no such multiple.
+    crop: short side to `size`, a square of `size` x `size`, at `place` of the long side (0 its
+    start, 0.5 the middle, 1 its end). area: keep the aspect ratio with about `size` ** 2 pixels.
+    Sides are multiples of the patch size. Raises ValueError when `size` is no such multiple.
     """
     if size % patch_size or size % 2:
         raise ValueError(f"size {size} must be even and a multiple of the patch size {patch_size}")
@@ -70,7 +73,7 @@ def frame_to(height: float, width: float, size: int, patch_size: int, fit: str) 
         raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}")
     scaled_height = max(out_height, round(height * scale))
     scaled_width = max(out_width, round(width * scale))
-    top, left = (scaled_height - out_height) // 2, (scaled_width - out_width) // 2
+    top, left = int(place * (scaled_height - out_height)), int(place * (scaled_width - out_width))
     return Framing(scaled_height, scaled_width, top, left, out_height, out_width)
 
 
@@ -99,16 +102,18 @@ class _Damaged(RejectedInput):
 
 def decode_video(
     path: Path,
-    num_frames: int,
+    num_frames: int | Callable[[int], Iterable[int]],
     size: int,
     patch_size: int,
     fit: str = "crop",
     limits: InputLimits | None = None,
     salvage: bool = False,
     watcher=None,
+    place: float = 0.5,
 ) -> DecodedVideo:
     """Decode `num_frames` frames at even timestamps;
-    fewer when the video has fewer, never a repeated one.
+    fewer when the video has fewer, never a repeated one. `num_frames` may also be a function from
+    the number of frames of the video to the numbers of those that are wanted.
 
     With `salvage`, a damaged video is cut to its whole GOPs before the damage. A `watcher` may
     `prepare(stream)` and `see(number, frame, framing, is_chosen)` every frame. Raises
@@ -117,7 +122,7 @@ def decode_video(
     """
     limits = limits or InputLimits()
     timeline = read_timeline(path, limits, salvage)
-    framed = dict(size=size, patch_size=patch_size, fit=fit)
+    framed = dict(size=size, patch_size=patch_size, fit=fit, place=place)
     try:
         video = _decode(path, timeline, num_frames, limits, framed, watcher)
     except _Damaged as damage:
@@ -133,11 +138,14 @@ def decode_video(
 
 
 def _decode(
-    path: Path, timeline: Timeline, num_frames: int, limits, framed: dict, watcher
+    path: Path, timeline: Timeline, num_frames, limits, framed: dict, watcher
 ) -> DecodedVideo:
     import av
 
-    wanted = set(even_times(timeline.stamps, num_frames))
+    if callable(num_frames):
+        wanted = {timeline.stamps[int(i)] for i in num_frames(len(timeline.stamps))}
+    else:
+        wanted = set(even_times(timeline.stamps, num_frames))
     # opened again instead of seeking back, which is inexact in streams without an index
     container, stream = open_video(path, limits)
     stream.codec_context.options = {"err_detect": "explode"}
@@ -213,7 +221,7 @@ def _notes(frame) -> tuple[str, ...]:
     return (*interlaced, *((f"rotated {frame.rotation:.0f}",) if frame.rotation else ()))
 
 
-def _framing_of(path: Path, frame, stream, size, patch_size, fit) -> Framing:
+def _framing_of(path: Path, frame, stream, size, patch_size, fit, place) -> Framing:
     if abs(frame.rotation / 90 - round(frame.rotation / 90)) > 0.01 or _is_mirrored(frame):
         turned = "mirrored" if _is_mirrored(frame) else f"turned by {frame.rotation:.0f} degrees"
         raise RejectedInput(
@@ -224,7 +232,7 @@ def _framing_of(path: Path, frame, stream, size, patch_size, fit) -> Framing:
     height, width = float(frame.height), frame.width * float(aspect or 1)
     if frame.rotation % 180:
         height, width = width, height
-    framing = frame_to(height, width, size, patch_size, fit)
+    framing = frame_to(height, width, size, patch_size, fit, place)
     if framing.height * framing.width > MAX_BLOWN_UP * size**2:
         raise RejectedInput(
             "too_large",

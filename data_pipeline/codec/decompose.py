@@ -72,11 +72,12 @@ def decompose_video(
     fit: str = "crop",
     limits=None,
     salvage: bool = False,
+    place: float = 0.5,
 ) -> CodecClip:
     """Decode, choose and decompose one video; see decode_video for the frames
     and the reasons of rejection.
     """
-    video = decode_video(path, num_frames, size, patch_size, fit, limits, salvage)
+    video = decode_video(path, num_frames, size, patch_size, fit, limits, salvage, place=place)
     clip = decompose_frames(video.frames, gop, video.seconds)
     facts = dict(num_source_frames=video.num_source_frames, codec=video.codec, notes=video.notes)
     return replace(clip, **facts)

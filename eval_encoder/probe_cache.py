@@ -1,0 +1,92 @@
+"""Features kept between epochs and between probes, fp16.
+
+    memory   up to a number of bytes per process, for looks that come again
+    folder   by option, for every look: FOLDER/KEY/ab/DIGEST.npy and FOLDER/KEY/key.json
+
+KEY hashes what makes features: the encoder's weights, the input settings, tokens or pooled. DIGEST
+hashes the clip (its name, size and time of change, or its place in a packed set) and the look. So
+another encoder, sampling or file is never answered by old features, while other lists, heads and
+seeds of heads share them. Files are written beside and renamed, so several processes may fill one
+folder; a file that cannot be read is made again. Cost: a file of tokens * width * 2 bytes per look.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.shards.writer import write_atomically
+
+from .probe_video import Look
+
+
+class FeatureCache:
+    """Features [L, C] fp16 by look."""
+
+    def __init__(self, folder: Path | None, key: dict, memory_bytes: int, clip_identity):
+        """clip_identity(index) -> text that changes with the clip's content."""
+        text = json.dumps(key, sort_keys=True, default=str)
+        self._folder, self._identity = None, clip_identity
+        self._memory: dict[Look, torch.Tensor] = {}
+        self._room = memory_bytes
+        if folder is not None:
+            self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not (self._folder / "key.json").is_file():
+                write_atomically(self._folder / "key.json", text.encode())
+
+    def get(self, look: Look) -> torch.Tensor | None:
+        """Stored features, or None."""
+        if look in self._memory:
+            return self._memory[look]
+        path = self._path(look)
+        if path is None or not path.is_file():
+            return None
+        try:
+            features = torch.from_numpy(np.load(path, allow_pickle=False))
+        except (ValueError, EOFError):  # not ours, or cut by a full disk: made again
+            return None
+        self._keep(look, features)
+        return features
+
+    def put(self, look: Look, features: torch.Tensor, comes_again: bool) -> None:
+        """Keep features: in the folder always, in memory if they come again and there is room."""
+        if comes_again:
+            self._keep(look, features)
+        path = self._path(look)
+        if path is not None:
+            path.parent.mkdir(exist_ok=True)
+            beside = path.with_suffix(f".{os.getpid()}.tmp")
+            with open(beside, "wb") as stream:
+                np.save(stream, features.numpy(), allow_pickle=False)
+            os.replace(beside, path)
+
+    def has(self, look: Look) -> bool:
+        """Whether `get` has an answer, without reading it."""
+        path = self._path(look)
+        return look in self._memory or (path is not None and path.is_file())
+
+    def _keep(self, look: Look, features: torch.Tensor) -> None:
+        size = features.numel() * features.element_size()
+        if size <= self._room:
+            self._memory[look] = features
+            self._room -= size
+
+    def _path(self, look: Look) -> Path | None:
+        if self._folder is None:
+            return None
+        place = (self._identity(look.clip), look.version, look.temporal, look.spatial)
+        digest = hashlib.sha256(repr(place).encode()).hexdigest()
+        return self._folder / digest[:2] / f"{digest[2:34]}.npy"
+
+
+def file_identity(path: Path) -> str:
+    """Name, size and time of change of a file."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return f"{path.name} absent"
+    return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
