@@ -26,10 +26,11 @@ from .probe_video import Look
 class FeatureCache:
     """Features [L, C] fp16 by look."""
 
-    def __init__(self, folder: Path | None, key: dict, memory_bytes: int, clip_identity):
-        """clip_identity(index) -> text that changes with the clip's content."""
+    def __init__(self, folder: Path | None, key: dict, memory_bytes: int, identity):
+        """key: what all features have in common; identity(look) -> text that changes with what is
+        seen."""
         text = json.dumps(key, sort_keys=True, default=str)
-        self._folder, self._identity = None, clip_identity
+        self._folder, self._identity = None, identity
         self._memory: dict[Look, torch.Tensor] = {}
         self._room = memory_bytes
         if folder is not None:
@@ -78,8 +79,7 @@ class FeatureCache:
     def _path(self, look: Look) -> Path | None:
         if self._folder is None:
             return None
-        place = (self._identity(look.clip), look.version, look.temporal, look.spatial)
-        digest = hashlib.sha256(repr(place).encode()).hexdigest()
+        digest = hashlib.sha256(self._identity(look).encode()).hexdigest()
         return self._folder / digest[:2] / f"{digest[2:34]}.npy"
 
 

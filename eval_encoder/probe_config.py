@@ -114,11 +114,13 @@ class InputConfig:
         return VIDEO_FAMILIES.get(self.family, "frame")
 
     def identity(self) -> dict:
-        """What decides on the pixels, for the key of stored features."""
+        """What decides on the pixels of any look, for the key of stored features."""
         fields = asdict(self)
         others = {"frame": ("num_tokens", "gop", "camera", "centre_prior")}
         others["codec"] = ("num_frames", "decoder")
-        for name in ("workers", "decoder_threads", "train_views", "family", *others[self.view]):
+        unseen = ("workers", "decoder_threads", "train_views", "family", "temporal_crops")
+        unseen += ("spatial_crops", "seed", "augmentations")  # of a look, not of all
+        for name in (*unseen, *others[self.view]):
             fields.pop(name)
         return {"view": self.view, **fields}
 

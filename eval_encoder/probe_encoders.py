@@ -157,7 +157,8 @@ def _packed_model(model_name: str, model_weight: str, seed: int) -> LlavaViTPack
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         return read_encoder(path)[0]
     if path.is_file():
-        return load_backbone(path, model_name)
+        described = path.with_suffix(".json").is_file()
+        return load_backbone(path, None if described else model_name)
     raise ValueError(
         f"--model_weight {model_weight!r} is no Hugging Face folder, no training run or checkpoint "
         "and no weights file; write `random` to judge an untrained encoder"

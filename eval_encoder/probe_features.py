@@ -42,7 +42,7 @@ class ClipFeatures:
         key = {"encoder": encoder.sha256, "pooled": self._pooled, "size": size}
         key |= {"decoder": chosen_decoder(config.input), "input": config.input.identity()}
         room = int(config.cache_gb * (1 << 30))
-        self._cache = FeatureCache(config.cache_dir, key, room, self._reader.identity)
+        self._cache = FeatureCache(config.cache_dir, key, room, self._identity)
 
     def find_missing(self, rank: int, world_size: int) -> None:
         """Note files that are not there, of this rank's share, before anything is decoded."""
@@ -70,9 +70,17 @@ class ClipFeatures:
 
     def crops(self, indices) -> list[Look]:
         """All crops of each clip, one clip after the other."""
+        times, squares = self._config.input.temporal_crops, self._config.input.spatial_crops
+        within = [(t + 0.5) / times for t in range(times)]
+        across = [0.5] if squares == 1 else [s / (squares - 1) for s in range(squares)]
+        return [Look(int(i), 0, t, s) for i in indices for t in within for s in across]
+
+    def _identity(self, look: Look) -> str:
+        """Text that changes with what is seen: the clip's content, the place, and the draw."""
+        place = f"{self._reader.identity(look.clip)} {look.within} {look.across}"
         config = self._config.input
-        places = [(t, s) for t in range(config.temporal_crops) for s in range(config.spatial_crops)]
-        return [Look(int(i), 0, t, s) for i in indices for t, s in places]
+        draw = f" {look.clip} {look.version} {config.seed} {config.augmentations}"
+        return place + draw * (look.version > 0)
 
     def batches(self, batches: list[list[Look]]) -> Iterator[tuple[list[Look], list[torch.Tensor]]]:
         """(readable looks, their features fp32 [L_i, C] on the device) of every batch of looks."""

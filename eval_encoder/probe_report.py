@@ -9,11 +9,12 @@ import json
 from pathlib import Path
 
 from .probe_datasets import find_benchmark
+from .probe_results import with_interval
 
 BARS = "▁▂▃▄▅▆▇█"
 ROUNDS_NAME = "rounds.json"
 UNTRAINED = "random"
-INPUTS = {"llava_vit_sampling": "whole frames", "llava_vit_codec": "codec patches"}
+INPUTS = {"frame": "whole frames", "codec": "codec patches"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,7 +118,7 @@ def _probe(results: Path) -> str:
     if not results.is_file():
         return ""
     records = [json.loads(line) for line in results.read_text().splitlines()]
-    latest = {(r["family"], Path(r["weight"]).name): r for r in records}
+    latest = {(r["view"], Path(r["weight"]).name): r for r in records}
     weights = sorted({name for _, name in latest} - {UNTRAINED}) + [UNTRAINED]
     chance = 100 / find_benchmark(records[-1]["dataset"]).num_classes
     lines = [
@@ -126,12 +127,16 @@ def _probe(results: Path) -> str:
         f"| input (equal token budget) | {' | '.join(weights)} | chance |",
         f"| --- |{' ---: |' * (len(weights) + 1)}",
     ]
-    for family, name in INPUTS.items():
-        found = [latest.get((family, weight)) for weight in weights]
-        cells = [f"{r['last_epoch']['top1']:.1f} %" if r else "-" for r in found]
-        lines.append(f"| {name} | {' | '.join(cells)} | {chance:.1f} % |")
-    seeds = sorted({record["seed"] for record in latest.values()})
-    lines += ["", f"Last epoch, best of the learning rates tried; probe seed {seeds}."]
+    for view, name in INPUTS.items():
+        found = [latest.get((view, weight)) for weight in weights]
+        cells = [with_interval(r["last_epoch"], "top1") if r else "-" for r in found]
+        lines.append(f"| {name} | {' | '.join(cells)} | {chance:.1f} |")
+    heads = max(len(record["last_epoch"]["seeds"]) for record in latest.values())
+    lines += [
+        "",
+        f"Percent at the last epoch, mean of {heads} heads, ± half of the 95 % interval that the "
+        "choice of clips leaves; the learning rate was chosen on held-out training clips.",
+    ]
     return "\n".join(lines)
 
 

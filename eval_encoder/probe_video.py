@@ -34,20 +34,18 @@ from .probe_config import InputConfig
 
 @dataclass(frozen=True, order=True)
 class Look:
-    """What of a clip is looked at: `version` 0 is plain, others are drawn; the number of the
-    temporal and of the spatial crop."""
+    """What of a clip is looked at. `version` 0 is plain, others are drawn; `within` is the place of
+    the frames in their segments, `across` that of the square along the long side, both 0 to 1."""
 
     clip: int
     version: int = 0
-    temporal: int = 0
-    spatial: int = 0
+    within: float = 0.5
+    across: float = 0.5
 
 
 def view_of_file(path: Path, look: Look, config: InputConfig, size: int, patch_size: int) -> View:
     """The view of a video or picture. Raises RejectedInput for a file that cannot be read."""
-    squares = config.spatial_crops
-    place = 0.5 if squares == 1 else look.spatial / (squares - 1)
-    framed = (size, patch_size, place)
+    framed = (size, patch_size, look.across)
     if is_image(path):
         picture = _picture(path, *framed)
         return image_view(torch.from_numpy(_coloured(picture[None], look, config)[0]), patch_size)
@@ -59,7 +57,7 @@ def view_of_file(path: Path, look: Look, config: InputConfig, size: int, patch_s
 def frame_numbers(total: int, look: Look, config: InputConfig) -> np.ndarray:
     """Frames of a clip of `total` frames, int64 [num_frames]; those of a short clip repeat."""
     count = config.num_frames
-    within = np.full(count, (look.temporal + 0.5) / config.temporal_crops)
+    within = np.full(count, look.within)
     if look.version and "jitter" in config.augmentations:
         draw = counter_rng(config.seed, "probe jitter", look.clip, look.version)
         within = draw.random(count)

@@ -41,7 +41,7 @@ def save_backbone(model: LlavaViTPackingModel, path: Path) -> None:
 
 
 def backbone_config(
-    path: Path, model_name: str, rope_pairing: str = "legacy"
+    path: Path, model_name: str | None, rope_pairing: str = "legacy"
 ) -> LlavaViTPackingConfig:
     """Configuration beside the weights; without one the registered one of `model_name` (its norm
     eps included, so that the loaded function is the one that was trained) and the given rotary
@@ -54,18 +54,21 @@ def backbone_config(
 
 
 def load_backbone(
-    path: Path, model_name: str, rope_pairing: str = "legacy"
+    path: Path, model_name: str | None, rope_pairing: str = "legacy"
 ) -> LlavaViTPackingModel:
-    """Packing model with the weights of a backbone.pt.
+    """Packing model with the weights of a backbone.pt; without a name, of the model that the
+    backbone.json beside it describes.
 
     Raises ValueError when the file is missing or any tensor is missing, unexpected or of another
     shape.
     """
     weights = read_weights(path)
     config = backbone_config(path, model_name, rope_pairing)
-    check_is_model(config, model_name, str(path))
+    if model_name is not None:
+        check_is_model(config, model_name, str(path))
     model = LlavaViTPackingModel(config)
-    check_fits(weights, model.state_dict(), f"{path}, loaded as {model_name},")
+    name = model_name or "what the file beside it describes"
+    check_fits(weights, model.state_dict(), f"{path}, loaded as {name},")
     model.load_state_dict(weights)
     return model
 

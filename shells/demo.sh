@@ -64,7 +64,7 @@ if [ -z "$videos" ]; then
             torchrun --nproc_per_node 2 eval_encoder/attentive_probe.py --dataset motion_shapes \
                 --data_root "$output/train/data" --model_family "$family" --model_name "$model" \
                 --model_weight "$weight" --num_frames 2 --K_keep 98 --default_epoch 20 \
-                --default_lr_list 0.001 0.003 --save_report "$output/probe"
+                --default_lr_list 0.001 0.003 --num_seeds 3 --save_report "$output/probe"
         done
     done
 else

@@ -1,39 +1,48 @@
-"""The probe: benchmarks that are absent explain themselves, encoders are what was named,
-counts are exact.
+"""The probe as a command: absent benchmarks explain themselves, every clip counts once on any
+number of ranks, features are encoded once, and what is reported was chosen on training clips.
 """
 
 import csv
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from conftest import run, torchrun
+from conftest import ROOT, run, torchrun, write_video
 
-from eval_encoder.probe_config import build_config, build_parser
-from eval_encoder.probe_datasets import MissingBenchmark, find_benchmark, read_lists
-from eval_encoder.probe_encoders import build_encoder
-from eval_encoder.probe_head import HeadBank
-from eval_encoder.probe_prepare import prepare_ssv2
-from eval_encoder.probe_video import codec_patches_of_video, frames_of_video, have_decord
+from eval_encoder.probe_anchors import ANCHORS, COLUMNS
+from eval_encoder.probe_results import read_results
 
 PROBE = "eval_encoder/attentive_probe.py"
+PUBLIC = (
+    *(PROBE, "--eval_freq", 1, "--default_lr_list", 0.0003, "--batch_size", 16),
+    *("--default_weight_decay", 0, "--dali_py_num_workers", 8),
+    *("--model_family", "llava_vit_sampling", "--dataset", "ssv2"),
+)
 
 
 def probe_command(root, report, *extra):
     return (
-        *(
-            PROBE,
-            "--dataset",
-            "motion_shapes",
-            "--data_root",
-            root,
-            "--model_name",
-            "llava_vit_tiny_ln",
-        ),
+        *(PROBE, "--dataset", "motion_shapes", "--data_root", root),
+        *("--model_name", "llava_vit_tiny_ln", "--model_weight", "random"),
         *("--num_frames", 2, "--K_keep", 98, "--batch_size", 4, "--default_epoch", 2),
         *("--save_report", report, *extra),
     )
+
+
+def record_of(report: Path) -> dict:
+    return json.loads((report / "results.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.fixture
+def raw(clips, tmp_path) -> Path:
+    """A data root with the raw clips of motion_shapes alone."""
+    root = tmp_path / "raw" / "motion_shapes"
+    shutil.copytree(clips / "clips", root / "clips")
+    for name in ("train.csv", "val.csv"):
+        shutil.copy(clips / name, root / name)
+    return root.parent
 
 
 def test_a_missing_benchmark_shows_the_tree_and_the_command(tmp_path):
@@ -43,128 +52,192 @@ def test_a_missing_benchmark_shows_the_tree_and_the_command(tmp_path):
     assert "python -m eval_encoder.probe_prepare ssv2" in done.stderr
 
 
-def test_unknown_benchmarks_and_bad_lines_are_named(tmp_path):
-    with pytest.raises(ValueError, match="ucf101"):
-        find_benchmark("ucf-101")
-    folder = tmp_path / "motion_shapes"
-    folder.mkdir()
-    (folder / "train.csv").write_text("a.mp4,1\nb.mp4,8\n")
-    (folder / "val.csv").write_text("a.mp4,1\n")
-    with pytest.raises(ValueError, match=r"train.csv line 2: \['b.mp4', '8'\]"):
-        read_lists("motion_shapes", tmp_path, None, None)
-    with pytest.raises(MissingBenchmark):
-        read_lists("hmdb51", tmp_path, None, None)
-
-
-def test_official_ssv2_files_become_lists(tmp_path):
-    annotations, videos = tmp_path / "json", tmp_path / "videos"
-    annotations.mkdir(), videos.mkdir()
-    (annotations / "something-something-v2-labels.json").write_text(
-        json.dumps({"Holding something": "0"})
-    )
-    entries = [{"id": str(i), "template": "Holding [something]"} for i in (1, 2)]
-    (annotations / "something-something-v2-train.json").write_text(json.dumps(entries))
-    (annotations / "something-something-v2-validation.json").write_text(json.dumps(entries[:1]))
-    (videos / "1.webm").write_bytes(b"x")
-    assert prepare_ssv2(annotations, videos, tmp_path / "ssv2") == {"train": (1, 1), "val": (1, 0)}
-    train, val = read_lists("ssv2", tmp_path, None, None)
-    assert train.names == ["../videos/1.webm"] and val.labels == [0]
-
-
-def test_a_wrong_weight_path_is_an_error_never_another_model(tmp_path):
-    for weight in ("NULL", str(tmp_path / "nothing"), str(tmp_path)):
-        with pytest.raises(ValueError, match="no Hugging Face folder"):
-            build_encoder("llava_vit_tiny_ln", weight, 0)
-    first, second = (build_encoder("llava_vit_tiny_ln", "random", 1) for _ in range(2))
-    assert torch.equal(first.patch_embed.proj.weight, second.patch_embed.proj.weight)
-    assert not any(parameter.requires_grad for parameter in first.parameters())
-
-
-def test_config_mistakes_are_named():
-    with pytest.raises(ValueError, match="--model_family 'clip'"):
-        build_config(build_parser().parse_args(["--model_family", "clip"]))
-
-
-def test_heads_of_a_bank_start_alike_and_pool_each_clip_alone():
-    bank = HeadBank(64, 5, 2, seed=0)
-    tokens = torch.randn(30, 64)
-    bounds = torch.tensor([0, 12, 30], dtype=torch.int32)
-    logits = bank(tokens, bounds, 18)
-    assert logits.shape == (2, 2, 5) and torch.equal(logits[0], logits[1])
-    alone = bank(tokens[12:], torch.tensor([0, 18], dtype=torch.int32), 18)
-    assert torch.allclose(alone[0, 0], logits[0, 1], atol=1e-6)
-
-
-@pytest.mark.parametrize("decoder", ["av", "decord"])
-def test_raw_frames_lie_in_the_middle_of_their_segments(clips, decoder):
-    if decoder == "decord" and not have_decord():
-        pytest.skip("decord is not installed")
-    view = frames_of_video(clips / "clips" / "train_00000.mp4", 4, 112, 16, 64, decoder)
-    assert view.grid == (4, 7, 7) and len(view) == 196 and view.patch_dim == 768
-    times = view.positions[::49, 0].tolist()
-    assert all(abs(time - want) <= 1 for time, want in zip(times, (8, 24, 40, 56), strict=True))
-
-
-def test_raw_codec_patches_are_those_that_packing_keeps(clips, packed):
-    from data_pipeline.loading.choices import ViewConfig
-    from data_pipeline.loading.sequential import sequential_batches
-    from data_pipeline.shards.manifest import load_manifest
-
-    view = codec_patches_of_video(clips / "clips" / "train_00003.mp4", 98, 112, 16, 64, gop=64)
-    manifest = load_manifest(packed / "train")
-    (batch,) = sequential_batches(manifest, [3], 1, "codec", ViewConfig(max_tokens=98))
-    assert torch.equal(view.positions, batch.patch_positions)
-    rows = torch.empty_like(batch.pixels)
-    view.write(rows)
-    assert (rows.float() - batch.pixels.float()).abs().mean() < 6  # JPEG
-
-
 @pytest.mark.e2e
 @pytest.mark.dali
-@pytest.mark.parametrize("family", ["llava_vit_sampling", "llava_vit_codec"])
-def test_packed_probe_counts_every_clip_once_on_two_ranks(packed, tmp_path, family):
-    extra = (
-        "--model_weight",
-        "random",
-        "--model_family",
-        family,
-        "--default_lr_list",
-        "1e-3",
-        "1e-2",
-    )
-    done = torchrun(2, *probe_command(packed.parent, tmp_path, *extra))
+@pytest.mark.parametrize("family", ["llava_vit_sampling", "ov_encoder_codec"])
+def test_two_ranks_judge_as_one_does(packed, tmp_path, family):
+    flags = ("--model_family", family, "--default_lr_list", "1e-3", "1e-2", "--num_seeds", 2)
+    done = torchrun(2, *probe_command(packed.parent, tmp_path / "two", *flags))
     assert f"motion_shapes {family}: top-1" in done.stdout
-    record = json.loads((tmp_path / "results.jsonl").read_text())
-    assert record["clips"] == {"train": 24, "val": 8} and len(record["by_lr"]) == 2
-    assert (record["last_epoch"]["top1"] * 8 / 100) % 1 == 0  # a whole number of 8 clips
-    assert (tmp_path / "report_attentive_probe_random.txt").read_text().startswith("motion_shapes ")
+    run(*probe_command(packed.parent, tmp_path / "one", *flags, "--batch_size", 8))
+    two, one = record_of(tmp_path / "two"), record_of(tmp_path / "one")
+    assert two["clips"] == {"train": 24, "val": 8} and len(two["grid"]) == 4
+    for name in ("last_epoch", "best_epoch", "chosen", "per_class", "grid"):
+        assert one[name] == two[name], name
+    assert (two["grid"][0]["top1"] * 8 / 100) % 1 == 0  # a whole number of 8 clips
+    assert (tmp_path / "two" / two["confusion"]).stat().st_size > 5000
+    assert (tmp_path / "two" / "table.md").read_text().count("\n") == 3
+    assert list((tmp_path / "two" / "tensorboard").glob("*/events*"))
+    report = tmp_path / "two" / "report_attentive_probe_random.txt"
+    assert report.read_text().startswith("motion_shapes ")
 
 
 @pytest.mark.e2e
-def test_raw_videos_are_judged_too_and_missing_ones_forbid_an_accuracy(clips, tmp_path):
-    root = tmp_path / "motion_shapes"
-    root.mkdir()
-    shutil.copytree(clips / "clips", root / "clips")
-    for name in ("train.csv", "val.csv"):
-        shutil.copy(clips / name, root / name)
-    extra = ("--model_weight", "random", "--input_size", 112)
-    run(*probe_command(tmp_path, tmp_path / "report", *extra))
-    (root / "clips" / "val_00003.mp4").unlink()
-    done = run(*probe_command(tmp_path, tmp_path / "again", *extra), check=False)
+def test_missing_and_damaged_videos_forbid_an_accuracy(raw, tmp_path):
+    extra = ("--input_size", 112, "--train_views", 1)
+    folder = raw / "motion_shapes" / "clips"
+    (folder / "val_00003.mp4").unlink()
+    done = run(*probe_command(raw, tmp_path / "report", *extra), check=False)
     assert done.returncode == 1 and "clips/val_00003.mp4: missing" in done.stderr
-    assert not (tmp_path / "again").exists()
-    done = run(*probe_command(tmp_path, tmp_path / "again", *extra, "--allow-partial"))
+    assert not (tmp_path / "report").exists()
+    whole = (folder / "train_00002.mp4").read_bytes()
+    (folder / "train_00002.mp4").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(folder / "val_00001.mp4", folder / "val_00003.mp4")
+    done = run(*probe_command(raw, tmp_path / "report", *extra), check=False)
+    assert done.returncode == 1 and "clips/train_00002.mp4: " in done.stderr
+    done = run(*probe_command(raw, tmp_path / "report", *extra, "--allow-partial"))
     assert "without 1 unreadable clips" in done.stdout
+    assert list(record_of(tmp_path / "report")["unreadable"]) == ["clips/train_00002.mp4"]
+
+
+@pytest.mark.e2e
+def test_a_second_sweep_reads_features_and_another_encoder_does_not(raw, tmp_path):
+    cache = ("--input_size", 112, "--cache_dir", tmp_path / "features", "--default_epoch", 1)
+    first = (*cache, "--train_views", 1, "--save_report", tmp_path / "a")
+    torchrun(2, *probe_command(raw, tmp_path / "a", *first))
+    assert record_of(tmp_path / "a")["costs"]["encoder_passes"] == 16  # rank 0's half of 32 clips
+    sweep = ("--default_lr_list", "1e-4", "1e-3", "1e-2", "--num_seeds", 3)
+    run(*probe_command(raw, tmp_path / "b", *first[:-2], *sweep))
+    second = record_of(tmp_path / "b")
+    assert second["costs"]["encoder_passes"] <= 1 and len(second["grid"]) == 9
+    assert second["costs"]["tokens_per_clip"] == 98
+    run(*probe_command(raw, tmp_path / "c", *cache, "--train_views", 1, "--seed", 2))
+    assert record_of(tmp_path / "c")["costs"]["encoder_passes"] == 32, "other random weights"
+    stored = next((tmp_path / "features").glob("*/??/*.npy"))
+    stored.write_bytes(stored.read_bytes()[:100])
+    again = (*cache, "--train_views", 1)
+    run(*probe_command(raw, tmp_path / "d", *again))
+    run(*probe_command(raw, tmp_path / "d", *again, "--seed", 2))
+    records = (tmp_path / "d" / "results.jsonl").read_text().splitlines()
+    passes = [json.loads(line)["costs"]["encoder_passes"] for line in records]
+    assert max(passes) <= 2, "one look to count tokens, and one damaged file made again"
+
+
+@pytest.mark.e2e
+def test_drawn_versions_are_encoded_anew_every_epoch_unless_there_are_few(raw, tmp_path):
+    for views, passes in ((0, 3 * 22 + 2 + 8), (2, 2 * 22 + 2 + 8), (1, 22 + 2 + 8)):
+        flags = ("--input_size", 112, "--train_views", views, "--default_epoch", 3)
+        run(*probe_command(raw, tmp_path / str(views), *flags))
+        assert record_of(tmp_path / str(views))["costs"]["encoder_passes"] == passes, views
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("head", ["knn", "linear"])
+def test_pooled_features_have_heads_of_their_own(raw, tmp_path, head):
+    flags = ("--head", head, "--input_size", 112, "--train_views", 1, "--num_frames", 4)
+    torchrun(2, *probe_command(raw, tmp_path / "two", *flags))
+    run(*probe_command(raw, tmp_path / "one", *flags, "--batch_size", 8))
+    one, two = record_of(tmp_path / "one"), record_of(tmp_path / "two")
+    assert one["last_epoch"] == two["last_epoch"] and one["chosen"] == two["chosen"]
+    assert one["head"] == head and one["costs"]["tokens_per_clip"] == 196
+
+
+@pytest.mark.e2e
+def test_a_folder_of_pictures_is_judged_like_a_benchmark(tmp_path):
+    """Two classes that any encoder tells apart: dark and bright pictures."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for number in range(count):
+            name = ("bright", "dark")[number % 2]
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            low = 180 if name == "bright" else 0
+            size = (int(rng.integers(40, 90)), 64, 3)
+            picture = rng.integers(low, low + 60, size, dtype=np.uint8)
+            Image.fromarray(picture).save(folder / f"{number}.png")
+    for head, expected in (("knn", 100.0), ("attentive", 100.0)):
+        flags = ("--dataset", tmp_path / "set", "--head", head, "--input_size", 64)
+        flags += ("--default_lr_list", "1e-2", "--default_epoch", 8)
+        run(*probe_command(tmp_path, tmp_path / head, *flags))
+        record = record_of(tmp_path / head)
+        assert record["last_epoch"]["top1"] == expected and record["per_class"] == [100.0] * 2
+        assert record["dataset"] == "set" and record["costs"]["tokens_per_clip"] == 16
+
+
+@pytest.mark.e2e
+def test_several_labels_are_judged_by_mean_average_precision(raw, tmp_path):
+    root = raw / "motion_shapes"
+    for split in ("train", "val"):
+        with open(root / f"{split}.csv") as stream:
+            rows = [(name, f"{label} {8 + int(label) % 2}") for name, label in csv.reader(stream)]
+        with open(root / f"{split}.csv", "w") as stream:
+            csv.writer(stream).writerows(rows)
+    flags = ("--dataset", root, "--input_size", 112, "--train_views", 1, "--num_seeds", 2)
+    done = run(*probe_command(raw, tmp_path / "x", *flags), check=False)
+    assert done.returncode == 1 and "--protocol multi_label" in done.stderr
+    flags += ("--protocol", "multi_label")
+    done = run(*probe_command(raw, tmp_path / "x", *flags))
+    record = record_of(tmp_path / "x")
+    assert record["metric"] == "mAP" and "mAP" in done.stdout and "confusion" not in record
+    assert len(record["per_class"]) == 10 and 0 < record["last_epoch"]["mAP"] <= 100
 
 
 def test_more_than_is_packed_is_an_error_not_less_than_asked(packed, tmp_path):
-    extra = ("--model_weight", "random", "--model_family", "llava_vit_codec", "--K_keep", 500)
-    done = run(*probe_command(packed.parent, tmp_path, *extra), check=False)
-    assert done.returncode == 1 and "keeps 98 patches a clip; pass --K_keep 98" in done.stderr
+    for flags, advice in (
+        (("--model_family", "llava_vit_codec", "--K_keep", 500), "keeps 98 patches a clip"),
+        (("--num_frames", 16), "stores 8 frames a clip; pass --num_frames 8"),
+        (("--num_spatial_crops", 3), "crops need the raw videos"),
+    ):
+        done = run(*probe_command(packed.parent, tmp_path, *flags), check=False)
+        assert done.returncode == 1 and advice in done.stderr and "Traceback" not in done.stderr
 
 
-def test_lists_and_packed_shards_name_the_same_clips(packed):
-    train, _ = read_lists("motion_shapes", packed.parent, None, None)
-    assert train.shards == packed / "train"
-    with open(packed / "train.csv") as lines:
-        assert train.names == [row[0] for row in csv.reader(lines)]
+@pytest.mark.e2e
+def test_the_public_command_judges_a_folder_of_official_files(clips, tmp_path):
+    """Official names and JSON files around real videos, twelve of them, on two ranks."""
+    videos, annotations = tmp_path / "20bn", tmp_path / "json"
+    videos.mkdir(), annotations.mkdir()
+    templates = ["Moving [something] left", "Dropping [something]"]
+    labels = {text.replace("[", "").replace("]", ""): str(i) for i, text in enumerate(templates)}
+    (annotations / "something-something-v2-labels.json").write_text(json.dumps(labels))
+    rng = np.random.default_rng(0)
+    for split, numbers in (("train", range(8)), ("validation", range(8, 12))):
+        entries = []
+        for number in numbers:
+            frames = rng.integers(0, 255, (12, 48, 64, 3), dtype=np.uint8)
+            write_video(videos / f"{number}.webm", list(frames), codec="libvpx-vp9")
+            entries.append({"id": str(number), "template": templates[number % 2]})
+        file = annotations / f"something-something-v2-{split}.json"
+        file.write_text(json.dumps(entries))
+    prepare = ("-m", "eval_encoder.probe_prepare", "ssv2", "--annotations", annotations)
+    done = run(*prepare, "--videos", videos, "--output", tmp_path / "data" / "ssv2")
+    assert "train: 8 videos listed, 0 named but absent" in done.stdout
+    own = ("--data_root", tmp_path / "data", "--model_weight", "random", "--num_frames", 2)
+    own += ("--model_name", "llava_vit_tiny_ln", "--input_size", 64)
+    done = torchrun(2, *PUBLIC, *own, "--save_report", tmp_path / "report")
+    assert "ssv2 llava_vit_sampling: top-1" in done.stdout
+    record = record_of(tmp_path / "report")
+    assert record["clips"] == {"train": 8, "val": 4} and record["epochs"] == 10
+    assert record["chosen"]["lr"] == 0.0003
+
+
+def test_several_probes_are_compared_beside_published_figures(tmp_path):
+    for number, (view, tokens, value) in enumerate((("frame", 98, 40.0), ("codec", 196, 60.0))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        record = {
+            "dataset": "ssv2", "family": "llava_vit_sampling", "view": view, "weight": "a/b",
+            "num_frames": 2, "num_tokens": tokens, "head": "attentive", "seed": 1,
+            "metric": "top1", "clips": {"train": 9, "val": 5}, "unreadable": {},
+            "last_epoch": {"top1": value, "ci95_clips": 3.0, "seeds": [value]},
+            "best_epoch": {"top1": value + 1, "epoch": 4},
+            "costs": {"tokens_per_clip": tokens},
+        }  # fmt: skip
+        (folder / "results.jsonl").write_text(json.dumps(record) + "\n")
+    compare = ("eval_encoder/probe_results.py", "compare", tmp_path / "0", tmp_path / "1")
+    run(*compare, "--output", tmp_path / "out")
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "| ssv2 | b | codec 196 | 196 | attentive | top1 | 60.0 ± 3.0 | 61.0 (4) |" in text
+    published = text.split("Published by others")[1]
+    assert "| OV-Encoder | codec | 2048 | 58.5 |" in published and "60.0" not in published
+    assert (tmp_path / "out" / "compare_ssv2.png").stat().st_size > 10_000
+    done = run(*compare, tmp_path / "nothing", check=False)
+    assert done.returncode == 1 and "--save_report" in done.stderr
+    assert len(read_results(tmp_path / "0")) == 1
+
+
+def test_published_rows_have_a_figure_for_every_column():
+    assert all(len(anchor.values) == len(COLUMNS) for anchor in ANCHORS)
+    assert ROOT.is_dir()

@@ -1,0 +1,170 @@
+"""Heads and figures: a bank computes the function that one head defines, and judgements agree with
+their definitions.
+"""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_probe_lists import clip_list
+
+from eval_encoder.probe_config import build_config, build_parser
+from eval_encoder.probe_head import HeadBank, HeadSetting
+from eval_encoder.probe_metrics import (
+    Judgement,
+    JudgementBuilder,
+    average_precision,
+    seed_interval,
+)
+from eval_encoder.probe_results import summarise
+from eval_encoder.probe_trainer import History, NonFiniteProbe, ProbeTrainer
+from training.distributed import process_group
+
+SETTINGS = [HeadSetting(1e-3, 0.0, 0), HeadSetting(1e-2, 0.0, 0), HeadSetting(1e-3, 0.0, 1)]
+
+
+def bank_of(kind="attentive", width=192, classes=5):
+    bank = HeadBank(kind, width, classes, SETTINGS)
+    for parameter in bank.parameters():  # the classifier starts almost at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    return bank
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 30, 1)])
+def test_a_bank_computes_every_head_as_defined_with_its_gradients(lengths):
+    torch.manual_seed(0)
+    bank, tokens = bank_of().double(), torch.randn(sum(lengths), 192, dtype=torch.float64)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    together = bank(list(tokens.split(lengths)))
+    for number, head in enumerate(bank.heads):
+        alone = head(tokens, bounds, max(lengths))
+        torch.testing.assert_close(together[number], alone, rtol=1e-9, atol=1e-9)
+    weights = torch.randn_like(together)
+    got = torch.autograd.grad((together * weights).sum(), list(bank.parameters()))
+    parts = [h(tokens, bounds, max(lengths)) for h in bank.heads]
+    wanted = torch.autograd.grad((torch.stack(parts) * weights).sum(), list(bank.parameters()))
+    for one, two in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+
+def test_heads_of_one_seed_start_alike_and_of_another_do_not():
+    bank = HeadBank("attentive", 64, 5, SETTINGS)
+    first, second, other = (list(head.parameters()) for head in bank.heads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+class StoredFeatures:
+    """Features of clips that need no encoder: class k has its mean at unit vector k."""
+
+    def __init__(self, clips, width=64):
+        rng = np.random.default_rng(len(clips))
+        self.clips, self.unreadable = clips, {}
+        rows = rng.normal(scale=0.5, size=(len(clips), 4, width)).astype(np.float32)
+        rows[np.arange(len(clips)), :, clips.labels] += 9
+        self._rows = torch.from_numpy(rows)
+
+    def drawn_looks(self, indices, epoch):
+        return list(indices)
+
+    crops = staticmethod(list)
+
+    def batches(self, batches):
+        for batch in batches:
+            yield [clip_look(i) for i in batch], [self._rows[i] for i in batch]
+
+
+def clip_look(index):
+    from eval_encoder.probe_video import Look
+
+    return Look(int(index))
+
+
+def trainer(*flags):
+    config = build_config(build_parser().parse_args(list(flags)))
+    labels = np.arange(40) % 4
+    lists = [clip_list(labels, 4, split) for split in ("train", "val")]
+    return config, [StoredFeatures(clips) for clips in lists]
+
+
+def test_the_setting_is_chosen_on_held_out_clips_and_every_figure_is_reported():
+    flags = ("--default_lr_list", "1e-9", "1e-2", "--num_seeds", "3", "--default_epoch", "4")
+    config, (train, val) = trainer(*flags, "--batch_size", "8")
+    with process_group() as ranks:
+        history = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t")).run()
+    record = summarise(config, history, {"train": 40, "val": 40})
+    assert record["chosen"]["lr"] == 1e-2 and record["last_epoch"]["top1"] == 100
+    assert len(record["last_epoch"]["seeds"]) == 3 and record["last_epoch"]["ci95_seeds"] == 0
+    assert record["best_epoch"]["top1"] == 100 and record["best_epoch_on_validation"]["lr"] == 1e-2
+    assert len(record["grid"]) == 6 and record["per_class"] == [100.0] * 4
+
+
+def test_held_out_clips_choose_even_against_the_validation_list():
+    labels, judged = np.arange(10) % 5, np.ones(10, bool)
+    place = np.ones((2, 10), np.int32)
+    place[1, :5] = 3
+    last = Judgement(labels, judged, place, np.tile(labels, (2, 1)))
+    history = History([HeadSetting(1e-3, 0.0, 1), HeadSetting(1e-2, 0.0, 1)], [1], last=last)
+    history.held, history.main = [np.array([40.0, 90.0])], [last.main()]
+    history.top5, history.loss = [last.top(5)], [np.zeros(2)]
+    record = summarise(trainer()[0], history, {"train": 9, "val": 10})
+    assert record["chosen"] == {"lr": 1e-2, "weight_decay": 0.0, "held_out": 90.0}
+    assert record["last_epoch"]["top1"] == 50 and record["last_epoch"]["top5"] == 100
+    assert record["best_epoch_on_validation"]["top1"] == 100
+
+
+def test_a_head_that_goes_astray_is_left_out_and_all_of_them_are_an_error():
+    config, (train, val) = trainer("--default_lr_list", "1e-3", "1e-2", "--default_epoch", "2")
+    with process_group() as ranks:
+        probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
+        with torch.no_grad():
+            probe.bank.heads[1].classifier.weight.fill_(torch.nan)
+        history = probe.run()
+        record = summarise(config, history, {"train": 40, "val": 40})
+        assert history.astray == {1} and record["chosen"]["lr"] == 1e-3
+        assert [row["astray"] for row in record["grid"]] == [False, True]
+        probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
+        with torch.no_grad():
+            for head in probe.bank.heads:
+                head.classifier.weight.fill_(torch.nan)
+        with pytest.raises(NonFiniteProbe, match="default_lr_list"):
+            probe.run()
+
+
+def test_judgements_count_places_as_sorting_does():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 7, 30)
+    scores = torch.from_numpy(rng.integers(0, 5, (2, 30, 7)).astype(np.float32))  # with ties
+    builder = JudgementBuilder(labels, np.arange(30), 2, 7)
+    for rows in np.array_split(rng.permutation(30), 4):
+        builder.add(rows.tolist(), scores[:, rows])
+    judged = builder.judgement()
+    order = np.argsort(-scores.numpy(), axis=-1, kind="stable")
+    wanted = 1 + np.argmax(order == labels[None, :, None], axis=-1)
+    assert np.array_equal(judged.place, wanted)
+    assert np.array_equal(judged.predicted, scores.argmax(-1))
+    assert np.array_equal(judged.main(), 100 * (judged.predicted == labels).mean(axis=1))
+    confusion = judged.confusion([0, 1], 7)
+    assert confusion.sum() == 60 and np.trace(confusion) == (judged.predicted == labels).sum()
+    some = replace(judged, judged=np.arange(30) < 20)
+    assert some.top(7).tolist() == [100, 100] and some.confusion([0], 7).sum() == 20
+
+
+def test_average_precision_is_the_mean_precision_at_the_positives():
+    scores = np.array([[0.9, 0.1], [0.8, 0.9], [0.7, 0.2], [0.6, 0.3]])
+    labels = np.array([[1, 0], [0, 0], [1, 0], [0, 1]], np.uint8)
+    # class 0: positives at places 1 and 3 -> (1/1 + 2/3) / 2; class 1: at place 2 -> 1/2
+    assert average_precision(scores, labels).tolist() == pytest.approx([100 * 5 / 6, 50])
+    assert len(average_precision(scores, labels * [1, 0])) == 1
+
+
+def test_intervals_follow_their_formulas():
+    assert seed_interval([70.0]) is None
+    assert seed_interval([70.0, 72.0]) == pytest.approx(12.706 * 2**0.5 / 2**0.5)
+    assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
+    labels = np.zeros(100, np.int64)
+    place = np.where(np.arange(100) < 80, 1, 2)[None].astype(np.int32)
+    judged = Judgement(labels, np.ones(100, bool), place, place - 1)
+    assert judged.clip_interval([0]) == pytest.approx(1.96 * 100 * (0.8 * 0.2 / 100) ** 0.5)
