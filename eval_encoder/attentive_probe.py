@@ -11,12 +11,13 @@ import sys
 import time
 
 from eval_encoder.probe_config import build_config, build_parser, idle_flags
-from eval_encoder.probe_datasets import read_lists
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one probe; returns the exit code (1 for a user's mistake)."""
     args = build_parser().parse_args(argv)
+    from eval_encoder.probe_datasets import read_lists
+
     try:
         config = build_config(args)
         lists = read_lists(

@@ -22,10 +22,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.codec.open_video import is_video
-
-from .probe_datasets import find_benchmark
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -126,6 +122,8 @@ def write_lists(
 ) -> dict[str, tuple[int, int]]:
     """Write the two lists and absent_SPLIT.txt; returns split -> (listed, absent videos). Paths in
     the lists are relative to `output`."""
+    from .probe_datasets import find_benchmark
+
     benchmark = find_benchmark(dataset)
     files = {"train": benchmark.train_csv, "val": benchmark.val_csv}
     known = _videos_below(videos)
@@ -149,6 +147,8 @@ def write_lists(
 def _videos_below(folder: Path) -> dict[str, Path]:
     """{path below the folder without ending: file}, read once: a listing costs less than asking
     for every name."""
+    from data_pipeline.codec.open_video import is_video
+
     if not folder.is_dir():
         raise ValueError(f"--videos {folder} is no folder")
     found = {}

@@ -8,9 +8,6 @@ import argparse
 import json
 from pathlib import Path
 
-from .probe_datasets import find_benchmark
-from .probe_results import with_interval
-
 BARS = "▁▂▃▄▅▆▇█"
 ROUNDS_NAME = "rounds.json"
 UNTRAINED = "random"
@@ -117,6 +114,9 @@ def _sparkline(losses: list[float]) -> str:
 def _probe(results: Path) -> str:
     if not results.is_file():
         return ""
+    from .probe_datasets import find_benchmark
+    from .probe_results import with_interval
+
     records = [json.loads(line) for line in results.read_text().splitlines()]
     latest = {(r["view"], Path(r["weight"]).name): r for r in records}
     weights = sorted({name for _, name in latest} - {UNTRAINED}) + [UNTRAINED]

@@ -317,14 +317,19 @@ def _draw(records: list[dict], anchors: list, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Compare; a user's mistake ends with its message."""
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
     parser = argparse.ArgumentParser(prog="python eval_encoder/probe_results.py")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("compare", help="table and plots of several probes")
     one.add_argument("folders", nargs="+", type=Path, help="report folders (--save_report)")
     one.add_argument("--output", type=Path, default=Path("output/probe_compare"))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare; a user's mistake ends with its message."""
+    args = build_parser().parse_args(argv)
     try:
         print(compare(args.folders, args.output))
     except ValueError as error:

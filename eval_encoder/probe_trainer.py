@@ -8,6 +8,7 @@ A head whose gradient is not finite is left as it was and takes no further part.
 """
 
 import logging
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,8 +32,8 @@ class NonFiniteProbe(RuntimeError):
 
 @dataclass
 class History:
-    """Figures per judged epoch, float64 [B] each, the last judgement of the validation list, and
-    which heads went astray."""
+    """Figures per judged epoch, float64 [B] each, when each was judged (seconds from the start),
+    the last judgement of the validation list, and which heads went astray."""
 
     settings: list[HeadSetting]
     epochs: list[int] = field(default_factory=list)
@@ -40,6 +41,7 @@ class History:
     main: list[np.ndarray] = field(default_factory=list)
     top5: list[np.ndarray] = field(default_factory=list)
     loss: list[np.ndarray] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     last: Judgement | None = None
     astray: set[int] = field(default_factory=set)
 
@@ -81,7 +83,7 @@ class ProbeTrainer:
             for head, s in zip(self.bank.heads, settings, strict=True)
         ]
         self._optimizer = torch.optim.AdamW(groups, lr=1.0)
-        self.history = History(settings)
+        self.history, self._started = History(settings), time.perf_counter()
 
     def run(self) -> History:
         """All epochs. Raises UnreadableClips after the first reading of both lists, NonFiniteProbe
@@ -135,6 +137,7 @@ class ProbeTrainer:
         history.top5.append(judged.top(5) if judged.scores is None else judged.main())
         history.loss.append(losses)
         history.last = judged
+        history.seconds.append(time.perf_counter() - self._started)
         if self._board is not None:
             for number, s in enumerate(self.bank.settings):
                 name = f"lr{s.lr:g}_wd{s.weight_decay:g}_seed{s.seed}"

@@ -62,6 +62,7 @@ def parser_of(words: list[str]):
     from eval_encoder.probe_config import build_parser as probe_parser
     from eval_encoder.probe_prepare import build_parser as prepare_parser
     from eval_encoder.probe_report import build_parser as report_parser
+    from eval_encoder.probe_results import build_parser as compare_parser
     from model_factory.convert_llava_vit_packing_to_hf import build_parser as convert_parser
     from training.cli import build_parser as train_parser
     from training.doctor import build_parser as doctor_parser
@@ -75,6 +76,7 @@ def parser_of(words: list[str]):
         "eval_encoder.probe_prepare": prepare_parser,
         "eval_encoder.probe_report": report_parser,
         "eval_encoder/attentive_probe.py": probe_parser,
+        "eval_encoder/probe_results.py": compare_parser,
         "model_factory/convert_llava_vit_packing_to_hf.py": convert_parser,
     }
     for name, build in entries.items():
