@@ -139,7 +139,7 @@ class JudgementBuilder:
     def add(self, indices: list[int], scores: torch.Tensor) -> None:
         """scores [B, n, K] of clips, larger is likelier."""
         rows = torch.tensor([self._row[i] for i in indices])
-        scores = scores.float().cpu()
+        scores = torch.nan_to_num(scores.float().cpu(), nan=-torch.inf)
         self._found[0, :, rows] = 1
         self._found[2, :, rows] = scores.argmax(dim=-1).int()
         if self._scores is not None:
@@ -149,7 +149,9 @@ class JudgementBuilder:
         own = scores.gather(-1, truth.expand(len(scores), -1)[..., None])
         # classes before the true one that score the same come first, as in argmax
         before = (scores == own) & (torch.arange(scores.shape[-1]) < truth[:, None])
-        self._found[1, :, rows] = 1 + ((scores > own) | before).sum(dim=-1).int()
+        place = 1 + ((scores > own) | before).sum(dim=-1).int()
+        # a head without a number for the true class is wrong, whatever else it says
+        self._found[1, :, rows] = place.masked_fill(own[..., 0].isinf(), scores.shape[-1] + 1)
 
     def gather(self) -> Judgement:
         """The judgement of all ranks' clips, on all ranks."""

@@ -254,7 +254,8 @@ def _figures(history, heads: list[int], place: int, metric: str) -> dict:
 def _flattering(history, metric: str) -> dict:
     """The largest figure of any head at any epoch, as published protocols report it."""
     values = np.array(history.main)
-    epoch, head = np.unravel_index(np.nanargmax(values), values.shape)
+    values[:, sorted(history.astray)] = -np.inf
+    epoch, head = np.unravel_index(np.argmax(values), values.shape)
     setting = history.settings[head]
     return {
         metric: round(float(values[epoch, head]), 4),

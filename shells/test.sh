@@ -7,4 +7,5 @@ unset OMP_NUM_THREADS
 
 ruff check .
 ruff format --check .
-python -m pytest --durations=10 "$@"
+# two files at a time: most tests are single processes that start up
+python -m pytest --numprocesses "${TEST_WORKERS:-2}" --dist loadfile --durations=10 "$@"

@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -115,15 +116,18 @@ def main() -> int:
     start(straight, args.steps).wait()
     differing = same(killed, straight, args.steps)
     quarter = max(1, len(seen) // 4)
-    growth = [
-        max(s[i] for s in seen[-quarter:]) / max(1, max(s[i] for s in seen[quarter : 2 * quarter]))
-        for i in (0, 1)
-    ]
+    # medians: a save in flight holds some files and memory more
+    early, late = (
+        [statistics.median(s[i] for s in part) for i in (0, 1)]
+        for part in (seen[quarter : 2 * quarter], seen[-quarter:])
+    )
+    growth = [after / max(1, before) for before, after in zip(early, late, strict=True)]
     report = {
         "kills": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "differing": differing,
         "resident_growth": round(growth[0], 3),
         "open_files_growth": round(growth[1], 3),
+        "watched_s": len(seen),
     }
     print(json.dumps(report, indent=1))
     shutil.rmtree(folder)

@@ -148,6 +148,9 @@ def test_judgements_count_places_as_sorting_does():
     assert np.array_equal(judged.main(), 100 * (judged.predicted == labels).mean(axis=1))
     confusion = judged.confusion([0, 1], 7)
     assert confusion.sum() == 60 and np.trace(confusion) == (judged.predicted == labels).sum()
+    lost = JudgementBuilder(labels, np.arange(30), 1, 7)
+    lost.add(list(range(30)), torch.full((1, 30, 7), torch.nan))
+    assert lost.judgement().main()[0] == 0, "no number is no right answer"
     some = replace(judged, judged=np.arange(30) < 20)
     assert some.top(7).tolist() == [100, 100] and some.confusion([0], 7).sum() == 20
 
