@@ -12,6 +12,8 @@ import time
 
 from eval_encoder.probe_config import build_config, build_parser, idle_flags
 
+PATIENCE_S = 6 * 3600.0  # ranks meet after reading their shares, which may take them unlike times
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one probe; returns the exit code (1 for a user's mistake)."""
@@ -39,11 +41,12 @@ def _probe(config, lists, ignored: list[str]) -> int:
 
     from eval_encoder.probe_encoders import build_encoder
     from eval_encoder.probe_features import ClipFeatures, refuse_unreadable
+    from eval_encoder.probe_record import Costs
     from training.distributed import process_group
     from training.log import setup_logging
 
     started = time.perf_counter()
-    with process_group() as ranks:
+    with process_group(PATIENCE_S) as ranks:
         log = setup_logging(ranks.rank)
         if ignored:
             log.info("without effect here: %s", ", ".join(ignored))
@@ -51,42 +54,51 @@ def _probe(config, lists, ignored: list[str]) -> int:
             config.input, config.model_name, config.model_weight, config.heads.seed
         ).to(ranks.device)
         train, val = (ClipFeatures(clips, config, encoder, ranks.device) for clips in lists)
+        _tell(train, val, log)
         for features in (train, val):
             features.find_missing(ranks.rank, ranks.world_size)
         refuse_unreadable(train, val, config.allow_partial)
         judge = _neighbours if config.heads.kind == "knn" else _bank
         record, confusion = judge(config, encoder.width, train, val, ranks, log)
+        tokens = val.tokens_per_clip()
         if ranks.is_main:
-            _report(config, record, confusion, (train, val), ranks, time.perf_counter() - started)
+            costs = Costs(
+                wall_s=round(time.perf_counter() - started, 2),
+                encoder_s=round(train.encode_s + val.encode_s, 2),
+                tokens_per_clip=round(tokens, 1),
+                encoder_passes=train.passes + val.passes,
+                world_size=ranks.world_size,
+                device=ranks.device.type,
+            )
+            _report(config, record, confusion, costs, encoder.sha256, train, val)
         dist.barrier()
     return 0
 
 
 def _bank(config, width, train, val, ranks, log):
     """(record, confusion) of heads that are trained."""
-    from eval_encoder.probe_results import summarise
+    from eval_encoder.probe_record import heads_of, summarise
     from eval_encoder.probe_trainer import ProbeTrainer
 
     with _board(config, ranks) as board:
         history = ProbeTrainer(config, width, train, val, ranks, log, board).run()
     record = summarise(config, history, {"train": len(train.clips), "val": len(val.clips)})
-    chosen = (record["chosen"]["lr"], record["chosen"]["weight_decay"])
-    heads = [i for i, s in enumerate(history.settings) if (s.lr, s.weight_decay) == chosen]
-    return record, history.last.confusion(heads, val.clips.num_classes)
+    heads = heads_of(history, (record["chosen"]["lr"], record["chosen"]["weight_decay"]))
+    return record, history.last.confusion(heads)
 
 
 def _neighbours(config, width, train, val, ranks, log):
     """(record, confusion) of nearest neighbours."""
     from eval_encoder.probe_features import refuse_unreadable
     from eval_encoder.probe_knn import judge_neighbours
-    from eval_encoder.probe_results import summarise_neighbours
+    from eval_encoder.probe_record import summarise_neighbours
 
     share, batch_size = config.heads.holdout, config.heads.batch_size
     k, held, judged = judge_neighbours(train, val, share, batch_size, ranks)
     refuse_unreadable(train, val, config.allow_partial)
     counts = {"train": len(train.clips), "val": len(val.clips)}
     record = summarise_neighbours(config, k, held, judged, counts)
-    return record, judged.confusion([0], val.clips.num_classes)
+    return record, judged.confusion([0])
 
 
 @contextlib.contextmanager
@@ -101,27 +113,36 @@ def _board(config, ranks):
     board.close()
 
 
-def _report(config, record, confusion, features, ranks, seconds: float) -> None:
-    from eval_encoder.probe_results import Costs, write_results
+def _tell(train, val, log) -> None:
+    """Where clips come from; a probe that would read its two lists in two ways is refused."""
+    from eval_encoder.probe_datasets import shared_files
 
-    train, val = features
-    costs = Costs(
-        wall_s=round(seconds, 2),
-        encoder_s=round(train.encode_s + val.encode_s, 2),
-        tokens_per_clip=round(val.tokens_per_clip(), 1),
-        encoder_passes=train.passes + val.passes,
-        world_size=ranks.world_size,
-        device=str(ranks.device.type),
-    )
-    unreadable = train.unreadable | val.unreadable
-    record = write_results(config, record, confusion, costs, unreadable)
+    if train.about != val.about:
+        raise ValueError(
+            f"the training list is read from {train.about}, the validation list from {val.about}: "
+            "pack both alike or neither"
+        )
+    log.info("clips from %s", train.about)
+    shared = shared_files(train.clips, val.clips)
+    if shared:
+        log.warning("%d clips are in both lists, for example %s", len(shared), shared[0])
+
+
+def _report(config, record, confusion, costs, encoder_sha256: str, train, val) -> None:
+    from eval_encoder.probe_datasets import shared_files
+    from eval_encoder.probe_record import write_results
+
+    unreadable = {"train": train.unreadable, "val": val.unreadable}
+    facts = {"unreadable": unreadable, "encoder_sha256": encoder_sha256, "read_from": train.about}
+    facts["clips_in_both_lists"] = len(shared_files(train.clips, val.clips))
+    record = write_results(config, record, confusion, costs, facts)
     metric, last = record["metric"], record["last_epoch"]
-    partial = f" without {len(unreadable)} unreadable clips" if unreadable else ""
+    missed = len(train.unreadable | val.unreadable)
+    partial = f" without {missed} unreadable clips" if missed else ""
     chosen = ", ".join(f"{k} {v:g}" for k, v in record["chosen"].items() if k != "held_out")
-    interval = f"± {last['ci95_clips']:.2f}"
     print(
         f"{record['dataset']} {config.input.family}: {metric.replace('top1', 'top-1')} "
-        f"{last[metric]:.2f} {interval} at the last epoch, {chosen}{partial}"
+        f"{last[metric]:.2f} ± {last['ci95_clips']:.2f} at the last epoch, {chosen}{partial}"
     )
 
 

@@ -1,10 +1,10 @@
 """Features kept between epochs and between probes, fp16.
 
-    memory   up to a number of bytes per process, for looks that come again
+    memory   up to a number of bytes per process and list, for looks that come again
     folder   by option, for every look: FOLDER/KEY/ab/DIGEST.npy and FOLDER/KEY/key.json
 
 KEY hashes what makes features: the encoder's weights, the input settings, tokens or pooled. DIGEST
-hashes the clip (its name, size and time of change, or its place in a packed set) and the look. So
+hashes the clip (its place, size and time of change, or its place in a packed set) and the look. So
 another encoder, sampling or file is never answered by old features, while other lists, heads and
 seeds of heads share them. Files are written beside and renamed, so several processes may fill one
 folder; a file that cannot be read is made again. Cost: a file of tokens * width * 2 bytes per look.
@@ -39,7 +39,7 @@ class FeatureCache:
             if not (self._folder / "key.json").is_file():
                 write_atomically(self._folder / "key.json", text.encode())
 
-    def get(self, look: Look) -> torch.Tensor | None:
+    def get(self, look: Look, comes_again: bool) -> torch.Tensor | None:
         """Stored features, or None."""
         if look in self._memory:
             return self._memory[look]
@@ -50,7 +50,8 @@ class FeatureCache:
             features = torch.from_numpy(np.load(path, allow_pickle=False))
         except (ValueError, EOFError):  # not ours, or cut by a full disk: made again
             return None
-        self._keep(look, features)
+        if comes_again:
+            self._keep(look, features)
         return features
 
     def put(self, look: Look, features: torch.Tensor, comes_again: bool) -> None:
@@ -84,9 +85,9 @@ class FeatureCache:
 
 
 def file_identity(path: Path) -> str:
-    """Name, size and time of change of a file."""
+    """Place, size and time of change of a file."""
     try:
         stat = os.stat(path)
     except OSError:
-        return f"{path.name} absent"
-    return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+        return f"{path.resolve()} absent"
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"

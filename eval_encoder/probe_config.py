@@ -45,7 +45,7 @@ FLAGS = {
     "num_frames": (int, 8, "whole frames of a clip"),
     "target_frames": (int, 64, "time base of positions, and frames the codec selects from"),
     "K_keep": (int, 2048, "patches of a clip under codec input"),
-    "gop": (int, 16, "frames from one I-frame to the next, for raw videos under codec input"),
+    "gop": (int, 0, "frames between I-frames of raw codec input; 0: by the budget"),
     "mv_compensate": (str, "median", f"camera model of codec input: {', '.join(CAMERAS)}"),
     "center_prior": (float, 0.0, "preference of codec input for the middle of the picture"),
     "input_size": (int, 224, "side of raw videos' pictures; image encoders have their own"),
@@ -276,14 +276,38 @@ def _check(args: argparse.Namespace) -> None:
             hint = f", nearest: {near[0]}" if near else ""
             names = ", ".join(str(k) for k in known if k is not None)
             raise ValueError(f"--{name} {value!r}: choose one of {names}{hint}")
-    least = {"num_classes": 0, "train_views": 0}
+    least = {"num_classes": 0, "train_views": 0, "gop": 0}
     for name, (kind, _, _) in FLAGS.items():
         if kind is int and name != "seed" and getattr(args, name) < least.get(name, 1):
             value = getattr(args, name)
             raise ValueError(f"--{name} {value} must be at least {least.get(name, 1)}")
+    codec = VIDEO_FAMILIES.get(args.model_family) == "codec"
+    if codec and args.num_temporal_crops > 1:
+        raise ValueError("codec input sees the whole clip: --num_temporal_crops 1")
+    if codec and args.target_frames > 64:
+        raise ValueError(f"--target_frames {args.target_frames}: codec input has at most 64")
+    _check_numbers(args)
     if (args.mean is None) != (args.std is None):
         raise ValueError("--mean and --std belong together")
     for name in ("mean", "std"):
         values = getattr(args, name)
         if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
             raise ValueError(f"--{name} {values}: three numbers, one per channel")
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Ranges of numbers that are not whole."""
+    within = {
+        "clip_grad": (args.clip_grad, lambda v: v > 0, "positive"),
+        "smoothing": (args.smoothing, lambda v: 0 <= v < 1, "from 0 to below 1"),
+        "feature_cache_gb": (args.feature_cache_gb, lambda v: v >= 0, "not negative"),
+        "center_prior": (args.center_prior, lambda v: v >= 0, "not negative"),
+        "default_min_lr": (args.default_min_lr, lambda v: v >= 0, "not negative"),
+    }
+    for name, (value, fits, text) in within.items():
+        if not fits(value):
+            raise ValueError(f"--{name} {value} must be {text}")
+    for name, least in (("default_lr_list", 1e-12), ("default_weight_decay", 0.0)):
+        values = getattr(args, name)
+        if min(values) < least or len(set(values)) < len(values):
+            raise ValueError(f"--{name} {values}: different numbers, none below {least:g}")

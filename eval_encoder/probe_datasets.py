@@ -130,11 +130,13 @@ def read_lists(
     files = (folder / (train_csv or benchmark.train_csv), folder / (val_csv or benchmark.val_csv))
     if all(file.is_file() for file in files):
         rows = [_read_rows(file) for file in files]
-    elif all((folder / split).is_dir() for split in ("train", "val")):
+    elif not (train_csv or val_csv) and _has_class_folders(folder, files):
         rows = _class_folders(folder)
     else:
         raise MissingBenchmark(_instructions(name, benchmark, folder, files))
     several = _is_multi_label(rows, protocol, name)
+    if several:
+        rows = [_merged(split) for split in rows]
     largest = max(label for split in rows for _, _, labels in split for label in labels)
     classes = num_classes or benchmark.num_classes or largest + 1
     return tuple(
@@ -144,10 +146,19 @@ def read_lists(
 
 
 def hold_out(clips: LabelledList, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """(indices to train on, indices held out to choose with), the same for every seed of heads."""
-    count = min(max(1, round(share * len(clips))), len(clips) - 1) if share else 0
-    order = counter_rng(0, "probe holdout").permutation(len(clips))
-    return np.sort(order[count:]), np.sort(order[:count])
+    """(indices to train on, indices held out to choose with), the same for every seed of heads. A
+    file that is listed twice is on one side."""
+    files = list(dict.fromkeys(clips.names))
+    count = min(max(1, round(share * len(files))), len(files) - 1) if share else 0
+    order = counter_rng(0, "probe holdout").permutation(len(files))
+    held = {files[i] for i in order[:count]}
+    is_held = np.array([name in held for name in clips.names], bool)
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+def shared_files(train: LabelledList, val: LabelledList) -> list[str]:
+    """Names that both lists hold: clips that are judged although they were learned."""
+    return sorted(set(train.names) & set(val.names))
 
 
 def _read_rows(file: Path) -> list[tuple[str, str, list[int]]]:
@@ -167,6 +178,21 @@ def _read_rows(file: Path) -> list[tuple[str, str, list[int]]]:
     if not rows:
         raise ValueError(f"{file} lists nothing")
     return rows
+
+
+def _has_class_folders(folder: Path, files) -> bool:
+    """Whether train/ and val/ hold classes: there is no list, and they are no packed shards."""
+    splits = [folder / split for split in ("train", "val")]
+    packed = any((split / "manifest.json").is_file() for split in splits)
+    return all(s.is_dir() for s in splits) and not packed and not any(f.is_file() for f in files)
+
+
+def _merged(rows: list[tuple[str, str, list[int]]]) -> list[tuple[str, str, list[int]]]:
+    """One row for every file, with all of its labels."""
+    merged: dict[str, tuple[str, str, list[int]]] = {}
+    for place, name, labels in rows:
+        merged.setdefault(name, (place, name, []))[2].extend(labels)
+    return list(merged.values())
 
 
 def _class_folders(folder: Path) -> list[list[tuple[str, str, list[int]]]]:

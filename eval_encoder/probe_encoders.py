@@ -10,6 +10,8 @@ Both answer to one call: batch -> tokens of every item, and one pooled vector.
 
 import hashlib
 import json
+import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from torch import nn
 
 from data_pipeline.loading.packing import PackedBatch
 from model_factory.backbone import load_backbone
-from model_factory.hf_image_encoders import load_image_encoder
+from model_factory.hf_image_encoders import FrozenImageEncoder, load_image_encoder
 from model_factory.packing import unpatchify
 from model_factory.registry import packing_config, packing_name
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
@@ -27,6 +29,7 @@ from training.export import read_encoder
 from .probe_config import IMAGE_FAMILIES, InputConfig
 
 TIME_BASE = 10_000.0
+LOG = logging.getLogger("univit")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class ProbeEncoder:
 
     def __init__(self, model: nn.Module, colours: torch.Tensor | None):
         self._model, self._colours = model.eval().requires_grad_(False), colours
-        self.sha256 = _identity(model)
+        self.sha256 = _identity(model, colours)
 
     def to(self, device: torch.device) -> "ProbeEncoder":
         """The same encoder, on a device."""
@@ -86,32 +89,39 @@ class PackedEncoder(ProbeEncoder):
 
 
 class FramewiseEncoder(ProbeEncoder):
-    """An image encoder on every frame; pooled by the mean of all tokens."""
+    """An image encoder on every frame; pooled by the mean of all tokens, without the code.
 
-    def __init__(self, model: nn.Module, colours: torch.Tensor | None):
-        super().__init__(model, None)
-        self.width, self.patch_size = model.width, model.patch_size
-        side = model.preprocessing.crop
-        self.size = side - side % (2 * model.patch_size) if side % model.patch_size else side
+    Frames are cut to the encoder's own size when they are read, so its folder's larger resizing
+    before the cut is left out, as published. A frame travels as one patch.
+    """
+
+    def __init__(self, model: FrozenImageEncoder, colours: torch.Tensor | None):
+        shown = model.preprocessing
+        side = shown.crop
+        if model.kind.naflex:
+            side = int(shown.max_patches**0.5) * model.patch_size
+        model.preprocessing = replace(shown, resize=shown.crop)
         if colours is not None:  # the model normalises by itself: undo bytes -> (x - mean) / std
             gain, offset = colours
             model.std.copy_((1 / (255 * gain)).view(3, 1, 1))
             model.mean.copy_((-offset / (255 * gain)).view(3, 1, 1))
+        super().__init__(model, None)
+        self.width, self.patch_size, self.size = model.width, side, side
 
     def _encode(self, batch: PackedBatch) -> EncodedBatch:
-        items, counts = [], []
-        bounds = batch.cu_seqlens.tolist()
+        items, pooled = [], []
+        bounds, side = batch.cu_seqlens.tolist(), math.isqrt(batch.pixels.shape[1] // 3)
         for start, end, grid in zip(bounds, bounds[1:], batch.grid_thw.tolist(), strict=False):
             frames, rows, columns = grid
             patches = batch.pixels[start:end].unflatten(0, (frames, rows, columns))
-            tiles = unpatchify(patches, self.patch_size)  # [F, h, w, 3, p, p]
+            tiles = unpatchify(patches, side)  # [F, h, w, 3, p, p]
             pictures = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
             tokens = self._model.encode(pictures).float()
             code = time_code(frames, self.width).to(tokens.device)
+            pooled.append(tokens.mean(dim=(0, 1)))
             items.append((tokens + code[:, None]).flatten(0, 1))
-            counts.append(len(items[-1]))
-        tokens, lengths = torch.cat(items), torch.tensor(counts, device=batch.pixels.device)
-        return EncodedBatch(tokens, lengths, _means(tokens, lengths))
+        lengths = torch.tensor([len(item) for item in items], device=batch.pixels.device)
+        return EncodedBatch(torch.cat(items), lengths, torch.stack(pooled))
 
 
 def time_code(count: int, width: int) -> torch.Tensor:
@@ -156,8 +166,12 @@ def _packed_model(model_name: str, model_weight: str, seed: int) -> LlavaViTPack
             )
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         return read_encoder(path)[0]
+    if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
+        return _packed_model(model_name, str(path.parent), seed)
     if path.is_file():
         described = path.with_suffix(".json").is_file()
+        if not described:
+            LOG.warning("%s has no backbone.json: %s, public rotary rule", path, model_name)
         return load_backbone(path, None if described else model_name)
     raise ValueError(
         f"--model_weight {model_weight!r} is no Hugging Face folder, no training run or checkpoint "
@@ -170,11 +184,13 @@ def _means(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.stack([item.mean(dim=0) for item in tokens.split(lengths.tolist())])
 
 
-def _identity(model: nn.Module) -> str:
-    """Hash of the configuration and of every weight."""
+def _identity(model: nn.Module, colours: torch.Tensor | None) -> str:
+    """Hash of the configuration, the preprocessing and every weight."""
     config = model.config if hasattr(model, "config") else model.model.config
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    shown = getattr(model, "preprocessing", colours)
+    text = json.dumps([config.to_dict(), str(shown)], sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted({**model.state_dict(), **dict(model.named_buffers())}.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
+from data_pipeline.codec.decompose import DECOMPOSITION_VERSION
 from training.distributed import all_gather_json
 
 from .probe_cache import FeatureCache
@@ -20,6 +21,8 @@ from .probe_datasets import LabelledList
 from .probe_encoders import ProbeEncoder
 from .probe_loader import open_clips
 from .probe_video import Look, chosen_decoder
+
+FEATURES_VERSION = 1  # goes up whenever equal files and settings would give other features
 
 
 class UnreadableClips(ValueError):
@@ -36,11 +39,12 @@ class ClipFeatures:
         self.clips, self._config, self._encoder, self._device = clips, config, encoder, device
         size = encoder.size or config.input.size
         self._reader = open_clips(clips, config.input, size, encoder.patch_size)
-        self.unreadable = self._reader.unreadable
+        self.unreadable, self.about = self._reader.unreadable, self._reader.about
         self._pooled = config.heads.kind != "attentive"
         self.encode_s, self.passes, self._tokens = 0.0, 0, 0
         key = {"encoder": encoder.sha256, "pooled": self._pooled, "size": size}
         key |= {"decoder": chosen_decoder(config.input), "input": config.input.identity()}
+        key |= {"device": device.type, "versions": [FEATURES_VERSION, DECOMPOSITION_VERSION]}
         room = int(config.cache_gb * (1 << 30))
         self._cache = FeatureCache(config.cache_dir, key, room, self._identity)
 
@@ -49,12 +53,17 @@ class ClipFeatures:
         self._reader.find_missing(range(rank, len(self.clips), world_size))
 
     def tokens_per_clip(self) -> float:
-        """Mean number of tokens of a clip's crops together; encodes a clip where all was stored."""
+        """Mean number of tokens of a clip's crops together over all ranks, which all call this;
+        encodes a clip where all was stored."""
         config = self._config.input
-        for index in range(len(self.clips)) if not self.passes else ():
-            if next(self._encoded([Look(index)]))[1] is not None:
-                break
-        return self._tokens / max(1, self.passes) * config.temporal_crops * config.spatial_crops
+        seen = all_gather_json([self._tokens, self.passes])
+        if not any(passes for _, passes in seen):
+            for index in range(len(self.clips)):
+                if next(self._encoded([Look(index)]))[1] is not None:
+                    break
+            seen = [[self._tokens, self.passes]]
+        tokens, passes = (sum(values) for values in zip(*seen, strict=True))
+        return tokens / max(1, passes) * config.temporal_crops * config.spatial_crops
 
     def plain_looks(self, indices) -> list[Look]:
         """The one look at each clip that chooses nothing by chance."""
@@ -90,12 +99,19 @@ class ClipFeatures:
         for batch in batches:
             found = []
             for look in batch:
-                features = next(fresh)[1] if look in absent else self._cache.get(look)
+                features = next(fresh)[1] if look in absent else self._stored(look)
                 if features is None and look not in absent:  # stored, but damaged
                     features = next(self._encoded([look]))[1]
                 if features is not None:
                     found.append((look, features.to(self._device).float()))
             yield [look for look, _ in found], [features for _, features in found]
+
+    def _stored(self, look: Look) -> torch.Tensor | None:
+        return self._cache.get(look, self._comes_again(look))
+
+    def _comes_again(self, look: Look) -> bool:
+        """Whether a later epoch will look the same way."""
+        return look.version == 0 or self._config.input.train_views > 0
 
     def _encoded(self, looks: list[Look]) -> Iterator[tuple[Look, torch.Tensor | None]]:
         """(look, features) of every look in order; None for clips that cannot be read."""
@@ -111,7 +127,6 @@ class ClipFeatures:
 
     def _packs(self, looks: list[Look]) -> Iterator[tuple[list[Look], list[torch.Tensor]]]:
         """(looks, their features) of what can be read, a pack at a time, kept in the cache."""
-        again = self._config.input.train_views > 0 or not self._reader.several_versions
         for found, batch in self._reader.packs(looks, self._config.heads.batch_size):
             started = time.perf_counter()
             encoded = self._encoder(batch.to(self._device))
@@ -124,8 +139,16 @@ class ClipFeatures:
             self.passes += len(found)
             pieces = [piece.clone() for piece in pieces]
             for look, piece in zip(found, pieces, strict=True):
-                self._cache.put(look, piece, comes_again=again or look.version == 0)
+                self._check_finite(look, piece)
+                self._cache.put(look, piece, self._comes_again(look))
             yield found, pieces
+
+    def _check_finite(self, look: Look, features: torch.Tensor) -> None:
+        if not torch.isfinite(features).all():
+            raise ValueError(
+                f"{self.clips.names[look.clip]}: the encoder's features are not finite, or beyond "
+                "what fp16 holds (65504): its weights are damaged, or not normalised at their end"
+            )
 
 
 def refuse_unreadable(train: ClipFeatures, val: ClipFeatures, allow_partial: bool) -> None:

@@ -1,9 +1,11 @@
 """Nearest neighbours on pooled features: no training, no chance.
 
-A clip's class scores are the sums, over its k nearest training clips by cosine, of
-exp(cosine / 0.07), as the DINO protocol weights them. k is chosen on the held-out part of train.
+A clip's class scores are the shares, of its k nearest training clips by cosine, weighted with
+exp(cosine / 0.07) as in the DINO protocol. k is chosen on the held-out part of train.
 Cost: one matrix product of both lists; features of the training list are held by every rank.
 """
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ def judge_neighbours(
     train); without a held-out part k is 20. The one head of both judgements is k's."""
     known, readable = _all_features(train, batch_size, ranks)
     keep, held = (part[readable[part]] for part in hold_out(train.clips, share))
+    if not len(keep):
+        raise ValueError("no training clip outside of the held-out part can be read")
     k, held_judgement = 20, None
     if len(held):
         tried = [k for k in NEIGHBOURS if k <= len(keep)]
@@ -37,7 +41,8 @@ def judge_neighbours(
     asked, found = _all_features(val, batch_size, ranks)
     everything, listed = np.flatnonzero(readable), np.flatnonzero(found)
     labels = train.clips.labels[everything]
-    judged = _judge(val, listed, asked[listed], known[everything], labels, [min(k, len(labels))])
+    k = min(k, len(labels))
+    judged = _judge(val, listed, asked[listed], known[everything], labels, [k])
     return k, held_judgement, judged
 
 
@@ -70,8 +75,9 @@ def _judge(features, indices, asked, known, labels, tried: list[int]) -> Judgeme
         targets = F.one_hot(targets, clips.num_classes)
     for start in range(0, len(asked), ROWS):
         cosine, nearest = (asked[start : start + ROWS] @ known.T).topk(max(tried))
-        votes = (cosine / TEMPERATURE).exp()[..., None] * targets[nearest]
-        totals = votes.cumsum(dim=1)[:, [k - 1 for k in tried]].movedim(1, 0)
+        weights = (cosine / TEMPERATURE).exp()[..., None]
+        votes = (weights * targets[nearest]).cumsum(dim=1) / weights.cumsum(dim=1)
+        totals = votes[:, [k - 1 for k in tried]].movedim(1, 0)
         builder.add(indices[start : start + ROWS].tolist(), totals)
     return builder.judgement()
 
@@ -80,6 +86,6 @@ def _head(judgement: Judgement, number: int) -> Judgement:
     """One head of a judgement."""
     part = slice(number, number + 1)
     scores = None if judgement.scores is None else judgement.scores[part]
-    return Judgement(
-        judgement.labels, judgement.judged, judgement.place[part], judgement.predicted[part], scores
+    return replace(
+        judgement, place=judgement.place[part], predicted=judgement.predicted[part], scores=scores
     )

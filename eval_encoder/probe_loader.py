@@ -18,9 +18,9 @@ from data_pipeline.loading.sequential import sequential_batches
 from data_pipeline.shards.manifest import Manifest, load_manifest
 
 from .probe_cache import file_identity
-from .probe_config import InputConfig
+from .probe_config import IMAGE_FAMILIES, InputConfig
 from .probe_datasets import LabelledList
-from .probe_video import Look, view_of_file
+from .probe_video import Look, chosen_decoder, chosen_gop, view_of_file
 
 Packs = Iterator[tuple[list[Look], PackedBatch]]
 
@@ -28,15 +28,20 @@ Packs = Iterator[tuple[list[Look], PackedBatch]]
 class RawClips:
     """Files of a list; `unreadable` fills up with names and reasons."""
 
+    several_versions = True  # clips can be looked at in other ways than the plain one
+
     def __init__(self, clips: LabelledList, config: InputConfig, size: int, patch_size: int):
+        if size % patch_size or size % 2:
+            raise ValueError(
+                f"--input_size {size} must be even and a multiple of the encoder's patch size "
+                f"{patch_size}"
+            )
+        if config.view == "codec":
+            chosen_gop(config, (size // patch_size) ** 2)
         self._clips, self._config = clips, config
         self._shape = (size, patch_size)
         self.unreadable: dict[str, str] = {}
-
-    @property
-    def several_versions(self) -> bool:
-        """Whether clips can be looked at in other ways than the plain one."""
-        return True
+        self.about = f"files, read by {chosen_decoder(config)}"
 
     def identity(self, index: int) -> str:
         """Text that changes with the file."""
@@ -88,9 +93,14 @@ class PackedClips:
 
     several_versions = False
 
-    def __init__(self, clips: LabelledList, config: InputConfig):
+    def __init__(self, clips: LabelledList, config: InputConfig, patch_size: int):
         self._config, self._manifest = config, load_manifest(clips.shards)
-        _check_stored(self._manifest, clips, config)
+        _check_stored(self._manifest, clips, config, patch_size)
+        settings = self._manifest.settings
+        self.about = (
+            f"packed shards of {settings['size']} px, patch {settings['patch_size']}; flags of raw "
+            "videos have no effect"
+        )
         ids = {name: i for i, name in enumerate(self._manifest.sources())}
         self._sample_ids = [ids.get(name) for name in clips.names]
         absent = [name for name in clips.names if name not in ids]
@@ -123,7 +133,7 @@ def open_clips(
     """The reader of a split. Raises ValueError for more than packed shards hold."""
     if clips.shards is None:
         return RawClips(clips, config, size, patch_size)
-    return PackedClips(clips, config)
+    return PackedClips(clips, config, patch_size)
 
 
 def _packed(ready: list) -> tuple[list[Look], PackedBatch]:
@@ -140,8 +150,17 @@ def _frame_tokens(manifest: Manifest) -> int:
     return max(sample["grid"][0] * sample["grid"][1] for sample in samples)
 
 
-def _check_stored(manifest: Manifest, clips: LabelledList, config: InputConfig) -> None:
-    """A budget beyond what is packed would silently be a smaller one."""
+def _check_stored(
+    manifest: Manifest, clips: LabelledList, config: InputConfig, patch_size: int
+) -> None:
+    """What is packed must be what the encoder takes; a budget beyond it would silently be a smaller
+    one."""
+    packed = manifest.settings["patch_size"]
+    if config.family not in IMAGE_FAMILIES and packed != patch_size:
+        raise ValueError(
+            f"{clips.shards} was packed with patch size {packed}, the encoder takes {patch_size}: "
+            f"pack again with --patch-size {patch_size}, or move the packed folder away"
+        )
     kept = max(s["num_patches"] for shard in manifest.shards for s in shard["samples"])
     frames = manifest.settings["num_full_frames"]
     if config.view == "codec" and config.num_tokens > kept:

@@ -15,7 +15,11 @@ import torch.distributed as dist
 from data_pipeline.counter_rng import counter_rng
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (any statistics table)
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+T975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+    2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 NORMAL975 = 1.96
 RESAMPLINGS = 200
 
@@ -34,6 +38,7 @@ class Judgement:
     judged: np.ndarray
     place: np.ndarray
     predicted: np.ndarray
+    num_classes: int
     scores: np.ndarray | None = None
 
     @property
@@ -43,31 +48,36 @@ class Judgement:
 
     def main(self) -> np.ndarray:
         """The main figure of every head in percent, float64 [B]."""
-        return self.top(1) if self.scores is None else np.array([s.mean() for s in self._aps()])
+        if self.scores is None:
+            return self.top(1)
+        return np.array([self._aps(head).mean() for head in range(len(self.scores))])
 
     def top(self, k: int) -> np.ndarray:
         """Share of judged clips whose true class is among the k first, in percent, [B]."""
         return 100 * (self.place[:, self.judged] <= k).mean(axis=1)
 
+    def top5(self) -> np.ndarray | None:
+        """Share of clips whose true class is among the five first, [B]; None where that says
+        nothing: up to five classes, or several labels."""
+        return self.top(5) if self.scores is None and self.num_classes > 5 else None
+
     def per_class(self, heads: list[int]) -> list[float | None]:
         """Main figure of every class, mean over some heads; None for classes without clips."""
         if self.scores is not None:
             values = np.full(self.labels.shape[1], np.nan)
-            values[self._present()] = np.mean([self._aps()[h] for h in heads], axis=0)
+            values[self._present()] = np.mean([self._aps(h) for h in heads], axis=0)
         else:
-            right = self._right(heads)
-            labels = self.labels[self.judged]
-            count = labels.max() + 1 if len(labels) else 0
-            values = [right[labels == c].mean() if (labels == c).any() else np.nan
-                      for c in range(count)]  # fmt: skip
-            values = 100 * np.array(values)
+            right, labels = self._right(heads), self.labels[self.judged]
+            sums = np.bincount(labels, right, minlength=self.num_classes)
+            counts = np.bincount(labels, minlength=self.num_classes)
+            values = np.where(counts, 100 * sums / np.maximum(1, counts), np.nan)
         return [None if np.isnan(v) else round(float(v), 2) for v in values]
 
-    def confusion(self, heads: list[int], num_classes: int) -> np.ndarray | None:
+    def confusion(self, heads: list[int]) -> np.ndarray | None:
         """Counts [K true, K predicted] over some heads; None for multi-label lists."""
         if self.scores is not None:
             return None
-        counts = np.zeros((num_classes, num_classes), np.int64)
+        counts = np.zeros((self.num_classes, self.num_classes), np.int64)
         for head in heads:
             np.add.at(counts, (self.labels[self.judged], self.predicted[head, self.judged]), 1)
         return counts
@@ -93,19 +103,22 @@ class Judgement:
     def _present(self) -> np.ndarray:
         return self.labels[self.judged].any(axis=0)
 
-    def _aps(self) -> list[np.ndarray]:
-        """Average precision in percent of the classes that have clips, for every head."""
-        labels = self.labels[self.judged]
-        return [average_precision(scores[self.judged], labels) for scores in self.scores]
+    def _aps(self, head: int) -> np.ndarray:
+        """Average precision in percent of the classes that have clips."""
+        return average_precision(self.scores[head, self.judged], self.labels[self.judged])
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Average precision in percent of each class that has positives: the mean, over its positive
-    clips, of the precision at their places. scores, labels [N, K]; equal scores keep the clips'
-    order."""
+    clips, of the precision among all clips that score as high or higher. scores, labels [N, K]."""
     order = np.argsort(-scores, axis=0, kind="stable")
     hits = np.take_along_axis(labels.astype(bool), order, axis=0)
-    precision = np.cumsum(hits, axis=0) / np.arange(1, len(hits) + 1)[:, None]
+    ranked = np.take_along_axis(scores, order, axis=0)
+    last = len(hits) - 1
+    is_end = np.vstack([ranked[:-1] != ranked[1:], np.ones_like(hits[:1])])
+    ends = np.where(is_end, np.arange(len(hits))[:, None], last)  # of the clips that score alike
+    ends = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
+    precision = np.take_along_axis(np.cumsum(hits, axis=0), ends, axis=0) / (ends + 1)
     positives = hits.sum(axis=0)
     present = positives > 0
     return 100 * (precision * hits).sum(axis=0)[present] / positives[present]
@@ -131,6 +144,7 @@ class JudgementBuilder:
     def __init__(self, labels: np.ndarray, indices: np.ndarray, num_heads: int, num_classes: int):
         """labels of the whole list; indices: those of its clips that are judged."""
         self._labels, self._row = labels[indices], {int(i): n for n, i in enumerate(indices)}
+        self._num_classes = num_classes
         shape = (num_heads, len(indices))
         several = labels.ndim == 2
         self._scores = torch.zeros(*shape, num_classes) if several else None
@@ -164,4 +178,5 @@ class JudgementBuilder:
         """The judgement of the clips that were added here."""
         judged, place, predicted = self._found.numpy()
         scores = None if self._scores is None else self._scores.numpy()
-        return Judgement(self._labels, judged[0] > 0, place, predicted, scores)
+        facts = (self._labels, judged[0] > 0, place, predicted, self._num_classes)
+        return Judgement(*facts, scores)

@@ -9,8 +9,8 @@
                [LABEL/]ID_START_END.mp4 (six digits) or [LABEL/]ID.mp4; classes are numbered by
                name over both files
 
-Videos may have any ending that can be read. Those that are named but absent are left out of the
-lists, counted, and written to absent_SPLIT.txt; nothing else is left out.
+Videos may have any ending that can be read. Those that are named but absent are counted and written
+to absent_SPLIT.txt; they stay in the lists, so that the probe knows what it has not judged.
 """
 
 import argparse
@@ -21,6 +21,9 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+SUFFIXES = {"ssv2": ".webm", "ucf101": ".avi", "hmdb51": ".avi"}
+SUFFIXES |= dict.fromkeys(("k400", "k600", "k700"), ".mp4")
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,11 @@ def read_ssv2(annotations: Path) -> Splits:
     for split, file in (("train", "train"), ("val", "validation")):
         splits[split] = []
         for entry in _read_json(annotations, file):
-            template = entry["template"].replace("[", "").replace("]", "")
+            known = isinstance(entry, dict) and {"id", "template"} <= entry.keys()
+            template = entry["template"].replace("[", "").replace("]", "") if known else None
             if template not in classes:
                 raise ValueError(
-                    f"clip {entry['id']}: template {template!r} is not in the labels file"
+                    f"{file} in {annotations}: {entry} has no id and template of the labels file"
                 )
             splits[split].append(Entry((str(entry["id"]),), classes[template]))
     return splits
@@ -93,6 +97,8 @@ def read_hmdb51(folder: Path, number: int) -> Splits:
     files = sorted(folder.glob(f"*{suffix}"))
     if not files:
         raise ValueError(f"{folder} holds no CLASS{suffix}: give the folder of the official lists")
+    if len(files) != find_classes("hmdb51"):
+        print(f"{len(files)} classes have lists, of {find_classes('hmdb51')}", file=sys.stderr)
     splits: Splits = {"train": [], "val": []}
     for label, path in enumerate(files):
         name = path.name.removesuffix(suffix)
@@ -117,11 +123,18 @@ def read_kinetics(train: Path, val: Path) -> Splits:
     }
 
 
+def find_classes(dataset: str) -> int:
+    """Number of classes of a benchmark."""
+    from .probe_datasets import find_benchmark
+
+    return find_benchmark(dataset).num_classes
+
+
 def write_lists(
     dataset: str, splits: Splits, videos: Path, output: Path
 ) -> dict[str, tuple[int, int]]:
-    """Write the two lists and absent_SPLIT.txt; returns split -> (listed, absent videos). Paths in
-    the lists are relative to `output`."""
+    """Write the two lists and absent_SPLIT.txt; returns split -> (found, absent videos). Paths in
+    the lists are relative to `output`. Raises ValueError when no video at all is found."""
     from .probe_datasets import find_benchmark
 
     benchmark = find_benchmark(dataset)
@@ -135,12 +148,17 @@ def write_lists(
             video = next((known[name] for name in entry.names if name in known), None)
             if video is None:
                 absent.append(entry.names[0])
-            else:
-                rows.append((os.path.relpath(video, output), entry.label))
+                video = videos / f"{entry.names[0]}{SUFFIXES[dataset]}"
+            rows.append((os.path.relpath(video, output), entry.label))
+        if len(absent) == len(rows):
+            raise ValueError(
+                f"none of the {len(rows)} {split} videos is below {videos}, for example "
+                f"{rows[0][0] if rows else 'none is named'}: give the folder of the videos"
+            )
         with open(output / files[split], "w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows(rows)
         (output / f"absent_{split}.txt").write_text("".join(f"{name}\n" for name in absent))
-        counts[split] = (len(rows), len(absent))
+        counts[split] = (len(rows) - len(absent), len(absent))
     return counts
 
 
@@ -165,9 +183,12 @@ def _kinetics_rows(path: Path) -> list[dict]:
         raise ValueError(f"{path} does not exist: give the official csv file")
     with open(path, newline="", encoding="utf-8-sig") as stream:
         rows = list(csv.DictReader(stream))
-    wanted = {"label", "youtube_id", "time_start", "time_end"}
-    if not rows or not wanted <= rows[0].keys():
-        raise ValueError(f"{path} lacks the columns {', '.join(sorted(wanted))}, or has no line")
+    wanted = ("label", "youtube_id", "time_start", "time_end")
+    if not rows or not set(wanted) <= rows[0].keys():
+        raise ValueError(f"{path} lacks the columns {', '.join(wanted)}, or has no line")
+    for number, row in enumerate(rows, start=2):
+        if not all(row[name] for name in wanted):
+            raise ValueError(f"{path} line {number}: {', '.join(wanted)} must all be given")
     return rows
 
 
@@ -215,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     for split, (listed, absent) in counts.items():
         names = args.output / f"absent_{split}.txt"
-        print(f"{split}: {listed} videos listed, {absent} named but absent ({names})")
+        print(f"{split}: {listed} videos found, {absent} named but absent ({names})")
 
 
 if __name__ == "__main__":

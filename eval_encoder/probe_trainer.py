@@ -26,7 +26,7 @@ from .probe_head import HeadBank, HeadSetting
 from .probe_metrics import Judgement, JudgementBuilder
 
 
-class NonFiniteProbe(RuntimeError):
+class NonFiniteProbe(ValueError):
     """All heads had gradients that are NaN or infinite."""
 
 
@@ -97,21 +97,24 @@ class ProbeTrainer:
             chunks = [order[i * size : (i + 1) * size] for i in range(steps)]
             mine = [chunk[self._ranks.rank :: self._ranks.world_size] for chunk in chunks]
             looks = [self._train.drawn_looks(chunk, epoch) for chunk in mine]
-            losses = []
+            sums, count = np.zeros(len(self.bank.heads)), 0
             for number, (found, features) in enumerate(self._train.batches(looks)):
                 progress = ((epoch - 1) * steps + number) / (config.epochs * steps)
                 labels = self._labels([look.clip for look in found])
-                losses.append(self._step(features, labels, progress))
+                sums += self._step(features, labels, progress)
+                count += len(found)
             last = epoch == config.epochs
             if epoch == 1 or last or epoch % config.eval_every == 0:
-                self._judge(epoch, held, np.mean(losses, axis=0))
-            if epoch % config.log_every == 0 or last:
-                self._say(epoch)
+                totals = torch.tensor([*sums, count], dtype=torch.float64)
+                dist.all_reduce(totals)
+                self._judge(epoch, held, (totals[:-1] / totals[-1].clamp(min=1)).numpy())
+                if last or epoch % config.log_every < config.eval_every:
+                    self._say(epoch)
         return self.history
 
     def judge(self, features: ClipFeatures, indices: np.ndarray) -> Judgement:
         """Scores of the clips `indices` by all heads: the mean over the crops of the shares that
-        the softmax gives (multi-label: of the sigmoids)."""
+        the softmax gives (multi-label: of the logits)."""
         clips, config = features.clips, self._heads_config
         builder = JudgementBuilder(clips.labels, indices, len(self.bank.heads), clips.num_classes)
         mine = indices[self._ranks.rank :: self._ranks.world_size]
@@ -121,7 +124,7 @@ class ProbeTrainer:
             for found, tokens in features.batches(looks):
                 if found:
                     logits = self.bank(tokens).double()
-                    scores = logits.sigmoid() if clips.is_multi_label else logits.softmax(dim=-1)
+                    scores = logits if clips.is_multi_label else logits.softmax(dim=-1)
                     builder.add(*_mean_over_crops([look.clip for look in found], scores))
         return builder.gather()
 
@@ -130,11 +133,11 @@ class ProbeTrainer:
         judged = self.judge(self._val, np.arange(len(self._val.clips)))
         if len(held):
             history.held.append(self.judge(self._train, held).main())
-        if epoch == 1:
-            refuse_unreadable(self._train, self._val, self._config.allow_partial)
+        refuse_unreadable(self._train, self._val, self._config.allow_partial)
+        self._check_choice(held)
         history.epochs.append(epoch)
         history.main.append(judged.main())
-        history.top5.append(judged.top(5) if judged.scores is None else judged.main())
+        history.top5.append(judged.top5())
         history.loss.append(losses)
         history.last = judged
         history.seconds.append(time.perf_counter() - self._started)
@@ -147,13 +150,23 @@ class ProbeTrainer:
                     value = history.held[-1][number]
                     self._board.add_scalar(f"held_out_{judged.metric}/{name}", value, epoch)
 
+    def _check_choice(self, held: np.ndarray) -> None:
+        """Several settings need held-out clips that can be read."""
+        names, unreadable = self._train.clips.names, self._train.unreadable
+        settings = {(s.lr, s.weight_decay) for s in self.bank.settings}
+        if len(settings) > 1 and all(names[i] in unreadable for i in held):
+            raise ValueError(
+                f"{len(settings)} settings but no held-out training clip to choose with: give more "
+                "training clips, a larger --holdout, or one setting"
+            )
+
     def _labels(self, indices: list[int]) -> torch.Tensor:
         return torch.from_numpy(self._train.clips.labels[indices]).to(self._ranks.device)
 
     def _step(
         self, features: list[torch.Tensor], labels: torch.Tensor, progress: float
     ) -> np.ndarray:
-        """One step of every head; returns this rank's mean losses [B]."""
+        """One step of every head; returns the sums of this rank's losses [B]."""
         config = self._heads_config
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] + (config.min_lr - group["peak"]) * progress
@@ -164,11 +177,11 @@ class ProbeTrainer:
         if features:
             sums = _losses(self.bank(features), labels, config.smoothing)
             (sums.sum() / count.clamp(min=1)).backward()
-            losses = sums.detach().cpu() / len(features)
+            losses = sums.detach().cpu()
         self._sum_gradients()
         self._clip()
         self._optimizer.step()
-        return losses.numpy()
+        return losses.double().numpy()
 
     def _sum_gradients(self) -> None:
         """Over the ranks, in one collective."""

@@ -8,9 +8,11 @@
 Segments are (n - 1) / S frames long, as published: 8 frames of 64 are 3, 11, 19, ... Whole frames
 are read by decord where it is installed, by PyAV otherwise, or by torchcodec; codec patches always
 come from PyAV, which exports the motion vectors. decord shows pictures as they are stored, so clips
-that are to be turned or stretched go to PyAV in any case.
+that are to be turned or stretched go to PyAV in any case. It also conceals damage inside of a file,
+which PyAV rejects; a file that breaks off is rejected by all.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +22,9 @@ import torch
 from data_pipeline.codec.decode import decode_video, frame_to
 from data_pipeline.codec.decompose import decompose_video
 from data_pipeline.codec.open_video import InputLimits, is_image, open_image, open_video
-from data_pipeline.codec.saliency import SaliencyConfig, patch_saliency
+from data_pipeline.codec.saliency import SaliencyConfig, is_static, patch_saliency
 from data_pipeline.codec.selection import select_patches
+from data_pipeline.codec.timeline import read_timeline
 from data_pipeline.counter_rng import counter_rng
 from data_pipeline.errors import RejectedInput
 from data_pipeline.loading.views import View, image_view, still_view
@@ -30,6 +33,8 @@ from model_factory.packing import interpolate_frame_indices
 
 from .probe_augment import recolour
 from .probe_config import InputConfig
+
+GOPS = (16, 32, 64)
 
 
 @dataclass(frozen=True, order=True)
@@ -74,10 +79,33 @@ def have_decord() -> bool:
 
 
 def chosen_decoder(config: InputConfig) -> str:
-    """The reader of whole frames: decord, av or torchcodec."""
-    if config.decoder != "auto":
-        return config.decoder
-    return "decord" if have_decord() else "av"
+    """The reader of whole frames: decord, av or torchcodec. ValueError when it is not installed."""
+    if config.decoder == "auto":
+        return "decord" if have_decord() else "av"
+    if config.decoder != "av" and importlib.util.find_spec(config.decoder) is None:
+        raise ValueError(f"--decoder {config.decoder} is not installed: pip install it, or take av")
+    return config.decoder
+
+
+def chosen_gop(config: InputConfig, frame_tokens: int) -> int:
+    """Frames between I-frames of raw codec input: as asked for, else the smallest of 16, 32 and 64
+    that leaves half of the budget to P-frames, whole frames having `frame_tokens` patches.
+
+    Raises ValueError for a budget that cannot hold the I-frames.
+    """
+    frames, budget = config.target_frames, config.num_tokens
+
+    def needed(gop: int) -> int:
+        return -(-frames // gop) * frame_tokens
+
+    fitting = [gop for gop in GOPS if needed(gop) <= budget // 2]
+    gop = config.gop or (fitting[0] if fitting else GOPS[-1])
+    if needed(gop) > budget:
+        raise ValueError(
+            f"--K_keep {budget} cannot hold the I-frames of {frames} frames, {needed(gop)} patches "
+            f"with --gop {gop}: raise it, take a longer --gop, or a smaller --input_size"
+        )
+    return gop
 
 
 def _coloured(frames: np.ndarray, look: Look, config: InputConfig) -> np.ndarray:
@@ -102,11 +130,15 @@ def _whole_frames(path, look, config, size, patch_size, place) -> View:
 
 def _codec_patches(path, look, config, size, patch_size, place) -> View:
     """The patches that packing would keep."""
-    framed = (config.target_frames, size, patch_size, config.gop)
+    gop = chosen_gop(config, (size // patch_size) ** 2)
+    framed = (config.target_frames, size, patch_size, gop)
     clip = decompose_video(path, *framed, place=place)
     saliency = SaliencyConfig(camera=config.camera, centre_prior=config.centre_prior)
     selection = select_patches(
-        patch_saliency(clip, patch_size, saliency), clip.is_i_frame, config.num_tokens
+        patch_saliency(clip, patch_size, saliency),
+        clip.is_i_frame,
+        config.num_tokens,
+        is_static=is_static(clip),
     )
     frame, row, column = selection.positions.astype(np.int64).T
     frames = _coloured(clip.frames, look, config)
@@ -120,22 +152,26 @@ def _picture(path: Path, size: int, patch_size: int, place: float) -> np.ndarray
 
 
 def _framed(pictures: np.ndarray, size: int, patch_size: int, place: float) -> np.ndarray:
-    """uint8 [T, H, W, 3] -> [T, size, size, 3], bicubic."""
+    """uint8 [T, H, W, 3] -> [T, size, size, 3], bicubic; only what is kept is scaled."""
     from PIL import Image
 
-    framing = frame_to(*pictures.shape[1:3], size, patch_size, "crop", place)
+    height, width = pictures.shape[1:3]
+    framing = frame_to(height, width, size, patch_size, "crop", place)
+    across, down = width / framing.width, height / framing.height
+    left, top = framing.left * across, framing.top * down
+    box = (left, top, left + size * across, top + size * down)
     scaled = (
-        Image.fromarray(p).resize((framing.width, framing.height), Image.Resampling.BICUBIC)
-        for p in pictures
+        Image.fromarray(p).resize((size, size), Image.Resampling.BICUBIC, box=box) for p in pictures
     )
-    return np.stack([framing.cut(np.asarray(picture)) for picture in scaled])
+    return np.stack([np.asarray(picture) for picture in scaled])
 
 
 def _is_plain(path: Path) -> bool:
     """Whether frames are shown as they are stored: upright, square pixels, not interlaced. Checks
-    the container and its limits by the way, before any other reader opens the file."""
+    the container, its limits and its end by the way, before any other reader opens the file."""
     import av
 
+    read_timeline(path, InputLimits())
     container, stream = open_video(path, InputLimits())
     try:
         first = next(container.decode(stream))

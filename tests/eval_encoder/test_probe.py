@@ -87,7 +87,8 @@ def test_missing_and_damaged_videos_forbid_an_accuracy(raw, tmp_path):
     assert done.returncode == 1 and "clips/train_00002.mp4: " in done.stderr
     done = run(*probe_command(raw, tmp_path / "report", *extra, "--allow-partial"))
     assert "without 1 unreadable clips" in done.stdout
-    assert list(record_of(tmp_path / "report")["unreadable"]) == ["clips/train_00002.mp4"]
+    unreadable = record_of(tmp_path / "report")["unreadable"]
+    assert list(unreadable["train"]) == ["clips/train_00002.mp4"] and not unreadable["val"]
 
 
 @pytest.mark.e2e
@@ -203,7 +204,7 @@ def test_the_public_command_judges_a_folder_of_official_files(clips, tmp_path):
         file.write_text(json.dumps(entries))
     prepare = ("-m", "eval_encoder.probe_prepare", "ssv2", "--annotations", annotations)
     done = run(*prepare, "--videos", videos, "--output", tmp_path / "data" / "ssv2")
-    assert "train: 8 videos listed, 0 named but absent" in done.stdout
+    assert "train: 8 videos found, 0 named but absent" in done.stdout
     own = ("--data_root", tmp_path / "data", "--model_weight", "random", "--num_frames", 2)
     own += ("--model_name", "llava_vit_tiny_ln", "--input_size", 64)
     done = torchrun(2, *PUBLIC, *own, "--save_report", tmp_path / "report")
@@ -220,7 +221,9 @@ def test_several_probes_are_compared_beside_published_figures(tmp_path):
         record = {
             "dataset": "ssv2", "family": "llava_vit_sampling", "view": view, "weight": "a/b",
             "num_frames": 2, "num_tokens": tokens, "head": "attentive", "seed": 1,
-            "metric": "top1", "clips": {"train": 9, "val": 5}, "unreadable": {},
+            "metric": "top1", "clips": {"train": 9, "val": 5}, "is_benchmark": True,
+            "unreadable": {"train": {"a": "missing"}, "val": {}}, "encoder_sha256": "0" * 64,
+            "config": {"view": view},
             "last_epoch": {"top1": value, "ci95_clips": 3.0, "seeds": [value]},
             "best_epoch": {"top1": value + 1, "epoch": 4},
             "costs": {"tokens_per_clip": tokens},
@@ -232,7 +235,7 @@ def test_several_probes_are_compared_beside_published_figures(tmp_path):
     assert "| ssv2 | b | codec 196 | 196 | attentive | top1 | 60.0 ± 3.0 | 61.0 (4) |" in text
     published = text.split("Published by others")[1]
     assert "| OV-Encoder | codec | 2048 | 58.5 |" in published and "60.0" not in published
-    assert (tmp_path / "out" / "compare_ssv2.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "compare_ssv2_top1.png").stat().st_size > 10_000
     done = run(*compare, tmp_path / "nothing", check=False)
     assert done.returncode == 1 and "--save_report" in done.stderr
     assert len(read_results(tmp_path / "0")) == 1

@@ -18,7 +18,7 @@ from eval_encoder.probe_metrics import (
     average_precision,
     seed_interval,
 )
-from eval_encoder.probe_results import summarise
+from eval_encoder.probe_record import summarise
 from eval_encoder.probe_trainer import History, NonFiniteProbe, ProbeTrainer
 from training.distributed import process_group
 
@@ -105,10 +105,10 @@ def test_held_out_clips_choose_even_against_the_validation_list():
     labels, judged = np.arange(10) % 5, np.ones(10, bool)
     place = np.ones((2, 10), np.int32)
     place[1, :5] = 3
-    last = Judgement(labels, judged, place, np.tile(labels, (2, 1)))
+    last = Judgement(labels, judged, place, np.tile(labels, (2, 1)), 6)
     history = History([HeadSetting(1e-3, 0.0, 1), HeadSetting(1e-2, 0.0, 1)], [1], last=last)
     history.held, history.main = [np.array([40.0, 90.0])], [last.main()]
-    history.top5, history.loss = [last.top(5)], [np.zeros(2)]
+    history.top5, history.loss = [last.top5()], [np.zeros(2)]
     record = summarise(trainer()[0], history, {"train": 9, "val": 10})
     assert record["chosen"] == {"lr": 1e-2, "weight_decay": 0.0, "held_out": 90.0}
     assert record["last_epoch"]["top1"] == 50 and record["last_epoch"]["top5"] == 100
@@ -125,6 +125,9 @@ def test_a_head_that_goes_astray_is_left_out_and_all_of_them_are_an_error():
         record = summarise(config, history, {"train": 40, "val": 40})
         assert history.astray == {1} and record["chosen"]["lr"] == 1e-3
         assert [row["astray"] for row in record["grid"]] == [False, True]
+        history.settings[1] = history.settings[0]  # as if of another seed
+        record = summarise(config, history, {"train": 40, "val": 40})
+        assert len(record["last_epoch"]["seeds"]) == 1, "sound heads alone"
         probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
         with torch.no_grad():
             for head in probe.bank.heads:
@@ -146,13 +149,13 @@ def test_judgements_count_places_as_sorting_does():
     assert np.array_equal(judged.place, wanted)
     assert np.array_equal(judged.predicted, scores.argmax(-1))
     assert np.array_equal(judged.main(), 100 * (judged.predicted == labels).mean(axis=1))
-    confusion = judged.confusion([0, 1], 7)
+    confusion = judged.confusion([0, 1])
     assert confusion.sum() == 60 and np.trace(confusion) == (judged.predicted == labels).sum()
     lost = JudgementBuilder(labels, np.arange(30), 1, 7)
     lost.add(list(range(30)), torch.full((1, 30, 7), torch.nan))
     assert lost.judgement().main()[0] == 0, "no number is no right answer"
     some = replace(judged, judged=np.arange(30) < 20)
-    assert some.top(7).tolist() == [100, 100] and some.confusion([0], 7).sum() == 20
+    assert some.top(7).tolist() == [100, 100] and some.confusion([0]).sum() == 20
 
 
 def test_average_precision_is_the_mean_precision_at_the_positives():
@@ -161,6 +164,8 @@ def test_average_precision_is_the_mean_precision_at_the_positives():
     # class 0: positives at places 1 and 3 -> (1/1 + 2/3) / 2; class 1: at place 2 -> 1/2
     assert average_precision(scores, labels).tolist() == pytest.approx([100 * 5 / 6, 50])
     assert len(average_precision(scores, labels * [1, 0])) == 1
+    # equal scores are one group, whatever their order in the list: half of four are positive
+    assert average_precision(np.zeros((4, 1)), np.array([[1], [1], [0], [0]])) == 50
 
 
 def test_intervals_follow_their_formulas():
@@ -169,5 +174,6 @@ def test_intervals_follow_their_formulas():
     assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
     labels = np.zeros(100, np.int64)
     place = np.where(np.arange(100) < 80, 1, 2)[None].astype(np.int32)
-    judged = Judgement(labels, np.ones(100, bool), place, place - 1)
+    judged = Judgement(labels, np.ones(100, bool), place, place - 1, 2)
+    assert judged.top5() is None
     assert judged.clip_interval([0]) == pytest.approx(1.96 * 100 * (0.8 * 0.2 / 100) ** 0.5)

@@ -2,6 +2,8 @@
 and the encoder that was named.
 """
 
+import json
+import os
 import shutil
 
 import numpy as np
@@ -13,10 +15,18 @@ from conftest import run, write_video
 from data_pipeline.errors import RejectedInput
 from data_pipeline.loading.packing import pack_views
 from data_pipeline.loading.views import still_view
+from data_pipeline.shards.sample_builder import SampleConfig, build_sample
 from eval_encoder.probe_augment import recolour
+from eval_encoder.probe_cache import file_identity
 from eval_encoder.probe_config import build_config, build_parser
 from eval_encoder.probe_encoders import build_encoder, time_code
-from eval_encoder.probe_video import Look, frame_numbers, have_decord, view_of_file
+from eval_encoder.probe_video import (
+    Look,
+    chosen_gop,
+    frame_numbers,
+    have_decord,
+    view_of_file,
+)
 from model_factory.packing import CLIP_MEAN, CLIP_STD
 
 DECODERS = ["av", "decord"]
@@ -181,6 +191,59 @@ def test_random_weights_follow_the_seed_and_names_the_weights():
     assert first.sha256 == again.sha256 != other.sha256
 
 
+def test_a_still_clip_is_looked_at_as_packing_does(tmp_path):
+    """Noise on a resting picture: whole frames at even times, not the noisiest patches."""
+    rng = np.random.default_rng(0)
+    still = rng.integers(0, 255, (64, 64, 3))
+    frames = [np.clip(still + rng.normal(0, 1, still.shape), 0, 255) for _ in range(64)]
+    write_video(tmp_path / "still.mp4", [f.astype(np.uint8) for f in frames], crf="18")
+    config = SampleConfig(size=64, gop=64, budget=48, num_full_frames=4)
+    info = build_sample(tmp_path / "still.mp4", "still.mp4", config)[1]
+    assert info.is_static
+    shown = config_of("--model_family", "llava_vit_codec", "--K_keep", 48)
+    view = view_of_file(tmp_path / "still.mp4", Look(0), shown, 64, 16)
+    counts = np.unique(view.positions[:, 0].numpy(), return_counts=True)[1]
+    assert counts.tolist() == [16, 16, 16], "three whole frames"
+
+
+@pytest.mark.parametrize(("budget", "gop"), [(4096, 16), (2048, 16), (1024, 32), (512, 64)])
+def test_a_smaller_budget_has_fewer_whole_frames(budget, gop):
+    config = config_of("--model_family", "ov_encoder_codec", "--K_keep", budget)
+    assert chosen_gop(config, 196) == gop
+    with pytest.raises(ValueError, match="--K_keep 100 cannot hold"):
+        chosen_gop(config_of("--K_keep", 100), 196)
+
+
+def test_image_encoders_see_a_frame_once_cut_and_other_preprocessing_is_another_encoder(tmp_path):
+    fields = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
+    torch.manual_seed(0)
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**fields, image_size=28)).eval()
+    model.save_pretrained(tmp_path)
+    described = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+    described |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(described))
+    config = config_of("--model_family", "dinov2")
+    encoder = build_encoder(config, "x", str(tmp_path), 0)
+    frame = np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8)
+    encoded = encoder(batch_of(still_view([torch.from_numpy(frame)], 28, torch.zeros(1))))
+    with torch.no_grad():
+        pixels = torch.from_numpy(frame).movedim(-1, 0)[None] / 127.5 - 1
+        wanted = model(pixel_values=pixels).last_hidden_state[:, 1:]
+    torch.testing.assert_close(encoded.pooled, wanted.mean(1), rtol=1e-4, atol=1e-4)
+    described["image_mean"] = [0.4] * 3
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(described))
+    assert build_encoder(config, "x", str(tmp_path), 0).sha256 != encoder.sha256
+
+
+def test_files_of_one_name_in_two_folders_do_not_share_features(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "1.mp4").write_bytes(b"x")
+        os.utime(tmp_path / place / "1.mp4", (1, 1))
+    first, second = (file_identity(tmp_path / place / "1.mp4") for place in "ab")
+    assert first != second and first == file_identity(tmp_path / "b" / ".." / "a" / "1.mp4")
+
+
 @pytest.mark.e2e
 def test_a_run_a_checkpoint_and_its_exports_are_the_same_encoder(tmp_path):
     flags = ("-m", "training.train_univit", "--preset", "debug", "--list_batch_size", 16)
@@ -208,7 +271,7 @@ def test_image_encoders_see_every_frame_and_its_number(tmp_path):
     view = still_view([torch.from_numpy(f) for f in frames], 16, torch.arange(3))
     one = still_view([torch.from_numpy(frames[1])], 16, torch.zeros(1))
     encoder = build_encoder(config_of("--model_family", "clip"), "x", str(tmp_path), 0)
-    assert (encoder.width, encoder.patch_size, encoder.size) == (32, 16, 64)
+    assert (encoder.width, encoder.size) == (32, 64)
     encoded = encoder(batch_of(view, one))
     assert encoded.lengths.tolist() == [48, 16] and encoded.tokens.shape == (64, 32)
     pixels = torch.from_numpy(frames).movedim(-1, 1) / 255
@@ -221,7 +284,7 @@ def test_image_encoders_see_every_frame_and_its_number(tmp_path):
     torch.testing.assert_close(
         encoded.tokens[48:] - code[0], wanted[16:32] - code[1], rtol=1e-4, atol=1e-4
     )
-    torch.testing.assert_close(encoded.pooled[1], encoded.tokens[48:].mean(0))
+    torch.testing.assert_close(encoded.pooled[1], (encoded.tokens[48:] - code[0]).mean(0))
     flags = ("--model_family", "clip", "--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5)
     half = build_encoder(config_of(*flags), "x", str(tmp_path), 0)
     with torch.no_grad():

@@ -4,6 +4,7 @@ checked before anything is loaded.
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from eval_encoder.probe_datasets import (
     find_benchmark,
     hold_out,
     read_lists,
+    shared_files,
 )
 from model_factory.hf_image_encoders import FAMILIES
 
@@ -71,6 +73,10 @@ def test_every_published_flag_is_accepted_and_known_choices_match_the_code():
         (("--num_frames", "0"), "--num_frames 0 must be at least 1"),
         (("--holdout", "0", "--default_lr_list", "1", "2"), "nothing to choose among 2"),
         (("--mean", "0", "0", "0"), "--mean and --std belong together"),
+        (("--clip_grad", "0"), "--clip_grad 0.0 must be positive"),
+        (("--default_lr_list", "0.1", "0.1"), "different numbers"),
+        (("--model_family", "llava_vit_codec", "--num_temporal_crops", "3"), "whole clip"),
+        (("--model_family", "llava_vit_codec", "--target_frames", "65"), "at most 64"),
         (("--mean", "0", "0", "0", "--std", "1", "0", "1"), "--std"),
     ],
 )
@@ -106,6 +112,12 @@ def test_any_folder_is_a_benchmark(tmp_path):
     assert train.num_classes == val.num_classes == 5 and train.labels.tolist() == [1, 4]
     several, _ = read_lists(str(tmp_path), tmp_path, num_classes=6, protocol="multi_label")
     assert several.labels.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
+    (tmp_path / "train.csv").write_text("a.mp4,1\na.mp4,3 0\n")
+    several, _ = read_lists(str(tmp_path), tmp_path, protocol="multi_label")
+    assert several.names == ["a.mp4"] and several.labels.tolist() == [[1, 1, 0, 1]]
+    (tmp_path / "train" / "x").mkdir(parents=True), (tmp_path / "val" / "x").mkdir(parents=True)
+    with pytest.raises(MissingBenchmark, match="other.csv is missing"):
+        read_lists(str(tmp_path), tmp_path, train_csv="other.csv")
     (tmp_path / "val.csv").write_text("c.mp4,0 2\n")
     with pytest.raises(ValueError, match="2 labels; judge .* with --protocol multi_label"):
         read_lists(str(tmp_path), tmp_path)
@@ -117,6 +129,10 @@ def test_held_out_clips_are_part_of_train_and_do_not_change():
     assert len(held) == 10 and sorted([*keep, *held]) == list(range(95))
     assert np.array_equal(held, hold_out(clips, 0.1)[1]) and len(hold_out(clips, 0)[1]) == 0
     assert [len(part) for part in hold_out(clip_list([0, 0], 1), 0.9)] == [1, 1]
+    twice = replace(clips, names=[f"{i // 2}.mp4" for i in range(95)])
+    keep, held = hold_out(twice, 0.3)
+    assert not {twice.names[i] for i in keep} & {twice.names[i] for i in held}
+    assert shared_files(twice, clip_list([0] * 3, 1)) == ["0.mp4", "1.mp4", "2.mp4"]
 
 
 def test_official_ssv2_files_become_lists(tmp_path):
@@ -134,7 +150,11 @@ def test_official_ssv2_files_become_lists(tmp_path):
     assert counts == {"train": (1, 1), "val": (1, 0)}
     assert (tmp_path / "ssv2" / "absent_train.txt").read_text() == "2\n"
     train, val = read_lists("ssv2", tmp_path)
-    assert train.names == ["../videos/1.webm"] and val.labels.tolist() == [0]
+    assert train.names == ["../videos/1.webm", "../videos/2.webm"], "absent ones stay listed"
+    assert val.labels.tolist() == [0]
+    (tmp_path / "videos" / "1.webm").unlink()
+    with pytest.raises(ValueError, match="none of the 2 train videos"):
+        probe_prepare.write_lists("ssv2", splits, tmp_path / "videos", tmp_path / "ssv2")
 
 
 def test_official_ucf101_and_hmdb51_lists_become_lists(tmp_path):
@@ -143,13 +163,14 @@ def test_official_ucf101_and_hmdb51_lists_become_lists(tmp_path):
     (splits / "classInd.txt").write_text("1 ApplyEyeMakeup\n2 Archery\n")
     (splits / "trainlist01.txt").write_text("Archery/v_Archery_g08_c01.avi 2\n")
     (splits / "testlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\n")
-    write_videos(tmp_path / "ucf", "Archery/v_Archery_g08_c01.avi")
+    names = ("Archery/v_Archery_g08_c01.avi", "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi")
+    write_videos(tmp_path / "ucf", *names)
     command = ["ucf101", "--splits", str(splits), "--videos", str(tmp_path / "ucf")]
     probe_prepare.main([*command, "--output", str(tmp_path / "ucf101")])
     assert listed(tmp_path / "ucf101" / "train_new.csv") == [
         ["../ucf/Archery/v_Archery_g08_c01.avi", "1"]
     ]
-    assert "ApplyEyeMakeup" in (tmp_path / "ucf101" / "absent_val.txt").read_text()
+    assert listed(tmp_path / "ucf101" / "val_new.csv") == [[f"../ucf/{names[1]}", "0"]]
 
     (splits / "brush_hair_test_split1.txt").write_text("a.avi 1 \nb.avi 2 \nc.avi 0 \n")
     (splits / "wave_test_split1.txt").write_text("d.avi 1 \n")
@@ -174,7 +195,8 @@ def test_official_kinetics_files_become_lists(tmp_path):
     command += [str(tmp_path / "val.csv"), "--videos", str(tmp_path / "videos")]
     probe_prepare.main([*command, "--output", str(tmp_path / "k700")])
     train = listed(tmp_path / "k700" / "train_new.csv")
-    assert train == [[f"../videos/{names[0]}", "1"], [f"../videos/{names[1]}", "0"]]
+    assert train[:2] == [[f"../videos/{names[0]}", "1"], [f"../videos/{names[1]}", "0"]]
+    assert train[2] == ["../videos/zumba/gone_000001_000011.mp4", "1"]
     assert listed(tmp_path / "k700" / "val_new.csv") == [["../videos/q.mkv", "0"]]
     assert "gone" in (tmp_path / "k700" / "absent_train.txt").read_text()
     (tmp_path / "val.csv").write_text("video,class\na,b\n")
