@@ -1,7 +1,7 @@
 """The benchmarks as data: one row each, their lists, and what to do when files are not there.
 
 A benchmark is a folder with two lists of `relative path,label` lines and the videos (or pictures)
-they name. Several labels of a clip are separated by spaces:
+they name. Several labels of a clip are separated by spaces, and it may have none:
 
     DATA_ROOT/NAME/train.csv   DATA_ROOT/NAME/val.csv   DATA_ROOT/NAME/<videos>
 
@@ -137,7 +137,7 @@ def read_lists(
     several = _is_multi_label(rows, protocol, name)
     if several:
         rows = [_merged(split) for split in rows]
-    largest = max(label for split in rows for _, _, labels in split for label in labels)
+    largest = max((i for split in rows for _, _, labels in split for i in labels), default=0)
     classes = num_classes or benchmark.num_classes or largest + 1
     return tuple(
         _labelled(folder, split, found, classes, several)
@@ -168,8 +168,8 @@ def _read_rows(file: Path) -> list[tuple[str, str, list[int]]]:
         for number, row in enumerate(csv.reader(lines), start=1):
             if not row:
                 continue
-            labels = row[1].split() if len(row) == 2 else []
-            if not labels or not all(label.isdigit() for label in labels):
+            labels = row[1].split() if len(row) == 2 else ["none"]
+            if not all(label.isdigit() for label in labels):
                 raise ValueError(
                     f"{file} line {number}: {row} is no `relative path,label` (several labels "
                     "separated by spaces)"
@@ -215,7 +215,7 @@ def _is_multi_label(rows, protocol: str | None, name: str) -> bool:
         return True
     for split in rows:
         for place, _, labels in split:
-            if len(labels) > 1:
+            if len(labels) != 1:
                 raise ValueError(
                     f"{place}: {len(labels)} labels; judge {name} with --protocol multi_label, or "
                     "write lists with one label per clip"
@@ -225,14 +225,16 @@ def _is_multi_label(rows, protocol: str | None, name: str) -> bool:
 
 def _labelled(folder: Path, split: str, rows, num_classes: int, several: bool) -> LabelledList:
     for place, _, labels in rows:
-        if max(labels) >= num_classes:
+        if labels and max(labels) >= num_classes:
             raise ValueError(f"{place}: label {max(labels)}, but there are {num_classes} classes")
-    labels = np.array([labels[0] for _, _, labels in rows])
-    if several:
-        labels = np.zeros((len(rows), num_classes), np.uint8)
-        for row, (_, _, given) in zip(labels, rows, strict=True):
-            row[given] = 1
-    return LabelledList(folder, split, [name for _, name, _ in rows], labels, num_classes)
+    names = [name for _, name, _ in rows]
+    if not several:
+        single = np.array([labels[0] for _, _, labels in rows])
+        return LabelledList(folder, split, names, single, num_classes)
+    targets = np.zeros((len(rows), num_classes), np.uint8)
+    for row, (_, _, labels) in zip(targets, rows, strict=True):
+        row[labels] = 1
+    return LabelledList(folder, split, names, targets, num_classes)
 
 
 def _instructions(name: str, benchmark: Benchmark, folder: Path, files) -> str:

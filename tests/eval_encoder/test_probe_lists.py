@@ -112,6 +112,11 @@ def test_any_folder_is_a_benchmark(tmp_path):
     assert train.num_classes == val.num_classes == 5 and train.labels.tolist() == [1, 4]
     several, _ = read_lists(str(tmp_path), tmp_path, num_classes=6, protocol="multi_label")
     assert several.labels.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
+    (tmp_path / "train.csv").write_text("a.mp4,1\nb.mp4,\n")
+    several, _ = read_lists(str(tmp_path), tmp_path, protocol="multi_label")
+    assert several.labels.tolist() == [[0, 1], [0, 0]], "a clip may show none of the classes"
+    with pytest.raises(ValueError, match="line 2: 0 labels"):
+        read_lists(str(tmp_path), tmp_path)
     (tmp_path / "train.csv").write_text("a.mp4,1\na.mp4,3 0\n")
     several, _ = read_lists(str(tmp_path), tmp_path, protocol="multi_label")
     assert several.names == ["a.mp4"] and several.labels.tolist() == [[1, 1, 0, 1]]
