@@ -1,0 +1,59 @@
+"""From a tower's width to a language model's: the projectors a LLaVA configuration names.
+
+    linear           Linear
+    mlp{n}x_gelu     Linear, then n - 1 times GELU and Linear; n from 1
+    identity         nothing
+    spatial_merge    2 x 2 patches side by side, LayerNorm of each, Linear, GELU, Linear
+    vitsplit         vit_split.py, which needs the tower's blocks and is built there
+
+State-dict names of the first two are those of LLaVA's mm_projector.
+
+Shape legend: B pictures, N tokens, D tower width, H language model's width.
+"""
+
+import re
+
+import torch
+from torch import nn
+
+PROJECTORS = ("linear", "mlp{n}x_gelu", "identity", "spatial_merge", "vitsplit")
+
+
+class SpatialMerge(nn.Module):
+    """Tokens [B, rows * columns, D] in raster order -> [B, N / 4, H]."""
+
+    def __init__(self, width: int, output_width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(4 * width, 4 * width), nn.GELU(), nn.Linear(4 * width, output_width)
+        )
+
+    def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """grid: rows and columns, both even. Raises ValueError otherwise."""
+        rows, columns = grid
+        if rows * columns != tokens.shape[1] or rows % 2 or columns % 2:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens on a grid of {rows} x {columns} are not whole 2 x 2 "
+                "squares: choose a picture size with an even number of patches on both sides"
+            )
+        squares = self.norm(tokens).unflatten(1, (rows // 2, 2, columns // 2, 2))
+        return self.mlp(squares.transpose(2, 3).flatten(3).flatten(1, 2))
+
+
+def build_projector(kind: str, width: int, output_width: int) -> nn.Module:
+    """The projector of a LLaVA `mm_projector_type`. Raises ValueError for an unknown name, and for
+    `vitsplit`, which is built by vit_split.ViTSplit."""
+    if kind == "linear":
+        return nn.Linear(width, output_width)
+    if kind == "identity":
+        return nn.Identity()
+    if kind == "spatial_merge":
+        return SpatialMerge(width, output_width)
+    layers = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    if layers is None:
+        raise ValueError(f"mm_projector_type {kind!r}: choose one of {', '.join(PROJECTORS)}")
+    parts: list[nn.Module] = [nn.Linear(width, output_width)]
+    for _ in range(int(layers[1]) - 1):
+        parts += [nn.GELU(), nn.Linear(output_width, output_width)]
+    return nn.Sequential(*parts)

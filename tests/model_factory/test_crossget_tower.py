@@ -1,0 +1,105 @@
+"""CrossGET's tower on tiny CLIP models: the published hidden states, safe start, gradients."""
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from model_factory.crossget_tower import CrossGetTower, alignment_loss, layer_repeats
+from model_factory.token_reduction import ReductionConfig, tokens_left
+
+R = {"free": 1, "main": 2, "double": 3, "saturated": 13, "none": 0}
+
+
+def clip():
+    torch.manual_seed(0)
+    fields = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, image_size=32)
+    fields |= dict(patch_size=8, num_attention_heads=4, hidden_act="quick_gelu")
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**fields)).eval()
+
+
+def tower(r, weights="guided", **options):
+    return CrossGetTower(clip(), ReductionConfig(r, weights=weights), **options)
+
+
+def stored(shared, run):
+    with safe_open(shared / "vectors" / "llava_crossget_tower.safetensors", "pt") as file:
+        values = {key: file.get_tensor(key) for key in file.keys()}
+    prefix = "weights.vision_model."
+    weights = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+    cross = weights.pop("encoder.cross_image")
+    own = {k.removeprefix(f"{run}."): v for k, v in values.items() if k.startswith(f"{run}.")}
+    return weights, cross, own
+
+
+@pytest.mark.parametrize("run", R)
+def test_hidden_states_and_gradients_are_the_published_ones(shared, run):
+    weights, cross, v = stored(shared, run)
+    model = tower(R[run])
+    missing, unexpected = model._inner().load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.endswith("position_ids") for name in missing)
+    with torch.no_grad():
+        model.cross_tokens.copy_(cross)
+    model = model.to(v["hidden_states.0"].dtype)
+    pixels = v["pixels"].to(v["hidden_states.0"].dtype)
+    tolerance = 1e-10 if run == "double" else 5e-5
+    states = model(pixels)
+    for number, state in enumerate(states):
+        torch.testing.assert_close(state, v[f"hidden_states.{number}"], rtol=0, atol=tolerance)
+        assert state.shape[1] == tokens_left(18, model.config, number)
+    features = model.features(pixels)
+    torch.testing.assert_close(features, v["features"], rtol=0, atol=tolerance)
+    if "cotangent" not in v:
+        return
+    (features * v["cotangent"]).sum().backward()
+    wanted = v["grad_cross_tokens"]
+    near = (1e-10 if run == "double" else 1e-4) * wanted.abs().max().item()
+    torch.testing.assert_close(model.cross_tokens.grad, wanted, rtol=0, atol=max(near, 1e-10))
+    assert all(p.grad is None for p in model.model.parameters())
+
+
+def test_without_reduction_a_masked_cross_token_changes_nothing():
+    pixels = torch.randn(2, 3, 32, 32)
+    plain = clip()
+    with torch.no_grad():
+        wanted = plain(pixel_values=pixels, output_hidden_states=True).hidden_states
+        masked = tower(0, mask_cross_token=True)(pixels)
+        seen = tower(0)(pixels)
+    for number in range(5):
+        torch.testing.assert_close(masked[number][:, :-1], wanted[number], rtol=1e-4, atol=1e-5)
+        # with C = 0 the cross token stays the class token, which then counts twice as a key
+        torch.testing.assert_close(seen[number][:, -1], seen[number][:, 0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(seen[4][:, :-1], wanted[4], atol=1e-3)
+
+
+def test_gradients_reach_every_layer_through_features_and_alignment():
+    model = tower(2, "guided_normalised")
+    states = model(torch.randn(2, 3, 32, 32))
+    vision = torch.stack([state[:, -1] for state in states[1:]])
+    alignment_loss(vision, torch.randn(6, 2, 32)).backward()
+    grads = model.cross_tokens.grad.abs().sum(-1)[0]
+    assert (grads > 0).all()
+
+
+def test_the_alignment_loss_follows_its_formula_in_both_directions():
+    torch.manual_seed(0)
+    image, text = (torch.randn(3, 2, 5, dtype=torch.float64) for _ in range(2))
+    p, q = image.softmax(-1), text.softmax(-1)
+    m = (p + q) / 2
+
+    def kl(a, b):
+        return (a * (a / b).log()).sum(-1).mean()
+
+    published = (kl(m, p) + kl(m, q)) / 2
+    textbook = (kl(p, m) + kl(q, m)) / 2
+    torch.testing.assert_close(alignment_loss(image, text), published)
+    torch.testing.assert_close(alignment_loss(image, text, "jensen_shannon"), textbook)
+    torch.testing.assert_close(alignment_loss(text, image), alignment_loss(image, text))
+    assert alignment_loss(image, image).abs() < 1e-12
+    with pytest.raises(ValueError, match="jensen_shannon"):
+        alignment_loss(image, text, "kl")
+
+
+def test_vision_layers_are_repeated_to_the_depth_of_the_language_model():
+    assert layer_repeats(24, 32).tolist() == [1, 1, 2] * 8
+    assert layer_repeats(4, 6).tolist() == [1, 2, 1, 2]
