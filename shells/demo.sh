@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole system on a laptop: clips -> shards -> clusters -> training on 2 ranks -> probe -> export -> report.
 #
-#   bash shells/demo.sh                  on the embedded motion_shapes set (about nine minutes on 2 cores)
+#   bash shells/demo.sh                  on the embedded motion_shapes set (about ten minutes on 2 cores)
 #   bash shells/demo.sh --videos DIR     on your own folder; without labels there is no probe
 #   --output DIR                         where everything goes (default: output/demo, or
 #                                        output/demo-NAME for a folder NAME of videos)
