@@ -1,0 +1,214 @@
+"""The encoder as an eye of LLaVA, in two shapes over the same weights.
+
+    LlavaViTVisionModel   a transformers vision model (pictures in, all hidden states out),
+                          registered as `llava_vit_vision`, so that it can be the vision_config of
+                          LlavaForConditionalGeneration; import this module before loading one
+    LlavaViTVisionTower   the vision-tower contract of the original LLaVA and LLaVA-NeXT
+
+To use the second, add one line to multimodal_encoder/builder.py of those repositories, above the
+name checks of build_vision_tower:
+
+    from model_factory.llava_vision_tower import tower_or_none
+    if (tower := tower_or_none(vision_tower, vision_tower_cfg, **kwargs)) is not None: return tower
+
+There is no class token: `patch` and `cls_patch` are the same, a processor adds no token
+(vision_feature_select_strategy "full", num_additional_image_tokens 0). Hidden state -1 is the
+last block's output, or, with `post_norm`, what the pooling head was trained on: the normed one.
+
+Shape legend: B pictures, N patches of each, D width, K kept patches of a clip, p patch size.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .configuration import LlavaViTPackingConfig
+from .packing import patchify
+from .vit_preview_v0_packing_hf import LlavaViTPackingModel
+
+FEATURES = ("patch", "cls_patch")
+
+
+class LlavaViTVisionConfig(LlavaViTPackingConfig):
+    """Shape of the encoder, and whether its last hidden state is the normed one."""
+
+    model_type = "llava_vit_vision"
+
+    def __init__(self, post_norm: bool = True, **kwargs):
+        self.post_norm = post_norm
+        super().__init__(**kwargs)
+
+    @classmethod
+    def of(cls, config: LlavaViTPackingConfig, post_norm: bool = True) -> "LlavaViTVisionConfig":
+        """The same shape."""
+        return cls(post_norm, **{name: getattr(config, name) for name in config.own_fields()})
+
+
+class LlavaViTVisionModel(PreTrainedModel):
+    """Pictures [B, 3, H, W], already normalised, to hidden states [B, N, D]; sides are multiples of
+    the patch size."""
+
+    config_class = LlavaViTVisionConfig
+    base_model_prefix = "vision"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["EncoderLayer"]
+
+    def __init__(self, config: LlavaViTVisionConfig):
+        super().__init__(config)
+        shape = LlavaViTPackingConfig(**{n: getattr(config, n) for n in shape_fields()})
+        self.packing = LlavaViTPackingModel(shape)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
+        """hidden_states has num_hidden_layers + 1 entries; all of them, whatever is asked for, as
+        some callers name layers where others say yes or no. Raises ValueError for sides that are no
+        multiples of the patch size."""
+        batch, (rows, columns) = len(pixel_values), self.grid(*pixel_values.shape[-2:])
+        patches = patchify(pixel_values, self.config.patch_size).flatten(0, 1)
+        grid = torch.tensor([[1, rows, columns]] * batch)
+        out = self.packing(patches, grid.to(patches.device), output_hidden_states=True)
+        states = list(out.hidden_states)
+        if self.config.post_norm:
+            states[-1] = out.last_hidden_state
+        states = tuple(state.unflatten(0, (batch, -1)) for state in states)
+        return BaseModelOutput(last_hidden_state=states[-1], hidden_states=states)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of a picture."""
+        side = self.config.patch_size
+        if height % side or width % side:
+            raise ValueError(
+                f"a picture of {height}x{width} is no multiple of the patch size {side}: let the "
+                "image processor resize it"
+            )
+        return height // side, width // side
+
+    @classmethod
+    def from_encoder(cls, encoder: LlavaViTPackingModel, post_norm: bool = True):
+        """A vision model around an encoder, sharing its weights."""
+        with torch.device("meta"):
+            model = cls(LlavaViTVisionConfig.of(encoder.config, post_norm))
+        model.packing = encoder
+        return model
+
+
+def shape_fields() -> list[str]:
+    """Names of the configuration's fields that describe the encoder."""
+    return LlavaViTPackingConfig.own_fields()
+
+
+AutoConfig.register(LlavaViTVisionConfig.model_type, LlavaViTVisionConfig)
+AutoModel.register(LlavaViTVisionConfig, LlavaViTVisionModel)
+
+
+class LlavaViTVisionTower(nn.Module):
+    """What LLaVA asks of a tower; `vision_tower_name` is a folder as a training run or
+    `convert_llava_vit_packing_to_hf.py` writes it. Frozen; `video` adds packed clips."""
+
+    def __init__(self, vision_tower_name: str, args, delay_load: bool = False):
+        """args: mm_vision_select_layer (an integer) and, where given, mm_vision_select_feature and
+        unfreeze_mm_vision_tower. Raises ValueError for another feature."""
+        super().__init__()
+        self.vision_tower_name = vision_tower_name
+        self.select_layer = args.mm_vision_select_layer
+        self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
+        if self.select_feature not in FEATURES:
+            raise ValueError(
+                f"mm_vision_select_feature {self.select_feature!r}: choose {' or '.join(FEATURES)}"
+            )
+        self.is_loaded, self.vision_tower, self.image_processor = False, None, None
+        self.cfg_only = LlavaViTPackingConfig.from_pretrained(
+            vision_tower_name, local_files_only=True
+        )
+        if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):
+            self.load_model()
+
+    def load_model(self, device_map=None) -> None:
+        """Read weights and image processor; a second call does nothing."""
+        if self.is_loaded:
+            return
+        encoder = LlavaViTPackingModel.from_pretrained(
+            self.vision_tower_name, dtype=torch.float32, local_files_only=True
+        )
+        if device_map is not None:
+            encoder = encoder.to(device_map if isinstance(device_map, str) else device_map[""])
+        self.image_processor = AutoImageProcessor.from_pretrained(
+            self.vision_tower_name, local_files_only=True
+        )
+        self.vision_tower = LlavaViTVisionModel.from_encoder(encoder.eval())
+        self.vision_tower.requires_grad_(False)
+        self.is_loaded = True
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor | list[torch.Tensor]):
+        """Features [B, N, D] of pictures [B, 3, H, W]; of a list of [3, H, W], a list of [1, N, D].
+        In the dtype of the pictures."""
+        if isinstance(images, list):
+            return [self(image[None]) for image in images]
+        states = self.vision_tower(images.to(self.device, self.dtype)).hidden_states
+        return states[self.select_layer].to(images.dtype)
+
+    @torch.no_grad()
+    def video(
+        self, patches: torch.Tensor, patch_positions: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Normed features [K_i, D] of every clip of a pack: normalised patch rows [S, 3*p*p] of
+        whole frames or of codec patches, with positions int64 [S, 3] and boundaries int32
+        [N + 1]."""
+        out = self.vision_tower.packing(
+            patches.to(self.device, self.dtype),
+            patch_positions=patch_positions.to(self.device),
+            cu_seqlens=cu_seqlens.to(self.device),
+            max_seqlen=int(cu_seqlens.diff().max()),
+        )
+        lengths = cu_seqlens.diff().tolist()
+        return list(out.last_hidden_state.to(patches.dtype).split(lengths))
+
+    @property
+    def dummy_feature(self) -> torch.Tensor:
+        """Zeros [1, D]."""
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; the tower must be loaded."""
+        return self.vision_tower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights; the tower must be loaded."""
+        return self.vision_tower.device
+
+    @property
+    def config(self) -> LlavaViTPackingConfig:
+        """Of the encoder, loaded or not."""
+        return self.vision_tower.config if self.is_loaded else self.cfg_only
+
+    @property
+    def hidden_size(self) -> int:
+        """Width that the projector sees."""
+        return self.config.hidden_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Of a square picture of the processor's size."""
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of such a picture."""
+        return self.num_patches_per_side**2
+
+
+def tower_or_none(name: str, args: SimpleNamespace, **kwargs) -> LlavaViTVisionTower | None:
+    """The tower of a folder of ours, None for any other name: the one line of a LLaVA builder."""
+    config = Path(name) / "config.json"
+    if not config.is_file() or LlavaViTPackingConfig.model_type not in config.read_text():
+        return None
+    return LlavaViTVisionTower(name, args, delay_load=kwargs.get("delay_load", False))
