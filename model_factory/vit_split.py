@@ -22,6 +22,7 @@ Shape legend: B pictures, N patches, E extra tokens, D tower width, H language m
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class ViTSplit(nn.Module):
         if not self.config.keep_extra_tokens:
             x, num_extra_tokens = x[:, num_extra_tokens:], 0
         for block in self.tuned_head:
-            out = block(x, None)
+            out = block(x, **_without_masks(block))
             x = out[0] if isinstance(out, tuple) else out
         return x[:, num_extra_tokens:]
 
@@ -138,6 +139,13 @@ class ViTSplit(nn.Module):
         if index not in states:
             raise ValueError(f"hidden state {index} ({layer} from the end) was not given")
         return states[index]
+
+
+def _without_masks(block: nn.Module) -> dict[str, None]:
+    """What a block insists on beside its input: masks, one or two by the release."""
+    others = list(inspect.signature(block.forward).parameters.values())[1:]
+    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return {p.name: None for p in others if p.kind is plain and p.default is p.empty}
 
 
 def _convolutions(wide: int, out: int, kernels: tuple[int, int]) -> nn.Sequential:
