@@ -5,7 +5,7 @@
                           LlavaForConditionalGeneration; import this module before loading one
     LlavaViTVisionTower   the vision-tower contract of the original LLaVA and LLaVA-NeXT
 
-To use the second, add one line to multimodal_encoder/builder.py of those repositories, above the
+To use the second, add two lines to multimodal_encoder/builder.py of those repositories, above the
 name checks of build_vision_tower:
 
     from model_factory.llava_vision_tower import tower_or_none
@@ -207,7 +207,7 @@ class LlavaViTVisionTower(nn.Module):
 
 
 def tower_or_none(name: str, args: SimpleNamespace, **kwargs) -> LlavaViTVisionTower | None:
-    """The tower of a folder of ours, None for any other name: the one line of a LLaVA builder."""
+    """The tower of a folder of ours, None for any other name: for a LLaVA builder."""
     config = Path(name) / "config.json"
     if not config.is_file() or LlavaViTPackingConfig.model_type not in config.read_text():
         return None
