@@ -54,6 +54,8 @@ BENCHMARKS = {
     "k700": Benchmark(700, prepare=_KINETICS),
     "k710": Benchmark(710),
     "charadesego": Benchmark(157),
+    "charadesego_v1_only1st": Benchmark(157),
+    "charadesego_v1_only3rd": Benchmark(157),
     "coin": Benchmark(150),
     "jester": Benchmark(27),
     "mit": Benchmark(339),
