@@ -115,7 +115,7 @@ def _board(config, ranks):
 
 def _tell(train, val, log) -> None:
     """Where clips come from; a probe that would read its two lists in two ways is refused."""
-    from eval_encoder.probe_datasets import shared_files
+    from eval_encoder.probe_datasets import shared_files, unseen_classes
 
     if train.about != val.about:
         raise ValueError(
@@ -123,6 +123,9 @@ def _tell(train, val, log) -> None:
             "pack both alike or neither"
         )
     log.info("clips from %s", train.about)
+    unseen = unseen_classes(train.clips, val.clips)
+    if unseen:
+        log.warning("classes %s have validation clips but no training clip", unseen)
     shared = shared_files(train.clips, val.clips)
     if shared:
         log.warning("%d clips are in both lists, for example %s", len(shared), shared[0])
@@ -131,6 +134,7 @@ def _tell(train, val, log) -> None:
 def _report(config, record, confusion, costs, encoder_sha256: str, train, val) -> None:
     from eval_encoder.probe_datasets import shared_files
     from eval_encoder.probe_record import write_results
+    from eval_encoder.probe_results import half_interval
 
     unreadable = {"train": train.unreadable, "val": val.unreadable}
     facts = {"unreadable": unreadable, "encoder_sha256": encoder_sha256, "read_from": train.about}
@@ -142,7 +146,7 @@ def _report(config, record, confusion, costs, encoder_sha256: str, train, val) -
     chosen = ", ".join(f"{k} {v:g}" for k, v in record["chosen"].items() if k != "held_out")
     print(
         f"{record['dataset']} {config.input.family}: {metric.replace('top1', 'top-1')} "
-        f"{last[metric]:.2f} ± {last['ci95_clips']:.2f} at the last epoch, {chosen}{partial}"
+        f"{last[metric]:.2f} ± {half_interval(last):.2f} at the last epoch, {chosen}{partial}"
     )
 
 

@@ -35,4 +35,4 @@ def recolour(frames: np.ndarray, draw: np.random.Generator, parts: tuple[str, ..
     pixels = np.asarray(sheet).reshape(frames.shape)
     if "channels" in parts and chance[3] < RARE:
         pixels = pixels[..., ::-1]
-    return np.ascontiguousarray(pixels)
+    return pixels.copy()

@@ -12,6 +12,7 @@ val/CLASS/ folders of files. Packed shards of the two lists may stand beside the
 
 import csv
 import difflib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,10 +164,23 @@ def shared_files(train: LabelledList, val: LabelledList) -> list[str]:
     return sorted(set(train.names) & set(val.names))
 
 
+def unseen_classes(train: LabelledList, val: LabelledList) -> list[int]:
+    """Classes of the validation list that no training clip shows."""
+    known, asked = (
+        set(np.flatnonzero(c.labels.any(axis=0)) if c.is_multi_label else c.labels)
+        for c in (train, val)
+    )
+    return sorted(int(label) for label in asked - known)
+
+
 def _read_rows(file: Path) -> list[tuple[str, str, list[int]]]:
     """(where it stands, name, labels) of every line."""
     rows = []
-    with open(file, newline="", encoding="utf-8-sig") as lines:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text ({error}): save it as UTF-8") from error
+    with io.StringIO(text, newline="") as lines:
         for number, row in enumerate(csv.reader(lines), start=1):
             if not row:
                 continue
@@ -199,15 +213,21 @@ def _merged(rows: list[tuple[str, str, list[int]]]) -> list[tuple[str, str, list
 
 def _class_folders(folder: Path) -> list[list[tuple[str, str, list[int]]]]:
     """Rows of train/CLASS/ and val/CLASS/: classes are numbered by name over both."""
-    found = {split: sorted(p for p in (folder / split).glob("*/*")) for split in ("train", "val")}
-    found = {s: [p for p in paths if is_image(p) or is_video(p)] for s, paths in found.items()}
+    found = {}
+    for split in ("train", "val"):
+        paths = sorted(p for p in (folder / split).glob("*/**/*") if not p.name.startswith("."))
+        found[split] = [p for p in paths if p.is_file() and (is_image(p) or is_video(p))]
     for split, paths in found.items():
         if not paths:
             raise ValueError(f"{folder / split} holds no CLASS/ folders with pictures or videos")
-    names = sorted({path.parent.name for paths in found.values() for path in paths})
+
+    def class_of(path: Path) -> str:
+        return path.relative_to(folder).parts[1]
+
+    names = sorted({class_of(path) for paths in found.values() for path in paths})
     number = {name: i for i, name in enumerate(names)}
     return [
-        [(str(p), str(p.relative_to(folder)), [number[p.parent.name]]) for p in paths]
+        [(str(p), str(p.relative_to(folder)), [number[class_of(p)]]) for p in paths]
         for paths in found.values()
     ]
 
@@ -241,6 +261,11 @@ def _labelled(folder: Path, split: str, rows, num_classes: int, several: bool) -
 
 def _instructions(name: str, benchmark: Benchmark, folder: Path, files) -> str:
     missing = ", ".join(str(file) for file in files if not file.is_file())
+    if Path(name).is_dir():
+        return (
+            f"{name} holds neither two lists of `relative path,label` ({missing} is missing) nor "
+            "folders train/CLASS/ and val/CLASS/ of videos or pictures"
+        )
     tree = (
         f"  {folder}/\n    {files[0].name}      lines of `relative path,label`\n"
         f"    {files[1].name}\n    <the videos>"

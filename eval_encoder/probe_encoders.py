@@ -20,8 +20,10 @@ from torch import nn
 
 from data_pipeline.loading.packing import PackedBatch
 from model_factory.backbone import load_backbone
-from model_factory.hf_image_encoders import FrozenImageEncoder, load_image_encoder
+from model_factory.configuration import LlavaViTPackingConfig
+from model_factory.hf_image_encoders import FAMILIES, FrozenImageEncoder, load_image_encoder
 from model_factory.packing import unpatchify
+from model_factory.published_folder import json_object, published_model_type
 from model_factory.registry import packing_config, packing_name
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 from training.export import read_encoder
@@ -161,6 +163,7 @@ def _packed_model(model_name: str, model_weight: str, seed: int) -> LlavaViTPack
         return LlavaViTPackingModel(fields)
     for folder in (path / "hf", path):
         if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+            _check_is_ours(folder)
             return LlavaViTPackingModel.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True
             )
@@ -179,6 +182,17 @@ def _packed_model(model_name: str, model_weight: str, seed: int) -> LlavaViTPack
     )
 
 
+def _check_is_ours(folder: Path) -> None:
+    """ValueError for a folder of another model type, with the family that it may be of."""
+    found = str(json_object(folder / "config.json").get("model_type"))
+    if found == LlavaViTPackingConfig.model_type or published_model_type(folder) is not None:
+        return
+    base = found.removesuffix("_vision_model")
+    families = [name for name, types in FAMILIES.items() if base in types]
+    hint = f"pass --model_family {' or '.join(families)}" if families else "it is none of ours"
+    raise ValueError(f"{folder} is a {found} model: {hint}")
+
+
 def _means(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Mean of every item's tokens [N, C]."""
     return torch.stack([item.mean(dim=0) for item in tokens.split(lengths.tolist())])
@@ -188,7 +202,13 @@ def _identity(model: nn.Module, colours: torch.Tensor | None) -> str:
     """Hash of the configuration, the preprocessing and every weight."""
     config = model.config if hasattr(model, "config") else model.model.config
     shown = getattr(model, "preprocessing", colours)
-    text = json.dumps([config.to_dict(), str(shown)], sort_keys=True, default=str)
+    unlike = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+    fields = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in unlike and not name.startswith("_")
+    }  # what depends on where and how the same weights were stored is left out
+    text = json.dumps([fields, str(shown)], sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted({**model.state_dict(), **dict(model.named_buffers())}.items()):
         digest.update(name.encode())

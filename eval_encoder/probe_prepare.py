@@ -77,8 +77,12 @@ def read_ssv2(annotations: Path) -> Splits:
 
 def read_ucf101(folder: Path, number: int) -> Splits:
     """Entries of the official lists; ValueError for a missing file or an unknown class."""
-    numbered = (line.split() for line in _lines(folder / "classInd.txt"))
-    classes = {name: int(index) - 1 for index, name in numbered}
+    classes = {}
+    for line in _lines(folder / "classInd.txt"):
+        index, _, name = line.strip().partition(" ")
+        if not index.isdigit() or not name:
+            raise ValueError(f"{folder / 'classInd.txt'}: {line!r} is no `number name`")
+        classes[name] = int(index) - 1
     splits: Splits = {}
     for split, file in (("train", "trainlist"), ("val", "testlist")):
         path = folder / f"{file}{number:02d}.txt"
@@ -140,8 +144,7 @@ def write_lists(
     benchmark = find_benchmark(dataset)
     files = {"train": benchmark.train_csv, "val": benchmark.val_csv}
     known = _videos_below(videos)
-    output.mkdir(parents=True, exist_ok=True)
-    counts = {}
+    lists: dict[str, tuple[list, list[str]]] = {}
     for split, entries in splits.items():
         rows, absent = [], []
         for entry in entries:
@@ -155,11 +158,15 @@ def write_lists(
                 f"none of the {len(rows)} {split} videos is below {videos}, for example "
                 f"{rows[0][0] if rows else 'none is named'}: give the folder of the videos"
             )
+        lists[split] = (rows, absent)
+    output.mkdir(parents=True, exist_ok=True)
+    for split, (rows, absent) in lists.items():
         with open(output / files[split], "w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows(rows)
         (output / f"absent_{split}.txt").write_text("".join(f"{name}\n" for name in absent))
-        counts[split] = (len(rows) - len(absent), len(absent))
-    return counts
+    return {
+        split: (len(rows) - len(absent), len(absent)) for split, (rows, absent) in lists.items()
+    }
 
 
 def _videos_below(folder: Path) -> dict[str, Path]:
@@ -193,7 +200,10 @@ def _kinetics_rows(path: Path) -> list[dict]:
 
 
 def _kinetics_names(row: dict) -> tuple[str, ...]:
-    start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+    try:
+        start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+    except ValueError as error:
+        raise ValueError(f"Kinetics line {row}: times are no numbers") from error
     plain = (f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"])
     folders = (row["label"], row["label"].replace(" ", "_"))
     return (*(f"{folder}/{name}" for name in plain for folder in folders), *plain)
@@ -207,8 +217,12 @@ def _lines(path: Path) -> Iterable[str]:
 
 def _read_json(annotations: Path, name: str):
     for candidate in (f"something-something-v2-{name}.json", f"{name}.json"):
-        if (annotations / candidate).is_file():
-            return json.loads((annotations / candidate).read_bytes())
+        path = annotations / candidate
+        if path.is_file():
+            try:
+                return json.loads(path.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{path} is no JSON: {error}") from error
     raise ValueError(
         f"{annotations} holds no something-something-v2-{name}.json: give the folder of the "
         "official files"
@@ -222,7 +236,10 @@ def _read(args: argparse.Namespace) -> tuple[str, Splits]:
     if args.dataset == "kinetics":
         splits = read_kinetics(args.train, args.val)
         classes = 1 + max(entry.label for entries in splits.values() for entry in entries)
-        return f"k{classes}" if f"k{classes}" in ("k400", "k600", "k700") else "k700", splits
+        if f"k{classes}" in SUFFIXES:
+            return f"k{classes}", splits
+        print(f"{classes} classes, not 400, 600 or 700: numbered by name", file=sys.stderr)
+        return "k700", splits
     read = {"ucf101": read_ucf101, "hmdb51": read_hmdb51}[args.dataset]
     return args.dataset, read(args.splits, args.split)
 

@@ -134,8 +134,8 @@ def _probe(results: Path) -> str:
     heads = max(len(record["last_epoch"]["seeds"]) for record in latest.values())
     lines += [
         "",
-        f"Percent at the last epoch, mean of {heads} heads, ± half of the 95 % interval that the "
-        "choice of clips leaves; the learning rate was chosen on held-out training clips.",
+        f"Percent at the last epoch, mean of {heads} heads, ± half of a 95 % interval, the larger "
+        "of clips and seeds; the learning rate was chosen on held-out training clips.",
     ]
     return "\n".join(lines)
 

@@ -45,6 +45,8 @@ def encoder_name(record: dict) -> str:
     path = Path(record["weight"])
     if record["weight"] == "random":
         return f"random {record['model']}"
+    if path.name.startswith("step_"):
+        return f"{family}{path.absolute().parents[1].name}/{path.name}"
     general = path.name in ("hf", "backbone.pt", "model.safetensors", "checkpoints")
     return f"{family}{path.parent.name}/{path.name}" if general else f"{family}{path.name}"
 
@@ -57,8 +59,14 @@ def input_name(record: dict) -> str:
 
 
 def with_interval(figures: dict, metric: str) -> str:
-    """`71.2 +- 2.9`: mean, and half of the 95 % interval that the choice of clips leaves."""
-    return f"{figures[metric]:.1f} ± {figures['ci95_clips']:.1f}"
+    """`71.2 +- 2.9`: mean, and half of the larger of the two 95 % intervals, that which the choice
+    of clips leaves and that over the seeds."""
+    return f"{figures[metric]:.1f} ± {half_interval(figures):.1f}"
+
+
+def half_interval(figures: dict) -> float:
+    """Half of the 95 % interval that counts."""
+    return max(figures["ci95_clips"], figures.get("ci95_seeds") or 0.0)
 
 
 def draw_confusion(counts: np.ndarray, path: Path) -> None:
@@ -93,12 +101,13 @@ def compare(folders: list[Path], output: Path) -> Path:
         parts += [f"\n## {dataset}\n", table_head() + "\n".join(table_row(r) for r in own)]
         comparable = metric == "top1" and own[0]["is_benchmark"]
         anchors = anchors_of(dataset) if comparable else []
-        plot = output / f"compare_{dataset}_{metric}.png"
+        plot = output / f"compare_{dataset.replace(' ', '_')}_{metric}.png"
         _draw(own, anchors, plot)
         parts.append(f"\n![accuracy against tokens per clip]({plot.name})")
         parts += _published(anchors)
     parts.append(
-        "\n± is half of the 95 % interval that the choice of validation clips leaves. The setting "
+        "\n± is half of a 95 % interval, the larger of that which the choice of validation clips "
+        "leaves and that over the seeds. The setting "
         "and, for `best epoch`, the epoch (in brackets) were chosen on held-out training clips."
     )
     table = output / "compare.md"
@@ -113,11 +122,17 @@ def read_results(folder: Path) -> list[dict]:
         raise ValueError(f"{path} does not exist: give folders that --save_report named")
     records = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is damaged: {error}") from error
         if "encoder_sha256" not in record:
             raise ValueError(f"{path} line {number} is no record of this probe: probe again")
         config = {k: v for k, v in record["config"].items() if not k.startswith(("cache", "rep"))}
-        records[json.dumps([record["encoder_sha256"], config], sort_keys=True)] = record
+        same = [record["encoder_sha256"], config, record["clips"], record.get("read_from")]
+        records[json.dumps(same, sort_keys=True)] = record
+    if not records:
+        raise ValueError(f"{path} holds no result")
     return list(records.values())
 
 
@@ -147,7 +162,7 @@ def _draw(records: list[dict], anchors: list, path: Path) -> None:
     for record in records:
         name = f"{encoder_name(record)}, {record['view']}, {record['head']}"
         last = record["last_epoch"]
-        point = (record["costs"]["tokens_per_clip"], last[record["metric"]], last["ci95_clips"])
+        point = (record["costs"]["tokens_per_clip"], last[record["metric"]], half_interval(last))
         curves.setdefault(name, []).append(point)
     for name, points in curves.items():
         tokens, values, halves = zip(*sorted(points), strict=True)

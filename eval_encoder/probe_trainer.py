@@ -131,8 +131,9 @@ class ProbeTrainer:
     def _judge(self, epoch: int, held: np.ndarray, losses: np.ndarray) -> None:
         history = self.history
         judged = self.judge(self._val, np.arange(len(self._val.clips)))
-        if len(held):
-            history.held.append(self.judge(self._train, held).main())
+        chosen_with = self.judge(self._train, held) if len(held) else None
+        if chosen_with is not None and chosen_with.judged.any():
+            history.held.append(chosen_with.main())
         refuse_unreadable(self._train, self._val, self._config.allow_partial)
         self._check_choice(held)
         history.epochs.append(epoch)
@@ -146,7 +147,7 @@ class ProbeTrainer:
                 name = f"lr{s.lr:g}_wd{s.weight_decay:g}_seed{s.seed}"
                 self._board.add_scalar(f"loss/{name}", losses[number], epoch)
                 self._board.add_scalar(f"{judged.metric}/{name}", history.main[-1][number], epoch)
-                if len(held):
+                if history.held:
                     value = history.held[-1][number]
                     self._board.add_scalar(f"held_out_{judged.metric}/{name}", value, epoch)
 

@@ -80,6 +80,8 @@ def have_decord() -> bool:
 
 def chosen_decoder(config: InputConfig) -> str:
     """The reader of whole frames: decord, av or torchcodec. ValueError when it is not installed."""
+    if config.view == "codec":
+        return "av"
     if config.decoder == "auto":
         return "decord" if have_decord() else "av"
     if config.decoder != "av" and importlib.util.find_spec(config.decoder) is None:

@@ -180,7 +180,7 @@ def test_a_wrong_weight_path_is_an_error_never_another_model(tmp_path):
     clip.save_pretrained(tmp_path / "clip")
     with pytest.raises(ValueError, match="clip_vision_model"):
         build_encoder(config_of("--model_family", "dinov2"), "x", str(tmp_path / "clip"), 0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="pass --model_family clip or metaclip"):
         build_encoder(config, "llava_vit_tiny_ln", str(tmp_path / "clip"), 0)
 
 
@@ -254,6 +254,7 @@ def test_a_run_a_checkpoint_and_its_exports_are_the_same_encoder(tmp_path):
     found.append(
         build_encoder(config_of(), "llava_vit_base_ln", str(tmp_path), 0)
     )  # the newest checkpoint
+    assert len({encoder.sha256 for encoder in found}) == 1, "wherever the weights stand"
     weights = [encoder._model.state_dict() for encoder in found]
     for other in weights[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items())
