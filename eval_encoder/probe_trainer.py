@@ -86,8 +86,8 @@ class ProbeTrainer:
         self.history, self._started = History(settings), time.perf_counter()
 
     def run(self) -> History:
-        """All epochs. Raises UnreadableClips after the first reading of both lists, NonFiniteProbe
-        when no head is left."""
+        """All epochs. Raises UnreadableClips at the first judging after a clip could not be read,
+        ValueError when nothing is left to choose settings with, NonFiniteProbe when no head is."""
         config = self._heads_config
         keep, held = hold_out(self._train.clips, config.holdout)
         size = config.batch_size * self._ranks.world_size

@@ -154,18 +154,9 @@ def _picture(path: Path, size: int, patch_size: int, place: float) -> np.ndarray
 
 
 def _framed(pictures: np.ndarray, size: int, patch_size: int, place: float) -> np.ndarray:
-    """uint8 [T, H, W, 3] -> [T, size, size, 3], bicubic; only what is kept is scaled."""
-    from PIL import Image
-
-    height, width = pictures.shape[1:3]
-    framing = frame_to(height, width, size, patch_size, "crop", place)
-    across, down = width / framing.width, height / framing.height
-    left, top = framing.left * across, framing.top * down
-    box = (left, top, left + size * across, top + size * down)
-    scaled = (
-        Image.fromarray(p).resize((size, size), Image.Resampling.BICUBIC, box=box) for p in pictures
-    )
-    return np.stack([np.asarray(picture) for picture in scaled])
+    """uint8 [T, H, W, 3] -> [T, size, size, 3]."""
+    framing = frame_to(*pictures.shape[1:3], size, patch_size, "crop", place)
+    return np.stack([framing.scale(picture) for picture in pictures])
 
 
 def _is_plain(path: Path) -> bool:

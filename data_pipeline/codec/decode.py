@@ -47,6 +47,18 @@ class Framing:
             self.top : self.top + self.out_height, self.left : self.left + self.out_width
         ]
 
+    def scale(self, picture: np.ndarray) -> np.ndarray:
+        """The working picture of one of any size, uint8 [H, W, 3], bicubic. Only what is kept is
+        scaled: a thin strip blown up whole would not fit the memory."""
+        from PIL import Image
+
+        across, down = picture.shape[1] / self.width, picture.shape[0] / self.height
+        left, top = self.left * across, self.top * down
+        box = (left, top, left + self.out_width * across, top + self.out_height * down)
+        size = (self.out_width, self.out_height)
+        kept = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC, box=box)
+        return np.asarray(kept)
+
 
 def frame_to(
     height: float, width: float, size: int, patch_size: int, fit: str, place: float = 0.5

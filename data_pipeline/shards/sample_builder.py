@@ -121,19 +121,10 @@ def _fingerprint(path: Path) -> tuple[str, int, int]:
 
 
 def _image_sample(picture: np.ndarray, source: str, sha256: str, config: SampleConfig):
-    from PIL import Image
-
     framing = frame_to(
         picture.shape[0], picture.shape[1], config.size, config.patch_size, config.fit
     )
-    # only what is kept is scaled: a thin strip blown up whole would not fit the memory
-    across, down = picture.shape[1] / framing.width, picture.shape[0] / framing.height
-    left, top = framing.left * across, framing.top * down
-    box = (left, top, left + framing.out_width * across, top + framing.out_height * down)
-    kept = Image.fromarray(picture).resize(
-        (framing.out_width, framing.out_height), Image.Resampling.BICUBIC, box=box
-    )
-    picture = np.asarray(kept)
+    picture = framing.scale(picture)
     height, width = picture.shape[:2]
     patches = (height // config.patch_size) * (width // config.patch_size)
     info = SampleInfo(
