@@ -47,7 +47,7 @@ def summarise(config: ProbeConfig, history, num_clips: dict[str, int]) -> dict:
         "per_class": history.last.per_class(heads),
         "grid": _grid(history, metric),
     }
-    if history.held:
+    if len(history.held) == len(history.epochs):  # held-out clips could be read in every epoch
         means = [np.mean(values[heads]) for values in history.held]
         best = int(np.argmax(means))
         record["best_epoch"] = _figures(history, heads, best, metric)
