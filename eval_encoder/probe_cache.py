@@ -84,6 +84,15 @@ class FeatureCache:
         return self._folder / digest[:2] / f"{digest[2:34]}.npy"
 
 
+def weights_sha256(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Hash of a text and of named tensors, bit for bit."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def file_identity(path: Path) -> str:
     """Place, size and time of change of a file."""
     try:

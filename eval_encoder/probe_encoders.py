@@ -8,7 +8,6 @@ a path that does not fit is an error.
 Both answer to one call: batch -> tokens of every item, and one pooled vector.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -28,6 +27,7 @@ from model_factory.registry import packing_config, packing_name
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 from training.export import read_encoder
 
+from .probe_cache import weights_sha256
 from .probe_config import IMAGE_FAMILIES, InputConfig
 
 TIME_BASE = 10_000.0
@@ -152,10 +152,11 @@ def build_encoder(
         colours = torch.stack([1 / (255 * std), -mean / std])
     if config.family in IMAGE_FAMILIES:
         return FramewiseEncoder(load_image_encoder(config.family, model_weight), colours)
-    return PackedEncoder(_packed_model(model_name, model_weight, seed), colours)
+    return PackedEncoder(packed_model(model_name, model_weight, seed), colours)
 
 
-def _packed_model(model_name: str, model_weight: str, seed: int) -> LlavaViTPackingModel:
+def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> LlavaViTPackingModel:
+    """An encoder of ours from any place that `load_encoder` names; ValueError for another."""
     path = Path(model_weight)
     if model_weight == "random":
         torch.manual_seed(seed)
@@ -170,7 +171,7 @@ def _packed_model(model_name: str, model_weight: str, seed: int) -> LlavaViTPack
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         return read_encoder(path)[0]
     if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
-        return _packed_model(model_name, str(path.parent), seed)
+        return packed_model(model_name, str(path.parent), seed)
     if path.is_file():
         described = path.with_suffix(".json").is_file()
         if not described:
@@ -209,8 +210,4 @@ def _identity(model: nn.Module, colours: torch.Tensor | None) -> str:
         if name not in unlike and not name.startswith("_")
     }  # what depends on where and how the same weights were stored is left out
     text = json.dumps([fields, str(shown)], sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted({**model.state_dict(), **dict(model.named_buffers())}.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return weights_sha256(text, {**model.state_dict(), **dict(model.named_buffers())})

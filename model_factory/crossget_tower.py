@@ -1,72 +1,137 @@
-"""A CLIP vision tower whose layers merge redundant tokens, with learned cross tokens.
+"""A vision tower whose layers merge redundant tokens, with learned cross tokens.
 
-    pre-norm, then a copy of the class token behind all others: the cross token
+    what enters the first layer, then a cross token behind all others
     every layer: cross token <- stop_gradient(cross token) + C[layer]
                  attention with log sizes, residual
                  reduction (token_reduction.py); class and cross token are protected
                  MLP, residual
 
-C starts at zero. The cross token is a key for the other tokens too, so even without reduction the
-class token counts twice, as published; with `mask_cross_token` nobody but itself sees it, and C = 0
-with r = 0 is exactly the plain tower. Attention probabilities are needed, so attention is computed
-in full: [B, H, T, T] per layer.
+The published tower is CLIP's, where the cross token starts as a copy of the class token. Our packed
+encoder has no class token: there it starts as the mean of an item's tokens, at position (0, 0, 0),
+and items of one length are reduced together; a merged token keeps its destination's position.
 
-Shape legend: B pictures, T tokens, D width, H heads.
+C starts at zero. The cross token is a key for the other tokens too, so even without reduction it
+changes them, as published; with `mask_cross_token` nobody but itself sees it, and C = 0 with r = 0
+is exactly the plain tower. Attention probabilities are needed, so attention is computed in full:
+[B, H, T, T] per layer.
+
+Shape legend: B pictures or items of one length, T tokens, D width, H heads, L layers.
 """
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import nn
 
+from .rope import apply_rope, rope_tables
 from .token_reduction import (
     ReductionConfig,
     apply_merge,
     attention_importance,
     choose_merge,
     log_sizes,
+    tokens_left,
 )
+from .vision_towers import Grid, PackedTower, PictureTower, TowerStates, VisionTower, VisualInputs
+
+CLIP_TYPES = ("clip_vision_model", "clip")
 
 
-class CrossGetTower(nn.Module):
-    """Wraps a transformers CLIPVisionModel; its weights are frozen, `cross_tokens` [1, L, D] are
-    not. Counts of tokens at every layer: token_reduction.tokens_left."""
+class CrossGetTower(VisionTower):
+    """Wraps a PackedTower, or a PictureTower of CLIP's; its weights are frozen, `cross_tokens`
+    [1, L, D] are not."""
 
-    def __init__(self, model: nn.Module, config: ReductionConfig, mask_cross_token: bool = False):
-        super().__init__()
-        self.model = model.requires_grad_(False)
+    def __init__(self, tower: VisionTower, config: ReductionConfig, mask_cross_token: bool = False):
+        """Raises ValueError for another kind of tower."""
+        super().__init__(tower.model.requires_grad_(False), tower.width)
+        clip = isinstance(tower, PictureTower) and tower.model.config.model_type in CLIP_TYPES
+        if not clip and not isinstance(tower, PackedTower):
+            raise ValueError(
+                f"tokens of a {type(tower.model).__name__} cannot be reduced: take a CLIP tower or "
+                "an encoder of ours"
+            )
+        self._tower = [tower]  # in a list: its weights are `model`'s
         self.config, self.mask_cross_token = config, mask_cross_token
-        inner = self._inner()
-        layers, width = len(inner.encoder.layers), inner.config.hidden_size
-        self.cross_tokens = nn.Parameter(torch.zeros(1, layers, width))
+        self.num_class_tokens = int(clip)
+        self.cross_tokens = nn.Parameter(torch.zeros(1, self.num_layers, self.width))
 
-    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """Hidden states [B, T_i, D] of pictures [B, 3, H, W]: what enters the first layer, then
-        every layer's output; class token first, cross token last."""
-        inner = self._inner()
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Of the tower."""
+        return self._tower[0].blocks
+
+    def patches_of(self, height: int, width: int) -> Grid:
+        """Of the tower."""
+        return self._tower[0].patches_of(height, width)
+
+    def tokens_of(self, grid: Grid | None, patches: int, layer: int = -1) -> int:
+        """Tokens of an item at a hidden state, the cross token among them."""
+        extra = 1 + self.num_class_tokens
+        left = tokens_left(patches + extra, self.config, self.absolute(layer), extra)
+        return left - self.num_class_tokens
+
+    def forward(self, visuals: VisualInputs, layers) -> TowerStates:
+        """States of the asked layers, and all cross tokens; with a graph, as cross tokens learn."""
+        states = self._pictures if self.num_class_tokens else self._pack
+        return states(visuals, list(layers))
+
+    def hidden_states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """Hidden states [B, T_i, D] of pictures [B, 3, H, W], for CLIP: what enters the first
+        layer, then every layer's output; class token first, cross token last."""
+        inner = getattr(self.model, "vision_model", self.model)  # transformers 4 wraps it once more
         x = inner.pre_layrnorm(inner.embeddings(pixel_values))
-        x = torch.cat([x, x[:, :1]], dim=1)
-        sizes = x.new_ones(*x.shape[:2], 1)
-        states = [x]
-        for number, layer in enumerate(inner.encoder.layers):
+        return self._run(torch.cat([x, x[:, :1]], dim=1))[0]
+
+    def _pictures(self, visuals: VisualInputs, layers: list[int]) -> TowerStates:
+        pixels = visuals.pixel_values
+        if pixels is None:
+            raise ValueError("a CLIP tower takes pictures, not packs: give clips as frames")
+        states = self.hidden_states(pixels.to(self.model.dtype))
+        cross = torch.stack([state[:, -1] for state in states[1:]])
+        kept = {index: states[index] for index in layers}
+        count = states[layers[-1]].shape[1] - 1
+        return TowerStates(kept, [count] * len(pixels), [None] * len(pixels), 1, None, cross)
+
+    def _pack(self, visuals: VisualInputs, layers: list[int]) -> TowerStates:
+        pack = self._tower[0].packed(visuals)
+        encoder = self.model.packing
+        x = encoder.layernorm_pre(encoder.patch_embed(pack.rows.to(self.model.dtype)))
+        lengths = pack.lengths.tolist()
+        items, places = x.split(lengths), pack.positions.split(lengths)
+        groups = defaultdict(list)
+        for number, length in enumerate(lengths):
+            groups[length].append(number)
+        found: dict[int, tuple] = {}
+        for members in groups.values():
+            tokens = torch.stack([items[i] for i in members])
+            tokens = torch.cat([tokens, tokens.mean(dim=1, keepdim=True)], dim=1)
+            where = torch.stack([places[i] for i in members])
+            where = torch.cat([where, where.new_zeros(len(members), 1, 3)], dim=1)
+            states, crosses = self._run(tokens, where)
+            if self.model.config.post_norm and encoder.layernorm_post is not None:
+                states[-1] = encoder.layernorm_post(states[-1])
+            for row, number in enumerate(members):
+                found[number] = ([state[row] for state in states], crosses[:, row])
+        ordered = [found[number] for number in range(len(lengths))]
+        kept = {index: torch.cat([states[index] for states, _ in ordered]) for index in layers}
+        counts = [len(states[layers[-1]]) for states, _ in ordered]
+        cross = torch.stack([cross for _, cross in ordered], dim=1)
+        return TowerStates(kept, counts, [None] * len(counts), 0, None, cross)
+
+    def _run(self, x: torch.Tensor, positions: torch.Tensor | None = None):
+        """(states, cross tokens [L, B, D]) of tokens [B, T, D], cross token last."""
+        sizes, states, crosses = x.new_ones(*x.shape[:2], 1), [x], []
+        for number, layer in enumerate(self.blocks):
             cross = x[:, -1:].detach() + self.cross_tokens[:, number : number + 1]
             x = torch.cat([x[:, :-1], cross], dim=1)
-            x, sizes = self._layer(layer, x, sizes, self.config.at(number))
+            x, sizes, positions = self._layer(layer, x, sizes, positions, self.config.at(number))
             states.append(x)
-        return states
+            crosses.append(x[:, -1])
+        return states, torch.stack(crosses)
 
-    def features(self, pixel_values: torch.Tensor, select_layer: int = -2) -> torch.Tensor:
-        """What a projector receives [B, T - 1, D]: a hidden state without its class token."""
-        return self(pixel_values)[select_layer][:, 1:]
-
-    def _layer(self, layer, x: torch.Tensor, sizes: torch.Tensor, r: int):
-        attention = layer.self_attn
-        heads = attention.num_heads
-        normed = layer.layer_norm1(x)
-        q, k, v = (
-            part(normed).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+    def _layer(self, layer, x: torch.Tensor, sizes: torch.Tensor, positions, r: int):
+        q, k, v = self._queries_keys_values(layer, layer.layer_norm1(x), positions)
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + log_sizes(sizes)
         if self.mask_cross_token:
             hidden = torch.zeros_like(logits[:1, :1], dtype=torch.bool)
@@ -74,17 +139,36 @@ class CrossGetTower(nn.Module):
             logits = logits.masked_fill(hidden, -torch.inf)
         probabilities = logits.softmax(dim=-1)
         mixed = (probabilities @ v).transpose(1, 2).flatten(2)
-        x = x + attention.out_proj(mixed)
+        attention = layer.self_attn
+        x = x + (attention.out_proj if positions is None else attention.proj)(mixed)
         protected = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        protected[:, [0, -1]] = True
+        protected[:, -1] = True
+        protected[:, : self.num_class_tokens] = True
         importance = attention_importance(probabilities.detach())
         merge = choose_merge(k.detach().mean(dim=1), importance, r, protected, self.config)
         x, sizes = apply_merge(x, sizes, merge, self.config.weights)
-        return x + layer.mlp(layer.layer_norm2(x)), sizes
+        if positions is not None and merge is not None:
+            positions = positions.gather(1, merge.kept[..., None].expand(-1, -1, 3))
+        return x + layer.mlp(layer.layer_norm2(x)), sizes, positions
 
-    def _inner(self) -> nn.Module:
-        """The transformer itself: transformers 4 wraps it once more than 5 does."""
-        return getattr(self.model, "vision_model", self.model)
+    def _queries_keys_values(self, layer, normed: torch.Tensor, positions):
+        """Each [B, H, T, d]; rotated where tokens have positions."""
+        attention = layer.self_attn
+        heads = attention.num_heads
+        if positions is None:
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            return (part(normed).unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+        batch, config = len(normed), self.model.config
+        q, k, v = attention.qkv(normed.flatten(0, 1)).unflatten(-1, (3, heads, -1)).unbind(1)
+        tables = rope_tables(
+            positions.flatten(0, 1),
+            q.shape[-1],
+            config.rope_pairing,
+            config.rope_theta,
+            config.rope_position_scale,
+        )
+        q, k = apply_rope(q, tables), apply_rope(k, tables)
+        return (part.unflatten(0, (batch, -1)).transpose(1, 2) for part in (q, k, v))
 
 
 def alignment_loss(

@@ -6,7 +6,8 @@
     spatial_merge    2 x 2 patches side by side, LayerNorm of each, Linear, GELU, Linear
     vitsplit         vit_split.py, which needs the tower's blocks and is built there
 
-State-dict names of the first two are those of LLaVA's mm_projector.
+State-dict names of the first two are those of LLaVA's mm_projector. `project` runs any of them on
+what any tower of vision_towers.py gives.
 
 Shape legend: B pictures, N tokens, D tower width, H language model's width.
 """
@@ -15,6 +16,9 @@ import re
 
 import torch
 from torch import nn
+
+from .vision_towers import Grid, TowerStates, VisionTower
+from .vit_split import ViTSplit
 
 PROJECTORS = ("linear", "mlp{n}x_gelu", "identity", "spatial_merge", "vitsplit")
 
@@ -57,3 +61,37 @@ def build_projector(kind: str, width: int, output_width: int) -> nn.Module:
     for _ in range(int(layers[1]) - 1):
         parts += [nn.GELU(), nn.Linear(output_width, output_width)]
     return nn.Sequential(*parts)
+
+
+def layers_of(projector: nn.Module, tower: VisionTower, select_layer: int) -> list[int]:
+    """Absolute indices of the hidden states that a projector reads, ascending."""
+    if isinstance(projector, ViTSplit):
+        return projector.config.needed(tower.num_layers)
+    return [tower.absolute(select_layer)]
+
+
+def project(
+    projector: nn.Module, states: TowerStates, layer: int
+) -> tuple[torch.Tensor, list[int]]:
+    """(tokens of all items one after another [sum of counts, H], how many of each); `layer`: the
+    absolute index of the state that projectors of one state read."""
+    if isinstance(projector, ViTSplit):
+        return projector.project(states), states.lengths
+    tokens = states.patches(states.states[layer])
+    if isinstance(projector, SpatialMerge):
+        parts = [projector(group, sides).flatten(0, 1) for sides, group in states.maps(tokens)]
+        return torch.cat(parts), [length // 4 for length in states.lengths]
+    return projector(tokens), states.lengths
+
+
+def tokens_after(projector: nn.Module, grid: Grid | None, tokens: int) -> int:
+    """Tokens that the language model receives for an item of so many. Raises ValueError for a grid
+    that cannot be merged."""
+    if not isinstance(projector, SpatialMerge):
+        return tokens
+    if grid is None or grid[1] % 2 or grid[2] % 2:
+        raise ValueError(
+            f"a grid of {grid} patches is not made of 2 x 2 squares: choose a picture size with an "
+            "even number of patches on both sides, and whole frames of clips"
+        )
+    return tokens // 4

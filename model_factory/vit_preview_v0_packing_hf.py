@@ -215,7 +215,7 @@ class LlavaViTPackingModel(PreTrainedModel):
         layout = resolve_layout(
             hidden_states, config.patch_dim, grid_thw, patch_positions, cu_seqlens, max_seqlen
         )
-        context = self._context(layout)
+        context = self.pack_context(layout)
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         x = self.layernorm_pre(self.patch_embed(hidden_states))
@@ -232,7 +232,8 @@ class LlavaViTPackingModel(PreTrainedModel):
             last_hidden_state=x, pooler_output=pooled, hidden_states=states
         )
 
-    def _context(self, layout: PackLayout) -> PackContext:
+    def pack_context(self, layout: PackLayout) -> PackContext:
+        """What all blocks of one forward share: `EncoderLayer` takes it beside the tokens."""
         config = self.config
         rope = rope_tables(
             layout.positions,

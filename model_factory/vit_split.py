@@ -25,10 +25,12 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+
+from .vision_towers import TowerStates
 
 
 @dataclass(frozen=True)
@@ -108,37 +110,56 @@ class ViTSplit(nn.Module):
 
         grid: rows and columns of the patches; without it they must be a square.
         """
-        states = {index: state.detach() for index, state in hidden_states.items()}
-        patches = next(iter(states.values())).shape[1] - num_extra_tokens
+        batch, tokens = next(iter(hidden_states.values())).shape[:2]
+        patches = tokens - num_extra_tokens
         rows, columns = grid or _square(patches)
         if rows * columns != patches:
             raise ValueError(f"a grid of {rows} x {columns} has not {patches} patches")
-        task = self._task(states, num_extra_tokens) if len(self.tuned_head) else None
+        grids = [(1, rows, columns)] * batch
+        states = TowerStates(dict(hidden_states), [patches] * batch, grids, num_extra_tokens)
+        return self.project(states).unflatten(0, (batch, -1))
+
+    def project(self, states: TowerStates) -> torch.Tensor:
+        """[sum of lengths, H] of a tower's states; every frame of a clip is a map of its own.
+
+        Raises ValueError where convolutions meet patches that fill no grid.
+        """
+        task = self._task(states) if len(self.tuned_head) else None
         if self.frozen_conv is None:
             return self.proj(task)
-        prior = torch.cat(
-            [self._state(states, i)[:, num_extra_tokens:] for i in self.config.frozen_layers], -1
-        )
-        maps = self.frozen_conv(_as_map(prior, rows, columns))
-        if task is not None:
-            maps = self.fusion_conv(torch.cat([maps, _as_map(task, rows, columns)], dim=1))
-        return maps.flatten(2).transpose(1, 2)
+        prior = [states.patches(self._state(states, i)) for i in self.config.frozen_layers]
+        tokens = torch.cat([*prior, *([] if task is None else [task])], dim=-1)
+        out = []
+        for (rows, columns), group in states.maps(tokens):
+            maps = group.unflatten(1, (rows, columns)).movedim(-1, 1)
+            wide = self.config.tower_width * len(self.config.frozen_layers)
+            fused = self.frozen_conv(maps[:, :wide])
+            if task is not None:
+                fused = self.fusion_conv(torch.cat([fused, maps[:, wide:]], dim=1))
+            out.append(fused.movedim(1, -1).flatten(0, 2))
+        return torch.cat(out)
 
-    def _task(self, states, num_extra_tokens: int) -> torch.Tensor:
-        """Output of the copied blocks, patches only [B, N, D]."""
-        x = self._state(states, self.config.task_input)
-        if not self.config.keep_extra_tokens:
-            x, num_extra_tokens = x[:, num_extra_tokens:], 0
+    def _task(self, states: TowerStates) -> torch.Tensor:
+        """Output of the copied blocks, patches only [sum of lengths, D]."""
+        x, extra = self._state(states, self.config.task_input), states.extra
+        args, kwargs = states.call or ((), None)
+        if not self.config.keep_extra_tokens and extra:
+            if any(isinstance(value, torch.Tensor) for value in [*args, *(kwargs or {}).values()]):
+                raise ValueError(
+                    "this tower's blocks know where each token is, so class and register tokens "
+                    "cannot be left out before them: keep_extra_tokens must stay on"
+                )
+            x, extra = x[:, extra:], 0
         for block in self.tuned_head:
-            out = block(x, **_without_masks(block))
+            out = block(x, *args, **(_without_masks(block) if kwargs is None else kwargs))
             x = out[0] if isinstance(out, tuple) else out
-        return x[:, num_extra_tokens:]
+        return replace(states, extra=extra).patches(x)
 
-    def _state(self, states, layer: int) -> torch.Tensor:
+    def _state(self, states: TowerStates, layer: int) -> torch.Tensor:
         index = self.num_layers + 1 + layer
-        if index not in states:
+        if index not in states.states:
             raise ValueError(f"hidden state {index} ({layer} from the end) was not given")
-        return states[index]
+        return states.states[index].detach()
 
 
 def _without_masks(block: nn.Module) -> dict[str, None]:
@@ -156,11 +177,6 @@ def _convolutions(wide: int, out: int, kernels: tuple[int, int]) -> nn.Sequentia
         nn.Conv2d(out, out, second, padding=second // 2),
         nn.GELU(),
     )
-
-
-def _as_map(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """[B, N, D] -> [B, D, rows, columns]."""
-    return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 def _square(patches: int) -> tuple[int, int]:

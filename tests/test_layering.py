@@ -31,6 +31,9 @@ HOMES = {
     "wandb": {"training.metrics"},
     "ray": {"data_pipeline.shards.ray_driver"},
     "fsspec": {"data_pipeline.shards.inputs"},
+    "peft": {"eval_encoder.lmm_model"},
+    "gradio": {"eval_encoder.lmm_web"},
+    "lmms_eval": {"eval_encoder.lmm_lmms_eval"},
 }
 
 

@@ -7,6 +7,7 @@ from safetensors import safe_open
 
 from model_factory.crossget_tower import CrossGetTower, alignment_loss, layer_repeats
 from model_factory.token_reduction import ReductionConfig, tokens_left
+from model_factory.vision_towers import VisualInputs, tower_of
 
 R = {"free": 1, "main": 2, "double": 3, "saturated": 13, "none": 0}
 
@@ -19,7 +20,7 @@ def clip():
 
 
 def tower(r, weights="guided", **options):
-    return CrossGetTower(clip(), ReductionConfig(r, weights=weights), **options)
+    return CrossGetTower(tower_of(clip()), ReductionConfig(r, weights=weights), **options)
 
 
 def stored(shared, run):
@@ -36,18 +37,19 @@ def stored(shared, run):
 def test_hidden_states_and_gradients_are_the_published_ones(shared, run):
     weights, cross, v = stored(shared, run)
     model = tower(R[run])
-    missing, unexpected = model._inner().load_state_dict(weights, strict=False)
+    inner = getattr(model.model, "vision_model", model.model)
+    missing, unexpected = inner.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.endswith("position_ids") for name in missing)
     with torch.no_grad():
         model.cross_tokens.copy_(cross)
     model = model.to(v["hidden_states.0"].dtype)
     pixels = v["pixels"].to(v["hidden_states.0"].dtype)
     tolerance = 1e-10 if run == "double" else 5e-5
-    states = model(pixels)
+    states = model.hidden_states(pixels)
     for number, state in enumerate(states):
         torch.testing.assert_close(state, v[f"hidden_states.{number}"], rtol=0, atol=tolerance)
         assert state.shape[1] == tokens_left(18, model.config, number)
-    features = model.features(pixels)
+    features = states[-2][:, 1:]  # what a projector receives
     torch.testing.assert_close(features, v["features"], rtol=0, atol=tolerance)
     if "cotangent" not in v:
         return
@@ -63,8 +65,8 @@ def test_without_reduction_a_masked_cross_token_changes_nothing():
     plain = clip()
     with torch.no_grad():
         wanted = plain(pixel_values=pixels, output_hidden_states=True).hidden_states
-        masked = tower(0, mask_cross_token=True)(pixels)
-        seen = tower(0)(pixels)
+        masked = tower(0, mask_cross_token=True).hidden_states(pixels)
+        seen = tower(0).hidden_states(pixels)
     for number in range(5):
         torch.testing.assert_close(masked[number][:, :-1], wanted[number], rtol=1e-4, atol=1e-5)
         # with C = 0 the cross token stays the class token, which then counts twice as a key
@@ -74,9 +76,9 @@ def test_without_reduction_a_masked_cross_token_changes_nothing():
 
 def test_gradients_reach_every_layer_through_features_and_alignment():
     model = tower(2, "guided_normalised")
-    states = model(torch.randn(2, 3, 32, 32))
-    vision = torch.stack([state[:, -1] for state in states[1:]])
-    alignment_loss(vision, torch.randn(6, 2, 32)).backward()
+    states = model(VisualInputs(torch.randn(2, 3, 32, 32)), [3])
+    assert states.lengths == [model.tokens_of(None, 16, 3)] * 2
+    alignment_loss(states.cross, torch.randn(6, 2, 32)).backward()
     grads = model.cross_tokens.grad.abs().sum(-1)[0]
     assert (grads > 0).all()
 

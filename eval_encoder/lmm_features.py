@@ -1,0 +1,136 @@
+"""What a frozen tower says of every picture, stored once: later epochs never run it.
+
+    of a visual   int16 [1 + tokens, states * D + 3]: the hidden states that the projector reads,
+                  side by side, as the bits of fp16, and the (t, h, w) position of each patch of a
+                  pack; the first row holds grid, patches and number of items
+
+Kept by probe_cache.FeatureCache under a key of tower, layers and reading; so another tower, another
+size or another file is never answered by old features. Worth it where the tower is frozen and
+pictures are not augmented, as in stage 1. Cost on disk: tokens * states * D * 2 bytes a picture,
+1.2 MB for CLIP-L/14-336.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from model_factory.vision_towers import Grid, TowerStates, VisualInputs
+from model_factory.vit_split import ViTSplit
+
+from .lmm_conversation import Visual
+from .lmm_model import LmmForConditionalGeneration
+from .lmm_visuals import VisualItem, VisualReader
+from .probe_cache import FeatureCache, file_identity, weights_sha256
+
+POSITIONS, HEAD = 3, 5  # numbers
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """Features of one visual: rows int16 [count * tokens, states * D + 3], `count` items (pictures
+    of a clip, else one) of the same `grid` with `patches` patches each."""
+
+    rows: torch.Tensor
+    grid: Grid | None
+    patches: int
+    count: int
+
+
+class FeatureStore:
+    """Features of a model's tower below a folder."""
+
+    def __init__(
+        self, folder: Path, model: LmmForConditionalGeneration, reader: VisualReader
+    ) -> None:
+        """Raises ValueError where the tower learns, or where it gives more than its patches."""
+        tower = model.tower
+        if any(p.requires_grad for p in tower.parameters()):
+            raise ValueError("--feature_cache is for a frozen tower, this one learns: leave it out")
+        self._tower, self._layers, self._reader = tower, model.needed_layers, reader
+        self._copies_blocks = isinstance(model.projector, ViTSplit)
+        key = {
+            "tower": weights_sha256(str(tower.model.config), tower.state_dict()),
+            "layers": self._layers,
+            "reading": asdict(reader.config),
+        }
+        self._cache = FeatureCache(folder, key, memory_bytes=0, identity=self._identity)
+
+    def get(self, visual: Visual) -> StoredItem | None:
+        """Stored features, or None."""
+        stored = self._cache.get(visual, comes_again=False)
+        if stored is None:
+            return None
+        frames, rows, columns, patches, count = stored[0, :HEAD].tolist()
+        grid = (frames, rows, columns) if rows else None
+        return StoredItem(stored[1:], grid, patches, count)
+
+    @torch.no_grad()
+    def fill(self, visuals: Iterable[Visual]) -> int:
+        """Compute and store what is not there; returns how many were computed."""
+        device = next(self._tower.parameters()).device
+        computed = 0
+        for visual in visuals:
+            if self._cache.has(visual):
+                continue
+            item = self._reader(visual)
+            states = self._tower(_inputs(item).to(device), self._layers)
+            self._check_call(states)
+            kept = [states.states[layer].flatten(0, -2) for layer in self._layers]
+            kept = [part.half().cpu().view(torch.int16) for part in kept]
+            kept.append(self._positions(item, len(kept[0])).to(torch.int16))
+            rows = torch.cat(kept, dim=1)
+            head = torch.zeros(1, rows.shape[1], dtype=torch.int16)
+            numbers = (*(item.grids[0] or (0, 0, 0)), states.lengths[0], len(states.lengths))
+            head[0, :HEAD] = torch.tensor(numbers)
+            self._cache.put(visual, torch.cat([head, rows]), comes_again=False)
+            computed += 1
+        return computed
+
+    def states(self, items: list[StoredItem]) -> TowerStates:
+        """As the tower would have given them, in fp32."""
+        rows = torch.cat([item.rows for item in items])
+        lengths = [item.patches for item in items for _ in range(item.count)]
+        grids = [item.grid for item in items for _ in range(item.count)]
+        width = (rows.shape[1] - POSITIONS) // len(self._layers)
+        *parts, positions = rows.split([width] * len(self._layers) + [POSITIONS], dim=1)
+        extra = len(items[0].rows) // items[0].count - items[0].patches
+        parts = [part.contiguous().view(torch.float16).float() for part in parts]
+        call = self._tower.block_call(positions.long(), lengths)
+        if call is None:  # a tower of pictures, of one size
+            parts = [part.unflatten(0, (len(lengths), -1)) for part in parts]
+        states = dict(zip(self._layers, parts, strict=True))
+        return TowerStates(states, lengths, grids, extra, call)
+
+    def _check_call(self, states: TowerStates) -> None:
+        """Copied blocks must be callable again from what is stored."""
+        args, kwargs = states.call or ((), {})
+        tensors = any(
+            isinstance(value, torch.Tensor | tuple) for value in (*args, *kwargs.values())
+        )
+        several = len(self._layers) > 1 or self._copies_blocks
+        if several and tensors and self._tower.block_call(torch.zeros(1, 3).long(), [1]) is None:
+            raise ValueError(
+                "--feature_cache with vitsplit: the blocks of this tower are called with positions "
+                "that are not stored; leave the cache out"
+            )
+
+    def _positions(self, item: VisualItem, tokens: int) -> torch.Tensor:
+        if item.positions is None:
+            return torch.zeros(tokens, POSITIONS)
+        return item.positions
+
+    def _identity(self, visual: Visual) -> str:
+        return f"{visual.kind} {visual.path} {file_identity(self._reader.place(visual))}"
+
+
+def _inputs(item: VisualItem) -> VisualInputs:
+    if item.pictures is not None:
+        return VisualInputs(pixel_values=item.pictures)
+    return VisualInputs(
+        rows=item.rows,
+        positions=item.positions,
+        lengths=torch.tensor([len(item.rows)]),
+        grids=torch.tensor([item.grids[0] or (0, 0, 0)]),
+    )

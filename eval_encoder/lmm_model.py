@@ -1,0 +1,352 @@
+"""A vision tower, a projector and a language model: transformers' Llava with any of our towers.
+
+    pictures, packed clips, or stored states
+      -> tower (model_factory/vision_towers.py, with CrossGET's reduction where asked for)
+      -> projector (model_factory/llava_projectors.py)
+      -> in place of the placeholder tokens, one each
+      -> language model -> loss, plus CrossGET's alignment loss where its weight is not zero
+
+Importing this module registers `univit_lmm` with transformers' AutoConfig and
+AutoModelForImageTextToText; a folder written by save_pretrained loads after that import. Needs
+transformers 5. Cost: that of its parts; a frozen tower runs without a graph.
+
+Shape legend: B samples, T tokens of a sample, N items (pictures and clips) of the batch, H width of
+the language model, L its layers.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from model_factory.crossget_tower import CrossGetTower, alignment_loss
+from model_factory.llava_projectors import build_projector, layers_of, project, tokens_after
+from model_factory.token_reduction import ReductionConfig
+from model_factory.vision_towers import (
+    Grid,
+    PackedTower,
+    TowerStates,
+    VisionTower,
+    VisualInputs,
+    tower_from_config,
+    tower_of,
+)
+from model_factory.vit_split import ViTSplit, ViTSplitConfig
+
+
+class LmmConfig(LlavaConfig):
+    """LlavaConfig and what it has no word for.
+
+    projector_type     of llava_projectors.PROJECTORS
+    frozen_layers, tuned_layers, keep_extra_tokens    of ViT-Split
+    reduction          {"r", "rule", "weights", "mask_cross_token"} of CrossGET; None: no reduction
+    alignment_weight   of the alignment loss; its direction: see crossget_tower.alignment_loss
+    version            conversation template that the model was trained with
+    image_aspect_ratio `pad` to a square before resizing, or `square`: crop
+    lora               {"r", "alpha", "dropout", "bias"} of additions to the language model, by peft
+    """
+
+    model_type = "univit_lmm"
+
+    projector_type: str = "mlp2x_gelu"
+    frozen_layers: list[int] = field(default_factory=lambda: [-2])
+    tuned_layers: int = 1
+    keep_extra_tokens: bool = True
+    reduction: dict | None = None
+    alignment_weight: float = 0.0
+    alignment_direction: str = "published"
+    version: str = "v1"
+    image_aspect_ratio: str = "pad"
+    lora: dict | None = None
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """What of a batch the tower sees: `inputs` or, instead, `states` computed earlier; `samples`
+    int64 [N]: the row of the batch that each item belongs to."""
+
+    inputs: VisualInputs | None
+    samples: torch.Tensor
+    states: TowerStates | None = None
+
+    def to(self, device, **_how) -> "Visuals":
+        """The same on a device; transformers' Trainer moves batches with it."""
+        inputs, states = (part and part.to(device) for part in (self.inputs, self.states))
+        return Visuals(inputs, self.samples, states)
+
+
+class LmmModel(LlavaModel):
+    """LlavaModel with our tower and projector under its names."""
+
+    def __init__(self, config: LmmConfig, tower: VisionTower | None = None):
+        LlavaPreTrainedModel.__init__(self, config)
+        tower = tower_from_config(config.vision_config) if tower is None else tower
+        self.multi_modal_projector = _projector(config, tower)
+        self.vision_tower = _reduced(config, tower)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.text_cross_tokens = None
+        if config.reduction is not None:
+            shape = config.text_config.num_hidden_layers, config.text_config.hidden_size
+            self.text_cross_tokens = nn.Parameter(torch.zeros(shape))
+        self.post_init()
+        add_lora(self.language_model, config.lora)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Of the language model."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Of the language model."""
+        self.language_model.set_input_embeddings(value)
+
+
+class LmmForConditionalGeneration(LlavaForConditionalGeneration):
+    """See the module's text. `generate` is transformers' own: give it `mm_encoder_outputs` from
+    `encode`."""
+
+    config_class = LmmConfig
+    config: LmmConfig
+
+    def __init__(self, config: LmmConfig, tower: VisionTower | None = None):
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = LmmModel(config, tower)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_parts(cls, config: LmmConfig, tower: nn.Module, language_model: nn.Module):
+        """A model around a loaded vision model and a loaded causal language model; projector and
+        cross tokens start anew, ViT-Split's blocks as copies of the tower's."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.vision_tower = None
+        face = tower_of(tower)
+        model.model.multi_modal_projector = _projector(config, face)
+        model.model.vision_tower = _reduced(config, face)
+        model.model.language_model = language_model.get_decoder()
+        add_lora(model.model.language_model, config.lora)
+        model.lm_head = language_model.get_output_embeddings()
+        if config.reduction is not None:
+            cross = torch.zeros(model.model.text_cross_tokens.shape)
+            model.model.text_cross_tokens = nn.Parameter(cross)
+        model.generation_config.update(**language_model.generation_config.to_diff_dict())
+        return model
+
+    @property
+    def tower(self) -> VisionTower:
+        """The eye."""
+        return self.model.vision_tower
+
+    @property
+    def projector(self) -> nn.Module:
+        """What leads from the tower to the language model."""
+        return self.model.multi_modal_projector
+
+    @property
+    def select_layer(self) -> int:
+        """Absolute index of the hidden state that projectors of one state read."""
+        return self.tower.absolute(self.config.vision_feature_layer)
+
+    @property
+    def needed_layers(self) -> list[int]:
+        """Absolute indices of all hidden states that the projector reads."""
+        return layers_of(self.projector, self.tower, self.config.vision_feature_layer)
+
+    def tokens_for(self, grid: Grid | None, patches: int) -> int:
+        """Placeholders of an item: what the language model will receive for it."""
+        tower = self.tower
+        if isinstance(tower, CrossGetTower):
+            return tower.tokens_of(grid, patches, self.config.vision_feature_layer)
+        return tokens_after(self.projector, grid, patches)
+
+    def encode(self, visuals: Visuals) -> dict[str, BaseModelOutputWithPooling]:
+        """Tokens of every item [count, H], as transformers' `mm_encoder_outputs`."""
+        return self._encode(visuals)[0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        visuals: Visuals | None = None,
+        mm_encoder_outputs: dict | None = None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        """Logits and, with labels, the loss; `visuals` or, already encoded, `mm_encoder_outputs`.
+
+        In training a batch without visuals sends a black picture through tower and projector and
+        multiplies it with zero, so that every rank computes the same gradients. Raises ValueError
+        when placeholders and tokens of the items do not agree.
+        """
+        states, idle = None, None
+        if visuals is not None:
+            mm_encoder_outputs, states = self._encode(visuals)
+        elif self.training and mm_encoder_outputs is None:
+            idle = self._encode(self._black_picture())[0]["image"].pooler_output[0]
+        if idle is not None:
+            kwargs["inputs_embeds"] = self.get_input_embeddings()(input_ids) + 0 * idle.sum()
+            input_ids = None
+        prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        with _TextCrossTokens(self.model, attention_mask, prefill) as text_cross:
+            out = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                labels=labels,
+                past_key_values=past_key_values,
+                mm_encoder_outputs=mm_encoder_outputs,
+                **kwargs,
+            )
+        if out.loss is not None and self.config.alignment_weight and states is not None:
+            share = _share(labels, kwargs.get("num_items_in_batch"))
+            alignment = self._alignment(states, text_cross.seen, visuals.samples)
+            out.loss = out.loss + share * alignment
+        return out
+
+    def _encode(self, visuals: Visuals):
+        states = visuals.states or self.tower(visuals.inputs, self.needed_layers)
+        tokens, counts = project(self.projector, states, self.needed_layers[-1])
+        items = list(tokens.split(counts))
+        return {"image": BaseModelOutputWithPooling(pooler_output=items)}, states
+
+    def _black_picture(self) -> Visuals:
+        side = self.config.vision_config.image_size
+        pixels = torch.zeros(1, 3, side, side, device=self.device)
+        return Visuals(VisualInputs(pixels), torch.zeros(1, dtype=torch.int64))
+
+    def _alignment(self, states: TowerStates, text: list[torch.Tensor], samples: torch.Tensor):
+        """The weighted loss; the projector is held fixed in it."""
+        fixed = {n: p.detach() for n, p in self.projector.named_parameters()}
+        image = torch.func.functional_call(self.projector, fixed, states.cross)
+        text = torch.stack(text)[:, samples.to(states.cross.device)]
+        loss = alignment_loss(image.float(), text.float(), self.config.alignment_direction)
+        return self.config.alignment_weight * loss
+
+    def train_parts(
+        self, projector: bool = True, language_model: bool = False, tower_from: int | None = None
+    ) -> None:
+        """Let parts learn and freeze all others: the projector, the language model with its head
+        (with LoRA its additions only), the stages of a convolutional tower from number `tower_from`
+        on. Cross tokens learn together with the language model."""
+        self.requires_grad_(False)
+        self.projector.requires_grad_(projector)
+        for name, parameter in self.model.language_model.named_parameters():
+            learns = self.config.lora is None or "lora_" in name
+            parameter.requires_grad_(language_model and learns)
+        self.lm_head.requires_grad_(language_model and self.config.lora is None)
+        if tower_from is not None:
+            self.tower.train_from(tower_from)
+        if self.model.text_cross_tokens is not None:
+            self.model.text_cross_tokens.requires_grad_(language_model)
+            self.tower.cross_tokens.requires_grad_(language_model)
+
+
+class _TextCrossTokens:
+    """CrossGET in the language model: before every layer of a pass without cache, the first token
+    of a sample becomes stop_gradient(itself) + S[layer]; `seen` [B, H] per layer."""
+
+    def __init__(self, model: LmmModel, attention_mask: torch.Tensor | None, prefill: bool):
+        self.seen: list[torch.Tensor] = []
+        self._model, self._mask = model, attention_mask
+        self._active = prefill and model.text_cross_tokens is not None
+
+    def __enter__(self) -> "_TextCrossTokens":
+        layers = self._model.language_model.layers if self._active else []
+        self._handles = [
+            layer.register_forward_pre_hook(self._before(number), with_kwargs=True)
+            for number, layer in enumerate(layers)
+        ]
+        return self
+
+    def __exit__(self, *_error) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, number: int):
+        def hook(_layer, args, kwargs):
+            x = args[0] if args else kwargs["hidden_states"]
+            first = self._first(x)
+            cross = x[torch.arange(len(x), device=x.device), first].detach()
+            cross = cross + self._model.text_cross_tokens[number].to(x.dtype)
+            self.seen.append(cross)
+            where = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+            where[torch.arange(len(x), device=x.device), first] = True
+            x = torch.where(where[..., None], cross[:, None], x)
+            if args:
+                return (x, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": x}
+
+        return hook
+
+    def _first(self, x: torch.Tensor) -> torch.Tensor:
+        """Place of the first token that is no padding, int64 [B]."""
+        if self._mask is None or self._mask.ndim != 2:
+            return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return self._mask.long().argmax(dim=1)
+
+
+def _share(labels: torch.Tensor, num_items) -> torch.Tensor | float:
+    """Part of a step's supervised tokens that is in this batch: transformers' Trainer sums the
+    losses of accumulated batches, each divided by the tokens of them all."""
+    return 1.0 if num_items is None else (labels[:, 1:] != -100).sum() / num_items
+
+
+def _projector(config: LmmConfig, tower: VisionTower) -> nn.Module:
+    width = config.text_config.hidden_size
+    if config.projector_type != "vitsplit":
+        return build_projector(config.projector_type, tower.width, width)
+    if config.reduction is not None:
+        raise ValueError("vitsplit needs the plain tower's states: choose another with CrossGET")
+    shape = (tower.width, width, tuple(config.frozen_layers), config.tuned_layers)
+    return ViTSplit(ViTSplitConfig(*shape, config.keep_extra_tokens), tower.blocks)
+
+
+def _reduced(config: LmmConfig, tower: VisionTower) -> VisionTower:
+    if config.reduction is None:
+        return tower
+    fields = dict(config.reduction)
+    masked = fields.pop("mask_cross_token", False)
+    r = fields.pop("r", 13)
+    reduction = ReductionConfig(r if isinstance(r, int) else tuple(r), **fields)
+    return CrossGetTower(tower, reduction, masked)
+
+
+def add_lora(language_model: nn.Module, lora: dict | None) -> None:
+    """Put low-rank additions beside every Linear of a language model, in place."""
+    if lora is None:
+        return
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linears = sorted(
+        {n.split(".")[-1] for n, m in language_model.named_modules() if isinstance(m, nn.Linear)}
+    )
+    config = LoraConfig(
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        bias=lora["bias"],
+        target_modules=linears,
+    )
+    inject_adapter_in_model(config, language_model)
+
+
+def takes_packs(model: LmmForConditionalGeneration) -> bool:
+    """Whether the tower takes packs of clips, or pictures only."""
+    return isinstance(model.tower, PackedTower) or (
+        isinstance(model.tower, CrossGetTower) and not model.tower.num_class_tokens
+    )
+
+
+AutoConfig.register(LmmConfig.model_type, LmmConfig)
+AutoModelForImageTextToText.register(LmmConfig, LmmForConditionalGeneration)

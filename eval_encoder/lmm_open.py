@@ -1,0 +1,298 @@
+"""Folders -> a model, its tokenizer and its image processor; projectors as LLaVA's files.
+
+    language model    any causal language model of transformers
+    vision tower      a run, checkpoint or export of ours, or a transformers vision model, ConvNeXt
+                      included
+    whole             what a later stage of this probe wrote: univit_lmm with all weights
+    mm_projector.bin  projector tensors under LLaVA's names, model.mm_projector.*; beside it stage 1
+                      writes config.json and parts.json, which names the two folders above
+
+Everything is read from local folders, as safetensors or as tensors only.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    CLIPImageProcessor,
+    ConvNextModel,
+)
+
+from data_pipeline.shards.writer import write_atomically
+from model_factory.convnext_tower import ConvNextVisionModel, grow_stage
+from model_factory.export_folder import image_processor_json
+from model_factory.hf_image_encoders import FAMILIES, load_image_encoder
+from model_factory.llava_vision_tower import LlavaViTVisionModel
+from model_factory.published_folder import json_object
+
+from .lmm_config import LmmArguments
+from .lmm_conversation import IMAGE
+from .lmm_model import LmmConfig, LmmForConditionalGeneration, add_lora
+from .probe_encoders import packed_model
+
+PROJECTOR_FILE, PARTS_FILE = "mm_projector.bin", "parts.json"
+OURS, LLAVA = "model.multi_modal_projector.", "model.mm_projector."
+VOCABULARY_STEP = 64  # a vocabulary that has to grow grows to a multiple of this
+
+
+@dataclass
+class Lmm:
+    """A model and what it is fed by."""
+
+    model: LmmForConditionalGeneration
+    tokenizer: object
+    image_processor: object
+
+    def save_processors(self, folder: Path) -> None:
+        """Tokenizer and image processor, beside a model."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+def open_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+    """(vision model in evaluation mode, image processor).
+
+    Raises ValueError for a folder of neither kind, and for weights that are not all there.
+    """
+    path = Path(path)
+    described = json_object(path / "config.json") if (path / "config.json").is_file() else {}
+    kind = str(described.get("model_type")).removesuffix("_vision_model")
+    families = [name for name, types in FAMILIES.items() if kind in types]
+    if kind == "convnext":
+        model = _read(ConvNextModel, path, dtype)
+    elif kind == ConvNextVisionModel.config_class.model_type:
+        model = _read(ConvNextVisionModel, path, dtype)
+    elif kind == LlavaViTVisionModel.config_class.model_type:
+        model = _read(LlavaViTVisionModel, path, dtype)
+    elif families:
+        model = load_image_encoder(families[0], path, dtype).model
+    else:
+        encoder = packed_model(None, str(path)).to(dtype)
+        size = encoder.config.image_size
+        processor = CLIPImageProcessor.from_dict(json.loads(image_processor_json(size)))
+        return LlavaViTVisionModel.from_encoder(encoder).eval(), processor
+    return model.eval(), AutoImageProcessor.from_pretrained(path, local_files_only=True)
+
+
+def _read(kind: type, path: Path, dtype: torch.dtype) -> nn.Module:
+    options = dict(local_files_only=True, use_safetensors=True, dtype=dtype)
+    model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    missing = [name for name in info["missing_keys"] if not name.startswith("layernorm.")]
+    if missing:
+        raise ValueError(f"{path} lacks the weights {', '.join(sorted(missing))}")
+    return model
+
+
+def set_resolution(model: nn.Module, processor, side: int) -> None:
+    """Give pictures another size: for towers that take any, ConvNeXt and ours."""
+    model.config.image_size = side
+    processor.crop_size = {"height": side, "width": side}
+    processor.size = {"shortest_edge": side}
+
+
+def open_tokenizer(folder: str | Path):
+    """A fast tokenizer with an image token and something to pad with."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if IMAGE not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def compose(arguments: LmmArguments, dtype: torch.dtype = torch.float32) -> Lmm:
+    """A new model out of a language model's and a tower's folder, or a whole one of an earlier
+    stage with what the flags change. Raises ValueError for parts that are missing or do not fit."""
+    folder = Path(arguments.model_name_or_path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder / 'config.json'} does not exist: give a language model's folder")
+    if json_object(folder / "config.json").get("model_type") == LmmConfig.model_type:
+        lmm = open_lmm(folder, dtype, _changes(arguments))
+    else:
+        lmm = _from_parts(arguments, folder, dtype)
+    if arguments.pretrain_mm_mlp_adapter is not None:
+        load_projector(lmm.model, Path(arguments.pretrain_mm_mlp_adapter))
+    return lmm
+
+
+def open_lmm(folder: str | Path, dtype: torch.dtype = torch.float32, changes: dict | None = None):
+    """A model that the probe wrote: a whole one, or a projector with the parts it names.
+
+    changes: fields of its configuration to set; cross tokens may then start at zero, nothing else.
+    Raises ValueError for weights that are missing or left over.
+    """
+    folder = Path(folder)
+    if (folder / PROJECTOR_FILE).is_file() and (folder / PARTS_FILE).is_file():
+        return _with_projector(folder, dtype)
+    config = LmmConfig.from_pretrained(folder, local_files_only=True)
+    changes = dict(changes or {})
+    lora = changes.pop("lora", None) if config.lora is None else None
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model, info = LmmForConditionalGeneration.from_pretrained(
+        folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    wrong = [name for name in info["missing_keys"] if "cross_tokens" not in name]
+    wrong += list(info["unexpected_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{folder} does not fit its configuration: {', '.join(sorted(wrong))}")
+    if lora is not None:
+        model.config.lora = lora
+        add_lora(model.model.language_model, lora)
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    return Lmm(model.eval(), open_tokenizer(folder), processor)
+
+
+def save_projector(model: LmmForConditionalGeneration, folder: Path, tensors: dict | None = None):
+    """mm_projector.bin of a model, or of its gathered tensors where they are sharded."""
+    tensors = model.state_dict() if tensors is None else tensors
+    kept = {LLAVA + n[len(OURS) :]: t.cpu() for n, t in tensors.items() if n.startswith(OURS)}
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f"{PROJECTOR_FILE}.tmp"
+    torch.save(kept, beside)
+    beside.replace(folder / PROJECTOR_FILE)
+    model.config.save_pretrained(folder)
+
+
+def load_projector(model: LmmForConditionalGeneration, path: Path) -> None:
+    """Fill the projector from a file with LLaVA's names, whatever stands before `mm_projector.`.
+
+    Raises ValueError for a file that is missing or does not fit exactly.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the mm_projector.bin of stage 1")
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    own = {n.split("mm_projector.")[1]: t for n, t in tensors.items() if "mm_projector." in n}
+    try:
+        model.projector.load_state_dict(own, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no {model.config.projector_type} of this size: {error}") from (
+            error
+        )
+
+
+def projector_to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names of LLaVA's mlp2x_gelu -> those of transformers' LlavaMultiModalProjector."""
+    halves = {"0": "linear_1", "2": "linear_2"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        number, _, kind = name.split("mm_projector.")[-1].partition(".")
+        if number not in halves:
+            raise ValueError(f"{name} is no tensor of an mlp2x_gelu, the one that transformers has")
+        renamed[f"multi_modal_projector.{halves[number]}.{kind}"] = tensor
+    return renamed
+
+
+def write_parts(folder: Path, arguments: LmmArguments) -> None:
+    """Where the frozen parts of a projector are."""
+    parts = {
+        "model_name_or_path": str(Path(arguments.model_name_or_path).resolve()),
+        "vision_tower": str(Path(arguments.vision_tower).resolve()),
+    }
+    write_atomically(folder / PARTS_FILE, json.dumps(parts, indent=1).encode())
+
+
+def _changes(arguments: LmmArguments) -> dict:
+    """Fields that a later stage sets anew in an earlier stage's configuration."""
+    changes = {
+        "version": arguments.version,
+        "image_aspect_ratio": arguments.image_aspect_ratio,
+        "lora": _lora(arguments),
+    }
+    if arguments.mm_reduction_r is not None:
+        changes |= _reduction(arguments)
+    return changes
+
+
+def _reduction(arguments: LmmArguments) -> dict:
+    reduction = {
+        "r": arguments.mm_reduction_r,
+        "rule": arguments.mm_reduction_rule,
+        "weights": arguments.mm_reduction_weights,
+        "mask_cross_token": arguments.mask_cross_token,
+    }
+    return {
+        "reduction": reduction,
+        "alignment_weight": arguments.alignment_weight,
+        "alignment_direction": arguments.alignment_direction,
+    }
+
+
+def _lora(arguments: LmmArguments) -> dict | None:
+    if not arguments.lora_enable:
+        return None
+    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
+    return {name.removeprefix("lora_"): getattr(arguments, name) for name in names}
+
+
+def _from_parts(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> Lmm:
+    if arguments.vision_tower is None:
+        raise ValueError("--vision_tower is missing: name a run, an export or a vision model")
+    tokenizer = open_tokenizer(folder)
+    language_model = _language_model(arguments, folder, dtype)
+    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_STEP)
+    tower, processor = open_tower(arguments.vision_tower, dtype)
+    if arguments.vision_add_five_stage and isinstance(tower, ConvNextModel):
+        grown = (arguments.vision_five_stage_width, arguments.vision_add_five_stage)
+        tower = grow_stage(tower, *grown).to(dtype)
+    if isinstance(tower, ConvNextModel):
+        tower = ConvNextVisionModel.from_network(tower)
+    if arguments.mm_vision_resolution is not None:
+        set_resolution(tower, processor, arguments.mm_vision_resolution)
+    fields = {
+        "projector_type": arguments.mm_projector_type,
+        "frozen_layers": arguments.mm_frozen_select_layer,
+        "tuned_layers": max(arguments.mm_tuned_layers_num, 0),
+        "keep_extra_tokens": arguments.keep_extra_tokens,
+        **_changes(arguments),
+    }
+    config = LmmConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=arguments.mm_vision_select_layer[0],
+        vision_feature_select_strategy="full",
+        **fields,
+    )
+    model = LmmForConditionalGeneration.from_parts(config, tower, language_model)
+    return Lmm(model, tokenizer, processor)
+
+
+def _language_model(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> nn.Module:
+    options = {}
+    if arguments.bits in (4, 8):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=arguments.bits == 4,
+            load_in_8bit=arguments.bits == 8,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=arguments.double_quant,
+            bnb_4bit_quant_type=arguments.quant_type,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, dtype=dtype, **options
+    )
+
+
+def _with_projector(folder: Path, dtype: torch.dtype) -> Lmm:
+    """The model of a folder of stage 1."""
+    parts = json_object(folder / PARTS_FILE)
+    config = LmmConfig.from_pretrained(folder, local_files_only=True)
+    language_model = AutoModelForCausalLM.from_pretrained(
+        parts["model_name_or_path"], local_files_only=True, dtype=dtype
+    )
+    rows = config.text_config.vocab_size
+    if rows != language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(rows)
+    tower, _ = open_tower(parts["vision_tower"], dtype)
+    model = LmmForConditionalGeneration.from_parts(config, tower, language_model)
+    load_projector(model, folder / PROJECTOR_FILE)
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    return Lmm(model.eval(), open_tokenizer(folder), processor)

@@ -1,0 +1,107 @@
+"""Entry point of the two-stage multimodal probe, one stage per call:
+
+    torchrun eval_encoder/lmm_probe.py --recipe llava15 --stage 1 --model_name_or_path LLM \
+        --vision_tower RUN --data_path align.json --image_folder images --output_dir OUT
+    deepspeed eval_encoder/lmm_probe.py --deepspeed shells/zero2.json ...
+
+    parts or an earlier stage -> conversations -> Trainer -> OUT
+
+OUT holds what the stage trained (mm_projector.bin, or a whole model), metrics.jsonl, TensorBoard's
+runs, checkpoint-*; the same call again goes on from the last of these. Run by path, so this file
+holds no definition that another module needs.
+"""
+
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from eval_encoder.lmm_config import build_parser, parse_arguments
+
+LOG = logging.getLogger("univit")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage; returns the exit code (1 for a user's mistake)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        build_parser().parse_args(["--help"])
+    try:
+        arguments, others = parse_arguments(argv)
+        return _stage(arguments, others)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _stage(arguments, others: list[str]) -> int:
+    import torch
+    import torch.distributed as dist
+    from transformers import set_seed
+
+    from eval_encoder.lmm_features import FeatureStore
+    from eval_encoder.lmm_open import compose, write_parts
+    from eval_encoder.lmm_stage import (
+        build_dataset,
+        build_reader,
+        training_arguments,
+        whole_on_every_rank,
+    )
+    from eval_encoder.lmm_trainer import LmmTrainer
+
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    args = training_arguments(arguments, others)
+    set_seed(args.seed)
+    with whole_on_every_rank(args):
+        dtype = torch.bfloat16 if args.bf16 and args.deepspeed else torch.float32
+        lmm = compose(arguments, dtype)
+    lmm.model.train_parts(
+        projector=not arguments.freeze_mm_mlp_adapter,
+        language_model=arguments.trains_language_model,
+        tower_from=arguments.tune_vit_from_layer,
+    )
+    reader, store = build_reader(arguments, lmm), None
+    if arguments.feature_cache is not None:
+        store = FeatureStore(Path(arguments.feature_cache), lmm.model.to(args.device), reader)
+    dataset = build_dataset(arguments, lmm, reader, store)
+    if store is not None:
+        mine = dataset.visuals[args.process_index :: args.world_size]
+        LOG.info("features of %d pictures and clips computed and stored", store.fill(mine))
+    trainer = LmmTrainer(lmm, arguments, args, dataset)
+    learning = sum(p.numel() for p in lmm.model.parameters() if p.requires_grad)
+    LOG.info(
+        "%s stage %d: %d samples, batch %d = %d ranks x %d x %d accumulated; "
+        "%.2f M of %.2f M parameters learn",
+        arguments.recipe,
+        arguments.stage,
+        len(dataset),
+        args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        args.world_size,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        learning / 1e6,
+        sum(p.numel() for p in lmm.model.parameters()) / 1e6,
+    )
+    output = Path(args.output_dir)
+    done = any(output.glob("checkpoint-*")) and args.resume_from_checkpoint is None
+    trainer.train(resume_from_checkpoint=done or args.resume_from_checkpoint)
+    trainer.save_model(str(output))
+    if args.should_save:
+        trainer.save_state()
+        _write_record(output, arguments)
+        if arguments.vision_tower is not None:
+            write_parts(output, arguments)
+    if dist.is_initialized():  # nobody leaves while another still needs the group
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+def _write_record(output: Path, arguments) -> None:
+    import json
+
+    (output / "arguments.json").write_text(json.dumps(asdict(arguments), indent=1, sort_keys=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""From flags to what a stage trains with: data, reading of pictures, TrainingArguments."""
+
+import contextlib
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import deepspeed
+
+from .lmm_config import LmmArguments
+from .lmm_conversation import Sample, Turn, read_samples
+from .lmm_data import ConversationDataset, TextConfig
+from .lmm_features import FeatureStore
+from .lmm_model import takes_packs
+from .lmm_open import Lmm
+from .lmm_visuals import VisualConfig, VisualReader
+
+
+def training_arguments(arguments: LmmArguments, others: list[str]) -> TrainingArguments:
+    """transformers' own flags, with the accumulation that gives the global batch.
+
+    Raises ValueError for unknown flags and for a global batch that the ranks cannot make.
+    """
+    import torch
+
+    others = list(others)
+    if "--report_to" not in others:
+        others += ["--report_to", "tensorboard"]
+    if not torch.cuda.is_available():
+        others += ["--use_cpu", "True", "--dataloader_pin_memory", "False"]
+    elif not any(part.startswith(("--bf16", "--fp16")) for part in others):
+        others += ["--bf16", "True"]
+    args = _parse(others)
+    wanted = arguments.global_batch_size
+    if wanted is None:
+        return args
+    once = args.per_device_train_batch_size * args.world_size
+    if wanted % once:
+        raise ValueError(
+            f"--global_batch_size {wanted} is no multiple of {args.world_size} ranks x "
+            f"{args.per_device_train_batch_size} samples: change --per_device_train_batch_size"
+        )
+    if "--gradient_accumulation_steps" in others:
+        if args.gradient_accumulation_steps * once != wanted:
+            raise ValueError(
+                f"--gradient_accumulation_steps {args.gradient_accumulation_steps} makes a batch "
+                f"of {args.gradient_accumulation_steps * once}, --global_batch_size asks for "
+                f"{wanted}: give one of them"
+            )
+        return args
+    # parsed again, as DeepSpeed's settings are filled in from the flags
+    return _parse([*others, "--gradient_accumulation_steps", str(wanted // once)])
+
+
+def _parse(flags: list[str]) -> TrainingArguments:
+    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+    (args, unknown) = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(
+            f"{' '.join(unknown)}: flags of neither lmm_probe.py nor transformers' "
+            "TrainingArguments; see --help"
+        )
+    args.remove_unused_columns = False
+    return args
+
+
+@contextlib.contextmanager
+def whole_on_every_rank(args: TrainingArguments):
+    """Parts are loaded whole and sharded by DeepSpeed afterwards: under ZeRO-3 transformers would
+    load them in slices, and blocks could not be copied. Costs host memory for the whole model on
+    every rank."""
+    if args.hf_deepspeed_config is None:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
+def build_reader(arguments: LmmArguments, lmm: Lmm) -> VisualReader:
+    """How pictures and clips are read for a model's tower."""
+    vision = lmm.model.config.vision_config
+    packs = takes_packs(lmm.model)
+    one = lmm.model.tower.patches_of(vision.image_size, vision.image_size)
+    config = VisualConfig(
+        patch_size=vision.patch_size if packs else vision.image_size // one[1],
+        packs=packs,
+        aspect=arguments.image_aspect_ratio,
+        video_size=arguments.video_size or vision.image_size,
+        video_view=arguments.video_view,
+        num_frames=arguments.num_frames,
+        num_tokens=arguments.K_keep,
+    )
+    return VisualReader(config, lmm.image_processor, arguments.image_folder)
+
+
+def build_dataset(
+    arguments: LmmArguments, lmm: Lmm, reader: VisualReader, store: FeatureStore | None
+) -> ConversationDataset:
+    """The samples of a list, or of every n-th sample of it."""
+    samples = read_samples(arguments.data_path)
+    samples = samples[:: round(1 / arguments.data_fraction)]
+    if arguments.blind:
+        samples = [without_visuals(sample) for sample in samples]
+    config = lmm.model.config
+    text = TextConfig(arguments.version, config.image_token_id, arguments.model_max_length)
+    return ConversationDataset(samples, lmm.tokenizer, text, reader, lmm.model.tokens_for, store)
+
+
+def without_visuals(sample: Sample) -> Sample:
+    """The same conversation, text only: what a blind reader is given."""
+    turns = [
+        Turn(turn.speaker, turn.text.replace("<image>\n", "").replace("<video>\n", ""))
+        for turn in sample.turns
+    ]
+    return Sample(sample.id, tuple(turns), ())

@@ -1,0 +1,100 @@
+"""A small random language model and a tokenizer of its own, for laptops and tests:
+
+    python -m eval_encoder.lmm_tiny LIST.json ... --output DIR [--layers 4] [--width 128]
+
+The tokenizer is a byte-level BPE trained on the texts of the lists, with <s>, </s>, <pad> and
+<image>; the model is a Llama with random weights, which learns to speak in stage 2. Cost: seconds.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
+HEAD_WIDTH = 32
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval_encoder.lmm_tiny", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "lists", nargs="+", type=Path, help="conversations whose words it shall know"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of model and tokenizer")
+    parser.add_argument("--layers", type=int, default=4, help="blocks (default: 4)")
+    parser.add_argument("--width", type=int, default=128, help="hidden size (default: 128)")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="most tokens (default: 1024)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    return parser
+
+
+def train_tokenizer(texts, vocabulary: int = 1024):
+    """A fast tokenizer that knows the texts; any other text becomes bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    pad, bos, eos, image = SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        additional_special_tokens=[image],
+    )
+
+
+def write_language_model(
+    texts, output: Path, layers: int, width: int, vocabulary: int = 1024, seed: int = 0
+) -> None:
+    """Tokenizer and random Llama of `layers` blocks; `width` a multiple of 32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer(texts, vocabulary)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD_WIDTH,
+        num_key_value_heads=width // HEAD_WIDTH,
+        max_position_embeddings=4096,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the folder; returns the exit code (1 for a user's mistake)."""
+    args = build_parser().parse_args(argv)
+    from eval_encoder.lmm_conversation import TEMPLATES, read_samples
+
+    try:
+        samples = [sample for path in args.lists for sample in read_samples(path)]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    texts = [turn.text for sample in samples for turn in sample.turns]
+    texts += [f"{system} USER: ASSISTANT:" for system in TEMPLATES.values() if system]
+    write_language_model(texts, args.output, args.layers, args.width, args.vocabulary, args.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

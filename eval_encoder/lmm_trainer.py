@@ -1,0 +1,110 @@
+"""transformers' Trainer for an LmmForConditionalGeneration: what it does not do by itself.
+
+    order      group_by_modality_length, or shuffled, from (seed, epoch) alone
+    lr         one for the projector and one for the tower, where asked for
+    saving     a stage that trains the projector alone saves nothing else, and resumes from it
+    record     metrics.jsonl, a line per logged step
+
+Everything else (DDP, DeepSpeed, accumulation, schedule, checkpoints, TensorBoard) is transformers'.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .lmm_config import LmmArguments
+from .lmm_data import Collator, ConversationDataset
+from .lmm_open import PROJECTOR_FILE, Lmm, load_projector, save_projector
+from .lmm_sampler import ModalityLengthSampler, ShuffledSampler
+
+PROJECTOR, TOWER = ".multi_modal_projector.", ".vision_tower."
+
+
+class LmmTrainer(Trainer):
+    """Trains what `lmm.model` lets learn."""
+
+    def __init__(
+        self,
+        lmm: Lmm,
+        arguments: LmmArguments,
+        args: TrainingArguments,
+        dataset: ConversationDataset,
+    ):
+        super().__init__(
+            model=lmm.model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=Collator(lmm.tokenizer.pad_token_id, store=dataset.store),
+            processing_class=lmm.tokenizer,
+            callbacks=[_Record(Path(args.output_dir) / "metrics.jsonl")],
+        )
+        self._lmm, self._arguments = lmm, arguments
+        learning = [n for n, p in lmm.model.named_parameters() if p.requires_grad]
+        self._projector_only = all(PROJECTOR in f".{name}" for name in learning)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self._arguments.group_by_modality_length:
+            return ShuffledSampler(len(dataset), self.args.seed)
+        per_step = self.args.world_size * self.args.gradient_accumulation_steps
+        batch = self.args.per_device_train_batch_size
+        return ModalityLengthSampler(dataset.lengths, batch, per_step, self.args.seed)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """AdamW over up to six groups: projector, tower and the rest, with and without decay."""
+        model = self.model if model is None else model
+        if self.optimizer is not None:
+            return self.optimizer
+        decayed = set(self.get_decay_parameter_names(model))
+        rates = {
+            PROJECTOR: self._arguments.mm_projector_lr or self.args.learning_rate,
+            TOWER: self._arguments.vision_tower_lr or self.args.learning_rate,
+        }
+        groups: dict[tuple, list] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                rate = next((r for part, r in rates.items() if part in f".{name}"), None)
+                decay = self.args.weight_decay if name in decayed else 0.0
+                groups.setdefault((rate or self.args.learning_rate, decay), []).append(parameter)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        options.pop("lr", None)
+        self.optimizer = kind(
+            [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()],
+            **options,
+        )
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if not self._projector_only:
+            super()._save(str(folder), state_dict)
+        elif self.args.should_save:
+            save_projector(self._lmm.model, folder, state_dict)
+        if self.args.should_save:
+            self._lmm.save_processors(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self._projector_only:
+            load_projector(self._lmm.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class _Record(TrainerCallback):
+    """Writes every logged line; lines beyond the step that a run resumes from are cut off."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero and self._path.is_file():
+            lines = [json.loads(line) for line in self._path.read_text().splitlines()]
+            kept = [line for line in lines if line["step"] <= state.global_step]
+            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and logs is not None:
+            with open(self._path, "a") as stream:
+                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
