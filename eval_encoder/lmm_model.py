@@ -43,6 +43,8 @@ from model_factory.vision_towers import (
 )
 from model_factory.vit_split import ViTSplit, ViTSplitConfig
 
+from .lmm_cross_tokens import TextCrossTokens
+
 
 class LmmConfig(LlavaConfig):
     """LlavaConfig and what it has no word for.
@@ -53,7 +55,9 @@ class LmmConfig(LlavaConfig):
     alignment_weight   of the alignment loss; its direction: see crossget_tower.alignment_loss
     version            conversation template that the model was trained with
     image_aspect_ratio `pad` to a square before resizing, or `square`: crop
-    lora               {"r", "alpha", "dropout", "bias"} of additions to the language model, by peft
+    video              how clips are shown: {"video_view", "video_size", "num_frames",
+                       "num_tokens"}; None: the defaults of lmm_visuals.VisualConfig
+    lora               {"r", "alpha", "dropout", "bias"} of peft's additions to the language model
     """
 
     model_type = "univit_lmm"
@@ -67,6 +71,7 @@ class LmmConfig(LlavaConfig):
     alignment_direction: str = "published"
     version: str = "v1"
     image_aspect_ratio: str = "pad"
+    video: dict | None = None
     lora: dict | None = None
 
 
@@ -199,7 +204,7 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
             kwargs["inputs_embeds"] = self.get_input_embeddings()(input_ids) + 0 * idle.sum()
             input_ids = None
         prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        with _TextCrossTokens(self.model, attention_mask, prefill) as text_cross:
+        with TextCrossTokens(self.model, attention_mask, prefill) as text_cross:
             out = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -250,50 +255,6 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
         if self.model.text_cross_tokens is not None:
             self.model.text_cross_tokens.requires_grad_(language_model)
             self.tower.cross_tokens.requires_grad_(language_model)
-
-
-class _TextCrossTokens:
-    """CrossGET in the language model: before every layer of a pass without cache, the first token
-    of a sample becomes stop_gradient(itself) + S[layer]; `seen` [B, H] per layer."""
-
-    def __init__(self, model: LmmModel, attention_mask: torch.Tensor | None, prefill: bool):
-        self.seen: list[torch.Tensor] = []
-        self._model, self._mask = model, attention_mask
-        self._active = prefill and model.text_cross_tokens is not None
-
-    def __enter__(self) -> "_TextCrossTokens":
-        layers = self._model.language_model.layers if self._active else []
-        self._handles = [
-            layer.register_forward_pre_hook(self._before(number), with_kwargs=True)
-            for number, layer in enumerate(layers)
-        ]
-        return self
-
-    def __exit__(self, *_error) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, number: int):
-        def hook(_layer, args, kwargs):
-            x = args[0] if args else kwargs["hidden_states"]
-            first = self._first(x)
-            cross = x[torch.arange(len(x), device=x.device), first].detach()
-            cross = cross + self._model.text_cross_tokens[number].to(x.dtype)
-            self.seen.append(cross)
-            where = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-            where[torch.arange(len(x), device=x.device), first] = True
-            x = torch.where(where[..., None], cross[:, None], x)
-            if args:
-                return (x, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": x}
-
-        return hook
-
-    def _first(self, x: torch.Tensor) -> torch.Tensor:
-        """Place of the first token that is no padding, int64 [B]."""
-        if self._mask is None or self._mask.ndim != 2:
-            return torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return self._mask.long().argmax(dim=1)
 
 
 def _share(labels: torch.Tensor, num_items) -> torch.Tensor | float:

@@ -11,6 +11,7 @@ runs, checkpoint-*; the same call again goes on from the last of these. Run by p
 holds no definition that another module needs.
 """
 
+import json
 import logging
 import sys
 from dataclasses import asdict
@@ -40,14 +41,13 @@ def _stage(arguments, others: list[str]) -> int:
     from transformers import set_seed
 
     from eval_encoder.lmm_features import FeatureStore
-    from eval_encoder.lmm_open import compose, write_parts
+    from eval_encoder.lmm_open import compose
     from eval_encoder.lmm_stage import (
         build_dataset,
         build_reader,
         training_arguments,
         whole_on_every_rank,
     )
-    from eval_encoder.lmm_trainer import LmmTrainer
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     args = training_arguments(arguments, others)
@@ -67,6 +67,17 @@ def _stage(arguments, others: list[str]) -> int:
     if store is not None:
         mine = dataset.visuals[args.process_index :: args.world_size]
         LOG.info("features of %d pictures and clips computed and stored", store.fill(mine))
+    _train(arguments, args, lmm, dataset)
+    if dist.is_initialized():  # nobody leaves while another still needs the group
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+def _train(arguments, args, lmm, dataset) -> None:
+    from eval_encoder.lmm_open import write_parts
+    from eval_encoder.lmm_trainer import LmmTrainer
+
     trainer = LmmTrainer(lmm, arguments, args, dataset)
     learning = sum(p.numel() for p in lmm.model.parameters() if p.requires_grad)
     LOG.info(
@@ -91,15 +102,9 @@ def _stage(arguments, others: list[str]) -> int:
         _write_record(output, arguments)
         if arguments.vision_tower is not None:
             write_parts(output, arguments)
-    if dist.is_initialized():  # nobody leaves while another still needs the group
-        dist.barrier()
-        dist.destroy_process_group()
-    return 0
 
 
 def _write_record(output: Path, arguments) -> None:
-    import json
-
     (output / "arguments.json").write_text(json.dumps(asdict(arguments), indent=1, sort_keys=True))
 
 

@@ -1,6 +1,7 @@
 """From flags to what a stage trains with: data, reading of pictures, TrainingArguments."""
 
 import contextlib
+from dataclasses import replace
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import deepspeed
@@ -9,9 +10,9 @@ from .lmm_config import LmmArguments
 from .lmm_conversation import Sample, Turn, read_samples
 from .lmm_data import ConversationDataset, TextConfig
 from .lmm_features import FeatureStore
-from .lmm_model import takes_packs
+from .lmm_generate import visual_config
 from .lmm_open import Lmm
-from .lmm_visuals import VisualConfig, VisualReader
+from .lmm_visuals import VisualReader
 
 
 def training_arguments(arguments: LmmArguments, others: list[str]) -> TrainingArguments:
@@ -79,18 +80,13 @@ def whole_on_every_rank(args: TrainingArguments):
 
 def build_reader(arguments: LmmArguments, lmm: Lmm) -> VisualReader:
     """How pictures and clips are read for a model's tower."""
-    vision = lmm.model.config.vision_config
-    packs = takes_packs(lmm.model)
-    one = lmm.model.tower.patches_of(vision.image_size, vision.image_size)
-    config = VisualConfig(
-        patch_size=vision.patch_size if packs else vision.image_size // one[1],
-        packs=packs,
-        aspect=arguments.image_aspect_ratio,
-        video_size=arguments.video_size or vision.image_size,
-        video_view=arguments.video_view,
-        num_frames=arguments.num_frames,
-        num_tokens=arguments.K_keep,
-    )
+    lmm.model.config.video = {
+        "video_view": arguments.video_view,
+        "video_size": arguments.video_size or lmm.model.config.vision_config.image_size,
+        "num_frames": arguments.num_frames,
+        "num_tokens": arguments.K_keep,
+    }
+    config = replace(visual_config(lmm), aspect=arguments.image_aspect_ratio)
     return VisualReader(config, lmm.image_processor, arguments.image_folder)
 
 

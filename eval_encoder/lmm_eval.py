@@ -1,0 +1,168 @@
+"""A trained model answers a question file: `python eval_encoder/lmm_eval.py --model OUT ...`.
+
+Questions are LLaVA's JSONL, {"question_id", "text", "image" or "video" (a path or several; none:
+text only)}; answers are its rows {question_id, prompt, text, answer_id, model_id, metadata}, which
+lmm_scorers.py and lmm_answers.py read. A text without placeholders gets its visuals in front.
+Answers that are in the file already are kept, so a killed run goes on. Several processes each take
+a run of questions with --num_chunks and --chunk_idx; put their files together with cat. Cost: that
+of lmm_generate.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(prog="lmm_eval.py", description=__doc__.split("\n")[0])
+    add_model_flags(parser)
+    parser.add_argument("--questions", type=Path, required=True, help="JSONL of questions")
+    parser.add_argument("--answers", type=Path, required=True, help="JSONL to write")
+    parser.add_argument("--image_folder", type=Path, default=Path("."), help="where paths begin")
+    parser.add_argument("--batch_size", type=int, default=8, help="questions at a time")
+    parser.add_argument("--num_chunks", type=int, default=1, help="runs the questions are cut into")
+    parser.add_argument("--chunk_idx", type=int, default=0, help="the run to answer, from 0")
+    parser.add_argument("--blind", action="store_true", help="take pictures and clips away")
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command that lets a model speak."""
+    parser.add_argument("--model", type=Path, required=True, help="what lmm_probe.py wrote")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top_p", type=float, default=None, help="with a temperature")
+    parser.add_argument("--num_beams", type=int, default=1, help="beams of the search")
+    parser.add_argument("--seed", type=int, default=0, help="with a temperature")
+    parser.add_argument("--video_view", choices=("frame", "codec"), default=None, help="of clips")
+    parser.add_argument("--video_size", type=int, default=None, help="side of clips in pixels")
+    parser.add_argument("--num_frames", type=int, default=None, help="frames of a clip")
+    parser.add_argument("--K_keep", type=int, default=None, help="patches of a codec clip")
+
+
+def speaker_of(args: argparse.Namespace, media: Path = Path(".")):
+    """The model that the flags name."""
+    from eval_encoder.lmm_generate import Decoding, open_speaker
+
+    decoding = Decoding(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        num_beams=args.num_beams,
+        seed=args.seed,
+    )
+    return open_speaker(
+        args.model,
+        media,
+        args.device,
+        decoding,
+        video_view=args.video_view,
+        video_size=args.video_size,
+        num_frames=args.num_frames,
+        num_tokens=args.K_keep,
+    )
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of a question file; `visuals`: (kind, path)."""
+
+    id: str | int
+    text: str
+    visuals: tuple[tuple[str, str], ...]
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Raises ValueError that names file and line of what is no question."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a JSONL of questions")
+    questions = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            paths = {kind: row.get(kind) or [] for kind in ("image", "video")}
+            visuals = [
+                (kind, one)
+                for kind, value in paths.items()
+                for one in (value if isinstance(value, list) else [value])
+            ]
+            questions.append(Question(row["question_id"], row["text"], tuple(visuals)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} line {number} is no question ({error!r}): it needs question_id and text"
+            ) from error
+    ids = [question.id for question in questions]
+    doubled = sorted({str(i) for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
+    if doubled:
+        raise ValueError(f"{path}: these questions stand there twice: {', '.join(doubled[:5])}")
+    return questions
+
+
+def request_of(question: Question, blind: bool = False):
+    """What a Speaker is asked."""
+    from eval_encoder.lmm_conversation import IMAGE, VIDEO, Turn, Visual
+    from eval_encoder.lmm_generate import Request
+
+    text = question.text.replace(IMAGE, "").replace(VIDEO, "").strip()
+    if blind:
+        return Request((Turn("human", text),))
+    front = "".join(f"<{kind}>\n" for kind, _ in question.visuals)
+    visuals = tuple(Visual(kind, path) for kind, path in question.visuals)
+    return Request((Turn("human", front + text),), visuals)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Answer all questions; returns the exit code (1 for a user's mistake)."""
+    args = build_parser().parse_args(argv)
+    try:
+        questions = read_questions(args.questions)
+        answered = _answered(args.answers)
+        size = -(-len(questions) // args.num_chunks)
+        mine = questions[args.chunk_idx * size : (args.chunk_idx + 1) * size]
+        waiting = [question for question in mine if question.id not in answered]
+        speaker = speaker_of(args, args.image_folder)
+        args.answers.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.answers, "a") as stream:
+            for start in range(0, len(waiting), args.batch_size):
+                group = waiting[start : start + args.batch_size]
+                texts = speaker.answer([request_of(q, args.blind) for q in group])
+                for question, text in zip(group, texts, strict=True):
+                    stream.write(json.dumps(_row(question, text, args.model)) + "\n")
+                stream.flush()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(mine)} questions answered in {args.answers}")
+    return 0
+
+
+def _answered(path: Path) -> set:
+    """Questions that a run before this one has answered; a line that was cut is taken away."""
+    if not path.is_file():
+        return set()
+    whole = path.read_text().rpartition("\n")[0]
+    path.write_text(whole + "\n" if whole else "")
+    return {json.loads(line)["question_id"] for line in whole.splitlines()}
+
+
+def _row(question: Question, text: str, model: Path) -> dict:
+    name = f"{question.id} {model.name} {text}"
+    return {
+        "question_id": question.id,
+        "prompt": question.text,
+        "text": text,
+        "answer_id": hashlib.sha256(name.encode()).hexdigest()[:22],
+        "model_id": model.name,
+        "metadata": {},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
