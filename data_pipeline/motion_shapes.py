@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from .counter_rng import counter_rng
+from .shards.writer import write_atomically
 
 GENERATOR_VERSION = 1  # moves when the same arguments give other clips
 CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")
@@ -46,12 +47,46 @@ DIFFICULTIES = {
     "medium": Difficulty(jitter=1.0, clutter=2, contrast=0.5, radius=(0.16, 0.24)),
     "hard": Difficulty(jitter=2.0, clutter=6, contrast=1.0, radius=(0.10, 0.18)),
 }
+COLOURS = {
+    "red": (0.90, 0.15, 0.15),
+    "green": (0.15, 0.75, 0.20),
+    "blue": (0.20, 0.35, 0.95),
+    "yellow": (0.95, 0.85, 0.15),
+    "purple": (0.65, 0.20, 0.80),
+    "white": (0.92, 0.92, 0.92),
+}
+OUTLINES = {3: "triangle", 4: "cross", 5: "star"}  # what so many corners look like
+DEPTHS = {3: 0.20, 4: 0.70, 5: 0.40}  # of the notches between them, as a share of the radius
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """What the moving shape looks like: a name of COLOURS, around which its texture varies, and a
+    number of corners of OUTLINES.
+    """
+
+    colour: str
+    corners: int
+
+    def __post_init__(self):
+        for name, known in (("colour", COLOURS), ("corners", OUTLINES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, known))}")
 
 
 def render_clip(
-    label: int, seed: int, index: int, difficulty: str, size: int = 112, frames: int = 64
+    label: int,
+    seed: int,
+    index: int,
+    difficulty: str,
+    size: int = 112,
+    frames: int = 64,
+    appearance: Appearance | None = None,
 ) -> np.ndarray:
-    """One clip, uint8 [frames, size, size, 3]; a pure function of its arguments."""
+    """One clip, uint8 [frames, size, size, 3]; a pure function of its arguments. An appearance
+    changes the shape's looks and nothing else; without one they are random.
+    """
     level = DIFFICULTIES[difficulty]
     rng = counter_rng(seed, "motion_shapes", index)
     time = np.arange(frames, dtype=np.float32)
@@ -64,7 +99,7 @@ def render_clip(
     pose = _random_pose(rng, frames)
     _draw(
         canvas,
-        _Shape(rng, level, size, brightness=(0.5, 1.0)),
+        _Shape(rng, level, size, brightness=(0.5, 1.0), appearance=appearance),
         _move(pose, CLASSES[label], rng, time, size),
         shake,
     )
@@ -118,11 +153,22 @@ def _move(pose: _Pose, motion: str, rng, time: np.ndarray, size: int) -> _Pose:
 class _Shape:
     """A random textured outline: radius as a function of the angle, colours on a small texture."""
 
-    def __init__(self, rng, level: Difficulty, size: int, brightness: tuple[float, float]):
+    def __init__(
+        self,
+        rng,
+        level: Difficulty,
+        size: int,
+        brightness: tuple[float, float],
+        appearance: Appearance | None = None,
+    ):
         self.radius = rng.uniform(*level.radius) * size
         self.corners = int(rng.integers(2, 6))
         self.depth = rng.uniform(0.1, 0.35)
         blocks = rng.uniform(*brightness, (8, 8, 3)).astype(np.float32)
+        if appearance is not None:
+            self.corners, self.depth = appearance.corners, DEPTHS[appearance.corners]
+            spread = blocks - sum(brightness) / 2
+            blocks = np.array(COLOURS[appearance.colour], np.float32) + 0.6 * spread
         self.texture = np.kron(blocks, np.ones((TEXTURE // 8, TEXTURE // 8, 1), np.float32))
 
     def paint(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -189,14 +235,16 @@ def write_clip(path: Path, frames: np.ndarray, fps: int = 25) -> None:
     temporary.replace(path)
 
 
-def _check_settings(path: Path, settings: list) -> None:
-    """Clips of two kinds must not mix in one folder."""
+def check_settings(path: Path, settings: list, names: str) -> None:
+    """Clips of two kinds must not mix in one folder: the first run writes its settings to `path`,
+    and ValueError ends a later one whose settings differ. `names` tells a reader what they are.
+    """
     if path.is_file() and json.loads(path.read_bytes()) != settings:
         raise ValueError(
-            f"{path.parent} holds clips of other settings {path.read_text()} (generator version, "
-            f"difficulty, size, seed), asked for are {settings}: delete the folder or take another"
+            f"{path.parent} holds clips of other settings {path.read_text()} ({names}), "
+            f"asked for are {settings}: delete the folder or take another"
         )
-    path.write_text(json.dumps(settings))
+    write_atomically(path, json.dumps(settings).encode())
 
 
 def _write_one(job) -> None:
@@ -219,7 +267,11 @@ def write_motion_shapes(
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty is {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}")
     (directory / "clips").mkdir(parents=True, exist_ok=True)
-    _check_settings(directory / "settings.json", [GENERATOR_VERSION, difficulty, size, seed])
+    check_settings(
+        directory / "settings.json",
+        [GENERATOR_VERSION, difficulty, size, seed],
+        "generator version, difficulty, size, seed",
+    )
     jobs = []
     for split, count, first in (("train", num_train, 0), ("val", num_val, 1 << 24)):
         names = [f"clips/{split}_{i:05d}.mp4" for i in range(count)]

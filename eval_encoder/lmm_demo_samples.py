@@ -63,14 +63,14 @@ class Medium:
         return f"a {self.colour} {self.shape}{moving} ."
 
     def ask(self, category: str) -> tuple[str, str]:
-        """(question, answer) of a category."""
-        if category == "colour":
-            return "What is the colour of the shape?", self.colour
-        if category == "shape":
-            return "Which shape is it?", self.shape
-        if category == "direction":
-            return "How does the shape move?", self.motion
-        return self._ask_yes_no()
+        """(question, answer) of colour, shape, direction (clips only) or yes_no; KeyError else."""
+        if category == "yes_no":
+            return self._ask_yes_no()
+        return {
+            "colour": ("What is the colour of the shape?", self.colour),
+            "shape": ("Which shape is it?", self.shape),
+            "direction": ("How does the shape move?", self.motion),
+        }[category]
 
     def _ask_yes_no(self) -> tuple[str, str]:
         """Within a round every colour is asked for, and is right, as often as any other."""

@@ -67,14 +67,15 @@ def save_encoder_folder(
     LlavaViTPackingConfig.register_for_auto_class()
     LlavaViTPackingModel.register_for_auto_class("AutoModel")
     model.save_pretrained(folder)
-    processor = json.dumps(_image_processor(model.config.image_size), indent=2)
+    processor = image_processor_json(model.config.image_size)
     (folder / "preprocessor_config.json").write_text(processor)
     (folder / "README.md").write_text(_model_card(model, run or {"weights": "not recorded"}))
 
 
-def _image_processor(size: int) -> dict:
-    """CLIP's processor as its JSON, so that no image library is needed to write it."""
-    return {
+def image_processor_json(size: int) -> str:
+    """Text of a preprocessor_config.json: CLIP's processor for pictures of size x size pixels,
+    written by hand so that no image library is needed."""
+    fields = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": size},
@@ -88,6 +89,7 @@ def _image_processor(size: int) -> dict:
         "image_std": list(CLIP_STD),
         "do_convert_rgb": True,
     }
+    return json.dumps(fields, indent=2)
 
 
 def _model_card(model: LlavaViTPackingModel, run: dict[str, object]) -> str:

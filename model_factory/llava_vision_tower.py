@@ -18,7 +18,6 @@ last block's output, or, with `post_norm`, what the pooling head was trained on:
 Shape legend: B pictures, N patches of each, D width, K kept patches of a clip, p patch size.
 """
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -28,6 +27,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration import LlavaViTPackingConfig
 from .packing import patchify
+from .published_folder import model_type_of
+from .state_dict_adapter import raise_problems
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 FEATURES = ("patch", "cls_patch")
@@ -37,6 +38,7 @@ class LlavaViTVisionConfig(LlavaViTPackingConfig):
     """Shape of the encoder, and whether its last hidden state is the normed one."""
 
     model_type = "llava_vit_vision"
+    _auto_class = None  # the encoder's code travels with its folder; a tower's type is registered
 
     def __init__(self, post_norm: bool = True, **kwargs):
         self.post_norm = post_norm
@@ -98,6 +100,22 @@ class LlavaViTVisionModel(PreTrainedModel):
         return model
 
 
+def load_whole(model_class, folder, **options) -> PreTrainedModel:
+    """model_class.from_pretrained of a local folder in fp32. Raises ValueError that names every
+    tensor that is missing, left over or of another shape: none stays at its random start."""
+    model, info = model_class.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # listed with all other problems
+        **options,
+    )
+    names = {kind: info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")}
+    raise_problems({kind: sorted(map(str, keys)) for kind, keys in names.items()}, str(folder))
+    return model
+
+
 def shape_fields() -> list[str]:
     """Names of the configuration's fields that describe the encoder."""
     return LlavaViTPackingConfig.own_fields()
@@ -109,7 +127,8 @@ AutoModel.register(LlavaViTVisionConfig, LlavaViTVisionModel)
 
 class LlavaViTVisionTower(nn.Module):
     """What LLaVA asks of a tower; `vision_tower_name` is a folder as a training run or
-    `convert_llava_vit_packing_to_hf.py` writes it. Frozen; `video` adds packed clips."""
+    `convert_llava_vit_packing_to_hf.py` writes it, or `tower/` of `export_llava_tower.py`. Frozen;
+    `video` adds packed clips."""
 
     def __init__(self, vision_tower_name: str, args, delay_load: bool = False):
         """args: mm_vision_select_layer (an integer) and, where given, mm_vision_select_feature and
@@ -123,9 +142,8 @@ class LlavaViTVisionTower(nn.Module):
                 f"mm_vision_select_feature {self.select_feature!r}: choose {' or '.join(FEATURES)}"
             )
         self.is_loaded, self.vision_tower, self.image_processor = False, None, None
-        self.cfg_only = LlavaViTPackingConfig.from_pretrained(
-            vision_tower_name, local_files_only=True
-        )
+        config_class = LlavaViTVisionConfig if self._is_exported() else LlavaViTPackingConfig
+        self.cfg_only = config_class.from_pretrained(vision_tower_name, local_files_only=True)
         if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):
             self.load_model()
 
@@ -133,17 +151,26 @@ class LlavaViTVisionTower(nn.Module):
         """Read weights and image processor; a second call does nothing."""
         if self.is_loaded:
             return
-        encoder = LlavaViTPackingModel.from_pretrained(
-            self.vision_tower_name, dtype=torch.float32, local_files_only=True
-        )
+        model = self._read_model().eval()
         if device_map is not None:
-            encoder = encoder.to(device_map if isinstance(device_map, str) else device_map[""])
+            model = model.to(device_map if isinstance(device_map, str) else device_map[""])
         self.image_processor = AutoImageProcessor.from_pretrained(
             self.vision_tower_name, local_files_only=True
         )
-        self.vision_tower = LlavaViTVisionModel.from_encoder(encoder.eval())
-        self.vision_tower.requires_grad_(False)
+        self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True
+
+    def _is_exported(self) -> bool:
+        return model_type_of(self.vision_tower_name) == LlavaViTVisionConfig.model_type
+
+    def _read_model(self) -> LlavaViTVisionModel:
+        """Every tensor out of the folder, or ValueError."""
+        if self._is_exported():
+            return load_whole(LlavaViTVisionModel, self.vision_tower_name)
+        encoder = LlavaViTPackingModel.from_pretrained(
+            self.vision_tower_name, dtype=torch.float32, local_files_only=True
+        )
+        return LlavaViTVisionModel.from_encoder(encoder)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor | list[torch.Tensor]):
@@ -208,7 +235,7 @@ class LlavaViTVisionTower(nn.Module):
 
 def tower_or_none(name: str, args: SimpleNamespace, **kwargs) -> LlavaViTVisionTower | None:
     """The tower of a folder of ours, None for any other name: for a LLaVA builder."""
-    config = Path(name) / "config.json"
-    if not config.is_file() or LlavaViTPackingConfig.model_type not in config.read_text():
+    ours = (LlavaViTPackingConfig.model_type, LlavaViTVisionConfig.model_type)
+    if model_type_of(name) not in ours:
         return None
     return LlavaViTVisionTower(name, args, delay_load=kwargs.get("delay_load", False))

@@ -27,11 +27,14 @@ DEFAULTS = {  # what the published configuration class assumes for a field that 
 
 def published_model_type(folder) -> str | None:
     """Model type of a local published folder; None for any other folder, name or file."""
-    path = Path(str(folder)) / "config.json"
-    if not path.is_file():
-        return None
-    model_type = json_object(path).get("model_type")
+    model_type = model_type_of(folder)
     return model_type if model_type in MODEL_TYPES else None
+
+
+def model_type_of(folder) -> str | None:
+    """Model type that a local folder's config.json names; None where there is no such file."""
+    path = Path(str(folder)) / "config.json"
+    return json_object(path).get("model_type") if path.is_file() else None
 
 
 def read_published_folder(folder) -> tuple[dict, dict[str, torch.Tensor]]:

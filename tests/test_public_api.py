@@ -64,6 +64,7 @@ def parser_of(words: list[str]):
     from eval_encoder.probe_report import build_parser as report_parser
     from eval_encoder.probe_results import build_parser as compare_parser
     from model_factory.convert_llava_vit_packing_to_hf import build_parser as convert_parser
+    from model_factory.export_llava_tower import build_parser as tower_parser
     from training.cli import build_parser as train_parser
     from training.doctor import build_parser as doctor_parser
     from training.export import build_parser as export_parser
@@ -78,6 +79,7 @@ def parser_of(words: list[str]):
         "eval_encoder/attentive_probe.py": probe_parser,
         "eval_encoder/probe_results.py": compare_parser,
         "model_factory/convert_llava_vit_packing_to_hf.py": convert_parser,
+        "model_factory/export_llava_tower.py": tower_parser,
     }
     for name, build in entries.items():
         if name in words:
@@ -164,6 +166,7 @@ def test_public_names_import_and_give_the_published_values():
         ("-m", "eval_encoder.probe_prepare", "--help"),
         ("-m", "eval_encoder.probe_report", "--help"),
         ("model_factory/convert_llava_vit_packing_to_hf.py", "--help"),
+        ("model_factory/export_llava_tower.py", "--help"),
     ],
     ids=" ".join,
 )

@@ -1,16 +1,53 @@
 """The labelled set: only the motion tells the class."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from data_pipeline.codec.decompose import decompose_frames
-from data_pipeline.motion_shapes import CLASSES, render_clip, write_motion_shapes
+from data_pipeline.motion_shapes import CLASSES, Appearance, render_clip, write_motion_shapes
 
 
 def test_a_clip_is_a_pure_function_of_its_arguments():
     first, second = (render_clip(2, 0, 5, "hard", size=64, frames=6) for _ in range(2))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, render_clip(2, 1, 5, "hard", size=64, frames=6))
+
+
+@pytest.mark.parametrize(
+    "label, seed, index, difficulty, digest",
+    [
+        (0, 0, 0, "easy", "64efe58a3661cb7c"),
+        (3, 1, 5, "medium", "69ab7f8681e218a9"),
+        (6, 2, 7, "hard", "97fe873de31d14bc"),
+    ],
+)
+def test_clips_are_those_of_the_first_version_to_the_last_bit(
+    label, seed, index, difficulty, digest
+):
+    clip = render_clip(label, seed, index, difficulty, size=64, frames=8)
+    assert hashlib.sha256(clip.tobytes()).hexdigest().startswith(digest)
+
+
+def test_an_appearance_changes_the_looks_of_the_shape_and_nothing_else():
+    label = CLASSES.index("left")
+    looks = (None, Appearance("red", 5), Appearance("white", 3))
+    clips = [render_clip(label, 0, 4, "easy", frames=8, appearance=look) for look in looks]
+    shapes = np.any([clip.max(axis=-1) > 125 for clip in clips], axis=0)
+    steps = [(y, x) for y in range(-3, 4) for x in range(-3, 4)]  # pixels of a soft edge
+    around = ~np.any([np.roll(shapes, step, axis=(1, 2)) for step in steps], axis=0)
+    assert 0.5 < around.mean() < 1.0
+    for clip in clips[1:]:
+        assert np.array_equal(clip[around], clips[0][around])
+        assert not np.array_equal(clip, clips[0])
+
+
+def test_an_unknown_appearance_is_refused():
+    with pytest.raises(ValueError, match="colour is 'pink'; choose one of red, green"):
+        Appearance("pink", 3)
+    with pytest.raises(ValueError, match="corners is 7; choose one of 3, 4, 5"):
+        Appearance("red", 7)
 
 
 def test_no_single_frame_tells_the_class():

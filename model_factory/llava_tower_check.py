@@ -1,0 +1,72 @@
+"""Reads an exported tower as a stranger would, and compares it with what its source said.
+
+    python -m model_factory.llava_tower_check FOLDER REFERENCE
+
+FOLDER is what export_llava_tower.py writes. REFERENCE is a safetensors file with `pixel_values`
+[1, 3, H, W], as the folder's processor makes them, and `features` [1, N, D], what a LLaVA has to
+see. The exporter runs this in a process of its own, so that nothing which it has in memory can
+stand in for what is missing on the disk. Cost: one picture through the tower, in fp32.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, LlavaConfig
+
+from .llava_vision_tower import load_whole
+
+TOLERANCE = 1e-5  # absolute, fp32
+TOWERS = ("tower", "tower_legacy")
+FOUND = "verified: "  # how a line of the report begins
+
+
+def check_folder(folder: Path, reference: Path) -> list[str]:
+    """One line per tower that was found whole and alike; ValueError for any other."""
+    config = LlavaConfig.from_pretrained(folder, local_files_only=True)
+    wanted = load_file(reference)
+    return [_check(folder / n, config, wanted) for n in TOWERS if (folder / n).is_dir()]
+
+
+def selected(hidden_states, layer: int, strategy: str) -> torch.Tensor:
+    """What Llava hands to its projector: a layer [B, N, D], under "default" without token 0."""
+    state = hidden_states[layer]
+    return state[:, 1:] if strategy == "default" else state
+
+
+def _check(tower: Path, config: LlavaConfig, wanted: dict[str, torch.Tensor]) -> str:
+    model = load_whole(AutoModel, tower, use_safetensors=True).eval()
+    with torch.no_grad():
+        out = model(wanted["pixel_values"], output_hidden_states=True)
+    features = selected(
+        out.hidden_states, config.vision_feature_layer, config.vision_feature_select_strategy
+    )
+    height, width = wanted["pixel_values"].shape[-2:]
+    if features.shape[1] != config.image_seq_length:
+        raise ValueError(
+            f"{tower} gives {features.shape[1]} tokens for the {height}x{width} pixels that its "
+            f"processor makes of a picture, config.json says {config.image_seq_length}: the "
+            "source's preprocessor_config.json must crop to a square"
+        )
+    worst = float((features - wanted["features"]).abs().max())
+    if not worst <= TOLERANCE:
+        raise ValueError(f"{tower} differs from its source by {worst:.2e}; at most {TOLERANCE:.0e}")
+    count = len(model.state_dict())
+    return f"{tower.name}: all {count} tensors, {features.shape[1]} tokens, difference {worst:.1e}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check; returns the exit code."""
+    folder, reference = map(Path, sys.argv[1:] if argv is None else argv)
+    try:
+        for line in check_folder(folder, reference):
+            print(FOUND + line)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
