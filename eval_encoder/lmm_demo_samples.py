@@ -1,7 +1,7 @@
 """What the samples of the demonstration set say: attributes, captions, questions and answers.
 
 Attributes follow from a medium's place by arithmetic, so that any answer is right as often as any
-other; which question a training medium gets is drawn from (seed, index). Nothing here renders or
+other; the order of a training medium's questions is drawn from (seed, index). Nothing here renders or
 writes: see lmm_demo_set.py.
 """
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INSTRUCTION = "Answer with one word."  # on a line of its own after every question
-ASKED = {  # of a training medium; half of the clips are asked for what only clips show
+ASKED = {  # of a training medium, in an order of its own
     "image": ("colour", "shape", "yes_no"),
-    "video": ("colour", "shape", "yes_no", "direction", "direction", "direction"),
+    "video": ("colour", "shape", "yes_no", "direction"),
 }
 # kinds of held-out questions, in turns: half of each category on clips, directions on clips only
 HELD_OUT = (
@@ -26,7 +26,7 @@ HELD_OUT = (
     ("video", "direction"),
 )
 ROUND = 24  # places after which every colour, outline, motion and yes_no answer came equally often
-EXTRAS_EVERY = 20  # training media for each sample of the three rarer kinds
+EXTRAS_EVERY = 20  # training media for each sample of the two rarer kinds
 MOTION_PHRASES = {
     "left": "moving left",
     "right": "moving right",
@@ -117,27 +117,20 @@ def held_out(num_val: int) -> Iterator[tuple[Medium, str]]:
 def tuning_samples(seed: int, num_train: int) -> list[dict]:
     """All samples of stage 2."""
     extras = range(num_train // EXTRAS_EVERY)
-    samples = [_one_question(seed, number) for number in range(num_train)]
-    samples += [_several_turns(number) for number in extras]
+    samples = [_dialogue(seed, number) for number in range(num_train)]
     samples += [_two_pictures(seed, number) for number in extras]
     samples += [_text_only(seed, number) for number in extras]
     return [{"id": f"tune_{i:05d}", **sample} for i, sample in enumerate(samples)]
 
 
-def _one_question(seed: int, number: int) -> dict:
+def _dialogue(seed: int, number: int) -> dict:
+    """All categories of a medium, one after the other, in an order of its own."""
     from data_pipeline.counter_rng import counter_rng
 
     medium = training_medium(number)
     asked = ASKED[medium.kind]
-    category = asked[counter_rng(seed, "lmm_demo_set", number).integers(len(asked))]
-    turns = _turns(f"<{medium.kind}>\n", medium.ask(category))
-    return {medium.kind: medium.path, "conversations": turns}
-
-
-def _several_turns(number: int) -> dict:
-    """Every category of a medium, one after the other."""
-    medium = training_medium(EXTRAS_EVERY * number + number % 5)
-    rounds = [medium.ask(category) for category in dict.fromkeys(ASKED[medium.kind])]
+    order = counter_rng(seed, "lmm_demo_set", number).permutation(len(asked))
+    rounds = [medium.ask(asked[place]) for place in order]
     return {medium.kind: medium.path, "conversations": _turns(f"<{medium.kind}>\n", *rounds)}
 
 

@@ -7,9 +7,9 @@ formats, media relative to DIR:
     DIR/images/*.png      single frames, the shape in the middle
     DIR/clips/*.mp4       clips of 64 frames
     DIR/align.json        stage 1: one caption for every picture and clip of training
-    DIR/tune.json         stage 2: one question on each of them; then, one for every 20 of them,
-                          dialogues of several turns, questions on two pictures (`image` is a list)
-                          and questions without a picture; to be shuffled by the trainer
+    DIR/tune.json         stage 2: a dialogue on each of them; then, one for every 20 of them,
+                          questions on two pictures (`image` is a list) and questions without a
+                          picture; to be shuffled by the trainer
     DIR/questions.jsonl   held out: question_id, image or video, text, category
     DIR/answers.jsonl     question_id, label, category
     DIR/settings.json     settings of another run in the same folder are an error

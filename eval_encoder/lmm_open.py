@@ -129,6 +129,8 @@ def open_lmm(folder: str | Path, dtype: torch.dtype = torch.float32, changes: di
     Raises ValueError for weights that are missing or left over.
     """
     folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder / 'config.json'} does not exist: give what lmm_probe.py wrote")
     if (folder / PROJECTOR_FILE).is_file() and (folder / PARTS_FILE).is_file():
         return _with_projector(folder, dtype)
     config = LmmConfig.from_pretrained(folder, local_files_only=True)
@@ -139,7 +141,10 @@ def open_lmm(folder: str | Path, dtype: torch.dtype = torch.float32, changes: di
     model, info = LmmForConditionalGeneration.from_pretrained(
         folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
     )
-    wrong = [name for name in info["missing_keys"] if "cross_tokens" not in name]
+    new = [name for name in info["missing_keys"] if changes and "cross_tokens" in name]
+    for name in new:  # what transformers leaves there is not defined
+        torch.nn.init.zeros_(model.get_parameter(name))
+    wrong = [name for name in info["missing_keys"] if name not in new]
     wrong += list(info["unexpected_keys"]) + [str(key) for key in info["mismatched_keys"]]
     if wrong:
         raise ValueError(f"{folder} does not fit its configuration: {', '.join(sorted(wrong))}")

@@ -6,14 +6,15 @@
 
     parts or an earlier stage -> conversations -> Trainer -> OUT
 
-OUT holds what the stage trained (mm_projector.bin, or a whole model), metrics.jsonl, TensorBoard's
-runs, checkpoint-*; the same call again goes on from the last of these. Run by path, so this file
-holds no definition that another module needs.
+OUT holds what the stage trained (mm_projector.bin, or a whole model), record.json, metrics.jsonl,
+TensorBoard's runs, checkpoint-*; the same call again goes on from the last of these. Run by path,
+so this file holds no definition that another module needs.
 """
 
 import json
 import logging
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -95,17 +96,29 @@ def _train(arguments, args, lmm, dataset) -> None:
     )
     output = Path(args.output_dir)
     done = any(output.glob("checkpoint-*")) and args.resume_from_checkpoint is None
+    started = time.monotonic()
     trainer.train(resume_from_checkpoint=done or args.resume_from_checkpoint)
     trainer.save_model(str(output))
     if args.should_save:
         trainer.save_state()
-        _write_record(output, arguments)
+        _write_record(output, arguments, lmm.model, time.monotonic() - started)
         if arguments.vision_tower is not None:
             write_parts(output, arguments)
 
 
-def _write_record(output: Path, arguments) -> None:
-    (output / "arguments.json").write_text(json.dumps(asdict(arguments), indent=1, sort_keys=True))
+def _write_record(output: Path, arguments, model, seconds: float) -> None:
+    """What lmm_table.py puts into its table, and all flags."""
+    side = model.config.vision_config.image_size
+    grid = model.tower.patches_of(side, side)
+    parameters = list(model.parameters())
+    record = {
+        "tokens_per_picture": model.tokens_for(grid, grid[1] * grid[2]),
+        "parameters": sum(p.numel() for p in parameters),
+        "learning": sum(p.numel() for p in parameters if p.requires_grad),
+        "seconds": round(seconds, 1),
+        "arguments": asdict(arguments),
+    }
+    (output / "record.json").write_text(json.dumps(record, indent=1, sort_keys=True))
 
 
 if __name__ == "__main__":

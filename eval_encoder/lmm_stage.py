@@ -68,7 +68,7 @@ def whole_on_every_rank(args: TrainingArguments):
     """Parts are loaded whole and sharded by DeepSpeed afterwards: under ZeRO-3 transformers would
     load them in slices, and blocks could not be copied. Costs host memory for the whole model on
     every rank."""
-    if args.hf_deepspeed_config is None:
+    if args.deepspeed is None:
         yield
         return
     deepspeed.unset_hf_deepspeed_config()

@@ -3,7 +3,9 @@
     python -m eval_encoder.lmm_tiny LIST.json ... --output DIR [--layers 4] [--width 128]
 
 The tokenizer is a byte-level BPE trained on the texts of the lists, with <s>, </s>, <pad> and
-<image>; the model is a Llama with random weights, which learns to speak in stage 2. Cost: seconds.
+<image>; the model is a Llama with random weights, which learns to speak in stage 2. With --convnext
+DIR a small random ConvNeXt of four stages is written too, for the convllava recipe where no
+pretrained one is at hand. Cost: seconds.
 """
 
 import argparse
@@ -26,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=4, help="blocks (default: 4)")
     parser.add_argument("--width", type=int, default=128, help="hidden size (default: 128)")
     parser.add_argument("--vocabulary", type=int, default=1024, help="most tokens (default: 1024)")
+    parser.add_argument("--convnext", type=Path, help="folder for a small random ConvNeXt")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     return parser
 
@@ -80,6 +83,20 @@ def write_language_model(
     tokenizer.save_pretrained(output)
 
 
+def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
+    """A random ConvNeXt of four stages with a CLIP image processor for squares of `side`."""
+    import torch
+    from transformers import ConvNextConfig, ConvNextModel
+
+    from model_factory.export_folder import image_processor_json
+
+    torch.manual_seed(seed)
+    widths, depths = [32, 64, 128, 256], [1, 1, 2, 1]
+    config = ConvNextConfig(hidden_sizes=widths, depths=depths, image_size=side)
+    ConvNextModel(config).save_pretrained(output)
+    (output / "preprocessor_config.json").write_text(image_processor_json(side))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write the folder; returns the exit code (1 for a user's mistake)."""
     args = build_parser().parse_args(argv)
@@ -92,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     texts = [turn.text for sample in samples for turn in sample.turns]
     texts += [f"{system} USER: ASSISTANT:" for system in TEMPLATES.values() if system]
+    if args.convnext is not None:
+        write_convnext(args.convnext, seed=args.seed)
     write_language_model(texts, args.output, args.layers, args.width, args.vocabulary, args.seed)
     return 0
 

@@ -84,7 +84,7 @@ class LmmTrainer(Trainer):
             save_projector(self._lmm.model, folder, state_dict)
         if self.args.should_save:
             self._lmm.save_processors(folder)
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; see arguments.json
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; see record.json
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self._projector_only:

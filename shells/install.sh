@@ -8,10 +8,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -n "${UNIVIT_INSTALLED:-}" ]; then return 0; fi # in the image, where all is there
 
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    extras="gpu,eval,test"
+    extras="gpu,eval,lmm,test"
     constraints="docker/constraints-gpu.txt"
 else
-    extras="cpu,eval,test"
+    extras="cpu,eval,lmm,test"
     constraints="docker/constraints-cpu.txt"
 fi
 

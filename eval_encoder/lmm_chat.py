@@ -1,0 +1,122 @@
+"""A conversation with a trained model: `python eval_encoder/lmm_chat.py --model OUT --image FILE`.
+
+    pictures and clips -> read once, shown before the first question
+    line of the standard input -> a question; its answer is printed while it grows
+    /reset -> forgets what was said, not what is shown; /quit, or the end of the input -> ends
+
+What is wrong with one question is told, and the conversation goes on without it. Cost: every answer
+is that of lmm_generate to all turns so far, the tower's work included.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from eval_encoder.lmm_conversation import IMAGE, Turn, Visual
+from eval_encoder.lmm_eval import add_model_flags, speaker_of
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(prog="lmm_chat.py", description=__doc__.split("\n")[0])
+    add_model_flags(parser)
+    for kind, what in (("image", "pictures"), ("video", "clips, behind the pictures")):
+        parser.add_argument(
+            f"--{kind}", nargs="+", action="extend", default=[], metavar="FILE", help=what
+        )
+    parser.add_argument("--question", help="answer this one and exit; default: ask for questions")
+    return parser
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What was said about which visuals (VisualItem of lmm_visuals). Nothing is changed in place:
+    after an error the dialogue before it is still there."""
+
+    visuals: tuple = ()
+    turns: tuple[Turn, ...] = ()
+
+    def ask(self, question: str) -> "Dialogue":
+        """With a human turn more; the first one shows the visuals."""
+        front = "" if self.turns else f"{IMAGE}\n" * len(self.visuals)
+        return replace(self, turns=(*self.turns, Turn("human", front + question)))
+
+    def answer(self, speaker, streamer=None) -> "Dialogue":
+        """With what a Speaker says to the last turn. Raises what Speaker.answer raises."""
+        from eval_encoder.lmm_generate import Request
+
+        [text] = speaker.answer([Request(self.turns, self.visuals)], streamer)
+        return replace(self, turns=(*self.turns, Turn("gpt", text)))
+
+    def forget(self) -> "Dialogue":
+        """The visuals alone."""
+        return replace(self, turns=())
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error; those of transformers have several lines."""
+    return " ".join(str(error).split())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Hold the conversation; returns the exit code (1 for a user's mistake)."""
+    args = build_parser().parse_args(argv)
+    shown = [Visual(kind, path) for kind in ("image", "video") for path in getattr(args, kind)]
+    try:
+        speaker = speaker_of(args)
+        dialogue = Dialogue(tuple(speaker.reader(visual) for visual in shown))
+        if args.question is None:
+            _converse(speaker, dialogue)
+        else:
+            _say(speaker, dialogue.ask(args.question))
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _converse(speaker, dialogue: Dialogue) -> None:
+    for line in _lines():
+        if line == "/quit":
+            return
+        if line == "/reset":
+            dialogue = dialogue.forget()
+            continue
+        try:
+            dialogue = _say(speaker, dialogue.ask(line))
+        except (ValueError, RuntimeError) as error:  # RuntimeError: a device without memory left
+            print(f"error: {one_line(error)}", file=sys.stderr)
+
+
+def _lines() -> Iterator[str]:
+    """Lines of the standard input that say something; a terminal is prompted for them."""
+    prompt = ""
+    if sys.stdin.isatty():
+        prompt = "> "
+        print("/reset forgets what was said, /quit ends")
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _say(speaker, dialogue: Dialogue) -> Dialogue:
+    """Print the answer to the last turn; a search with beams knows it at its end only."""
+    if speaker.decoding.num_beams > 1:
+        dialogue = dialogue.answer(speaker)
+        print(dialogue.turns[-1].text, flush=True)
+        return dialogue
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(speaker.lmm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return dialogue.answer(speaker, streamer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
