@@ -52,6 +52,17 @@ class LmmTrainer(Trainer):
         batch = self.args.per_device_train_batch_size
         return ModalityLengthSampler(dataset.lengths, batch, per_step, self.args.seed)
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """transformers would log a loss of zero and go on."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss of step {self.state.global_step + 1} is {loss.item()}: lower "
+                "--learning_rate, or look at the pictures and answers of that step"
+            )
+        return result
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """AdamW over up to six groups: projector, tower and the rest, with and without decay."""
         model = self.model if model is None else model

@@ -6,6 +6,7 @@ import transformers
 from safetensors import safe_open
 
 from model_factory.crossget_tower import CrossGetTower, alignment_loss, layer_repeats
+from model_factory.llava_vision_tower import LlavaViTVisionConfig, LlavaViTVisionModel
 from model_factory.token_reduction import ReductionConfig, tokens_left
 from model_factory.vision_towers import VisualInputs, tower_of
 
@@ -105,3 +106,92 @@ def test_the_alignment_loss_follows_its_formula_in_both_directions():
 def test_vision_layers_are_repeated_to_the_depth_of_the_language_model():
     assert layer_repeats(24, 32).tolist() == [1, 1, 2] * 8
     assert layer_repeats(4, 6).tolist() == [1, 2, 1, 2]
+
+
+def encoder(layers=4):
+    torch.manual_seed(0)
+    fields = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=layers)
+    fields |= dict(num_attention_heads=2, image_size=32, patch_size=8)
+    return LlavaViTVisionModel(LlavaViTVisionConfig(**fields)).eval()
+
+
+def pack_of(lengths, side=8):
+    """Sparse items: patches at random places of 64 frames."""
+    draw = torch.Generator().manual_seed(1)
+    count = sum(lengths)
+    positions = torch.stack(
+        [torch.randint(0, n, (count,), generator=draw) for n in (64, side, side)]
+    )
+    rows = torch.randn(count, 192, generator=draw)
+    grids = torch.zeros(len(lengths), 3, dtype=torch.int64)
+    return VisualInputs(None, rows, positions.T.contiguous(), torch.tensor(lengths), grids)
+
+
+def test_our_encoder_without_reduction_and_with_a_masked_cross_token_is_the_plain_one():
+    plain = tower_of(encoder())
+    reduced = CrossGetTower(tower_of(encoder()), ReductionConfig(0), mask_cross_token=True)
+    pack = pack_of([12, 20, 12])
+    with torch.no_grad():
+        wanted, found = plain(pack, range(5)), reduced(pack, range(5))
+    assert found.lengths == [13, 21, 13]
+    for index in range(5):
+        for a, b in zip(
+            wanted.states[index].split([12, 20, 12]),
+            found.states[index].split([13, 21, 13]),
+            strict=True,
+        ):
+            torch.testing.assert_close(b[:-1], a, rtol=1e-4, atol=1e-5)
+
+
+def test_items_of_a_pack_are_reduced_each_by_itself_to_the_promised_count():
+    reduced = CrossGetTower(tower_of(encoder()), ReductionConfig(3))
+    lengths = [12, 20, 12, 2]
+    pack = pack_of(lengths)
+    with torch.no_grad():
+        together = reduced(pack, [4])
+    assert together.lengths == [reduced.tokens_of(None, n) for n in lengths]
+    # at most half of the free tokens merge in a layer
+    assert together.lengths == [tokens_left(n + 1, reduced.config, 4, protected=1) for n in lengths]
+    start = 0
+    for number, length in enumerate(lengths):
+        part = slice(start, start + length)
+        alone = VisualInputs(None, pack.rows[part], pack.positions[part],
+                             pack.lengths[number : number + 1], pack.grids[:1])  # fmt: skip
+        with torch.no_grad():
+            item = reduced(alone, [4]).states[4]
+        whole = together.states[4].split(together.lengths)[number]
+        torch.testing.assert_close(item, whole, rtol=1e-4, atol=1e-5)
+        start += length
+
+
+def test_gradients_reach_the_cross_tokens_of_our_encoder_and_none_of_its_weights():
+    reduced = CrossGetTower(tower_of(encoder()), ReductionConfig(2))
+    states = reduced(pack_of([16, 16]), [3])
+    assert states.cross.shape == (4, 2, 64)
+    alignment_loss(states.cross, torch.randn(6, 2, 64)).backward()
+    assert (reduced.cross_tokens.grad[0].abs().sum(-1) > 0).all()
+    assert all(p.grad is None for p in reduced.model.parameters())
+
+
+def test_the_published_setting_leaves_278_tokens_and_0_715_of_the_towers_operations():
+    config = ReductionConfig(13)
+    assert tokens_left(578, config, 23) - 1 == 278
+    width, layers, full = 1024, 24, 577
+
+    def flops(before, after):
+        """Multiply-adds doubled: four projections and two products of attention, then the MLP."""
+        return 8 * before * width**2 + 4 * before**2 * width + 16 * after * width**2
+
+    plain = layers * flops(full, full)
+    counts = [tokens_left(578, config, layer) for layer in range(layers + 1)]
+    reduced = sum(flops(a, b) for a, b in zip(counts, counts[1:], strict=False))
+    assert plain / 1e9 == pytest.approx(381, abs=2)
+    assert reduced / plain == pytest.approx(0.715, abs=2e-3)
+
+
+def test_towers_that_cannot_be_reduced_are_refused():
+    fields = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, image_size=32)
+    fields |= dict(patch_size=8, num_attention_heads=4)
+    siglip = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**fields))
+    with pytest.raises(ValueError, match="SiglipVisionModel cannot be reduced"):
+        CrossGetTower(tower_of(siglip), ReductionConfig(1))
