@@ -1,8 +1,8 @@
 """What the samples of the demonstration set say: attributes, captions, questions and answers.
 
 Attributes follow from a medium's place by arithmetic, so that any answer is right as often as any
-other; the order of a training medium's questions is drawn from (seed, index). Nothing here renders or
-writes: see lmm_demo_set.py.
+other; the order of a training medium's questions is drawn from (seed, index). Nothing here renders
+or writes: see lmm_demo_set.py.
 """
 
 from collections.abc import Iterator

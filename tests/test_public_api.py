@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run
@@ -59,6 +60,15 @@ def parser_of(words: list[str]):
     or None for a command that is not ours.
     """
     from data_pipeline.__main__ import build_parser as data_parser
+    from eval_encoder.lmm_answers import build_parser as answers_parser
+    from eval_encoder.lmm_chat import build_parser as chat_parser
+    from eval_encoder.lmm_config import parse_arguments
+    from eval_encoder.lmm_demo_set import build_parser as demo_set_parser
+    from eval_encoder.lmm_eval import build_parser as questions_parser
+    from eval_encoder.lmm_scorers import build_parser as scorers_parser
+    from eval_encoder.lmm_table import build_parser as table_parser
+    from eval_encoder.lmm_tiny import build_parser as tiny_parser
+    from eval_encoder.lmm_web import build_parser as page_parser
     from eval_encoder.probe_config import build_parser as probe_parser
     from eval_encoder.probe_prepare import build_parser as prepare_parser
     from eval_encoder.probe_report import build_parser as report_parser
@@ -74,6 +84,16 @@ def parser_of(words: list[str]):
         "training.export": export_parser,
         "training.train_univit": train_parser,
         "data_pipeline": data_parser,
+        "eval_encoder.lmm_demo_set": demo_set_parser,
+        "eval_encoder.lmm_table": table_parser,
+        "eval_encoder.lmm_tiny": tiny_parser,
+        "eval_encoder/lmm_answers.py": answers_parser,
+        "eval_encoder/lmm_chat.py": chat_parser,
+        "eval_encoder/lmm_eval.py": questions_parser,
+        # what is left is transformers' own
+        "eval_encoder/lmm_probe.py": lambda: SimpleNamespace(parse_args=parse_arguments),
+        "eval_encoder/lmm_scorers.py": scorers_parser,
+        "eval_encoder/lmm_web.py": page_parser,
         "eval_encoder.probe_prepare": prepare_parser,
         "eval_encoder.probe_report": report_parser,
         "eval_encoder/attentive_probe.py": probe_parser,
@@ -167,6 +187,11 @@ def test_public_names_import_and_give_the_published_values():
         ("-m", "eval_encoder.probe_report", "--help"),
         ("model_factory/convert_llava_vit_packing_to_hf.py", "--help"),
         ("model_factory/export_llava_tower.py", "--help"),
+        ("eval_encoder/lmm_probe.py", "--help"),
+        ("eval_encoder/lmm_eval.py", "--help"),
+        ("-m", "eval_encoder.lmm_tiny", "--help"),
+        ("-m", "eval_encoder.lmm_demo_set", "--help"),
+        ("-m", "eval_encoder.lmm_table", "--help"),
     ],
     ids=" ".join,
 )
