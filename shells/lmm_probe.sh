@@ -90,7 +90,7 @@ demo() {
     }
     ours=(--model_name_or_path "$output/language_model" --vision_tower "$tower" --mm_vision_select_layer -1)
     align=(--data_path "$output/set/align.json" --learning_rate 1e-3)
-    tune=(--data_path "$output/set/tune.json" --learning_rate 1e-3 --max_steps "${STEPS:-350}")
+    tune=(--data_path "$output/set/tune.json" --learning_rate 1e-3 --max_steps "${STEPS:-420}")
     cache=(--feature_cache "$output/features")
     conv=(--mm_vision_resolution 128 --video_size 128)
     first() {
@@ -98,7 +98,7 @@ demo() {
         one llava15 llava15 2 "${ours[@]}" "${tune[@]}" "${cache[@]}" \
             --pretrain_mm_mlp_adapter "$output/llava15_align/mm_projector.bin"
         one crossget crossget 1 --model_name_or_path "$output/llava15" "${tune[@]}" --data_fraction 1 \
-            --mm_reduction_r 8 --max_steps "$((${STEPS:-350} / 2))"
+            --mm_reduction_r 8 --max_steps "$((${STEPS:-420} / 2))"
         one blind llava15 2 "${ours[@]}" "${tune[@]}" --blind
     }
     second() {
