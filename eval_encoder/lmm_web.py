@@ -81,11 +81,8 @@ def build_page(speaker, name: str):
     import gradio
 
     show, answer, forget = _handlers(speaker, gradio.Warning)
-    looks = {"theme": _theme(gradio), "css": STYLE}
-    blocks, launch, bare = {}, looks | {"footer_links": []}, {"buttons": []}
-    if int(gradio.__version__.split(".")[0]) < 6:  # the same by the names of release 5
-        blocks, launch, bare = looks, {"show_api": False}, {"type": "messages"}
-    with gradio.Blocks(title=name, analytics_enabled=False, **blocks) as page:
+    launch = {"theme": _theme(gradio), "css": STYLE, "footer_links": []}
+    with gradio.Blocks(title=name, analytics_enabled=False) as page:
         dialogue = gradio.State(Dialogue())
         gradio.Markdown(f"## {name}")
         with gradio.Row():
@@ -100,7 +97,7 @@ def build_page(speaker, name: str):
                     placeholder="Give a picture or a clip, or just ask.",
                     render_markdown=False,
                     elem_id="chat",
-                    **bare,
+                    buttons=[],
                 )
                 with gradio.Row():
                     question = gradio.Textbox(
@@ -123,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import gradio  # noqa: F401
     except ImportError:
-        print("error: the page needs gradio 5 or later: pip install univit[web]", file=sys.stderr)
+        print("error: the page needs gradio 6 or later: pip install univit[web]", file=sys.stderr)
         return 1
     try:
         speaker = speaker_of(args)

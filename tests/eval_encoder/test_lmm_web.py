@@ -37,8 +37,8 @@ def lacking() -> str:
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
     version = importlib.metadata.version("gradio")
-    if int(version.split(".")[0]) < 5:
-        return f"gradio {version} is installed, the page needs 5 or later"
+    if int(version.split(".")[0]) < 6:
+        return f"gradio {version} is installed, the page needs 6 or later"
     return "" if CHROMIUM.is_file() else f"{CHROMIUM} is absent"
 
 
