@@ -20,7 +20,7 @@ All: one epoch, AdamW, cosine to zero after 3 % warm-up, no weight decay, bf16 o
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 _COMMON = {
     "num_train_epochs": 1,
@@ -124,6 +124,7 @@ class LmmArguments:
     lazy_preprocess: bool
     is_multimodal: bool
     cache_dir: str | None
+    typed: frozenset[str] = frozenset()  # names of flags in the command line or the recipe
 
     @property
     def trains_language_model(self) -> bool:
@@ -153,7 +154,7 @@ FLAGS: dict[str, tuple] = {
     "version": (str, "v1", "conversation template: plain, v1, llava_v1"),
     "data_path": (str, None, "conversations: JSON list or JSONL"),
     "image_folder": (str, ".", "folder that paths in the list begin at"),
-    "data_fraction": (float, 1.0, "share of the list: every 1/x-th sample"),
+    "data_fraction": (float, 1.0, "share of the list, evenly spread"),
     "image_aspect_ratio": (str, "square", "pad: to a square with the mean colour; square: crop"),
     "video_view": (str, "frame", "what is seen of clips: frame or codec"),
     "video_size": (int, None, "side of clips in pixels (default: that of pictures)"),
@@ -164,9 +165,13 @@ FLAGS: dict[str, tuple] = {
     "tune_mm_mlp_adapter": (bool, False, "stage 1: only the projector learns"),
     "freeze_mm_mlp_adapter": (bool, False, "the projector does not learn"),
     "freeze_backbone": (bool, False, "the language model and its head do not learn"),
-    "tune_vit_from_layer": (int, None, "first stage of a ConvNeXt that learns, from 1"),
+    "tune_vit_from_layer": (
+        int,
+        None,
+        "first stage of a ConvNeXt that learns, counted from 1 (published scripts count from 0)",
+    ),
     "mm_projector_type": (str, "mlp2x_gelu", "linear, mlp{n}x_gelu, identity, spatial_merge, ..."),
-    "mm_vision_select_layer": ([int], [-2], "hidden state that the projector reads"),
+    "mm_vision_select_layer": ([int], [-2], "hidden state that the projector reads (not vitsplit)"),
     "mm_vision_select_feature": (str, "patch", "patch: without class and register tokens"),
     "mm_frozen_num": (int, 4, "accepted, no effect: the list of frozen layers counts"),
     "mm_frozen_select_layer": ([int], [-2], "vitsplit: hidden states of the prior head"),
@@ -193,7 +198,7 @@ FLAGS: dict[str, tuple] = {
     "lora_r": (int, 64, "their rank"),
     "lora_alpha": (int, 16, "their scale"),
     "lora_dropout": (float, 0.05, "their dropout"),
-    "lora_bias": (str, "none", "none, all or lora_only"),
+    "lora_bias": (str, "none", "must stay none: biases do not learn with it"),
     "mm_use_im_start_end": (bool, False, "must stay False: adds nothing but two tokens"),
     "mm_use_im_patch_token": (bool, False, "must stay False: adds a token that is never used"),
     "mm_patch_merge_type": (str, "flat", "must stay flat: tiles of one picture are not supported"),
@@ -229,14 +234,23 @@ def parse_arguments(argv: Sequence[str]) -> tuple[LmmArguments, list[str]]:
 
     Raises ValueError for an unknown recipe or stage and for values that cannot be served.
     """
-    first, _ = argparse.ArgumentParser(add_help=False, allow_abbrev=False), None
+    argv = [part for text in argv for part in _apart(text)]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--stage", type=int, default=1)
     chosen, _ = first.parse_known_args(argv)
-    known, others = build_parser().parse_known_args([*recipe_flags(chosen), *argv])
-    arguments = LmmArguments(**{f.name: getattr(known, f.name) for f in fields(LmmArguments)})
+    given = [*recipe_flags(chosen), *argv]
+    known, others = build_parser().parse_known_args(given)
+    typed = frozenset(name for name in FLAGS if f"--{name}" in given)
+    arguments = LmmArguments(**{name: getattr(known, name) for name in FLAGS}, typed=typed)
     _check(arguments)
     return arguments, _present_names(others)
+
+
+def _apart(text: str) -> list[str]:
+    """--name=value as two words."""
+    name, equals, value = text.partition("=")
+    return [name, value] if equals and name.startswith("--") else [text]
 
 
 def recipe_flags(chosen: argparse.Namespace) -> list[str]:
@@ -255,16 +269,13 @@ def recipe_flags(chosen: argparse.Namespace) -> list[str]:
 def _present_names(others: list[str]) -> list[str]:
     """--old value -> --new value, for flags that transformers has renamed."""
     renamed = {f"--{old}": f"--{new}" for old, new in RENAMED.items()}
-    result = []
-    for part in others:
-        name, equals, value = part.partition("=")
-        result.append(renamed.get(name, name) + equals + value)
-    return result
+    return [renamed.get(part, part) for part in others]
 
 
 def _check(arguments: LmmArguments) -> None:
     fixed = {"mm_use_im_start_end": False, "mm_use_im_patch_token": False}
     fixed |= {"mm_patch_merge_type": "flat", "mm_vision_select_feature": "patch"}
+    fixed |= {"lora_bias": "none"}
     for name, value in fixed.items():
         if getattr(arguments, name) != value:
             raise ValueError(f"--{name} {getattr(arguments, name)} is not supported: {value} is")

@@ -17,13 +17,15 @@ class TextCrossTokens:
     """While entered, every layer's hook is in place; `seen`: [B, H] per layer."""
 
     def __init__(self, model: nn.Module, attention_mask: torch.Tensor | None, prefill: bool):
-        """model: with `language_model.layers` and `text_cross_tokens` [L, H] or None."""
+        """model: with `language_model.layers` and `text_cross_tokens`, a module that gives [L, H],
+        or None."""
         self.seen: list[torch.Tensor] = []
         self._model, self._mask = model, attention_mask
         self._active = prefill and model.text_cross_tokens is not None
 
     def __enter__(self) -> "TextCrossTokens":
         layers = self._model.language_model.layers if self._active else []
+        self._tokens = self._model.text_cross_tokens() if self._active else None
         self._handles = [
             layer.register_forward_pre_hook(self._before(number), with_kwargs=True)
             for number, layer in enumerate(layers)
@@ -39,7 +41,7 @@ class TextCrossTokens:
             x = args[0] if args else kwargs["hidden_states"]
             first = self._first(x)
             cross = x[torch.arange(len(x), device=x.device), first].detach()
-            cross = cross + self._model.text_cross_tokens[number].to(x.dtype)
+            cross = cross + self._tokens[number].to(x.dtype)
             self.seen.append(cross)
             where = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
             where[torch.arange(len(x), device=x.device), first] = True

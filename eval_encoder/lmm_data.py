@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data_pipeline.errors import DataPipelineError
 from model_factory.vision_towers import Grid, VisualInputs
 
 from .lmm_conversation import IGNORE_INDEX, Sample, Visual, encode, read_samples, words
 from .lmm_features import FeatureStore, StoredItem
 from .lmm_model import Visuals
-from .lmm_visuals import VisualItem, VisualReader
+from .lmm_visuals import VisualItem, VisualReader, read_visual
 
 TokensFor = Callable[[Grid | None, int], int]
 
@@ -96,13 +95,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         stored = self.store.get(visual) if self.store is not None else None
         if stored is not None:
             return stored
-        try:
-            return self.reader(visual)
-        except (DataPipelineError, ValueError, OSError) as error:
-            raise ValueError(
-                f"sample {sample.id!r}: {visual.kind} {visual.path} cannot be read: {error}; mend "
-                "the file or take the sample out of the list"
-            ) from error
+        return read_visual(self.reader, visual, f"sample {sample.id!r}")
 
 
 def check_present(samples: Sequence[Sample], reader: VisualReader) -> None:
@@ -177,7 +170,8 @@ def collate_visuals(
         if len(sizes) > 1:
             raise ValueError(
                 f"pictures and clips of {sizes} pixels meet in a tower that takes one size at a "
-                "time: set --video_size to that of the pictures"
+                "time: set --video_size to that of the pictures, and take an image processor that "
+                "crops"
             )
         pixels = torch.cat([item.pictures for item in items])
         return Visuals(VisualInputs(pixel_values=pixels), samples)

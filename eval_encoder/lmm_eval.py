@@ -34,6 +34,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every command that lets a model speak."""
     parser.add_argument("--model", type=Path, required=True, help="what lmm_probe.py wrote")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top_p", type=float, default=None, help="with a temperature")
@@ -61,6 +63,7 @@ def speaker_of(args: argparse.Namespace, media: Path = Path(".")):
         media,
         args.device,
         decoding,
+        args.dtype,
         video_view=args.video_view,
         video_size=args.video_size,
         num_frames=args.num_frames,
@@ -123,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         questions = read_questions(args.questions)
-        answered = _answered(args.answers)
+        _check_counts(args)
+        answered = _answered(args.answers, args.model)
         size = -(-len(questions) // args.num_chunks)
         mine = questions[args.chunk_idx * size : (args.chunk_idx + 1) * size]
         waiting = [question for question in mine if question.id not in answered]
@@ -143,13 +147,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _answered(path: Path) -> set:
-    """Questions that a run before this one has answered; a line that was cut is taken away."""
+def _check_counts(args: argparse.Namespace) -> None:
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size {args.batch_size}: at least 1")
+    if not 0 <= args.chunk_idx < args.num_chunks:
+        raise ValueError(
+            f"--chunk_idx {args.chunk_idx} of --num_chunks {args.num_chunks}: count from 0"
+        )
+
+
+def _answered(path: Path, model: Path) -> set:
+    """Questions that a run before this one has answered; a line that was cut is taken away.
+    Raises ValueError for answers of another model."""
     if not path.is_file():
         return set()
     whole = path.read_text().rpartition("\n")[0]
     path.write_text(whole + "\n" if whole else "")
-    return {json.loads(line)["question_id"] for line in whole.splitlines()}
+    rows = [json.loads(line) for line in whole.splitlines()]
+    others = sorted({row["model_id"] for row in rows} - {model.name})
+    if others:
+        raise ValueError(f"{path} holds answers of {', '.join(others)}: name another --answers")
+    return {row["question_id"] for row in rows}
 
 
 def _row(question: Question, text: str, model: Path) -> dict:

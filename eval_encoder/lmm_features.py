@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from model_factory.vision_towers import Grid, TowerStates, VisualInputs
+from model_factory.crossget_tower import CrossGetTower
+from model_factory.vision_towers import Grid, PackedTower, TowerStates, VisualInputs
 from model_factory.vit_split import ViTSplit
 
 from .lmm_conversation import Visual
 from .lmm_model import LmmForConditionalGeneration
-from .lmm_visuals import VisualItem, VisualReader
-from .probe_cache import FeatureCache, file_identity, weights_sha256
+from .lmm_visuals import VisualItem, VisualReader, read_visual
+from .probe_cache import FeatureCache, weights_sha256
 
 POSITIONS, HEAD = 3, 5  # numbers
 
@@ -45,6 +46,10 @@ class FeatureStore:
         self, folder: Path, model: LmmForConditionalGeneration, reader: VisualReader
     ) -> None:
         """Raises ValueError where the tower learns, or where it gives more than its patches."""
+        if isinstance(model.tower, CrossGetTower):
+            raise ValueError(
+                "--feature_cache cannot hold reduced tokens: leave it out with CrossGET"
+            )
         tower = model.tower
         if any(p.requires_grad for p in tower.parameters()):
             raise ValueError("--feature_cache is for a frozen tower, this one learns: leave it out")
@@ -53,7 +58,7 @@ class FeatureStore:
         key = {
             "tower": weights_sha256(str(tower.model.config), tower.state_dict()),
             "layers": self._layers,
-            "reading": asdict(reader.config),
+            "reading": [asdict(reader.config), reader.processor.to_dict()],
         }
         self._cache = FeatureCache(folder, key, memory_bytes=0, identity=self._identity)
 
@@ -74,7 +79,7 @@ class FeatureStore:
         for visual in visuals:
             if self._cache.has(visual):
                 continue
-            item = self._reader(visual)
+            item = read_visual(self._reader, visual, "a picture of the list")
             states = self._tower(_inputs(item).to(device), self._layers)
             self._check_call(states)
             kept = [states.states[layer].flatten(0, -2) for layer in self._layers]
@@ -97,11 +102,10 @@ class FeatureStore:
         *parts, positions = rows.split([width] * len(self._layers) + [POSITIONS], dim=1)
         extra = len(items[0].rows) // items[0].count - items[0].patches
         parts = [part.contiguous().view(torch.float16).float() for part in parts]
-        call = self._tower.block_call(positions.long(), lengths)
-        if call is None:  # a tower of pictures, of one size
+        if not isinstance(self._tower, PackedTower):  # pictures of one size
             parts = [part.unflatten(0, (len(lengths), -1)) for part in parts]
         states = dict(zip(self._layers, parts, strict=True))
-        return TowerStates(states, lengths, grids, extra, call)
+        return TowerStates(states, lengths, grids, extra, positions=positions.long())
 
     def _check_call(self, states: TowerStates) -> None:
         """Copied blocks must be callable again from what is stored."""
@@ -109,8 +113,7 @@ class FeatureStore:
         tensors = any(
             isinstance(value, torch.Tensor | tuple) for value in (*args, *kwargs.values())
         )
-        several = len(self._layers) > 1 or self._copies_blocks
-        if several and tensors and self._tower.block_call(torch.zeros(1, 3).long(), [1]) is None:
+        if self._copies_blocks and tensors and not isinstance(self._tower, PackedTower):
             raise ValueError(
                 "--feature_cache with vitsplit: the blocks of this tower are called with positions "
                 "that are not stored; leave the cache out"
@@ -122,7 +125,7 @@ class FeatureStore:
         return item.positions
 
     def _identity(self, visual: Visual) -> str:
-        return f"{visual.kind} {visual.path} {file_identity(self._reader.place(visual))}"
+        return f"{visual.kind} {visual.path} {self._reader.identity(visual)}"
 
 
 def _inputs(item: VisualItem) -> VisualInputs:

@@ -97,11 +97,12 @@ def open_speaker(
     media: str | Path = ".",
     device: str | torch.device = "cpu",
     decoding: Decoding | None = None,
+    dtype: str = "float32",
     **visual_options,
 ) -> Speaker:
     """The model of a folder, reading paths below `media`; visual_options: fields of VisualConfig
     other than those that the model decides on."""
-    lmm = open_lmm(folder)
+    lmm = open_lmm(folder, getattr(torch, dtype))
     lmm.model.to(device).eval()
     given = {name: value for name, value in visual_options.items() if value is not None}
     config = replace(visual_config(lmm), **given)

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from model_factory.crossget_tower import CrossGetTower, alignment_loss
+from model_factory.crossget_tower import CrossGetTower, CrossTokens, alignment_loss
 from model_factory.llava_projectors import build_projector, layers_of, project, tokens_after
 from model_factory.token_reduction import ReductionConfig
 from model_factory.vision_towers import (
@@ -101,8 +101,8 @@ class LmmModel(LlavaModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.text_cross_tokens = None
         if config.reduction is not None:
-            shape = config.text_config.num_hidden_layers, config.text_config.hidden_size
-            self.text_cross_tokens = nn.Parameter(torch.zeros(shape))
+            text = config.text_config
+            self.text_cross_tokens = CrossTokens(text.num_hidden_layers, text.hidden_size)
         self.post_init()
         add_lora(self.language_model, config.lora)
 
@@ -143,8 +143,9 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
         add_lora(model.model.language_model, config.lora)
         model.lm_head = language_model.get_output_embeddings()
         if config.reduction is not None:
-            cross = torch.zeros(model.model.text_cross_tokens.shape)
-            model.model.text_cross_tokens = nn.Parameter(cross)
+            text = config.text_config
+            cross = CrossTokens(text.num_hidden_layers, text.hidden_size)
+            model.model.text_cross_tokens = cross
         model.generation_config.update(**language_model.generation_config.to_diff_dict())
         return model
 
@@ -191,18 +192,17 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
     ):
         """Logits and, with labels, the loss; `visuals` or, already encoded, `mm_encoder_outputs`.
 
-        In training a batch without visuals sends a black picture through tower and projector and
-        multiplies it with zero, so that every rank computes the same gradients. Raises ValueError
-        when placeholders and tokens of the items do not agree.
+        In training a batch without visuals sends a gray picture through tower and projector and
+        multiplies it with zero, so that every rank runs the same modules and has all gradients.
+        Raises ValueError when placeholders and tokens of the items do not agree.
         """
         states, idle = None, None
         if visuals is not None:
             mm_encoder_outputs, states = self._encode(visuals)
         elif self.training and mm_encoder_outputs is None:
-            idle = self._encode(self._black_picture())[0]["image"].pooler_output[0]
-        if idle is not None:
-            kwargs["inputs_embeds"] = self.get_input_embeddings()(input_ids) + 0 * idle.sum()
-            input_ids = None
+            visuals = self._gray_picture()
+            encoded, states = self._encode(visuals)
+            idle = encoded["image"].pooler_output[0]
         prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         with TextCrossTokens(self.model, attention_mask, prefill) as text_cross:
             out = super().forward(
@@ -213,27 +213,36 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
                 mm_encoder_outputs=mm_encoder_outputs,
                 **kwargs,
             )
+        if idle is not None and out.loss is not None:
+            out.loss = out.loss + 0 * idle.sum()
         if out.loss is not None and self.config.alignment_weight and states is not None:
-            share = _share(labels, kwargs.get("num_items_in_batch"))
+            share = _share(labels, kwargs.get("num_items_in_batch")) if idle is None else 0
             alignment = self._alignment(states, text_cross.seen, visuals.samples)
             out.loss = out.loss + share * alignment
         return out
 
     def _encode(self, visuals: Visuals):
-        states = visuals.states or self.tower(visuals.inputs, self.needed_layers)
+        if visuals.states is None:
+            states = self.tower(visuals.inputs, self.needed_layers)
+        else:
+            states = self.tower.with_call(visuals.states.to(self.device, self.dtype))
         tokens, counts = project(self.projector, states, self.needed_layers[-1])
         items = list(tokens.split(counts))
         return {"image": BaseModelOutputWithPooling(pooler_output=items)}, states
 
-    def _black_picture(self) -> Visuals:
+    def _gray_picture(self) -> Visuals:
         side = self.config.vision_config.image_size
         pixels = torch.zeros(1, 3, side, side, device=self.device)
         return Visuals(VisualInputs(pixels), torch.zeros(1, dtype=torch.int64))
 
     def _alignment(self, states: TowerStates, text: list[torch.Tensor], samples: torch.Tensor):
         """The weighted loss; the projector is held fixed in it."""
-        fixed = {n: p.detach() for n, p in self.projector.named_parameters()}
-        image = torch.func.functional_call(self.projector, fixed, states.cross)
+        learning = [p for p in self.projector.parameters() if p.requires_grad]
+        for parameter in learning:  # autograd looks at this when the operation runs
+            parameter.requires_grad_(False)
+        image = self.projector(states.cross)
+        for parameter in learning:
+            parameter.requires_grad_(True)
         text = torch.stack(text)[:, samples.to(states.cross.device)]
         loss = alignment_loss(image.float(), text.float(), self.config.alignment_direction)
         return self.config.alignment_weight * loss
@@ -265,10 +274,18 @@ def _share(labels: torch.Tensor, num_items) -> torch.Tensor | float:
 
 def _projector(config: LmmConfig, tower: VisionTower) -> nn.Module:
     width = config.text_config.hidden_size
+    if config.reduction is not None and config.projector_type in ("vitsplit", "spatial_merge"):
+        raise ValueError(
+            f"{config.projector_type} needs the plain tower's patches: choose linear or mlp with "
+            "CrossGET"
+        )
+    if config.projector_type == "identity" and tower.width != width:
+        raise ValueError(
+            f"identity cannot lead from a tower of width {tower.width} to a language model of "
+            f"{width}: choose linear or mlp2x_gelu"
+        )
     if config.projector_type != "vitsplit":
         return build_projector(config.projector_type, tower.width, width)
-    if config.reduction is not None:
-        raise ValueError("vitsplit needs the plain tower's states: choose another with CrossGET")
     shape = (tower.width, width, tuple(config.frozen_layers), config.tuned_layers)
     return ViTSplit(ViTSplitConfig(*shape, config.keep_extra_tokens), tower.blocks)
 

@@ -1,15 +1,16 @@
-"""Folders -> a model, its tokenizer and its image processor; projectors as LLaVA's files.
+"""Folders -> a model, its tokenizer and its image processor.
 
     language model    any causal language model of transformers
     vision tower      a run, checkpoint or export of ours, or a transformers vision model, ConvNeXt
                       included
     whole             what a later stage of this probe wrote: univit_lmm with all weights
-    mm_projector.bin  projector tensors under LLaVA's names, model.mm_projector.*; beside it stage 1
-                      writes config.json and parts.json, which names the two folders above
+    mm_projector.bin  what stage 1 writes (lmm_projector_file.py); parts.json beside it names the two
+                      folders above
 
 Everything is read from local folders, as safetensors or as tensors only.
 """
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +30,17 @@ from data_pipeline.shards.writer import write_atomically
 from model_factory.convnext_tower import ConvNextVisionModel, grow_stage
 from model_factory.export_folder import image_processor_json
 from model_factory.hf_image_encoders import FAMILIES, load_image_encoder
+from model_factory.llava_tower_folder import VOCABULARY_STEP
 from model_factory.llava_vision_tower import LlavaViTVisionModel
 from model_factory.published_folder import json_object
 
 from .lmm_config import LmmArguments
 from .lmm_conversation import IMAGE
 from .lmm_model import LmmConfig, LmmForConditionalGeneration, add_lora
+from .lmm_projector_file import PROJECTOR_FILE, load_projector
 from .probe_encoders import packed_model
 
-PROJECTOR_FILE, PARTS_FILE = "mm_projector.bin", "parts.json"
-OURS, LLAVA = "model.multi_modal_projector.", "model.mm_projector."
-VOCABULARY_STEP = 64  # a vocabulary that has to grow grows to a multiple of this
+PARTS_FILE = "parts.json"
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Lmm:
     model: LmmForConditionalGeneration
     tokenizer: object
     image_processor: object
+    has_parts: bool = False  # tower and language model lie in folders of their own
 
     def save_processors(self, folder: Path) -> None:
         """Tokenizer and image processor, beside a model."""
@@ -62,6 +64,10 @@ def open_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn
     Raises ValueError for a folder of neither kind, and for weights that are not all there.
     """
     path = Path(path)
+    if (path / "tower" / "config.json").is_file():  # what export_llava_tower.py wrote
+        path = path / "tower"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: name a run, an export or a vision model's folder")
     described = json_object(path / "config.json") if (path / "config.json").is_file() else {}
     kind = str(described.get("model_type")).removesuffix("_vision_model")
     families = [name for name, types in FAMILIES.items() if kind in types]
@@ -115,6 +121,7 @@ def compose(arguments: LmmArguments, dtype: torch.dtype = torch.float32) -> Lmm:
         raise ValueError(f"{folder / 'config.json'} does not exist: give a language model's folder")
     if json_object(folder / "config.json").get("model_type") == LmmConfig.model_type:
         lmm = open_lmm(folder, dtype, _changes(arguments))
+        _check_whole(arguments, lmm)
     else:
         lmm = _from_parts(arguments, folder, dtype)
     if arguments.pretrain_mm_mlp_adapter is not None:
@@ -155,46 +162,6 @@ def open_lmm(folder: str | Path, dtype: torch.dtype = torch.float32, changes: di
     return Lmm(model.eval(), open_tokenizer(folder), processor)
 
 
-def save_projector(model: LmmForConditionalGeneration, folder: Path, tensors: dict | None = None):
-    """mm_projector.bin of a model, or of its gathered tensors where they are sharded."""
-    tensors = model.state_dict() if tensors is None else tensors
-    kept = {LLAVA + n[len(OURS) :]: t.cpu() for n, t in tensors.items() if n.startswith(OURS)}
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f"{PROJECTOR_FILE}.tmp"
-    torch.save(kept, beside)
-    beside.replace(folder / PROJECTOR_FILE)
-    model.config.save_pretrained(folder)
-
-
-def load_projector(model: LmmForConditionalGeneration, path: Path) -> None:
-    """Fill the projector from a file with LLaVA's names, whatever stands before `mm_projector.`.
-
-    Raises ValueError for a file that is missing or does not fit exactly.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give the mm_projector.bin of stage 1")
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    own = {n.split("mm_projector.")[1]: t for n, t in tensors.items() if "mm_projector." in n}
-    try:
-        model.projector.load_state_dict(own, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no {model.config.projector_type} of this size: {error}") from (
-            error
-        )
-
-
-def projector_to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names of LLaVA's mlp2x_gelu -> those of transformers' LlavaMultiModalProjector."""
-    halves = {"0": "linear_1", "2": "linear_2"}
-    renamed = {}
-    for name, tensor in tensors.items():
-        number, _, kind = name.split("mm_projector.")[-1].partition(".")
-        if number not in halves:
-            raise ValueError(f"{name} is no tensor of an mlp2x_gelu, the one that transformers has")
-        renamed[f"multi_modal_projector.{halves[number]}.{kind}"] = tensor
-    return renamed
-
-
 def write_parts(folder: Path, arguments: LmmArguments) -> None:
     """Where the frozen parts of a projector are."""
     parts = {
@@ -202,6 +169,30 @@ def write_parts(folder: Path, arguments: LmmArguments) -> None:
         "vision_tower": str(Path(arguments.vision_tower).resolve()),
     }
     write_atomically(folder / PARTS_FILE, json.dumps(parts, indent=1).encode())
+
+
+def _check_whole(arguments: LmmArguments, lmm: Lmm) -> None:
+    """ValueError for typed flags that a whole model has decided on already; a resolution is set."""
+    config = lmm.model.config
+    has = {
+        "mm_projector_type": config.projector_type,
+        "mm_vision_select_layer": [config.vision_feature_layer],
+        "mm_frozen_select_layer": config.frozen_layers,
+        "mm_tuned_layers_num": config.tuned_layers,
+        "keep_extra_tokens": config.keep_extra_tokens,
+        "bits": 16,
+        "vision_add_five_stage": 0,
+        "vision_tower": None,
+    }
+    for name, value in has.items():
+        if name in arguments.typed and getattr(arguments, name) != value:
+            raise ValueError(
+                f"--{name} {getattr(arguments, name)}: {arguments.model_name_or_path} is a whole "
+                f"model, trained with {value}; leave the flag out, or start from its parts"
+            )
+    if arguments.mm_vision_resolution is not None:
+        set_resolution(lmm.model.tower.model, lmm.image_processor, arguments.mm_vision_resolution)
+        config.vision_config.image_size = arguments.mm_vision_resolution
 
 
 def _changes(arguments: LmmArguments) -> dict:
@@ -243,7 +234,7 @@ def _from_parts(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> Lm
     tokenizer = open_tokenizer(folder)
     language_model = _language_model(arguments, folder, dtype)
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_STEP)
+        grow_vocabulary(language_model, -(-len(tokenizer) // VOCABULARY_STEP) * VOCABULARY_STEP)
     tower, processor = open_tower(arguments.vision_tower, dtype)
     if arguments.vision_add_five_stage and isinstance(tower, ConvNextModel):
         grown = (arguments.vision_five_stage_width, arguments.vision_add_five_stage)
@@ -263,17 +254,28 @@ def _from_parts(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> Lm
         vision_config=tower.config,
         text_config=language_model.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        vision_feature_layer=arguments.mm_vision_select_layer[0],
+        vision_feature_layer=(arguments.mm_vision_select_layer or [-1])[0],
         vision_feature_select_strategy="full",
         **fields,
     )
     model = LmmForConditionalGeneration.from_parts(config, tower, language_model)
-    return Lmm(model, tokenizer, processor)
+    return Lmm(model, tokenizer, processor, has_parts=True)
+
+
+def grow_vocabulary(language_model: nn.Module, rows: int) -> None:
+    """New rows are drawn the same way at every load."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        language_model.resize_token_embeddings(rows)
 
 
 def _language_model(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> nn.Module:
     options = {}
     if arguments.bits in (4, 8):
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"--bits {arguments.bits} needs bitsandbytes: pip install it")
+        if arguments.trains_language_model and not arguments.lora_enable:
+            raise ValueError(f"weights of {arguments.bits} bits cannot learn: add --lora_enable")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=arguments.bits == 4,
             load_in_8bit=arguments.bits == 8,
@@ -295,7 +297,7 @@ def _with_projector(folder: Path, dtype: torch.dtype) -> Lmm:
     )
     rows = config.text_config.vocab_size
     if rows != language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(rows)
+        grow_vocabulary(language_model, rows)
     tower, _ = open_tower(parts["vision_tower"], dtype)
     model = LmmForConditionalGeneration.from_parts(config, tower, language_model)
     load_projector(model, folder / PROJECTOR_FILE)

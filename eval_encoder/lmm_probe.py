@@ -46,6 +46,7 @@ def _stage(arguments, others: list[str]) -> int:
     from eval_encoder.lmm_stage import (
         build_dataset,
         build_reader,
+        check_cache,
         training_arguments,
         whole_on_every_rank,
     )
@@ -63,7 +64,9 @@ def _stage(arguments, others: list[str]) -> int:
     )
     reader, store = build_reader(arguments, lmm), None
     if arguments.feature_cache is not None:
-        store = FeatureStore(Path(arguments.feature_cache), lmm.model.to(args.device), reader)
+        check_cache(args)
+        lmm.model.tower.to(args.device)
+        store = FeatureStore(Path(arguments.feature_cache), lmm.model, reader)
     dataset = build_dataset(arguments, lmm, reader, store)
     if store is not None:
         mine = dataset.visuals[args.process_index :: args.world_size]
@@ -80,7 +83,7 @@ def _train(arguments, args, lmm, dataset) -> None:
     from eval_encoder.lmm_trainer import LmmTrainer
 
     trainer = LmmTrainer(lmm, arguments, args, dataset)
-    learning = sum(p.numel() for p in lmm.model.parameters() if p.requires_grad)
+    record = _record(arguments, lmm.model)  # before DeepSpeed shards the parameters
     LOG.info(
         "%s stage %d: %d samples, batch %d = %d ranks x %d x %d accumulated; "
         "%.2f M of %.2f M parameters learn",
@@ -91,8 +94,8 @@ def _train(arguments, args, lmm, dataset) -> None:
         args.world_size,
         args.train_batch_size,
         args.gradient_accumulation_steps,
-        learning / 1e6,
-        sum(p.numel() for p in lmm.model.parameters()) / 1e6,
+        record["learning"] / 1e6,
+        record["parameters"] / 1e6,
     )
     output = Path(args.output_dir)
     done = any(output.glob("checkpoint-*")) and args.resume_from_checkpoint is None
@@ -101,24 +104,30 @@ def _train(arguments, args, lmm, dataset) -> None:
     trainer.save_model(str(output))
     if args.should_save:
         trainer.save_state()
-        _write_record(output, arguments, lmm.model, time.monotonic() - started)
-        if arguments.vision_tower is not None:
+        _write_record(output, record, time.monotonic() - started)
+        if lmm.has_parts:
             write_parts(output, arguments)
 
 
-def _write_record(output: Path, arguments, model, seconds: float) -> None:
+def _record(arguments, model) -> dict:
     """What lmm_table.py puts into its table, and all flags."""
     side = model.config.vision_config.image_size
     grid = model.tower.patches_of(side, side)
     parameters = list(model.parameters())
-    record = {
+    return {
         "tokens_per_picture": model.tokens_for(grid, grid[1] * grid[2]),
         "parameters": sum(p.numel() for p in parameters),
         "learning": sum(p.numel() for p in parameters if p.requires_grad),
-        "seconds": round(seconds, 1),
-        "arguments": asdict(arguments),
+        "arguments": {**asdict(arguments), "typed": sorted(arguments.typed)},
     }
-    (output / "record.json").write_text(json.dumps(record, indent=1, sort_keys=True))
+
+
+def _write_record(output: Path, record: dict, seconds: float) -> None:
+    """Seconds add up over the starts of a stage."""
+    path = output / "record.json"
+    before = json.loads(path.read_bytes())["seconds"] if path.is_file() else 0.0
+    record = {**record, "seconds": round(before + seconds, 1)}
+    path.write_text(json.dumps(record, indent=1, sort_keys=True))
 
 
 if __name__ == "__main__":

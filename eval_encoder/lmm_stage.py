@@ -78,6 +78,14 @@ def whole_on_every_rank(args: TrainingArguments):
         deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
+def check_cache(args: TrainingArguments) -> None:
+    """Raises ValueError for stored features under ZeRO-3, where every process must run the same
+    modules: one that reads what another computes would wait for ever."""
+    sharded = args.deepspeed is not None and args.hf_deepspeed_config.is_zero3()
+    if sharded:
+        raise ValueError("--feature_cache does not go with ZeRO-3: take shells/zero2.json, or DDP")
+
+
 def build_reader(arguments: LmmArguments, lmm: Lmm) -> VisualReader:
     """How pictures and clips are read for a model's tower."""
     lmm.model.config.video = {
@@ -95,7 +103,8 @@ def build_dataset(
 ) -> ConversationDataset:
     """The samples of a list, or of every n-th sample of it."""
     samples = read_samples(arguments.data_path)
-    samples = samples[:: round(1 / arguments.data_fraction)]
+    kept = int(len(samples) * arguments.data_fraction)
+    samples = [samples[int(number / arguments.data_fraction)] for number in range(kept)]
     if arguments.blind:
         samples = [without_visuals(sample) for sample in samples]
     config = lmm.model.config

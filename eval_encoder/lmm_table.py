@@ -48,14 +48,16 @@ def rows_of(models: dict[str, Path], labels: Path, seconds: dict[str, float]) ->
                 "learning": f"{record['learning'] / 1e6:.2f} M",
                 "seconds": f"{seconds.get(name, record['seconds']):.0f}",
                 **{kind: f"{value:.1f}" for kind, value in accuracy.items() if kind != "overall"},
-                "overall": _with_interval(accuracy["overall"], len(labels.read_text().split("\n"))),
+                "overall": _with_interval(
+                    accuracy["overall"], len(labels.read_text().splitlines())
+                ),
             }
         )
     return rows
 
 
 def _with_interval(percent: float, count: int) -> str:
-    half = 196 * math.sqrt(percent / 100 * (1 - percent / 100) / max(count - 1, 1))
+    half = 196 * math.sqrt(percent / 100 * (1 - percent / 100) / max(count, 1))
     return f"{percent:.1f} ± {half:.1f}"
 
 

@@ -16,7 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .lmm_config import LmmArguments
 from .lmm_data import Collator, ConversationDataset
-from .lmm_open import PROJECTOR_FILE, Lmm, load_projector, save_projector
+from .lmm_open import Lmm
+from .lmm_projector_file import PROJECTOR_FILE, load_projector, save_projector
 from .lmm_sampler import ModalityLengthSampler, ShuffledSampler
 
 PROJECTOR, TOWER = ".multi_modal_projector.", ".vision_tower."
@@ -42,7 +43,10 @@ class LmmTrainer(Trainer):
         )
         self._lmm, self._arguments = lmm, arguments
         learning = [n for n, p in lmm.model.named_parameters() if p.requires_grad]
-        self._projector_only = all(PROJECTOR in f".{name}" for name in learning)
+        if not learning:
+            raise ValueError("nothing learns: take one of the --freeze flags away")
+        alone = all(PROJECTOR in f".{name}" for name in learning)
+        self._projector_only = alone and lmm.has_parts  # of a whole model no part is left out
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -70,15 +74,16 @@ class LmmTrainer(Trainer):
             return self.optimizer
         decayed = set(self.get_decay_parameter_names(model))
         rates = {
-            PROJECTOR: self._arguments.mm_projector_lr or self.args.learning_rate,
-            TOWER: self._arguments.vision_tower_lr or self.args.learning_rate,
+            PROJECTOR: self._arguments.mm_projector_lr,
+            TOWER: self._arguments.vision_tower_lr,
         }
         groups: dict[tuple, list] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 rate = next((r for part, r in rates.items() if part in f".{name}"), None)
+                rate = self.args.learning_rate if rate is None else rate
                 decay = self.args.weight_decay if name in decayed else 0.0
-                groups.setdefault((rate or self.args.learning_rate, decay), []).append(parameter)
+                groups.setdefault((rate, decay), []).append(parameter)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         options.pop("lr", None)
         self.optimizer = kind(

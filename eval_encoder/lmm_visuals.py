@@ -26,12 +26,13 @@ from data_pipeline.loading.packing import pack_views
 from data_pipeline.loading.shard_reader import ShardReader
 from data_pipeline.loading.views import View
 from data_pipeline.shards.interop import read_mosaics
-from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.manifest import MANIFEST_NAME, load_manifest
 from data_pipeline.shards.schema import SampleInfo, decode_array, decode_jpeg, tiles_from_mosaic
 from model_factory.packing import compute_patch_positions_from_grid_thw, patchify
 from model_factory.vision_towers import Grid
 
 from .lmm_conversation import Visual
+from .probe_cache import file_identity
 from .probe_config import InputConfig
 from .probe_video import Look, view_of_file
 
@@ -102,11 +103,19 @@ class VisualReader:
 
     def __init__(self, config: VisualConfig, image_processor, folder: str | Path = "."):
         self.config, self.folder = config, Path(folder)
-        self._processor = image_processor
+        self.processor = image_processor
 
     def place(self, visual: Visual) -> Path:
         """File or folder that a path names."""
         return self.folder / visual.path.partition("#")[0]
+
+    def identity(self, visual: Visual) -> str:
+        """Text that changes with the bytes that are read: place, size and time of files."""
+        place = self.place(visual)
+        if "#" in visual.path:
+            return f"{visual.path} {file_identity(place / MANIFEST_NAME)}"
+        files = sorted(place.iterdir()) if place.is_dir() else [place]
+        return " ".join(file_identity(path) for path in files)
 
     def __call__(self, visual: Visual) -> VisualItem:
         """Raises RejectedInput for a file that cannot be read, DataPipelineError for shards, and
@@ -133,9 +142,9 @@ class VisualReader:
         from PIL import Image
 
         if self.config.aspect == "pad":
-            picture = pad_to_square(picture, self._processor.image_mean)
+            picture = pad_to_square(picture, self.processor.image_mean)
         image = Image.fromarray(picture)
-        pixels = self._processor(images=image, return_tensors="pt")["pixel_values"]
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
         p = self.config.patch_size
         grid = (1, pixels.shape[-2] // p, pixels.shape[-1] // p)
         if not self.config.packs:
@@ -173,9 +182,20 @@ class VisualReader:
         """Gain and offset [2, 3] that normalise bytes as the image processor does."""
         mean, std = (
             torch.tensor(values, dtype=torch.float32)
-            for values in (self._processor.image_mean, self._processor.image_std)
+            for values in (self.processor.image_mean, self.processor.image_std)
         )
         return torch.stack([1 / (255 * std), -mean / std])
+
+
+def read_visual(reader: VisualReader, visual: Visual, name: str) -> VisualItem:
+    """What the reader gives; ValueError that names the sample and the file where it cannot."""
+    try:
+        return reader(visual)
+    except (DataPipelineError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{name}: {visual.kind} {visual.path} cannot be read: {error}; mend the file or take "
+            "the sample out of the list"
+        ) from error
 
 
 def pad_to_square(picture: np.ndarray, mean: list[float]) -> np.ndarray:

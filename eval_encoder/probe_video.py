@@ -122,7 +122,13 @@ def _whole_frames(path, look, config, size, patch_size, place) -> View:
     if decoder != "av" and not _is_plain(path):
         decoder = "av"
     read = {"av": _read_with_av, "decord": _read_with_decord, "torchcodec": _read_with_torchcodec}
-    pictures, numbers, total = read[decoder](path, look, config, size, patch_size, place)
+    asked = (path, look, config, size, patch_size, place)
+    try:
+        pictures, numbers, total = read[decoder](*asked)
+    except RejectedInput:
+        if decoder == "av" or config.decoder != "auto":
+            raise
+        pictures, numbers, total = _read_with_av(*asked)  # decord fails on some good narrow clips
     times = interpolate_frame_indices(
         torch.from_numpy(numbers)[None], torch.tensor([total]), config.target_frames
     )

@@ -38,6 +38,19 @@ from .vision_towers import Grid, PackedTower, PictureTower, TowerStates, VisionT
 CLIP_TYPES = ("clip_vision_model", "clip")
 
 
+class CrossTokens(nn.Module):
+    """Learned tokens that start at zero; a module of their own, so that DeepSpeed knows when their
+    values are needed."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self) -> torch.Tensor:
+        """The tokens [*shape]."""
+        return self.weight.clone()
+
+
 class CrossGetTower(VisionTower):
     """Wraps a PackedTower, or a PictureTower of CLIP's; its weights are frozen, `cross_tokens`
     [1, L, D] are not."""
@@ -54,7 +67,7 @@ class CrossGetTower(VisionTower):
         self._tower = [tower]  # in a list: its weights are `model`'s
         self.config, self.mask_cross_token = config, mask_cross_token
         self.num_class_tokens = int(clip)
-        self.cross_tokens = nn.Parameter(torch.zeros(1, self.num_layers, self.width))
+        self.cross_tokens = CrossTokens(1, self.num_layers, self.width)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -122,8 +135,9 @@ class CrossGetTower(VisionTower):
     def _run(self, x: torch.Tensor, positions: torch.Tensor | None = None):
         """(states, cross tokens [L, B, D]) of tokens [B, T, D], cross token last."""
         sizes, states, crosses = x.new_ones(*x.shape[:2], 1), [x], []
+        learned = self.cross_tokens()
         for number, layer in enumerate(self.blocks):
-            cross = x[:, -1:].detach() + self.cross_tokens[:, number : number + 1]
+            cross = x[:, -1:].detach() + learned[:, number : number + 1]
             x = torch.cat([x[:, :-1], cross], dim=1)
             x, sizes, positions = self._layer(layer, x, sizes, positions, self.config.at(number))
             states.append(x)

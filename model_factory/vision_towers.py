@@ -61,6 +61,7 @@ class TowerStates:
     extra    E
     call     what a block is called with beside its state; None: nothing but its masks, absent
     cross    cross tokens [L, items, D] of every layer, of a tower that has them
+    positions  int64 [sum of lengths, 3] of a pack's patches, for states that were stored
     """
 
     states: dict[int, torch.Tensor]
@@ -69,11 +70,13 @@ class TowerStates:
     extra: int = 0
     call: tuple[tuple, dict] | None = None
     cross: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
-    def to(self, device) -> "TowerStates":
+    def to(self, device, dtype: torch.dtype | None = None) -> "TowerStates":
         """The same on a device, for states that were stored."""
-        moved = {index: state.to(device) for index, state in self.states.items()}
-        return replace(self, states=moved)
+        moved = {index: state.to(device, dtype) for index, state in self.states.items()}
+        where = None if self.positions is None else self.positions.to(device)
+        return replace(self, states=moved, positions=where)
 
     def patches(self, state: torch.Tensor) -> torch.Tensor:
         """[sum of lengths, D] of a state in the blocks' own layout."""
@@ -134,14 +137,19 @@ class VisionTower(nn.Module):
         with contextlib.nullcontext() if learns else torch.no_grad():
             return self._states(visuals, list(layers))
 
+    def train_from(self, stage: int | None) -> None:
+        """Let the stages from a number on learn. Raises ValueError for a tower without stages."""
+        raise ValueError(
+            f"{type(self.model).__name__} has no stages: --tune_vit_from_layer is for ConvNeXt"
+        )
+
     def tokens_of(self, grid: Grid | None, patches: int) -> int:
         """Tokens that a projector receives for an item of so many patches."""
         return patches
 
-    def block_call(self, positions: torch.Tensor, lengths: list[int]) -> tuple[tuple, dict] | None:
-        """What blocks are called with beside a state, for states that were stored; None: nothing
-        but their masks."""
-        return None
+    def with_call(self, states: TowerStates) -> TowerStates:
+        """Stored states with what blocks are called with beside them; here nothing but masks."""
+        return states
 
     def patches_of(self, height: int, width: int) -> Grid:
         """Grid of a picture. Raises ValueError for sides that do not fit."""
@@ -242,11 +250,12 @@ class PackedTower(VisionTower):
             grids=grids,
         )
 
-    def block_call(self, positions: torch.Tensor, lengths: list[int]) -> tuple[tuple, dict]:
-        """The context of a pack."""
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(positions.device, torch.int32)
-        layout = PackLayout(positions, bounds, max(lengths))
-        return (self.model.packing.pack_context(layout),), {}
+    def with_call(self, states: TowerStates) -> TowerStates:
+        """Stored states with the context of their pack."""
+        bounds = torch.tensor([0, *states.lengths]).cumsum(0)
+        bounds = bounds.to(states.positions.device, torch.int32)
+        layout = PackLayout(states.positions, bounds, max(states.lengths))
+        return replace(states, call=((self.model.packing.pack_context(layout),), {}))
 
     def _states(self, visuals: VisualInputs, layers: list[int]) -> TowerStates:
         pack = self.packed(visuals)

@@ -23,12 +23,12 @@ from lmm_parts import (
 )
 
 from eval_encoder.lmm_model import LmmForConditionalGeneration, Visuals
-from eval_encoder.lmm_open import (
+from eval_encoder.lmm_open import open_lmm, open_tower, set_resolution
+from eval_encoder.lmm_projector_file import (
     load_projector,
-    open_lmm,
+    projector_from_transformers,
     projector_to_transformers,
     save_projector,
-    set_resolution,
 )
 from model_factory.convnext_tower import ConvNextVisionModel, grow_stage
 from model_factory.vision_towers import VisualInputs, tower_of
@@ -72,6 +72,12 @@ def test_placeholders_and_splicing_give_the_same_logits(images, padding):
         spliced = spliced_logits(model, ids, mask, visuals)
         for row, kept, wanted in zip(out, mask.bool(), spliced, strict=True):
             torch.testing.assert_close(row[kept], wanted, rtol=0, atol=1e-5)
+        never = (mask == 0) | (ids == model.config.image_token_id) | (ids == 1)  # BOS: no target
+        labels = ids.masked_fill(never, -100)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, visuals=visuals).loss
+        targets = torch.cat([row[kept][1:] for row, kept in zip(labels, mask.bool(), strict=True)])
+        by_hand = torch.cat([row[:-1] for row in spliced])
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(by_hand, targets))
 
 
 def test_a_wrong_number_of_placeholders_is_an_error():
@@ -87,9 +93,11 @@ COMBINATIONS = [(tower, kind) for tower in TOWERS for kind in
 
 @pytest.mark.parametrize(("tower", "kind"), COMBINATIONS)
 def test_every_projector_works_on_every_tower(tower, kind):
-    if kind == "identity":
-        model = model_of(TOWERS[tower](), projector_type="mlp1x_gelu")
-    elif tower == "convnext" and kind == "vitsplit":
+    if kind == "identity" and tower in ("ours", "convnext"):
+        with pytest.raises(ValueError, match="identity cannot lead"):
+            model_of(TOWERS[tower](), projector_type=kind)
+        return
+    if tower == "convnext" and kind == "vitsplit":
         with pytest.raises(ValueError, match="no hidden state"):
             model_of(TOWERS[tower](), projector_type=kind)
         return
@@ -99,7 +107,7 @@ def test_every_projector_works_on_every_tower(tower, kind):
     grid = model.tower.patches_of(side, side)
     count = model.tokens_for(grid, grid[1] * grid[2])
     assert count == grid[1] * grid[2] // (4 if kind == "spatial_merge" else 1)
-    model.train_parts()
+    model.train_parts(language_model=kind == "identity")
     model.train()
     ids, mask = token_ids(model, [count, count])
     visuals = pictures(2, side)
@@ -107,6 +115,7 @@ def test_every_projector_works_on_every_tower(tower, kind):
     assert all(not state.requires_grad for state in states.states.values()), "no graph is kept"
     model(input_ids=ids, attention_mask=mask, labels=ids, visuals=visuals).loss.backward()
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    with_gradient -= {n for n in with_gradient if "language_model" in n or "lm_head" in n}
     projector = {n for n, _ in model.named_parameters() if "multi_modal_projector" in n}
     unused = {n for n in projector if n.endswith(("k_proj.bias", "key.bias", "mask_token"))}
     assert with_gradient | unused == projector
@@ -234,6 +243,7 @@ def test_the_projector_file_has_llavas_names_and_loads_strictly(tmp_path):
     llava = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
         **fields, image_token_index=3, vision_feature_layer=-1)).eval()  # fmt: skip
     names = projector_to_transformers(stored)
+    assert all(torch.equal(stored[n], t) for n, t in projector_from_transformers(names).items())
     llava.model.load_state_dict(names, strict=False)
     llava.model.vision_tower.load_state_dict(model.tower.model.state_dict())
     features = llava.get_image_features(visuals.inputs.pixel_values).pooler_output
@@ -368,6 +378,39 @@ def test_a_grown_stage_misses_nothing_but_itself_and_compute_grows_with_pixels()
             tower(VisualInputs(torch.empty(1, 3, side, side, device="meta")), [0])
         flops.append(counter.get_total_flops())
     assert flops[1] / flops[0] == pytest.approx(4, rel=0.01)
+
+
+def test_a_tower_that_is_saved_alone_sees_the_same(tmp_path):
+    towers = {"ours": ours, "clip": lambda: native("clip"), "conv": grown_convnext}
+    for name, make in towers.items():
+        lmm = lmm_of(make())
+        lmm.model.tower.model.save_pretrained(tmp_path / name)
+        lmm.image_processor.save_pretrained(tmp_path / name)
+        tower, processor = open_tower(tmp_path / name)
+        assert processor.crop_size == lmm.image_processor.crop_size
+        visuals = pictures(1, lmm.model.config.vision_config.image_size).inputs
+        layers = lmm.model.needed_layers
+        with torch.no_grad():
+            wanted, found = lmm.model.tower(visuals, layers), tower_of(tower)(visuals, layers)
+        assert all(torch.equal(found.states[i], wanted.states[i]) for i in layers)
+
+
+def test_text_cross_tokens_of_zero_change_nothing():
+    plain, reduced = model_of(ours()), model_of(ours(), reduction={"r": 0})
+    ids = torch.randint(10, 300, (2, 7))
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=ids).logits, reduced(input_ids=ids).logits)
+
+
+def test_every_text_cross_token_learns():
+    model = model_of(ours(), reduction={"r": 2}, alignment_weight=0.1)
+    model.train_parts(language_model=True)
+    ids, mask = token_ids(model, [model.tokens_for(GRID, PATCHES)] * 2)
+    model(input_ids=ids, attention_mask=mask, labels=ids, visuals=pictures(2)).loss.backward()
+    assert (model.model.text_cross_tokens.weight.grad.abs().sum(dim=-1) > 0).all()
+    assert (model.tower.cross_tokens.weight.grad[0].abs().sum(dim=-1) > 0).all()
+    with pytest.raises(ValueError, match="with CrossGET|CrossGET"):
+        model_of(ours(), reduction={"r": 2}, projector_type="spatial_merge")
 
 
 def test_models_are_built_on_the_meta_device():

@@ -110,6 +110,21 @@ def test_a_copied_block_starts_at_the_pretrained_function_and_is_a_copy():
     assert torch.equal(blocks_of(clip)[3].mlp.fc1.weight, before)
 
 
+def test_blocks_that_return_tuples_are_copied_as_well():
+    clip = tower()
+    model, states = split_of("f1_k1", clip), states_of(clip)
+    wanted = model(states, num_extra_tokens=1)
+    block = model.tuned_head[0]
+    plain = block.forward
+
+    def with_attention(x, attention_mask=None, **others):
+        out = plain(x, attention_mask, **others)
+        return out if isinstance(out, tuple) else (out, "attention")
+
+    block.forward = with_attention
+    assert torch.equal(model(states, num_extra_tokens=1), wanted)
+
+
 def test_grids_layers_and_empty_settings_are_checked():
     clip = tower()
     model, states = split_of("f1_k1", clip), states_of(clip)
