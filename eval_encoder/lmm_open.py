@@ -4,8 +4,8 @@
     vision tower      a run, checkpoint or export of ours, or a transformers vision model, ConvNeXt
                       included
     whole             what a later stage of this probe wrote: univit_lmm with all weights
-    mm_projector.bin  what stage 1 writes (lmm_projector_file.py); parts.json beside it names the two
-                      folders above
+    mm_projector.bin  what stage 1 writes (lmm_projector_file.py); parts.json beside it names the
+                      two folders above
 
 Everything is read from local folders, as safetensors or as tensors only.
 """
