@@ -96,7 +96,7 @@ class LmmArguments:
     mm_frozen_select_layer: list[int]
     mm_tuned_layers_num: int
     keep_extra_tokens: bool
-    mm_reduction_r: int | None
+    mm_reduction_r: list[int] | None
     mm_reduction_rule: str
     mm_reduction_weights: str
     mask_cross_token: bool
@@ -177,7 +177,11 @@ FLAGS: dict[str, tuple] = {
     "mm_frozen_select_layer": ([int], [-2], "vitsplit: hidden states of the prior head"),
     "mm_tuned_layers_num": (int, 1, "vitsplit: copied blocks of the task head"),
     "keep_extra_tokens": (bool, True, "vitsplit: copied blocks see class and register tokens"),
-    "mm_reduction_r": (int, None, "crossget: tokens taken away in every layer of the tower"),
+    "mm_reduction_r": (
+        [int],
+        None,
+        "crossget: tokens taken away in every layer of the tower, or one number per layer",
+    ),
     "mm_reduction_rule": (str, "complete_graph", "crossget: complete_graph, or bipartite (ToMe)"),
     "mm_reduction_weights": (str, "guided_normalised", "guided, guided_normalised or size"),
     "mask_cross_token": (bool, False, "crossget: nobody but itself sees the cross token"),

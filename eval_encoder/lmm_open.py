@@ -208,8 +208,9 @@ def _changes(arguments: LmmArguments) -> dict:
 
 
 def _reduction(arguments: LmmArguments) -> dict:
+    r = arguments.mm_reduction_r
     reduction = {
-        "r": arguments.mm_reduction_r,
+        "r": r[0] if len(r) == 1 else r,
         "rule": arguments.mm_reduction_rule,
         "weights": arguments.mm_reduction_weights,
         "mask_cross_token": arguments.mask_cross_token,

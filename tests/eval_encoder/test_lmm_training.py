@@ -164,9 +164,8 @@ def test_vitsplit_crossget_and_convllava_run_all_their_stages(parts, llava15, tm
     first = stage("vitsplit", 1)
     second = stage("vitsplit", 2, "--pretrain_mm_mlp_adapter", first / "mm_projector.bin")
     assert json.loads((second / "config.json").read_text())["projector_type"] == "vitsplit"
-    crossed = stage(
-        "crossget", 1, *("--mm_reduction_r", "2", "--data_fraction", "1"), whole=llava15[1]
-    )
+    reduced = ("--mm_reduction_r", "4", "2", "0", "--data_fraction", "1")
+    crossed = stage("crossget", 1, *reduced, whole=llava15[1])
     model = open_lmm(crossed).model
     assert model.tokens_for((1, 4, 4), 16) == 17 - 3 * 2
     for learned in (model.tower.cross_tokens.weight, model.model.text_cross_tokens.weight):
@@ -301,7 +300,7 @@ def test_recipes_are_the_published_ones(parts):
     assert others[others.index("--learning_rate") + 1] == "2e-05" and ours.group_by_modality_length
     assert arguments("vitsplit", 2)[0].global_batch_size == 256
     crossget = arguments("crossget", 1)[0]
-    assert (crossget.mm_reduction_r, crossget.alignment_weight) == (13, 1e-3)
+    assert (crossget.mm_reduction_r, crossget.alignment_weight) == ([13], 1e-3)
     assert (crossget.data_fraction, crossget.global_batch_size) == (0.1, 128)
     rates = {("vitsplit", 1): "0.0005", ("vitsplit", 2): "2e-05", ("crossget", 1): "2e-05"}
     rates |= {("convllava", 1): "0.0003", ("convllava", 2): "2e-05", ("convllava", 3): "2e-05"}
