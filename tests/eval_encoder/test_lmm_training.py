@@ -14,9 +14,11 @@ from PIL import Image
 
 from eval_encoder.lmm_config import RECIPES, parse_arguments
 from eval_encoder.lmm_conversation import Turn, Visual
+from eval_encoder.lmm_data import Collator
 from eval_encoder.lmm_eval import main as answer
+from eval_encoder.lmm_features import FeatureStore
 from eval_encoder.lmm_generate import Decoding, Request, open_speaker
-from eval_encoder.lmm_open import open_lmm
+from eval_encoder.lmm_open import compose, open_lmm
 from eval_encoder.lmm_probe import main as probe
 from eval_encoder.lmm_stage import build_dataset, build_reader, training_arguments
 from eval_encoder.lmm_trainer import LmmTrainer
@@ -152,6 +154,34 @@ def test_stored_features_train_as_the_tower_itself(parts, tmp_path, recipe, towe
     assert count == 24
     assert probe(flags(parts, recipe, 1, tmp_path / "again", *stored, tower=tower)) == 0
     assert losses(tmp_path / "again") == found
+
+
+@pytest.mark.parametrize("recipe", ["llava15", "vitsplit"])
+def test_stored_features_follow_the_dtype_and_their_key_what_was_read(parts, tmp_path, recipe):
+    arguments, _ = parse_arguments(flags(parts, recipe, 1, tmp_path))
+    lmm = compose(arguments)
+    lmm.model.train_parts()
+
+    def filled():
+        reader = build_reader(arguments, lmm)
+        store = FeatureStore(tmp_path / "features", lmm.model, reader)
+        dataset = build_dataset(arguments, lmm, reader, store)
+        return dataset, store, store.fill(dataset.visuals)
+
+    dataset, store, count = filled()
+    assert count == 24 and filled()[2] == 0
+    lmm.model.bfloat16()
+    batch = Collator(lmm.tokenizer.pad_token_id, store=store)([dataset[0], dataset[1]])
+    assert lmm.model(**batch).loss.isfinite()
+    lmm.model.float()
+    lmm.image_processor.image_mean = [0.0, 0.0, 0.0]
+    assert filled()[2] == 24
+    (parts / "media" / "0.png").touch()
+    assert filled()[2] == 1
+    lmm.model.train_parts(tower_from=None)
+    next(lmm.model.tower.parameters()).requires_grad_(True)
+    with pytest.raises(ValueError, match="frozen tower"):
+        filled()
 
 
 def test_vitsplit_crossget_and_convllava_run_all_their_stages(parts, llava15, tmp_path):
