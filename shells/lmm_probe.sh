@@ -4,6 +4,7 @@
 #   bash shells/lmm_probe.sh --demo [--tower RUN] [--output DIR]
 #       everything on a laptop: a set of pictures, clips and questions, a tiny language model, the
 #       four recipes and a reader that sees nothing, one table (less than ten minutes on 2 cores).
+#       STEPS, TRAIN and VAL in the environment: steps of stage 2, samples, held-out questions.
 #       The eye is RUN, or output/demo/train of shells/demo.sh, or an encoder trained for a minute.
 #
 #   bash shells/lmm_probe.sh RECIPE --model_name_or_path LLM --vision_tower RUN \
@@ -11,7 +12,7 @@
 #       the published stages of llava15, vitsplit or convllava on all GPUs of this machine under
 #       DeepSpeed; crossget continues from what llava15 wrote and takes no --align
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-[ $# -gt 0 ] || { sed -n '2,14p' "${BASH_SOURCE[0]}"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,15p' "${BASH_SOURCE[0]}"; exit 2; }
 
 step() { printf '\n== %s\n' "$*"; }
 
@@ -68,7 +69,7 @@ demo() {
     done
     mkdir -p "$output"
     step "1/4 pictures, clips, questions and a tiny language model that cannot speak yet"
-    python -m eval_encoder.lmm_demo_set --output "$output/set"
+    python -m eval_encoder.lmm_demo_set --output "$output/set" --num_train "${TRAIN:-2000}" --num_val "${VAL:-384}"
     python -m eval_encoder.lmm_tiny "$output/set/align.json" "$output/set/tune.json" \
         --output "$output/language_model" --layers 3 --width 96 --convnext "$output/convnext"
     [ -n "$tower" ] || [ ! -d output/demo/train/hf ] || tower=output/demo/train/hf

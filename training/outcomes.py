@@ -40,6 +40,9 @@ def outcome_of(error: BaseException) -> tuple[str | None, str]:
             "then start again with the same command, the run goes on from its last checkpoint"
         )
     if isinstance(error, Preempted):
+        if error.__context__ is not None and is_peer_loss(error.__context__):
+            # the launcher stops those that are left; it came while the loss was being handled
+            return outcome_of(error.__context__)
         return "preempted" if error.saved else "stopped", said
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return "storage", f"{type(error).__name__}: {said}; free space or look at the file system"

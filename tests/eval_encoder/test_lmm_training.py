@@ -1,6 +1,7 @@
 """The stages of every recipe on tiny parts: what is written, resumed, equal, and refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -314,6 +315,25 @@ def test_projector_and_tower_have_learning_rates_of_their_own(parts, llava15, tm
         if parameter.requires_grad:
             own = 0.5 if "projector" in name else 0.0 if "vision_tower" in name else 3e-3
             assert rates[parameter] == own, name
+
+
+@pytest.mark.e2e
+def test_the_demo_trains_every_recipe_and_prints_a_table(parts, tmp_path):
+    """With the encoder of the other tests; what it learns in two steps is not looked at."""
+    small = {"STEPS": "2", "TRAIN": "20", "VAL": "192", "UNIVIT_INSTALLED": "1"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "shells" / "lmm_probe.sh"), "--demo"]
+    command += ["--tower", str(parts / "tower"), "--output", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500,
+                          env={**os.environ, **small, "PATH": path})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split(" | ") for line in (tmp_path / "demo" / "table.md").read_text().splitlines()]
+    assert [row[0].strip("| ") for row in rows[2:]] == [
+        "blind", "llava15", "vitsplit", "crossget", "convllava"
+    ]  # fmt: skip
+    tokens = {row[0].strip("| "): row[1] for row in rows[2:]}
+    assert tokens["blind"] == "0" and int(tokens["crossget"]) < int(tokens["llava15"])
+    assert str(tmp_path / "demo" / "table.md") in done.stdout
 
 
 def test_recipes_are_the_published_ones(parts):

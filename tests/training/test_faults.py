@@ -395,6 +395,21 @@ def test_want_of_memory_is_an_outcome_with_advice():
     assert outcome_of(KeyError("a fault of ours"))[0] is None
 
 
+def test_a_stop_that_comes_while_a_lost_peer_is_handled_is_a_lost_peer():
+    """The launcher stops the ranks that are left as soon as it sees one die."""
+    from training.outcomes import outcome_of
+    from training.stop_signals import Preempted
+
+    try:
+        try:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+        finally:
+            raise Preempted("stopped by SIGTERM")
+    except Preempted as error:
+        assert outcome_of(error)[0] == "peer lost"
+    assert outcome_of(Preempted("stopped by SIGTERM"))[0] == "stopped"
+
+
 def test_no_flipped_bit_of_a_checkpoint_goes_unseen(straight, tmp_path):
     shutil.copytree(straight / "checkpoints" / "step_00000040", tmp_path / "c")
     for file in sorted((tmp_path / "c").iterdir()):
