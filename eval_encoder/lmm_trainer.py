@@ -14,8 +14,13 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from model_factory.crossget_tower import CrossGetTower
+from model_factory.llava_projectors import SpatialMerge
+from model_factory.vit_split import ViTSplit
+
 from .lmm_config import LmmArguments
 from .lmm_data import Collator, ConversationDataset
+from .lmm_model import LmmForConditionalGeneration, Visuals
 from .lmm_open import Lmm
 from .lmm_projector_file import PROJECTOR_FILE, load_projector, save_projector
 from .lmm_sampler import ModalityLengthSampler, ShuffledSampler
@@ -58,6 +63,8 @@ class LmmTrainer(Trainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """transformers would log a loss of zero and go on."""
+        if self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3():
+            check_one_size(self._lmm.model, inputs.get("visuals"))
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
@@ -107,6 +114,22 @@ class LmmTrainer(Trainer):
             load_projector(self._lmm.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def check_one_size(model: LmmForConditionalGeneration, visuals: Visuals | None) -> None:
+    """Raises ValueError for a batch of several sizes where each size is a pass of its own: under
+    ZeRO-3 the processes would wait for each other for ever."""
+    if visuals is None or visuals.inputs.rows is None:
+        return
+    by_length = isinstance(model.tower, CrossGetTower)
+    by_sides = isinstance(model.projector, (ViTSplit, SpatialMerge))
+    sizes = visuals.inputs.lengths[:, None] if by_length else visuals.inputs.grids[:, 1:]
+    if (by_length or by_sides) and len(sizes.unique(dim=0)) > 1:
+        raise ValueError(
+            f"pictures and clips of {sizes.unique(dim=0).tolist()} patches in one batch under "
+            "ZeRO-3: take shells/zero2.json, give clips another --video_size or --num_frames, or "
+            "choose mlp2x_gelu"
+        )
 
 
 class _Record(TrainerCallback):

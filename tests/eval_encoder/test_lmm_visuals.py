@@ -17,6 +17,7 @@ from eval_encoder.lmm_conversation import Visual
 from eval_encoder.lmm_cross_tokens import TextCrossTokens
 from eval_encoder.lmm_data import collate_visuals, visual_tokens
 from eval_encoder.lmm_generate import visual_config
+from eval_encoder.lmm_trainer import check_one_size
 from eval_encoder.lmm_visuals import VisualReader, pad_to_square
 from model_factory.packing import CLIP_MEAN
 
@@ -124,6 +125,20 @@ def test_pictures_and_clips_meet_in_one_batch_in_order(media):
     items = [read(Visual("image", "wide.png")), read(Visual("video", "clips/clip.mp4"))]
     with pytest.raises(ValueError, match="set --video_size"):
         collate_visuals([items])
+
+
+def test_several_sizes_in_one_batch_are_refused_where_processes_would_wait(media):
+    read = reader(ours(), media, num_frames=2)
+    items = [read(Visual("image", "wide.png")), read(Visual("video", "clips/clip.mp4"))]
+    visuals = collate_visuals([items])
+    check_one_size(model_of(ours()), visuals)
+    check_one_size(model_of(ours(), projector_type="vitsplit"), visuals)  # sides are equal
+    with pytest.raises(ValueError, match="in one batch under ZeRO-3"):
+        check_one_size(model_of(ours(), reduction={"r": 2}), visuals)
+    read = reader(ours(), media, num_frames=2, video_size=64)
+    visuals = collate_visuals([[items[0], read(Visual("video", "clips/clip.mp4"))]])
+    with pytest.raises(ValueError, match="in one batch under ZeRO-3"):
+        check_one_size(model_of(ours(), projector_type="vitsplit"), visuals)
 
 
 def test_a_first_token_is_that_of_the_sample_whatever_the_padding():
