@@ -1,5 +1,7 @@
 """ViT-Split on tiny CLIP towers: the published function, its parameter counts, what learns."""
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -117,8 +119,9 @@ def test_blocks_that_return_tuples_are_copied_as_well():
     block = model.tuned_head[0]
     plain = block.forward
 
-    def with_attention(x, attention_mask=None, **others):
-        out = plain(x, attention_mask, **others)
+    @functools.wraps(plain)
+    def with_attention(*args, **kwargs):
+        out = plain(*args, **kwargs)
         return out if isinstance(out, tuple) else (out, "attention")
 
     block.forward = with_attention
