@@ -56,6 +56,7 @@ def native(kind):
         "dinov2": ("Dinov2Config", "Dinov2Model"),
         "dinov2_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
         "dinov3": ("DINOv3ViTConfig", "DINOv3ViTModel"),
+        "aimv2": ("Aimv2VisionConfig", "Aimv2VisionModel"),
     }
     config, model = (getattr(transformers, name) for name in names[kind])
     return model(config(**VIT)).eval()
@@ -78,6 +79,7 @@ TOWERS = {
     "ours": ours,
     **{k: (lambda k=k: native(k)) for k in ("clip", "siglip", "dinov2", "dinov2_registers")},
     "dinov3": lambda: native("dinov3"),
+    "aimv2": lambda: native("aimv2"),
     "convnext": lambda: ConvNextVisionModel.from_network(convnext()),
 }
 

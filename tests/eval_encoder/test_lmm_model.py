@@ -409,7 +409,7 @@ def test_every_text_cross_token_learns():
     model(input_ids=ids, attention_mask=mask, labels=ids, visuals=pictures(2)).loss.backward()
     assert (model.model.text_cross_tokens.weight.grad.abs().sum(dim=-1) > 0).all()
     assert (model.tower.cross_tokens.weight.grad[0].abs().sum(dim=-1) > 0).all()
-    with pytest.raises(ValueError, match="with CrossGET|CrossGET"):
+    with pytest.raises(ValueError, match="CrossGET"):
         model_of(ours(), reduction={"r": 2}, projector_type="spatial_merge")
 
 
