@@ -79,7 +79,7 @@ class FeatureStore:
         for visual in visuals:
             if self._cache.has(visual):
                 continue
-            item = read_visual(self._reader, visual, "a picture of the list")
+            item = read_visual(self._reader, visual, "feature cache")
             states = self._tower(_inputs(item).to(device), self._layers)
             self._check_call(states)
             kept = [states.states[layer].flatten(0, -2) for layer in self._layers]

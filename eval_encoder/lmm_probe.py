@@ -71,6 +71,8 @@ def _stage(arguments, others: list[str]) -> int:
     if store is not None:
         mine = dataset.visuals[args.process_index :: args.world_size]
         LOG.info("features of %d pictures and clips computed and stored", store.fill(mine))
+        if dist.is_initialized():  # a batch is read from the store, or not at all
+            dist.barrier()
     _train(arguments, args, lmm, dataset)
     if dist.is_initialized():  # nobody leaves while another still needs the group
         dist.barrier()
