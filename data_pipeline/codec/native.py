@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import RejectedInput
-from .decode import Framing, decode_video, picture_of
+from .decode import decode_video
+from .framing import Framing, picture_of
 from .decompose import MOTION_CELL, CodecClip, cell_means, frame_times, rasterise, vectors_of
 from .motion_compensation import predict_luma
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec.decode import frame_to
+from ..codec.framing import frame_to
 from ..codec.decompose import TIME_BASE, CodecClip, decompose_video
 from ..codec.native import decompose_native
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
