@@ -18,8 +18,14 @@ import numpy as np
 
 from .framing import framing_of, picture_of
 from .open_video import InputLimits
-from .pictures import DamagedVideo, open_pictures
+from .pictures import MAX_REORDERED, DamagedVideo, open_pictures
 from .timeline import DEFAULT_RATE, Timeline, count_pictures, even_numbers, read_timeline
+
+# pictures at the head of a video by which its timeline is checked before any is left undecoded, and
+# packets that hold them whatever their order
+NUM_CHECKED = 2 * MAX_REORDERED
+NUM_FIRST_PACKETS = NUM_CHECKED + MAX_REORDERED
+
 
 @dataclass(frozen=True)
 class DecodedVideo:
@@ -50,6 +56,7 @@ def decode_video(
     salvage: bool = False,
     watcher=None,
     place: float = 0.5,
+    thorough: bool = True,
 ) -> DecodedVideo:
     """Decode `num_frames` frames at even timestamps;
     fewer when the video has fewer, never a repeated one. `num_frames` may also be a function from
@@ -57,7 +64,9 @@ def decode_video(
 
     With `salvage`, a damaged video is cut to its whole GOPs before the damage. A `watcher` may
     `prepare(stream)`, which begins a pass, and `see(number, frame, framing, is_chosen)` every
-    frame. Raises RejectedInput: container, no_video, too_large, decode (damaged), truncated
+    frame. Without `thorough`, pictures that are not wanted and that no other is predicted from are
+    left undecoded where that is possible: the same frames sooner, but damage in others may go
+    unnoticed. Raises RejectedInput: container, no_video, too_large, decode (damaged), truncated
     (announced frames are missing), timestamps (several at one time, or running backwards), varying
     (picture size changes), rotation (no quarter turn), hdr.
     """
@@ -65,74 +74,107 @@ def decode_video(
     framed = dict(size=size, patch_size=patch_size, fit=fit, place=place)
 
     def decode(timeline: Timeline) -> DecodedVideo:
-        return _decode_whole(path, timeline, num_frames, limits, framed, watcher, salvage)
+        choice = _Choice(timeline, num_frames, skips=not (thorough or timeline.is_counted))
+        return _decode(path, choice, limits, framed, watcher)
+
+    def decode_whole(timeline: Timeline) -> DecodedVideo:
+        all_frames = len(timeline.stamps)
+        try:
+            video = decode(timeline)
+        except DamagedVideo as damage:
+            timeline = timeline.before_damage(damage.num_good)
+            if not salvage or not timeline.stamps:
+                raise
+            video = decode(timeline)
+        notes = (*video.notes, *timeline.notes)
+        if timeline.is_cut:
+            notes += (f"salvaged {len(timeline.stamps)} of {all_frames} frames",)
+        return replace(video, notes=notes)
 
     timeline = read_timeline(path, limits, salvage)
     if timeline.is_certain:
         try:
-            return decode(timeline)
+            return decode_whole(timeline)
         except _AnotherTime:
             pass
-    return decode(count_pictures(path, limits, timeline, salvage))
+    return decode_whole(count_pictures(path, limits, timeline, salvage))
 
 
-def _decode_whole(
-    path: Path, timeline: Timeline, num_frames, limits, framed: dict, watcher, salvage: bool
-) -> DecodedVideo:
-    """Decode a timeline, or with `salvage` what of it lies before damage."""
-    all_frames = len(timeline.stamps)
-    try:
-        video = _decode(path, timeline, num_frames, limits, framed, watcher)
-    except DamagedVideo as damage:
-        timeline = timeline.before_damage(damage.num_good)
-        if not salvage or not timeline.stamps:
-            raise
-        video = _decode(path, timeline, num_frames, limits, framed, watcher)
-    notes = (*video.notes, *timeline.notes)
-    if timeline.is_cut:
-        notes += (f"salvaged {len(timeline.stamps)} of {all_frames} frames",)
-    return replace(video, notes=notes)
+class _Choice:
+    """The wanted pictures of a timeline, and which of its pictures a decoded frame is."""
+
+    def __init__(self, timeline: Timeline, num_frames, skips: bool):
+        """skips: whether pictures that are not wanted may be left undecoded."""
+        self.timeline = timeline
+        stamps = timeline.stamps
+        if callable(num_frames):
+            self.wanted = {int(number) for number in num_frames(len(stamps))}
+        else:
+            self.wanted = set(even_numbers(stamps, num_frames))
+        self._skips = skips
+        self._places = {stamp: number for number, stamp in enumerate(stamps)} if skips else {}
+        self._wanted_stamps = {stamps[number] for number in self.wanted}
+        self._num_packets = 0
+
+    def is_needed(self, packet) -> bool:
+        """Whether a packet must be decoded even if nothing is predicted from it: its picture is
+        wanted, or among the first, by which the timeline is checked."""
+        self._num_packets += 1
+        is_first = self._num_packets <= NUM_FIRST_PACKETS
+        return not self._skips or is_first or packet.pts in self._wanted_stamps
+
+    def number_after(self, last: int, frame) -> int:
+        """Number of the picture in a frame that came out of the decoder after picture `last`.
+
+        Raises _AnotherTime where the frame's own stamp is not the one that the timeline expects.
+        """
+        number = last + 1
+        if self.timeline.is_counted:
+            return number
+        if self._skips and last + 1 >= NUM_CHECKED:
+            number = self._places.get(frame.pts, -1)
+        stamps = self.timeline.stamps
+        if not last < number < len(stamps) or frame.pts != stamps[number]:
+            raise _AnotherTime
+        return number
 
 
-def _decode(
-    path: Path, timeline: Timeline, num_frames, limits, framed: dict, watcher
-) -> DecodedVideo:
+def _decode(path: Path, choice: _Choice, limits, framed: dict, watcher) -> DecodedVideo:
     """The chosen pictures of a timeline. Raises _AnotherTime where it is not the video's."""
-    count = len(timeline.stamps)
-    if callable(num_frames):
-        wanted = {int(number) for number in num_frames(count)}
-    else:
-        wanted = set(even_numbers(timeline.stamps, num_frames))
+    timeline = choice.timeline
     frames: list[np.ndarray] = []
-    numbers = []
+    numbers: list[int] = []
     first = framing = None
-    prepare = None if watcher is None else watcher.prepare
+    number = -1
     # opened again instead of seeking back, which is inexact in streams without an index
-    with open_pictures(path, limits, timeline.has_keys, prepare) as (stream, pictures):
+    with open_pictures(
+        path,
+        limits,
+        from_key=timeline.has_keys,
+        prepare=None if watcher is None else watcher.prepare,
+        is_needed=choice.is_needed,
+    ) as (stream, pictures):
         unit = stream.time_base
         if timeline.is_numbered:
             unit = 1 / (stream.average_rate or DEFAULT_RATE)
-        for number, frame in enumerate(pictures):
-            if not timeline.is_counted and (
-                number >= count or frame.pts != timeline.stamps[number]
-            ):
-                raise _AnotherTime
+        for frame in pictures:
+            number = choice.number_after(number, frame)
             first = first or frame
             framing = framing or framing_of(path, frame, stream, **framed)
             if watcher is not None:
-                watcher.see(number, frame, framing, number in wanted)
-            if number in wanted:
+                watcher.see(number, frame, framing, number in choice.wanted)
+            if number in choice.wanted:
                 frames.append(picture_of(frame, framing))
                 numbers.append(number)
-                if len(numbers) == len(wanted):
+                if len(numbers) == len(choice.wanted):
                     break
-    if len(numbers) < len(wanted):
-        assert not timeline.is_counted, f"{path} gave {count} pictures, then fewer"
+    if len(numbers) < len(choice.wanted):
+        assert not timeline.is_counted, f"{path} gave {len(timeline.stamps)} pictures, then fewer"
         raise _AnotherTime
     return DecodedVideo(
         frames=np.stack(frames),
         seconds=np.array([float(timeline.stamps[number] * unit) for number in numbers]),
-        num_source_frames=count,
+        num_source_frames=len(timeline.stamps),
         codec=stream.codec_context.name,
         source_height=first.height,
         source_width=first.width,

@@ -16,6 +16,8 @@ HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273 table 3
 # containers that store when a packet is to be decoded, but not when its picture is to be shown;
 # libavformat makes presentation stamps up for them by guessing how many B-frames there are
 WITHOUT_PRESENTATION_TIMES = ("avi", "asf")
+# pictures that a decoder holds at most to put B-frames in order and to predict from (H.264: 16)
+MAX_REORDERED = 16
 
 
 class DamagedVideo(RejectedInput):
@@ -32,13 +34,15 @@ def open_pictures(
     limits: InputLimits,
     from_key: bool = True,
     prepare: Callable | None = None,
+    is_needed: Callable | None = None,
 ):
     """Gives (stream, iterator of its decoded frames in the order of showing); closes the file.
 
     from_key: begin at the first packet that is marked as a key frame, since a recording may start
-    inside a GOP. `prepare(stream)` is called before the first packet. Raises what open_video
-    raises; the iterator raises DamagedVideo (decode), and RejectedInput: varying (the picture size
-    changes), hdr.
+    inside a GOP. `prepare(stream)` is called before the first packet. `is_needed(packet)` may say
+    that a picture need not be decoded, if no other is predicted from it; where that cannot be known
+    (can_skip), it is not asked. Raises what open_video raises; the iterator raises DamagedVideo
+    (decode), and RejectedInput: varying (the picture size changes), hdr.
     """
     container, stream = open_video(path, limits)
     stream.codec_context.options = {"err_detect": "explode"}
@@ -46,7 +50,8 @@ def open_pictures(
     if prepare is not None:
         prepare(stream)
     try:
-        yield stream, _checked(path, _decoded(container, stream, from_key))
+        needed = is_needed if can_skip(container, stream) else None
+        yield stream, _checked(path, _decoded(container, stream, from_key, needed))
     finally:
         container.close()
 
@@ -78,6 +83,10 @@ class RecordingStart:
             self._key = packet
         return self._key is None
 
+    def is_key(self, packet) -> bool:
+        """Whether a packet is the first key frame."""
+        return packet is self._key
+
     def is_leading(self, packet) -> bool:
         """Whether a packet leads the first key frame: decoded after it, shown before it, predicted
         from pictures that may be missing. Leading packets come before all others of their GOP, so a
@@ -89,20 +98,68 @@ class RecordingStart:
         return not self._is_over
 
 
-def _decoded(container, stream, from_key: bool) -> Iterator:
-    """Frames of all packets that can be decoded.
+def can_skip(container, stream) -> bool:
+    """Whether pictures can be left undecoded: H.264 marks those that no other is predicted from,
+    and these containers say of each packet when its picture is shown.
+    """
+    is_timed = any(name in container.format.name for name in ("mp4", "matroska"))
+    return is_timed and stream.codec_context.name == "h264"
+
+
+def _decoded(container, stream, from_key: bool, is_needed: Callable | None) -> Iterator:
+    """Frames of all packets that can be decoded, and are needed.
 
     Of leading pictures that lack a reference, most decoders show nothing. The H.264 decoder
     predicts them from whatever it has, and an H.264 stream that starts whole has none.
     """
     start = RecordingStart()
     is_h264 = stream.codec_context.name == "h264"
+    num_lenient = 0
     for packet in demux(container, stream):
         if from_key and start.is_early(packet):
             continue
         if from_key and is_h264 and start.is_leading(packet):
             continue
-        yield from packet.decode()
+        if start.is_key(packet) and is_h264 and not _is_idr(stream, packet):
+            num_lenient = 1 + MAX_REORDERED
+        if is_needed is not None:
+            stream.codec_context.skip_frame = "DEFAULT" if is_needed(packet) else "NONREF"
+        yield from _decode_packet(packet, num_lenient > 0)
+        num_lenient -= 1
+
+
+def _decode_packet(packet, is_lenient: bool) -> list:
+    """Frames that a packet brings out of the decoder.
+
+    The first pictures of a recording that begins inside an H.264 stream may tell the decoder to
+    forget references that it never had. It decodes them whole and then reports an error, which is
+    none; they come out with the next packets.
+    """
+    import av
+
+    try:
+        return packet.decode()
+    except av.FFmpegError:
+        if not is_lenient:
+            raise
+        return []
+
+
+def _is_idr(stream, packet) -> bool:
+    """Whether an H.264 key frame lets decoding begin without anything before it: one of its NAL
+    units is of type 5 (ITU-T H.264 table 7-1). Units follow start codes, or their lengths where the
+    stream's header says so (ISO/IEC 14496-15, 5.3.3.1)."""
+    data = bytes(packet)
+    header = bytes(stream.codec_context.extradata or b"")
+    if header[:1] != b"\x01":
+        return any(unit[0] & 0x1F == 5 for unit in data.split(b"\0\0\1")[1:] if unit)
+    size = (header[4] & 3) + 1
+    place = 0
+    while place + size < len(data):
+        if data[place + size] & 0x1F == 5:
+            return True
+        place += size + int.from_bytes(data[place : place + size], "big")
+    return False
 
 
 def _checked(path: Path, frames: Iterator) -> Iterator:

@@ -14,16 +14,13 @@ import numpy as np
 
 from ..errors import RejectedInput
 from .open_video import InputLimits, open_video
-from .pictures import DamagedVideo, RecordingStart, demux, open_pictures
+from .pictures import MAX_REORDERED, DamagedVideo, RecordingStart, demux, open_pictures
 
 # of an announced duration: beyond both it is truncated
 MISSING_SHARE = 0.1
 MISSING_SECONDS = 0.5
 DURATION_FROM_ZERO = ("matroska", "asf")  # other containers count it from the first packet on
 REPEATED_SHARE = 0.1
-# pictures that a decoder holds back at most to put B-frames in order (H.264 and HEVC: 16); a stamp
-# that is further from its place was not moved by reordering
-MAX_REORDERED = 16
 DEFAULT_RATE = 25  # frames per second of a file that has neither times nor a rate
 VP8_SHOWN = 0x10  # RFC 6386 section 9.1: bit of a frame's first byte
 
@@ -228,9 +225,7 @@ def _check_end(path: Path, last: int, announced: list[int], unit: Fraction) -> N
         )
 
 
-def _ordered(
-    path: Path, stamps: list[int | None], key_numbers: list[int], step: float
-) -> Timeline:
+def _ordered(path: Path, stamps: list[int | None], key_numbers: list[int], step: float) -> Timeline:
     """Timeline of pictures with these stamps, in the order of showing; `step` is the usual distance
     of two. Where stamps run backwards, they are those of decoding (AVI): the sorted ones are handed
     out in order.
@@ -242,7 +237,7 @@ def _ordered(
     values = np.array([stamp for stamp in stamps if stamp is not None])
     order = np.argsort(values, kind="stable")
     moved = np.abs(order - np.arange(len(order))).max()
-    if moved > MAX_REORDERED:
+    if moved > MAX_REORDERED:  # further than any decoder would reorder
         first = int(np.argmin(np.diff(values))) + 1
         raise RejectedInput(
             "timestamps",
