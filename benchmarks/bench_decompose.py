@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.codec.decompose import decompose_video
+from data_pipeline.codec.patches import cut_patches
 from data_pipeline.shards.inputs import Input, list_inputs
 from data_pipeline.shards.isolation import SamplePool
 from data_pipeline.shards.pack import PackConfig, pack
-from data_pipeline.shards.sample_builder import SampleConfig, build_sample, cut_patches
+from data_pipeline.shards.sample_builder import SampleConfig, build_sample
 from data_pipeline.shards.schema import SampleInfo, decode_array, decode_jpeg, tiles_from_mosaic
 
 SAMPLE = SampleConfig(size=224, patch_size=14)
@@ -73,8 +74,8 @@ def bench_tiles(paths: list[Path], args) -> dict:
         mosaic = decode_jpeg(members["tiles.jpg"])
         tiles = tiles_from_mosaic(mosaic, info.num_patches, info.patch_size)
         clip = decompose_video(path, SAMPLE.num_frames, SAMPLE.size, SAMPLE.patch_size)
-        frame = np.searchsorted(clip.times, positions[:, 0])
-        want = cut_patches(clip.frames, frame, *positions[:, 1:].T, SAMPLE.patch_size)
+        positions[:, 0] = np.searchsorted(clip.times, positions[:, 0])
+        want = cut_patches(clip.frames, positions, SAMPLE.patch_size)
         error = ((tiles.astype(float) - want) ** 2).mean()
         report[path.name] = {
             "patches": info.num_patches,

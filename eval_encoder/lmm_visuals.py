@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_pipeline.codec.guard import WALL_SECONDS
 from data_pipeline.codec.open_video import InputLimits, is_image, open_image
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.loading.packing import pack_views
@@ -81,6 +82,7 @@ class VisualConfig:
             std=None,
             decoder="auto",
             decoder_threads=1,
+            wall_seconds=WALL_SECONDS,
             workers=0,
             seed=0,
         )
@@ -102,7 +104,8 @@ class VisualReader:
     """Reads paths below a folder; see the module's text."""
 
     def __init__(self, config: VisualConfig, image_processor, folder: str | Path = "."):
-        self.config, self.folder = config, Path(folder)
+        self.config = config
+        self.folder = Path(folder)
         self.processor = image_processor
 
     def place(self, visual: Visual) -> Path:
@@ -117,8 +120,10 @@ class VisualReader:
         files = sorted(place.iterdir()) if place.is_dir() else [place]
         return " ".join(file_identity(path) for path in files)
 
-    def __call__(self, visual: Visual) -> VisualItem:
-        """Raises RejectedInput for a file that cannot be read, DataPipelineError for shards, and
+    def __call__(self, visual: Visual, limits: InputLimits | None = None) -> VisualItem:
+        """What is seen of a path, whose file may be at most of the `limits`.
+
+        Raises RejectedInput for a file that cannot be read, DataPipelineError for shards, and
         ValueError for mosaics that do not fit."""
         place, _, key = str(self.folder / visual.path).partition("#")
         if key:
@@ -127,13 +132,14 @@ class VisualReader:
             clip = read_mosaics(Path(place))
             return self._patches(clip.patches[: clip.valid], clip.positions[: clip.valid])
         if visual.kind == "image" or is_image(Path(place)):
-            return self.picture(open_image(Path(place), InputLimits()))
+            return self.picture(open_image(Path(place), limits or InputLimits()))
         view = view_of_file(
             Path(place),
             Look(0),
             self.config.clips(),
-            self.config.video_size,
-            self.config.patch_size,
+            size=self.config.video_size,
+            patch_size=self.config.patch_size,
+            limits=limits,
         )
         return self._clip(view)
 

@@ -54,7 +54,6 @@ def read_upload(speaker, path: Path):
     a clip.
     """
     from data_pipeline.codec.open_video import InputLimits, open_image
-    from data_pipeline.codec.timeline import read_timeline
     from data_pipeline.errors import RejectedInput
 
     limits = InputLimits(max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
@@ -67,8 +66,7 @@ def read_upload(speaker, path: Path):
             except RejectedInput as error:
                 if error.reason != "image":
                     raise
-            read_timeline(plain, limits)
-            return speaker.reader(Visual("video", str(plain)))
+            return speaker.reader(Visual("video", str(plain)), limits)
         except RejectedInput as error:
             detail = error.detail.replace(str(plain), path.name)
             if error.reason in NOT_SEEN:

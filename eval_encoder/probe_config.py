@@ -65,7 +65,8 @@ FLAGS = {
     "save_report": (Path, Path("fewshot_video_report/ActionRecognition"), "folder of the reports"),
     "feature_cache_gb": (float, 4.0, "fixed features kept in memory per process"),
     "cache_dir": (str, None, "folder of stored features (fp16), read by every later probe"),
-    "decoder": (str, "auto", f"raw video reader: {', '.join(DECODERS)} (auto: decord, else av)"),
+    "decoder": (str, "auto", f"raw video reader: {', '.join(DECODERS)} (auto: av, the packer's)"),
+    "wall_seconds": (float, 300.0, "limit of reading one raw clip; beyond it is unreadable"),
     "decord_num_threads": (int, 2, "threads of one decord reader"),
     "dali_py_num_workers": (int, 4, "raw videos decoded at a time"),
 }  # fmt: skip
@@ -105,6 +106,7 @@ class InputConfig:
     std: tuple[float, ...] | None
     decoder: str
     decoder_threads: int
+    wall_seconds: float
     workers: int
     seed: int
 
@@ -118,8 +120,9 @@ class InputConfig:
         fields = asdict(self)
         others = {"frame": ("num_tokens", "gop", "camera", "centre_prior")}
         others["codec"] = ("num_frames", "decoder")
-        unseen = ("workers", "decoder_threads", "train_views", "family", "temporal_crops")
-        unseen += ("spatial_crops", "seed", "augmentations")  # of a look, not of all
+        unseen = ("workers", "decoder_threads", "wall_seconds", "train_views", "family")
+        # of a look, not of all
+        unseen += ("temporal_crops", "spatial_crops", "seed", "augmentations")
         for name in (*unseen, *others[self.view]):
             fields.pop(name)
         return {"view": self.view, **fields}
@@ -254,6 +257,7 @@ def _input_config(args: argparse.Namespace) -> InputConfig:
         std=tuple(args.std) if args.std else None,
         decoder=args.decoder,
         decoder_threads=args.decord_num_threads,
+        wall_seconds=args.wall_seconds,
         workers=args.dali_py_num_workers,
         seed=args.seed,
     )

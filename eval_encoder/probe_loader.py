@@ -1,7 +1,7 @@
 """Labelled clips -> packs for the encoder, in the order that is asked for.
 
-Raw files are decoded by a few threads, some clips ahead of the encoder (the decoders leave Python
-meanwhile). Packed shards of a split are read instead where they exist; they hold one version of
+Raw files are decoded by a few child processes, some clips ahead of the encoder; no file can hang or
+kill the probe. Packed shards of a split are read instead where they exist; they hold one version of
 each clip. A file that cannot be read is noted, with its reason, and left out.
 """
 
@@ -20,6 +20,7 @@ from data_pipeline.shards.manifest import Manifest, load_manifest
 from .probe_cache import file_identity
 from .probe_config import IMAGE_FAMILIES, InputConfig
 from .probe_datasets import LabelledList
+from .probe_reader import PixelReader
 from .probe_video import Look, chosen_decoder, chosen_gop, view_of_file
 
 Packs = Iterator[tuple[list[Look], PackedBatch]]
@@ -39,7 +40,9 @@ class RawClips:
         if config.view == "codec":
             chosen_gop(config, (size // patch_size) ** 2)
         self._clips, self._config = clips, config
-        self._shape = (size, patch_size)
+        self._size = size
+        self._patch_size = patch_size
+        self._reader: PixelReader | None = None  # its processes start with the first clip
         self.unreadable: dict[str, str] = {}
         self.about = f"files, read by {chosen_decoder(config)}"
 
@@ -68,6 +71,8 @@ class RawClips:
     def _views(self, looks: list[Look], ahead: int):
         pool = ThreadPoolExecutor(self._config.workers, thread_name_prefix="probe")
         waiting: deque[tuple[Look, Future]] = deque()
+        if self._reader is None:
+            self._reader = PixelReader(self._config.workers, self._config.wall_seconds)
         try:
             for look in looks:
                 waiting.append((look, pool.submit(self._view, look)))
@@ -82,7 +87,14 @@ class RawClips:
     def _view(self, look: Look):
         name = self._clips.names[look.clip]
         try:
-            return view_of_file(self._clips.folder / name, look, self._config, *self._shape)
+            return view_of_file(
+                self._clips.folder / name,
+                look,
+                self._config,
+                size=self._size,
+                patch_size=self._patch_size,
+                reader=self._reader,
+            )
         except RejectedInput as rejection:
             self.unreadable[name] = f"{rejection.reason} ({rejection.detail})"
             return None

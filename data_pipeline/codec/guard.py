@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
@@ -33,7 +34,7 @@ MEMORY_LIMIT = 8 << 30
 CPU_PER_WALL = 4  # processor seconds per second of the wall limit: some decoders run threads
 PACKAGES = Path(__file__).resolve().parents[2]  # folder of the packages that a child imports
 
-Answer = tuple[dict, list[bytes]]
+Answer = tuple[dict, list[bytes]]  # a header for JSON, and parts
 
 
 class GuardedProcess:
@@ -56,17 +57,25 @@ class GuardedProcess:
             self._start()
         try:
             self._pipe.send_bytes(json.dumps({"name": name, "request": request}).encode())
-            if not self._pipe.poll(self._wall_seconds):
-                self.close()
-                raise RejectedInput("timeout", f"{name} took longer than {self._wall_seconds:g} s")
-            answer = json.loads(self._pipe.recv_bytes())
-            parts = [self._pipe.recv_bytes() for _ in range(answer["num_parts"])]
+            end = time.monotonic() + self._wall_seconds
+            answer = json.loads(self._receive(end))
+            parts = [self._receive(end) for _ in range(answer["num_parts"])]
+        except TimeoutError as error:
+            self.close()
+            detail = f"{name} took longer than {self._wall_seconds:g} s"
+            raise RejectedInput("timeout", detail) from error
         except (EOFError, OSError) as error:
             self.close()
             raise RejectedInput("crash", f"{name} killed the decoder process") from error
         if "reason" in answer:
             raise RejectedInput(answer["reason"], answer["detail"])
         return answer["header"], parts
+
+    def _receive(self, end: float) -> bytes:
+        """The child's next message; TimeoutError where it does not come before `end`."""
+        if not self._pipe.poll(max(0.0, end - time.monotonic())):
+            raise TimeoutError
+        return self._pipe.recv_bytes()
 
     def close(self) -> None:
         """End the child process."""

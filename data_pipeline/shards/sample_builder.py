@@ -12,8 +12,8 @@ from ..codec.decompose import TIME_BASE, CodecClip, decompose_video
 from ..codec.framing import frame_to
 from ..codec.native import decompose_native
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
-from ..codec.saliency import SaliencyConfig, is_static, motion_summary, patch_saliency
-from ..codec.selection import select_patches
+from ..codec.patches import choose_patches, cut_patches
+from ..codec.saliency import SaliencyConfig, motion_summary
 from ..errors import RejectedInput
 from .schema import SampleInfo, encode_clip, encode_image, strip_rows
 from .writer import file_sha256
@@ -141,17 +141,15 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
         raise RejectedInput(
             "budget", f"{source}: its I-frames are {intra} patches, the budget is {config.tokens}"
         )
-    saliency = patch_saliency(clip, config.patch_size, config.saliency)
-    selection = select_patches(
-        saliency,
-        clip.is_i_frame,
-        config.tokens,
-        config.keeps_i_frames,
-        config.time_buckets,
-        is_static(clip),
+    selection = choose_patches(
+        clip,
+        patch_size=config.patch_size,
+        budget=config.tokens,
+        saliency=config.saliency,
+        keep_i_frames=config.keeps_i_frames,
+        time_buckets=config.time_buckets,
     )
-    frame_index, row, column = selection.positions.astype(np.int64).T
-    patches = cut_patches(clip.frames, frame_index, row, column, config.patch_size)
+    patches = cut_patches(clip.frames, selection.positions, config.patch_size)
     stored = np.unique(
         np.rint(np.linspace(0, len(clip.frames) - 1, config.num_full_frames)).astype(int)
     )
@@ -176,7 +174,8 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
         codec=clip.codec,
         decoder=f"av {av.__version__}",
     )
-    positions = np.stack([clip.times[frame_index], row, column], axis=-1)
+    positions = selection.positions.astype(np.int64)
+    positions[:, 0] = clip.times[positions[:, 0]]
     motion = motion_summary(clip, MOTION_GRID)
     return encode_clip(
         info, patches, positions, selection.scores, motion, clip.frames[stored]
@@ -186,12 +185,3 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
 def _p_frame_mean(field: np.ndarray, clip: CodecClip) -> float:
     p_frames = ~clip.is_i_frame
     return round(float(field[p_frames].mean()), 3) if p_frames.any() else 0.0
-
-
-def cut_patches(frames: np.ndarray, frame_index, row, column, patch_size: int) -> np.ndarray:
-    """Patches uint8 [K, p, p, 3] of frames [T, H, W, 3] at the given grid places."""
-    count, height, width, _ = frames.shape
-    grid = frames.reshape(
-        count, height // patch_size, patch_size, width // patch_size, patch_size, 3
-    )
-    return np.ascontiguousarray(grid[frame_index, row, :, column])

@@ -8,12 +8,13 @@ import pytest
 from conftest import run
 
 from data_pipeline.codec.decompose import decompose_video
+from data_pipeline.codec.patches import cut_patches
 from data_pipeline.errors import CorruptShard, MissingData
 from data_pipeline.loading.shard_reader import ShardReader
 from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.pack import PackConfig, pack
-from data_pipeline.shards.sample_builder import SampleConfig, build_sample, cut_patches
+from data_pipeline.shards.sample_builder import SampleConfig, build_sample
 from data_pipeline.shards.schema import (
     SampleInfo,
     decode_array,
@@ -46,7 +47,7 @@ def test_stored_patches_are_the_clips_own(clips, patch_size):
     positions = decode_array(members["positions.npy"], "positions.npy", "a").astype(int)
     tiles = tiles_from_mosaic(decode_jpeg(members["tiles.jpg"]), info.num_patches, patch_size)
     clip = decompose_video(path, 64, 112, patch_size, 32)
-    want = cut_patches(clip.frames, *positions.T, patch_size)
+    want = cut_patches(clip.frames, positions, patch_size)
     error = ((tiles.astype(float) - want) ** 2).mean()
     assert 10 * np.log10(255**2 / error) > 33
     frames = frames_from_strip(decode_jpeg(members["frames.jpg"]), info.height)

@@ -19,12 +19,14 @@ from data_pipeline.shards.sample_builder import SampleConfig, build_sample
 from eval_encoder.probe_augment import recolour
 from eval_encoder.probe_cache import file_identity
 from eval_encoder.probe_config import build_config, build_parser
+from eval_encoder.probe_datasets import LabelledList
 from eval_encoder.probe_encoders import build_encoder, time_code
+from eval_encoder.probe_loader import RawClips
 from eval_encoder.probe_video import (
     Look,
+    chosen_decoder,
     chosen_gop,
     frame_numbers,
-    have_decord,
     view_of_file,
 )
 from model_factory.packing import CLIP_MEAN, CLIP_STD
@@ -37,8 +39,8 @@ def config_of(*flags):
 
 
 def needs(decoder):
-    if decoder == "decord" and not have_decord():
-        pytest.skip("decord is not installed")
+    if decoder == "decord":
+        pytest.importorskip("decord")
 
 
 def pictures(view, size):
@@ -293,3 +295,36 @@ def test_image_encoders_see_every_frame_and_its_number(tmp_path):
         wanted = model(pixel_values=pixels).last_hidden_state[:, 1:] + code[:, None]
     got = half(batch_of(view)).tokens
     torch.testing.assert_close(got, wanted.flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_reader_that_never_returns_makes_its_clip_unreadable_and_no_other(clips, tmp_path):
+    """A stand-in for decord hangs on one clip: it is left out by name, and the next one is read."""
+    (tmp_path / "decord.py").write_text(
+        "import time, types\n"
+        "import numpy as np\n"
+        "DECORDError = RuntimeError\n"
+        "cpu = lambda number: None\n"
+        "class VideoReader:\n"
+        "    def __init__(self, path, **options):\n"
+        "        while path.endswith('train_00001.mp4'):\n"
+        "            time.sleep(1)\n"
+        "    def __len__(self):\n"
+        "        return 8\n"
+        "    def get_batch(self, numbers):\n"
+        "        frames = np.zeros((len(numbers), 32, 32, 3), np.uint8)\n"
+        "        return types.SimpleNamespace(asnumpy=lambda: frames)\n"
+    )
+    names = [f"clips/train_0000{number}.mp4" for number in range(3)]
+    listed = LabelledList(clips, "train", names, np.zeros(3, np.int64), 1)
+    flags = ("--decoder", "decord", "--wall_seconds", "5", "--dali_py_num_workers", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        reader = RawClips(listed, config_of(*flags), size=32, patch_size=16)
+        packs = list(reader.packs([Look(number) for number in range(3)], batch_size=2))
+    assert [look.clip for looks, _ in packs for look in looks] == [0, 2]
+    assert list(reader.unreadable) == [names[1]]
+    assert "timeout" in reader.unreadable[names[1]]
+
+
+def test_the_default_reader_is_the_packers():
+    assert chosen_decoder(config_of()) == chosen_decoder(config_of("--decoder", "av")) == "av"
