@@ -7,6 +7,7 @@ Every error names the file, the line and the value.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def refuse_repeats(rows: Iterable[LabelledRow], remedy: str) -> None:
     """DataPipelineError where two lines label one sample; it names both lines and both labels."""
     first: dict[str, LabelledRow] = {}
     for row in rows:
-        before = first.setdefault(row.name, row)
+        before = first.setdefault(os.path.normpath(row.name), row)  # ./a.mp4 is a.mp4
         if before is not row:
             raise DataPipelineError(
                 f"{row.place}: {printable(row.name)} has label {_shown(row.label)} here and "
