@@ -83,7 +83,7 @@ def read_labelled_jsonl(path: Path, ids: dict[str, int], others: set[str], num_c
 
     ids: sample ids by source. others: sources whose lines are passed over, since packing rejected
     them. Raises DataPipelineError for a line of another form, a label that is no integer from 0 to
-    num_classes - 1, a line for no sample, and a second line for one.
+    num_classes - 1 (or -1 for none), a line for no sample, and a second line for one.
     """
     found: dict[int, list[int]] = {}
     lines: dict[str, str] = {}
@@ -145,10 +145,10 @@ def _check_class(label, place: str, num_classes: int) -> None:
             f"{place}: label {_shown(label)} is no integer: classes are the integers from 0 to "
             f"{num_classes - 1}"
         )
-    if not 0 <= label < num_classes:
+    if not -1 <= label < num_classes:
         raise DataPipelineError(
-            f"{place}: label {_shown(label)}, but classes are 0 to {num_classes - 1} (an empty "
-            "list for a sample without labels)"
+            f"{place}: label {_shown(label)}, but classes are 0 to {num_classes - 1} and -1 for "
+            "none"
         )
 
 

@@ -60,7 +60,7 @@ def settled_name(name: str, exists: Callable[[str], bool], place: str) -> str:
         if exists(candidate):
             return candidate
     raise DataPipelineError(
-        f"{place}: {printable(name)!r} is no UTF-8, and nothing has that name, neither with these "
+        f"{place}: '{printable(name)}' is no UTF-8, and nothing has that name, neither with these "
         "bytes nor read as Latin-1: save the list as UTF-8"
     )
 

@@ -80,7 +80,7 @@ def read_ucf101(folder: Path, number: int) -> Splits:
     for place, line in list_lines(folder / "classInd.txt"):
         index, _, name = line.strip().partition(" ")
         if not NUMBER.fullmatch(index) or int(index) < 1 or not name:
-            raise ValueError(f"{place}: {printable(line)!r} is no `number name`, numbers from 1 on")
+            raise ValueError(f"{place}: '{printable(line)}' is no `number name`, numbers from 1 on")
         classes[name] = int(index) - 1
     splits: Splits = {}
     for split, file in (("train", "trainlist"), ("val", "testlist")):
@@ -123,7 +123,7 @@ def read_hmdb51(folder: Path, number: int) -> Splits:
         for place, line in list_lines(path):
             video, use = _last_word(line)
             if use not in ("0", "1", "2") or not video:
-                raise ValueError(f"{place}: {printable(line)!r} is no `NAME.avi` with 0, 1 or 2")
+                raise ValueError(f"{place}: '{printable(line)}' is no `NAME.avi` with 0, 1 or 2")
             if use != "0":
                 file = PurePosixPath(video)
                 entry = Entry((f"{name}/{file.stem}",), label, place, ending=file.suffix)

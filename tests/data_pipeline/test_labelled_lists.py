@@ -32,8 +32,9 @@ def entry(source, *labels) -> str:
 
 
 def test_every_sample_gets_the_labels_of_its_line_in_any_order(tmp_path):
-    lines = (entry("b.mp4"), "", entry("a.mp4", 4, 0), entry("bad.mp4", 1))
-    assert imported(tmp_path, *lines, rejected=["bad.mp4"]) == [[4, 0, -1], [-1, -1, -1]]
+    lines = (entry("b.mp4"), "", entry("a.mp4", 4, 0), entry("bad.mp4", 1), entry("c.mp4", 2, -1))
+    found = imported(tmp_path, *lines, sources=("a.mp4", "b.mp4", "c.mp4"), rejected=["bad.mp4"])
+    assert found == [[4, 0, -1], [-1, -1, -1], [2, -1, -1]]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_every_sample_gets_the_labels_of_its_line_in_any_order(tmp_path):
         ("[null]", "label null is no integer"),
         ("[[1]]", r"label \[1\] is no integer"),
         ("[NaN]", "label NaN is no integer"),
-        ("[0, -1]", "label -1, but classes are 0 to 4"),
+        ("[0, -2]", "label -2, but classes are 0 to 4 and -1 for none"),
         ("[5]", "label 5, but classes are 0 to 4"),
         ("[99999999999999999999999]", "label 99999999999999999999999, but"),
         ("2", "is no"),
