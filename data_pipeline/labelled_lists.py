@@ -8,17 +8,14 @@ Every error names the file, the line and the value.
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DataPipelineError
 from .shards.manifest import Manifest
-from .text_lists import csv_rows, is_text, list_lines, printable, settled_name
+from .text_lists import NUMBER, csv_rows, is_text, list_lines, printable, settled_name
 
-# Nine digits fit the int32 of labels.npy. Not str.isdigit(), which takes "²", an error to int().
-NUMBER = re.compile(r"[0-9]{1,9}")
 # What programs write for a truth value or for nothing: never the name of a class.
 NO_WORDS = frozenset({"true", "false", "null", "nan", "na", "n/a"})
 HEADERS = frozenset({"label", "labels", "class", "classes", "category", "target"})

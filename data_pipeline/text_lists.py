@@ -8,12 +8,16 @@ encoding is guessed where nothing on disk proves it.
 import codecs
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DataPipelineError, MissingData
 
+# A class or an index. Nine digits fit the int32 of labels.npy. Not str.isdigit(), which takes "²",
+# an error to int().
+NUMBER = re.compile(r"[0-9]{1,9}")
 # Both, since they differ at 0x80 to 0x9f, where Windows has letters and Latin-1 control characters.
 OLD_ENCODINGS = ("latin-1", "cp1252")
 

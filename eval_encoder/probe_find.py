@@ -34,12 +34,42 @@ class VideoIndex:
         if not folder.is_dir():
             raise ValueError(f"--videos {folder} is no folder")
         self._folder = folder
+        self._report = report
         self._by_stem: dict[str, list[PurePosixPath]] = defaultdict(list)
         # Links may lead out: benchmarks are often put together from links to several discs.
         for name in files_below(folder, report, leave_folder=True):
             path = PurePosixPath(name)
             if is_video(Path(name)):
                 self._by_stem[path.stem].append(path)
+
+    def find_all(
+        self, entries: list[Entry], split: str, suffix: str
+    ) -> tuple[dict[Path, Entry], list[str]]:
+        """({video: its entry}, names of those that are absent), both in the list's order.
+
+        suffix: ending of absent videos where the list gives none. Raises ValueError where two lines
+        give one video two classes.
+        """
+        rows: dict[Path, Entry] = {}
+        absent = []
+        repeated = 0
+        for entry in entries:
+            name = "/".join(filter(None, (entry.class_name, entry.names[0])))
+            found = self.find(entry, split)
+            video = found or self._folder / f"{name}{entry.ending or suffix}"
+            before = rows.setdefault(video, entry)
+            if before is not entry:
+                repeated += 1
+                if before.label != entry.label:
+                    raise ValueError(
+                        f"{entry.place}: {video} has class {entry.label} here and {before.label} "
+                        f"in {before.place}: a clip has one class, so remove one of the lines"
+                    )
+            elif found is None:
+                absent.append(name)
+        if repeated:
+            self._report(f"{repeated} lines of {split} name a video again: it is listed once")
+        return rows, absent
 
     def find(self, entry: Entry, split: str) -> Path | None:
         """The video of an entry of `train` or `val`; None where there is none.

@@ -16,10 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.folders import is_hidden
-from data_pipeline.labelled_lists import NUMBER
-from data_pipeline.text_lists import csv_rows, is_text, list_lines, printable
-
-from .probe_datasets import find_benchmark
+from data_pipeline.text_lists import NUMBER, csv_rows, is_text, list_lines, printable
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
@@ -110,6 +107,8 @@ def _ucf101_entry(line: str, classes: dict[str, int], place: str) -> Entry:
 def read_hmdb51(folder: Path, number: int) -> Splits:
     """Entries of the official lists, one file per class; ValueError where there are none."""
     suffix = f"_test_split{number}.txt"
+    from .probe_datasets import find_benchmark
+
     # Each list is a class, so a `._CLASS_test_split1.txt` of a file manager would be one too.
     files = sorted(path for path in folder.glob(f"*{suffix}") if not is_hidden(path.name))
     if not files:

@@ -17,9 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from .probe_datasets import find_benchmark
-from .probe_find import VideoIndex
-from .probe_official import Entry, Splits, read_hmdb51, read_kinetics, read_ssv2, read_ucf101
+from .probe_official import Splits, read_hmdb51, read_kinetics, read_ssv2, read_ucf101
 
 # Endings for the names of absent videos where the official list has none.
 SUFFIXES = {"ssv2": ".webm", "ucf101": ".avi", "hmdb51": ".avi"}
@@ -56,11 +54,14 @@ def write_lists(
     Raises ValueError when no video at all is found, when it is not clear which file is meant, and
     when two lines give one video two classes. Nothing is written then.
     """
+    from .probe_datasets import find_benchmark
+    from .probe_find import VideoIndex
+
     benchmark = find_benchmark(dataset)
     files = {"train": benchmark.train_csv, "val": benchmark.val_csv}
     index = VideoIndex(videos, report=_warn)
     lists = {
-        split: _found_videos(entries, split, index, videos, SUFFIXES[dataset])
+        split: index.find_all(entries, split, suffix=SUFFIXES[dataset])
         for split, entries in splits.items()
     }
     for split, (rows, absent) in lists.items():
@@ -82,32 +83,6 @@ def write_lists(
     return {
         split: (len(rows) - len(absent), len(absent)) for split, (rows, absent) in lists.items()
     }
-
-
-def _found_videos(
-    entries: list[Entry], split: str, index: VideoIndex, videos: Path, suffix: str
-) -> tuple[dict[Path, Entry], list[str]]:
-    """({video: its entry}, names of those that are absent), both in the list's order."""
-    rows: dict[Path, Entry] = {}
-    absent = []
-    repeated = 0
-    for entry in entries:
-        name = "/".join(filter(None, (entry.class_name, entry.names[0])))
-        found = index.find(entry, split)
-        video = found or videos / f"{name}{entry.ending or suffix}"
-        before = rows.setdefault(video, entry)
-        if before is not entry:
-            repeated += 1
-            if before.label != entry.label:
-                raise ValueError(
-                    f"{entry.place}: {video} has class {entry.label} here and {before.label} in "
-                    f"{before.place}: a clip has one class, so remove one of the lines"
-                )
-        elif found is None:
-            absent.append(name)
-    if repeated:
-        _warn(f"{repeated} lines of {split} name a video again, with the same class: listed once")
-    return rows, absent
 
 
 def _warn(line: str) -> None:
