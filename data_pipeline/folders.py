@@ -90,28 +90,27 @@ class _Walk:
     def _read_tree(self, prefix: str, top: str) -> bool:
         """Read a real folder and the real folders below it; False when it was read before."""
         waiting = [(prefix, top)]
-        is_new = False
+        read_before = len(self._read)
         while waiting:
             prefix, place = waiting.pop()
             try:
                 status = os.stat(place)
                 # Device and inode instead of the path: bind mounts have several paths.
-                if (status.st_dev, status.st_ino) in self._read:
+                identity = (status.st_dev, status.st_ino)
+                if identity in self._read:
                     continue
-                self._read.add((status.st_dev, status.st_ino))
-                is_new = True
+                self._read.add(identity)
                 with os.scandir(place) as listing:
                     entries = sorted(listing, key=lambda entry: entry.name)
             except OSError:
-                is_new = True
                 self.left_out["unreadable"].append(prefix.rstrip("/") or ".")
                 continue
             folders = [self._read_entry(prefix, place, entry) for entry in entries]
             waiting += reversed([found for found in folders if found is not None])
-        return is_new
+        return len(self._read) > read_before
 
     def _read_entry(self, prefix: str, place: str, entry: os.DirEntry) -> tuple[str, str] | None:
-        """Note a file or a link; returns (prefix, path) of a real folder, which is still to read"""
+        """Note a file or a link; returns (prefix, path) of a real folder, which is still to read."""
         name = prefix + entry.name
         if is_hidden(entry.name):
             self.left_out["hidden"].append(name)

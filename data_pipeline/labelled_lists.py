@@ -50,7 +50,8 @@ def read_labelled_csv(path: Path, exists: Callable[[str], bool]) -> list[Labelle
                 f"{row.place}: {_shown(row.cells)} is no `relative path,label` (several labels "
                 "separated by spaces; a path with a comma in quotes)"
             )
-        if not rows and cells[1].lower() in HEADERS:
+        # "target" may be a class, but the name of a column has no ending.
+        if not rows and cells[1].lower() in HEADERS and not Path(cells[0]).suffix:
             raise DataPipelineError(
                 f"{row.place}: {_shown(row.cells)} is a header: remove that line"
             )

@@ -96,6 +96,8 @@ class VideoIndex:
     def _best(
         self, found: list[PurePosixPath], name: str, entry: Entry, split: str
     ) -> PurePosixPath:
+        if len(found) == 1:
+            return found[0]
         ranks = {path: _rank(path, name, entry.class_name, split) for path in found}
         best = [path for path in found if ranks[path] == min(ranks.values())]
         own = [path for path in best if path.suffix == entry.ending]

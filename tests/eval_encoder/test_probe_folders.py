@@ -72,6 +72,8 @@ def test_a_header_is_named_and_not_taken_for_a_clip_of_a_class(tmp_path):
     write_csv(tmp_path, "path,label\na.mp4,run\n", "v.mp4,run\n")
     with pytest.raises(ValueError, match="train.csv line 1: .* is a header: remove that line"):
         read(tmp_path)
+    write_csv(tmp_path, "a.mp4,target\nb.mp4,miss\n", "v.mp4,miss\n")
+    assert read(tmp_path)[0].classes == ("miss", "target")
 
 
 def test_published_lists_of_several_labels_may_repeat_a_clip(tmp_path):
