@@ -110,7 +110,7 @@ class _Walk:
         return len(self._read) > read_before
 
     def _read_entry(self, prefix: str, place: str, entry: os.DirEntry) -> tuple[str, str] | None:
-        """Note a file or a link; returns (prefix, path) of a real folder, which is still to read."""
+        """Note a file or a link; returns (prefix, path) of a real folder, which is not yet read."""
         name = prefix + entry.name
         if is_hidden(entry.name):
             self.left_out["hidden"].append(name)

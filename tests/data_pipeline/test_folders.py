@@ -3,6 +3,7 @@ order; nothing hidden, no loop, and what is left out is said.
 """
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,12 @@ def test_packing_a_folder_with_a_loop_ends_without_a_traceback(tmp_path):
     done = run(*command, "--workers", 1, check=False)
     assert "Traceback" not in done.stderr and "1 links of" in done.stdout
     assert "rejected: 1 container" in done.stdout
+
+
+def test_hidden_entries_of_a_remote_folder_are_no_inputs_either(tmp_path):
+    pytest.importorskip("fsspec")
+    archive = tmp_path / "clips.zip"
+    with zipfile.ZipFile(archive, "w") as bundle:
+        for name in ("v/b/a.mp4", "v/__MACOSX/b/._a.mp4", "v/.ipynb_checkpoints/a.mp4"):
+            bundle.writestr(name, "x")
+    assert sources(f"zip://v::file://{archive}") == ["b/a.mp4"]
