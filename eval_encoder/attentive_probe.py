@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from eval_encoder.probe_datasets import read_lists
 
+    notes: list[str] = []  # what was left out or chosen: logged and recorded once ranks are known
     try:
         config = build_config(args)
         lists = read_lists(
@@ -29,14 +30,15 @@ def main(argv: list[str] | None = None) -> int:
             config.val_csv,
             config.num_classes,
             config.protocol,
+            report=notes.append,
         )
-        return _probe(config, lists, idle_flags(args))
+        return _probe(config, lists, notes=notes, ignored=idle_flags(args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _probe(config, lists, ignored: list[str]) -> int:
+def _probe(config, lists, notes: list[str], ignored: list[str]) -> int:
     import torch.distributed as dist
 
     from eval_encoder.probe_encoders import build_encoder
@@ -50,6 +52,8 @@ def _probe(config, lists, ignored: list[str]) -> int:
         log = setup_logging(ranks.rank)
         if ignored:
             log.info("without effect here: %s", ", ".join(ignored))
+        for note in notes:
+            log.info("%s", note)
         encoder = build_encoder(
             config.input, config.model_name, config.model_weight, config.heads.seed
         ).to(ranks.device)
@@ -70,6 +74,7 @@ def _probe(config, lists, ignored: list[str]) -> int:
                 world_size=ranks.world_size,
                 device=ranks.device.type,
             )
+            record["notes"] = notes
             _report(config, record, confusion, costs, encoder.sha256, train, val)
         dist.barrier()
     return 0
@@ -139,7 +144,7 @@ def _report(config, record, confusion, costs, encoder_sha256: str, train, val) -
     unreadable = {"train": train.unreadable, "val": val.unreadable}
     facts = {"unreadable": unreadable, "encoder_sha256": encoder_sha256, "read_from": train.about}
     facts["clips_in_both_lists"] = len(shared_files(train.clips, val.clips))
-    record = write_results(config, record, confusion, costs, facts)
+    record = write_results(config, record, confusion, costs, facts, classes=val.clips.classes)
     metric, last = record["metric"], record["last_epoch"]
     missed = len(train.unreadable | val.unreadable)
     partial = f" without {missed} unreadable clips" if missed else ""

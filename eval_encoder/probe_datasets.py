@@ -5,34 +5,36 @@ they name. Several labels of a clip are separated by spaces, and it may have non
 
     DATA_ROOT/NAME/train.csv   DATA_ROOT/NAME/val.csv   DATA_ROOT/NAME/<videos>
 
-Any other folder of that form is judged with `--dataset PATH`, and so is one with train/CLASS/ and
-val/CLASS/ folders of files. Packed shards of the two lists may stand beside them as train/ and val/
-(`python -m data_pipeline pack`).
+Any other folder of that form is evaluated with `--dataset PATH`, where labels may be words; so is
+one of class folders (probe_class_folders). Packed shards of the two lists may stand beside them as
+train/ and val/ (`python -m data_pipeline pack`).
 """
 
-import csv
 import difflib
-import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.codec.open_video import is_image, is_video
 from data_pipeline.counter_rng import counter_rng
+from data_pipeline.labelled_lists import LabelledRow, read_labelled_csv, refuse_repeats
+
+from .probe_class_folders import SPLITS, class_folder_rows
 
 PREPARE = "python -m eval_encoder.probe_prepare"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Number of classes (0: read off the labels), file names of the lists, and the command that
-    makes them."""
+    """Number of classes (0: read off the labels), file names of the lists, the command that makes
+    them, and whether they name a clip once per label, as published lists of several labels do."""
 
     num_classes: int
     train_csv: str = "train_new.csv"
     val_csv: str = "val_new.csv"
     prepare: str = ""
+    repeats_clips: bool = False
 
 
 def _splits(name: str) -> str:
@@ -54,9 +56,9 @@ BENCHMARKS = {
     "k600": Benchmark(600, prepare=_KINETICS),
     "k700": Benchmark(700, prepare=_KINETICS),
     "k710": Benchmark(710),
-    "charadesego": Benchmark(157),
-    "charadesego_v1_only1st": Benchmark(157),
-    "charadesego_v1_only3rd": Benchmark(157),
+    "charadesego": Benchmark(157, repeats_clips=True),
+    "charadesego_v1_only1st": Benchmark(157, repeats_clips=True),
+    "charadesego_v1_only3rd": Benchmark(157, repeats_clips=True),
     "coin": Benchmark(150),
     "jester": Benchmark(27),
     "mit": Benchmark(339),
@@ -77,7 +79,8 @@ class MissingBenchmark(ValueError):
 @dataclass(frozen=True)
 class LabelledList:
     """One split: names relative to `folder`, labels int64 [N] or, where clips have several, 0/1
-    uint8 [N, classes]; and the packed shards beside the list, if any.
+    uint8 [N, classes]; names of the classes where labels are words; and the packed shards beside
+    the list, if any.
     """
 
     folder: Path
@@ -85,6 +88,7 @@ class LabelledList:
     names: list[str]
     labels: np.ndarray
     num_classes: int
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,6 +117,15 @@ def find_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[key]
 
 
+@dataclass(frozen=True)
+class _Clip:
+    """One clip of a list: where it is listed, its name, and the numbers of its classes."""
+
+    place: str
+    name: str
+    labels: list[int]
+
+
 def read_lists(
     name: str,
     data_root: Path,
@@ -120,32 +133,48 @@ def read_lists(
     val_csv: str | None = None,
     num_classes: int = 0,
     protocol: str | None = None,
+    report: Callable[[str], object] = print,
 ) -> tuple[LabelledList, LabelledList]:
-    """Training and validation list of a benchmark, or of a folder.
+    """Training and validation list of a benchmark, or of a folder. `report` takes a line for what
+    is left out or chosen here.
 
-    Raises MissingBenchmark without the files, ValueError for a line that is no `path,label`, a
-    label out of range, or several labels under the single-label protocol.
+    Raises MissingBenchmark without the files, ValueError with file and line for what is no
+    `path,label`, a label that is no integer (in a list of one's own: or word) or out of range, a
+    clip in two lines, or several labels under the single-label protocol.
     """
-    if name.lower() in BENCHMARKS or not Path(name).is_dir():
-        benchmark, folder = find_benchmark(name), data_root / name.lower()
+    is_own = name.lower() not in BENCHMARKS and Path(name).is_dir()
+    if is_own:
+        benchmark = Benchmark(0, "train.csv", "val.csv")
+        folder = Path(name)
     else:
-        benchmark, folder = Benchmark(0, "train.csv", "val.csv"), Path(name)
+        benchmark = find_benchmark(name)
+        folder = data_root / name.lower()
     files = (folder / (train_csv or benchmark.train_csv), folder / (val_csv or benchmark.val_csv))
+    rows = None
+    classes: tuple[str, ...] = ()
+    several = protocol == "multi_label"
     if all(file.is_file() for file in files):
-        rows = [_read_rows(file) for file in files]
-    elif not (train_csv or val_csv) and _has_class_folders(folder, files):
-        rows = _class_folders(folder)
-    else:
+        rows = [read_labelled_csv(file, lambda clip: (folder / clip).exists()) for file in files]
+        if is_own:
+            classes = _words(rows, several)
+    elif not (train_csv or val_csv) and not any(file.is_file() for file in files):
+        rows = class_folder_rows(folder, may_split=is_own, report=report)
+        classes = tuple(sorted({row.label for split in rows or () for row in split}))
+    if rows is None:
         raise MissingBenchmark(_instructions(name, benchmark, folder, files))
-    several = _is_multi_label(rows, protocol, name)
+    clips = [_numbered(split, classes, several, name) for split in rows]
+    if not several and not benchmark.repeats_clips:
+        for split in rows:
+            refuse_repeats(split, "keep one line, or evaluate with --protocol multi_label")
     if several:
-        rows = [_merged(split) for split in rows]
-    largest = max((i for split in rows for _, _, labels in split for i in labels), default=0)
-    classes = num_classes or benchmark.num_classes or largest + 1
-    return tuple(
-        _labelled(folder, split, found, classes, several)
-        for split, found in zip(("train", "val"), rows, strict=True)
+        clips = [_merged(split) for split in clips]
+    largest = max((i for split in clips for clip in split for i in clip.labels), default=0)
+    count = num_classes or benchmark.num_classes or len(classes) or largest + 1
+    train, val = (
+        _labelled(folder, split, found, count, classes, several)
+        for split, found in zip(SPLITS, clips, strict=True)
     )
+    return train, val
 
 
 def hold_out(clips: LabelledList, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -173,90 +202,82 @@ def unseen_classes(train: LabelledList, val: LabelledList) -> list[int]:
     return sorted(int(label) for label in asked - known)
 
 
-def _read_rows(file: Path) -> list[tuple[str, str, list[int]]]:
-    """(where it stands, name, labels) of every line."""
-    rows = []
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text ({error}): save it as UTF-8") from error
-    with io.StringIO(text, newline="") as lines:
-        for number, row in enumerate(csv.reader(lines), start=1):
-            if not row:
-                continue
-            labels = row[1].split() if len(row) == 2 else ["none"]
-            if not all(label.isdigit() for label in labels):
-                raise ValueError(
-                    f"{file} line {number}: {row} is no `relative path,label` (several labels "
-                    "separated by spaces)"
-                )
-            rows.append((f"{file} line {number}", row[0].strip(), [int(i) for i in labels]))
-    if not rows:
-        raise ValueError(f"{file} lists nothing")
-    return rows
+def _words(rows: list[list[LabelledRow]], several: bool) -> tuple[str, ...]:
+    """Classes of two lists in the order of their numbers, which is that of the words; none where
+    labels are numbers. ValueError where one list has both."""
+    labelled = [row for split in rows for row in split if row.label]
+    if not labelled or all(row.numbers is not None for row in labelled):
+        return ()
+    has_words = labelled[0].numbers is None
+    words: set[str] = set()
+    for row in labelled:
+        # Several labels are separated by spaces, but one class may be named `riding a bike`.
+        own = row.label.split() if several else [row.label]
+        is_mixed = several and not all(any(map(str.isalpha, word)) for word in own)
+        if (row.numbers is None) != has_words or is_mixed:
+            raise ValueError(
+                f"{row.place}: label {row.label!r}, but {labelled[0].place} has "
+                f"{labelled[0].label!r}: write all labels as integers or all as words"
+            )
+        words.update(own)
+    return tuple(sorted(words))
 
 
-def _has_class_folders(folder: Path, files) -> bool:
-    """Whether train/ and val/ hold classes: there is no list, and they are no packed shards."""
-    splits = [folder / split for split in ("train", "val")]
-    packed = any((split / "manifest.json").is_file() for split in splits)
-    return all(s.is_dir() for s in splits) and not packed and not any(f.is_file() for f in files)
+def _numbered(
+    rows: list[LabelledRow], classes: tuple[str, ...], several: bool, name: str
+) -> list[_Clip]:
+    """Clips of a list; `classes` are its words, if it has words."""
+    number = {word: i for i, word in enumerate(classes)}
+    clips = []
+    for row in rows:
+        labels = row.numbers
+        if row.label in number:
+            labels = [number[row.label]]
+        elif classes:
+            labels = [number[word] for word in row.label.split()]
+        if labels is None:
+            raise ValueError(
+                f"{row.place}: label {row.label!r} is no integer: classes of {name} are numbers"
+            )
+        if not several and len(labels) != 1:
+            raise ValueError(
+                f"{row.place}: {len(labels)} labels; evaluate {name} with --protocol multi_label, "
+                "or write lists with one label per clip"
+            )
+        clips.append(_Clip(row.place, row.name, labels))
+    return clips
 
 
-def _merged(rows: list[tuple[str, str, list[int]]]) -> list[tuple[str, str, list[int]]]:
-    """One row for every file, with all of its labels."""
-    merged: dict[str, tuple[str, str, list[int]]] = {}
-    for place, name, labels in rows:
-        merged.setdefault(name, (place, name, []))[2].extend(labels)
+def _merged(clips: list[_Clip]) -> list[_Clip]:
+    """One clip for every file, with all of its labels."""
+    merged: dict[str, _Clip] = {}
+    for clip in clips:
+        found = merged.setdefault(clip.name, _Clip(clip.place, clip.name, []))
+        found.labels.extend(clip.labels)
     return list(merged.values())
 
 
-def _class_folders(folder: Path) -> list[list[tuple[str, str, list[int]]]]:
-    """Rows of train/CLASS/ and val/CLASS/: classes are numbered by name over both."""
-    found = {}
-    for split in ("train", "val"):
-        paths = sorted(p for p in (folder / split).glob("*/**/*") if not p.name.startswith("."))
-        found[split] = [p for p in paths if p.is_file() and (is_image(p) or is_video(p))]
-    for split, paths in found.items():
-        if not paths:
-            raise ValueError(f"{folder / split} holds no CLASS/ folders with pictures or videos")
-
-    def class_of(path: Path) -> str:
-        return path.relative_to(folder).parts[1]
-
-    names = sorted({class_of(path) for paths in found.values() for path in paths})
-    number = {name: i for i, name in enumerate(names)}
-    return [
-        [(str(p), str(p.relative_to(folder)), [number[class_of(p)]]) for p in paths]
-        for paths in found.values()
-    ]
-
-
-def _is_multi_label(rows, protocol: str | None, name: str) -> bool:
-    if protocol == "multi_label":
-        return True
-    for split in rows:
-        for place, _, labels in split:
-            if len(labels) != 1:
-                raise ValueError(
-                    f"{place}: {len(labels)} labels; judge {name} with --protocol multi_label, or "
-                    "write lists with one label per clip"
-                )
-    return False
-
-
-def _labelled(folder: Path, split: str, rows, num_classes: int, several: bool) -> LabelledList:
-    for place, _, labels in rows:
-        if labels and max(labels) >= num_classes:
-            raise ValueError(f"{place}: label {max(labels)}, but there are {num_classes} classes")
-    names = [name for _, name, _ in rows]
-    if not several:
-        single = np.array([labels[0] for _, _, labels in rows])
-        return LabelledList(folder, split, names, single, num_classes)
-    targets = np.zeros((len(rows), num_classes), np.uint8)
-    for row, (_, _, labels) in zip(targets, rows, strict=True):
-        row[labels] = 1
-    return LabelledList(folder, split, names, targets, num_classes)
+def _labelled(
+    folder: Path,
+    split: str,
+    clips: list[_Clip],
+    num_classes: int,
+    classes: tuple[str, ...],
+    several: bool,
+) -> LabelledList:
+    for clip in clips:
+        if clip.labels and max(clip.labels) >= num_classes:
+            raise ValueError(
+                f"{clip.place}: label {max(clip.labels)}, but there are {num_classes} classes"
+            )
+    if several:
+        labels = np.zeros((len(clips), num_classes), np.uint8)
+        for row, clip in zip(labels, clips, strict=True):
+            row[clip.labels] = 1
+    else:
+        labels = np.array([clip.labels[0] for clip in clips])
+    names = [clip.name for clip in clips]
+    return LabelledList(folder, split, names, labels, num_classes, classes)
 
 
 def _instructions(name: str, benchmark: Benchmark, folder: Path, files) -> str:
@@ -264,7 +285,8 @@ def _instructions(name: str, benchmark: Benchmark, folder: Path, files) -> str:
     if Path(name).is_dir():
         return (
             f"{name} holds neither two lists of `relative path,label` ({missing} is missing) nor "
-            "folders train/CLASS/ and val/CLASS/ of videos or pictures"
+            "folders train/CLASS/ and val/CLASS/ of videos or pictures, nor two or more CLASS/ "
+            "folders alone"
         )
     tree = (
         f"  {folder}/\n    {files[0].name}      lines of `relative path,label`\n"

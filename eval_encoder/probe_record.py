@@ -3,9 +3,11 @@
 results.jsonl       the record: one line per probe, fields in docs/evaluation.md
 table.md            one row per probe
 NAME_confusion.png  shares of predicted classes
+NAME_classes.csv    lines of `number,class`, where classes have names
 report_attentive_probe_<weights>.txt    the public one-line report
 """
 
+import csv
 import json
 import platform
 from dataclasses import asdict, dataclass
@@ -80,10 +82,16 @@ def summarise_neighbours(config: ProbeConfig, k: int, held, judged, num_clips) -
 
 
 def write_results(
-    config: ProbeConfig, record: dict, confusion: np.ndarray | None, costs: Costs, facts: dict
+    config: ProbeConfig,
+    record: dict,
+    confusion: np.ndarray | None,
+    costs: Costs,
+    facts: dict,
+    classes: tuple[str, ...] = (),
 ) -> dict:
     """Append to the files of the report folder; returns the whole record. facts: what else to
-    note, `unreadable` {split: {name: reason}} and `encoder_sha256` among it."""
+    note, `unreadable` {split: {name: reason}} among it. classes: names in the order of their
+    numbers, if classes have names."""
     from importlib.metadata import version
 
     folder = config.report_dir
@@ -97,6 +105,10 @@ def write_results(
         name = f"{number:03d}_{record['dataset']}_confusion.png"
         record["confusion"] = name
         draw_confusion(confusion, folder / name)
+    if classes:
+        name = f"{number:03d}_{record['dataset']}_classes.csv"
+        record["classes"] = name
+        _write_classes(folder / name, classes)
     with open(results, "a") as stream:
         stream.write(json.dumps(record) + "\n")
     table = folder / "table.md"
@@ -107,6 +119,12 @@ def write_results(
     with open(folder / f"report_attentive_probe_{weights}.txt", "a") as stream:
         stream.write(f"{record['dataset']} {record['last_epoch'][record['metric']]:.2f}\n")
     return record
+
+
+def _write_classes(path: Path, classes: tuple[str, ...]) -> None:
+    # A class folder's name may hold bytes that are no UTF-8: they are written as they are.
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        csv.writer(stream).writerows(enumerate(classes))
 
 
 def _facts(config: ProbeConfig, num_clips: dict[str, int]) -> dict:

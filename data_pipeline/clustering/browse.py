@@ -4,7 +4,6 @@ A cluster's members are the samples whose nearest centroid it is. Where true lab
 cluster's purity is the share of its most frequent one. Cost: one member read per picture shown.
 """
 
-import csv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataPipelineError
+from ..labelled_lists import ids_of_sources, read_labelled_csv, refuse_repeats
 from ..loading.shard_reader import ShardReader
 from ..shards.manifest import Manifest
 from ..shards.schema import SampleInfo, decode_jpeg, frames_from_strip
@@ -63,12 +63,15 @@ def overall_purity(summaries: list[ClusterSummary]) -> float | None:
 def read_truth(manifest: Manifest, path: Path) -> np.ndarray:
     """True labels int64 [N] from a list of `relative path,label`; -1 where it names no label.
 
-    DataPipelineError when it names none of the samples.
+    The list may name more than the samples. DataPipelineError when it names none of them, names one
+    twice, or has a line of another form.
     """
-    with open(path, newline="") as lines:
-        named = {row[0]: row[1] for row in csv.reader(lines) if len(row) == 2}
+    ids = ids_of_sources(manifest)
+    rows = read_labelled_csv(path, exists=ids.__contains__)
+    refuse_repeats(rows, "a sample has one true label, so keep one line")
+    named = {row.name: row.label for row in rows if row.label}
     numbers = {label: number for number, label in enumerate(sorted(set(named.values())))}
-    found = [numbers.get(named.get(source, ""), -1) for source in manifest.sources()]
+    found = [numbers.get(named.get(source, ""), -1) for source in ids]
     if max(found, default=-1) < 0:
         raise DataPipelineError(
             f"{path} names none of the samples of {manifest.directory}, e.g. "

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CorruptShard, DataPipelineError, MissingData
+from ..labelled_lists import ids_of_sources, read_labelled_jsonl
 from ..records import read_record
 from ..shards.manifest import Manifest
 from ..shards.writer import file_sha256, write_array, write_atomically
@@ -63,48 +64,64 @@ def are_clusters(directory: Path) -> bool:
 def import_labels(manifest: Manifest, path: Path, num_classes: int, width: int) -> np.ndarray:
     """Labels int32 [N, width] from a list of ours or of somebody else, -1 where a sample has fewer:
 
-        FILE.npy     integers [N, L] in the order of sample ids
+        FILE.npy     integers [N, L] in the order of sample ids, -1 for none
         FILE.jsonl   a line {"source": relative path, "labels": [..]} for each sample, in any order
 
-    MissingData names samples without a line; DataPipelineError classes out of range and lists of
-    another length.
+    MissingData names samples without a line; DataPipelineError names labels that are no class,
+    lines for no sample, second lines for one, and lists of another length.
     """
-    rows = _array_rows(manifest, path) if path.suffix == ".npy" else _listed_rows(manifest, path)
-    labels = np.full((len(manifest), width), -1, np.int64)
-    for place, row in enumerate(rows):
-        labels[place, : min(width, len(row))] = row[:width]
-    wrong = np.flatnonzero(((labels < -1) | (labels >= num_classes)).any(axis=1))
-    if len(wrong):
-        raise DataPipelineError(
-            f"{path}: sample {wrong[0]} has labels {labels[wrong[0]].tolist()}, classes are 0 to "
-            f"{num_classes - 1} and -1 for none"
-        )
-    return labels.astype(np.int32)
+    if path.suffix == ".npy":
+        rows = _array_rows(manifest, path, num_classes)
+    else:
+        rows = _listed_rows(manifest, path, num_classes)
+    labels = np.full((len(manifest), width), -1, np.int32)
+    for number, row in enumerate(rows):
+        labels[number, : min(width, len(row))] = row[:width]
+    return labels
 
 
-def _array_rows(manifest: Manifest, path: Path) -> np.ndarray:
-    rows = np.load(path, allow_pickle=False)
+def _array_rows(manifest: Manifest, path: Path, num_classes: int) -> np.ndarray:
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataPipelineError(f"{path} is no array of numbers: {error}") from error
+    if not isinstance(rows, np.ndarray):
+        raise DataPipelineError(f"{path} holds several arrays (npz): save one, integers [N, L]")
     if rows.ndim != 2 or len(rows) != len(manifest) or rows.dtype.kind not in "iu":
         raise DataPipelineError(
-            f"{path} holds {rows.dtype} {list(rows.shape)}, expected integers [{len(manifest)}, L]"
+            f"{path} holds {rows.dtype} {list(rows.shape)}{_first_fraction(rows)}; expected "
+            f"integers [{len(manifest)}, L], a row for each sample"
+        )
+    # Checked before any cast: a large uint64 would become a valid int32.
+    wrong = np.argwhere((rows < -1) | (rows >= num_classes))
+    if len(wrong):
+        row, column = wrong[0]
+        raise DataPipelineError(
+            f"{path} row {row}: label {rows[row, column]}, but classes are 0 to {num_classes - 1} "
+            "and -1 for none"
         )
     return rows
 
 
-def _listed_rows(manifest: Manifest, path: Path) -> list[list[int]]:
-    listed = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            listed[entry["source"]] = [int(label) for label in entry["labels"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataPipelineError(
-                f'{path}, line {number}: write {{"source": PATH, "labels": [..]}} ({error!r})'
-            ) from error
-    absent = [source for source in manifest.sources() if source not in listed]
+def _first_fraction(rows: np.ndarray) -> str:
+    """Where an array of floats first holds what is no integer, NaN among it."""
+    if rows.dtype.kind != "f" or rows.ndim != 2:
+        return ""
+    wrong = np.argwhere(~(rows == np.floor(rows)) | np.isinf(rows))
+    if not len(wrong):
+        return ""
+    row, column = wrong[0]
+    return f", row {row}: {rows[row, column]} is no integer"
+
+
+def _listed_rows(manifest: Manifest, path: Path, num_classes: int) -> list[list[int]]:
+    rejected = {entry["source"] for shard in manifest.shards for entry in shard["rejected"]}
+    ids = ids_of_sources(manifest)
+    listed = read_labelled_jsonl(path, ids=ids, others=rejected, num_classes=num_classes)
+    absent = [source for source, number in ids.items() if number not in listed]
     if absent:
         raise MissingData(f"{path} has no line for {len(absent)} samples, {absent[0]!r} first")
-    return [listed[source] for source in manifest.sources()]
+    return [listed[number] for number in range(len(manifest))]
 
 
 def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:

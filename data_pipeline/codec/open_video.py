@@ -17,8 +17,17 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .mov .m4v .mkv .webm .avi .ts .mts .m2ts .mpg .mpeg .vob .flv .ogv .wmv .3gp".split()
 )
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .heic .avif".split())
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# .heic, .heif and .hif are refused when opened: by name, so that nobody misses them unawares.
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .heic .heif .hif".split()
+)
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+# Brands in the `ftyp` box (ISO/IEC 23008-12 annex B; AVIF 1.2 section 6). mif1 and msf1 say only
+# "picture" and "sequence", which AVIF files say too: the AVIF brands decide.
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
+HEIF_BRANDS = frozenset(
+    {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,8 @@ def open_image(path: Path, limits: InputLimits) -> np.ndarray:
 
     check_file(path, limits)
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as picture:
+        _refuse_unreadable_kind(path)
+        with Image.open(path, formats=_readable_formats()) as picture:
             if limits.forbid(picture.width, picture.height):
                 raise RejectedInput(
                     "too_large", f"{path} is {picture.width}x{picture.height} pixels"
@@ -137,9 +147,49 @@ def open_image(path: Path, limits: InputLimits) -> np.ndarray:
     except (
         UnidentifiedImageError,
         OSError,
+        RuntimeError,  # libavif's word for damage
         SyntaxError,
         ValueError,
     ) as error:
         if isinstance(error, RejectedInput):
             raise
         raise RejectedInput("image", f"{path} is not a readable picture: {error}") from error
+
+
+def _readable_formats() -> list[str]:
+    """IMAGE_FORMATS as far as the installed Pillow knows them: AVIF came with release 11.3."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
+
+
+def _refuse_unreadable_kind(path: Path) -> None:
+    """Reject HEIC, whatever the file is called, and AVIF where Pillow has no decoder for it."""
+    from PIL import features
+
+    brands = _container_brands(path)
+    if brands & AVIF_BRANDS:
+        if not features.check("avif"):
+            raise RejectedInput(
+                "image",
+                f"{path} is AVIF, which this Pillow does not read: "
+                "pip install 'pillow>=11.3', or convert it to PNG",
+            )
+    elif brands & HEIF_BRANDS:
+        raise RejectedInput(
+            "image",
+            f"{path} is HEIC (HEIF), which is not read here: convert it to JPEG or PNG first, "
+            "e.g. with heif-convert",
+        )
+
+
+def _container_brands(path: Path) -> set[bytes]:
+    """Major and compatible brands of a file that begins with an `ftyp` box; none of any other."""
+    with open(path, "rb") as stream:
+        head = stream.read(256)  # some twenty brands are more than any file has
+    if head[4:8] != b"ftyp":
+        return set()
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    starts = [8, *range(16, end - 3, 4)]  # at 12 stands the minor version
+    return {head[start : start + 4] for start in starts}

@@ -6,15 +6,18 @@ which itself only ever opens local files.
 """
 
 import contextlib
-import csv
 import hashlib
 import json
+import os
 import tempfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ..codec.open_video import InputLimits, is_image, is_video
 from ..errors import MissingData, RejectedInput
+from ..folders import files_below, is_hidden
+from ..text_lists import csv_rows, list_lines, printable, settled_name
 
 VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "CRC", "md5Hash")
 LIST_SUFFIXES = (".txt", ".csv")
@@ -34,12 +37,13 @@ class Input:
 
 
 def list_inputs(arguments: list[str | Path], report=print) -> list[Input]:
-    """Expand files, folders, lists and URLs into inputs, in a stable order.
+    """Expand files, folders, lists and URLs into inputs, in a stable order, each file once and each
+    under a name of its own.
 
-    Folders give their videos and images, sorted, named relative to the folder; links that lead out
-    of the folder are left out and reported. Lists give whole lines (.txt) or the first column
-    (.csv), relative to the list's folder. Raises MissingData for an argument that does not exist
-    or names nothing.
+    Folders give their videos and images, sorted, named relative to the folder; hidden entries and
+    links that lead out of the folder are left out and reported. Lists give whole lines (.txt) or
+    the first column (.csv), relative to the list's folder. Raises MissingData for an argument that
+    does not exist or names nothing.
     """
     inputs: list[Input] = []
     for argument in map(str, arguments):
@@ -49,7 +53,7 @@ def list_inputs(arguments: list[str | Path], report=print) -> list[Input]:
         elif path.is_dir():
             inputs += _folder_inputs(path, report)
         elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
-            inputs += [_listed_input(path.parent, name) for name in _listed(path)]
+            inputs += _listed_inputs(path)
         elif path.exists():
             inputs.append(Input(argument, path.name))
         else:
@@ -58,7 +62,50 @@ def list_inputs(arguments: list[str | Path], report=print) -> list[Input]:
             )
     if not inputs:
         raise MissingData(f"no video or image in {', '.join(map(str, arguments))}")
-    return inputs
+    return _with_distinct_sources(_each_once(inputs, report), report)
+
+
+def _each_once(inputs: list[Input], report) -> list[Input]:
+    """The inputs without those whose file was named before."""
+    first: dict[str, Input] = {}
+    for item in inputs:
+        key = item.place if item.is_remote else os.path.abspath(item.place)
+        first.setdefault(key, item)
+    repeated = len(inputs) - len(first)
+    if repeated:
+        report(f"{repeated} inputs are named more than once: each is packed once")
+    return list(first.values())
+
+
+def _with_distinct_sources(inputs: list[Input], report) -> list[Input]:
+    """The inputs; those that share a source are named with as many of their folders as it takes.
+
+    Labels find their sample by its source, so two samples of one source could not be labelled.
+    """
+    named = inputs
+    while True:
+        count = Counter(item.source for item in named)
+        if len(count) == len(named):
+            break
+        # A longer name can meet another input's, which the next round settles. Every round adds a
+        # folder, and whole paths differ, so this ends.
+        named = [_longer_source(item) if count[item.source] > 1 else item for item in named]
+    changed = [new.source for new, old in zip(named, inputs, strict=True) if new != old]
+    if changed:
+        report(
+            f"{len(changed)} inputs share a name with one of another folder: they are named with "
+            f"their folder, {printable(changed[0])} first"
+        )
+    return named
+
+
+def _longer_source(item: Input) -> Input:
+    """The input, named with one more folder of its path; a URL as a whole."""
+    if item.is_remote:
+        return replace(item, source=item.place)
+    parts = Path(os.path.abspath(item.place)).parts[1:]
+    length = len(PurePosixPath(item.source).parts) + 1
+    return replace(item, source="/".join(parts[-length:]))
 
 
 def inputs_sha256(inputs: list[Input]) -> str:
@@ -114,35 +161,40 @@ def local_copy(place: str, limits: InputLimits):
 
 
 def _folder_inputs(folder: Path, report) -> list[Input]:
-    root = folder.resolve()
-    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
-    outside = [path for path in files if not path.resolve().is_relative_to(root)]
-    files = [path for path in files if path not in set(outside)]
-    known = [path for path in files if is_video(path) or is_image(path)]
-    if outside:
-        report(
-            f"{len(outside)} links lead out of {folder} and are left out, {outside[0].name} first: "
-            "name their targets in a list to pack them"
-        )
+    files = files_below(folder, report)
+    known = [name for name in files if _is_input(name)]
     if len(known) < len(files):
-        others = sorted({path.suffix or path.name for path in files} - {p.suffix for p in known})
+        kinds = {_kind(name) for name in files if not _is_input(name)}
         report(
             f"{len(files) - len(known)} files of {folder} are neither videos nor images by name "
-            f"and are left out: {', '.join(others[:10])}"
+            f"and are left out: {', '.join(map(printable, sorted(kinds)[:10]))}"
         )
-    return [Input(str(path), path.relative_to(folder).as_posix()) for path in known]
+    return [Input(str(folder / name), name) for name in known]
 
 
-def _listed(path: Path) -> list[str]:
-    """Names in a list: whole lines of a .txt, the first column of a .csv."""
-    with open(path, newline="", encoding="utf-8-sig") as lines:
-        rows = csv.reader(lines) if path.suffix.lower() == ".csv" else ([line] for line in lines)
-        names = [row[0].strip() for row in rows if row]
-    return [name for name in names if name]
+def _is_input(name: str) -> bool:
+    path = Path(name)
+    return is_video(path) or is_image(path)
 
 
-def _listed_input(folder: Path, name: str) -> Input:
-    return Input(name if "://" in name else str(folder / name), name)
+def _kind(name: str) -> str:
+    """What a file's name says of its kind: the ending, or the whole name without one."""
+    return Path(name).suffix or Path(name).name
+
+
+def _listed_inputs(path: Path) -> list[Input]:
+    """Inputs of a list: whole lines of a .txt, the first column of a .csv."""
+    if path.suffix.lower() == ".csv":
+        rows = [(row.place, row.cells[0].strip()) for row in csv_rows(path)]
+    else:
+        rows = [(place, line.strip()) for place, line in list_lines(path)]
+    folder = path.parent
+    inputs = []
+    for place, text in rows:
+        if text:
+            name = settled_name(text, lambda name: (folder / name).exists(), place)
+            inputs.append(Input(name if "://" in name else str(folder / name), name))
+    return inputs
 
 
 def _remote_inputs(url: str) -> list[Input]:
@@ -151,12 +203,15 @@ def _remote_inputs(url: str) -> list[Input]:
         raise MissingData(f"{url} does not exist")
     if not system.isdir(name):
         return [Input(url, PurePosixPath(name).name)]
-    found = sorted(path for path in system.find(name))
-    names = [path for path in found if is_video(Path(path)) or is_image(Path(path))]
     root = name.rstrip("/") + "/" if name.strip("/") else ""
+    found = [(path, path.removeprefix(root)) for path in sorted(system.find(name))]
     head, chain, rest = url.partition("::")
     scheme = head.split("://")[0]
-    return [Input(f"{scheme}://{path}{chain}{rest}", path.removeprefix(root)) for path in names]
+    return [
+        Input(f"{scheme}://{path}{chain}{rest}", source)
+        for path, source in found
+        if _is_input(source) and not is_hidden(source)
+    ]
 
 
 def _filesystem(url: str):

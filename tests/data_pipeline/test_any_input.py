@@ -307,3 +307,35 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path, suffix):
     path = tmp_path / f"moving.{suffix}"
     first.save(path, save_all=True, append_images=[second])
     assert np.abs(open_image(path, InputLimits())[8, 8].astype(int) - (255, 0, 0)).max() < 12
+
+
+def test_avif_is_read_where_pillow_reads_it(tmp_path):
+    from PIL import features
+
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF decoder")
+    path = tmp_path / "picture.avif"
+    picture("RGB").save(path)
+    assert np.abs(open_image(path, InputLimits()).astype(int) - picture("RGB")).mean() < 12
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.jpg", "a.avif"])
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+def test_heic_is_refused_by_name_whatever_the_file_is_called(tmp_path, name, brand):
+    path = tmp_path / name
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(200))
+    with pytest.raises(RejectedInput, match=f"{name} is HEIC.*convert it"):
+        open_image(path, InputLimits())
+
+
+def test_avif_without_a_decoder_names_the_release_that_has_one(tmp_path, monkeypatch):
+    from PIL import Image, features
+
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    monkeypatch.setattr(features, "check", lambda name: False)
+    path = tmp_path / "a.avif"
+    path.write_bytes(b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf" + bytes(200))
+    with pytest.raises(RejectedInput, match="a.avif is AVIF.*pillow>=11.3"):
+        open_image(path, InputLimits())
+    picture("RGB").save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png", InputLimits()).shape == (16, 24, 3), "others still open"

@@ -135,7 +135,8 @@ def test_pooled_features_have_heads_of_their_own(raw, tmp_path, head):
 
 @pytest.mark.e2e
 def test_a_folder_of_pictures_is_judged_like_a_benchmark(tmp_path):
-    """Two classes that any encoder tells apart: dark and bright pictures."""
+    """Two classes that any encoder tells apart: dark and bright pictures; in one folder with splits
+    and in one without."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -148,13 +149,21 @@ def test_a_folder_of_pictures_is_judged_like_a_benchmark(tmp_path):
             size = (int(rng.integers(40, 90)), 64, 3)
             picture = rng.integers(low, low + 60, size, dtype=np.uint8)
             Image.fromarray(picture).save(folder / f"{number}.png")
-    for head, expected in (("knn", 100.0), ("attentive", 100.0)):
-        flags = ("--dataset", tmp_path / "set", "--head", head, "--input_size", 64)
+            for place in (folder / ".ipynb_checkpoints", tmp_path / "flat" / name):
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(place / f"{split}_{number}.png")
+    for head, name in (("knn", "flat"), ("attentive", "set")):
+        flags = ("--dataset", tmp_path / name, "--head", head, "--input_size", 64)
         flags += ("--default_lr_list", "1e-2", "--default_epoch", 8)
-        run(*probe_command(tmp_path, tmp_path / head, *flags))
+        done = run(*probe_command(tmp_path, tmp_path / head, *flags))
         record = record_of(tmp_path / head)
-        assert record["last_epoch"]["top1"] == expected and record["per_class"] == [100.0] * 2
-        assert record["dataset"] == "set" and record["costs"]["tokens_per_clip"] == 16
+        assert record["last_epoch"]["top1"] == 100.0 and record["per_class"] == [100.0] * 2
+        assert record["dataset"] == name and record["costs"]["tokens_per_clip"] == 16
+        assert sum(record["clips"].values()) == 18
+        assert (tmp_path / head / record["classes"]).read_text().split() == ["0,bright", "1,dark"]
+        note = record["notes"][0]
+        assert ("split by a hash" if name == "flat" else "hidden or system") in note
+        assert note in done.stdout + done.stderr
 
 
 @pytest.mark.e2e
