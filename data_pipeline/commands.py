@@ -7,6 +7,9 @@ import json
 import os
 import sys
 
+DEFAULT_SIZE = 224
+DEFAULT_PATCH_SIZE = 16
+
 
 def motion_shapes(args) -> None:
     """Write the labelled demonstration clips."""
@@ -26,14 +29,16 @@ def motion_shapes(args) -> None:
 
 def pack(args) -> None:
     """Turn videos and images into shards; exits when nothing could be finished."""
+    from .clustering.labels import stale_labels
     from .codec.saliency import SaliencyConfig
     from .shards.inputs import list_inputs
     from .shards.pack import PackConfig, pack
     from .shards.sample_builder import SampleConfig
 
+    size, patch_size = _picture_shape(args)
     sample = SampleConfig(
-        size=args.size,
-        patch_size=args.patch_size,
+        size=size,
+        patch_size=patch_size,
         num_frames=args.num_frames,
         gop=args.gop,
         budget=args.budget,
@@ -51,15 +56,26 @@ def pack(args) -> None:
             centre_prior=args.centre_prior,
         ),
     )
-    config = PackConfig(sample, args.samples_per_shard, args.workers, args.wall_seconds)
+    config = PackConfig(
+        sample=sample,
+        samples_per_shard=args.samples_per_shard,
+        workers=args.workers,
+        wall_seconds=args.wall_seconds,
+    )
     inputs = list_inputs(args.inputs)
     if args.executor == "ray":
         from .shards.ray_driver import pack_ray
 
-        manifest = pack_ray(inputs, args.output, config)
+        manifest = pack_ray(inputs, args.output, config, mode=args.mode)
     else:
-        parts = {"task_id": args.task_id, "num_tasks": args.num_tasks}
-        manifest = pack(inputs, args.output, config, **parts)
+        manifest = pack(
+            inputs,
+            args.output,
+            config,
+            task_id=args.task_id,
+            num_tasks=args.num_tasks,
+            mode=args.mode,
+        )
     if manifest is None:
         return
     rejected = manifest.rejected_by_reason()
@@ -68,6 +84,25 @@ def pack(args) -> None:
         f"{len(manifest)} samples in {len(manifest.shards)} shards under {args.output}; rejected: "
         f"{reasons}"
     )
+    stale = stale_labels(args.output, manifest)
+    if stale is not None:
+        print(stale)
+
+
+def _picture_shape(args) -> tuple[int, int]:
+    """(size, patch size) of --model, --size and --patch-size; ValueError where two disagree."""
+    if args.model is None:
+        return args.size or DEFAULT_SIZE, args.patch_size or DEFAULT_PATCH_SIZE
+    from model_factory.registry import clip_shape
+
+    size, patch_size = clip_shape(args.model)
+    if args.patch_size not in (None, patch_size):
+        raise ValueError(
+            f"--patch-size {args.patch_size} is not {args.model}'s, which takes {patch_size}: "
+            "leave one of the two flags out"
+        )
+    # an encoder takes any whole number of patches: the size is a default, not a property
+    return args.size or size, patch_size
 
 
 def verify(args) -> None:

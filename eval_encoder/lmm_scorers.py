@@ -42,6 +42,7 @@ from eval_encoder.lmm_answers import (
     read_jsonl,
     read_list,
 )
+from model_factory.local_output import output_path
 
 POPE_FILES = ("random", "popular", "adversarial")
 OPTIONS = "ABCDE"
@@ -328,7 +329,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("benchmark", choices=SCORERS, metavar="BENCH", help=", ".join(SCORERS))
     parser.add_argument("--answers", type=Path, required=True, help="JSON lines of a model")
     parser.add_argument("--annotations", type=Path, required=True, help="official, see above")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON too")
+    parser.add_argument("--output", type=output_path, help="write the figures as JSON too")
     parser.add_argument("--confidence", action="store_true", help="add 95 %% intervals")
     return parser
 

@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from model_factory.local_output import output_path
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this file."""
@@ -26,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         "it; or a local folder of CLIP, SigLIP or DINOv2",
     )
     parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder to write; must not exist"
+        "--output_dir", type=output_path, required=True, help="folder to write; must not exist"
     )
     parser.add_argument(
         "--language_model",

@@ -236,7 +236,8 @@ class TrainingData:
             raise ValueError(
                 f"{head.dataset} was packed with patch size {packed_size}, "
                 f"{self._config.model.name} takes {self._patch_size}: "
-                f"pack again with --patch-size {self._patch_size}, or choose another --model_name"
+                f"`python -m data_pipeline pack INPUT --output {head.dataset}_{self._patch_size}px "
+                f"--model {self._config.model.name}` packs for it, or choose another --model_name"
             )
         if dataset.manifest.absent and ranks.is_main:
             names = [dataset.manifest.shards[i]["name"] for i in sorted(dataset.manifest.absent)]
