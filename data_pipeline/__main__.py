@@ -74,9 +74,7 @@ def _add_packing(command) -> None:
     sub.add_argument("--output", type=output_path, required=True, help="folder of the shards")
     sub.add_argument("--model", help="registered encoder to pack for: names size and patch size")
     sub.add_argument("--size", type=int, help="working size in pixels (224)")
-    sub.add_argument(
-        "--patch-size", type=int, help="side of a patch in pixels (the model's, or 16)"
-    )
+    sub.add_argument("--patch-size", type=int, help="side of a patch in pixels (16)")
     sub.add_argument("--num-frames", type=int, default=64, help="frames taken, at even times")
     sub.add_argument("--gop", type=int, default=16, help="frames from one I-frame to the next")
     sub.add_argument("--budget", type=int, help="patches kept of a clip (an eighth of all)")
@@ -99,7 +97,6 @@ def _add_running(sub) -> None:
         dest="mode",
         action="store_const",
         const="append",
-        default="refuse",
         help="inputs that OUTPUT does not hold become shards behind the old ones",
     )
     other.add_argument(
@@ -107,7 +104,6 @@ def _add_running(sub) -> None:
         dest="mode",
         action="store_const",
         const="replace",
-        default="refuse",
         help="remove the shards of another packing from OUTPUT first",
     )
     group.add_argument(

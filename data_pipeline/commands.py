@@ -63,10 +63,11 @@ def pack(args) -> None:
         wall_seconds=args.wall_seconds,
     )
     inputs = list_inputs(args.inputs)
+    mode = args.mode or "refuse"
     if args.executor == "ray":
         from .shards.ray_driver import pack_ray
 
-        manifest = pack_ray(inputs, args.output, config, mode=args.mode)
+        manifest = pack_ray(inputs, args.output, config, mode=mode)
     else:
         manifest = pack(
             inputs,
@@ -74,7 +75,7 @@ def pack(args) -> None:
             config,
             task_id=args.task_id,
             num_tasks=args.num_tasks,
-            mode=args.mode,
+            mode=mode,
         )
     if manifest is None:
         return

@@ -54,6 +54,7 @@ def pack(
         num_jobs=num_tasks,
         mode=mode,
         report=report,
+        is_array=num_tasks > 1,
     )
     mine = plan.tasks[task_id::num_tasks]
     total = sum(len(task.inputs) for task in mine)
@@ -77,6 +78,7 @@ def locked_plan(
     num_jobs: int,
     mode: str,
     report=print,
+    is_array: bool = False,
 ) -> PackPlan:
     """Make the folder and the plan; jobs that start at the same time wait for each other, so that
     one that replaces shards never removes what another has just written.
@@ -90,6 +92,7 @@ def locked_plan(
             num_jobs=num_jobs,
             mode=mode,
             report=report,
+            is_array=is_array,
         )
 
 

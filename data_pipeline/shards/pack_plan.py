@@ -42,17 +42,26 @@ def plan_packing(
     num_jobs: int = 1,
     mode: str = "refuse",
     report=print,
+    is_array: bool = False,
 ) -> PackPlan:
     """Plan of packing these inputs into a folder; with mode "replace" the old shards are removed.
 
-    All jobs of an array make the same plan, whatever the others have finished. Raises
-    DataPipelineError, with nothing changed, when the folder holds another packing.
+    With `is_array`, other jobs make the same plan at other times, so it does not depend on what any
+    of them has finished. Raises DataPipelineError, with nothing changed, when the folder holds
+    another packing.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
     found = read_existing(output)
     if mode == "append":
-        return _appended(inputs, found, config, num_jobs, report)
+        return _appended(
+            inputs=inputs,
+            found=found,
+            config=config,
+            num_jobs=num_jobs,
+            is_array=is_array,
+            report=report,
+        )
     plan, differences = _continued(inputs, found, config, num_jobs)
     if not differences:
         _leftovers(found, plan, mode, report)
@@ -229,7 +238,12 @@ def _compare_unbound(
 
 
 def _appended(
-    inputs: list[Input], found: Existing, config: PackConfig, num_jobs: int, report
+    inputs: list[Input],
+    found: Existing,
+    config: PackConfig,
+    num_jobs: int,
+    is_array: bool,
+    report,
 ) -> PackPlan:
     other = _other_settings(found, config.settings(found.settings.get(CUT, 1)))
     if other:
@@ -242,7 +256,7 @@ def _appended(
     tasks = list_tasks(new, config, size, first=_next_number(kept))
     differences = Differences()
     _compare_unbound(new, tasks, found, differences)
-    if differences and num_jobs > 1:
+    if differences and is_array:
         what = "holds shards of another --append that was stopped"
         raise refusal(found.directory, differences, what)
     if differences:
@@ -250,7 +264,10 @@ def _appended(
         new = _not_packed(inputs, kept, found)
         tasks = list_tasks(new, config, size, first=_next_number(kept))
     plan = PackPlan(tuple(kept), tuple(tasks))
-    _loose_sources(found, plan)
+    given = {item.source for item in inputs}
+    lost = [name for name in _loose_sources(found, plan) if name not in given]
+    if lost:
+        raise refusal(found.directory, Differences(gone=lost), "holds a tar without its record")
     report(
         f"{found.directory} holds {len(kept)} shards: {len(new)} new inputs go behind them, "
         f"{len(inputs) - len(new)} are packed already"
