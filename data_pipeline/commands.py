@@ -35,7 +35,7 @@ def pack(args) -> None:
     from .shards.pack import PackConfig, pack
     from .shards.sample_builder import SampleConfig
 
-    size, patch_size = _picture_shape(args)
+    size, patch_size = picture_shape(args)
     sample = SampleConfig(
         size=size,
         patch_size=patch_size,
@@ -90,7 +90,7 @@ def pack(args) -> None:
         print(stale)
 
 
-def _picture_shape(args) -> tuple[int, int]:
+def picture_shape(args) -> tuple[int, int]:
     """(size, patch size) of --model, --size and --patch-size; ValueError where two disagree."""
     if args.model is None:
         return args.size or DEFAULT_SIZE, args.patch_size or DEFAULT_PATCH_SIZE

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from conftest import ROOT, run
 from PIL import Image
 
+from data_pipeline import commands
+from data_pipeline.__main__ import build_parser
 from data_pipeline.clustering.labels import load_labels, save_labels
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
 from data_pipeline.shards.inputs import list_inputs
@@ -27,6 +30,7 @@ from data_pipeline.shards.pack_progress import PackProgress
 from data_pipeline.shards.sample_builder import SampleConfig
 from data_pipeline.shards.tasks import PackConfig, default_samples_per_shard
 from data_pipeline.shards.verify import verify
+from training.data import other_patch_size
 
 CONFIG = PackConfig(
     SampleConfig(size=32, patch_size=16, gop=64, budget=64), samples_per_shard=2, workers=1
@@ -413,6 +417,41 @@ def test_a_folder_of_videos_given_as_shards_gets_commands_that_work(five, tmp_pa
     )
     assert len(load_manifest(tmp_path / "my videos_packed")) == 5
     assert sorted(folder.iterdir()) == sorted(folder.glob("*.png"))
+
+
+def pack_arguments(*words: str):
+    return build_parser().parse_args(["pack", "INPUT", "--output", "OUT", *words])
+
+
+@pytest.mark.parametrize(
+    "words, shape",
+    [
+        ([], (224, 16)),
+        (["--size", "112", "--patch-size", "14"], (112, 14)),
+        (["--model", "llava_vit_large_ln"], (224, 14)),
+        (["--model", "llava_vit_tiny_ln", "--size", "112"], (112, 16)),
+        (["--model", "ov_encoder_base", "--patch-size", "14"], (224, 14)),
+    ],
+)
+def test_a_model_names_the_patch_size_that_its_weights_take(words, shape):
+    assert commands.picture_shape(pack_arguments(*words)) == shape
+
+
+def test_a_patch_size_that_the_model_does_not_take_is_refused_before_anything_is_packed():
+    with pytest.raises(ValueError, match="--patch-size 16 is not llava_vit_large_ln's.*takes 14"):
+        commands.pack(pack_arguments("--model", "llava_vit_large_ln", "--patch-size", "16"))
+    with pytest.raises(ValueError, match="unknown model 'llava_large'.*llava_vit_large_ln"):
+        commands.pack(pack_arguments("--model", "llava_large"))
+
+
+def test_shards_of_another_patch_size_get_the_command_that_packs_for_the_model():
+    message = other_patch_size(
+        dataset="data/my shards", packed=16, model="llava_vit_large_ln", wanted=14
+    )
+    command = message.split("`")[1]
+    args = build_parser().parse_args(shlex.split(command)[3:])
+    assert args.output == Path("data/my shards_patch14")
+    assert commands.picture_shape(args)[1] == 14
 
 
 def test_a_folder_whose_packing_was_stopped_says_so(copy):
