@@ -30,34 +30,11 @@ def motion_shapes(args) -> None:
 def pack(args) -> None:
     """Turn videos and images into shards; exits when nothing could be finished."""
     from .clustering.labels import stale_labels
-    from .codec.saliency import SaliencyConfig
     from .shards.inputs import list_inputs
     from .shards.pack import PackConfig, pack
-    from .shards.sample_builder import SampleConfig
 
-    size, patch_size = picture_shape(args)
-    sample = SampleConfig(
-        size=size,
-        patch_size=patch_size,
-        num_frames=args.num_frames,
-        gop=args.gop,
-        budget=args.budget,
-        num_full_frames=args.full_frames,
-        fit=args.fit,
-        salvage=args.salvage,
-        vectors=args.vectors,
-        rule=args.rule,
-        time_buckets=args.time_buckets,
-        saliency=SaliencyConfig(
-            camera=args.camera,
-            motion_weight=args.motion_weight,
-            residual_weight=args.residual_weight,
-            normalise=args.normalise or ("frame" if args.rule == "published" else "clip"),
-            centre_prior=args.centre_prior,
-        ),
-    )
     config = PackConfig(
-        sample=sample,
+        sample=_sample_config(args),
         samples_per_shard=args.samples_per_shard,
         workers=args.workers,
         wall_seconds=args.wall_seconds,
@@ -90,20 +67,53 @@ def pack(args) -> None:
         print(stale)
 
 
+def _sample_config(args):
+    from .codec.saliency import SaliencyConfig
+    from .shards.sample_builder import SampleConfig
+
+    size, patch_size = picture_shape(args)
+    return SampleConfig(
+        size=size,
+        patch_size=patch_size,
+        num_frames=args.num_frames,
+        gop=args.gop,
+        budget=args.budget,
+        num_full_frames=args.full_frames,
+        fit=args.fit,
+        salvage=args.salvage,
+        vectors=args.vectors,
+        rule=args.rule,
+        time_buckets=args.time_buckets,
+        saliency=SaliencyConfig(
+            camera=args.camera,
+            motion_weight=args.motion_weight,
+            residual_weight=args.residual_weight,
+            normalise=args.normalise or ("frame" if args.rule == "published" else "clip"),
+            centre_prior=args.centre_prior,
+        ),
+    )
+
+
 def picture_shape(args) -> tuple[int, int]:
-    """(size, patch size) of --model, --size and --patch-size; ValueError where two disagree."""
-    if args.model is None:
-        return args.size or DEFAULT_SIZE, args.patch_size or DEFAULT_PATCH_SIZE
+    """(size, patch size) that --model, --size and --patch-size ask for.
+
+    ValueError for a patch size that is not the model's. Its size is a default only: an encoder
+    takes any whole number of patches.
+    """
     from model_factory.registry import clip_shape
 
-    size, patch_size = clip_shape(args.model)
-    if args.patch_size not in (None, patch_size):
-        raise ValueError(
-            f"--patch-size {args.patch_size} is not {args.model}'s, which takes {patch_size}: "
-            "leave one of the two flags out"
-        )
-    # an encoder takes any whole number of patches: the size is a default, not a property
-    return args.size or size, patch_size
+    size = DEFAULT_SIZE
+    patch_size = DEFAULT_PATCH_SIZE
+    if args.model is not None:
+        size, patch_size = clip_shape(args.model)
+        if args.patch_size not in (None, patch_size):
+            raise ValueError(
+                f"--patch-size {args.patch_size} is not {args.model}'s, which takes {patch_size}: "
+                "leave one of the two flags out"
+            )
+    elif args.patch_size is not None:
+        patch_size = args.patch_size
+    return size if args.size is None else args.size, patch_size
 
 
 def verify(args) -> None:

@@ -14,10 +14,9 @@
 
 Answers are JSON lines {question_id, prompt, text, ...}, paired by id (lmm_answers.py). Peculiar
 ids: POPE counts each file anew, so an id is `random/1`; MME's `task/picture` and TextVQA's image id
-are shared by several questions, which the first line of the prompt tells apart.
-
-Figures are in percent, MME's sums in points. `--confidence` adds 95 % intervals: questions are
-drawn anew within their file, task or type. Cost: below a second, a few with intervals.
+are shared by several questions, which the first line of the prompt tells apart. Figures are in
+percent, MME's sums in points. `--confidence` adds 95 % intervals: questions are drawn anew within
+their file, task or type. Cost: below a second, a few with intervals.
 """
 
 import argparse

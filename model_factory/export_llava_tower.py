@@ -12,11 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from model_factory.local_output import output_path
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this file."""
+    from .local_output import output_path
+
     parser = argparse.ArgumentParser(
         description="Write a verified vision tower with the configuration of a LLaVA around it.",
         allow_abbrev=False,

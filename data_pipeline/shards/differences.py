@@ -1,6 +1,6 @@
 """How a packing that is asked for differs from the one in a folder, and the error that says so."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ..errors import DataPipelineError
@@ -16,10 +16,22 @@ class Differences:
     new: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    mended: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.settings or self.new or self.gone or self.changed or self.moved)
+        return any(getattr(self, kind.name) for kind in fields(self))
+
+    def compare(self, record: dict, pairs: list[tuple[KnownInput, Input]]) -> None:
+        """Add the inputs of a shard that are no longer what was packed or rejected."""
+        if "inputs" not in record:  # an older record has one hash over names and stamps of all
+            items = [item for _, item in pairs]
+            if record.get("inputs_sha256") == inputs_sha256(items):
+                return
+        for known, item in pairs:
+            if not known.is_now(item):
+                names = self.changed if known.rejected is None else self.mended
+                names.append(known.source)
 
     def lines(self) -> list[str]:
         """One line for each kind of difference."""
@@ -28,6 +40,7 @@ class Differences:
             "new": self.new,
             "gone": self.gone,
             "changed, or another file of the same name": self.changed,
+            "another file than the one that was rejected": self.mended,
             "packed in another order": moved,
         }
         counted = [
@@ -49,15 +62,6 @@ def setting_differences(there: dict, asked: dict, prefix: str = "") -> list[str]
         elif old != new:
             lines.append(f"{prefix}{name} is {old!r} there, {new!r} is asked for")
     return lines
-
-
-def changed_sources(record: dict, pairs: list[tuple[KnownInput, Input]]) -> list[str]:
-    """Names of the inputs of a shard that are no longer what was packed."""
-    if "inputs" not in record:  # an older record has one hash over names and stamps of all
-        items = [item for _, item in pairs]
-        if record.get("inputs_sha256") == inputs_sha256(items):
-            return []
-    return [known.source for known, item in pairs if not known.is_now(item)]
 
 
 def refusal(directory: Path, differences: Differences, what: str) -> DataPipelineError:

@@ -22,9 +22,9 @@ SUFFIXES = (".json", ".tar.idx", ".tar")  # the record first: without it a shard
 
 @dataclass(frozen=True)
 class Existing:
-    """Shards of a folder. `bound` holds the manifest's entries in their order, `records` the
-    readable record of every shard by name, `settings` what the manifest, or else the first record,
-    states. `loose` holds names of tars that have neither.
+    """Shards of a folder. `bound` holds the manifest's entries in their order, `records` what every
+    readable record says of inputs and settings, by shard name, `settings` what the manifest, or
+    else the first record, states. `loose` holds names of tars that have neither.
     """
 
     directory: Path
@@ -59,7 +59,7 @@ def read_existing(directory: Path) -> Existing:
     for path in sorted(directory.glob("*.json")):
         record = read_shard_record(path)
         if record is not None:
-            records[path.stem] = record
+            records[path.stem] = _slim(record)
     manifest = _read_object(directory / MANIFEST_NAME)
     bound: tuple[dict, ...] = ()
     if manifest is not None:
@@ -143,6 +143,13 @@ def tar_sources(path: Path) -> list[str] | None:
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError):
         return None
     return sources
+
+
+def _slim(record: dict) -> dict:
+    """A record without the places of its members, which are most of it: a folder has thousands."""
+    kept = ("key", "source", "source_sha256")
+    samples = [{name: sample.get(name) for name in kept} for sample in record["samples"]]
+    return {**record, "samples": [] if "inputs" in record else samples}
 
 
 def _read_object(path: Path) -> dict | None:

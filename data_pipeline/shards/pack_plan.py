@@ -16,8 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataPipelineError
-from .differences import Differences, changed_sources, refusal, setting_differences
-from .existing import Existing, read_existing, remove_packing, remove_shards, tar_sources
+from .differences import Differences, refusal, setting_differences
+from .existing import (
+    Existing,
+    read_existing,
+    read_shard_record,
+    remove_packing,
+    remove_shards,
+    tar_sources,
+)
 from .inputs import Input
 from .known_inputs import KnownInput, known_inputs
 from .manifest import load_manifest
@@ -145,6 +152,10 @@ class _Waiting:
         items = self._items.get(source)
         return items[0] if items else None
 
+    def count(self, source: str) -> int:
+        """How many inputs of a name nobody took."""
+        return len(self._items.get(source, ()))
+
     def take(self, source: str) -> Input | None:
         """The next input of a name, which nobody else gets."""
         items = self._items.get(source)
@@ -165,7 +176,6 @@ def _recorded_tasks(
     how many they are.
     """
     waiting = _Waiting(inputs)
-    given = Counter(item.source for item in inputs)
     records = [found.records.get(entry["name"]) for entry in found.bound]
     stated = Counter(
         known.source for record in records if record is not None for known in known_inputs(record)
@@ -175,11 +185,7 @@ def _recorded_tasks(
         if record is None:
             tasks.append(None)
         else:
-            # a source that is stated more often than it is given was rejected and packed later
-            again = {name for name, count in stated.items() if count > given[name] > 0}
-            task = _claim(record, waiting, again, differences)
-            stated.subtract(task.superseded.keys())
-            tasks.append(task)
+            tasks.append(_claim(record, waiting, stated, differences))
     rest = waiting.rest()
     filled = []
     for entry, task in zip(found.bound, tasks, strict=True):
@@ -194,13 +200,19 @@ def _recorded_tasks(
     return filled
 
 
-def _claim(record: dict, waiting: _Waiting, again: set[str], differences: Differences) -> Task:
-    """Task of a recorded shard; what it lacks or what changed goes to `differences`."""
+def _claim(record: dict, waiting: _Waiting, stated: Counter[str], differences: Differences) -> Task:
+    """Task of a recorded shard; what it lacks or what changed goes to `differences`.
+
+    `stated` counts, for each source, the records from this one on that state it.
+    """
     items: list[Input] = []
     superseded = {}
     pairs: list[tuple[KnownInput, Input]] = []
     for known in known_inputs(record):
-        if known.rejected is not None and known.source in again:
+        later = stated[known.source] - 1
+        stated[known.source] = later
+        if known.rejected is not None and 0 < waiting.count(known.source) <= later:
+            # rejected here, and appended once the file was another one: that shard takes it
             superseded[known.source] = known.rejected
             item = waiting.first(known.source)
         else:
@@ -211,7 +223,7 @@ def _claim(record: dict, waiting: _Waiting, again: set[str], differences: Differ
                 pairs.append((known, item))
         if item is not None:
             items.append(item)
-    differences.changed += changed_sources(record, pairs)
+    differences.compare(record, pairs)
     return Task(record["name"], tuple(items), record["settings"], superseded)
 
 
@@ -229,7 +241,7 @@ def _compare_unbound(
         differences.new += [item.source for item in items if item.source not in everything]
         if [item.source for item in items] == [known.source for known in stated[name]]:
             pairs = list(zip(stated[name], items, strict=True))
-            differences.changed += changed_sources(found.records[name], pairs)
+            differences.compare(found.records[name], pairs)
             asked = by_name[name].settings
             other = setting_differences(found.records[name]["settings"], asked)
             differences.settings = differences.settings or other
@@ -268,10 +280,11 @@ def _appended(
     lost = [name for name in _loose_sources(found, plan) if name not in given]
     if lost:
         raise refusal(found.directory, Differences(gone=lost), "holds a tar without its record")
-    report(
-        f"{found.directory} holds {len(kept)} shards: {len(new)} new inputs go behind them, "
-        f"{len(inputs) - len(new)} are packed already"
-    )
+    if kept:
+        report(
+            f"{found.directory} holds {len(kept)} shards: {len(new)} new inputs go behind them, "
+            f"{len(inputs) - len(new)} are packed already"
+        )
     return plan
 
 
@@ -314,4 +327,5 @@ def _adopted(found: Existing, report) -> list[dict]:
         f"{len(found.unbound)} finished shards of an --append that was stopped are kept, "
         f"{found.unbound[0]} first"
     )
-    return [found.records[name] for name in found.unbound]
+    paths = [found.directory / f"{name}.json" for name in found.unbound]
+    return [record for record in map(read_shard_record, paths) if record is not None]

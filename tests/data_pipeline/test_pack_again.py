@@ -229,6 +229,10 @@ def test_appending_packs_a_rejected_input_once_its_file_is_another(tmp_path):
     (folder / "b.png").write_bytes(b"half of a download")
     assert quietly(folder, tmp_path / "out").rejected_by_reason().total() == 1
     write_pictures(folder, "b")
+    with pytest.raises(
+        DataPipelineError, match="than the one that was rejected: b.png\n--append p"
+    ):
+        quietly(folder, tmp_path / "out")
     manifest = quietly(folder, tmp_path / "out", mode="append")
     assert manifest.sources() == ["a.png", "c.png", "b.png"]
     # the first shard still states b as rejected, and stays so when it is repaired
@@ -328,6 +332,17 @@ def test_a_manifest_cannot_name_files_elsewhere(copy):
     assert outside.exists()
 
 
+def test_jobs_of_an_array_that_replace_do_not_remove_each_others_shards(copy):
+    folder = write_pictures(copy / "other", "uvwxyz")
+    command = [sys.executable, "-m", "data_pipeline", "pack", folder, "--output", copy / "out"]
+    command += [*FLAGS, "--samples-per-shard", "2", "--replace", "--num-tasks", "2", "--task-id"]
+    jobs = [subprocess.Popen([*command, str(job)], cwd=ROOT) for job in (0, 1)]
+    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+    manifest = load_manifest(copy / "out")
+    assert manifest.sources() == [f"{name}.png" for name in "uvwxyz"]
+    assert verify(manifest) == []
+
+
 # labels
 
 
@@ -372,6 +387,18 @@ def test_progress_is_reported_while_one_input_takes_long():
         progress.packed(count=1, rejected=0)
         assert enough.wait(60)
     assert all(line.startswith("1 of 4 inputs done (25%)") for line in lines[1:])
+
+
+def test_a_bar_shows_the_whole_run_on_a_terminal(capsys):
+    lines = []
+    with PackProgress(total=40, report=lines.append, terminal=True) as progress:
+        progress.kept(16)
+        progress.packed(count=4, rejected=1)
+        progress.say("packed shard 1/3")
+        progress.warn("rejected x.png")
+    assert lines == ["packed shard 1/3"]
+    shown = capsys.readouterr().err
+    assert "rejected x.png\n" in shown and "20/40" in shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
