@@ -19,6 +19,11 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
+def leave_to_parent() -> None:
+    """In a worker process: a Ctrl-C, which the terminal sends to all, is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Raise Stopped in the main thread at the first signal; a second one ends the process at once,

@@ -169,11 +169,14 @@ def _how_to_pack(directory: Path) -> str:
             f"{path} does not exist: make it with `python -m data_pipeline pack INPUT --output "
             f"{directory}`"
         )
-    shards = f"{directory}_packed"
+    # `.` and `..` have no name of their own to put an ending to
+    named = directory.resolve() if directory.name in ("", "..") else directory
+    shards = shlex.quote(f"{named}_packed")
+    centroids = shlex.quote(f"{named}_packed_centroids")
     commands = [
-        f"pack {shlex.quote(str(directory))} --output {shlex.quote(shards)}",
-        f"cluster {shlex.quote(shards)} --num-centroids K --output {shlex.quote(shards)}_centroids",
-        f"label {shlex.quote(shards)} --centroids {shlex.quote(shards)}_centroids",
+        f"pack {shlex.quote(str(directory))} --output {shards}",
+        f"cluster {shards} --num-centroids K --output {centroids}",
+        f"label {shards} --centroids {centroids}",
     ]
     lines = [f"  python -m data_pipeline {command}" for command in commands]
     return "\n".join(

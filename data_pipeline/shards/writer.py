@@ -40,13 +40,14 @@ def write_shard(directory: Path, name: str, samples, statement: dict) -> dict:
     temporary = directory / f".{name}.tar.tmp"
     entries = []
     with open(temporary, "wb") as stream:
-        writer = webdataset.TarWriter(
+        # closed also when a signal ends the run: tarfile would complain at exit about a closed file
+        with webdataset.TarWriter(
             stream, user="univit", group="univit", mode=0o644, encoder=False, mtime=0
-        )
-        for key, members, info in samples:
-            writer.write({"__key__": key, **members})
-            entries.append((key, {ext: zlib.crc32(data) for ext, data in members.items()}, info))
-        writer.close()
+        ) as writer:
+            for key, members, info in samples:
+                writer.write({"__key__": key, **members})
+                checksums = {extension: zlib.crc32(data) for extension, data in members.items()}
+                entries.append((key, checksums, info))
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, tar_path)
