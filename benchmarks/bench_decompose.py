@@ -23,7 +23,7 @@ import numpy as np
 
 from data_pipeline.codec.decompose import decompose_video
 from data_pipeline.shards.inputs import Input, list_inputs
-from data_pipeline.shards.isolation import SampleWorker
+from data_pipeline.shards.isolation import SamplePool
 from data_pipeline.shards.pack import PackConfig, pack
 from data_pipeline.shards.sample_builder import SampleConfig, build_sample, cut_patches
 from data_pipeline.shards.schema import SampleInfo, decode_array, decode_jpeg, tiles_from_mosaic
@@ -106,12 +106,13 @@ def bench_memory(paths: list[Path], args) -> dict:
     """Resident megabytes of a worker while it builds many samples."""
     import psutil
 
-    worker, sizes = SampleWorker(SAMPLE, wall_seconds=300), []
-    for number in range(args.clips):
-        path = paths[number % len(paths)]
-        worker.build(Input(str(path), path.name))
-        sizes.append(psutil.Process(worker._process.pid).memory_info().rss / 1e6)
-    worker.close()
+    sizes = []
+    with SamplePool(SAMPLE, num_workers=1, wall_seconds=300) as pool:
+        for number in range(args.clips):
+            path = paths[number % len(paths)]
+            pool.build(Input(str(path), path.name))
+            (worker,) = psutil.Process().children()
+            sizes.append(worker.memory_info().rss / 1e6)
     return {
         "clips": args.clips,
         "megabytes_after_a_tenth": round(max(sizes[: max(1, args.clips // 10)])),

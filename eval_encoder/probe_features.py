@@ -22,7 +22,7 @@ from .probe_encoders import ProbeEncoder
 from .probe_loader import open_clips
 from .probe_video import Look, chosen_decoder
 
-FEATURES_VERSION = 1  # goes up whenever equal files and settings would give other features
+FEATURES_VERSION = 2  # goes up whenever equal files and settings would give other features
 
 
 class UnreadableClips(ValueError):

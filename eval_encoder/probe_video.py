@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.codec.decode import decode_video, frame_to
+from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.decompose import decompose_video
+from data_pipeline.codec.framing import frame_to
 from data_pipeline.codec.open_video import InputLimits, is_image, open_image, open_video
 from data_pipeline.codec.saliency import SaliencyConfig, is_static, patch_saliency
 from data_pipeline.codec.selection import select_patches

@@ -1,98 +1,36 @@
 """Any readable video -> T frames by timestamp, scaled to the working size.
 
-Two passes: packets are listed once without decoding (codec/timeline.py), T of them are chosen at
-even times, and one decoding pass keeps only those frames, already scaled. Memory is T working-size
-frames whatever the length; time is one full decode. Errors are never concealed: damaged bytes
-reject the input, or with `salvage` cut it before the damage.
-
-Pictures come out upright (display rotation), with square pixels (sample aspect), in full-range RGB
-by the stream's own colour matrix and range; where a stream does not name its matrix, BT.709 is
-taken for 720 lines and more and BT.601 below, as players do.
+Two passes: the timeline says when pictures are shown (codec/timeline.py), T of them are chosen at
+even times, and one decoding pass keeps only those, already scaled (codec/framing.py). The i-th
+picture out of the decoder is the i-th of the timeline; where a picture says otherwise, the pictures
+are counted by decoding once more. Memory is T working-size frames whatever the length; time is one
+full decode. Errors are never concealed: damaged bytes reject the input, or with `salvage` cut it
+before the damage.
 
 Shape legend: T frames, H, W working height and width.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import RejectedInput
-from .open_video import InputLimits, open_video
-from .timeline import Timeline, even_times, read_timeline
+from .framing import framing_of, picture_of
+from .open_video import InputLimits
+from .pictures import MAX_REORDERED, DamagedVideo, open_pictures
+from .timeline import DEFAULT_RATE, Timeline, count_pictures, even_numbers, read_timeline
 
-HD_LINES = 720
-MAX_BLOWN_UP = 64  # times the working square that a scaled frame may fill
-MATRIX_UNNAMED, MATRIX_BT709 = 2, 1  # ITU-T H.273 table 4
-HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273 table 3
-FITS = ("crop", "area")
-
-
-@dataclass(frozen=True)
-class Framing:
-    """Where the working picture lies: scale to (height, width), then cut the box."""
-
-    height: int
-    width: int
-    top: int
-    left: int
-    out_height: int
-    out_width: int
-
-    def cut(self, picture: np.ndarray) -> np.ndarray:
-        """The working picture [out_height, out_width, 3] of a scaled one."""
-        return picture[
-            self.top : self.top + self.out_height, self.left : self.left + self.out_width
-        ]
-
-    def scale(self, picture: np.ndarray) -> np.ndarray:
-        """The working picture of one of any size, uint8 [H, W, 3], bicubic. Only what is kept is
-        scaled: a thin strip blown up whole would not fit the memory."""
-        from PIL import Image
-
-        across, down = picture.shape[1] / self.width, picture.shape[0] / self.height
-        left, top = self.left * across, self.top * down
-        box = (left, top, left + self.out_width * across, top + self.out_height * down)
-        size = (self.out_width, self.out_height)
-        kept = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC, box=box)
-        return np.asarray(kept)
-
-
-def frame_to(
-    height: float, width: float, size: int, patch_size: int, fit: str, place: float = 0.5
-) -> Framing:
-    """Choose the working size of a picture of any shape (pixels already square).
-
-    crop: short side to `size`, a square of `size` x `size`, at `place` of the long side (0 its
-    start, 0.5 the middle, 1 its end). area: keep the aspect ratio with about `size` ** 2 pixels.
-    Sides are multiples of the patch size. Raises ValueError when `size` is no such multiple.
-    """
-    if size % patch_size or size % 2:
-        raise ValueError(f"size {size} must be even and a multiple of the patch size {patch_size}")
-    if fit == "crop":
-        scale = size / min(height, width)
-        out_height = out_width = size
-    elif fit == "area":
-        scale = size / (height * width) ** 0.5
-        step = patch_size if patch_size % 2 == 0 else 2 * patch_size
-        out_height, out_width = (
-            max(step, round(side * scale / step) * step) for side in (height, width)
-        )
-        scale = max(out_height / height, out_width / width)
-    else:
-        raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}")
-    scaled_height = max(out_height, round(height * scale))
-    scaled_width = max(out_width, round(width * scale))
-    top, left = int(place * (scaled_height - out_height)), int(place * (scaled_width - out_width))
-    return Framing(scaled_height, scaled_width, top, left, out_height, out_width)
+# pictures at the head of a video by which its timeline is checked before any is left undecoded, and
+# packets that hold them whatever their order
+NUM_CHECKED = 2 * MAX_REORDERED
+NUM_FIRST_PACKETS = NUM_CHECKED + MAX_REORDERED
 
 
 @dataclass(frozen=True)
 class DecodedVideo:
     """T evenly timed frames of one video and what is known of the source. `notes` are short facts
-    for the sample's metadata: interlaced, rotated, salvaged.
+    for the sample's metadata: interlaced, rotated, salvaged, timestamps sorted.
     """
 
     frames: np.ndarray  # uint8 [T, H, W, 3]
@@ -104,12 +42,8 @@ class DecodedVideo:
     notes: tuple[str, ...] = ()
 
 
-class _Damaged(RejectedInput):
-    """A stream that breaks in decoding; `last_good` is the stamp of the last whole frame."""
-
-    def __init__(self, reason: str, detail: str, last_good: int | None):
-        super().__init__(reason, detail)
-        self.last_good = last_good
+class _AnotherTime(Exception):
+    """A picture is shown at another time than the timeline says of it."""
 
 
 def decode_video(
@@ -122,78 +56,124 @@ def decode_video(
     salvage: bool = False,
     watcher=None,
     place: float = 0.5,
+    thorough: bool = True,
 ) -> DecodedVideo:
     """Decode `num_frames` frames at even timestamps;
     fewer when the video has fewer, never a repeated one. `num_frames` may also be a function from
     the number of frames of the video to the numbers of those that are wanted.
 
     With `salvage`, a damaged video is cut to its whole GOPs before the damage. A `watcher` may
-    `prepare(stream)` and `see(number, frame, framing, is_chosen)` every frame. Raises
-    RejectedInput: container, no_video, too_large, decode (damaged), truncated (announced frames are
-    missing), varying (picture size changes), rotation (no quarter turn), hdr.
+    `prepare(stream)`, which begins a pass, and `see(number, frame, framing, is_chosen)` every
+    frame. Without `thorough`, pictures that are not wanted and that no other is predicted from are
+    left undecoded where that is possible: the same frames sooner, but damage in others may go
+    unnoticed. Raises RejectedInput: container, no_video, too_large, decode (damaged), truncated
+    (announced frames are missing), timestamps (several at one time, or running backwards), varying
+    (picture size changes), rotation (no quarter turn), hdr.
     """
     limits = limits or InputLimits()
-    timeline = read_timeline(path, limits, salvage)
     framed = dict(size=size, patch_size=patch_size, fit=fit, place=place)
-    try:
-        video = _decode(path, timeline, num_frames, limits, framed, watcher)
-    except _Damaged as damage:
-        whole = timeline.before_damage(damage.last_good) if salvage else None
-        if whole is None or not whole.stamps:
-            raise
-        video = _decode(path, whole, num_frames, limits, framed, watcher)
-        kept = f"salvaged {len(whole.stamps)} of {len(timeline.stamps)} frames"
-        return replace(video, notes=(*video.notes, kept))
-    if timeline.is_cut:
-        video = replace(video, notes=(*video.notes, f"salvaged {len(timeline.stamps)} frames"))
-    return video
+
+    def decode(timeline: Timeline) -> DecodedVideo:
+        choice = _Choice(timeline, num_frames, skips=not (thorough or timeline.is_counted))
+        return _decode(path, choice, limits, framed, watcher)
+
+    def decode_whole(timeline: Timeline) -> DecodedVideo:
+        all_frames = len(timeline.stamps)
+        try:
+            video = decode(timeline)
+        except DamagedVideo as damage:
+            timeline = timeline.before_damage(damage.num_good)
+            if not salvage or not timeline.stamps:
+                raise
+            video = decode(timeline)
+        notes = (*video.notes, *timeline.notes)
+        if timeline.is_cut:
+            notes += (f"salvaged {len(timeline.stamps)} of {all_frames} frames",)
+        return replace(video, notes=notes)
+
+    timeline = read_timeline(path, limits, salvage)
+    if timeline.is_certain:
+        try:
+            return decode_whole(timeline)
+        except _AnotherTime:
+            pass
+    return decode_whole(count_pictures(path, limits, timeline, salvage))
 
 
-def _decode(
-    path: Path, timeline: Timeline, num_frames, limits, framed: dict, watcher
-) -> DecodedVideo:
-    import av
+class _Choice:
+    """The wanted pictures of a timeline, and which of its pictures a decoded frame is."""
 
-    if callable(num_frames):
-        wanted = {timeline.stamps[int(i)] for i in num_frames(len(timeline.stamps))}
-    else:
-        wanted = set(even_times(timeline.stamps, num_frames))
+    def __init__(self, timeline: Timeline, num_frames, skips: bool):
+        """skips: whether pictures that are not wanted may be left undecoded."""
+        self.timeline = timeline
+        stamps = timeline.stamps
+        if callable(num_frames):
+            self.wanted = {int(number) for number in num_frames(len(stamps))}
+        else:
+            self.wanted = set(even_numbers(stamps, num_frames))
+        self._skips = skips
+        self._places = {stamp: number for number, stamp in enumerate(stamps)} if skips else {}
+        self._wanted_stamps = {stamps[number] for number in self.wanted}
+        self._num_packets = 0
+
+    def is_needed(self, packet) -> bool:
+        """Whether a packet must be decoded even if nothing is predicted from it: its picture is
+        wanted, or among the first, by which the timeline is checked."""
+        self._num_packets += 1
+        is_first = self._num_packets <= NUM_FIRST_PACKETS
+        return not self._skips or is_first or packet.pts in self._wanted_stamps
+
+    def number_after(self, last: int, frame) -> int:
+        """Number of the picture in a frame that came out of the decoder after picture `last`.
+
+        Raises _AnotherTime where the frame's own stamp is not the one that the timeline expects.
+        """
+        number = last + 1
+        if self.timeline.is_counted:
+            return number
+        if self._skips and last + 1 >= NUM_CHECKED:
+            number = self._places.get(frame.pts, -1)
+        stamps = self.timeline.stamps
+        if not last < number < len(stamps) or frame.pts != stamps[number]:
+            raise _AnotherTime
+        return number
+
+
+def _decode(path: Path, choice: _Choice, limits, framed: dict, watcher) -> DecodedVideo:
+    """The chosen pictures of a timeline. Raises _AnotherTime where it is not the video's."""
+    timeline = choice.timeline
+    frames: list[np.ndarray] = []
+    numbers: list[int] = []
+    first = framing = None
+    number = -1
     # opened again instead of seeking back, which is inexact in streams without an index
-    container, stream = open_video(path, limits)
-    stream.codec_context.options = {"err_detect": "explode"}
-    stream.thread_type = "NONE"  # the packer runs a process per core; threads would only compete
-    if watcher is not None:
-        watcher.prepare(stream)
-    unit = 1 / (stream.average_rate or 25) if timeline.is_numbered else stream.time_base
-    frames, times, first, framing, last_good = [], [], None, None, None
-    try:
-        for number, frame in enumerate(_frames(container, stream, timeline)):
-            stamp = number if timeline.is_numbered else frame.pts
+    with open_pictures(
+        path,
+        limits,
+        from_key=timeline.has_keys,
+        prepare=None if watcher is None else watcher.prepare,
+        is_needed=choice.is_needed,
+    ) as (stream, pictures):
+        unit = stream.time_base
+        if timeline.is_numbered:
+            unit = 1 / (stream.average_rate or DEFAULT_RATE)
+        for frame in pictures:
+            number = choice.number_after(number, frame)
             first = first or frame
-            _check_frame(path, frame, first, number, last_good)
-            last_good = stamp if stamp is not None else last_good
-            framing = framing or _framing_of(path, frame, stream, **framed)
+            framing = framing or framing_of(path, frame, stream, **framed)
             if watcher is not None:
-                watcher.see(number, frame, framing, stamp in wanted)
-            if stamp not in wanted:
-                continue
-            wanted.discard(stamp)
-            frames.append(picture_of(frame, framing))
-            times.append(float(stamp * unit))
-            if not wanted:
-                break
-    except av.FFmpegError as error:
-        detail = f"{path}: decoding stopped: {error.strerror} (--salvage keeps what is before)"
-        raise _Damaged("decode", detail, last_good) from error
-    finally:
-        container.close()
-    if wanted:
-        missing = f"{len(wanted)} of {len(wanted) + len(frames)} wanted frames are missing"
-        raise _Damaged("truncated", f"{path}: {missing}", last_good)
-    order = np.argsort(times, kind="stable")
+                watcher.see(number, frame, framing, number in choice.wanted)
+            if number in choice.wanted:
+                frames.append(picture_of(frame, framing))
+                numbers.append(number)
+                if len(numbers) == len(choice.wanted):
+                    break
+    if len(numbers) < len(choice.wanted):
+        assert not timeline.is_counted, f"{path} gave {len(timeline.stamps)} pictures, then fewer"
+        raise _AnotherTime
     return DecodedVideo(
-        frames=np.stack([frames[i] for i in order]),
-        seconds=np.array(times)[order],
+        frames=np.stack(frames),
+        seconds=np.array([float(timeline.stamps[number] * unit) for number in numbers]),
         num_source_frames=len(timeline.stamps),
         codec=stream.codec_context.name,
         source_height=first.height,
@@ -202,82 +182,10 @@ def _decode(
     )
 
 
-def _frames(container, stream, timeline: Timeline):
-    """Decoded frames from the first key frame on: a recording may start inside a GOP."""
-    started = timeline.is_numbered or not timeline.key_stamps
-    for packet in container.demux(stream):
-        started = started or packet.is_keyframe
-        if started:
-            yield from packet.decode()
-
-
-def _check_frame(path: Path, frame, first, number: int, last_good) -> None:
-    if frame.is_corrupt:
-        raise _Damaged("decode", f"{path}: frame {number} is damaged", last_good)
-    if (frame.width, frame.height) != (first.width, first.height):
-        raise RejectedInput(
-            "varying",
-            f"{path}: frame {number} is {frame.width}x{frame.height}, the first one was "
-            f"{first.width}x{first.height}: cut the video where it changes",
-        )
-    if frame.color_trc in HDR_TRANSFERS:
-        raise RejectedInput(
-            "hdr",
-            f"{path} has {HDR_TRANSFERS[frame.color_trc]} brightness: tone-map it to standard "
-            "range first",
-        )
-
-
 def _notes(frame) -> tuple[str, ...]:
-    interlaced = ("interlaced",) if frame.interlaced_frame else ()
-    return (*interlaced, *((f"rotated {frame.rotation:.0f}",) if frame.rotation else ()))
-
-
-def _framing_of(path: Path, frame, stream, size, patch_size, fit, place) -> Framing:
-    if abs(frame.rotation / 90 - round(frame.rotation / 90)) > 0.01 or _is_mirrored(frame):
-        turned = "mirrored" if _is_mirrored(frame) else f"turned by {frame.rotation:.0f} degrees"
-        raise RejectedInput(
-            "rotation",
-            f"{path} is to be shown {turned}: only quarter turns are read, re-encode it upright",
-        )
-    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
-    height, width = float(frame.height), frame.width * float(aspect or 1)
-    if frame.rotation % 180:
-        height, width = width, height
-    framing = frame_to(height, width, size, patch_size, fit, place)
-    if framing.height * framing.width > MAX_BLOWN_UP * size**2:
-        raise RejectedInput(
-            "too_large",
-            f"{path} is a strip of {frame.width}x{frame.height}: scaled to {size} px it would be "
-            f"{framing.width}x{framing.height}: crop it first",
-        )
-    return framing
-
-
-def _is_mirrored(frame) -> bool:
-    """Whether the display matrix (nine 32-bit numbers, row by row) turns left into right."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
-    return a * d - b * c < 0
-
-
-def picture_of(frame, framing: Framing) -> np.ndarray:
-    """Scaled, upright, cut RGB picture of one decoded frame; of an interlaced one its first field,
-    since two fields are two moments.
-    """
-    if frame.colorspace == MATRIX_UNNAMED and frame.height >= HD_LINES:
-        frame.colorspace = MATRIX_BT709
-    turned = frame.rotation % 180 != 0
-    height, width = (framing.width, framing.height) if turned else (framing.height, framing.width)
+    notes = []
     if frame.interlaced_frame:
-        from PIL import Image
-
-        field = Image.fromarray(frame.to_ndarray(format="rgb24")[::2])
-        rgb = np.asarray(field.resize((width, height), Image.Resampling.BOX))
-    else:
-        rgb = frame.reformat(
-            width=width, height=height, format="rgb24", interpolation="AREA"
-        ).to_ndarray()
-    return np.ascontiguousarray(framing.cut(np.rot90(rgb, k=round(frame.rotation / 90) % 4)))
+        notes.append("interlaced")
+    if frame.rotation:
+        notes.append(f"rotated {frame.rotation:.0f}")
+    return tuple(notes)

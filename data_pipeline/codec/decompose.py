@@ -22,7 +22,7 @@ from .motion_compensation import predict_luma
 
 TIME_BASE = 64  # temporal positions run over 0..63 whatever the number of frames
 MOTION_CELL = 8  # side of a motion cell in pixels: the smallest block of the canonical stream
-DECOMPOSITION_VERSION = 2  # goes up whenever equal frames would give another decomposition
+DECOMPOSITION_VERSION = 3  # goes up whenever equal files would give other frames or fields
 
 CANONICAL_STRUCTURE = (
     "scenecut=0:bframes=0:ref=1:threads=1:open-gop=0:weightp=0:mbtree=0:rc-lookahead=0:"

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import RejectedInput
-from .decode import Framing, decode_video, picture_of
+from .decode import decode_video
 from .decompose import MOTION_CELL, CodecClip, cell_means, frame_times, rasterise, vectors_of
+from .framing import Framing, picture_of
 from .motion_compensation import predict_luma
 
 NATIVE_CODECS = ("h264", "mpeg4")
@@ -59,7 +60,10 @@ class _Watcher:
     anchor_luma: np.ndarray | None = None  # of anchor_frame, made when a chosen frame asks for it
 
     def prepare(self, stream) -> None:
-        """Ask the decoder for vectors; RejectedInput for a codec that exports none."""
+        """Begin a pass: ask the decoder for vectors.
+
+        Raises RejectedInput for a codec that exports none.
+        """
         from av.codec.context import Flags2
 
         if stream.codec_context.name not in NATIVE_CODECS:
@@ -69,6 +73,10 @@ class _Watcher:
                 "--vectors native",
             )
         stream.codec_context.flags2 |= Flags2.export_mvs
+        self.seen = []
+        self.waiting = []
+        self.anchor = 0
+        self.anchor_frame = self.anchor_luma = None
 
     def see(self, number: int, frame, framing: Framing, is_chosen: bool) -> None:
         """One frame in the order of showing."""
@@ -106,7 +114,8 @@ def decompose_native(
     """
     watcher = _Watcher(path)
     video = decode_video(path, num_frames, size, patch_size, fit, limits, salvage, watcher)
-    frames, seen = video.frames, watcher.seen[-len(video.frames) :]
+    frames = video.frames
+    seen = watcher.seen
     count, height, width = frames.shape[:3]
     luma = np.stack([_luma(picture) for picture in frames])
     cells = -(-height // MOTION_CELL), -(-width // MOTION_CELL)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec.decode import frame_to
 from ..codec.decompose import TIME_BASE, CodecClip, decompose_video
+from ..codec.framing import frame_to
 from ..codec.native import decompose_native
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
 from ..codec.saliency import SaliencyConfig, is_static, motion_summary, patch_saliency

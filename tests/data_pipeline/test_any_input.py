@@ -162,13 +162,41 @@ def test_of_several_streams_the_best_is_taken_and_a_cover_is_no_video(tmp_path):
     assert abs(int(video.frames[0].mean()) - 128) < 4
 
 
-def test_interlaced_frames_give_one_moment(tmp_path):
-    frames = np.zeros((4, 64, 64, 3), np.uint8)
-    frames[:, ::2] = 200  # the two fields show different moments
-    path = write(tmp_path / "clip.mkv", frames, crf="1", **{"x264-params": "interlaced=1"})
-    video = decode_video(path, 4, 32, 16)
+def interlaced_frames(first):
+    """Frames whose rows 0, 2, .. are bright and 1, 3, .. dark, marked as shown `first` (tff, bff)
+    field first: the two fields show different moments."""
+    import av
+
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[::2] = 200
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=64, height=64, format="rgb24", time_base=Fraction(1, 30))
+    order = graph.add("setfield", mode=first)
+    graph.link_nodes(source, order, graph.add("buffersink")).configure()
+    frames = []
+    for number in range(4):
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame.pts = number
+        graph.push(frame)
+        frames.append(graph.pull())
+    return frames
+
+
+@pytest.mark.parametrize(
+    "suffix, codec, options",
+    [
+        ("mkv", "libx264", {"crf": "1", "x264-params": "interlaced=1"}),
+        ("mpg", "mpeg2video", {"flags": "+ilme+ildct", "b": "5000k"}),
+    ],
+)
+@pytest.mark.parametrize(("first", "is_bright"), [("tff", True), ("bff", False)])
+def test_of_an_interlaced_frame_the_first_field_in_time_is_taken(
+    tmp_path, suffix, codec, options, first, is_bright
+):
+    path = tmp_path / f"clip.{suffix}"
+    video = decode_video(write(path, interlaced_frames(first), codec, **options), 4, 32, 16)
     assert "interlaced" in video.notes
-    assert video.frames.mean() > 190
+    assert (video.frames.mean() > 180) if is_bright else (video.frames.mean() < 20)
 
 
 def test_high_dynamic_range_is_refused_by_name(tmp_path):

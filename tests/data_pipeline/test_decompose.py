@@ -5,8 +5,9 @@ import io
 import numpy as np
 import pytest
 
-from data_pipeline.codec.decode import decode_video, frame_to
+from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.decompose import decompose_frames, decompose_video
+from data_pipeline.codec.framing import frame_to
 from data_pipeline.codec.open_video import InputLimits, open_image
 from data_pipeline.codec.saliency import SaliencyConfig, motion_summary, patch_saliency
 from data_pipeline.errors import RejectedInput

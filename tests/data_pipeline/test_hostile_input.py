@@ -7,20 +7,24 @@ Numbers in the names are those of the fault table that the packer is built to.
 import os
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 import wave
 import zlib
 
 import numpy as np
+import psutil
 import pytest
-from conftest import run, write_video
+from conftest import ROOT, run, write_video
 
+from data_pipeline.codec.guard import GuardedProcess
 from data_pipeline.codec.open_video import InputLimits
 from data_pipeline.errors import CorruptShard, RejectedInput
-from data_pipeline.shards import sample_builder
+from data_pipeline.shards import isolation, sample_builder
 from data_pipeline.shards.inputs import Input, list_inputs
-from data_pipeline.shards.isolation import SampleWorker
+from data_pipeline.shards.isolation import SamplePool
 from data_pipeline.shards.manifest import MANIFEST_NAME, load_manifest
 from data_pipeline.shards.pack import PackConfig, pack
 from data_pipeline.shards.sample_builder import SampleConfig, build_sample
@@ -190,16 +194,71 @@ def test_the_counters_add_up_and_duplicates_are_counted(packed_folder):
 
 def test_c17_a_decoder_that_dies_rejects_its_input_and_the_next_one_is_packed(tmp_path):
     good(tmp_path / "a.mp4")
-    worker = SampleWorker(CONFIG.sample, wall_seconds=60)
     item = Input(str(tmp_path / "a.mp4"), "a.mp4")
-    worker.build(item)
-    threading.Thread(target=lambda: (time.sleep(0.01), worker._process.kill())).start()
-    with pytest.raises(RejectedInput) as rejection:
-        for _ in range(100):
-            worker.build(item)
-    assert rejection.value.reason == "crash"
-    assert worker.build(item)[1].kind == "video"
-    worker.close()
+    with SamplePool(CONFIG.sample, num_workers=1, wall_seconds=60) as pool:
+        pool.build(item)
+        (child,) = children_that_build()
+        threading.Thread(target=lambda: (time.sleep(0.01), child.kill())).start()
+        with pytest.raises(RejectedInput) as rejection:
+            while True:
+                pool.build(item)
+        assert rejection.value.reason == "crash"
+        assert pool.build(item)[1].kind == "video"
+    assert children_that_build() == []
+
+
+def children_that_build():
+    """Child processes of this one that build samples."""
+    found = psutil.Process().children(recursive=True)
+    return [child for child in found if isolation.MODULE in child.cmdline()]
+
+
+def test_c17_a_decoder_that_never_returns_is_killed_at_its_limit(tmp_path):
+    os.mkfifo(tmp_path / "endless.mp4")  # read as a file of its own, it would be waited for forever
+    code = (
+        "from data_pipeline.codec import guard\n"
+        "guard.serve(lambda settings: lambda request: open(request['path']).read())"
+    )
+    (tmp_path / "waits.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        process = GuardedProcess("waits", settings={}, wall_seconds=1.5)
+        with pytest.raises(RejectedInput, match="timeout: endless.mp4 took longer than 1.5 s"):
+            process.ask({"path": str(tmp_path / "endless.mp4")}, "endless.mp4")
+    assert process.process is None
+
+
+def test_children_go_with_a_parent_that_is_killed(tmp_path):
+    good(tmp_path / "a.mp4")
+    code = (
+        "from data_pipeline.shards.isolation import SamplePool\n"
+        "from data_pipeline.shards.inputs import Input\n"
+        "from data_pipeline.shards.sample_builder import SampleConfig\n"
+        "pool = SamplePool(SampleConfig(size=32, gop=64, budget=64), 2, 60)\n"
+        f"pool.build(Input({str(tmp_path / 'a.mp4')!r}, 'a.mp4'))\n"
+        "print('built', flush=True)\n"
+        "input()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert parent.stdout.readline() == b"built\n"
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert children
+    parent.kill()
+    parent.wait()
+    gone, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+
+
+def test_pack_leaves_no_process_behind(tmp_path):
+    good(tmp_path / "a.mp4")
+    command = [sys.executable, "-m", "data_pipeline", "pack", str(tmp_path / "a.mp4")]
+    command += ["--output", str(tmp_path / "out"), "--size", "32", "--workers", "2"]
+    done = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    assert done.wait() == 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(done.pid, 0)
 
 
 def test_c20_a_file_that_changes_or_vanishes_while_it_is_packed_is_rejected(tmp_path, monkeypatch):
@@ -270,6 +329,6 @@ def test_c11_every_limit_is_checked_before_decoding(tmp_path, limits, said):
 
 
 def test_a_child_that_burns_processor_time_is_killed():
-    code = "from data_pipeline.shards.isolation import limit_cpu\nlimit_cpu(0.1)\nwhile True: pass"
+    code = "from data_pipeline.codec.guard import limit_cpu\nlimit_cpu(0.1)\nwhile True: pass"
     done = run("-c", code, check=False)
     assert done.returncode == -signal.SIGXCPU

@@ -1,0 +1,168 @@
+"""Child processes that read files, so that no input can hang or kill their parent.
+
+Decoders do crash and loop on damaged files. A child has limits of memory and processor time; the
+parent waits a bounded wall time, then kills it, rejects the input as `timeout` or `crash`, and
+starts another child for the next one. Requests and answers are JSON and raw bytes: nothing that a
+broken child sends is ever executed. Starting a child costs about 0.4 s.
+
+A child runs a module (`python -m MODULE`) whose `main` calls `serve`:
+
+    parent   GuardedPool("package.module", settings, ...).ask(request, name) -> header, parts
+    child    serve(prepare): answer = prepare(settings); answer(request) -> header, parts
+
+No child outlives its parent, however that ends: it leaves when its standard input is closed.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from queue import SimpleQueue
+
+from ..errors import RejectedInput
+
+WALL_SECONDS = 300.0  # of one input by default: the slowest of a million 8K films took minutes
+MEMORY_LIMIT = 8 << 30
+CPU_PER_WALL = 4  # processor seconds per second of the wall limit: some decoders run threads
+PACKAGES = Path(__file__).resolve().parents[2]  # folder of the packages that a child imports
+
+Answer = tuple[dict, list[bytes]]
+
+
+class GuardedProcess:
+    """One child process at a time, started when it is first needed. For one thread."""
+
+    def __init__(self, module: str, settings: dict, wall_seconds: float):
+        self._module = module
+        self._opening = json.dumps({"settings": settings, "wall_seconds": wall_seconds}).encode()
+        self._wall_seconds = wall_seconds
+        self.process: subprocess.Popen | None = None
+
+    def ask(self, request: dict, name: str) -> Answer:
+        """The child's answer to a request about the input `name`: a header and parts.
+
+        Raises RejectedInput: what the child raised, or `timeout`, `crash`, `memory`, `internal` (a
+        mistake of ours, with its place in the source).
+        """
+        if self.process is None or self.process.poll() is not None:
+            self.close()
+            self._start()
+        try:
+            self._pipe.send_bytes(json.dumps({"name": name, "request": request}).encode())
+            if not self._pipe.poll(self._wall_seconds):
+                self.close()
+                raise RejectedInput("timeout", f"{name} took longer than {self._wall_seconds:g} s")
+            answer = json.loads(self._pipe.recv_bytes())
+            parts = [self._pipe.recv_bytes() for _ in range(answer["num_parts"])]
+        except (EOFError, OSError) as error:
+            self.close()
+            raise RejectedInput("crash", f"{name} killed the decoder process") from error
+        if "reason" in answer:
+            raise RejectedInput(answer["reason"], answer["detail"])
+        return answer["header"], parts
+
+    def close(self) -> None:
+        """End the child process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self._pipe.close()
+        self.process = None
+
+    def _start(self) -> None:
+        self._pipe, child_end = Pipe()
+        # the child imports what the parent imports, wherever the parent was started
+        paths = [str(PACKAGES), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", self._module, str(child_end.fileno())],
+            stdin=subprocess.PIPE,
+            pass_fds=[child_end.fileno()],
+            env=environment,
+        )
+        child_end.close()
+        self._pipe.send_bytes(self._opening)
+
+
+class GuardedPool:
+    """Several guarded processes; `ask` may be called from as many threads, and others wait."""
+
+    def __init__(self, module: str, settings: dict, num_workers: int, wall_seconds: float):
+        self._workers = [GuardedProcess(module, settings, wall_seconds) for _ in range(num_workers)]
+        self._free: SimpleQueue[GuardedProcess] = SimpleQueue()
+        for worker in self._workers:
+            self._free.put(worker)
+
+    def ask(self, request: dict, name: str) -> Answer:
+        """As GuardedProcess.ask, by the next process that is free."""
+        worker = self._free.get()
+        try:
+            return worker.ask(request, name)
+        finally:
+            self._free.put(worker)
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self._workers:
+            worker.close()
+
+
+def serve(prepare: Callable[[dict], Callable[[dict], Answer]]) -> None:
+    """Child: answer requests until the parent goes away.
+
+    `prepare` turns the parent's settings into the function that answers. What it raises is told to
+    the parent and ends no child.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    pipe = Connection(int(sys.argv[1]))
+    opening = json.loads(pipe.recv_bytes())
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    answer = prepare(opening["settings"])
+    while True:
+        try:
+            message = json.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return
+        limit_cpu(opening["wall_seconds"])
+        reply, parts = _reply(answer, message["request"], message["name"])
+        pipe.send_bytes(json.dumps({**reply, "num_parts": len(parts)}).encode())
+        for part in parts:
+            pipe.send_bytes(part)
+
+
+def limit_cpu(wall_seconds: float) -> None:
+    """Let this process use its share of processor time from now on; the system kills it after."""
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    soft = int(used + CPU_PER_WALL * wall_seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+def _reply(answer: Callable[[dict], Answer], request: dict, name: str) -> Answer:
+    try:
+        header, parts = answer(request)
+        return {"header": header}, parts
+    except RejectedInput as rejection:
+        return {"reason": rejection.reason, "detail": rejection.detail}, []
+    except MemoryError:
+        detail = f"{name} needs more than {MEMORY_LIMIT >> 30} GB"
+        return {"reason": "memory", "detail": detail}, []
+    except Exception as error:  # our own mistake: named as such, with its place
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        source = f"{Path(place.filename).name}:{place.lineno}"
+        detail = f"{name}: {type(error).__name__}: {error} ({source})"
+        return {"reason": "internal", "detail": detail}, []
+
+
+def _leave_with_parent() -> None:
+    """End this process when its standard input is closed, in the middle of whatever it does."""
+    sys.stdin.buffer.read()
+    os._exit(1)

@@ -1,0 +1,240 @@
+"""A clip's frames are the file's pictures, in order, at their times: whatever the container, the
+codec, the GOPs, the rate and the start; and whatever was cut, joined or packed afterwards.
+"""
+
+import numpy as np
+import pytest
+from frame_matrix import (
+    CONTAINERS,
+    COUNT,
+    PAIRS,
+    RATE,
+    Case,
+    cases_of,
+    number_of,
+    picture,
+    verdict,
+    write_numbered,
+)
+
+from data_pipeline.codec.decode import decode_video
+from data_pipeline.codec.decompose import decompose_video
+from data_pipeline.codec.native import decompose_native
+from data_pipeline.errors import RejectedInput
+
+
+def numbers_in(path, **options):
+    """Numbers of all pictures that the reader gives."""
+    video = decode_video(path, num_frames=1000, size=64, patch_size=16, **options)
+    return [number_of(pixels) for pixels in video.frames]
+
+
+@pytest.mark.parametrize(("container", "codec"), PAIRS, ids=[f"{c}-{k}" for c, k in PAIRS])
+def test_every_picture_in_order_at_its_time(tmp_path, container, codec):
+    wrong = []
+    for number, case in enumerate(cases_of(container, codec)):
+        path = tmp_path / f"{number}.{CONTAINERS[container][0]}"
+        case.write(path)
+        found = verdict(case, path)
+        if found != "right" and not (found == "refused" and case.may_be_refused):
+            wrong.append(f"{case}: {found}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_bar_code_says_which_picture_it_is():
+    assert [number_of(picture(number)) for number in range(256)] == list(range(256))
+
+
+def cut_copy(source, target, cut):
+    """Copy packets as `ffmpeg -ss cut/RATE -i source -c copy target` does: from the key frame
+    before the cut on, stamps counted from the cut."""
+    import av
+
+    with av.open(str(source)) as read, av.open(str(target), "w") as write:
+        stream = read.streams.video[0]
+        copied = write.add_stream_from_template(stream)
+        packets = [packet for packet in read.demux(stream) if packet.size]
+        shift = round(cut / RATE / stream.time_base)
+        keys = [i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= shift]
+        for packet in packets[keys[-1] :]:
+            packet.pts -= shift
+            packet.dts -= shift
+            packet.stream = copied
+            write.mux(packet)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+@pytest.mark.parametrize("encoder", ["libx264", "libx265"])
+@pytest.mark.parametrize("open_gop", [0, 1])
+@pytest.mark.parametrize("cut", [7, 24, 40])
+def test_an_edit_list_hides_what_is_before_it_and_nothing_else(
+    tmp_path, suffix, encoder, open_gop, cut
+):
+    gops = f"keyint=24:min-keyint=24:scenecut=0:bframes=3:open-gop={open_gop}"
+    name = encoder.removeprefix("lib")
+    whole = write_numbered(
+        tmp_path / f"whole.{suffix}",
+        encoder=encoder,
+        times=range(90),
+        options={f"{name}-params": gops + (":log-level=none" if name == "x265" else "")},
+    )
+    cut_copy(whole, tmp_path / f"cut.{suffix}", cut)
+    video = decode_video(tmp_path / f"cut.{suffix}", num_frames=1000, size=64, patch_size=16)
+    assert [number_of(pixels) for pixels in video.frames] == list(range(cut, 90))
+    assert np.allclose(video.seconds, np.arange(90 - cut) / RATE, atol=1e-3)
+
+
+def drop_packets(source, target, count):
+    """Copy a video without its first packets, as a recording that begins late."""
+    import av
+
+    with av.open(str(source)) as read, av.open(str(target), "w") as write:
+        stream = read.streams.video[0]
+        copied = write.add_stream_from_template(stream)
+        for number, packet in enumerate(read.demux(stream)):
+            if packet.size and number >= count:
+                packet.stream = copied
+                write.mux(packet)
+
+
+OPEN_GOP = "keyint=24:min-keyint=24:scenecut=0:bframes=3:open-gop=1"
+OPEN_GOPS = {
+    "libx264": {"x264-params": OPEN_GOP},
+    "libx265": {"x265-params": OPEN_GOP + ":log-level=none"},
+    "mpeg2video": {},
+}
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mkv"])
+@pytest.mark.parametrize("encoder", OPEN_GOPS)
+def test_a_recording_that_begins_in_an_open_gop_gives_all_that_can_be_decoded(
+    tmp_path, suffix, encoder
+):
+    whole = write_numbered(
+        tmp_path / f"whole.{suffix}",
+        encoder=encoder,
+        times=range(90),
+        options=OPEN_GOPS[encoder],
+        gop=24,
+        b_frames=2 if encoder == "mpeg2video" else 0,
+    )
+    for count in (5, 30):
+        late = tmp_path / f"late{count}.{suffix}"
+        drop_packets(whole, late, count)
+        found = numbers_in(late)
+        assert found == list(range(found[0], 90))
+        assert count - 3 <= found[0] <= count + 24
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg"])
+@pytest.mark.parametrize("rates", [(25, 30), (25, 25), (30, 25)])
+def test_recordings_joined_without_remuxing_are_refused(tmp_path, suffix, rates):
+    joined = tmp_path / f"joined.{suffix}"
+    parts = [
+        write_numbered(
+            tmp_path / f"{number}.{suffix}",
+            encoder="libx264" if suffix == "ts" else "mpeg2video",
+            times=range(60),
+            rate=rate,
+            first=128 * number,
+        )
+        for number, rate in enumerate(rates)
+    ]
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(RejectedInput) as rejection:
+        decode_video(joined, num_frames=8, size=64, patch_size=16)
+    assert rejection.value.reason == "timestamps"
+
+
+def pack_b_frames(source, target):
+    """Put every B-frame of an MPEG-4 video into the chunk of the P-frame before it, with a small
+    dummy chunk in its place, as DivX and Xvid did for players that allow one delay."""
+    import av
+
+    packed_mark = b"\x00\x00\x01\xb2DivX503b1393p"
+    dummy = b"\x00\x00\x01\xb6\x51\xff"
+    with av.open(str(source)) as read, av.open(str(target), "w") as write:
+        stream = read.streams.video[0]
+        copied = write.add_stream_from_template(stream)
+        packets = [packet for packet in read.demux(stream) if packet.size]
+        coded = [bytes(packet) for packet in packets]
+        start = coded[0].index(b"\x00\x00\x01\xb6")
+        chunks = [coded[0][:start] + packed_mark + coded[0][start:]]
+        for forward, backward in zip(coded[1::2], coded[2::2], strict=True):
+            chunks += [forward + backward, dummy]
+        for number, chunk in enumerate(chunks):
+            packet = av.Packet(chunk)
+            packet.pts = packet.dts = number
+            packet.time_base = stream.time_base
+            packet.is_keyframe = number == 0
+            packet.stream = copied
+            write.mux(packet)
+
+
+def test_packed_b_frames_come_in_the_order_of_showing(tmp_path):
+    plain = write_numbered(
+        tmp_path / "plain.avi",
+        encoder="mpeg4",
+        times=range(41),
+        options={"flags": "+bitexact", "b_strategy": "0"},
+        gop=250,
+        b_frames=1,
+    )
+    pack_b_frames(plain, tmp_path / "packed.avi")
+    video = decode_video(tmp_path / "packed.avi", num_frames=1000, size=64, patch_size=16)
+    assert [number_of(pixels) for pixels in video.frames] == list(range(41))
+    assert np.allclose(np.diff(video.seconds), 1 / RATE)
+    assert "timestamps sorted" in video.notes
+
+
+def test_frames_are_the_same_when_others_are_left_undecoded(tmp_path):
+    gops = "keyint=60:min-keyint=60:scenecut=0:bframes=3:b-adapt=0"
+    for suffix in ("mp4", "mkv", "ts", "avi"):
+        path = tmp_path / f"clip.{suffix}"
+        write_numbered(path, times=range(200), options={"x264-params": gops})
+
+        def wanted(total):
+            return np.linspace(0, total - 1, 9).astype(int)[1:-1]
+
+        options = {"num_frames": wanted, "size": 64, "patch_size": 16}
+        ours = decode_video(path, thorough=False, **options)
+        whole = decode_video(path, **options)
+        assert [number_of(pixels) for pixels in ours.frames] == wanted(200).tolist()
+        assert np.array_equal(ours.frames, whole.frames)
+        assert np.array_equal(ours.seconds, whole.seconds)
+
+
+def test_the_sample_notes_that_timestamps_were_sorted(tmp_path):
+    case = Case("avi", "mpeg4", has_b_frames=True)
+    case.write(tmp_path / "clip.avi")
+    options = {"num_frames": COUNT, "size": 64, "patch_size": 16}
+    assert "timestamps sorted" in decompose_video(tmp_path / "clip.avi", **options).notes
+    clip = decompose_native(tmp_path / "clip.avi", **options)
+    assert [number_of(pixels) for pixels in clip.frames] == list(range(COUNT))
+
+
+# file: numbers of the pictures that it holds, or the reason for which it is refused
+SHARED_CASES = {
+    "avi_packed_b_frames.avi": range(60),
+    "xvid_gop12.avi": range(60),
+    "hevc_gop12.mp4": range(60),
+    "mpeg2.mpg": range(60),
+    "edit_list_trim.mp4": range(38, 200),
+    "two_recordings_joined.ts": "timestamps",
+    "starts_at_20s.webm": range(60),
+    "open_gop_cut.ts": range(40, 120),
+    "bottom_field_first.mpg": range(0, 120, 2),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_CASES)
+def test_files_that_went_wrong_once(shared, name):
+    expected = SHARED_CASES[name]
+    path = shared / "cases" / "video" / name
+    options = {"num_frames": 1000, "size": 128, "patch_size": 16, "fit": "area"}
+    if isinstance(expected, str):
+        with pytest.raises(RejectedInput, match=f"^{expected}: "):
+            decode_video(path, **options)
+        return
+    found = [number_of(pixels) for pixels in decode_video(path, **options).frames]
+    assert found == list(expected)
