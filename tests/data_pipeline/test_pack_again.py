@@ -402,6 +402,7 @@ def test_a_bar_shows_the_whole_run_on_a_terminal(capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_one_line_and_the_same_command_goes_on(copy, number):
+    """It is sent to the whole group, as terminals and schedulers do: workers say nothing."""
     folder = write_pictures(copy / "other", "abcdefghijklmnopqrstuvwxyz")
     command = ["-m", "data_pipeline", "pack", folder, "--output", copy / "out2", *FLAGS]
     command += ["--samples-per-shard", "1"]
@@ -411,9 +412,10 @@ def test_a_signal_ends_with_one_line_and_the_same_command_goes_on(copy, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     assert "packed shard 1/26" in process.stdout.readline()
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     name = signal.Signals(number).name
