@@ -17,7 +17,17 @@ import os
 import sys
 from pathlib import Path
 
+from model_factory.local_output import output_path
+
 from . import commands
+from .stop import Stopped, stoppable
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except None, which stands for what the help text says."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,12 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=help_text,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Defaults,
         )
         sub.set_defaults(run=run)
         return sub
 
     _add_making(command)
+    _add_packing(command)
     _add_looking(command)
     _add_exporting(command)
     _add_labelling(command)
@@ -48,7 +59,7 @@ def _add_making(command) -> None:
     sub = command(
         "motion-shapes", "write labelled clips whose class is the motion", commands.motion_shapes
     )
-    sub.add_argument("directory", type=Path)
+    sub.add_argument("directory", type=output_path)
     sub.add_argument("--num-train", type=int, default=1200, help="clips to train on")
     sub.add_argument("--num-val", type=int, default=240, help="clips to validate on")
     sub.add_argument("--difficulty", choices=("easy", "medium", "hard"), default="easy")
@@ -56,11 +67,14 @@ def _add_making(command) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of every random draw")
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
 
+
+def _add_packing(command) -> None:
     sub = command("pack", "turn videos and images into shards", commands.pack)
     sub.add_argument("inputs", nargs="+", help="files, folders, URLs, or .txt/.csv lists")
-    sub.add_argument("--output", type=Path, required=True, help="folder of the shards")
-    sub.add_argument("--size", type=int, default=224, help="working size in pixels")
-    sub.add_argument("--patch-size", type=int, default=16, help="side of a patch in pixels")
+    sub.add_argument("--output", type=output_path, required=True, help="folder of the shards")
+    sub.add_argument("--model", help="registered encoder to pack for: names size and patch size")
+    sub.add_argument("--size", type=int, help="working size in pixels (224)")
+    sub.add_argument("--patch-size", type=int, help="side of a patch in pixels (16)")
     sub.add_argument("--num-frames", type=int, default=64, help="frames taken, at even times")
     sub.add_argument("--gop", type=int, default=16, help="frames from one I-frame to the next")
     sub.add_argument("--budget", type=int, help="patches kept of a clip (an eighth of all)")
@@ -71,13 +85,35 @@ def _add_making(command) -> None:
         "--salvage", action="store_true", help="cut damaged videos before the damage, keep the rest"
     )
     sub.add_argument("--full-frames", type=int, default=16, help="whole frames stored of each clip")
-    sub.add_argument("--samples-per-shard", type=int, default=1000, help="inputs of one shard")
-    sub.add_argument("--workers", type=int, default=os.cpu_count(), help="decoder processes")
-    sub.add_argument("--task-id", type=int, default=0, help="which part of the shards to pack")
-    sub.add_argument("--num-tasks", type=int, default=1, help="number of parts, one per job")
-    sub.add_argument("--executor", choices=("local", "ray"), default="local", help="who packs")
-    sub.add_argument("--wall-seconds", type=float, default=300.0, help="time limit of one input")
     _add_selecting(sub)
+    _add_running(sub)
+
+
+def _add_running(sub) -> None:
+    group = sub.add_argument_group("shards, and who packs them")
+    other = group.add_mutually_exclusive_group()
+    other.add_argument(
+        "--append",
+        dest="mode",
+        action="store_const",
+        const="append",
+        help="inputs that OUTPUT does not hold become shards behind the old ones",
+    )
+    other.add_argument(
+        "--replace",
+        dest="mode",
+        action="store_const",
+        const="replace",
+        help="remove the shards of another packing from OUTPUT first",
+    )
+    group.add_argument(
+        "--samples-per-shard", type=int, help="inputs of one shard (16 to 500, by their number)"
+    )
+    group.add_argument("--workers", type=int, default=os.cpu_count(), help="decoder processes")
+    group.add_argument("--task-id", type=int, default=0, help="which part of the shards to pack")
+    group.add_argument("--num-tasks", type=int, default=1, help="number of parts, one per job")
+    group.add_argument("--executor", choices=("local", "ray"), default="local", help="who packs")
+    group.add_argument("--wall-seconds", type=float, default=300.0, help="time limit of one input")
 
 
 def _add_selecting(sub) -> None:
@@ -119,7 +155,9 @@ def _add_looking(command) -> None:
 
     sub = command("view", "draw what the encoder sees", commands.view)
     sub.add_argument("directory", type=Path)
-    sub.add_argument("--output", type=Path, required=True, help="FILE.png (sheet) or FILE.gif")
+    sub.add_argument(
+        "--output", type=output_path, required=True, help="FILE.png (sheet) or FILE.gif"
+    )
     sub.add_argument("--samples", type=int, nargs="+", help="sample ids (four, evenly spread)")
 
 
@@ -127,7 +165,7 @@ def _add_exporting(command) -> None:
     sub = command("export", "clips as mosaics with positions, for codec LLaVA", commands.export)
     sub.add_argument("directory", type=Path)
     sub.add_argument(
-        "--output", type=Path, required=True, help="folder of mosaics and samples.jsonl"
+        "--output", type=output_path, required=True, help="folder of mosaics and samples.jsonl"
     )
     sub.add_argument("--image-format", choices=("png", "jpg"), default="png", help="of a mosaic")
 
@@ -135,7 +173,7 @@ def _add_exporting(command) -> None:
 def _add_labelling(command) -> None:
     sub = command("features", "one vector per sample, shard by shard", commands.features)
     sub.add_argument("directory", type=Path)
-    sub.add_argument("--output", type=Path, required=True, help="folder of the vectors")
+    sub.add_argument("--output", type=output_path, required=True, help="folder of the vectors")
     _add_feature_options(sub)
     sub.add_argument(
         "--task-id",
@@ -149,9 +187,9 @@ def _add_labelling(command) -> None:
     sub = command("cluster", "features of all samples -> k-means centroids", commands.cluster)
     sub.add_argument("directory", type=Path)
     sub.add_argument("--num-centroids", type=int, required=True, help="number of classes")
-    sub.add_argument("--output", type=Path, required=True, help="folder of the centroids")
+    sub.add_argument("--output", type=output_path, required=True, help="folder of the centroids")
     _add_feature_options(sub)
-    sub.add_argument("--features", type=Path, help="folder of vectors (OUTPUT/features)")
+    sub.add_argument("--features", type=output_path, help="folder of vectors (OUTPUT/features)")
     sub.add_argument("--pca", type=int, help="principal components that are kept (all directions)")
     sub.add_argument("--seed", type=int, default=0, help="of the first centroids")
     sub.add_argument("--iterations", type=int, default=25, help="rounds of k-means")
@@ -173,12 +211,14 @@ def _add_labelling(command) -> None:
     )
     sub.add_argument("--num-classes", type=int, help="number of classes of --from")
     sub.add_argument("--num-labels", type=int, default=10, help="labels per sample, -1 beyond")
-    sub.add_argument("--output", type=Path, help="folder of labels.npy (the packed folder)")
-    sub.add_argument("--features", type=Path, help="folder of vectors (cluster's own, if it fits)")
+    sub.add_argument("--output", type=output_path, help="folder of labels.npy (the packed folder)")
+    sub.add_argument(
+        "--features", type=output_path, help="folder of vectors (cluster's own, if it fits)"
+    )
 
     sub = command("browse", "draw the largest, smallest and some other clusters", commands.browse)
     sub.add_argument("directory", type=Path)
-    sub.add_argument("--output", type=Path, required=True, help="FILE.png")
+    sub.add_argument("--output", type=output_path, required=True, help="FILE.png")
     sub.add_argument("--labels", type=Path, help="folder of labels.npy (the packed folder)")
     sub.add_argument("--truth", type=Path, help="list of `relative path,label`: gives purities")
     sub.add_argument("--count", type=int, default=4, help="clusters of each group")
@@ -195,14 +235,21 @@ def _add_feature_options(sub) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; a user's mistake ends with its message and exit code 1,
-    not with a traceback.
+    """Run one command; a user's mistake ends with its message and exit code 1, a signal with one
+    line and exit code 128 plus its number, neither with a traceback.
     """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        with stoppable():
+            args.run(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except Stopped as stop:
+        print(
+            f"{stop}: what is finished is kept, run the same command again to go on",
+            file=sys.stderr,
+        )
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

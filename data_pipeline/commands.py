@@ -7,6 +7,9 @@ import json
 import os
 import sys
 
+DEFAULT_SIZE = 224
+DEFAULT_PATCH_SIZE = 16
+
 
 def motion_shapes(args) -> None:
     """Write the labelled demonstration clips."""
@@ -26,14 +29,52 @@ def motion_shapes(args) -> None:
 
 def pack(args) -> None:
     """Turn videos and images into shards; exits when nothing could be finished."""
-    from .codec.saliency import SaliencyConfig
+    from .clustering.labels import stale_labels
     from .shards.inputs import list_inputs
     from .shards.pack import PackConfig, pack
+
+    config = PackConfig(
+        sample=_sample_config(args),
+        samples_per_shard=args.samples_per_shard,
+        workers=args.workers,
+        wall_seconds=args.wall_seconds,
+    )
+    inputs = list_inputs(args.inputs)
+    mode = args.mode or "refuse"
+    if args.executor == "ray":
+        from .shards.ray_driver import pack_ray
+
+        manifest = pack_ray(inputs, args.output, config, mode=mode)
+    else:
+        manifest = pack(
+            inputs,
+            args.output,
+            config,
+            task_id=args.task_id,
+            num_tasks=args.num_tasks,
+            mode=mode,
+        )
+    if manifest is None:
+        return
+    rejected = manifest.rejected_by_reason()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
+    print(
+        f"{len(manifest)} samples in {len(manifest.shards)} shards under {args.output}; rejected: "
+        f"{reasons}"
+    )
+    stale = stale_labels(args.output, manifest)
+    if stale is not None:
+        print(stale)
+
+
+def _sample_config(args):
+    from .codec.saliency import SaliencyConfig
     from .shards.sample_builder import SampleConfig
 
-    sample = SampleConfig(
-        size=args.size,
-        patch_size=args.patch_size,
+    size, patch_size = picture_shape(args)
+    return SampleConfig(
+        size=size,
+        patch_size=patch_size,
         num_frames=args.num_frames,
         gop=args.gop,
         budget=args.budget,
@@ -51,23 +92,28 @@ def pack(args) -> None:
             centre_prior=args.centre_prior,
         ),
     )
-    config = PackConfig(sample, args.samples_per_shard, args.workers, args.wall_seconds)
-    inputs = list_inputs(args.inputs)
-    if args.executor == "ray":
-        from .shards.ray_driver import pack_ray
 
-        manifest = pack_ray(inputs, args.output, config)
-    else:
-        parts = {"task_id": args.task_id, "num_tasks": args.num_tasks}
-        manifest = pack(inputs, args.output, config, **parts)
-    if manifest is None:
-        return
-    rejected = manifest.rejected_by_reason()
-    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
-    print(
-        f"{len(manifest)} samples in {len(manifest.shards)} shards under {args.output}; rejected: "
-        f"{reasons}"
-    )
+
+def picture_shape(args) -> tuple[int, int]:
+    """(size, patch size) that --model, --size and --patch-size ask for.
+
+    ValueError for a patch size that is not the model's. Its size is a default only: an encoder
+    takes any whole number of patches.
+    """
+    from model_factory.registry import clip_shape
+
+    size = DEFAULT_SIZE
+    patch_size = DEFAULT_PATCH_SIZE
+    if args.model is not None:
+        size, patch_size = clip_shape(args.model)
+        if args.patch_size not in (None, patch_size):
+            raise ValueError(
+                f"--patch-size {args.patch_size} is not {args.model}'s, which takes {patch_size}: "
+                "leave one of the two flags out"
+            )
+    elif args.patch_size is not None:
+        patch_size = args.patch_size
+    return size if args.size is None else args.size, patch_size
 
 
 def verify(args) -> None:

@@ -152,7 +152,9 @@ def prepare_embedded(
         SampleConfig(size=112, gop=64, budget=98, num_full_frames=8), samples_per_shard=200
     )
     for split in ("train", "val"):
-        pack(list_inputs([directory / f"{split}.csv"]), directory / split, config, report)
+        # clips and shards are ours: those of an older version or another number are made again
+        inputs = list_inputs([directory / f"{split}.csv"])
+        pack(inputs, directory / split, config, report, mode="replace")
     spec = embedded_spec(directory)
     manifest = load_manifest(spec.shards)
     record = spec.labels / RECORD_NAME

@@ -23,6 +23,7 @@ import numpy as np
 
 from .counter_rng import counter_rng
 from .shards.writer import write_atomically
+from .stop import leave_to_parent
 
 GENERATOR_VERSION = 1  # moves when the same arguments give other clips
 CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")
@@ -283,6 +284,7 @@ def write_motion_shapes(
         ]
     (directory / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     jobs = [job for job in jobs if not job[0].exists()]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=leave_to_parent) as pool:
         for _ in pool.map(_write_one, jobs, chunksize=8):
             pass

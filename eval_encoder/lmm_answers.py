@@ -30,6 +30,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.local_output import output_path
+
 ID = (str, int)
 QUESTION = {"question_id": ID}
 ANSWER = QUESTION | {"prompt": str, "text": str}
@@ -305,7 +307,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--answers", type=Path, required=True, help="JSON lines of a model")
     parser.add_argument("--questions", type=Path, required=True, help="what was asked, see above")
-    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--output", type=output_path, required=True, help="file to write")
     return parser
 
 

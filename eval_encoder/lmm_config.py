@@ -22,6 +22,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from model_factory.local_output import local_output
+
 _COMMON = {
     "num_train_epochs": 1,
     "lr_scheduler_type": "cosine",
@@ -161,7 +163,7 @@ FLAGS: dict[str, tuple] = {
     "num_frames": (int, 8, "frames of a clip"),
     "K_keep": (int, 1568, "patches of a clip with --video_view codec"),
     "blind": (bool, False, "take all pictures and clips away: the text-only baseline"),
-    "feature_cache": (str, None, "folder where a frozen tower's features are kept"),
+    "feature_cache": (local_output, None, "folder where a frozen tower's features are kept"),
     "tune_mm_mlp_adapter": (bool, False, "stage 1: only the projector learns"),
     "freeze_mm_mlp_adapter": (bool, False, "the projector does not learn"),
     "freeze_backbone": (bool, False, "the language model and its head do not learn"),

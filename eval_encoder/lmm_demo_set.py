@@ -38,6 +38,7 @@ from eval_encoder.lmm_demo_samples import (
     training_medium,
     tuning_samples,
 )
+from model_factory.local_output import output_path
 
 SET_VERSION = 1  # moves when the same arguments give other samples
 
@@ -204,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m eval_encoder.lmm_demo_set", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the set")
+    parser.add_argument("--output", type=output_path, required=True, help="folder of the set")
     parser.add_argument(
         "--num_train", type=int, default=2000, help="pictures and clips to train on"
     )

@@ -15,13 +15,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.local_output import output_path
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this module."""
     parser = argparse.ArgumentParser(prog="lmm_eval.py", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     parser.add_argument("--questions", type=Path, required=True, help="JSONL of questions")
-    parser.add_argument("--answers", type=Path, required=True, help="JSONL to write")
+    parser.add_argument("--answers", type=output_path, required=True, help="JSONL to write")
     parser.add_argument("--image_folder", type=Path, default=Path("."), help="where paths begin")
     parser.add_argument("--batch_size", type=int, default=8, help="questions at a time")
     parser.add_argument("--num_chunks", type=int, default=1, help="runs the questions are cut into")

@@ -14,10 +14,9 @@
 
 Answers are JSON lines {question_id, prompt, text, ...}, paired by id (lmm_answers.py). Peculiar
 ids: POPE counts each file anew, so an id is `random/1`; MME's `task/picture` and TextVQA's image id
-are shared by several questions, which the first line of the prompt tells apart.
-
-Figures are in percent, MME's sums in points. `--confidence` adds 95 % intervals: questions are
-drawn anew within their file, task or type. Cost: below a second, a few with intervals.
+are shared by several questions, which the first line of the prompt tells apart. Figures are in
+percent, MME's sums in points. `--confidence` adds 95 % intervals: questions are drawn anew within
+their file, task or type. Cost: below a second, a few with intervals.
 """
 
 import argparse
@@ -42,6 +41,7 @@ from eval_encoder.lmm_answers import (
     read_jsonl,
     read_list,
 )
+from model_factory.local_output import output_path
 
 POPE_FILES = ("random", "popular", "adversarial")
 OPTIONS = "ABCDE"
@@ -328,7 +328,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("benchmark", choices=SCORERS, metavar="BENCH", help=", ".join(SCORERS))
     parser.add_argument("--answers", type=Path, required=True, help="JSON lines of a model")
     parser.add_argument("--annotations", type=Path, required=True, help="official, see above")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON too")
+    parser.add_argument("--output", type=output_path, help="write the figures as JSON too")
     parser.add_argument("--confidence", action="store_true", help="add 95 %% intervals")
     return parser
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import deepspeed
 
+from model_factory.local_output import local_output
+
 from .lmm_config import LmmArguments
 from .lmm_conversation import Sample, Turn, read_samples
 from .lmm_data import ConversationDataset, TextConfig
@@ -59,6 +61,7 @@ def _parse(flags: list[str]) -> TrainingArguments:
             f"{' '.join(unknown)}: flags of neither lmm_probe.py nor transformers' "
             "TrainingArguments; see --help"
         )
+    local_output(args.output_dir)
     args.remove_unused_columns = False
     return args
 

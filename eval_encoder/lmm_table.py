@@ -15,6 +15,8 @@ import math
 import sys
 from pathlib import Path
 
+from model_factory.local_output import output_path
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this module."""
@@ -24,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="+", metavar="NAME=OUT", help="what lmm_probe.py wrote")
     parser.add_argument("--labels", type=Path, required=True, help="answers.jsonl of the demo set")
     parser.add_argument("--seconds", nargs="*", default=[], metavar="NAME=S", help="of all stages")
-    parser.add_argument("--output", type=Path, help="also write the table here")
+    parser.add_argument("--output", type=output_path, help="also write the table here")
     return parser
 
 

@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from model_factory.local_output import output_path
+
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 HEAD_WIDTH = 32
 
@@ -24,11 +26,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "lists", nargs="+", type=Path, help="conversations whose words it shall know"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of model and tokenizer")
+    parser.add_argument(
+        "--output", type=output_path, required=True, help="folder of model and tokenizer"
+    )
     parser.add_argument("--layers", type=int, default=4, help="blocks (default: 4)")
     parser.add_argument("--width", type=int, default=128, help="hidden size (default: 128)")
     parser.add_argument("--vocabulary", type=int, default=1024, help="most tokens (default: 1024)")
-    parser.add_argument("--convnext", type=Path, help="folder for a small random ConvNeXt")
+    parser.add_argument("--convnext", type=output_path, help="folder for a small random ConvNeXt")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     return parser
 

@@ -5,6 +5,8 @@ import difflib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from model_factory.local_output import local_output, output_path
+
 VIDEO_FAMILIES = {  # public name -> view of the packed encoder
     "llava_vit_sampling": "frame",
     "chunk_wise_sampling": "frame",
@@ -62,9 +64,17 @@ FLAGS = {
     "seed": (int, 1, "of the first head, the order and the drawn versions"),
     "num_seeds": (int, 1, "heads per setting, seeds counted up"),
     "holdout": (float, 0.1, "share of the training list that chooses among settings and epochs"),
-    "save_report": (Path, Path("fewshot_video_report/ActionRecognition"), "folder of the reports"),
+    "save_report": (
+        output_path,
+        Path("fewshot_video_report/ActionRecognition"),
+        "folder of the reports",
+    ),
     "feature_cache_gb": (float, 4.0, "fixed features kept in memory per process"),
-    "cache_dir": (str, None, "folder of stored features (fp16), read by every later probe"),
+    "cache_dir": (
+        local_output,
+        None,
+        "folder of stored features (fp16), read by every later probe",
+    ),
     "decoder": (str, "auto", f"raw video reader: {', '.join(DECODERS)} (auto: av, the packer's)"),
     "wall_seconds": (float, 300.0, "limit of reading one raw clip; beyond it is unreadable"),
     "decord_num_threads": (int, 2, "threads of one decord reader"),

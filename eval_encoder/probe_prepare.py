@@ -17,6 +17,8 @@ import os
 import sys
 from pathlib import Path
 
+from model_factory.local_output import output_path
+
 from .probe_official import Splits, read_hmdb51, read_kinetics, read_ssv2, read_ucf101
 
 # Endings for the names of absent videos where the official list has none.
@@ -32,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="dataset", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--videos", type=Path, required=True, help="folder of the videos")
-    common.add_argument("--output", type=Path, required=True, help="DATA_ROOT/NAME")
+    common.add_argument("--output", type=output_path, required=True, help="DATA_ROOT/NAME")
     ssv2 = commands.add_parser("ssv2", parents=[common], help="Something-Something v2")
     ssv2.add_argument("--annotations", type=Path, required=True, help="folder of the JSON files")
     for name, title in (("ucf101", "UCF101"), ("hmdb51", "HMDB51")):

@@ -15,6 +15,7 @@ import numpy as np
 
 from eval_encoder.probe_anchors import SOURCE, anchors_of
 from eval_encoder.probe_config import VIDEO_FAMILIES
+from model_factory.local_output import output_path
 
 COLUMNS = ("dataset", "encoder", "input", "tokens", "head", "figure", "last epoch", "best epoch",
            "seeds", "clips")  # fmt: skip
@@ -183,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("compare", help="table and plots of several probes")
     one.add_argument("folders", nargs="+", type=Path, help="report folders (--save_report)")
-    one.add_argument("--output", type=Path, default=Path("output/probe_compare"))
+    one.add_argument("--output", type=output_path, default=Path("output/probe_compare"))
     return parser
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.local_output import output_path
+
 SIDE, GAP, CAPTION = 360, 12, 40
 BATCH, NOISE, TEMPERATURE, SCALE = 64, 0.3, 0.2, 8.0
 
@@ -122,7 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", type=Path, required=True, help="packed folder they are of")
     parser.add_argument("--labels", type=Path, help="folder of labels.npy (the packed folder)")
     parser.add_argument("--truth", type=Path, help="list of `relative path,label` for the colours")
-    parser.add_argument("--output", type=Path, required=True, help="FILE.gif; FILE.png beside it")
+    parser.add_argument(
+        "--output", type=output_path, required=True, help="FILE.gif; FILE.png beside it"
+    )
     parser.add_argument("--samples", type=int, default=600, help="samples that are drawn")
     parser.add_argument("--clusters", type=int, default=12, help="largest clusters that are drawn")
     parser.add_argument("--steps", type=int, default=400, help="training steps")

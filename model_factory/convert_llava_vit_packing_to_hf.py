@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from model_factory.local_output import output_path
 from model_factory.registry import packing_name
 
 _HELPERS = (
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model_name", help="source model, e.g. llava_vit_large_ln")
     parser.add_argument("weight_path", type=Path, help="backbone.pt")
     parser.add_argument(
-        "--output_dir", type=Path, help="default: <stem>_hf_packing beside the weights"
+        "--output_dir", type=output_path, help="default: <stem>_hf_packing beside the weights"
     )
     parser.add_argument(
         "--target_model_name",

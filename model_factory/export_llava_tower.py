@@ -15,6 +15,8 @@ from pathlib import Path
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this file."""
+    from .local_output import output_path
+
     parser = argparse.ArgumentParser(
         description="Write a verified vision tower with the configuration of a LLaVA around it.",
         allow_abbrev=False,
@@ -26,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         "it; or a local folder of CLIP, SigLIP or DINOv2",
     )
     parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder to write; must not exist"
+        "--output_dir", type=output_path, required=True, help="folder to write; must not exist"
     )
     parser.add_argument(
         "--language_model",

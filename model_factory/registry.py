@@ -27,6 +27,8 @@ SHAPES = {
 }
 SIZES = (*(f"{shape}_ln" for shape in SHAPES), "base_rms", "large_rms")
 PUBLISHED_SIZES = ("base", "large", "huge")
+PUBLISHED_PATCH = 14
+CLIP_SIZE = 224  # of all published recipes and encoders; a multiple of 14 and of 16
 NORMS = {"ln": "layer_norm", "rms": "rms_norm"}
 
 
@@ -58,6 +60,15 @@ def packing_name(name: str) -> str:
     return name if prefix == PUBLISHED_PREFIX else f"{PACKING_PREFIX}{shape}_{norm}"
 
 
+def clip_shape(name: str) -> tuple[int, int]:
+    """(side of a clip, side of a patch) in pixels that clips for a registered model are packed
+    with; ValueError for an unknown name. Only the patch size is a property of the weights.
+    """
+    prefix, shape, _ = _parts(name)
+    patch = PUBLISHED_PATCH if prefix == PUBLISHED_PREFIX else SHAPES[shape][0]
+    return CLIP_SIZE, patch
+
+
 def packing_config(name: str, **overrides):
     """LlavaViTPackingConfig of a registered name; `overrides` are config fields.
 
@@ -85,7 +96,7 @@ def packing_config(name: str, **overrides):
     if prefix == SOURCE_PREFIX:
         fields.update(layer_norm_eps=1e-5, head_norm_eps=None)
     elif prefix == PUBLISHED_PREFIX:
-        fields.update(patch_size=14, image_size=224)
+        fields.update(patch_size=PUBLISHED_PATCH, image_size=CLIP_SIZE)
     return LlavaViTPackingConfig(**{**fields, **overrides})
 
 

@@ -1,5 +1,6 @@
 """The public contract: names that must import, commands that must parse, files that must exist."""
 
+import argparse
 import re
 import shlex
 from types import SimpleNamespace
@@ -55,10 +56,8 @@ def documented_commands() -> list[str]:
     return commands
 
 
-def parser_of(words: list[str]):
-    """Argument parser and arguments of one of our commands,
-    or None for a command that is not ours.
-    """
+def parsers() -> dict:
+    """What builds the argument parser of each of our commands."""
     from data_pipeline.__main__ import build_parser as data_parser
     from eval_encoder.lmm_answers import build_parser as answers_parser
     from eval_encoder.lmm_chat import build_parser as chat_parser
@@ -79,7 +78,7 @@ def parser_of(words: list[str]):
     from training.doctor import build_parser as doctor_parser
     from training.export import build_parser as export_parser
 
-    entries = {
+    return {
         "training.doctor": doctor_parser,
         "training.export": export_parser,
         "training.train_univit": train_parser,
@@ -101,7 +100,13 @@ def parser_of(words: list[str]):
         "model_factory/convert_llava_vit_packing_to_hf.py": convert_parser,
         "model_factory/export_llava_tower.py": tower_parser,
     }
-    for name, build in entries.items():
+
+
+def parser_of(words: list[str]):
+    """Argument parser and arguments of one of our commands,
+    or None for a command that is not ours.
+    """
+    for name, build in parsers().items():
         if name in words:
             return build(), words[words.index(name) + 1 :]
     return None
@@ -146,6 +151,53 @@ def test_trainer_flags_are_exactly_the_frozen_list():
 
     flags = {option for action in build_parser()._actions for option in action.option_strings}
     assert flags == set(PUBLIC_TRAINER_FLAGS) | set(OWN_TRAINER_FLAGS)
+
+
+WRITTEN = re.compile(r"--(output|output_dir|save_report|cache_dir|feature_cache|convnext)")
+
+
+def commands_of(parser) -> list:
+    """A parser and those of its commands."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(command for action in below for command in action.choices.values())]
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", "file:///data/run"])
+def test_no_command_takes_a_url_as_its_output(url):
+    """A path of that name would be a folder called s3: below the working directory."""
+    from eval_encoder.lmm_config import build_parser as lmm_parser
+    from model_factory.local_output import NotLocal
+    from training.config import TrainConfig
+
+    found = {**parsers(), "eval_encoder/lmm_probe.py": lmm_parser}
+    refused = []
+    for name, build in found.items():
+        for parser in commands_of(build()):
+            for action in parser._actions:
+                written = any(WRITTEN.fullmatch(option) for option in action.option_strings)
+                # the trainer's is checked in its configuration, which --set reaches too
+                idle = name == "training.train_univit" or "no effect" in str(action.help)
+                if written and not idle:
+                    with pytest.raises(NotLocal, match="is a URL"):
+                        action.type(url)
+                    refused.append(name)
+    writing = ("data_pipeline", "export", "convert", "lmm_probe", "attentive_probe", "prepare")
+    assert set(refused) >= {name for name in found if any(word in name for word in writing)}
+    with pytest.raises(NotLocal, match="is a URL"):
+        TrainConfig(output=url)
+
+
+def test_a_url_as_output_ends_with_what_to_do_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    from data_pipeline.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["pack", "clip.mp4", "--output", "s3://bucket/run"])
+    assert end.value.code == 2 and "copy it there afterwards" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["pack", "clip.mp4", "--output", "file:///data/run"])
+    assert "write /data/run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_abbreviated_flags_are_errors():

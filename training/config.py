@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data_pipeline.datasets import EMBEDDED
 from data_pipeline.loading.stream_config import StreamConfig
+from model_factory.local_output import local_output
 
 from .checkpointer import CheckpointConfig
 from .losses.partial_fc import PartialFCConfig
@@ -92,6 +93,7 @@ class TrainConfig:
     collective_timeout_s: float = 600.0
 
     def __post_init__(self):
+        local_output(self.output)
         names = [head.name for head in self.heads]
         if not names or len(set(names)) < len(names):
             raise ValueError(

@@ -7,6 +7,7 @@ which a sample was replaced.
 """
 
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -234,9 +235,12 @@ class TrainingData:
         packed_size = dataset.manifest.settings["patch_size"]
         if packed_size != self._patch_size:
             raise ValueError(
-                f"{head.dataset} was packed with patch size {packed_size}, "
-                f"{self._config.model.name} takes {self._patch_size}: "
-                f"pack again with --patch-size {self._patch_size}, or choose another --model_name"
+                other_patch_size(
+                    dataset=head.dataset,
+                    packed=packed_size,
+                    model=self._config.model.name,
+                    wanted=self._patch_size,
+                )
             )
         if dataset.manifest.absent and ranks.is_main:
             names = [dataset.manifest.shards[i]["name"] for i in sorted(dataset.manifest.absent)]
@@ -251,3 +255,15 @@ class TrainingData:
             self._config.pack_tokens_of(head),
             self._logger,
         )
+
+
+def other_patch_size(dataset: str, packed: int, model: str, wanted: int) -> str:
+    """Message for shards whose patches the encoder cannot take, with the command that packs for it.
+    Shards are packed into another folder, so that those there stay for other encoders.
+    """
+    output = shlex.quote(f"{dataset.rstrip('/')}_patch{wanted}")
+    return (
+        f"{dataset} was packed with patch size {packed}, {model} takes {wanted}: pack for it with "
+        f"`python -m data_pipeline pack INPUT --output {output} --model {model}`, cluster and "
+        "label that folder and name it in --list_datasets, or choose another --model_name"
+    )

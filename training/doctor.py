@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.local_output import output_path
+
 OK, NOTE, FIX = "ok", "note", "FIX"
 GIB = 1 << 30
 SHM_PER_PROCESS = GIB // 4  # NCCL's and DALI's shared memory
@@ -182,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.doctor", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--output", type=Path, default=Path("output"), help="folder of runs")
+    parser.add_argument("--output", type=output_path, default=Path("output"), help="folder of runs")
     return parser
 
 

@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from model_factory.local_output import output_path
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -20,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step_N, or RUN: its newest")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the exports")
+    parser.add_argument("--output", type=output_path, required=True, help="folder of the exports")
     return parser
 
 

@@ -84,6 +84,7 @@ def demo() -> TrainConfig:
 def base_stage1_image() -> TrainConfig:
     """Base from random weights on images of 224 px, one head.
 
+    python -m data_pipeline pack PICTURES --output IMAGES --model llava_vit_base_ln
     torchrun --nproc_per_node 8 -m training.train_univit --preset base_stage1_image
     --list_datasets IMAGES --output OUT        (on 10 nodes of 8 GPUs, see docs/scaling.md)
 
@@ -96,6 +97,7 @@ def base_stage1_image() -> TrainConfig:
 def large_stage1_image() -> TrainConfig:
     """Large from random weights on images of 224 px, one head.
 
+    python -m data_pipeline pack PICTURES --output IMAGES --model llava_vit_large_ln
     torchrun --nproc_per_node 8 -m training.train_univit --preset large_stage1_image
     --list_datasets IMAGES --output OUT        (on 16 nodes of 8 GPUs)
 
@@ -109,6 +111,8 @@ def large_stage1_image() -> TrainConfig:
 def large_stage2_video() -> TrainConfig:
     """Large goes on with images of 448 px, words in pictures, and codec clips of 2048 tokens.
 
+    python -m data_pipeline pack PICTURES --output IMAGES --model llava_vit_large_ln --size 448
+    python -m data_pipeline pack VIDEOS --output CLIPS --model llava_vit_large_ln
     torchrun --nproc_per_node 8 -m training.train_univit --preset large_stage2_video
     --init_backbone STAGE1/hf --list_datasets IMAGES WORDS CLIPS --output OUT       (on 16 nodes)
 
@@ -122,6 +126,8 @@ def large_stage2_video() -> TrainConfig:
 def huge_stage2_video() -> TrainConfig:
     """Huge goes on with images of 448 px, words in pictures, and codec clips of 2048 tokens.
 
+    python -m data_pipeline pack PICTURES --output IMAGES --model llava_vit_huge_ln --size 448
+    python -m data_pipeline pack VIDEOS --output CLIPS --model llava_vit_huge_ln
     torchrun --nproc_per_node 8 -m training.train_univit --preset huge_stage2_video
     --init_backbone STAGE1/hf --list_datasets IMAGES WORDS CLIPS --output OUT       (on 16 nodes)
 

@@ -249,7 +249,8 @@ def _packing_model_rows(manifest: Manifest, folder: str) -> Callable[[range], np
     if manifest.settings["patch_size"] != model.config.patch_size:
         raise DataPipelineError(
             f"{folder} takes patches of {model.config.patch_size}, {manifest.directory} "
-            f"was packed with {manifest.settings['patch_size']}"
+            f"was packed with {manifest.settings['patch_size']}: pack again with --patch-size "
+            f"{model.config.patch_size} into another --output"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)

@@ -124,6 +124,24 @@ def _listed_rows(manifest: Manifest, path: Path, num_classes: int) -> list[list[
     return [listed[number] for number in range(len(manifest))]
 
 
+def stale_labels(directory: Path, manifest: Manifest) -> str | None:
+    """What to tell of labels that were made before the folder was packed anew or appended to; None
+    where there are none, or they fit. CorruptShard for a damaged record.
+    """
+    record_path = directory / RECORD_NAME
+    if not record_path.is_file():
+        return None
+    record = read_record(record_path, "manifest_sha256")
+    if record["manifest_sha256"] == manifest.sha256:
+        return None
+    again = "--centroids CENTROIDS" if "centroids_sha256" in record else "--from LABELS"
+    output = "" if directory == manifest.directory else f" --output {directory}"
+    return (
+        f"{directory / LABELS_NAME} is stale: it labels what {manifest.directory} held before. "
+        f"Label again: `python -m data_pipeline label {manifest.directory} {again}{output}`"
+    )
+
+
 def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
     """Labels int32 [N, L] of a manifest and the number of classes.
 
@@ -140,10 +158,9 @@ def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
             "--centroids CENTROIDS`"
         )
     record = read_record(record_path, "manifest_sha256", "num_classes", "sha256")
-    if record["manifest_sha256"] != manifest.sha256:
-        raise CorruptShard(
-            f"{record_path} belongs to another version of {manifest.directory}: label it again"
-        )
+    stale = stale_labels(directory, manifest)
+    if stale is not None:
+        raise CorruptShard(stale)
     path = directory / LABELS_NAME
     if not path.is_file() or file_sha256(path) != record["sha256"]:
         raise CorruptShard(f"{path} is missing, or changed since it was written: label again")

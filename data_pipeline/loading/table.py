@@ -58,7 +58,7 @@ def _numbers(sample: dict, manifest: Manifest) -> tuple[int, int, int, int]:
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptShard(
             f"{manifest.directory}: the record of {sample.get('source')} lacks {error}; an older "
-            "version wrote it: pack into another folder"
+            "version wrote it: pack it again with --replace"
         ) from error
     if not all(type(number) is int and 0 < number < MAX_PATCHES for number in numbers):
         raise CorruptShard(

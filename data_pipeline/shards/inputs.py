@@ -108,17 +108,22 @@ def _longer_source(item: Input) -> Input:
     return replace(item, source="/".join(parts[-length:]))
 
 
+def input_stamp(item: Input) -> list:
+    """What changes when a file is written anew, found without reading it: [size, modification time
+    in ns], of a URL [size, versions by its file system], [None, None] for what is not there.
+    """
+    if item.is_remote:
+        return list(_remote_stamp(item.place))
+    try:
+        status = Path(item.place).stat()
+    except OSError:
+        return [None, None]
+    return [status.st_size, status.st_mtime_ns]
+
+
 def inputs_sha256(inputs: list[Input]) -> str:
     """Identity of a task: names, sizes and modification times of its inputs."""
-    lines = []
-    for item in inputs:
-        if item.is_remote:
-            lines.append([item.source, *_remote_stamp(item.place)])
-        else:
-            path = Path(item.place)
-            status = path.stat() if path.exists() else None
-            stamp = (status.st_size, status.st_mtime_ns) if status else (None, None)
-            lines.append([item.source, *stamp])
+    lines = [[item.source, *input_stamp(item)] for item in inputs]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 

@@ -9,8 +9,10 @@ manifest's own sha256 names the dataset: labels and training plans are bound to 
 """
 
 import hashlib
+import itertools
 import json
 import operator
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +26,7 @@ from .writer import file_sha256, write_atomically
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
+MOST_LOOKED_AT = 10_000  # files of a folder, to find out whether it holds videos: for a message
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,7 @@ def load_manifest(directory: str | Path, allow_missing: bool = False) -> Manifes
     directory = Path(directory)
     path = directory / MANIFEST_NAME
     if not path.is_file():
-        raise MissingData(
-            f"{path} does not exist: make it with `python -m data_pipeline pack INPUT --output "
-            f"{directory}`"
-        )
+        raise MissingData(_how_to_pack(directory))
     data = path.read_bytes()
     content = parse_json(data, str(path), MAX_MANIFEST_BYTES)
     if content.get("schema_version") != SCHEMA_VERSION:
@@ -151,6 +151,42 @@ def load_manifest(directory: str | Path, allow_missing: bool = False) -> Manifes
         raise MissingData(f"none of the {len(shards)} shards that {path} names is there")
     sha256 = hashlib.sha256(data).hexdigest()
     return Manifest(directory, sha256, settings, tuple(records), frozenset(absent))
+
+
+def _how_to_pack(directory: Path) -> str:
+    """What is wrong with a folder that has no manifest, and the commands that help."""
+    from ..codec.open_video import is_image, is_video
+
+    path = directory / MANIFEST_NAME
+    if any(directory.glob("video-*.json")):
+        return (
+            f"{path} does not exist, {directory} holds shards of a packing that was stopped: run "
+            "its `python -m data_pipeline pack` command again, it goes on"
+        )
+    below = itertools.islice(directory.rglob("*"), MOST_LOOKED_AT)
+    if not any(is_video(file) or is_image(file) for file in below):
+        return (
+            f"{path} does not exist: make it with `python -m data_pipeline pack INPUT --output "
+            f"{directory}`"
+        )
+    # `.` and `..` have no name of their own to put an ending to
+    named = directory.resolve() if directory.name in ("", "..") else directory
+    shards = shlex.quote(f"{named}_packed")
+    centroids = shlex.quote(f"{named}_packed_centroids")
+    commands = [
+        f"pack {shlex.quote(str(directory))} --output {shards}",
+        f"cluster {shards} --num-centroids K --output {centroids}",
+        f"label {shards} --centroids {centroids}",
+    ]
+    lines = [f"  python -m data_pipeline {command}" for command in commands]
+    return "\n".join(
+        [
+            f"{directory} holds videos or images, not shards. Pack, cluster and label them (with "
+            "`pack --model NAME` for the encoder that shall learn from them), then name the packed "
+            "folder:",
+            *lines,
+        ]
+    )
 
 
 def _bound_records(

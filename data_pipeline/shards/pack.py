@@ -8,67 +8,26 @@ Inputs become a fixed list of tasks; one task is one shard of `samples_per_shard
     ray_driver.pack_ray   a Ray cluster, one task per worker
 
 A task whose record names the same inputs and settings, and whose bytes are as recorded, is done and
-is skipped, so a killed run just runs again and a damaged shard is repaired. Whoever finds all
-records there binds them into the manifest. Unusable inputs are rejected with a reason code,
-counted, and listed in the record.
-Cost: 0.56 s per 224 px clip of 64 frames and core (benchmarks/bench_decompose.py).
+is skipped, so a killed run just runs again and a damaged shard is repaired. What a folder holds
+already, and when that is an error, is decided in pack_plan. Whoever finds all records there binds
+them into the manifest. Unusable inputs are rejected with a reason code, counted, and listed in the
+record. Cost: 0.56 s per 224 px clip of 64 frames and core (benchmarks/bench_decompose.py).
 """
 
-import json
-import os
-import sys
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..codec.decompose import DECOMPOSITION_VERSION
-from .inputs import Input, inputs_sha256
+from ..errors import DataPipelineError
+from .existing import read_shard_record, remove_temporary
+from .inputs import Input, input_stamp, inputs_sha256
 from .isolation import SamplePool
+from .known_inputs import input_entry, known_inputs, rejected_digest
 from .manifest import Manifest, load_manifest, write_manifest
-from .sample_builder import SampleConfig
-from .schema import SCHEMA_VERSION
-from .writer import file_sha256, index_text, only_here, write_shard
+from .pack_plan import PackPlan, plan_packing
+from .pack_progress import PackProgress
+from .tasks import PackConfig, Task
+from .writer import SHORT_DIGEST, file_sha256, index_text, only_here, write_shard
 
-
-@dataclass(frozen=True)
-class PackConfig:
-    """How a folder of shards is made. `wall_seconds` is the limit of one input."""
-
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    samples_per_shard: int = 1000
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    wall_seconds: float = 300.0
-    name: str = "video"
-
-    def __post_init__(self):
-        for name in ("samples_per_shard", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if not self.wall_seconds > 0:
-            raise ValueError(f"wall_seconds is {self.wall_seconds}, must be greater than 0")
-
-    def settings(self) -> dict:
-        """What decides the bytes of a shard; stored in its record."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "decomposition_version": DECOMPOSITION_VERSION,
-            **asdict(self.sample),
-            "samples_per_shard": self.samples_per_shard,
-        }
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shard to be: its number and its inputs."""
-
-    number: int
-    inputs: tuple[Input, ...]
-
-
-def list_tasks(inputs: list[Input], config: PackConfig) -> list[Task]:
-    """Cut the inputs into tasks, in order."""
-    size = config.samples_per_shard
-    starts = range(0, len(inputs), size)
-    return [Task(n, tuple(inputs[start : start + size])) for n, start in enumerate(starts)]
+PLAN_LOCK = ".pack.lock"
 
 
 def pack(
@@ -78,115 +37,149 @@ def pack(
     report=print,
     task_id: int = 0,
     num_tasks: int = 1,
+    mode: str = "refuse",
 ) -> Manifest | None:
-    """Pack the tasks task_id, task_id + num_tasks, ...; `report` takes one line at a time.
+    """Pack the tasks task_id, task_id + num_tasks, ...; `report` takes one line at a time. `mode`
+    says what to do with another packing in the folder: refuse, append or replace (see pack_plan).
 
     Returns the manifest once every task of the folder is done, by whomever; None before. Raises
-    ValueError for a task_id outside 0..num_tasks-1.
+    ValueError for a task_id outside 0..num_tasks-1, DataPipelineError for another packing.
     """
     if not 0 <= task_id < num_tasks:
         raise ValueError(f"--task-id {task_id} must be 0 to {num_tasks - 1} with {num_tasks} tasks")
+    plan = locked_plan(
+        inputs=inputs,
+        output=output,
+        config=config,
+        num_jobs=num_tasks,
+        mode=mode,
+        report=report,
+        is_array=num_tasks > 1,
+    )
+    mine = plan.tasks[task_id::num_tasks]
+    total = sum(len(task.inputs) for task in mine)
+    samples = rejected = 0
+    with (
+        SamplePool(config.sample, config.workers, config.wall_seconds) as pool,
+        PackProgress(total, report) as progress,
+    ):
+        for done, task in enumerate(mine, 1):
+            record = pack_task(task, output, pool, progress)
+            samples += len(record["samples"])
+            rejected += len(record["rejected"])
+            progress.say(f"packed shard {done}/{len(mine)}: {samples} samples, {rejected} rejected")
+    return bind(plan, output, report)
+
+
+def locked_plan(
+    inputs: list[Input],
+    output: Path,
+    config: PackConfig,
+    num_jobs: int,
+    mode: str,
+    report=print,
+    is_array: bool = False,
+) -> PackPlan:
+    """Make the folder and the plan; jobs that start at the same time wait for each other, so that
+    one that replaces shards never removes what another has just written.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    tasks = list_tasks(inputs, config)
-    mine, records = tasks[task_id::num_tasks], []
-    with SamplePool(config.sample, config.workers, config.wall_seconds) as pool:
-        for task in mine:
-            records.append(pack_task(task, output, config, pool))
-            report(_progress_line(records, len(mine)))
-    return bind(tasks, output, config, report)
+    with only_here(output / PLAN_LOCK):
+        return plan_packing(
+            inputs=inputs,
+            output=output,
+            config=config,
+            num_jobs=num_jobs,
+            mode=mode,
+            report=report,
+            is_array=is_array,
+        )
 
 
-def bind(tasks: list[Task], output: Path, config: PackConfig, report=print) -> Manifest | None:
+def bind(plan: PackPlan, output: Path, report=print) -> Manifest | None:
     """Write the manifest when all tasks have their record; else say which are missing."""
-    records = [finished_record(task, output, config, thorough=False) for task in tasks]
-    missing = [task.number for task, record in zip(tasks, records, strict=True) if record is None]
+    records = [finished_record(task, output, thorough=False) for task in plan.tasks]
+    missing = [
+        task.number for task, record in zip(plan.tasks, records, strict=True) if record is None
+    ]
     if missing:
         report(
-            f"{len(missing)} of {len(tasks)} shards are still to be packed by other tasks, number "
-            f"{missing[0]} first; the last task to finish writes the manifest"
+            f"{len(missing)} of {len(plan.tasks)} shards are still to be packed by other tasks, "
+            f"number {missing[0]} first; the last task to finish writes the manifest"
         )
         return None
-    write_manifest(output, records, config.settings())
+    whole = [*plan.kept, *records]
+    write_manifest(output, whole, whole[0]["settings"])
     return load_manifest(output)
 
 
-def pack_task(task: Task, output: Path, config: PackConfig, pool: SamplePool) -> dict:
+def pack_task(task: Task, output: Path, pool: SamplePool, progress: PackProgress) -> dict:
     """Write the shard of one task, unless it is done; returns its record."""
-    name = shard_name(task, config)
-    with only_here(output / f".{name}.lock"):  # a second job of the same number waits, then skips
-        return finished_record(task, output, config, thorough=True) or _write_task(
-            task, name, output, config, pool
-        )
+    with only_here(output / f".{task.name}.lock"):  # a second job of the same number waits
+        record = finished_record(task, output, thorough=True)
+        if record is not None:
+            progress.kept(len(task.inputs))
+            return record
+        return _write_task(task, output, pool, progress)
 
 
-def _write_task(task: Task, name: str, output: Path, config: PackConfig, pool) -> dict:
-    for stale in output.glob(f".{name}.*tmp"):  # of a run that was killed in this very task
-        stale.unlink(missing_ok=True)
+def _write_task(task: Task, output: Path, pool: SamplePool, progress: PackProgress) -> dict:
+    remove_temporary(output, task.name)
     rejected: list[dict] = []
+    entries: list[list] = []
+    # before the files are read: one that changes from here on differs from its record
+    identity = inputs_sha256(list(task.inputs))
+    stamps = [input_stamp(item) for item in task.inputs]
 
     def samples():
-        for number, result in enumerate(progress_bar(pool.build_all(task.inputs), task)):
+        results = zip(task.inputs, stamps, pool.build_all(task.inputs), strict=True)
+        for number, (item, stamp, result) in enumerate(results):
+            result = task.superseded.get(item.source, result)
             if isinstance(result, dict):
+                digest = rejected_digest(item, task.settings["limits"]["max_bytes"])
                 rejected.append(result)
-                print(
-                    f"rejected {result['source']}: {result['reason']}: {result['detail']}",
-                    file=sys.stderr,
+                progress.warn(
+                    f"rejected {result['source']}: {result['reason']}: {result['detail']}"
                 )
             else:
+                digest = result[1].source_sha256[:SHORT_DIGEST]
+            entries.append(input_entry(item.source, stamp, digest))
+            progress.packed(1, int(isinstance(result, dict)))
+            if not isinstance(result, dict):
                 yield f"{task.number:06d}_{number:06d}", *result
 
-    identity = inputs_sha256(task.inputs)
-    return write_shard(output, name, samples(), rejected, config.settings(), identity)
+    statement = {
+        "settings": task.settings,
+        "inputs_sha256": identity,
+        "inputs": entries,
+        "rejected": rejected,
+    }
+    return write_shard(output, task.name, samples(), statement)
 
 
-def shard_name(task: Task, config: PackConfig) -> str:
-    """File name of a task's shard, without suffix."""
-    return f"{config.name}-{task.number:06d}"
-
-
-def progress_bar(results, task: Task):
-    """Iterate with a bar on a terminal, silently elsewhere."""
-    from tqdm import tqdm
-
-    return tqdm(
-        results,
-        total=len(task.inputs),
-        desc=f"shard {task.number}",
-        unit="input",
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    )
-
-
-def finished_record(task: Task, output: Path, config: PackConfig, thorough: bool) -> dict | None:
-    """Record of a task that is done with these inputs and settings; None when it is not.
+def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:
+    """Record of a task that is done; None when it is not, or when its files are damaged.
 
     `thorough` also reads every byte of the shard, which the jobs of an array do for their own.
+    Raises DataPipelineError for a record of other inputs or settings: the plan knew of none, so
+    another command writes into this folder at the same time.
     """
-    name = shard_name(task, config)
-    record_path, tar_path = output / f"{name}.json", output / f"{name}.tar"
-    if not record_path.is_file() or not tar_path.is_file():
+    record = read_shard_record(output / f"{task.name}.json")
+    if record is None:
         return None
-    try:
-        record = json.loads(record_path.read_bytes())
-    except ValueError:
+    sources = [known.source for known in known_inputs(record)]
+    if record["settings"] != task.settings or sources != [item.source for item in task.inputs]:
+        raise DataPipelineError(
+            f"{output / task.name}.json holds other inputs or settings than this command's: "
+            "another one packs into the same folder; wait for it, or name another --output"
+        )
+    tar_path = output / f"{task.name}.tar"
+    if not tar_path.is_file() or tar_path.stat().st_size != record["size"]:
         return None
-    if not isinstance(record, dict) or record.get("size") != tar_path.stat().st_size:
-        return None
-    if record.get("settings") != json.loads(json.dumps(config.settings())):
-        return None
-    if record.get("inputs_sha256") != inputs_sha256(task.inputs):
-        return None
-    index = output / f"{name}.tar.idx"
+    index = output / f"{task.name}.tar.idx"
     whole = not thorough or (
         index.is_file()
         and index.read_bytes() == index_text(record).encode()
         and file_sha256(tar_path) == record["sha256"]
     )
     return record if whole else None
-
-
-def _progress_line(records: list[dict], num_tasks: int) -> str:
-    samples = sum(len(record["samples"]) for record in records)
-    rejected = sum(len(record["rejected"]) for record in records)
-    return f"packed shard {len(records)}/{num_tasks}: {samples} samples, {rejected} rejected"

@@ -3,7 +3,7 @@
     video-000003.tar        the samples, GNU tar in webdataset naming
     video-000003.tar.idx    offsets for tools that want them (DALI's v1.2 text form); derived, never
                             trusted alone
-    video-000003.json       written last: sizes, sha256, crc32 of every member, rejected inputs
+    video-000003.json       written last: sizes, sha256, crc32 of every member, inputs, rejects
 
 Each file is written under a temporary name, synced and renamed; the JSON is the commit. A shard
 without its JSON does not exist. The same samples give the same bytes: fixed owner, mode and time
@@ -27,13 +27,12 @@ from .schema import SCHEMA_VERSION
 SHORT_DIGEST = 16  # hex digits of a source's sha256 in the record: enough to find duplicates
 
 
-def write_shard(
-    directory: Path, name: str, samples, rejected: list[dict], settings: dict, inputs_sha256: str
-) -> dict:
+def write_shard(directory: Path, name: str, samples, statement: dict) -> dict:
     """Write samples (an iterable of (key, members, info)) and return the shard's record,
     also stored as NAME.json.
 
-    `rejected` may grow while the samples are drawn: it is read when the last one is written.
+    `statement` is what the record says of its making (settings, inputs, rejected inputs). It may
+    grow while the samples are drawn: it is read when the last one is written.
     """
     import webdataset
 
@@ -41,13 +40,14 @@ def write_shard(
     temporary = directory / f".{name}.tar.tmp"
     entries = []
     with open(temporary, "wb") as stream:
-        writer = webdataset.TarWriter(
+        # closed also when a signal ends the run: tarfile would complain at exit about a closed file
+        with webdataset.TarWriter(
             stream, user="univit", group="univit", mode=0o644, encoder=False, mtime=0
-        )
-        for key, members, info in samples:
-            writer.write({"__key__": key, **members})
-            entries.append((key, {ext: zlib.crc32(data) for ext, data in members.items()}, info))
-        writer.close()
+        ) as writer:
+            for key, members, info in samples:
+                writer.write({"__key__": key, **members})
+                checksums = {extension: zlib.crc32(data) for extension, data in members.items()}
+                entries.append((key, checksums, info))
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, tar_path)
@@ -57,8 +57,6 @@ def write_shard(
         "name": name,
         "size": tar_path.stat().st_size,
         "sha256": file_sha256(tar_path),
-        "inputs_sha256": inputs_sha256,
-        "settings": settings,
         "samples": [
             {
                 "key": key,
@@ -76,7 +74,7 @@ def write_shard(
             }
             for key, checksums, info in entries
         ],
-        "rejected": rejected,
+        **statement,
     }
     write_atomically(directory / f"{name}.tar.idx", index_text(record).encode())
     write_atomically(directory / f"{name}.json", json.dumps(record, sort_keys=True).encode())
@@ -86,12 +84,26 @@ def write_shard(
 @contextlib.contextmanager
 def only_here(lock: Path):
     """Hold a lock file; another process that asks for it waits. The system frees it if we die, and
-    the file goes when the work was done.
+    the file goes when the work is over.
     """
-    with open(lock, "w") as stream:
+    while True:
+        stream = open(lock, "w")
         fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-    lock.unlink(missing_ok=True)
+        if _is_open_file(lock, stream):
+            break
+        stream.close()  # whoever held it has removed the file: the lock is another one by now
+    with stream:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _is_open_file(path: Path, stream) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -1,0 +1,105 @@
+"""How far a packing is, over all its shards: a bar on a terminal, elsewhere a line now and then."""
+
+import contextlib
+import sys
+import threading
+import time
+
+LINE_EVERY_S = 30.0
+
+
+class PackProgress:
+    """Counts inputs; a context manager that shows them until it is left.
+
+    `report` takes one line at a time. Off a terminal a thread reports every `every` seconds, also
+    while a long input is in work, so that a log tells slow from stuck.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        report=print,
+        terminal: bool | None = None,
+        clock=time.monotonic,
+        every: float = LINE_EVERY_S,
+    ):
+        self._total = total
+        self._report = report
+        self._clock = clock
+        self._every = every
+        self._terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._bar = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._report_often, daemon=True)
+        self._packed = 0
+        self._kept = 0
+        self._rejected = 0
+
+    def __enter__(self) -> "PackProgress":
+        self._start = self._clock()
+        if self._terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, desc="packing", unit="input", leave=False)
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        if self._bar is not None:
+            self._bar.close()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def packed(self, count: int, rejected: int) -> None:
+        """`count` more inputs are done by this run, of which some are rejected."""
+        self._packed += count
+        self._rejected += rejected
+        self._move(count)
+
+    def kept(self, count: int) -> None:
+        """`count` inputs lie in a shard that an earlier run finished."""
+        self._kept += count
+        self._move(count)
+
+    def say(self, line: str) -> None:
+        """Report a line without breaking the bar."""
+        with self._beside_bar():
+            self._report(line)
+
+    def warn(self, line: str) -> None:
+        """Print a line to standard error without breaking the bar."""
+        with self._beside_bar():
+            print(line, file=sys.stderr)
+
+    def line(self) -> str:
+        """Where the run is: inputs done, rejected ones, rate, time left."""
+        done = self._packed + self._kept
+        share = done / self._total if self._total else 1.0
+        seconds = self._clock() - self._start
+        text = f"{done} of {self._total} inputs done ({share:.0%}), {self._rejected} rejected"
+        if not self._packed or seconds <= 0:
+            return text
+        rate = self._packed / seconds
+        return f"{text}, {rate:.2f} inputs/s, {_span((self._total - done) / rate)} left"
+
+    def _beside_bar(self):
+        return contextlib.nullcontext() if self._bar is None else self._bar.external_write_mode()
+
+    def _move(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def _report_often(self) -> None:
+        while not self._over.wait(self._every):
+            self._report(self.line())
+
+
+def _span(seconds: float) -> str:
+    """Seconds as a reader wants them: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,48 @@
+"""SIGINT and SIGTERM as an exception, so that a command leaves its processes and locks behind
+in order and says one line."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end; not an Exception, so that nothing takes it for a fault of
+    an input. `exit_code` is 128 plus the signal's number, as shells count.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+def leave_to_parent() -> None:
+    """In a worker process: a Ctrl-C, which the terminal sends to all, is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise Stopped in the main thread at the first signal; a second one ends the process at once,
+    so that nothing that hangs can hold it. A signal that the parent wants ignored stays ignored.
+    """
+    asked = []
+
+    def stop(number, frame):
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+        raise Stopped(number)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard = [number for number in SIGNALS if before[number] != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
