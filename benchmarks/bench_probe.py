@@ -2,6 +2,8 @@
 
     bank    one epoch over raw clips, base encoder, 8 frames of 196 tokens: 12 heads against 1
     cache   epochs after the first with stored features against epochs without, same encoder
+    read    clips per second of the packer's reader against decord's, 8 frames of 224 px of the
+            files that `--videos` names, both in two child processes, taking turns
 
 Prints JSON; ratios are of runs in this process, one after the other. Run it alone on the machine.
 """
@@ -11,14 +13,19 @@ import json
 import logging
 import statistics
 import tempfile
+import time
 from pathlib import Path
+
+import numpy as np
 
 from data_pipeline.motion_shapes import write_motion_shapes
 from eval_encoder.probe_config import build_config, build_parser
-from eval_encoder.probe_datasets import read_lists
+from eval_encoder.probe_datasets import LabelledList, read_lists
 from eval_encoder.probe_encoders import build_encoder
 from eval_encoder.probe_features import ClipFeatures
+from eval_encoder.probe_loader import RawClips
 from eval_encoder.probe_trainer import ProbeTrainer
+from eval_encoder.probe_video import Look
 from training.distributed import process_group
 
 TWELVE = ("--default_lr_list", "1e-4", "3e-4", "1e-3", "3e-3", "--num_seeds", "3")
@@ -81,10 +88,48 @@ def bench_cache(bench: Bench, folder: Path) -> dict:
     return report
 
 
+def bench_read(videos: list[Path], repeats: int) -> dict:
+    """Clips per second by reader and file, the best of `repeats` turns."""
+    report = {}
+    for video in videos:
+        names = [video.name] * 8  # a batch of one file, so that ratios of files can be told apart
+        clips = LabelledList(video.parent, "train", names, np.zeros(len(names), np.int64), 1)
+        seconds: dict[str, list[float]] = {"av": [], "decord": []}
+        readers = {}
+        for decoder in seconds:
+            flags = [
+                "--decoder",
+                decoder,
+                "--dali_py_num_workers",
+                "2",
+                "--decord_num_threads",
+                "1",
+            ]
+            config = build_config(build_parser().parse_args(flags))
+            readers[decoder] = RawClips(clips, config.input, size=224, patch_size=16)
+        looks = [Look(number) for number in range(len(names))]
+        for turn in range(repeats + 1):
+            for decoder, reader in readers.items():
+                started = time.perf_counter()
+                for _ in reader.packs(looks, batch_size=4):
+                    pass
+                if turn:  # the first one starts the child processes
+                    seconds[decoder].append(time.perf_counter() - started)
+        rates = {decoder: len(names) / min(taken) for decoder, taken in seconds.items()}
+        report[video.name] = {
+            "ours_per_s": round(rates["av"], 1),
+            "decord_per_s": round(rates["decord"], 1),
+            "ratio": round(rates["av"] / rates["decord"], 2),
+        }
+    return report
+
+
 def main() -> None:
     """Run the parts that were asked for and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=("bank", "cache"), default=["bank", "cache"])
+    parts = ("bank", "cache", "read")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=["bank", "cache"])
+    parser.add_argument("--videos", nargs="+", type=Path, default=[], help="files of part read")
     parser.add_argument("--clips", type=int, default=12)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, process_group() as ranks:
@@ -94,6 +139,8 @@ def main() -> None:
             report["bank"] = bench_bank(bench)
         if "cache" in args.parts:
             report["cache"] = bench_cache(bench, Path(name) / "features")
+        if "read" in args.parts:
+            report["read"] = bench_read(args.videos, repeats=5)
     print(json.dumps(report, indent=1))
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from data_pipeline.errors import RejectedInput
+from data_pipeline.labelled_lists import ids_of_sources
 from data_pipeline.loading.choices import ViewConfig
 from data_pipeline.loading.packing import PackedBatch, pack_views
 from data_pipeline.loading.sequential import sequential_batches
@@ -113,7 +114,7 @@ class PackedClips:
             f"packed shards of {settings['size']} px, patch {settings['patch_size']}; flags of raw "
             "videos have no effect"
         )
-        ids = {name: i for i, name in enumerate(self._manifest.sources())}
+        ids = ids_of_sources(self._manifest)
         self._sample_ids = [ids.get(name) for name in clips.names]
         absent = [name for name in clips.names if name not in ids]
         self.unreadable = dict.fromkeys(absent, "not in the packed shards")

@@ -78,13 +78,14 @@ class GuardedProcess:
         return self._pipe.recv_bytes()
 
     def close(self) -> None:
-        """End the child process."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process.stdin.close()
-            self._pipe.close()
+        """End the child process; a thread that waits for its answer gets a `crash`."""
+        process = self.process
         self.process = None
+        if process is not None:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            self._pipe.close()
 
     def _start(self) -> None:
         self._pipe, child_end = Pipe()
@@ -107,6 +108,7 @@ class GuardedPool:
     def __init__(self, module: str, settings: dict, num_workers: int, wall_seconds: float):
         self._workers = [GuardedProcess(module, settings, wall_seconds) for _ in range(num_workers)]
         self._free: SimpleQueue[GuardedProcess] = SimpleQueue()
+        self._is_closed = False
         for worker in self._workers:
             self._free.put(worker)
 
@@ -114,12 +116,15 @@ class GuardedPool:
         """As GuardedProcess.ask, by the next process that is free."""
         worker = self._free.get()
         try:
+            if self._is_closed:  # no child is started behind the back of `close`
+                raise RejectedInput("crash", f"{name} was not read: its reader was closed")
             return worker.ask(request, name)
         finally:
             self._free.put(worker)
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes, also in the middle of a request."""
+        self._is_closed = True
         for worker in self._workers:
             worker.close()
 
