@@ -48,7 +48,6 @@ NUMERIC = (
     "tests/model_factory/test_rope.py",
     "tests/training/test_losses.py",
     "tests/training/test_optimizer.py",
-    "tests/training/test_parallel.py",
 )
 
 

@@ -42,7 +42,7 @@ class Finding:
 
 def check_python() -> Iterator[Finding]:
     """Versions of what a run imports, and what is missing."""
-    from .run_folder import versions
+    from .arithmetic import versions
 
     known = versions()
     yield Finding(OK, "versions", ", ".join(f"{name} {v}" for name, v in known.items()))
@@ -127,8 +127,8 @@ def check_ranks(ranks) -> Iterator[Finding]:
     import torch
     import torch.distributed as dist
 
+    from .arithmetic import versions
     from .distributed import all_gather_json
-    from .run_folder import versions
 
     dist.barrier()
     times = all_gather_json([time.time(), platform.node(), versions()])

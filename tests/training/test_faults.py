@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    NUM_THREADS,
     PATIENCE_S,
     ROOT,
     kill_group,
@@ -346,6 +347,30 @@ def test_what_may_differ_from_the_checkpoint_must_be_named(straight, tmp_path):
     done = one_rank(output, "--lr", "5e-4", "--resume_allow", "optimizer.lr")
     assert "resuming all the same, optimizer.lr" in done.stderr
     assert "resuming after step 30" in done.stderr
+
+
+@pytest.mark.e2e
+def test_a_resume_on_other_arithmetic_names_every_difference_and_goes_on(straight, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(straight, output)
+    shutil.rmtree(output / "checkpoints" / "step_00000040")
+    other, oldest = str(int(NUM_THREADS) + 1), "default"
+    environment = {"UNIVIT_NUM_THREADS": other, "ATEN_CPU_CAPABILITY": oldest}
+    done = run(*command(output, "--list_batch_size", 16), **environment)
+    (line,) = [line for line in done.stderr.splitlines() if "last bits may differ" in line]
+    assert f"threads: checkpoint {NUM_THREADS}, now {other}" in line
+    assert f"now {oldest!r}" in line and "ATEN_CPU_CAPABILITY: checkpoint" in line
+    found = [json.loads(text) for text in records(output).splitlines()]
+    wanted = [json.loads(text) for text in records(straight).splitlines()]
+    assert len(found) == len(wanted) == STEPS
+    for one, two in zip(found, wanted, strict=True):
+        assert one["loss/synthetic"] == pytest.approx(two["loss/synthetic"], abs=1e-3)
+    launched = json.loads((output / "run.json").read_text())["arithmetic"]
+    state = json.loads((output / "checkpoints/step_00000040/state.json").read_text())
+    assert launched["threads"] == int(other) and launched["processor"]
+    assert launched.items() <= state["may_differ"].items()
+    again = run(*command(output, "--list_batch_size", 16), **environment)
+    assert "last bits" not in again.stderr, "nothing has changed since"
 
 
 @pytest.mark.e2e
