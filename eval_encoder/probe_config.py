@@ -60,7 +60,12 @@ FLAGS = {
     "eval_freq": (int, 1, "epochs between validations"),
     "print_freq": (int, 10, "epochs between log lines"),
     "seed": (int, 1, "of the first head, the order and the drawn versions"),
-    "num_seeds": (int, 1, "heads per setting, seeds counted up"),
+    "num_seeds": (
+        int,
+        1,
+        "heads per setting, seeds counted up: other initial weights, for linear heads also another "
+        "order of the clips",
+    ),
     "holdout": (float, 0.1, "share of the training list that chooses among settings and epochs"),
     "save_report": (Path, Path("fewshot_video_report/ActionRecognition"), "folder of the reports"),
     "feature_cache_gb": (float, 4.0, "fixed features kept in memory per process"),
@@ -233,7 +238,10 @@ def build_config(args: argparse.Namespace) -> ProbeConfig:
 
 def idle_flags(args: argparse.Namespace) -> list[str]:
     """Given flags that have no effect."""
-    return [f"--{name}" for name in IDLE_FLAGS if getattr(args, name) is not None]
+    idle = [f"--{name}" for name in IDLE_FLAGS if getattr(args, name) is not None]
+    if args.head == "knn" and args.num_seeds > 1:
+        idle.append("--num_seeds (nearest neighbours draw nothing)")
+    return idle
 
 
 def _input_config(args: argparse.Namespace) -> InputConfig:

@@ -8,6 +8,8 @@
 #   bash shells/test_arithmetic.sh --all [ARGS]      every test, or those that ARGS for pytest choose
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
+# more threads than cores: let those that wait sleep, or they take the cores from those that work
+export OMP_WAIT_POLICY=passive
 # the last one computes rows of a product differently on one thread and on two, as AMD's do
 settings=(
     "ATEN_CPU_CAPABILITY=default"

@@ -43,10 +43,26 @@ def cases():
     return found
 
 
+def torch_refuses(device, dtype) -> bool:
+    """torch 2.13 chooses its fused bf16 kernel by the processor (AMX) and compiles it by the
+    dispatch level (AVX-512): where ATEN_CPU_CAPABILITY alone holds the latter down, it raises from
+    64 keys on. No processor has that pair by itself."""
+    if device != "cpu" or dtype != torch.bfloat16:
+        return False
+    rows = torch.zeros(1, 1, 64, 32, dtype=dtype)
+    try:
+        torch.nn.functional.scaled_dot_product_attention(rows, rows, rows)
+    except RuntimeError as error:
+        return "avx512" in str(error)
+    return False
+
+
 @pytest.mark.parametrize("pooling", [False, True])
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
 @pytest.mark.parametrize(("device", "dtype", "backend"), cases())
 def test_every_backend_equals_a_loop_over_items(device, dtype, backend, lengths, pooling):
+    if torch_refuses(device, dtype):
+        pytest.skip("torch's own kernel does not compute bf16 at this dispatch level")
     generator = torch.Generator().manual_seed(0)
     bounds = bounds_of(lengths)
     bounds_q = torch.arange(len(bounds), dtype=torch.int32) if pooling else bounds
