@@ -51,10 +51,21 @@ NUMERIC = (
 )
 
 
+def _is_numeric(path: Path) -> bool:
+    return path.relative_to(ROOT).as_posix() in NUMERIC
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under `-m numeric`, don't import the files that have no such test: that takes longer than
+    many tests do."""
+    asked = config.option.markexpr == "numeric" and collection_path.name.startswith("test_")
+    return True if asked and not _is_numeric(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of numeric files."""
     for item in items:
-        if item.path.relative_to(ROOT).as_posix() in NUMERIC:
+        if _is_numeric(item.path):
             item.add_marker(pytest.mark.numeric)
 
 

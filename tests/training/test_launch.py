@@ -143,3 +143,34 @@ def test_a_launcher_asked_to_stop_leaves_a_saved_run(tmp_path):
     record = json.loads((output / "exit.json").read_text())
     assert record["code"] == 3 and "saved at step" in record["message"]
     assert list(output.glob("checkpoints/step_*"))
+
+
+WRONG_ARGUMENTS = {
+    ("demo.sh", "--videos"): "--videos needs a value",
+    ("demo.sh", "--output", "out", "--videos"): "--videos needs a value",
+    ("demo.sh", "--videos", "/nowhere/at/all"): "--videos /nowhere/at/all: no such folder",
+    ("demo.sh", "--video", "clips"): "--video: no flag of this command",
+    ("lmm_probe.sh",): "--demo or a recipe is missing",
+    ("lmm_probe.sh", "--demo", "--tower"): "--tower needs a value",
+    ("lmm_probe.sh", "--demo", "--towers", "x"): "--towers: no flag of the demo",
+    ("lmm_probe.sh", "llava15", "--align"): "--align needs a value",
+    ("lmm_probe.sh", "llava15", "--tune", "t.json"): "--output DIR is missing",
+    ("cluster.sh", "shards", "4"): "cluster.sh SHARDS NUM_CENTROIDS OUTPUT",
+    ("test_arithmetic.sh", "--slow"): "test_arithmetic.sh --quick",
+}
+
+
+@pytest.mark.parametrize("command", WRONG_ARGUMENTS, ids=" ".join)
+def test_wrong_arguments_of_a_script_end_with_its_usage_before_anything(command, tmp_path):
+    script, *arguments = command
+    done = subprocess.run(
+        ["bash", str(ROOT / "shells" / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,  # from any folder
+        env={**os.environ, "UNIVIT_INSTALLED": "1"},
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert WRONG_ARGUMENTS[command] in done.stderr and f"shells/{script}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
