@@ -38,7 +38,7 @@ def test_tensorboard_holds_speed_settings_and_a_pack_as_picture(finished):
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    wanted = "loss/synthetic lr grad_norm tokens_per_s samples_per_s mfu data_wait memory_gb "
+    wanted = "loss/synthetic lr grad_norm tokens_per_s samples_per_s model_flops_per_s data_wait memory_gb "
     wanted += "bad_samples skipped_steps slowest_rank_own_s time/forward_s time/backward_s"
     assert set(wanted.split()) <= set(tags["scalars"])
     assert tags["images"] == ["pack/synthetic"]
@@ -48,7 +48,34 @@ def test_tensorboard_holds_speed_settings_and_a_pack_as_picture(finished):
     for speed in speeds:
         parts = sum(value for name, value in speed.items() if name.startswith("time/"))
         assert parts == pytest.approx(speed["step_s"], rel=0.05)
-        assert 0 < speed["mfu"] < 1 and speed["fill"] == 1.0
+        assert speed["model_flops_per_s"] > 0 and speed["fill"] == 1.0
+        assert speed["mfu"] is None, "a CPU has no peak that holds for longer than a moment"
+
+
+@pytest.mark.parametrize(
+    ("peak", "line", "warnings"),
+    [(None, "MFU not known", 0), (1e30, "MFU 0%", 0), (1.0, "MFU not known", 1)],
+)
+def test_mfu_is_a_share_of_a_known_peak_or_not_known(
+    tmp_path, caplog, monkeypatch, peak, line, warnings
+):
+    from training.distributed import process_group
+    from training.metrics import MetricLogger, StepCounts
+    from training.step_clock import StepClock
+
+    monkeypatch.setattr("training.metrics.peak_flops", lambda device: peak)
+    caplog.set_level(logging.INFO, "t")
+    with process_group() as ranks:
+        clock = StepClock(ranks.device)
+        metrics = MetricLogger(tmp_path, ranks, 2, 1, 0, clock, logging.getLogger("t"))
+        for step in (1, 2):
+            values = {"loss/a": 1.0, "lr": 1e-3, "grad_norm": 1.0}
+            metrics.record(step, values, StepCounts(8, 80, 80, 10**9, 0, 0))
+        metrics.close()
+    assert caplog.text.count(f"| {line} |") == 2
+    assert caplog.text.count("MFU is not known: ") == warnings
+    speeds = [json.loads(text) for text in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [speed["mfu"] is None for speed in speeds] == [line == "MFU not known"] * 2
 
 
 @pytest.mark.e2e
