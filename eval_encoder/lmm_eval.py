@@ -15,6 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.quiet import quiet_libraries
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this module."""
@@ -124,6 +126,7 @@ def request_of(question: Question, blind: bool = False):
 def main(argv: list[str] | None = None) -> int:
     """Answer all questions; returns the exit code (1 for a user's mistake)."""
     args = build_parser().parse_args(argv)
+    quiet_libraries()
     try:
         questions = read_questions(args.questions)
         _check_counts(args)

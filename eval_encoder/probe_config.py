@@ -17,6 +17,8 @@ DECODERS = ("auto", "decord", "av", "torchcodec")
 AUGMENTATIONS = ("jitter", "brightness", "saturation", "hue", "channels")
 CAMERAS = ("none", "median", "similarity", "affine")
 
+REPORT_DIR = Path("fewshot_video_report/ActionRecognition")
+
 # flag -> (type, default, help)
 FLAGS = {
     "dataset": (str, "ssv2", "benchmark, see probe_datasets.BENCHMARKS, or a folder of lists"),
@@ -67,7 +69,8 @@ FLAGS = {
         "order of the clips",
     ),
     "holdout": (float, 0.1, "share of the training list that chooses among settings and epochs"),
-    "save_report": (Path, Path("fewshot_video_report/ActionRecognition"), "folder of the reports"),
+    "save_report": (Path, REPORT_DIR, "folder of the reports"),
+    "output": (Path, None, "the same as --save_report"),
     "feature_cache_gb": (float, 4.0, "fixed features kept in memory per process"),
     "cache_dir": (str, None, "folder of stored features (fp16), read by every later probe"),
     "decoder": (str, "auto", f"raw video reader: {', '.join(DECODERS)} (auto: decord, else av)"),
@@ -229,11 +232,23 @@ def build_config(args: argparse.Namespace) -> ProbeConfig:
             eval_every=args.eval_freq,
             log_every=args.print_freq,
         ),
-        report_dir=args.save_report,
+        report_dir=_report_dir(args),
         cache_gb=args.feature_cache_gb,
         cache_dir=None if args.cache_dir in (None, "None") else Path(args.cache_dir),
         allow_partial=args.allow_partial,
     )
+
+
+def _report_dir(args: argparse.Namespace) -> Path:
+    """The folder of --save_report or --output; ValueError where they name two."""
+    if args.output is None:
+        return args.save_report
+    if args.save_report not in (REPORT_DIR, args.output):
+        raise ValueError(
+            f"--save_report {args.save_report} and --output {args.output} are one flag under two "
+            "names: give one of them"
+        )
+    return args.output
 
 
 def idle_flags(args: argparse.Namespace) -> list[str]:

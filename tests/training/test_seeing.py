@@ -38,8 +38,8 @@ def test_tensorboard_holds_speed_settings_and_a_pack_as_picture(finished):
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    wanted = "loss/synthetic lr grad_norm tokens_per_s samples_per_s model_flops_per_s data_wait memory_gb "
-    wanted += "bad_samples skipped_steps slowest_rank_own_s time/forward_s time/backward_s"
+    wanted = "loss/synthetic lr grad_norm tokens_per_s samples_per_s model_flops_per_s data_wait "
+    wanted += "memory_gb bad_samples skipped_steps slowest_rank_own_s time/forward_s time/backward_s"
     assert set(wanted.split()) <= set(tags["scalars"])
     assert tags["images"] == ["pack/synthetic"]
     assert any("configuration" in tag for tag in tags["tensors"])
@@ -122,6 +122,8 @@ def test_the_doctor_measures_ranks_and_names_what_is_wrong(tmp_path):
     assert "nothing needs fixing" in done.stdout and not list(tmp_path.iterdir())
     done = run("-m", "training.doctor", "--output", "/dev/null/x", check=False)
     assert done.returncode == 1 and "FIX   output" in done.stdout
+    assert "summed over all ranks" not in done.stdout, "one rank exchanges nothing"
+    assert "note  exchange" in done.stdout
 
 
 def test_a_pack_is_drawn_as_its_items_patch_by_patch(packed):
