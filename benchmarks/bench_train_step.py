@@ -50,17 +50,25 @@ def demo(data: Path, output: Path, steps: int) -> list:
 
 
 def bench_step(folder: Path) -> dict:
-    """Medians over the log lines of a demo run but the first."""
+    """Medians over the log lines of a demo run but the first; MFU against the rate of matrix
+    products that one thread has before the run, while nothing else computes."""
+    import torch
+
+    from training.flops import product_flops
+
+    torch.set_num_threads(1)
+    peak = 2 * product_flops(torch.device("cpu"), seconds=2.0)
     output = folder / "step"
     torchrun(2, *demo(demo_data(folder / "data"), output, 200)).wait()
     lines = [json.loads(line) for line in (output / "speed.jsonl").read_text().splitlines()][1:]
+    lines = [{name: v for name, v in line.items() if v is not None} for line in lines]
     medians = {name: statistics.median(line[name] for line in lines) for name in lines[0]}
     parts = {name[5:-2]: s for name, s in medians.items() if name.startswith("time/")}
     whole = medians["step_s"]
     return {
         "step_ms": round(1e3 * whole, 2),
         "samples_per_s": round(medians["samples_per_s"], 1),
-        "mfu": round(medians["mfu"], 4),
+        "mfu": round(medians["model_flops_per_s"] / peak, 4),
         "shares": {name: round(s / whole, 4) for name, s in parts.items()},
         "outside_share": round(1 - sum(parts[name] for name in SHARED) / whole, 4),
     }

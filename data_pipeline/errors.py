@@ -26,6 +26,10 @@ class MissingData(DataPipelineError):
     """A manifest, shard, label or centroid file that is not where it should be."""
 
 
+class MissingLibrary(DataPipelineError):
+    """An optional library that this command needs; the message has the line that installs it."""
+
+
 class BudgetExceeded(DataPipelineError):
     """More bad samples than the error budget allows; the message lists them."""
 

@@ -11,6 +11,7 @@ import sys
 import time
 
 from eval_encoder.probe_config import build_config, build_parser, idle_flags
+from model_factory.quiet import quiet_libraries
 
 PATIENCE_S = 6 * 3600.0  # ranks meet after reading their shares, which may take them unlike times
 
@@ -18,6 +19,7 @@ PATIENCE_S = 6 * 3600.0  # ranks meet after reading their shares, which may take
 def main(argv: list[str] | None = None) -> int:
     """Run one probe; returns the exit code (1 for a user's mistake)."""
     args = build_parser().parse_args(argv)
+    quiet_libraries()
     from eval_encoder.probe_datasets import read_lists
 
     notes: list[str] = []  # what was left out or chosen: logged and recorded once ranks are known

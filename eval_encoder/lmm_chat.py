@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from eval_encoder.lmm_conversation import IMAGE, Turn, Visual
 from eval_encoder.lmm_eval import add_model_flags, speaker_of
+from model_factory.quiet import quiet_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +63,7 @@ def one_line(error: Exception) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Hold the conversation; returns the exit code (1 for a user's mistake)."""
     args = build_parser().parse_args(argv)
+    quiet_libraries()
     shown = [Visual(kind, path) for kind in ("image", "video") for path in getattr(args, kind)]
     try:
         speaker = speaker_of(args)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_factory.local_output import output_path
+from model_factory.quiet import quiet_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -126,6 +127,7 @@ def request_of(question: Question, blind: bool = False):
 def main(argv: list[str] | None = None) -> int:
     """Answer all questions; returns the exit code (1 for a user's mistake)."""
     args = build_parser().parse_args(argv)
+    quiet_libraries()
     try:
         questions = read_questions(args.questions)
         _check_counts(args)

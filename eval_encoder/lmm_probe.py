@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from eval_encoder.lmm_config import build_parser, parse_arguments
+from model_factory.quiet import quiet_libraries
 
 LOG = logging.getLogger("univit")
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         build_parser().parse_args(["--help"])
+    quiet_libraries(uses_deepspeed=any(flag.startswith("--deepspeed") for flag in argv))
     try:
         arguments, others = parse_arguments(argv)
         return _stage(arguments, others)

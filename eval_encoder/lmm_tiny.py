@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from model_factory.local_output import output_path
+from model_factory.quiet import quiet_libraries
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 HEAD_WIDTH = 32
@@ -105,6 +106,7 @@ def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Write the folder; returns the exit code (1 for a user's mistake)."""
     args = build_parser().parse_args(argv)
+    quiet_libraries()
     from eval_encoder.lmm_conversation import TEMPLATES, read_samples
 
     try:

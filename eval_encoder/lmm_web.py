@@ -21,6 +21,7 @@ from pathlib import Path
 from eval_encoder.lmm_chat import Dialogue, one_line
 from eval_encoder.lmm_conversation import IMAGE, Visual
 from eval_encoder.lmm_eval import add_model_flags, speaker_of
+from model_factory.quiet import quiet_libraries
 
 HOST = "127.0.0.1"
 MAX_BYTES, MAX_SECONDS = 64 << 20, 600.0  # of an upload; pixels: those of InputLimits
@@ -114,6 +115,7 @@ def build_page(speaker, name: str):
 def main(argv: list[str] | None = None) -> int:
     """Serve the page until the command is ended; returns the exit code (1 for a user's mistake)."""
     args = build_parser().parse_args(argv)
+    quiet_libraries()
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
     try:
         import gradio  # noqa: F401

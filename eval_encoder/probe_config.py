@@ -19,6 +19,8 @@ DECODERS = ("auto", "decord", "av", "torchcodec")
 AUGMENTATIONS = ("jitter", "brightness", "saturation", "hue", "channels")
 CAMERAS = ("none", "median", "similarity", "affine")
 
+REPORT_DIR = Path("fewshot_video_report/ActionRecognition")
+
 # flag -> (type, default, help)
 FLAGS = {
     "dataset": (str, "ssv2", "benchmark, see probe_datasets.BENCHMARKS, or a folder of lists"),
@@ -62,13 +64,15 @@ FLAGS = {
     "eval_freq": (int, 1, "epochs between validations"),
     "print_freq": (int, 10, "epochs between log lines"),
     "seed": (int, 1, "of the first head, the order and the drawn versions"),
-    "num_seeds": (int, 1, "heads per setting, seeds counted up"),
-    "holdout": (float, 0.1, "share of the training list that chooses among settings and epochs"),
-    "save_report": (
-        output_path,
-        Path("fewshot_video_report/ActionRecognition"),
-        "folder of the reports",
+    "num_seeds": (
+        int,
+        1,
+        "heads per setting, seeds counted up: other initial weights, for linear heads also another "
+        "order of the clips",
     ),
+    "holdout": (float, 0.1, "share of the training list that chooses among settings and epochs"),
+    "save_report": (output_path, REPORT_DIR, "folder of the reports"),
+    "output": (output_path, None, "the same as --save_report"),
     "feature_cache_gb": (float, 4.0, "fixed features kept in memory per process"),
     "cache_dir": (
         local_output,
@@ -237,16 +241,31 @@ def build_config(args: argparse.Namespace) -> ProbeConfig:
             eval_every=args.eval_freq,
             log_every=args.print_freq,
         ),
-        report_dir=args.save_report,
+        report_dir=_report_dir(args),
         cache_gb=args.feature_cache_gb,
         cache_dir=None if args.cache_dir in (None, "None") else Path(args.cache_dir),
         allow_partial=args.allow_partial,
     )
 
 
+def _report_dir(args: argparse.Namespace) -> Path:
+    """The folder of --save_report or --output; ValueError where they name two."""
+    if args.output is None:
+        return args.save_report
+    if args.save_report not in (REPORT_DIR, args.output):
+        raise ValueError(
+            f"--save_report {args.save_report} and --output {args.output} are one flag under two "
+            "names: give one of them"
+        )
+    return args.output
+
+
 def idle_flags(args: argparse.Namespace) -> list[str]:
     """Given flags that have no effect."""
-    return [f"--{name}" for name in IDLE_FLAGS if getattr(args, name) is not None]
+    idle = [f"--{name}" for name in IDLE_FLAGS if getattr(args, name) is not None]
+    if args.head == "knn" and args.num_seeds > 1:
+        idle.append("--num_seeds (nearest neighbours draw nothing)")
+    return idle
 
 
 def _input_config(args: argparse.Namespace) -> InputConfig:

@@ -120,16 +120,20 @@ class HeadBank(nn.Module):
         self.heads = nn.ModuleList(heads)
         self._attentive = kind == "attentive"
 
-    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Features [L_i, C] of N clips -> logits [B, N, classes]."""
+    def forward(
+        self, features: list[torch.Tensor], numbers: list[int] | None = None
+    ) -> torch.Tensor:
+        """Features [L_i, C] of N clips -> logits [B, N, classes] of all heads, or of those with the
+        given numbers in their order."""
+        heads = self.heads if numbers is None else [self.heads[number] for number in numbers]
         if not self._attentive:
             rows = torch.cat(features)
-            return torch.stack([head(rows) for head in self.heads])
-        queries = [head.queries() for head in self.heads]
+            return torch.stack([head(rows) for head in heads])
+        queries = [head.queries() for head in heads]
         pooled = pool_by_queries(features, torch.cat(queries)).split(
             [len(rows) for rows in queries], dim=1
         )
-        return torch.stack([h.classify(p) for h, p in zip(self.heads, pooled, strict=True)])
+        return torch.stack([h.classify(p) for h, p in zip(heads, pooled, strict=True)])
 
 
 def pool_by_queries(features: list[torch.Tensor], queries: torch.Tensor) -> torch.Tensor:

@@ -159,7 +159,8 @@ def _chosen(history) -> tuple[tuple[float, float], float | None]:
 
 def _figures(history, heads: list[int], place: int, metric: str) -> dict:
     values = history.main[place][heads]
-    interval, top5 = seed_interval(values), history.top5[place]
+    interval = seed_interval(values) if history.seeds_matter else None
+    top5 = history.top5[place]
     figures = {
         metric: round(float(values.mean()), 4),
         "top5": None if top5 is None else round(float(top5[heads].mean()), 4),

@@ -120,7 +120,7 @@ def read_results(folder: Path) -> list[dict]:
     """Records of a report folder; of probes that differ in nothing but their time the latest."""
     path = folder / "results.jsonl" if folder.is_dir() else folder
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: give folders that --save_report named")
+        raise ValueError(f"{path} does not exist: give folders that --output (--save_report) named")
     records = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
@@ -183,7 +183,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python eval_encoder/probe_results.py")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("compare", help="table and plots of several probes")
-    one.add_argument("folders", nargs="+", type=Path, help="report folders (--save_report)")
+    one.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        help="report folders (--output of a probe)",
+    )
     one.add_argument("--output", type=output_path, default=Path("output/probe_compare"))
     return parser
 

@@ -1,6 +1,9 @@
 """Training and judging the bank of heads on frozen features.
 
     order of an epoch   drawn from (seed, epoch), the same on any number of ranks
+    seeds               attentive heads differ in their initial weights and share every batch; a
+                        linear head's problem is convex, so that initial weights move nothing, and
+                        each seed has an order of its own
     global batch        batch_size clips per rank; the loss is the mean over all of its clips
     judging             the held-out part of train (to choose with) and the validation list
 
@@ -9,6 +12,7 @@ A head whose gradient is not finite is left as it was and takes no further part.
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,10 +34,21 @@ class NonFiniteProbe(ValueError):
     """All heads had gradients that are NaN or infinite."""
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What some heads of the bank learn from in one step, on this rank: their numbers in the bank,
+    clips, and the features [L_i, C] of those."""
+
+    heads: list[int]
+    clips: list[int]
+    features: list[torch.Tensor]
+
+
 @dataclass
 class History:
     """Figures per judged epoch, float64 [B] each, when each was judged (seconds from the start),
-    the last judgement of the validation list, and which heads went astray."""
+    the last judgement of the validation list, which heads went astray, and whether anything that
+    their seeds decide can change a result."""
 
     settings: list[HeadSetting]
     epochs: list[int] = field(default_factory=list)
@@ -44,6 +59,7 @@ class History:
     seconds: list[float] = field(default_factory=list)
     last: Judgement | None = None
     astray: set[int] = field(default_factory=set)
+    seeds_matter: bool = True
 
 
 def settings_of(config: HeadsConfig) -> list[HeadSetting]:
@@ -78,6 +94,7 @@ class ProbeTrainer:
         settings = settings_of(config.heads)
         self.bank = HeadBank(config.heads.kind, width, self._num_classes, settings)
         self.bank.to(ranks.device)
+        self._seeds = [setting.seed for setting in settings]
         groups = [
             {"params": list(head.parameters()), "peak": s.lr, "weight_decay": s.weight_decay}
             for head, s in zip(self.bank.heads, settings, strict=True)
@@ -92,17 +109,13 @@ class ProbeTrainer:
         keep, held = hold_out(self._train.clips, config.holdout)
         size = config.batch_size * self._ranks.world_size
         steps = -(-len(keep) // size)
+        self._look_at_seeds(steps)
         for epoch in range(1, config.epochs + 1):
-            order = counter_rng(config.seed, "probe order", epoch).permutation(keep)
-            chunks = [order[i * size : (i + 1) * size] for i in range(steps)]
-            mine = [chunk[self._ranks.rank :: self._ranks.world_size] for chunk in chunks]
-            looks = [self._train.drawn_looks(chunk, epoch) for chunk in mine]
             sums, count = np.zeros(len(self.bank.heads)), 0
-            for number, (found, features) in enumerate(self._train.batches(looks)):
+            for number, lessons in enumerate(self._lessons(epoch, keep, size)):
                 progress = ((epoch - 1) * steps + number) / (config.epochs * steps)
-                labels = self._labels([look.clip for look in found])
-                sums += self._step(features, labels, progress)
-                count += len(found)
+                sums += self._step(lessons, progress)
+                count += len(lessons[0].clips)  # over an epoch, all seeds have the same clips
             last = epoch == config.epochs
             if epoch == 1 or last or epoch % config.eval_every == 0:
                 totals = torch.tensor([*sums, count], dtype=torch.float64)
@@ -127,6 +140,55 @@ class ProbeTrainer:
                     scores = logits if clips.is_multi_label else logits.softmax(dim=-1)
                     builder.add(*_mean_over_crops([look.clip for look in found], scores))
         return builder.gather()
+
+    def _look_at_seeds(self, steps: int) -> None:
+        """Note seeds that can decide nothing: a linear head with all clips in one batch is the
+        same whatever its order."""
+        config = self._heads_config
+        self.history.seeds_matter = config.kind != "linear" or steps > 1
+        if config.num_seeds > 1 and not self.history.seeds_matter:
+            self._log.warning(
+                "--num_seeds %d does nothing: one batch holds all training clips, and a linear "
+                "head comes to the same end from any start; lower --batch_size %d",
+                config.num_seeds,
+                config.batch_size,
+            )
+
+    def _lessons(self, epoch: int, keep: np.ndarray, size: int) -> Iterator[list[Lesson]]:
+        """What is learned from in every step of an epoch, for all heads of the bank once. Clips are
+        read once, in the order of the first seed."""
+        config, ranks = self._heads_config, self._ranks
+        shared = _chunks(config.seed, epoch, keep, size)
+        mine = [chunk[ranks.rank :: ranks.world_size] for chunk in shared]
+        read = self._train.batches([self._train.drawn_looks(chunk, epoch) for chunk in mine])
+        if config.kind == "linear" and config.num_seeds > 1:
+            seeds = dict.fromkeys(self._seeds)
+            yield from self._lessons_by_seed(
+                read, {seed: _chunks(seed, epoch, keep, size) for seed in seeds}
+            )
+            return
+        everyone = list(range(len(self.bank.heads)))
+        for found, features in read:
+            yield [Lesson(everyone, [look.clip for look in found], features)]
+
+    def _lessons_by_seed(
+        self, read: Iterator, orders: dict[int, list[np.ndarray]]
+    ) -> Iterator[list[Lesson]]:
+        """One lesson per seed and step, each in the seed's own order, after all of the epoch was
+        read: a pooled feature is one row, so that those of all clips fit into memory (fp16, as
+        they are stored). A step's clips of a seed lie on several ranks; each rank takes those that
+        it has read, since gradients are summed over the ranks anyway."""
+        rows = {}
+        for found, features in read:
+            for look, feature in zip(found, features, strict=True):
+                rows[look.clip] = feature.half()
+        for step in range(len(orders[self._heads_config.seed])):
+            lessons = []
+            for seed, chunks in orders.items():
+                heads = [number for number, own in enumerate(self._seeds) if own == seed]
+                clips = [clip for clip in chunks[step].tolist() if clip in rows]
+                lessons.append(Lesson(heads, clips, [rows[clip].float() for clip in clips]))
+            yield lessons
 
     def _judge(self, epoch: int, held: np.ndarray, losses: np.ndarray) -> None:
         history = self.history
@@ -164,21 +226,22 @@ class ProbeTrainer:
     def _labels(self, indices: list[int]) -> torch.Tensor:
         return torch.from_numpy(self._train.clips.labels[indices]).to(self._ranks.device)
 
-    def _step(
-        self, features: list[torch.Tensor], labels: torch.Tensor, progress: float
-    ) -> np.ndarray:
+    def _step(self, lessons: list[Lesson], progress: float) -> np.ndarray:
         """One step of every head; returns the sums of this rank's losses [B]."""
         config = self._heads_config
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] + (config.min_lr - group["peak"]) * progress
-        count = torch.tensor(float(len(features)), device=self._ranks.device)
-        dist.all_reduce(count)
+        counts = torch.tensor([float(len(lesson.clips)) for lesson in lessons])
+        counts = counts.to(self._ranks.device)
+        dist.all_reduce(counts)
         self._optimizer.zero_grad(set_to_none=False)
         losses = torch.zeros(len(self.bank.heads))
-        if features:
-            sums = _losses(self.bank(features), labels, config.smoothing)
-            (sums.sum() / count.clamp(min=1)).backward()
-            losses = sums.detach().cpu()
+        for lesson, count in zip(lessons, counts, strict=True):
+            if lesson.clips:
+                logits = self.bank(lesson.features, lesson.heads)
+                sums = _losses(logits, self._labels(lesson.clips), config.smoothing)
+                (sums.sum() / count.clamp(min=1)).backward()
+                losses[lesson.heads] = sums.detach().cpu()
         self._sum_gradients()
         self._clip()
         self._optimizer.step()
@@ -226,6 +289,12 @@ class ProbeTrainer:
             history.main[-1][sound].min(),
             history.main[-1][sound].max(),
         )
+
+
+def _chunks(seed: int, epoch: int, clips: np.ndarray, size: int) -> list[np.ndarray]:
+    """Global batches of an epoch in a seed's order."""
+    order = counter_rng(seed, "probe order", epoch).permutation(clips)
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _losses(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from .configuration import LlavaViTPackingConfig
 from .published_folder import json_object
 from .registry import packing_config, packing_name
-from .state_dict_adapter import check_fits, from_packing, to_packing
+from .state_dict_adapter import check_fits, first_keys, from_packing, to_packing
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 NESTING_KEYS = ("model", "state_dict")
@@ -121,5 +121,5 @@ def _tensors(content, path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"holds a {type(content).__name__}, not a mapping of names to tensors")
     strange = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
     if strange:
-        raise ValueError(f"these entries are no tensors: {', '.join(strange)}")
+        raise ValueError(f"these entries are no tensors: {first_keys(strange)}")
     return content

@@ -22,6 +22,7 @@ from .packing import (
     interpolate_frame_indices,
     patchify,
 )
+from .state_dict_adapter import first_keys
 from .vit_preview_v0 import LlavaViTEncoder
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
@@ -74,7 +75,7 @@ def _same_tensors(weights: dict[str, torch.Tensor], reloaded: LlavaViTPackingMod
         if not torch.equal(tensor, saved[name].to(tensor.dtype))
     ]
     if changed:
-        raise ConversionError(f"tensors changed on the way: {', '.join(changed)}")
+        raise ConversionError(f"tensors changed on the way: {first_keys(changed)}")
     return f"all {len(weights)} tensors of the file are in the folder, bit for bit"
 
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from model_factory.local_output import output_path
+from model_factory.quiet import quiet_libraries
 from model_factory.registry import packing_name
 
 _HELPERS = (
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Convert; returns the exit code."""
     args = build_parser().parse_args(argv)
+    quiet_libraries()
     output = args.output_dir or args.weight_path.with_name(args.weight_path.stem + "_hf_packing")
     try:
         if args.target_model_name not in (None, packing_name(args.model_name)):

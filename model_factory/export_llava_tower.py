@@ -48,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Export; returns the exit code."""
     args = build_parser().parse_args(argv)
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
     from .llava_tower_folder import export_tower
 
     try:

@@ -45,6 +45,7 @@ KEY_TABLE = (
     ("head.", "head.", "head."),
 )
 LAYOUTS = {"packing": 0, "source": 1, "split": 2}
+MOST_KEYS = 20  # named in one message: a wrong model differs in hundreds
 _PARTED = re.compile(r"^(.*\.)([qkv])_proj\.(weight|bias)$")
 
 
@@ -75,8 +76,8 @@ def detect_layout(keys) -> str:
     best = max(fits, key=fits.get)
     if fits[best] == 0:
         raise ValueError(
-            f"no known key layout among {len(keys)} names ({', '.join(sorted(keys)[:10])}): is "
-            "this another model's checkpoint?"
+            f"no known key layout among {len(keys)} names, is this another model's checkpoint? "
+            f"They are: {first_keys(sorted(keys))}"
         )
     return best
 
@@ -116,7 +117,7 @@ def _join_qkv(weights):
         if part not in parts
     ]
     if missing:
-        raise ValueError(f"missing of a q, k, v triple: {', '.join(missing)}")
+        raise ValueError(f"missing of a q, k, v triple: {first_keys(missing)}")
     for key, parts in triples.items():
         shapes = [list(parts[part].shape) for part in "qkv"]
         if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
@@ -155,11 +156,19 @@ def check_fits(
 
 def raise_problems(problems: dict[str, list[str]], origin: str) -> None:
     """ValueError that lists every named problem, nothing when all lists are empty."""
-    if any(problems.values()):
-        listed = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in problems.items() if keys)
+    found = {name: keys for name, keys in problems.items() if keys}
+    if found:
+        most = max(1, MOST_KEYS // len(found))
+        listed = "; ".join(f"{name}: {first_keys(keys, most)}" for name, keys in found.items())
         raise ValueError(
-            f"{origin} does not hold this model's tensors; {listed}. Is the model name right?"
+            f"{origin} does not hold this model's tensors, is the model name right? {listed}"
         )
+
+
+def first_keys(keys: list[str], most: int = MOST_KEYS) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
 
 
 def _rules(old: int, new: int) -> list[tuple[re.Pattern, str]]:
@@ -183,7 +192,7 @@ def _rename(state_dict, old: int, new: int):
             unknown.append(key)
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of {len(state_dict)} names fit no rule of the key layout: "
-            f"{', '.join(sorted(unknown))}. Is this another model's checkpoint?"
+            f"{len(unknown)} of {len(state_dict)} names fit no rule of the key layout, is this "
+            f"another model's checkpoint? They are: {first_keys(sorted(unknown))}"
         )
     return renamed

@@ -7,12 +7,23 @@
 #                                        output/demo-NAME for a folder NAME of videos)
 #
 # Run it again and it goes on where it was stopped.
+usage() {
+    echo "$1" >&2
+    echo "usage: bash shells/demo.sh [--videos DIR] [--output DIR]" >&2
+    exit 2
+}
 videos="" truth="" output=""
 while [ $# -gt 0 ]; do
     case "$1" in
-        --videos) videos="$(realpath "$2")"; shift 2 ;;
+        # without a value, `shift 2` would move nothing and the loop never end
+        --videos | --output) [ -n "${2:-}" ] || usage "$1 needs a value" ;;
+    esac
+    case "$1" in
+        --videos)
+            [ -d "$2" ] || usage "--videos $2: no such folder"
+            videos="$(realpath "$2")"; shift 2 ;;
         --output) output="$2"; shift 2 ;;
-        *) echo "usage: bash shells/demo.sh [--videos DIR] [--output DIR]" >&2; exit 2 ;;
+        *) usage "$1: no flag of this command" ;;
     esac
 done
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"

@@ -11,14 +11,24 @@
 #       --align align.json --tune tune.json --image_folder DIR --output DIR [flags for every stage]
 #       the published stages of llava15, vitsplit or convllava on all GPUs of this machine under
 #       DeepSpeed; crossget continues from what llava15 wrote and takes no --align
+script="$(realpath "${BASH_SOURCE[0]}")" # before install.sh changes the folder
+usage() {
+    echo "$1" >&2
+    sed -n '2,13s/^# \{0,1\}//p' "$script" >&2
+    exit 2
+}
+[ $# -gt 0 ] || usage "--demo or a recipe is missing"
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-[ $# -gt 0 ] || { sed -n '2,15p' "${BASH_SOURCE[0]}"; exit 2; }
 
 step() { printf '\n== %s\n' "$*"; }
 
 published() {
     local recipe="$1" align="" tune="" output="" llm="" common=(); shift
     while [ $# -gt 0 ]; do
+        case "$1" in
+            --align | --tune | --output | --model_name_or_path)
+                [ -n "${2:-}" ] || usage "$1 needs a value" ;;
+        esac
         case "$1" in
             --align) align="$2"; shift 2 ;;
             --tune) tune="$2"; shift 2 ;;
@@ -27,6 +37,9 @@ published() {
             *) common+=("$1"); shift ;;
         esac
     done
+    # an empty --output would be the root of the file system
+    [ -n "$output" ] || usage "--output DIR is missing"
+    [ -n "$llm" ] || usage "--model_name_or_path LLM is missing"
     stage() { # NUMBER ZERO flags
         local number="$1" zero="$2"; shift 2
         step "$recipe, stage $number"
@@ -44,7 +57,7 @@ published() {
             stage 1 zero2 --model_name_or_path "$llm" --data_path "$align"
             stage 2 zero3 --model_name_or_path "$output/stage_1" --data_path "$align"
             stage 3 zero3 --model_name_or_path "$output/stage_2" --data_path "$tune" ;;
-        *) echo "unknown recipe $recipe" >&2; exit 2 ;;
+        *) usage "$recipe: no recipe" ;;
     esac
 }
 
@@ -62,9 +75,12 @@ demo() {
     local tower="" output="output/lmm_demo" started=$SECONDS
     while [ $# -gt 0 ]; do
         case "$1" in
+            --tower | --output) [ -n "${2:-}" ] || usage "$1 needs a value" ;;
+        esac
+        case "$1" in
             --tower) tower="$2"; shift 2 ;;
             --output) output="$2"; shift 2 ;;
-            *) echo "usage: bash shells/lmm_probe.sh --demo [--tower RUN] [--output DIR]" >&2; exit 2 ;;
+            *) usage "$1: no flag of the demo" ;;
         esac
     done
     mkdir -p "$output"

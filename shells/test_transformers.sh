@@ -4,7 +4,6 @@
 #   bash shells/test_transformers.sh VERSION   another one
 # The suite of test.sh runs them with the pinned, current one. Needs a package index once.
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-unset OMP_NUM_THREADS
 
 version="${1:-4.57.3}"
 overlay=".venv/transformers-$version"

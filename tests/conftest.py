@@ -2,10 +2,13 @@
 processes of a real group.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +17,56 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+# Last bits of a matrix product depend on the number of threads on some processors, and many tests
+# compare bits between this process and its children. Set here, before torch, NumPy or FAISS is
+# imported, one number holds for both sides; shells/test_arithmetic.sh chooses another one.
+NUM_THREADS = os.environ.get("UNIVIT_NUM_THREADS", "1")
+for _variable in (
+    "UNIVIT_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+):
+    os.environ[_variable] = NUM_THREADS
+
+# Seconds after which a process that should have ended, or a file that should have appeared, counts
+# as a failure. Nothing waits so long unless it is broken: a slow machine beside other work is not.
+PATIENCE_S = 900.0
+POLL_S = 0.02
+
+# Files whose tests compare computed numbers: what another processor may change (-m numeric).
+NUMERIC = (
+    "tests/data_pipeline/test_selection.py",
+    "tests/eval_encoder/test_probe_heads.py",
+    "tests/model_factory/test_attention.py",
+    "tests/model_factory/test_conversion.py",
+    "tests/model_factory/test_export_folder.py",
+    "tests/model_factory/test_golden_vectors.py",
+    "tests/model_factory/test_key_layouts.py",
+    "tests/model_factory/test_packing_model.py",
+    "tests/model_factory/test_rope.py",
+    "tests/training/test_losses.py",
+    "tests/training/test_optimizer.py",
+)
+
+
+def _is_numeric(path: Path) -> bool:
+    return path.relative_to(ROOT).as_posix() in NUMERIC
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under `-m numeric`, don't import the files that have no such test: that takes longer than
+    many tests do."""
+    asked = config.option.markexpr == "numeric" and collection_path.name.startswith("test_")
+    return True if asked and not _is_numeric(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of numeric files."""
+    for item in items:
+        if _is_numeric(item.path):
+            item.add_marker(pytest.mark.numeric)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +149,6 @@ def run(
     """Run a command of ours to its end, output captured; a failure shows it."""
     env = {
         **os.environ,
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         **environment,
@@ -107,7 +159,7 @@ def run(
         text=True,
         env=env,
         cwd=ROOT,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
     if check and done.returncode:
         raise AssertionError(
@@ -132,10 +184,29 @@ def start_torchrun(num_ranks: int, *command: str | Path) -> subprocess.Popen:
         [sys.executable, *launcher(num_ranks), *map(str, command)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         cwd=ROOT,
         start_new_session=True,
     )
+
+
+def wait_until(
+    reached: Callable[[], object], process: subprocess.Popen | None = None, what: str = "it"
+) -> None:
+    """Poll until `reached` is true; AssertionError where `process` ends before, or never comes to
+    it."""
+    until = time.monotonic() + PATIENCE_S
+    while not reached():
+        assert process is None or process.poll() is None, f"the process ended before {what}"
+        assert time.monotonic() < until, f"{what} did not come within {PATIENCE_S:.0f} s"
+        time.sleep(POLL_S)
+
+
+def last_step(consumed: Path) -> int:
+    """The last whole step in a rank's record of consumed samples; 0 without one."""
+    lines = consumed.read_text().splitlines(keepends=True) if consumed.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def kill_group(process: subprocess.Popen) -> None:
@@ -183,20 +254,3 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread(request):
-    """For tests of multimodal models and the commands that they start: tiny models are slower on
-    two threads than on one, and far slower where two tests share a machine."""
-    if not request.path.name.startswith("test_lmm"):
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)

@@ -10,7 +10,6 @@ start must not grow. Not collected by pytest.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
@@ -35,7 +34,6 @@ def start(output: Path, steps: int) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "training.train_univit", *flags],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
         stderr=subprocess.DEVNULL,
     )

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 JOIN_TIMEOUT = timedelta(minutes=5)
+NUM_THREADS = "UNIVIT_NUM_THREADS"
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 DONE = "done"
 POLL_S = 0.1
@@ -52,7 +53,8 @@ def process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
     """Join the group that torchrun describes in the environment, leave it at the end. A collective
     that a rank does not come to within `timeout_s` fails on the others.
 
-    Raises PeerFailed when the meeting point cannot be reached.
+    Raises PeerFailed when the meeting point cannot be reached, ValueError for UNIVIT_NUM_THREADS
+    that is no number.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -67,8 +69,7 @@ def process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        # as many threads as this rank's share of the cores, the same on every rank
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+        torch.set_num_threads(_num_threads(local_world))
     store = _meeting_point(rank, world_size)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
@@ -78,6 +79,17 @@ def process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
     )
     # not after an exception: leaving in good order would wait for peers inside a collective
     dist.destroy_process_group()
+
+
+def _num_threads(local_world: int) -> int:
+    """Threads of this rank on a CPU: UNIVIT_NUM_THREADS where it is set, else this rank's share of
+    the cores. OMP_NUM_THREADS is not read, since torchrun sets it to 1 whatever the machine."""
+    given = os.environ.get(NUM_THREADS)
+    if given is None:
+        return max(1, (os.cpu_count() or 1) // local_world)
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"{NUM_THREADS} is {given!r}: give a number of threads from 1 on")
+    return int(given)
 
 
 def _meeting_point(rank: int, world_size: int) -> dist.Store:

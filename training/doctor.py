@@ -4,7 +4,7 @@
 
 Alone it looks at one process's view of the machine; under torchrun, with the launcher's flags of
 the run to come, also at whether all ranks meet, agree on versions and clocks, and how fast they
-exchange.
+exchange, which one rank alone does not.
 Exit code 1 when anything needs fixing. Cost: seconds.
 """
 
@@ -44,13 +44,13 @@ class Finding:
 
 def check_python() -> Iterator[Finding]:
     """Versions of what a run imports, and what is missing."""
-    from .run_folder import versions
+    from .arithmetic import versions
 
     known = versions()
     yield Finding(OK, "versions", ", ".join(f"{name} {v}" for name, v in known.items()))
     needed = {
-        "nvidia.dali": "pip install nvidia-dali-cuda130 (or -cuda120): training reads through it",
-        "faiss": "pip install faiss-gpu or faiss-cpu: clustering needs it",
+        "nvidia.dali": "pip install -e .[cpu], or .[gpu] with a GPU: training reads through it",
+        "faiss": "pip install -e .[cpu], or .[gpu] with a GPU: clustering needs it",
     }
     for name, cure in needed.items():
         if not _is_there(name):
@@ -129,8 +129,8 @@ def check_ranks(ranks) -> Iterator[Finding]:
     import torch
     import torch.distributed as dist
 
+    from .arithmetic import versions
     from .distributed import all_gather_json
-    from .run_folder import versions
 
     dist.barrier()
     times = all_gather_json([time.time(), platform.node(), versions()])
@@ -142,6 +142,10 @@ def check_ranks(ranks) -> Iterator[Finding]:
     if odd:
         text = f"ranks {odd} have other versions than rank 0: install the same image everywhere"
         yield Finding(FIX, "versions", text)
+    if ranks.world_size == 1:
+        text = "one rank exchanges nothing: start this under torchrun as the run will be"
+        yield Finding(NOTE, "exchange", text)
+        return
     data = torch.ones(EXCHANGED // 4, device=ranks.device)
     dist.all_reduce(data)
     started = time.monotonic()

@@ -9,9 +9,11 @@ checked. The run's config.json is looked for above the checkpoint.
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
 from model_factory.local_output import output_path
+from model_factory.quiet import quiet_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +63,9 @@ def read_encoder(checkpoint: Path):
     encoder = build_encoder(ModelConfig(**{**fields, "init_from": None}), seed=0)
     tensors = {f"encoder.{name}": p.data for name, p in encoder.named_parameters()}
     reader = dcp.HuggingFaceStorageReader(str(path))
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():  # of no_dist that it means one process
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     state = json.loads((path / "state.json").read_bytes())
     encoder.config.image_size = state.get("image_size", encoder.config.image_size)
     return encoder, path, state["step"]
@@ -83,6 +87,7 @@ def newest_commit(path: Path) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """Export; a user's mistake ends with its message."""
     args = build_parser().parse_args(argv)
+    quiet_libraries()
     try:
         step = export_checkpoint(args.checkpoint, args.output)
     except (ValueError, OSError) as error:

@@ -41,14 +41,22 @@ def softmax_flops(rows: int, width: int, sampled: float) -> int:
     return int(3 * 2 * rows * width * sampled)
 
 
-def peak_flops(device: torch.device, seconds: float = 0.2) -> float:
-    """FLOP/s of a device: the data sheet's for a known GPU, else the rate of its matrix products
-    (fp32 on a CPU, with as many threads as this process has), measured for `seconds`."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAKS.items():
-            if part in name:
-                return peak
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that a GPU could do: the data sheet's for a known one, else the measured rate of its
+    matrix products. None for a CPU: what it could do changes with its clock and with whatever runs
+    beside, so that a rate measured at one time is no bound for another."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, peak in PEAKS.items():
+        if part in name:
+            return peak
+    return product_flops(device)
+
+
+def product_flops(device: torch.device, seconds: float = 0.2) -> float:
+    """FLOP/s of the best matrix product within `seconds` (bf16 on a GPU, fp32 on a CPU with as many
+    threads as this process has)."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     left = right = torch.ones(GEMM, GEMM, device=device, dtype=dtype)
     left @ right

@@ -62,7 +62,7 @@ class MetricLogger:
         if ranks.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._peak = peak_flops(ranks.device) * ranks.world_size
+            self._peak = peak_flops(ranks.device)
             self._files = [open(output / name, "a") for name in (METRICS_NAME, SPEED_NAME)]
             self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
         clock.take()
@@ -123,7 +123,7 @@ class MetricLogger:
         self._files[0].writelines(json.dumps(line) + "\n" for line in records)
         return records
 
-    def _speed(self, taken: dict[str, float], steps: int, own: list[float]) -> dict[str, float]:
+    def _speed(self, taken: dict[str, float], steps: int, own: list[float]) -> dict:
         total = max(taken["total"], 1e-9)
         sums = {
             name: sum(getattr(counts, name) for counts in self._counts)
@@ -132,7 +132,8 @@ class MetricLogger:
         speed = {
             "samples_per_s": sums["samples"] / total,
             "tokens_per_s": sums["tokens"] / total,
-            "mfu": sums["flops"] / total / self._peak,
+            "model_flops_per_s": sums["flops"] / total,
+            "mfu": self._mfu(sums["flops"] / total),
             "step_s": total / steps,
             "slowest_rank_own_s": max(own),
             "median_rank_own_s": sorted(own)[(len(own) - 1) // 2],
@@ -144,6 +145,23 @@ class MetricLogger:
         }
         parts = {f"time/{name}_s": s / steps for name, s in taken.items() if name != "total"}
         return speed | parts
+
+    def _mfu(self, rate: float) -> float | None:
+        """Share of the peak of all ranks that the model FLOPs of a second are; None where no peak
+        is known."""
+        if self._peak is None:
+            return None
+        share = rate / (self._peak * self._ranks.world_size)
+        if share > 1:
+            self._logger.warning(
+                "MFU is not known: %.3g model FLOP/s on %d ranks are more than the peak of %.3g "
+                "that is assumed of each; correct PEAKS in training/flops.py",
+                rate,
+                self._ranks.world_size,
+                self._peak,
+            )
+            self._peak = None
+        return share if share <= 1 else None
 
     def _write(self, records: list[dict], speed: dict[str, float]) -> None:
         line = {"step": records[-1]["step"], "steps": len(records), **speed}
@@ -167,10 +185,11 @@ class MetricLogger:
         losses = "  ".join(
             f"{name[5:]} {value:.4f}" for name, value in last.items() if name.startswith("loss/")
         )
+        mfu = "not known" if speed["mfu"] is None else f"{speed['mfu']:.0%}"
         left = (self._total - last["step"]) * speed["step_s"]
         return (
             f"step {last['step']}/{self._total} | {losses} | {speed['samples_per_s']:.1f} "
-            f"samples/s | {speed['tokens_per_s'] / 1000:.1f}k tokens/s | MFU {speed['mfu']:.0%} | "
+            f"samples/s | {speed['tokens_per_s'] / 1000:.1f}k tokens/s | MFU {mfu} | "
             f"data wait {speed['data_wait']:.0%} | fill {speed['fill']:.0%} | "
             f"lr {last['lr']:.2e} | grad norm {last['grad_norm']:.2f} | "
             f"{speed['memory_gb']:.1f} GB | ETA {int(left // 60)}:{int(left % 60):02d}"

@@ -75,12 +75,16 @@ def _numbers(records: list[dict], speeds: list[dict], losses: list[str]) -> list
     for name, text in {
         "samples_per_s": "samples per second",
         "tokens_per_s": "tokens per second",
+        "model_flops_per_s": "model FLOPs per second",
         "mfu": "MFU",
         "data_wait": "share of time waiting for data",
         "memory_gb": "memory of rank 0, GB",
     }.items():
-        if speeds:
-            rows.append(f"| {text}, median | {statistics.median(s[name] for s in speeds):.4g} |")
+        known = [s[name] for s in speeds if s.get(name) is not None]
+        if known:
+            rows.append(f"| {text}, median | {statistics.median(known):.4g} |")
+        elif speeds:
+            rows.append(f"| {text}, median | not known |")
     if speeds:
         rows.append(f"| bad samples, skipped steps | {_last(speeds)} |")
     return rows

@@ -2,24 +2,23 @@
 
     OUTPUT/run.lock      who writes here now; the operating system frees it when that process ends
     OUTPUT/config.json   the whole configuration, written before anything else happens
-    OUTPUT/run.json      arguments, git revision, versions, number of ranks, starts so far
+    OUTPUT/run.json      arguments, git revision, versions, what last bits depend on, starts so far
     OUTPUT/exit.json     how the last start ended: exit code, its name, and what to do
 
 torchrun itself ends with 1 whatever its workers end with, so the code is in exit.json too.
 """
 
 import fcntl
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import socket
 import subprocess
 from pathlib import Path
 
 from data_pipeline.shards.writer import write_atomically
 
+from .arithmetic import arithmetic, versions
 from .checkpoint_folder import StorageError
 from .config import TrainConfig
 from .distributed import Ranks, on_main
@@ -38,7 +37,6 @@ EXIT_CODES = {
     "out of memory": 10,
 }
 REPEATING = ("data budget", "non-finite", "bad checkpoint", "other configuration")
-PACKAGES = ("torch", "numpy", "transformers", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
 class FolderInUse(ValueError):
@@ -63,6 +61,7 @@ class RunFolder:
             raise ValueError("wandb_project is set, but wandb is not there: pip install wandb")
         on_main(self._ranks, self._enter)
         self._claimed = True
+        depends_on = arithmetic(self._ranks)
         if not self._ranks.is_main:
             return
         write_atomically(self.path / "config.json", self._config.to_json().encode())
@@ -71,6 +70,7 @@ class RunFolder:
             "git_revision": git_revision(),
             "versions": versions(),
             "world_size": self._ranks.world_size,
+            "arithmetic": depends_on,
             "starts": self._read("run.json").get("starts", 0) + 1,
         }
         write_atomically(self.path / "run.json", json.dumps(facts, indent=1).encode())
@@ -142,14 +142,3 @@ def git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def versions() -> dict[str, str]:
-    """Python, platform and the packages that decide numbers."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -15,12 +15,15 @@ import sys
 import traceback
 from pathlib import Path
 
+from model_factory.quiet import quiet_libraries
+
 from .cli import build_config, build_parser, warn_idle
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one training; returns the exit code."""
     args = build_parser().parse_args(argv)
+    quiet_libraries()
     try:
         config = build_config(args)
     except ValueError as error:
@@ -40,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     except PeerFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 9
+    except ValueError as error:  # of the group itself: what a run meets, _run makes an exit code
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -110,12 +116,14 @@ def _load_datasets(args, config, ranks, logger) -> dict:
         register_dataset,
         resolve_dataset,
     )
+    from data_pipeline.loading.dali_pipeline import require_dali
 
     from .distributed import on_main
     from .fault_points import reach
 
     if config.synthetic_data:
         return {head.name: None for head in config.heads}
+    require_dali()
     if any(head.dataset == EMBEDDED for head in config.heads):
         folder = Path(args.output or config.output) / "data" / EMBEDDED
         if args.list_datasets is None and args.preset is None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from data_pipeline.datasets import Dataset
 
+from .arithmetic import arithmetic
 from .checkpointer import Checkpointer
 from .config import (
     HeadConfig,
@@ -87,6 +88,7 @@ class Trainer:
         self.train_step = TrainStep(
             config, self.encoder, self.heads, self.optimizer, self.data, ranks, self.clock, logger
         )
+        self._may_differ = arithmetic(ranks) | dataclasses.asdict(config.parallel)
         self._restore()
 
     def train(self, last_step: int | None = None) -> None:
@@ -167,15 +169,7 @@ class Trainer:
             "image_size": self.encoder.module.config.image_size,
             "world_size": self.ranks.world_size,
             "fingerprint": fingerprint(self.config, self.ranks.world_size),
-            "may_differ": self._may_differ(),
-        }
-
-    def _may_differ(self) -> dict:
-        return {
-            "torch": torch.__version__,
-            "device": self.ranks.device.type,
-            "world_size": self.ranks.world_size,
-            **dataclasses.asdict(self.config.parallel),
+            "may_differ": self._may_differ,
         }
 
     def _restore(self) -> None:
@@ -221,10 +215,22 @@ class Trainer:
                 "on all the same, name fields with --resume_allow, and for data "
                 "--set resume_data=new-epoch"
             )
-        allowed += fingerprint_difference(state.get("may_differ", {}), self._may_differ())
         for line in [*allowed, *other_data]:
             self.logger.warning("resuming all the same, %s", line)
+        self._name_other_arithmetic(state.get("may_differ", {}))
         return other_data
+
+    def _name_other_arithmetic(self, saved: dict) -> None:
+        """One warning for everything that moves last bits and is not as it was at the save."""
+        # of what the checkpoint has on record: one of an earlier version has less
+        now = {name: self._may_differ.get(name) for name in saved}
+        difference = fingerprint_difference(saved, now)
+        if difference:
+            self.logger.warning(
+                "last bits may differ from those of an uninterrupted run from here on, since not "
+                "everything that they depend on is as it was: %s",
+                "; ".join(difference),
+            )
 
     def _build_head(self, head: HeadConfig, width: int) -> PartialFC:
         dataset = self.datasets[head.name]

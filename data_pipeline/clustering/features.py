@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.quiet import quiet_libraries
+
 from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..loading.shard_reader import ShardReader
 from ..records import read_record
@@ -209,6 +211,7 @@ def _source(manifest: Manifest, config: FeatureConfig) -> Callable[[range], np.n
     """The function from sample ids to rows float32 [n, D]."""
     if config.encoder is None:
         return lambda ids: descriptor_rows(manifest, ids)
+    quiet_libraries()
     family, separator, folder = config.encoder.partition(":")
     if separator and not Path(config.encoder).exists():
         return _image_encoder_rows(manifest, config, family, folder)

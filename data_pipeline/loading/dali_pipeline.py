@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
+from ..errors import MissingLibrary
+
 
 class DecodeFailed(Exception):
     """DALI could not decode some picture; its pipeline is dead and does not say which."""
@@ -87,7 +89,19 @@ def undecodable(pictures: Iterable[np.ndarray], device: torch.device) -> dict[in
     return reasons
 
 
+def require_dali() -> None:
+    """MissingLibrary where DALI cannot be imported; commands ask before hours of other work."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        raise MissingLibrary(
+            f"packed data is read through NVIDIA DALI, which is not there ({error}): "
+            "pip install -e .[cpu], or .[gpu] on a machine with an NVIDIA GPU"
+        ) from error
+
+
 def _decoding_pipeline(source, max_batch: int, num_threads: int, prefetch: int, device):
+    require_dali()
     from nvidia.dali import fn, pipeline_def, types
 
     on_gpu = device.type == "cuda"

@@ -10,7 +10,7 @@ import zipfile
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import ROOT, run
+from conftest import PATIENCE_S, ROOT, run
 
 from data_pipeline.errors import DataPipelineError, MissingData
 from data_pipeline.shards.inputs import list_inputs
@@ -50,7 +50,7 @@ def test_array_jobs_from_the_command_line(clips, tmp_path, whole):
         )
         for job in (0, 1)
     ]
-    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+    assert [job.wait(timeout=PATIENCE_S) for job in jobs] == [0, 0]
     assert load_manifest(tmp_path).sha256 == whole.sha256
 
 
@@ -145,7 +145,7 @@ def test_links_out_of_the_folder_are_left_out_and_reported(clips, tmp_path):
 def test_the_same_job_started_twice_at_once_does_its_work_once(clips, tmp_path, whole):
     command = [sys.executable, "-m", "data_pipeline", "pack", clips / "val.csv"]
     jobs = [subprocess.Popen([*command, "--output", tmp_path, *FLAGS], cwd=ROOT) for _ in range(2)]
-    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+    assert [job.wait(timeout=PATIENCE_S) for job in jobs] == [0, 0]
     assert load_manifest(tmp_path).sha256 == whole.sha256
 
 

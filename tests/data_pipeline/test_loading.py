@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import wait_until
 
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
@@ -296,7 +297,8 @@ def synthetic(rank=0) -> SyntheticStream:
 def test_what_waits_in_memory_is_bounded_by_bytes():
     made, batch = synthetic(), next(synthetic())
     with MixtureLoader({"a": made}, prefetch_bytes=3 * batch.num_bytes()) as loader:
-        time.sleep(0.5)
+        wait_until(lambda: len(loader._ready) == 3)
+        time.sleep(0.3)  # a fourth would come now
         assert len(loader._ready) == 3 and loader._waiting_bytes <= 3 * batch.num_bytes()
         next(loader)
 
@@ -318,6 +320,7 @@ def test_a_read_that_hangs_is_warned_of_and_then_named(caplog):
 
     stuck = Stuck(4, 12, 16, 5, 2, seed=0, rank=0)
     loader = MixtureLoader({"clips": stuck}, 1 << 30, 0.2, 0.6, logging.getLogger("test"))
+    wait_until(lambda: loader._ready)  # only the second batch may take too long
     next(loader)
     with pytest.raises(DataTimeout, match="head clips: reading /mnt/far/video-000007.tar"):
         next(loader)

@@ -506,7 +506,7 @@ def storage_that_stalls(folder, packed):
         tar.unlink()
         os.mkfifo(tar)  # opening it blocks for ever, as a dead network folder does
     stream._samples.close()
-    loader = MixtureLoader({"clips": stream}, warn_s=0.1, timeout_s=0.5)
+    loader = MixtureLoader({"clips": stream}, warn_s=0.1, timeout_s=2.0)
     with pytest.raises(DataTimeout, match=r"head clips: reading .*video-00000\d.tar"):
         next(loader)
     loader._stopped = True

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE_S, ROOT
 from lmm_parts import write_parts
 from PIL import Image
 
@@ -24,7 +25,7 @@ from eval_encoder.lmm_probe import main as probe
 from eval_encoder.lmm_stage import build_dataset, build_reader, training_arguments
 from eval_encoder.lmm_trainer import LmmTrainer
 
-ROOT, EPOCHS = Path(__file__).parents[2], 20
+EPOCHS = 20
 SMALL = ["--gradient_checkpointing", "False", "--disable_tqdm", "True", "--save_strategy", "no",
          "--per_device_train_batch_size", "4", "--global_batch_size", "8", "--num_frames", "2",
          "--learning_rate", "3e-3"]  # fmt: skip
@@ -274,7 +275,7 @@ def test_deepspeed_and_ddp_give_the_same_losses(
         script = str(ROOT / "eval_encoder" / "lmm_probe.py")
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         done = subprocess.run([sys.executable, *torchrun, script, *given],
-                              capture_output=True, text=True, timeout=300)  # fmt: skip
+                              capture_output=True, text=True, timeout=PATIENCE_S)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     plain, wanted = losses(runs["ddp"]), open_lmm(runs["ddp"]).model.state_dict()
     assert len(plain) == steps
@@ -325,7 +326,7 @@ def test_the_demo_trains_every_recipe_and_prints_a_table(parts, tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", str(ROOT / "shells" / "lmm_probe.sh"), "--demo"]
     command += ["--tower", str(parts / "tower"), "--output", str(tmp_path / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500,
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S,
                           env={**os.environ, **small, "PATH": path})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split(" | ") for line in (tmp_path / "demo" / "table.md").read_text().splitlines()]

@@ -126,10 +126,12 @@ def test_drawn_versions_are_encoded_anew_every_epoch_unless_there_are_few(raw, t
 @pytest.mark.parametrize("head", ["knn", "linear"])
 def test_pooled_features_have_heads_of_their_own(raw, tmp_path, head):
     flags = ("--head", head, "--input_size", 112, "--train_views", 1, "--num_frames", 4)
+    flags += ("--num_seeds", 2)  # each in an order of its own, over the clips of both ranks
     torchrun(2, *probe_command(raw, tmp_path / "two", *flags))
     run(*probe_command(raw, tmp_path / "one", *flags, "--batch_size", 8))
     one, two = record_of(tmp_path / "one"), record_of(tmp_path / "two")
     assert one["last_epoch"] == two["last_epoch"] and one["chosen"] == two["chosen"]
+    assert one.get("grid") == two.get("grid")
     assert one["head"] == head and one["costs"]["tokens_per_clip"] == 196
 
 

@@ -64,7 +64,7 @@ class StoredFeatures:
         self.clips, self.unreadable = clips, {}
         rows = rng.normal(scale=0.5, size=(len(clips), 4, width)).astype(np.float32)
         rows[np.arange(len(clips)), :, clips.labels] += 9
-        self._rows = torch.from_numpy(rows)
+        self._rows = torch.from_numpy(rows).half().float()  # as stored features are
 
     def drawn_looks(self, indices, epoch):
         return list(indices)
@@ -87,6 +87,60 @@ def trainer(*flags):
     labels = np.arange(40) % 4
     lists = [clip_list(labels, 4, split) for split in ("train", "val")]
     return config, [StoredFeatures(clips) for clips in lists]
+
+
+def probe_of(*flags):
+    """A finished trainer on 40 clips; classes overlap, so that no head is always right."""
+    config, lists = trainer("--batch_size", "8", "--default_epoch", "3", *flags)
+    for features in lists:
+        features._rows[:, :, :4] *= 0.1
+        if config.heads.kind == "linear":
+            features._rows = features._rows[:, :1]  # pooled
+    with process_group() as ranks:
+        probe = ProbeTrainer(config, 64, *lists, ranks, logging.getLogger("t"))
+        probe.run()
+    return probe
+
+
+@pytest.mark.parametrize("kind", ["attentive", "linear"])
+def test_seeds_differ_are_drawn_again_alike_and_leave_the_first_one_as_it_is(kind):
+    flags = ("--head", kind, "--default_lr_list", "1e-2")
+    several, again = (probe_of(*flags, "--num_seeds", "3") for _ in range(2))
+    alone = probe_of(*flags)
+    weights = [head.classifier.weight.detach() for head in several.bank.heads]
+    for one in range(3):
+        assert torch.equal(weights[one], again.bank.heads[one].classifier.weight), "same seeds"
+        for other in range(one):
+            # far beyond the linear head's initial weights (std 2e-5), which are no seed to speak of
+            assert (weights[one] - weights[other]).abs().max() > 1e-3
+    # a bank is one matrix product: beside other heads, the first one has other last bits
+    torch.testing.assert_close(weights[0], alone.bank.heads[0].classifier.weight, rtol=0, atol=1e-4)
+    losses = np.array(several.history.loss)
+    assert losses.shape == (3, 3) and len(set(losses[-1])) == 3
+    np.testing.assert_allclose(losses[:, 0], np.array(alone.history.loss)[:, 0], atol=1e-3)
+    second = probe_of(*flags, "--seed", "2")
+    same = torch.allclose(second.bank.heads[0].classifier.weight, weights[1], atol=1e-4)
+    assert same == (kind == "linear"), "a linear head's seed decides all that it sees"
+
+
+def test_every_seed_of_a_linear_head_sees_every_clip_once_an_epoch():
+    config, (train, val) = trainer("--head", "linear", "--num_seeds", "2", "--batch_size", "8")
+    keep = np.arange(3, 37)
+    with process_group() as ranks:
+        probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
+        steps = list(probe._lessons(1, keep, 8))
+    seen = [[clip for lessons in steps for clip in lessons[seed].clips] for seed in range(2)]
+    assert len(steps) == 5 and sorted(seen[0]) == sorted(seen[1]) == keep.tolist()
+    assert seen[0] != seen[1]
+
+
+def test_seeds_that_can_decide_nothing_have_no_interval(caplog):
+    caplog.set_level(logging.WARNING, "t")
+    flags = ("--head", "linear", "--num_seeds", "3", "--batch_size", "64")
+    probe = probe_of(*flags)
+    record = summarise(probe._config, probe.history, {"train": 40, "val": 40})
+    assert record["last_epoch"]["ci95_seeds"] is None
+    assert "--num_seeds 3 does nothing" in caplog.text and "--batch_size 64" in caplog.text
 
 
 def test_the_setting_is_chosen_on_held_out_clips_and_every_figure_is_reported():

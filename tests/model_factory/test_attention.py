@@ -43,6 +43,18 @@ def cases():
     return found
 
 
+def torch_refuses(query: torch.Tensor, longest: int) -> bool:
+    """torch 2.13 chooses its fused bf16 kernel by the processor (AMX) and compiles it by the
+    dispatch level (AVX-512): where ATEN_CPU_CAPABILITY alone holds the latter down, it raises from
+    64 queries on. No processor has that pair by itself."""
+    rows = torch.zeros(1, 1, longest, query.shape[-1], device=query.device, dtype=query.dtype)
+    try:
+        torch.nn.functional.scaled_dot_product_attention(rows, rows, rows)
+    except RuntimeError as error:
+        return "avx512" in str(error)
+    return False
+
+
 @pytest.mark.parametrize("pooling", [False, True])
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
 @pytest.mark.parametrize(("device", "dtype", "backend"), cases())
@@ -53,6 +65,8 @@ def test_every_backend_equals_a_loop_over_items(device, dtype, backend, lengths,
     counts = (int(bounds_q[-1]), int(bounds[-1]), int(bounds[-1]))
     leaves = [torch.randn(n, 2, 32, generator=generator).to(device, dtype) for n in counts]
     wide = [leaf.float().requires_grad_() for leaf in leaves]
+    if torch_refuses(leaves[0], 1 if pooling else max(lengths)):
+        pytest.skip("torch's own kernel does not compute bf16 at this dispatch level")
     leaves = [leaf.requires_grad_() for leaf in leaves]
     want = loop_over_items(*wide, bounds_q, bounds)
     got = varlen_attention(

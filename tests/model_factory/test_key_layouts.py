@@ -142,7 +142,7 @@ def test_a_published_folder_keeps_its_dtype_unless_told_otherwise(model, tmp_pat
         ("extra", "names fit no rule.*visual.proj"),
         ("relu", "hidden_act is 'relu'"),
         ("no weights", "model.safetensors does not exist"),
-        ("other width", "of another shape: .*layernorm_pre.weight"),
+        ("other width", "of another shape: .*layers.0.layer_norm1.weight"),
         ("damaged weights", "model.safetensors is damaged"),
         ("damaged config", "config.json is no readable JSON"),
     ],

@@ -17,7 +17,18 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, kill_group, launcher, run, start_torchrun, torchrun
+from conftest import (
+    NUM_THREADS,
+    PATIENCE_S,
+    ROOT,
+    kill_group,
+    last_step,
+    launcher,
+    run,
+    start_torchrun,
+    torchrun,
+    wait_until,
+)
 
 from training import fault_points
 from training.checkpoint_folder import verify_checkpoint
@@ -112,18 +123,16 @@ def test_a_stop_before_the_first_step_ends_at_once(tmp_path):
 
 @pytest.mark.e2e
 def test_a_second_signal_ends_a_run_that_does_not_come_to_a_stop(tmp_path):
-    env = {**os.environ, "FAULT": "step.begin@15:sleep=60", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "FAULT": "step.backward@15:sleep=3600", "CUDA_VISIBLE_DEVICES": ""}
     arguments = map(str, command(tmp_path, "--list_batch_size", 16))
     process = subprocess.Popen([sys.executable, *arguments], env=env, cwd=ROOT)
-    deadline = time.monotonic() + 60
-    while commits(tmp_path) != [10] and time.monotonic() < deadline:
-        time.sleep(0.1)
+    # from here on, step 15 cannot end: its samples are drawn, its backward pass sleeps
+    wait_until(lambda: last_step(tmp_path / "consumed-00000.jsonl") == 15, process, "step 15")
+    process.send_signal(signal.SIGTERM)
     time.sleep(1.0)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(2.5)
     assert process.poll() is None, "the first signal waits for the step"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 128 + signal.SIGTERM
+    wait_until(lambda: process.send_signal(signal.SIGTERM) or process.poll() is not None)
+    assert process.wait() == 128 + signal.SIGTERM
     assert verify_checkpoint(tmp_path / "checkpoints" / "step_00000010") == []
 
 
@@ -136,25 +145,33 @@ def ranks_of(process: subprocess.Popen) -> list:
     return sorted(found, key=lambda child: child.environ()["RANK"])
 
 
+def signalled_to_its_end(process) -> bool:
+    """Send one more SIGTERM; whether the process is gone."""
+    import psutil
+
+    try:
+        process.send_signal(signal.SIGTERM)
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @pytest.mark.e2e
 @pytest.mark.dist
 def test_a_second_signal_ends_a_rank_that_hangs_in_a_collective(tmp_path):
-    env = {**os.environ, "FAULT": "step.begin@15#1:sleep=60", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "FAULT": "step.backward@15#1:sleep=3600", "CUDA_VISIBLE_DEVICES": ""}
     arguments = map(str, [*launcher(2), *command(tmp_path)])
     process = subprocess.Popen(
         [sys.executable, *arguments], env=env, cwd=ROOT, start_new_session=True
     )
     try:
-        deadline = time.monotonic() + 60
-        while commits(tmp_path) != [10] and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(1.5)  # rank 0 waits for rank 1 now
+        # from here on, rank 0 waits for rank 1 in step 15, or is about to
+        wait_until(lambda: last_step(tmp_path / "consumed-00000.jsonl") == 15, process, "step 15")
         first = ranks_of(process)[0]
         first.send_signal(signal.SIGTERM)
-        time.sleep(2.5)
+        time.sleep(1.0)
         assert first.is_running()
-        first.send_signal(signal.SIGTERM)
-        first.wait(10)
+        wait_until(lambda: signalled_to_its_end(first))
     finally:
         kill_group(process)
 
@@ -219,7 +236,7 @@ def test_a_save_that_fails_is_told_and_the_training_goes_on(straight, tmp_path):
 @pytest.mark.e2e
 def test_a_disk_that_stays_full_ends_the_run_with_the_last_commit_whole(tmp_path):
     """The real thing: the system refuses files above a size, from the first checkpoint on."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     limit = 4 << 20
 
     def small_files():
@@ -246,9 +263,7 @@ def test_an_output_that_cannot_be_written_to_is_refused_before_anything(output):
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
     process = start_torchrun(1, *command(tmp_path, "--num_sampled_data", 10**7))
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_until((tmp_path / "metrics.jsonl").exists, process, "the first run's record")
         done = one_rank(tmp_path, check=False)
         assert done.returncode == 1
         assert "is in use by process" in done.stderr and socket.gethostname() in done.stderr
@@ -288,18 +303,22 @@ def test_some_steps_may_be_left_out_and_are_counted_over_restarts(tmp_path):
 @pytest.mark.dist
 def test_a_slow_rank_is_named(tmp_path):
     done = run(*launcher(2), *command(tmp_path), FAULT="step.begin#1:sleep=0.15")
-    assert "rank 1 is slow" in done.stderr and "rank 0 is slow" not in done.stderr
+    named = [done.stderr.count(f"rank {rank} is slow") for rank in (0, 1)]
+    assert named[1] > named[0], "a busy machine may hold up the other one once or twice"
 
 
 @pytest.mark.e2e
 @pytest.mark.dist
-def test_a_killed_rank_is_noticed_in_seconds_and_the_launcher_goes_on(straight_of_two, tmp_path):
+def test_a_killed_rank_is_noticed_before_a_time_out_and_the_launcher_goes_on(
+    straight_of_two, tmp_path
+):
     """With --max_restarts torchrun starts all ranks again; the fault strikes the first time only,
     as the second start begins after it."""
     fault = {"FAULT": "step.optimizer@15#1:kill"}
-    started = time.monotonic()
-    done = run(*launcher(2), *command(tmp_path), check=False, **fault)
-    assert done.returncode and time.monotonic() - started < 60
+    # far beyond what `run` waits for: only the loss itself can end the other rank in time
+    flags = ("--set", f"collective_timeout_s={10 * PATIENCE_S}")
+    done = run(*launcher(2), *command(tmp_path, *flags), check=False, **fault)
+    assert done.returncode
     assert exit_record(tmp_path)["outcome"] == "peer lost"
     restarts = ("--max_restarts", "1", *launcher(2)[2:])
     fault = {"FAULT": "step.optimizer@25#0:kill"}
@@ -332,13 +351,36 @@ def test_what_may_differ_from_the_checkpoint_must_be_named(straight, tmp_path):
 
 
 @pytest.mark.e2e
+def test_a_resume_on_other_arithmetic_names_every_difference_and_goes_on(straight, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(straight, output)
+    shutil.rmtree(output / "checkpoints" / "step_00000040")
+    other, oldest = str(int(NUM_THREADS) + 1), "default"
+    environment = {"UNIVIT_NUM_THREADS": other, "ATEN_CPU_CAPABILITY": oldest}
+    done = run(*command(output, "--list_batch_size", 16), **environment)
+    (line,) = [line for line in done.stderr.splitlines() if "last bits may differ" in line]
+    assert f"threads: checkpoint {NUM_THREADS}, now {other}" in line
+    assert f"now {oldest!r}" in line and "ATEN_CPU_CAPABILITY: checkpoint" in line
+    found = [json.loads(text) for text in records(output).splitlines()]
+    wanted = [json.loads(text) for text in records(straight).splitlines()]
+    assert len(found) == len(wanted) == STEPS
+    for one, two in zip(found, wanted, strict=True):
+        assert one["loss/synthetic"] == pytest.approx(two["loss/synthetic"], abs=1e-3)
+    launched = json.loads((output / "run.json").read_text())["arithmetic"]
+    state = json.loads((output / "checkpoints/step_00000040/state.json").read_text())
+    assert launched["threads"] == int(other) and launched["processor"]
+    assert launched.items() <= state["may_differ"].items()
+    again = run(*command(output, "--list_batch_size", 16), **environment)
+    assert "last bits" not in again.stderr, "nothing has changed since"
+
+
+@pytest.mark.e2e
 @pytest.mark.dist
 def test_a_rank_that_hangs_is_given_up_after_the_time_out(tmp_path):
-    fault = {"FAULT": "step.begin@15#1:sleep=300"}
-    started = time.monotonic()
-    flags = ("--set", "collective_timeout_s=5")
+    fault = {"FAULT": f"step.begin@15#1:sleep={10 * PATIENCE_S}"}  # `run` gives up before
+    flags = ("--set", "collective_timeout_s=10")
     done = run(*launcher(2), *command(tmp_path, *flags), check=False, **fault)
-    assert done.returncode and time.monotonic() - started < 90
+    assert done.returncode
     assert exit_record(tmp_path)["outcome"] == "peer lost"
     assert verify_checkpoint(tmp_path / "checkpoints" / "step_00000010") == []
 

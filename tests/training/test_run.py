@@ -4,13 +4,12 @@ resume is bitwise, data is exact, faults are named.
 
 import json
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import kill_group, run, start_torchrun, torchrun
+from conftest import kill_group, last_step, run, start_torchrun, torchrun, wait_until
 from safetensors.torch import load_file
 
 STEPS, SAVE_EVERY = 24, 5
@@ -59,17 +58,8 @@ def test_a_run_killed_at_any_step_continues_bitwise_and_loses_no_sample(packed, 
     for kill_after_steps in (2, 9, 16):  # before the first checkpoint, between two, late
         process = start_torchrun(2, *command(packed, output))
         consumed = output / "consumed-00000.jsonl"
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            lines = consumed.read_text().splitlines() if consumed.exists() else []
-            if (
-                lines
-                and json.loads(lines[-1] if lines[-1].endswith("}") else lines[-2])["step"]
-                >= kill_after_steps
-            ):
-                break
-            time.sleep(0.005)
-        assert process.poll() is None, "the run ended before it could be killed"
+        step = kill_after_steps
+        wait_until(lambda f=consumed, s=step: last_step(f) >= s, process, f"step {step}")
         kill_group(process)
         assert not (output / "exit.json").exists()
     torchrun(2, *command(packed, output))

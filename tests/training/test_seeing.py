@@ -38,8 +38,9 @@ def test_tensorboard_holds_speed_settings_and_a_pack_as_picture(finished):
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    wanted = "loss/synthetic lr grad_norm tokens_per_s samples_per_s mfu data_wait memory_gb "
-    wanted += "bad_samples skipped_steps slowest_rank_own_s time/forward_s time/backward_s"
+    wanted = "loss/synthetic lr grad_norm tokens_per_s samples_per_s model_flops_per_s data_wait "
+    wanted += "memory_gb bad_samples skipped_steps "
+    wanted += "slowest_rank_own_s time/forward_s time/backward_s"
     assert set(wanted.split()) <= set(tags["scalars"])
     assert tags["images"] == ["pack/synthetic"]
     assert any("configuration" in tag for tag in tags["tensors"])
@@ -48,7 +49,34 @@ def test_tensorboard_holds_speed_settings_and_a_pack_as_picture(finished):
     for speed in speeds:
         parts = sum(value for name, value in speed.items() if name.startswith("time/"))
         assert parts == pytest.approx(speed["step_s"], rel=0.05)
-        assert 0 < speed["mfu"] < 1 and speed["fill"] == 1.0
+        assert speed["model_flops_per_s"] > 0 and speed["fill"] == 1.0
+        assert speed["mfu"] is None, "a CPU has no peak that holds for longer than a moment"
+
+
+@pytest.mark.parametrize(
+    ("peak", "line", "warnings"),
+    [(None, "MFU not known", 0), (1e30, "MFU 0%", 0), (1.0, "MFU not known", 1)],
+)
+def test_mfu_is_a_share_of_a_known_peak_or_not_known(
+    tmp_path, caplog, monkeypatch, peak, line, warnings
+):
+    from training.distributed import process_group
+    from training.metrics import MetricLogger, StepCounts
+    from training.step_clock import StepClock
+
+    monkeypatch.setattr("training.metrics.peak_flops", lambda device: peak)
+    caplog.set_level(logging.INFO, "t")
+    with process_group() as ranks:
+        clock = StepClock(ranks.device)
+        metrics = MetricLogger(tmp_path, ranks, 2, 1, 0, clock, logging.getLogger("t"))
+        for step in (1, 2):
+            values = {"loss/a": 1.0, "lr": 1e-3, "grad_norm": 1.0}
+            metrics.record(step, values, StepCounts(8, 80, 80, 10**9, 0, 0))
+        metrics.close()
+    assert caplog.text.count(f"| {line} |") == 2
+    assert caplog.text.count("MFU is not known: ") == warnings
+    speeds = [json.loads(text) for text in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [speed["mfu"] is None for speed in speeds] == [line == "MFU not known"] * 2
 
 
 @pytest.mark.e2e
@@ -95,6 +123,8 @@ def test_the_doctor_measures_ranks_and_names_what_is_wrong(tmp_path):
     assert "nothing needs fixing" in done.stdout and not list(tmp_path.iterdir())
     done = run("-m", "training.doctor", "--output", "/dev/null/x", check=False)
     assert done.returncode == 1 and "FIX   output" in done.stdout
+    assert "summed over all ranks" not in done.stdout, "one rank exchanges nothing"
+    assert "note  exchange" in done.stdout
 
 
 def test_a_pack_is_drawn_as_its_items_patch_by_patch(packed):
