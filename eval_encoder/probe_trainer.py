@@ -35,7 +35,7 @@ class NonFiniteProbe(ValueError):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class HeadBatch:
     """What some heads of the bank learn from in one step, on this rank: their numbers in the bank,
     clips, and the features [L_i, C] of those."""
 
@@ -112,10 +112,10 @@ class ProbeTrainer:
         self._look_at_seeds(steps)
         for epoch in range(1, config.epochs + 1):
             sums, count = np.zeros(len(self.bank.heads)), 0
-            for number, lessons in enumerate(self._lessons(epoch, keep, size)):
+            for number, batches in enumerate(self._head_batches(epoch, keep, size)):
                 progress = ((epoch - 1) * steps + number) / (config.epochs * steps)
-                sums += self._step(lessons, progress)
-                count += len(lessons[0].clips)  # over an epoch, all seeds have the same clips
+                sums += self._step(batches, progress)
+                count += len(batches[0].clips)  # over an epoch, all seeds have the same clips
             last = epoch == config.epochs
             if epoch == 1 or last or epoch % config.eval_every == 0:
                 totals = torch.tensor([*sums, count], dtype=torch.float64)
@@ -154,7 +154,7 @@ class ProbeTrainer:
                 config.batch_size,
             )
 
-    def _lessons(self, epoch: int, keep: np.ndarray, size: int) -> Iterator[list[Lesson]]:
+    def _head_batches(self, epoch: int, keep: np.ndarray, size: int) -> Iterator[list[HeadBatch]]:
         """What is learned from in every step of an epoch, for all heads of the bank once. Clips are
         read once, in the order of the first seed."""
         config, ranks = self._heads_config, self._ranks
@@ -163,18 +163,18 @@ class ProbeTrainer:
         read = self._train.batches([self._train.drawn_looks(chunk, epoch) for chunk in mine])
         if config.kind == "linear" and config.num_seeds > 1:
             seeds = dict.fromkeys(self._seeds)
-            yield from self._lessons_by_seed(
+            yield from self._batches_by_seed(
                 read, {seed: _chunks(seed, epoch, keep, size) for seed in seeds}
             )
             return
         everyone = list(range(len(self.bank.heads)))
         for found, features in read:
-            yield [Lesson(everyone, [look.clip for look in found], features)]
+            yield [HeadBatch(everyone, [look.clip for look in found], features)]
 
-    def _lessons_by_seed(
+    def _batches_by_seed(
         self, read: Iterator, orders: dict[int, list[np.ndarray]]
-    ) -> Iterator[list[Lesson]]:
-        """One lesson per seed and step, each in the seed's own order, after all of the epoch was
+    ) -> Iterator[list[HeadBatch]]:
+        """One batch per seed and step, each in the seed's own order, after all of the epoch was
         read: a pooled feature is one row, so that those of all clips fit into memory (fp16, as
         they are stored). A step's clips of a seed lie on several ranks; each rank takes those that
         it has read, since gradients are summed over the ranks anyway."""
@@ -183,12 +183,12 @@ class ProbeTrainer:
             for look, feature in zip(found, features, strict=True):
                 rows[look.clip] = feature.half()
         for step in range(len(orders[self._heads_config.seed])):
-            lessons = []
+            batches = []
             for seed, chunks in orders.items():
                 heads = [number for number, own in enumerate(self._seeds) if own == seed]
                 clips = [clip for clip in chunks[step].tolist() if clip in rows]
-                lessons.append(Lesson(heads, clips, [rows[clip].float() for clip in clips]))
-            yield lessons
+                batches.append(HeadBatch(heads, clips, [rows[clip].float() for clip in clips]))
+            yield batches
 
     def _judge(self, epoch: int, held: np.ndarray, losses: np.ndarray) -> None:
         history = self.history
@@ -226,22 +226,22 @@ class ProbeTrainer:
     def _labels(self, indices: list[int]) -> torch.Tensor:
         return torch.from_numpy(self._train.clips.labels[indices]).to(self._ranks.device)
 
-    def _step(self, lessons: list[Lesson], progress: float) -> np.ndarray:
+    def _step(self, batches: list[HeadBatch], progress: float) -> np.ndarray:
         """One step of every head; returns the sums of this rank's losses [B]."""
         config = self._heads_config
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] + (config.min_lr - group["peak"]) * progress
-        counts = torch.tensor([float(len(lesson.clips)) for lesson in lessons])
+        counts = torch.tensor([float(len(batch.clips)) for batch in batches])
         counts = counts.to(self._ranks.device)
         dist.all_reduce(counts)
         self._optimizer.zero_grad(set_to_none=False)
         losses = torch.zeros(len(self.bank.heads))
-        for lesson, count in zip(lessons, counts, strict=True):
-            if lesson.clips:
-                logits = self.bank(lesson.features, lesson.heads)
-                sums = _losses(logits, self._labels(lesson.clips), config.smoothing)
+        for batch, count in zip(batches, counts, strict=True):
+            if batch.clips:
+                logits = self.bank(batch.features, batch.heads)
+                sums = _losses(logits, self._labels(batch.clips), config.smoothing)
                 (sums.sum() / count.clamp(min=1)).backward()
-                losses[lesson.heads] = sums.detach().cpu()
+                losses[batch.heads] = sums.detach().cpu()
         self._sum_gradients()
         self._clip()
         self._optimizer.step()

@@ -128,8 +128,8 @@ def test_every_seed_of_a_linear_head_sees_every_clip_once_an_epoch():
     keep = np.arange(3, 37)
     with process_group() as ranks:
         probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
-        steps = list(probe._lessons(1, keep, 8))
-    seen = [[clip for lessons in steps for clip in lessons[seed].clips] for seed in range(2)]
+        steps = list(probe._head_batches(1, keep, 8))
+    seen = [[clip for batches in steps for clip in batches[seed].clips] for seed in range(2)]
     assert len(steps) == 5 and sorted(seen[0]) == sorted(seen[1]) == keep.tolist()
     assert seen[0] != seen[1]
 
