@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.codec.decompose import DECOMPOSITION_VERSION
 from model_factory.crossget_tower import CrossGetTower
 from model_factory.vision_towers import Grid, PackedTower, TowerStates, VisualInputs
 from model_factory.vit_split import ViTSplit
@@ -26,6 +27,7 @@ from .lmm_visuals import VisualItem, VisualReader, read_visual
 from .probe_cache import FeatureCache, weights_sha256
 
 POSITIONS, HEAD = 3, 5  # numbers
+FEATURES_VERSION = 1  # goes up whenever equal files and settings would give other features
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class FeatureStore:
             "tower": weights_sha256(str(tower.model.config), tower.state_dict()),
             "layers": self._layers,
             "reading": [asdict(reader.config), reader.processor.to_dict()],
+            "versions": [FEATURES_VERSION, DECOMPOSITION_VERSION],
         }
         self._cache = FeatureCache(folder, key, memory_bytes=0, identity=self._identity)
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data_pipeline.codec.guard import WALL_SECONDS
-from data_pipeline.codec.open_video import InputLimits, is_image, open_image
+from data_pipeline.codec.open_video import InputLimits, is_image
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.loading.packing import pack_views
 from data_pipeline.loading.shard_reader import ShardReader
@@ -35,6 +35,7 @@ from model_factory.vision_towers import Grid
 from .lmm_conversation import Visual
 from .probe_cache import file_identity
 from .probe_config import InputConfig
+from .probe_reader import shared_reader
 from .probe_video import Look, view_of_file
 
 ASPECTS = ("pad", "square")
@@ -132,7 +133,7 @@ class VisualReader:
             clip = read_mosaics(Path(place))
             return self._patches(clip.patches[: clip.valid], clip.positions[: clip.valid])
         if visual.kind == "image" or is_image(Path(place)):
-            return self.picture(open_image(Path(place), limits or InputLimits()))
+            return self.picture(shared_reader().picture(Path(place), limits))
         view = view_of_file(
             Path(place),
             Look(0),

@@ -54,8 +54,9 @@ def read_upload(speaker, path: Path):
     Raises ValueError with the file's name for what is too large, damaged, or neither a picture nor
     a clip.
     """
-    from data_pipeline.codec.open_video import InputLimits, open_image
+    from data_pipeline.codec.open_video import InputLimits
     from data_pipeline.errors import RejectedInput
+    from eval_encoder.probe_reader import shared_reader
 
     limits = InputLimits(max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +64,7 @@ def read_upload(speaker, path: Path):
         plain.symlink_to(path)
         try:
             try:
-                return speaker.picture(open_image(plain, limits))
+                return speaker.picture(shared_reader().picture(plain, limits))
             except RejectedInput as error:
                 if error.reason != "image":
                     raise

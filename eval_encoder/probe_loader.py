@@ -40,7 +40,8 @@ class RawClips:
             )
         if config.view == "codec":
             chosen_gop(config, (size // patch_size) ** 2)
-        self._clips, self._config = clips, config
+        self._clips = clips
+        self._config = config
         self._size = size
         self._patch_size = patch_size
         self._reader: PixelReader | None = None  # its processes start with the first clip
@@ -82,6 +83,10 @@ class RawClips:
                     yield first, future.result()
             for first, future in waiting:
                 yield first, future.result()
+        except BaseException:  # Ctrl-C: nobody waits for clips that nobody will see
+            self._reader.close()
+            self._reader = None
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -30,13 +30,16 @@ from data_pipeline.codec.timeline import read_timeline
 from data_pipeline.errors import RejectedInput
 
 MODULE = "eval_encoder.probe_reader"
+KINDS = ("image", "picture", "frames", "patches")
+READERS = ("av", "decord", "torchcodec")
 
 
 @dataclass(frozen=True)
 class PixelRequest:
     """What is wanted of a file.
 
-    kind      image: one picture; frames: whole frames of a clip; patches: a decomposed clip
+    kind      image: the square of one picture; picture: all of it; frames: whole frames of a clip;
+              patches: a decomposed clip
     place     of the square along the long side, 0 to 1
     within    frames: the place of each in its segment, 0 to 1
     decoder   frames: av, decord or torchcodec, with so many threads
@@ -59,10 +62,16 @@ class PixelRequest:
     centre_prior: float = 0.0
     limits: InputLimits = InputLimits()
 
+    def __post_init__(self):
+        for name, known in (("kind", KINDS), ("decoder", READERS)):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pictures uint8 [T, size, size, 3] of a file with `total` frames.
+    """Pictures uint8 [T, H, W, 3] of a file with `total` frames.
 
     numbers     int64 [T], of frames: which of the file's frames they are
     positions   int64 [K, 3], of patches: frame, row and column of those that are chosen
@@ -93,6 +102,12 @@ class PixelReader:
             for (name, kind, shape), data in zip(header["arrays"], parts, strict=True)
         }
         return Pixels(total=header["total"], **arrays)
+
+    def picture(self, path: Path, limits: InputLimits | None = None) -> np.ndarray:
+        """One picture, uint8 [H, W, 3]. Raises RejectedInput as `read`."""
+        limits = limits or InputLimits()
+        request = PixelRequest(str(path), kind="picture", size=0, patch_size=0, limits=limits)
+        return self.read(request).pictures[0]
 
     def close(self) -> None:
         """End the child processes."""
@@ -128,9 +143,9 @@ def read_pixels(request: PixelRequest) -> Pixels:
 
     Raises RejectedInput.
     """
-    if request.kind == "image":
-        picture = open_image(Path(request.path), request.limits)
-        return Pixels(_framed(picture[None], request))
+    if request.kind in ("image", "picture"):
+        pictures = open_image(Path(request.path), request.limits)[None]
+        return Pixels(_framed(pictures, request) if request.kind == "image" else pictures)
     if request.kind == "patches":
         return _read_patches(request)
     read = {"av": _read_with_av, "decord": _read_with_decord, "torchcodec": _read_with_torchcodec}

@@ -16,10 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import RejectedInput
 from .framing import framing_of, picture_of
 from .open_video import InputLimits
-from .pictures import MAX_REORDERED, DamagedVideo, open_pictures
-from .timeline import DEFAULT_RATE, Timeline, count_pictures, even_numbers, read_timeline
+from .pictures import DamagedVideo, open_pictures
+from .timeline import (
+    DEFAULT_RATE,
+    MAX_REORDERED,
+    Timeline,
+    count_pictures,
+    even_numbers,
+    read_timeline,
+)
 
 # pictures at the head of a video by which its timeline is checked before any is left undecoded, and
 # packets that hold them whatever their order
@@ -72,32 +80,28 @@ def decode_video(
     """
     limits = limits or InputLimits()
     framed = dict(size=size, patch_size=patch_size, fit=fit, place=place)
-
-    def decode(timeline: Timeline) -> DecodedVideo:
-        choice = _Choice(timeline, num_frames, skips=not (thorough or timeline.is_counted))
-        return _decode(path, choice, limits, framed, watcher)
-
-    def decode_whole(timeline: Timeline) -> DecodedVideo:
-        all_frames = len(timeline.stamps)
+    timeline = read_timeline(path, limits, salvage)
+    if not timeline.is_certain:
+        timeline = count_pictures(path, limits, timeline, salvage)
+    while True:  # once, and again for pictures that have to be counted, and for damage cut off
+        # damage is looked for in every picture where what is before it shall be kept
+        skips = not (thorough or salvage or timeline.is_counted)
+        choice = _Choice(timeline, num_frames, skips=skips)
         try:
-            video = decode(timeline)
+            video = _decode(path, choice, limits, framed, watcher)
+        except _AnotherTime:
+            timeline = count_pictures(path, limits, timeline, salvage)
         except DamagedVideo as damage:
             timeline = timeline.before_damage(damage.num_good)
             if not salvage or not timeline.stamps:
                 raise
-            video = decode(timeline)
-        notes = (*video.notes, *timeline.notes)
-        if timeline.is_cut:
-            notes += (f"salvaged {len(timeline.stamps)} of {all_frames} frames",)
-        return replace(video, notes=notes)
-
-    timeline = read_timeline(path, limits, salvage)
-    if timeline.is_certain:
-        try:
-            return decode_whole(timeline)
-        except _AnotherTime:
-            pass
-    return decode_whole(count_pictures(path, limits, timeline, salvage))
+        else:
+            break
+    notes = (*video.notes, *timeline.notes)
+    if timeline.num_cut:
+        count = len(timeline.stamps)
+        notes += (f"salvaged {count} of {count + timeline.num_cut} frames",)
+    return replace(video, notes=notes)
 
 
 class _Choice:
@@ -112,7 +116,7 @@ class _Choice:
         else:
             self.wanted = set(even_numbers(stamps, num_frames))
         self._skips = skips
-        self._places = {stamp: number for number, stamp in enumerate(stamps)} if skips else {}
+        self._number_at = {stamp: number for number, stamp in enumerate(stamps)} if skips else {}
         self._wanted_stamps = {stamps[number] for number in self.wanted}
         self._num_packets = 0
 
@@ -132,7 +136,7 @@ class _Choice:
         if self.timeline.is_counted:
             return number
         if self._skips and last + 1 >= NUM_CHECKED:
-            number = self._places.get(frame.pts, -1)
+            number = self._number_at.get(frame.pts, -1)
         stamps = self.timeline.stamps
         if not last < number < len(stamps) or frame.pts != stamps[number]:
             raise _AnotherTime
@@ -168,8 +172,10 @@ def _decode(path: Path, choice: _Choice, limits, framed: dict, watcher) -> Decod
                 numbers.append(number)
                 if len(numbers) == len(choice.wanted):
                     break
+    if len(numbers) < len(choice.wanted) and timeline.is_counted:
+        count = len(timeline.stamps)
+        raise RejectedInput("changed", f"{path} gave {count} pictures at first, then fewer")
     if len(numbers) < len(choice.wanted):
-        assert not timeline.is_counted, f"{path} gave {len(timeline.stamps)} pictures, then fewer"
         raise _AnotherTime
     return DecodedVideo(
         frames=np.stack(frames),

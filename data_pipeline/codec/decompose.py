@@ -77,7 +77,16 @@ def decompose_video(
     """Decode, choose and decompose one video; see decode_video for the frames
     and the reasons of rejection.
     """
-    video = decode_video(path, num_frames, size, patch_size, fit, limits, salvage, place=place)
+    video = decode_video(
+        path,
+        num_frames=num_frames,
+        size=size,
+        patch_size=patch_size,
+        fit=fit,
+        limits=limits,
+        salvage=salvage,
+        place=place,
+    )
     clip = decompose_frames(video.frames, gop, video.seconds)
     facts = dict(num_source_frames=video.num_source_frames, codec=video.codec, notes=video.notes)
     return replace(clip, **facts)

@@ -5,7 +5,7 @@ by the stream's own colour matrix and range; where a stream does not name its ma
 taken for 720 lines and more and BT.601 below, as players do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Framing:
     left: int
     out_height: int
     out_width: int
+    frames_are_fields: bool = False  # each decoded frame is one field already (HEVC)
 
     def cut(self, picture: np.ndarray) -> np.ndarray:
         """The working picture [out_height, out_width, 3] of a scaled one."""
@@ -42,9 +43,12 @@ class Framing:
         scaled: a thin strip blown up whole would not fit the memory."""
         from PIL import Image
 
-        across, down = picture.shape[1] / self.width, picture.shape[0] / self.height
-        left, top = self.left * across, self.top * down
-        box = (left, top, left + self.out_width * across, top + self.out_height * down)
+        # source pixels per scaled one
+        step_x = picture.shape[1] / self.width
+        step_y = picture.shape[0] / self.height
+        left = self.left * step_x
+        top = self.top * step_y
+        box = (left, top, left + self.out_width * step_x, top + self.out_height * step_y)
         size = (self.out_width, self.out_height)
         kept = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC, box=box)
         return np.asarray(kept)
@@ -93,10 +97,14 @@ def framing_of(
             f"{path} is to be shown {turned}: only quarter turns are read, re-encode it upright",
         )
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
-    height, width = float(frame.height), frame.width * float(aspect or 1)
+    # HEVC codes the fields of interlaced video as pictures of their own, of half the height
+    frames_are_fields = frame.interlaced_frame and stream.codec_context.name == "hevc"
+    height = float(frame.height * (2 if frames_are_fields else 1))
+    width = frame.width * float(aspect or 1)
     if frame.rotation % 180:
         height, width = width, height
     framing = frame_to(height, width, size, patch_size, fit, place)
+    framing = replace(framing, frames_are_fields=frames_are_fields)
     if framing.height * framing.width > MAX_BLOWN_UP * size**2:
         raise RejectedInput(
             "too_large",
@@ -125,7 +133,8 @@ def picture_of(frame, framing: Framing) -> np.ndarray:
         height, width = width, height
     if frame.colorspace == MATRIX_UNNAMED and frame.height >= HD_LINES:
         frame.colorspace = MATRIX_BT709
-    shown = _first_field(frame) if frame.interlaced_frame else frame
+    has_two_fields = frame.interlaced_frame and not framing.frames_are_fields
+    shown = _first_field(frame) if has_two_fields else frame
     scaled = shown.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
     return np.ascontiguousarray(framing.cut(np.rot90(scaled.to_ndarray(), k=turns)))
 

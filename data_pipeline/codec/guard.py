@@ -10,18 +10,18 @@ A child runs a module (`python -m MODULE`) whose `main` calls `serve`:
     parent   GuardedPool("package.module", settings, ...).ask(request, name) -> header, parts
     child    serve(prepare): answer = prepare(settings); answer(request) -> header, parts
 
-No child outlives its parent, however that ends: it leaves when its standard input is closed.
+No child outlives its parent, however that ends: it leaves when its standard input is closed. It is
+in a session of its own, so Ctrl-C reaches the parent alone.
 """
 
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -29,10 +29,11 @@ from queue import SimpleQueue
 
 from ..errors import RejectedInput
 
-WALL_SECONDS = 300.0  # of one input by default: the slowest of a million 8K films took minutes
+WALL_SECONDS = 300.0  # of one input by default: an hour of 360x640 decodes in one minute
 MEMORY_LIMIT = 8 << 30
 CPU_PER_WALL = 4  # processor seconds per second of the wall limit: some decoders run threads
 PACKAGES = Path(__file__).resolve().parents[2]  # folder of the packages that a child imports
+READY = b"ready"
 
 Answer = tuple[dict, list[bytes]]  # a header for JSON, and parts
 
@@ -45,45 +46,63 @@ class GuardedProcess:
         self._opening = json.dumps({"settings": settings, "wall_seconds": wall_seconds}).encode()
         self._wall_seconds = wall_seconds
         self.process: subprocess.Popen | None = None
+        self._pipe: Connection | None = None
+        _GUARDED.add(self)
 
     def ask(self, request: dict, name: str) -> Answer:
         """The child's answer to a request about the input `name`: a header and parts.
 
         Raises RejectedInput: what the child raised, or `timeout`, `crash`, `memory`, `internal` (a
-        mistake of ours, with its place in the source).
+        mistake of ours, with its place in the source). Raises RuntimeError when no child starts.
         """
         if self.process is None or self.process.poll() is not None:
             self.close()
             self._start()
+        is_late = threading.Event()
+        process = self.process
+
+        def give_up() -> None:
+            is_late.set()
+            process.kill()
+
+        # a timer instead of waiting for a message: the child may stall in the middle of one
+        timer = threading.Timer(self._wall_seconds, give_up)
+        timer.start()
         try:
             self._pipe.send_bytes(json.dumps({"name": name, "request": request}).encode())
-            end = time.monotonic() + self._wall_seconds
-            answer = json.loads(self._receive(end))
-            parts = [self._receive(end) for _ in range(answer["num_parts"])]
-        except TimeoutError as error:
+            answer = json.loads(self._pipe.recv_bytes())
+            parts = [self._pipe.recv_bytes() for _ in range(answer["num_parts"])]
+        except BaseException as error:
+            # whatever happened, an answer may be left in the pipe: the next one must not get it
             self.close()
-            detail = f"{name} took longer than {self._wall_seconds:g} s"
-            raise RejectedInput("timeout", detail) from error
-        except (EOFError, OSError) as error:
-            self.close()
-            raise RejectedInput("crash", f"{name} killed the decoder process") from error
+            if is_late.is_set():
+                detail = f"{name} took longer than {self._wall_seconds:g} s"
+                raise RejectedInput("timeout", detail) from error
+            if isinstance(error, (EOFError, OSError, ValueError, KeyError, TypeError)):
+                raise RejectedInput("crash", f"{name} killed the decoder process") from error
+            raise
+        finally:
+            timer.cancel()
         if "reason" in answer:
             raise RejectedInput(answer["reason"], answer["detail"])
         return answer["header"], parts
 
-    def _receive(self, end: float) -> bytes:
-        """The child's next message; TimeoutError where it does not come before `end`."""
-        if not self._pipe.poll(max(0.0, end - time.monotonic())):
-            raise TimeoutError
-        return self._pipe.recv_bytes()
-
     def close(self) -> None:
         """End the child process; a thread that waits for its answer gets a `crash`."""
         process = self.process
+        pipe = self._pipe  # another thread may start the next child before this one is gone
         self.process = None
         if process is not None:
             process.kill()
             process.wait()
+            process.stdin.close()
+            pipe.close()
+
+    def forget(self) -> None:
+        """Let go of a child that belongs to another process, of which this one is a fork."""
+        process = self.process
+        self.process = None
+        if process is not None:
             process.stdin.close()
             self._pipe.close()
 
@@ -97,9 +116,33 @@ class GuardedProcess:
             stdin=subprocess.PIPE,
             pass_fds=[child_end.fileno()],
             env=environment,
+            start_new_session=True,
         )
         child_end.close()
-        self._pipe.send_bytes(self._opening)
+        try:
+            self._pipe.send_bytes(self._opening)
+            is_ready = self._pipe.recv_bytes() == READY
+        except (EOFError, OSError):
+            is_ready = False
+        if not is_ready:
+            self.close()
+            raise RuntimeError(
+                f"`python -m {self._module}`, which reads files, does not start: its own message "
+                "is above"
+            )
+
+
+# all that are alive in this process, for its forks to let go of
+_GUARDED: weakref.WeakSet[GuardedProcess] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    """A fork holds copies of its parent's pipes, which would keep the children alive."""
+    for guarded in list(_GUARDED):
+        guarded.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 class GuardedPool:
@@ -132,15 +175,15 @@ class GuardedPool:
 def serve(prepare: Callable[[dict], Callable[[dict], Answer]]) -> None:
     """Child: answer requests until the parent goes away.
 
-    `prepare` turns the parent's settings into the function that answers. What it raises is told to
-    the parent and ends no child.
+    `prepare` turns the parent's settings into the function that answers. What that raises is told
+    to the parent and ends no child.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     pipe = Connection(int(sys.argv[1]))
     opening = json.loads(pipe.recv_bytes())
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     answer = prepare(opening["settings"])
+    pipe.send_bytes(READY)
     while True:
         try:
             message = json.loads(pipe.recv_bytes())
@@ -169,9 +212,9 @@ def _reply(answer: Callable[[dict], Answer], request: dict, name: str) -> Answer
     except MemoryError:
         detail = f"{name} needs more than {MEMORY_LIMIT >> 30} GB"
         return {"reason": "memory", "detail": detail}, []
-    except Exception as error:  # our own mistake: named as such, with its place
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        source = f"{Path(place.filename).name}:{place.lineno}"
+    except Exception as error:  # our own mistake: named as such, with the line that made it
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        source = f"{Path(line.filename).name}:{line.lineno}"
         detail = f"{name}: {type(error).__name__}: {error} ({source})"
         return {"reason": "internal", "detail": detail}, []
 

@@ -97,7 +97,9 @@ class _Watcher:
                 share = (chosen.number - self.anchor) / max(number - self.anchor, 1)
                 chosen.vectors = vectors * share
         self.waiting = []
-        self.anchor, self.anchor_frame, self.anchor_luma = number, frame, None
+        self.anchor = number
+        self.anchor_frame = frame
+        self.anchor_luma = None
 
 
 def decompose_native(
@@ -113,7 +115,16 @@ def decompose_native(
     `no_motion_vectors`.
     """
     watcher = _Watcher(path)
-    video = decode_video(path, num_frames, size, patch_size, fit, limits, salvage, watcher)
+    video = decode_video(
+        path,
+        num_frames=num_frames,
+        size=size,
+        patch_size=patch_size,
+        fit=fit,
+        limits=limits,
+        salvage=salvage,
+        watcher=watcher,
+    )
     frames = video.frames
     seen = watcher.seen
     count, height, width = frames.shape[:3]

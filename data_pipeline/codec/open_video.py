@@ -14,6 +14,8 @@ import numpy as np
 from ..errors import RejectedInput
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
+# containers whose duration ends at the last stamp; that of others is the length of what they show
+DURATION_FROM_ZERO = ("matroska", "asf", "flv")
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .mov .m4v .mkv .webm .avi .ts .mts .m2ts .mpg .mpeg .vob .flv .ogv .wmv .3gp".split()
 )
@@ -71,8 +73,9 @@ def check_file(path: Path, limits: InputLimits) -> None:
         )
 
 
-def open_video(path: Path, limits: InputLimits):
+def open_video(path: Path, limits: InputLimits, follow_edits: bool = True):
     """Open a local video file; returns (container, stream), the caller closes the container.
+    Without `follow_edits` an edit list is ignored, and stamps are those of the media.
 
     Raises RejectedInput with reason container, no_video or too_large.
     """
@@ -80,6 +83,8 @@ def open_video(path: Path, limits: InputLimits):
 
     check_file(path, limits)
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    if not follow_edits:
+        options["ignore_editlist"] = "1"
     try:
         container = av.open(f"file:{path.resolve()}", options=options)
     except av.FFmpegError as error:
@@ -87,9 +92,9 @@ def open_video(path: Path, limits: InputLimits):
     stream = _best_stream(container)
     if stream is None:
         container.close()
-        raise RejectedInput("no_video", f"{path} has no video stream")
+        raise RejectedInput("no_video", f"{path} has no video stream that can be decoded")
     context = stream.codec_context
-    seconds = (container.duration or 0) / av.time_base
+    seconds = announced_seconds(container)
     if context.width <= 0 or context.height <= 0:
         container.close()
         raise RejectedInput("decode", f"{path}: its video stream has no picture size")
@@ -103,11 +108,26 @@ def open_video(path: Path, limits: InputLimits):
     return container, stream
 
 
+def announced_seconds(container) -> float:
+    """Duration that a container announces, from its first picture on; 0 where it has none."""
+    import av
+
+    announced = (container.duration or 0) / av.time_base
+    start = (container.start_time or 0) / av.time_base
+    from_zero = any(name in container.format.name for name in DURATION_FROM_ZERO)
+    return announced - start if from_zero and 0 < start < announced else announced
+
+
 def _best_stream(container):
-    """The stream of the largest picture, FFmpeg's choice among equals; a song's cover is none."""
+    """The stream of the largest picture, FFmpeg's choice among equals; a song's cover is none, nor
+    is a stream in a codec that this FFmpeg does not know."""
     from av.stream import Disposition
 
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    streams = [
+        stream
+        for stream in container.streams.video
+        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
+    ]
     chosen = container.streams.best("video")
     areas = [(s.codec_context.width * s.codec_context.height, s is chosen) for s in streams]
     return streams[areas.index(max(areas))] if streams else None

@@ -13,11 +13,10 @@ from ..errors import RejectedInput
 from .open_video import InputLimits, open_video
 
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273 table 3
-# containers that store when a packet is to be decoded, but not when its picture is to be shown;
-# libavformat makes presentation stamps up for them by guessing how many B-frames there are
+# Containers of which libavformat gives only stamps of decoding, and makes presentation stamps up by
+# guessing how many B-frames there are.
 WITHOUT_PRESENTATION_TIMES = ("avi", "asf")
-# pictures that a decoder holds at most to put B-frames in order and to predict from (H.264: 16)
-MAX_REORDERED = 16
+MAX_REFERENCES = 16  # pictures that an H.264 decoder may predict from (ITU-T H.264 A.3.1)
 
 
 class DamagedVideo(RejectedInput):
@@ -26,6 +25,10 @@ class DamagedVideo(RejectedInput):
     def __init__(self, reason: str, detail: str, num_good: int):
         super().__init__(reason, detail)
         self.num_good = num_good
+
+
+class _Incomplete(Exception):
+    """A packet of which its container has lost bytes."""
 
 
 @contextlib.contextmanager
@@ -68,34 +71,39 @@ def demux(container, stream=None) -> Iterator:
         yield packet
 
 
+def is_before_start(container, pts: int | None) -> bool:
+    """Whether a picture lies before the start of an MP4's or MOV's presentation, which is zero:
+    an edit list leaves it out. libavformat marks such packets itself, but not in fragments."""
+    return "mp4" in container.format.name and pts is not None and pts < 0
+
+
 class RecordingStart:
-    """Tells which packets at the head of a recording, in the order of decoding, cannot be decoded
-    because the recording began too late: inside a GOP, or inside an open GOP.
+    """Follows the packets at the head of a recording, in the order of decoding, and tells those
+    that cannot be decoded because the recording began too late: inside a GOP, or in an open GOP.
     """
 
+    EARLY = "before the first key frame"
+    LEADING = "decoded after it, shown before it"
+    WHOLE = "all others"
+
     def __init__(self):
-        self._key = None
+        self.key = None  # the first packet that is marked as a key frame
         self._is_over = False
 
-    def is_early(self, packet) -> bool:
-        """Whether a packet comes before the first key frame. Asked for every packet, once."""
-        if self._key is None and packet.is_keyframe:
-            self._key = packet
-        return self._key is None
+    def part_of(self, packet) -> str:
+        """The part that the next packet belongs to.
 
-    def is_key(self, packet) -> bool:
-        """Whether a packet is the first key frame."""
-        return packet is self._key
-
-    def is_leading(self, packet) -> bool:
-        """Whether a packet leads the first key frame: decoded after it, shown before it, predicted
-        from pictures that may be missing. Leading packets come before all others of their GOP, so a
-        stamp that falls back later is none of them.
+        Leading pictures may be predicted from missing ones. They come before all others of their
+        GOP, so a stamp that falls back later is none of theirs.
         """
-        if self._is_over or packet is self._key or None in (packet.pts, self._key.pts):
-            return False
-        self._is_over = packet.pts > self._key.pts
-        return not self._is_over
+        if self.key is None and packet.is_keyframe:
+            self.key = packet
+        if self.key is None:
+            return self.EARLY
+        if self._is_over or packet is self.key or None in (packet.pts, self.key.pts):
+            return self.WHOLE
+        self._is_over = packet.pts > self.key.pts
+        return self.WHOLE if self._is_over else self.LEADING
 
 
 def can_skip(container, stream) -> bool:
@@ -114,35 +122,59 @@ def _decoded(container, stream, from_key: bool, is_needed: Callable | None) -> I
     """
     start = RecordingStart()
     is_h264 = stream.codec_context.name == "h264"
-    num_lenient = 0
+    num_since_key = 0
+    begins_late = False
     for packet in demux(container, stream):
-        if from_key and start.is_early(packet):
+        part = start.part_of(packet)
+        if from_key and (part == start.EARLY or (is_h264 and part == start.LEADING)):
             continue
-        if from_key and is_h264 and start.is_leading(packet):
-            continue
-        if start.is_key(packet) and is_h264 and not _is_idr(stream, packet):
-            num_lenient = 1 + MAX_REORDERED
+        if packet is start.key:
+            begins_late = is_h264 and not _is_idr(stream, packet)
+        may_miss_references = begins_late and 0 < num_since_key <= MAX_REFERENCES
+        num_since_key += 1
         if is_needed is not None:
             stream.codec_context.skip_frame = "DEFAULT" if is_needed(packet) else "NONREF"
-        yield from _decode_packet(packet, num_lenient > 0)
-        num_lenient -= 1
+        frames = _decode_first(packet) if may_miss_references else _decode(packet)
+        for frame in frames:
+            if not is_before_start(container, frame.pts):
+                yield frame
 
 
-def _decode_packet(packet, is_lenient: bool) -> list:
-    """Frames that a packet brings out of the decoder.
+def _decode(packet) -> list:
+    """Frames that a packet brings out of the decoder. Raises FFmpegError for damaged bytes, and
+    _Incomplete where the container has noticed them: a decoder would show something in their place.
+    """
+    if packet.is_corrupt:
+        raise _Incomplete
+    return packet.decode()
 
-    The first pictures of a recording that begins inside an H.264 stream may tell the decoder to
-    forget references that it never had. It decodes them whole and then reports an error, which is
-    none; they come out with the next packets.
+
+def _decode_first(packet) -> list:
+    """The same for the first packets of a recording that begins inside an H.264 stream.
+
+    They may tell the decoder to forget references that it never had (memory management control
+    operations, ITU-T H.264 8.2.5.4). It decodes such a picture whole, hands it out with the next
+    packets, and reports an error that is none. Only its message tells it from damage.
     """
     import av
+    import av.logging
 
+    level = av.logging.get_level()
+    skips = av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    messages: list = []
     try:
-        return packet.decode()
+        with av.logging.Capture() as messages:
+            return _decode(packet)
     except av.FFmpegError:
-        if not is_lenient:
+        texts = [text for _, _, text in messages]
+        if not texts or not all(text.startswith("mmco: ") for text in texts):
             raise
         return []
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skips)
 
 
 def _is_idr(stream, packet) -> bool:
@@ -154,11 +186,11 @@ def _is_idr(stream, packet) -> bool:
     if header[:1] != b"\x01":
         return any(unit[0] & 0x1F == 5 for unit in data.split(b"\0\0\1")[1:] if unit)
     size = (header[4] & 3) + 1
-    place = 0
-    while place + size < len(data):
-        if data[place + size] & 0x1F == 5:
+    offset = 0
+    while offset + size < len(data):
+        if data[offset + size] & 0x1F == 5:
             return True
-        place += size + int.from_bytes(data[place : place + size], "big")
+        offset += size + int.from_bytes(data[offset : offset + size], "big")
     return False
 
 
@@ -174,8 +206,9 @@ def _checked(path: Path, frames: Iterator) -> Iterator:
             _check(path, frame, first, num_good)
             yield frame
             num_good += 1
-    except av.FFmpegError as error:
-        detail = f"{path}: decoding stopped: {error.strerror} (--salvage keeps what is before)"
+    except (av.FFmpegError, _Incomplete) as error:
+        cause = "bytes are missing" if isinstance(error, _Incomplete) else error.strerror
+        detail = f"{path}: decoding stopped: {cause} (--salvage keeps what is before)"
         raise DamagedVideo("decode", detail, num_good) from error
 
 

@@ -96,12 +96,7 @@ def build_sample(
     if is_image(path):
         members, info = _image_sample(open_image(path, config.limits), source, before[0], config)
     else:
-        framed = (config.num_frames, config.size, config.patch_size)
-        rest = (config.fit, config.limits, config.salvage)
-        if config.vectors == "native":
-            clip = decompose_native(path, *framed, *rest)
-        else:
-            clip = decompose_video(path, *framed, config.gop, *rest)
+        clip = _decompose(path, config)
         if len(clip.frames) == 1:
             members, info = _image_sample(clip.frames[0], source, before[0], config)
         else:
@@ -109,6 +104,21 @@ def build_sample(
     if _fingerprint(path) != before:
         raise RejectedInput("changed", f"{path} changed while it was packed")
     return members, info
+
+
+def _decompose(path: Path, config: SampleConfig) -> CodecClip:
+    """A clip by the canonical stream's vectors, or by its own."""
+    options = {
+        "num_frames": config.num_frames,
+        "size": config.size,
+        "patch_size": config.patch_size,
+        "fit": config.fit,
+        "limits": config.limits,
+        "salvage": config.salvage,
+    }
+    if config.vectors == "native":
+        return decompose_native(path, **options)
+    return decompose_video(path, gop=config.gop, **options)
 
 
 def _fingerprint(path: Path) -> tuple[str, int, int]:

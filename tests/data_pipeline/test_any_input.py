@@ -241,13 +241,35 @@ def test_a_recording_that_starts_inside_a_gop_begins_at_its_first_key_frame(tmp_
     assert np.array_equal(ours.frames[-20:], theirs.frames[-20:])
 
 
+def write_two_sizes(path):
+    """A broadcast whose picture changes its size: two encoders one after the other, one stream."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"bf": "0"})
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        other = av.CodecContext.create("libx264", "w")
+        other.options = {"bf": "0"}
+        other.height = other.width = 96
+        other.pix_fmt = "yuv420p"
+        other.time_base = Fraction(1, 30)
+        for number in range(20):
+            side = 64 if number < 10 else 96
+            frame = av.VideoFrame.from_ndarray(numbered(20, side)[number], format="rgb24")
+            frame.pts = number
+            frame.time_base = Fraction(1, 30)
+            encoder = stream if number < 10 else other
+            last = number in (9, 19)
+            for packet in [*encoder.encode(frame), *(encoder.encode(None) if last else [])]:
+                packet.stream = stream
+                packet.time_base = Fraction(1, 30)
+                container.mux(packet)
+    return path
+
+
 def test_a_picture_that_changes_its_size_is_refused(tmp_path):
-    path = tmp_path / "clip.ts"
-    parts = [
-        write(tmp_path / f"{side}.ts", numbered(10, side), times=range(start, start + 10))
-        for side, start in ((64, 0), (96, 10))
-    ]
-    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    path = write_two_sizes(tmp_path / "clip.ts")
     with pytest.raises(RejectedInput) as rejection:
         decode_video(path, 20, 32, 16)
     assert rejection.value.reason == "varying"
@@ -256,7 +278,7 @@ def test_a_picture_that_changes_its_size_is_refused(tmp_path):
 def test_files_joined_without_remuxing_are_refused(tmp_path):
     part = write(tmp_path / "part.ts", numbered(10)).read_bytes()
     (tmp_path / "twice.ts").write_bytes(part + part)
-    with pytest.raises(RejectedInput, match="timestamps: .*10 of 20 frames repeat"):
+    with pytest.raises(RejectedInput, match="timestamps: .*times jump back"):
         decode_video(tmp_path / "twice.ts", 8, 32, 16)
 
 

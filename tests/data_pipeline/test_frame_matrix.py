@@ -2,6 +2,9 @@
 codec, the GOPs, the rate and the start; and whatever was cut, joined or packed afterwards.
 """
 
+import struct
+
+import av
 import numpy as np
 import pytest
 from frame_matrix import (
@@ -17,6 +20,7 @@ from frame_matrix import (
     write_numbered,
 )
 
+from data_pipeline.codec import decode
 from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.decompose import decompose_video
 from data_pipeline.codec.native import decompose_native
@@ -48,8 +52,6 @@ def test_the_bar_code_says_which_picture_it_is():
 def cut_copy(source, target, cut):
     """Copy packets as `ffmpeg -ss cut/RATE -i source -c copy target` does: from the key frame
     before the cut on, stamps counted from the cut."""
-    import av
-
     with av.open(str(source)) as read, av.open(str(target), "w") as write:
         stream = read.streams.video[0]
         copied = write.add_stream_from_template(stream)
@@ -86,8 +88,6 @@ def test_an_edit_list_hides_what_is_before_it_and_nothing_else(
 
 def drop_packets(source, target, count):
     """Copy a video without its first packets, as a recording that begins late."""
-    import av
-
     with av.open(str(source)) as read, av.open(str(target), "w") as write:
         stream = read.streams.video[0]
         copied = write.add_stream_from_template(stream)
@@ -118,25 +118,36 @@ def test_a_recording_that_begins_in_an_open_gop_gives_all_that_can_be_decoded(
         gop=24,
         b_frames=2 if encoder == "mpeg2video" else 0,
     )
+    complete = decode_video(whole, num_frames=1000, size=64, patch_size=16)
     for count in (5, 30):
         late = tmp_path / f"late{count}.{suffix}"
         drop_packets(whole, late, count)
-        found = numbers_in(late)
-        assert found == list(range(found[0], 90))
-        assert count - 3 <= found[0] <= count + 24
+        video = decode_video(late, num_frames=1000, size=64, patch_size=16)
+        found = [number_of(pixels) for pixels in video.frames]
+        assert found == list(range(first_key(whole, count), 90))
+        assert np.array_equal(video.frames, complete.frames[found])
 
 
-@pytest.mark.parametrize("suffix", ["ts", "mpg"])
-@pytest.mark.parametrize("rates", [(25, 30), (25, 25), (30, 25)])
-def test_recordings_joined_without_remuxing_are_refused(tmp_path, suffix, rates):
+def first_key(path, count):
+    """Number of the first key frame behind the first `count` packets."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    stamps = sorted(packet.pts for packet in packets)
+    return stamps.index(next(packet.pts for packet in packets[count:] if packet.is_keyframe))
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg", "flv", "mkv"])
+@pytest.mark.parametrize("rates", [(25, 30), (25, 25), (30, 25, 30)])
+@pytest.mark.parametrize("count", [60, 8])
+def test_recordings_joined_without_remuxing_are_refused(tmp_path, suffix, rates, count):
     joined = tmp_path / f"joined.{suffix}"
     parts = [
         write_numbered(
             tmp_path / f"{number}.{suffix}",
-            encoder="libx264" if suffix == "ts" else "mpeg2video",
-            times=range(60),
+            encoder="mpeg2video" if suffix == "mpg" else "libx264",
+            times=range(count),
             rate=rate,
-            first=128 * number,
+            first=80 * number,
         )
         for number, rate in enumerate(rates)
     ]
@@ -149,8 +160,6 @@ def test_recordings_joined_without_remuxing_are_refused(tmp_path, suffix, rates)
 def pack_b_frames(source, target):
     """Put every B-frame of an MPEG-4 video into the chunk of the P-frame before it, with a small
     dummy chunk in its place, as DivX and Xvid did for players that allow one delay."""
-    import av
-
     packed_mark = b"\x00\x00\x01\xb2DivX503b1393p"
     dummy = b"\x00\x00\x01\xb6\x51\xff"
     with av.open(str(source)) as read, av.open(str(target), "w") as write:
@@ -187,7 +196,15 @@ def test_packed_b_frames_come_in_the_order_of_showing(tmp_path):
     assert "timestamps sorted" in video.notes
 
 
-def test_frames_are_the_same_when_others_are_left_undecoded(tmp_path):
+def test_frames_are_the_same_when_others_are_left_undecoded(tmp_path, monkeypatch):
+    decoded = []
+    number_after = decode._Choice.number_after
+
+    def spy(choice, last, frame):
+        decoded.append(frame.pts)
+        return number_after(choice, last, frame)
+
+    monkeypatch.setattr(decode._Choice, "number_after", spy)
     gops = "keyint=60:min-keyint=60:scenecut=0:bframes=3:b-adapt=0"
     for suffix in ("mp4", "mkv", "ts", "avi"):
         path = tmp_path / f"clip.{suffix}"
@@ -197,7 +214,10 @@ def test_frames_are_the_same_when_others_are_left_undecoded(tmp_path):
             return np.linspace(0, total - 1, 9).astype(int)[1:-1]
 
         options = {"num_frames": wanted, "size": 64, "patch_size": 16}
+        decoded.clear()
         ours = decode_video(path, thorough=False, **options)
+        num_decoded = len(decoded)
+        assert (num_decoded < 150) == (suffix in ("mp4", "mkv")), "of 175 up to the last wanted"
         whole = decode_video(path, **options)
         assert [number_of(pixels) for pixels in ours.frames] == wanted(200).tolist()
         assert np.array_equal(ours.frames, whole.frames)
@@ -213,6 +233,117 @@ def test_the_sample_notes_that_timestamps_were_sorted(tmp_path):
     assert [number_of(pixels) for pixels in clip.frames] == list(range(COUNT))
 
 
+def rewrite_edit_list(source, target, segments):
+    """Copy an MP4 with another edit list of (seconds shown, first picture or None for a pause)."""
+
+    def boxes(data, start):
+        while start < len(data):
+            size, kind = struct.unpack_from(">I4s", data, start)
+            yield kind, data[start : start + size]
+            start += size
+
+    def box(kind, content):
+        return struct.pack(">I4s", len(content) + 8, kind) + content
+
+    with av.open(str(source), options={"ignore_editlist": "1"}) as container:
+        stream = container.streams.video[0]
+        first = min(packet.pts for packet in container.demux(stream) if packet.size)
+        ticks = round(1 / RATE / stream.time_base)
+    entries = b"".join(
+        struct.pack(
+            ">iiI", round(1000 * seconds), -1 if at is None else first + at * ticks, 1 << 16
+        )
+        for seconds, at in segments
+    )
+    edits = box(b"edts", box(b"elst", struct.pack(">II", 0, len(segments)) + entries))
+    *before, (_, moov) = boxes(source.read_bytes(), 0)
+    tracks = b""
+    for kind, data in boxes(moov, 8):
+        if kind == b"trak":
+            parts = [part for part in boxes(data, 8) if part[0] != b"edts"]
+            data = box(b"trak", b"".join(d + edits * (k == b"tkhd") for k, d in parts))
+        tracks += data
+    target.write_bytes(b"".join(data for _, data in before) + box(b"moov", tracks))
+
+
+EDITS = {
+    "behind an empty segment": ([(1.0, None), (53 / RATE, 7)], range(7, 60)),
+    "the end cut off": ([(1.0, 5)], range(5, 30)),
+    "two parts": ([(0.8, 0), (0.8, 30)], "timestamps"),
+    "two parts in another order": ([(0.8, 30), (0.8, 0)], "timestamps"),
+    "a pause between two parts": ([(0.8, 0), (0.4, None), (0.8, 30)], "timestamps"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("encoder", ["libx264", "mpeg4", "mpeg2video"])
+def test_an_edit_list_is_followed_or_refused(tmp_path, encoder, name):
+    segments, expected = EDITS[name]
+    whole = write_numbered(tmp_path / "whole.mp4", encoder, range(60), gop=12, b_frames=2)
+    rewrite_edit_list(whole, tmp_path / "edited.mp4", segments)
+    if expected == "timestamps":
+        with pytest.raises(RejectedInput, match="timestamps: .*several segments"):
+            decode_video(tmp_path / "edited.mp4", num_frames=8, size=64, patch_size=16)
+        return
+    video = decode_video(tmp_path / "edited.mp4", num_frames=1000, size=64, patch_size=16)
+    assert [number_of(pixels) for pixels in video.frames] == list(expected)
+    assert np.allclose(video.seconds - video.seconds[0], np.arange(len(expected)) / RATE, atol=1e-3)
+
+
+def test_an_edit_list_of_fragments_is_followed(tmp_path):
+    muxer = {"movflags": "frag_keyframe+delay_moov"}
+    write_numbered(tmp_path / "clip.mp4", times=range(-7, 53), muxer=muxer)
+    assert numbers_in(tmp_path / "clip.mp4") == list(range(7, 60))
+
+
+@pytest.mark.parametrize("encoder", ["libx264", "mpeg2video"])
+def test_a_transport_stream_that_lost_packets_is_damaged(tmp_path, encoder):
+    rng = np.random.default_rng(0)
+    whole = write_numbered(tmp_path / "whole.ts", encoder, range(100), options={"b": "4000k"})
+    data = whole.read_bytes()
+    rows = [data[start : start + 188] for start in range(0, len(data), 188)]
+    for _ in range(10):
+        lost = int(rng.integers(len(rows) // 3, len(rows) - 2))
+        (tmp_path / "lossy.ts").write_bytes(b"".join(rows[:lost] + rows[lost + 1 :]))
+        try:
+            found = numbers_in(tmp_path / "lossy.ts")
+        except RejectedInput as rejection:
+            assert rejection.reason == "decode"
+            continue
+        assert found == list(range(100)), "only what holds no picture may be lost without a word"
+
+
+@pytest.mark.parametrize("number", [4, 6, 10, 14])
+def test_damage_at_the_head_of_a_late_recording_is_no_missing_reference(tmp_path, number):
+    whole = write_numbered(
+        tmp_path / "whole.ts", times=range(90), options=OPEN_GOPS["libx264"] | {"crf": "5"}
+    )
+    drop_packets(whole, tmp_path / "late.ts", 5)
+    assert numbers_in(tmp_path / "late.ts") == list(range(first_key(whole, 5), 90))
+    damage_packet(tmp_path / "late.ts", tmp_path / "bad.ts", number)
+    with pytest.raises(RejectedInput):
+        numbers_in(tmp_path / "bad.ts")
+
+
+def damage_packet(source, target, number):
+    """Copy a video with zeros in the second half of a packet, counted from the first key frame."""
+    with av.open(str(source)) as read, av.open(str(target), "w") as write:
+        copied = write.add_stream_from_template(read.streams.video[0])
+        packets = [packet for packet in read.demux(video=0) if packet.size]
+        key = next(i for i, packet in enumerate(packets) if packet.is_keyframe)
+        for place, packet in enumerate(packets):
+            data = bytes(packet)
+            if place == key + number:
+                data = data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+            copy = av.Packet(data)
+            copy.pts = packet.pts
+            copy.dts = packet.dts
+            copy.time_base = packet.time_base
+            copy.is_keyframe = packet.is_keyframe
+            copy.stream = copied
+            write.mux(copy)
+
+
 # file: numbers of the pictures that it holds, or the reason for which it is refused
 SHARED_CASES = {
     "avi_packed_b_frames.avi": range(60),
@@ -222,6 +353,7 @@ SHARED_CASES = {
     "edit_list_trim.mp4": range(38, 200),
     "two_recordings_joined.ts": "timestamps",
     "starts_at_20s.webm": range(60),
+    # The first key frame shows picture 40, and nothing from it on is missing or wrong.
     "open_gop_cut.ts": range(40, 120),
     "bottom_field_first.mpg": range(0, 120, 2),
 }

@@ -134,7 +134,7 @@ HOSTILE = {
         lambda p: (good(p.with_suffix(".mp4")), p.with_suffix(".mp4").rename(p)),
         {"image"},
     ),
-    "c10_two_sizes.ts": (two_sizes, {"varying"}),
+    "c10_two_sizes.ts": (two_sizes, {"varying", "timestamps"}),
     "c11_bomb.png": (png_bomb, {"too_large"}),
     "c13_high_range.mp4": (high_range, {"hdr"}),
     "c16_concat.mp4": (lambda p: p.write_text(SECRET), {"container"}),
@@ -200,7 +200,7 @@ def test_c17_a_decoder_that_dies_rejects_its_input_and_the_next_one_is_packed(tm
         (child,) = children_that_build()
         threading.Thread(target=lambda: (time.sleep(0.01), child.kill())).start()
         with pytest.raises(RejectedInput) as rejection:
-            while True:
+            for _ in range(1000):
                 pool.build(item)
         assert rejection.value.reason == "crash"
         assert pool.build(item)[1].kind == "video"
@@ -225,7 +225,7 @@ def test_c17_a_decoder_that_never_returns_is_killed_at_its_limit(tmp_path):
         process = GuardedProcess("waits", settings={}, wall_seconds=1.5)
         with pytest.raises(RejectedInput, match="timeout: endless.mp4 took longer than 1.5 s"):
             process.ask({"path": str(tmp_path / "endless.mp4")}, "endless.mp4")
-    assert process.process is None
+    assert not [child for child in psutil.Process().children() if "waits" in child.cmdline()]
 
 
 def test_children_go_with_a_parent_that_is_killed(tmp_path):
@@ -266,8 +266,8 @@ def test_c20_a_file_that_changes_or_vanishes_while_it_is_packed_is_rejected(tmp_
     for reason in ("changed", "missing"):
         good(path)
 
-        def meddle(*args, reason=reason):
-            clip = real(*args)
+        def meddle(*args, reason=reason, **options):
+            clip = real(*args, **options)
             if reason == "changed":
                 path.write_bytes(path.read_bytes() + b"\0")
             else:
