@@ -361,3 +361,31 @@ def test_avif_without_a_decoder_names_the_release_that_has_one(tmp_path, monkeyp
         open_image(path, InputLimits())
     picture("RGB").save(tmp_path / "a.png")
     assert open_image(tmp_path / "a.png", InputLimits()).shape == (16, 24, 3), "others still open"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "mark"), [("mp4", "libx264", b"avc1"), ("avi", "mpeg4", b"FMP4")]
+)
+def test_a_codec_that_is_not_known_is_named(tmp_path, suffix, codec, mark):
+    path = write(tmp_path / f"clip.{suffix}", numbered(10), codec)
+    path.write_bytes(path.read_bytes().replace(mark, b"zzzz"))
+    with pytest.raises(RejectedInput, match="no_video: .*no video stream that can be decoded"):
+        decode_video(path, 4, 32, 16)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts"])
+def test_a_limit_of_seconds_is_on_what_is_shown_not_on_when_it_starts(tmp_path, suffix):
+    start = 30 * 3600
+    path = write(tmp_path / f"clip.{suffix}", numbered(60), times=range(start, start + 60))
+    limits = InputLimits(max_seconds=10)
+    assert len(decode_video(path, 100, 32, 16, limits=limits).frames) == 60
+
+
+def test_the_note_of_salvage_counts_what_was_lost(tmp_path):
+    options = {"x264-params": "keyint=10:min-keyint=10:scenecut=0", "crf": "5"}
+    path = write(tmp_path / "clip.mkv", numbered(90), **options)
+    path.write_bytes(path.read_bytes()[: int(0.6 * path.stat().st_size)])
+    video = decode_video(path, 90, 32, 16, salvage=True)
+    (note,) = [note for note in video.notes if "salvaged" in note]
+    kept, total = (int(word) for word in note.split() if word.isdigit())
+    assert kept == len(video.frames) < total <= 90
