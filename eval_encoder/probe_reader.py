@@ -246,7 +246,8 @@ def _is_plain(path: Path, limits: InputLimits) -> bool:
 def _framed(pictures: np.ndarray, request: PixelRequest) -> np.ndarray:
     """The square of each picture, uint8 [T, H, W, 3] -> [T, size, size, 3]."""
     framing = frame_to(
-        *pictures.shape[1:3],
+        height=pictures.shape[1],
+        width=pictures.shape[2],
         size=request.size,
         patch_size=request.patch_size,
         fit="crop",

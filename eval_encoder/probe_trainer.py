@@ -157,7 +157,8 @@ class ProbeTrainer:
     def _head_batches(self, epoch: int, keep: np.ndarray, size: int) -> Iterator[list[HeadBatch]]:
         """What is learned from in every step of an epoch, for all heads of the bank once. Clips are
         read once, in the order of the first seed."""
-        config, ranks = self._heads_config, self._ranks
+        config = self._heads_config
+        ranks = self._ranks
         shared = _chunks(config.seed, epoch, keep, size)
         mine = [chunk[ranks.rank :: ranks.world_size] for chunk in shared]
         read = self._train.batches([self._train.drawn_looks(chunk, epoch) for chunk in mine])

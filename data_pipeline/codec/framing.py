@@ -79,8 +79,14 @@ def frame_to(
         raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}")
     scaled_height = max(out_height, round(height * scale))
     scaled_width = max(out_width, round(width * scale))
-    top, left = int(place * (scaled_height - out_height)), int(place * (scaled_width - out_width))
-    return Framing(scaled_height, scaled_width, top, left, out_height, out_width)
+    return Framing(
+        height=scaled_height,
+        width=scaled_width,
+        top=int(place * (scaled_height - out_height)),
+        left=int(place * (scaled_width - out_width)),
+        out_height=out_height,
+        out_width=out_width,
+    )
 
 
 def framing_of(
@@ -128,10 +134,10 @@ def picture_of(frame, framing: Framing) -> np.ndarray:
     interlaced one its first field in time, since two fields are two moments.
     """
     turns = round(frame.rotation / 90) % 4
-    height, width = framing.height, framing.width
-    if turns % 2:
-        height, width = width, height
-    if frame.colorspace == MATRIX_UNNAMED and frame.height >= HD_LINES:
+    stored = (framing.height, framing.width)  # before the turn
+    height, width = stored if turns % 2 == 0 else stored[::-1]
+    lines = 2 * frame.height if framing.frames_are_fields else frame.height
+    if frame.colorspace == MATRIX_UNNAMED and lines >= HD_LINES:
         frame.colorspace = MATRIX_BT709
     has_two_fields = frame.interlaced_frame and not framing.frames_are_fields
     shown = _first_field(frame) if has_two_fields else frame
