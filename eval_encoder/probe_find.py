@@ -115,7 +115,8 @@ class VideoIndex:
 def _rank(path: PurePosixPath, name: str, class_name: str, split: str) -> tuple[int, bool, bool]:
     """How well a path fits, smaller is better: its split's folder, its class's, nothing around."""
     folders = path.parent.parts
-    own, other = SPLIT_FOLDERS[split], SPLIT_FOLDERS["val" if split == "train" else "train"]
+    own = SPLIT_FOLDERS[split]
+    other = SPLIT_FOLDERS["val" if split == "train" else "train"]
     if any(own.fullmatch(part.lower()) for part in folders):
         split_rank = 0
     else:

@@ -8,7 +8,7 @@ packing sees. decord and torchcodec are there for comparisons: decord gives othe
 for in many containers (docs/evaluation.md), and conceals damage.
 
 Whole frames lie in equal segments of the clip, (n - 1) / S frames long, as published: 8 frames of
-64 are 3, 11, 19, ... This file needs no torch: a child starts in half a second.
+64 are 3, 11, 19, ... This file needs no torch: a child starts in 0.2 s.
 """
 
 import functools

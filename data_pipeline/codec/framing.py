@@ -105,11 +105,17 @@ def framing_of(
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
     # HEVC codes the fields of interlaced video as pictures of their own, of half the height
     frames_are_fields = frame.interlaced_frame and stream.codec_context.name == "hevc"
-    height = float(frame.height * (2 if frames_are_fields else 1))
-    width = frame.width * float(aspect or 1)
-    if frame.rotation % 180:
-        height, width = width, height
-    framing = frame_to(height, width, size, patch_size, fit, place)
+    lines = 2 * frame.height if frames_are_fields else frame.height
+    columns = frame.width * float(aspect or 1)
+    is_turned = frame.rotation % 180 != 0
+    framing = frame_to(
+        height=columns if is_turned else float(lines),
+        width=float(lines) if is_turned else columns,
+        size=size,
+        patch_size=patch_size,
+        fit=fit,
+        place=place,
+    )
     framing = replace(framing, frames_are_fields=frames_are_fields)
     if framing.height * framing.width > MAX_BLOWN_UP * size**2:
         raise RejectedInput(

@@ -3,7 +3,7 @@
 Decoders do crash and loop on damaged files. A child has limits of memory and processor time; the
 parent waits a bounded wall time, then kills it, rejects the input as `timeout` or `crash`, and
 starts another child for the next one. Requests and answers are JSON and raw bytes: nothing that a
-broken child sends is ever executed. Starting a child costs about 0.4 s.
+broken child sends is ever executed. Starting a child costs about 0.2 s.
 
 A child runs a module (`python -m MODULE`) whose `main` calls `serve`:
 

@@ -56,7 +56,8 @@ def setting_differences(there: dict, asked: dict, prefix: str = "") -> list[str]
     """One sentence for each setting that differs, with both values."""
     lines = []
     for name in sorted(there.keys() | asked.keys()):
-        old, new = there.get(name), asked.get(name)
+        old = there.get(name)
+        new = asked.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += setting_differences(old, new, f"{prefix}{name}.")
         elif old != new:

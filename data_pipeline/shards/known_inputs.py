@@ -33,7 +33,7 @@ class KnownInput:
         if item.is_remote or self.digest is None or stamp[0] is None:
             return False
         # by size and time too, so that a file that changes while we run is read again
-        return _short_sha256(item.place, *stamp) == self.digest
+        return _short_sha256(item.place, stamp=tuple(stamp)) == self.digest
 
 
 def input_entry(source: str, stamp: list, digest: str | None) -> list:
@@ -75,11 +75,12 @@ def rejected_digest(item: Input, max_bytes: int) -> str | None:
     if item.is_remote or not path.is_file() or path.stat().st_size > max_bytes:
         return None
     try:
-        return _short_sha256(item.place, *input_stamp(item))
+        return _short_sha256(item.place, stamp=tuple(input_stamp(item)))
     except OSError:  # no right to read it, or gone by now
         return None
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _short_sha256(place: str, size: int, modified_ns: int) -> str:
+def _short_sha256(place: str, stamp: tuple) -> str:
+    """Digest of a file, computed once for each of its stamps: a changed file has another."""
     return file_sha256(Path(place))[:SHORT_DIGEST]
