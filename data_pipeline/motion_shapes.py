@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import write_atomically
+
 from .counter_rng import counter_rng
-from .shards.writer import write_atomically
 from .stop import leave_to_parent
 
 GENERATOR_VERSION = 1  # moves when the same arguments give other clips

@@ -73,7 +73,7 @@ def _write_medium(job: tuple[Path, Medium, int, int]) -> None:
     from PIL import Image
 
     from data_pipeline.motion_shapes import write_clip
-    from data_pipeline.shards.writer import write_atomically
+    from model_factory.files import write_atomically
 
     path, medium, seed, size = job
     if medium.kind == "video":
@@ -131,7 +131,7 @@ def _check_counts(num_train: int, num_val: int, size: int) -> None:
 
 
 def _write_lists(directory: Path, align: list, tune: list, held: list[tuple[Medium, str]]) -> None:
-    from data_pipeline.shards.writer import write_atomically
+    from model_factory.files import write_atomically
 
     questions, answers = [], []
     for number, (medium, category) in enumerate(held):

@@ -26,9 +26,9 @@ from transformers import (
     ConvNextModel,
 )
 
-from data_pipeline.shards.writer import write_atomically
 from model_factory.convnext_tower import ConvNextVisionModel, grow_stage
 from model_factory.export_folder import image_processor_json
+from model_factory.files import write_atomically
 from model_factory.hf_image_encoders import FAMILIES, load_image_encoder
 from model_factory.llava_tower_folder import VOCABULARY_STEP
 from model_factory.llava_vision_tower import LlavaViTVisionModel

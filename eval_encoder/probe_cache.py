@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.shards.writer import write_atomically
+from model_factory.files import write_atomically
 
 from .probe_video import Look
 

@@ -20,7 +20,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_pipeline.shards.writer import file_sha256, write_atomically
+from model_factory.files import file_sha256, sync, write_atomically
 
 from .fault_points import reach
 
@@ -61,7 +61,7 @@ class CheckpointFolder:
     def commit(self, step: int) -> Path:
         """Make a finished save a commit, by one rename."""
         os.rename(self.temporary(step), self.final(step))
-        _sync(self.path)
+        sync(self.path)
         return self.final(step)
 
     def prune(self) -> None:
@@ -105,7 +105,7 @@ def write_manifest(directory: Path) -> None:
     """Hash every file as it is on disk; the manifest makes the folder a checkpoint."""
     files = sorted(directory.iterdir())
     for file in files:
-        _sync(file)
+        sync(file)
     entries = {
         file.name: {"size": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, _hashes(files), strict=True)
@@ -140,12 +140,3 @@ def verify_checkpoint(path: Path) -> list[str]:
 def _hashes(files: list[Path]) -> list[str]:
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         return list(pool.map(file_sha256, files))
-
-
-def _sync(path: Path) -> None:
-    """Have a file or a folder on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from data_pipeline.shards.writer import write_atomically
+from model_factory.files import write_atomically
 
 from .checkpoint_files import BadCheckpoint, read_tensors, write_tensors
 from .checkpoint_folder import CheckpointFolder, StorageError, verify_checkpoint, write_manifest

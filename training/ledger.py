@@ -8,7 +8,7 @@ A resume cuts every record of the run back to its checkpoint, so each step is th
 import json
 from pathlib import Path
 
-from data_pipeline.shards.writer import write_atomically
+from model_factory.files import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 SPEED_NAME = "speed.jsonl"  # one line per log line

@@ -26,7 +26,8 @@ from data_pipeline.datasets import (
     recluster,
     relabelled,
 )
-from data_pipeline.shards.writer import write_array, write_atomically
+from data_pipeline.shards.writer import write_array
+from model_factory.files import write_atomically
 
 from .config import TrainConfig
 from .distributed import Ranks, on_main

@@ -16,7 +16,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from data_pipeline.shards.writer import write_atomically
+from model_factory.files import write_atomically
 
 from .arithmetic import arithmetic, versions
 from .checkpoint_folder import StorageError

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import file_sha256, write_atomically
 from model_factory.quiet import quiet_libraries
 
 from ..errors import CorruptShard, DataPipelineError, MissingData
@@ -25,7 +26,7 @@ from ..loading.shard_reader import ShardReader
 from ..records import read_record
 from ..shards.manifest import Manifest
 from ..shards.schema import SampleInfo, decode_array, decode_jpeg, frames_from_strip
-from ..shards.writer import file_sha256, write_array, write_atomically
+from ..shards.writer import write_array
 from .descriptor import codec_descriptor
 
 RECORD_NAME = "features.json"

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import file_sha256, write_atomically
+
 from ..errors import DataPipelineError, MissingData
 from ..records import read_record
-from ..shards.writer import file_sha256, write_array, write_atomically
+from ..shards.writer import write_array
 from .features import normalise
 from .search import search
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import file_sha256, write_atomically
+
 from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..labelled_lists import ids_of_sources, read_labelled_jsonl
 from ..records import read_record
 from ..shards.manifest import Manifest
-from ..shards.writer import file_sha256, write_array, write_atomically
+from ..shards.writer import write_array
 from .search import CentroidSearch, judges
 
 LABELS_NAME = "labels.npy"

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import file_sha256, write_atomically
+
 from ..records import read_record
-from ..shards.writer import file_sha256, write_array, write_atomically
+from ..shards.writer import write_array
 from .kmeans import Progress
 
 FOLDER = "partial"

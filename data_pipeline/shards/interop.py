@@ -21,10 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import write_atomically
+
 from ..loading.shard_reader import ShardReader
 from .manifest import Manifest
 from .schema import SampleInfo, decode_array, decode_jpeg, tiles_from_mosaic
-from .writer import write_array, write_atomically
+from .writer import write_array
 
 NUM_MOSAICS = 8
 JPEG_QUALITY = 95

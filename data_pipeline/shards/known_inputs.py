@@ -10,8 +10,10 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.files import file_sha256
+
 from .inputs import Input, input_stamp
-from .writer import SHORT_DIGEST, file_sha256
+from .writer import SHORT_DIGEST
 
 
 @dataclass(frozen=True)

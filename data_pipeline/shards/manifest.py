@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import file_sha256, write_atomically
+
 from ..errors import CorruptShard, MissingData
 from .schema import SCHEMA_VERSION, parse_json
-from .writer import file_sha256, write_atomically
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30

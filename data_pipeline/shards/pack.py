@@ -16,6 +16,8 @@ record. Cost: 0.56 s per 224 px clip of 64 frames and core (benchmarks/bench_dec
 
 from pathlib import Path
 
+from model_factory.files import file_sha256
+
 from ..errors import DataPipelineError
 from .existing import read_shard_record, remove_temporary
 from .inputs import Input, input_stamp, inputs_sha256
@@ -25,7 +27,7 @@ from .manifest import Manifest, load_manifest, write_manifest
 from .pack_plan import PackPlan, plan_packing
 from .pack_progress import PackProgress
 from .tasks import PackConfig, Task
-from .writer import SHORT_DIGEST, file_sha256, index_text, only_here, write_shard
+from .writer import SHORT_DIGEST, index_text, only_here, write_shard
 
 PLAN_LOCK = ".pack.lock"
 

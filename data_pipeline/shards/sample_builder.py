@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import file_sha256
+
 from ..codec.decompose import TIME_BASE, CodecClip, decompose_video
 from ..codec.framing import frame_to
 from ..codec.native import decompose_native
@@ -16,7 +18,6 @@ from ..codec.patches import choose_patches, cut_patches
 from ..codec.saliency import SaliencyConfig, motion_summary
 from ..errors import RejectedInput
 from .schema import SampleInfo, encode_clip, encode_image, strip_rows
-from .writer import file_sha256
 
 MOTION_GRID = 8
 MAX_JPEG_SIDE = 65500

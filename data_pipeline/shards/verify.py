@@ -6,11 +6,13 @@ import tarfile
 
 import numpy as np
 
+from model_factory.files import file_sha256
+
 from ..errors import CorruptShard, DataPipelineError
 from ..loading.shard_reader import ShardReader
 from .manifest import MANIFEST_NAME, Manifest, manifest_bytes
 from .schema import SampleInfo, decode_array, mosaic_size, strip_size
-from .writer import file_sha256, index_text
+from .writer import index_text
 
 
 def verify(manifest: Manifest) -> list[str]:

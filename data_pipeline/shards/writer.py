@@ -12,7 +12,6 @@ stamps.
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -21,6 +20,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+
+from model_factory.files import file_sha256, write_atomically
 
 from .schema import SCHEMA_VERSION
 
@@ -106,35 +107,11 @@ def _is_open_file(path: Path, stream) -> bool:
         return False
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write, sync, rename, sync the folder: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file the same way."""
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     write_atomically(path, stream.getvalue())
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _member_places(tar_path: Path) -> dict[str, tuple[int, int]]:

@@ -36,7 +36,8 @@ from data_pipeline.shards.manifest import load_manifest, write_manifest
 from data_pipeline.shards.pack import PackConfig, pack
 from data_pipeline.shards.sample_builder import SampleConfig
 from data_pipeline.shards.verify import verify
-from data_pipeline.shards.writer import file_sha256, index_text
+from data_pipeline.shards.writer import index_text
+from model_factory.files import file_sha256
 
 pytestmark = pytest.mark.dali
 VIEW = ViewConfig(codec_ratio=1.0, frame_ratio=0.0, max_tokens=98, max_frames=2)

@@ -1,0 +1,195 @@
+"""Files that decide something: written whole or not at all, and bound by digests.
+
+    write_atomically   bytes: readers see the old file or the whole new one
+    write_json         a JSON object with its own digest; read_json refuses it when a byte changed
+    write_checksums    SHA256SUMS of a folder, in the form that `sha256sum -c` reads
+
+This is the one owner of how the system writes, hashes and reads such files. It lies in the lowest
+layer, since all packages write some, and needs the standard library alone.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+
+CHECKSUMS_NAME = "SHA256SUMS"
+DIGEST_KEY = "digest"
+MAX_JSON_BYTES = 1 << 30  # a manifest of some 100 million samples' shards is far below
+HASHED_AT_ONCE = 1 << 20  # bytes: large enough that the loop costs nothing beside the hash
+
+
+class DamagedFile(ValueError):
+    """A file that is not as it was written; the message names it and what is wrong."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write, sync, rename, sync the folder: readers see the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(HASHED_AT_ONCE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def parse_json(data: bytes, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict:
+    """A JSON object from bytes that may be hostile: bounded size and depth, no key twice.
+
+    DamagedFile names the file or sample.
+    """
+    if len(data) > max_bytes:
+        raise DamagedFile(f"{name} has {len(data)} bytes of JSON, at most {max_bytes} are read")
+    try:
+        values = json.loads(data, object_pairs_hook=_once)
+    # ValueError covers bytes that are no UTF-8; RecursionError is what deep nesting raises
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{name} is no readable JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise DamagedFile(f"{name} holds a {type(values).__name__}, not a JSON object")
+    return values
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return values
+
+
+def json_bytes(content: Mapping) -> bytes:
+    """The bytes of a sealed JSON file: sorted keys, and under `digest` the sha256 of the text that
+    the object has without it. ValueError for NaN and infinity, which JSON does not have."""
+    digest = hashlib.sha256(_text(content)).hexdigest()
+    return _text({**content, DIGEST_KEY: digest})
+
+
+def write_json(path: Path, content: Mapping) -> None:
+    """Write a JSON object with its own digest, atomically."""
+    write_atomically(path, json_bytes(content))
+
+
+def read_json(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> dict:
+    """The object that write_json wrote, without its digest.
+
+    `fields` are the keys that must be there, with their types (as of isinstance; an int is no
+    bool). Other keys may follow. FileNotFoundError where there is no file; DamagedFile for one that
+    differs from what was written in any byte, or lacks a field.
+    """
+    return parse_sealed_json(path.read_bytes(), name=str(path), fields=fields)
+
+
+def parse_sealed_json(
+    data: bytes, name: str, fields: Mapping[str, type | tuple[type, ...]]
+) -> dict:
+    """The same of bytes that were read already; `name` is what messages call them."""
+    content = parse_json(data, name)
+    if DIGEST_KEY not in content:
+        raise DamagedFile(f"{name} has no digest: it was written by an older version or by hand")
+    del content[DIGEST_KEY]
+    # comparing the whole text also finds changes that mean nothing, such as other white space
+    if json_bytes(content) != data:
+        raise DamagedFile(f"{name} changed since it was written (its digest differs)")
+    check_fields(content, fields=fields, name=name)
+    return content
+
+
+def check_fields(
+    content: Mapping, fields: Mapping[str, type | tuple[type, ...]], name: str
+) -> None:
+    """DamagedFile where a field is absent or of another type."""
+    for key, kind in fields.items():
+        if key not in content:
+            raise DamagedFile(f"{name} has no {key!r}")
+        value = content[key]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        # True is an int for isinstance, and would pass as the number 1
+        unwanted_bool = isinstance(value, bool) and bool not in kinds
+        if unwanted_bool or not isinstance(value, kinds):
+            names = " or ".join(one.__name__ for one in kinds)
+            raise DamagedFile(f"{name}: {key!r} is {value!r:.80}, expected {names}")
+
+
+def _text(content: Mapping) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
+
+
+def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write SHA256SUMS of the named files of a folder (default: all below it).
+
+    `sha256sum -c SHA256SUMS` checks the same. Call it last, when every file is as it shall stay.
+    """
+    if names is None:
+        files = (path for path in folder.rglob("*") if path.is_file())
+        names = (path.relative_to(folder).as_posix() for path in files)
+    listed = sorted(set(names) - {CHECKSUMS_NAME})
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in listed]
+    write_atomically(folder / CHECKSUMS_NAME, "".join(lines).encode())
+
+
+def check_checksums(folder: Path, names: Iterable[str] | None = None) -> bool:
+    """Compare files of a folder with its SHA256SUMS; whether there is one.
+
+    `names` are the files that are about to be read: each must be listed, and only these are hashed
+    (default: all that are listed). DamagedFile names every file that is absent, changed, or not
+    listed.
+    """
+    path = folder / CHECKSUMS_NAME
+    if not path.is_file():
+        return False
+    listed = _listed(path)
+    wanted = sorted(listed if names is None else set(names))
+    problems = []
+    for name in wanted:
+        if name not in listed:
+            problems.append(f"{name} is not listed there")
+        elif not (folder / name).is_file():
+            problems.append(f"{name} is listed there and absent")
+        elif file_sha256(folder / name) != listed[name]:
+            problems.append(f"{name} changed since it was written (sha256 differs)")
+    if problems:
+        raise DamagedFile(
+            f"{folder} is not as {path} says: {'; '.join(problems)}. Copy or export it again; if "
+            f"the change is yours, remove {CHECKSUMS_NAME}"
+        )
+    return True
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """{name: sha256} of a SHA256SUMS file."""
+    listed: dict[str, str] = {}
+    for line in path.read_bytes().decode(errors="replace").splitlines():
+        digest, separator, name = line.partition("  ")
+        is_digest = len(digest) == 64 and set(digest) <= set("0123456789abcdef")
+        if not (separator and is_digest and stays_below(name)):
+            raise DamagedFile(f"{path} is damaged: {line!r:.100} is no line of sha256sum")
+        listed[name] = digest
+    return listed
+
+
+def stays_below(name: str) -> bool:
+    """Whether a relative path, joined to a folder, names something below that folder: no absolute
+    path, no `..`, nothing empty, no NUL. Links are not followed here."""
+    parts = PurePosixPath(name).parts
+    is_plain = bool(parts) and "\0" not in name and "\\" not in name
+    return is_plain and not name.startswith("/") and ".." not in parts and "." not in parts

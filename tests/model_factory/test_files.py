@@ -1,0 +1,106 @@
+"""What decides something is bound: no changed byte is read as if it were as written."""
+
+import subprocess
+
+import pytest
+
+from model_factory.files import (
+    CHECKSUMS_NAME,
+    DamagedFile,
+    check_checksums,
+    parse_json,
+    read_json,
+    stays_below,
+    write_checksums,
+    write_json,
+)
+from model_factory.plain_text import in_html, in_markdown, printable
+
+CONTENT = {"count": 3, "mean": [0.5, -1e-9], "name": "Grüße", "nested": {"yes": True}}
+
+
+def test_a_sealed_object_is_read_back_and_any_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "record.json"
+    write_json(path, CONTENT)
+    assert read_json(path, {"count": int, "mean": list}) == CONTENT
+    written = path.read_bytes()
+    for bit in range(8 * len(written)):
+        flipped = bytearray(written)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(DamagedFile, match=r"record\.json"):
+            read_json(path, {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"other": int}, "has no 'other'"),
+        ({"name": int}, "'name' is 'Grüße', expected int"),
+        ({"nested": (list, str)}, "expected list or str"),
+    ],
+)
+def test_a_field_that_is_absent_or_of_another_type_is_named(tmp_path, fields, said):
+    write_json(tmp_path / "record.json", CONTENT)
+    with pytest.raises(DamagedFile, match=said):
+        read_json(tmp_path / "record.json", fields)
+
+
+def test_true_is_no_number(tmp_path):
+    write_json(tmp_path / "record.json", {"num_classes": True})
+    with pytest.raises(DamagedFile, match="num_classes"):
+        read_json(tmp_path / "record.json", {"num_classes": int})
+
+
+def test_numbers_that_json_does_not_have_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "record.json", {"mean": float("nan")})
+    assert not (tmp_path / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"[" * 100_000, b'{"a": 1, "a": 2}', b"\xff\xfe{}", b"[]", b"", b'{"a": "%s"}' % (b"x" * 100)],
+    ids=["deep", "a key twice", "no UTF-8", "a list", "empty", "too long"],
+)
+def test_hostile_json_is_an_error_that_names_the_file(data):
+    with pytest.raises(DamagedFile, match="somewhere"):
+        parse_json(data, name="somewhere", max_bytes=100 if len(data) < 200 else 1 << 20)
+
+
+def test_checksums_find_what_changed_is_absent_or_was_added_and_sha256sum_reads_them(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.bin", "sub/b c.bin"):
+        (tmp_path / name).write_bytes(name.encode())
+    assert not check_checksums(tmp_path), "there is no list yet"
+    write_checksums(tmp_path)
+    assert check_checksums(tmp_path)
+    command = ["sha256sum", "--check", "--strict", "--quiet", CHECKSUMS_NAME]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    (tmp_path / "foreign.bin").write_bytes(b"")
+    with pytest.raises(DamagedFile, match="foreign.bin is not listed"):
+        check_checksums(tmp_path, names=["a.bin", "foreign.bin"])
+    (tmp_path / "a.bin").write_bytes(b"A.bin")
+    (tmp_path / "sub" / "b c.bin").unlink()
+    assert_said = r"a\.bin changed .*; sub/b c\.bin is listed there and absent"
+    with pytest.raises(DamagedFile, match=assert_said):
+        check_checksums(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "", ".", "a\0b", "..\\x"])
+def test_names_that_lead_out_of_a_folder_are_told(name):
+    assert not stays_below(name)
+
+
+def test_a_list_of_checksums_that_is_damaged_is_refused(tmp_path):
+    (tmp_path / CHECKSUMS_NAME).write_text("0" * 63 + "  a.bin\n")
+    with pytest.raises(DamagedFile, match="no line of sha256sum"):
+        check_checksums(tmp_path)
+
+
+def test_names_are_shown_as_typed_and_never_act():
+    name = "a\x1b[2J|<b>\n\u202e*\udcff"
+    assert printable(name) == r"a\x1b[2J|<b>\n\u202e*\udcff"
+    assert in_markdown(name) == r"a\\x1b\[2J\|&lt;b&gt;\\n\\u202e\*\\udcff"
+    assert in_html('"' + name) == r"&quot;a\x1b[2J|&lt;b&gt;\n\u202e*\udcff"
+    assert printable("Grüße, 世界") == "Grüße, 世界"
