@@ -2,16 +2,18 @@
 
     write_atomically   bytes: readers see the old file or the whole new one
     write_json         a JSON object with its own digest; read_json refuses it when a byte changed
+    naming             errors of the system get the path that they lack
     write_checksums    SHA256SUMS of a folder, in the form that `sha256sum -c` reads
 
 This is the one owner of how the system writes, hashes and reads such files. It lies in the lowest
 layer, since all packages write some, and needs the standard library alone.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 CHECKSUMS_NAME = "SHA256SUMS"
@@ -25,14 +27,34 @@ class DamagedFile(ValueError):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write, sync, rename, sync the folder: readers see the old file or the whole new one."""
+    """Write, sync, rename, sync the folder: readers see the old file or the whole new one.
+
+    A write that fails (OSError with the path, as of a full disk) leaves the old file and nothing
+    beside it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(path), open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        # what was written takes the room that others may need
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the system's errors the path: a write or a sync that fails knows its number only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:
@@ -77,11 +99,14 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     return values
 
 
-def json_bytes(content: Mapping) -> bytes:
+def json_bytes(content: Mapping, indent: int | None = 1) -> bytes:
     """The bytes of a sealed JSON file: sorted keys, and under `digest` the sha256 of the text that
-    the object has without it. ValueError for NaN and infinity, which JSON does not have."""
-    digest = hashlib.sha256(_text(content)).hexdigest()
-    return _text({**content, DIGEST_KEY: digest})
+    the object has without it. ValueError for NaN and infinity, which JSON does not have.
+
+    `indent` None puts all on one line, for large files that nobody reads by eye.
+    """
+    digest = hashlib.sha256(_text(content, indent)).hexdigest()
+    return _text({**content, DIGEST_KEY: digest}, indent)
 
 
 def write_json(path: Path, content: Mapping) -> None:
@@ -103,14 +128,21 @@ def parse_sealed_json(
     data: bytes, name: str, fields: Mapping[str, type | tuple[type, ...]]
 ) -> dict:
     """The same of bytes that were read already; `name` is what messages call them."""
-    content = parse_json(data, name)
+    content = open_seal(parse_json(data, name), data=data, name=name)
+    check_fields(content, fields=fields, name=name)
+    return content
+
+
+def open_seal(content: dict, data: bytes, name: str) -> dict:
+    """An object that was parsed from `data`, without its digest; DamagedFile when it has none, or
+    when any byte differs from what was written."""
     if DIGEST_KEY not in content:
         raise DamagedFile(f"{name} has no digest: it was written by an older version or by hand")
-    del content[DIGEST_KEY]
+    content = {key: value for key, value in content.items() if key != DIGEST_KEY}
+    indent = 1 if data.startswith(b"{\n") else None
     # comparing the whole text also finds changes that mean nothing, such as other white space
-    if json_bytes(content) != data:
+    if json_bytes(content, indent) != data:
         raise DamagedFile(f"{name} changed since it was written (its digest differs)")
-    check_fields(content, fields=fields, name=name)
     return content
 
 
@@ -130,8 +162,8 @@ def check_fields(
             raise DamagedFile(f"{name}: {key!r} is {value!r:.80}, expected {names}")
 
 
-def _text(content: Mapping) -> bytes:
-    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
+def _text(content: Mapping, indent: int | None = 1) -> bytes:
+    return json.dumps(content, indent=indent, sort_keys=True, allow_nan=False).encode()
 
 
 def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
@@ -185,6 +217,11 @@ def _listed(path: Path) -> dict[str, str]:
             raise DamagedFile(f"{path} is damaged: {line!r:.100} is no line of sha256sum")
         listed[name] = digest
     return listed
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a value names a file beside the one that states it: no folder, no way out."""
+    return isinstance(name, str) and stays_below(name) and "/" not in name
 
 
 def stays_below(name: str) -> bool:

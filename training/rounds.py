@@ -26,7 +26,7 @@ from data_pipeline.datasets import (
     recluster,
     relabelled,
 )
-from data_pipeline.shards.writer import write_array
+from data_pipeline.arrays import write_array
 from model_factory.files import write_atomically
 
 from .config import TrainConfig

@@ -21,6 +21,7 @@ import torch
 from conftest import torchrun
 from PIL import Image
 
+from data_pipeline.arrays import array_bytes
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
 from data_pipeline.errors import BudgetExceeded, DataPipelineError, DataTimeout
@@ -37,7 +38,7 @@ from data_pipeline.shards.pack import PackConfig, pack
 from data_pipeline.shards.sample_builder import SampleConfig
 from data_pipeline.shards.verify import verify
 from data_pipeline.shards.writer import index_text
-from model_factory.files import file_sha256
+from model_factory.files import DIGEST_KEY, file_sha256, json_bytes
 
 pytestmark = pytest.mark.dali
 VIEW = ViewConfig(codec_ratio=1.0, frame_ratio=0.0, max_tokens=98, max_frames=2)
@@ -92,7 +93,8 @@ def rebind(folder: Path, change) -> None:
     for record in records:
         tar = folder / f"{record['name']}.tar"
         record |= {"size": tar.stat().st_size, "sha256": file_sha256(tar)}
-        (folder / f"{record['name']}.json").write_text(json.dumps(record, sort_keys=True))
+        record.pop(DIGEST_KEY, None)
+        (folder / f"{record['name']}.json").write_bytes(json_bytes(record, indent=None))
         (folder / f"{record['name']}.tar.idx").write_text(index_text(record))
     write_manifest(folder, records, settings)
     labels = np.load(folder / "labels.npy")
@@ -431,10 +433,8 @@ def picture_of_another_mode(folder, packed):
 
 
 def arrays_that_are_not_finite(folder, packed):
-    from data_pipeline.shards.schema import _npy
-
     scores = np.full(98, np.nan, np.float16)
-    replace_member(folder, 2, "scores.npy", _npy(scores))
+    replace_member(folder, 2, "scores.npy", array_bytes(scores))
     assert any("000002: scores or motion" in p for p in verify(load_manifest(folder)))
     assert_contained(folder, packed, set())  # training reads bytes and integers only
 
