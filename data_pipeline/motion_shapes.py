@@ -220,10 +220,19 @@ def _background(rng, size: int, contrast: float, shake: np.ndarray) -> np.ndarra
 
 def write_clip(path: Path, frames: np.ndarray, fps: int = 25) -> None:
     """Encode uint8 [T, H, W, 3] as H.264 in mp4; the file appears whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        _encode(temporary, frames, fps)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
     import av
 
-    temporary = path.with_suffix(".tmp")
-    with av.open(str(temporary), "w", format="mp4") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
@@ -233,7 +242,6 @@ def write_clip(path: Path, frames: np.ndarray, fps: int = 25) -> None:
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
-    temporary.replace(path)
 
 
 def check_settings(path: Path, settings: list, names: str) -> None:

@@ -3,6 +3,7 @@
     write_atomically   bytes: readers see the old file or the whole new one
     write_json         a JSON object with its own digest; read_json refuses it when a byte changed
     naming             errors of the system get the path that they lack
+    writing_into       a folder that is removed meanwhile is named
     write_checksums    SHA256SUMS of a folder, in the form that `sha256sum -c` reads
 
 This is the one owner of how the system writes, hashes and reads such files. It lies in the lowest
@@ -10,6 +11,7 @@ layer, since all packages write some, and needs the standard library alone.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -55,6 +57,19 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Say so when a folder is gone that a command writes into, instead of naming some file of it:
+    FileNotFoundError with the folder's path."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if folder.is_dir():
+            raise
+        said = "it was removed while this command wrote into it; run the command again"
+        raise FileNotFoundError(errno.ENOENT, said, str(folder)) from error
 
 
 def sync(path: Path) -> None:
@@ -140,8 +155,13 @@ def open_seal(content: dict, data: bytes, name: str) -> dict:
         raise DamagedFile(f"{name} has no digest: it was written by an older version or by hand")
     content = {key: value for key, value in content.items() if key != DIGEST_KEY}
     indent = 1 if data.startswith(b"{\n") else None
+    try:
+        written = json_bytes(content, indent)
+    except (ValueError, RecursionError):
+        # NaN, infinity and endless depth, which are parsed and never written
+        written = b""
     # comparing the whole text also finds changes that mean nothing, such as other white space
-    if json_bytes(content, indent) != data:
+    if written != data:
         raise DamagedFile(f"{name} changed since it was written (its digest differs)")
     return content
 

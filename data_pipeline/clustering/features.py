@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model_factory.files import DamagedFile, file_sha256, write_json
+from model_factory.files import DamagedFile, file_sha256, write_json, writing_into
 
 from ..arrays import read_array, write_array
 from ..errors import CorruptShard, DataPipelineError, MissingData
@@ -73,7 +73,9 @@ def extract(
         rows_of = source_of(manifest, config)
         for place in tqdm(todo, desc="features", unit="shard", disable=None):
             ids = range(int(manifest.starts[place]), int(manifest.starts[place + 1]))
-            done.add(manifest.shards[place], _finite(rows_of(ids), manifest, ids))
+            rows = _finite(rows_of(ids), manifest, ids)
+            with writing_into(folder):
+                done.add(manifest.shards[place], rows)
     missing = [s["name"] for s in manifest.shards if s["samples"] and not done.has(s)]
     if missing:
         report(f"{len(missing)} shards are still to be done by other tasks, {missing[0]} first")

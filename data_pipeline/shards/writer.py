@@ -35,23 +35,15 @@ def write_shard(directory: Path, name: str, samples, statement: dict) -> dict:
     `statement` is what the record says of its making (settings, inputs, rejected inputs). It may
     grow while the samples are drawn: it is read when the last one is written.
     """
-    import webdataset
-
     tar_path = directory / f"{name}.tar"
     temporary = directory / f".{name}.tar.tmp"
-    entries = []
-    with naming(temporary), open(temporary, "wb") as stream:
-        # closed also when a signal ends the run: tarfile would complain at exit about a closed file
-        with webdataset.TarWriter(
-            stream, user="univit", group="univit", mode=0o644, encoder=False, mtime=0
-        ) as writer:
-            for key, members, info in samples:
-                writer.write({"__key__": key, **members})
-                checksums = {extension: zlib.crc32(data) for extension, data in members.items()}
-                entries.append((key, checksums, info))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, tar_path)
+    try:
+        entries = _write_tar(temporary, samples)
+        os.replace(temporary, tar_path)
+    except BaseException:
+        # half a shard is of no use, and takes the room that others may need
+        temporary.unlink(missing_ok=True)
+        raise
     places = _member_places(tar_path)
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -81,6 +73,25 @@ def write_shard(directory: Path, name: str, samples, statement: dict) -> dict:
     write_atomically(directory / f"{name}.tar.idx", index_text(record).encode())
     write_atomically(directory / f"{name}.json", data)
     return json.loads(data)
+
+
+def _write_tar(path: Path, samples) -> list[tuple]:
+    """Write the members of samples; returns (key, crc32 by extension, info) of each."""
+    import webdataset
+
+    entries = []
+    with naming(path), open(path, "wb") as stream:
+        # closed also when a signal ends the run: tarfile would complain at exit about a closed file
+        with webdataset.TarWriter(
+            stream, user="univit", group="univit", mode=0o644, encoder=False, mtime=0
+        ) as writer:
+            for key, members, info in samples:
+                writer.write({"__key__": key, **members})
+                checksums = {extension: zlib.crc32(data) for extension, data in members.items()}
+                entries.append((key, checksums, info))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return entries
 
 
 @contextlib.contextmanager
