@@ -5,7 +5,6 @@ Functions import what they need when they run, so `--help` is instant.
 
 import json
 import os
-import sys
 
 DEFAULT_SIZE = 224
 DEFAULT_PATCH_SIZE = 16
@@ -116,8 +115,8 @@ def picture_shape(args) -> tuple[int, int]:
     return size if args.size is None else args.size, patch_size
 
 
-def verify(args) -> None:
-    """Check every byte of a packed folder; exit code 1 when one is wrong."""
+def verify(args) -> int:
+    """Check every byte of a packed folder; returns the exit code, 1 when one is wrong."""
     from .shards.manifest import load_manifest
     from .shards.verify import verify
 
@@ -126,8 +125,7 @@ def verify(args) -> None:
     print(
         "\n".join(problems) or f"{args.directory}: {len(manifest)} samples, every byte as written"
     )
-    if problems:
-        sys.exit(1)
+    return 1 if problems else 0
 
 
 def stats(args) -> None:

@@ -30,6 +30,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 
 ID = (str, int)
@@ -311,17 +312,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Write one file; a user's mistake ends with its message."""
-    args = build_parser().parse_args(argv)
-    try:
-        answers = read_answers(args.answers)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        FORMATS[args.format](answers, args.questions, args.output)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def main(argv: list[str] | None = None) -> int:
+    """Write one file; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_write, argv=argv)
+
+
+def _write(args: argparse.Namespace) -> None:
+    answers = read_answers(args.answers)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    FORMATS[args.format](answers, args.questions, args.output)
     print(f"{len(answers.rows)} answers in {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,9 +12,11 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from eval_encoder.lmm_conversation import IMAGE, Turn, Visual
 from eval_encoder.lmm_eval import add_model_flags, speaker_of
+from model_factory.command import message_of, run_command
 from model_factory.quiet import quiet_libraries
 
 
@@ -57,27 +59,26 @@ class Dialogue:
 
 def one_line(error: Exception) -> str:
     """The text of an error; those of transformers have several lines."""
-    return " ".join(str(error).split())
+    return " ".join(message_of(error).split())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Hold the conversation; returns the exit code (1 for a user's mistake)."""
-    args = build_parser().parse_args(argv)
+    """Hold the conversation; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_open, argv=argv)
+
+
+def _open(args: argparse.Namespace) -> None:
     quiet_libraries()
     shown = [Visual(kind, path) for kind in ("image", "video") for path in getattr(args, kind)]
-    try:
-        speaker = speaker_of(args)
-        dialogue = Dialogue(tuple(speaker.reader(visual) for visual in shown))
-        if args.question is None:
-            _converse(speaker, dialogue)
-        else:
-            _say(speaker, dialogue.ask(args.question))
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    for visual in shown:  # before minutes are spent on the model
+        if not visual.place(Path(".")).exists():
+            raise ValueError(f"--{visual.kind} {visual.path} does not exist")
+    speaker = speaker_of(args)
+    dialogue = Dialogue(tuple(speaker.reader(visual) for visual in shown))
+    if args.question is None:
+        _converse(speaker, dialogue)
+    else:
+        _say(speaker, dialogue.ask(args.question))
 
 
 def _converse(speaker, dialogue: Dialogue) -> None:

@@ -53,6 +53,10 @@ class Visual:
     kind: Literal["image", "video"]
     path: str
 
+    def place(self, folder: Path) -> Path:
+        """File or folder that the path names; behind a `#` stands the key of a packed clip."""
+        return folder / self.path.partition("#")[0]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -90,6 +94,16 @@ def read_samples(path: str | Path) -> list[Sample]:
     if not samples:
         raise ValueError(f"{path} holds no sample: give a list of conversations")
     return samples
+
+
+def check_template(samples: Sequence[Sample], version: str) -> None:
+    """Raises ValueError that names the first sample that a template does not take, or the templates
+    for an unknown one."""
+    for sample in samples:
+        try:
+            _render(sample.turns, version, eos="")
+        except ValueError as error:
+            raise ValueError(f"sample {sample.id!r}: {error}") from error
 
 
 def words(sample: Sample) -> int:

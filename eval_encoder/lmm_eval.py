@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 from model_factory.quiet import quiet_libraries
 
@@ -125,30 +126,28 @@ def request_of(question: Question, blind: bool = False):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Answer all questions; returns the exit code (1 for a user's mistake)."""
-    args = build_parser().parse_args(argv)
+    """Answer all questions; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_answer_all, argv=argv)
+
+
+def _answer_all(args: argparse.Namespace) -> None:
     quiet_libraries()
-    try:
-        questions = read_questions(args.questions)
-        _check_counts(args)
-        answered = _answered(args.answers, args.model)
-        size = -(-len(questions) // args.num_chunks)
-        mine = questions[args.chunk_idx * size : (args.chunk_idx + 1) * size]
-        waiting = [question for question in mine if question.id not in answered]
-        speaker = speaker_of(args, args.image_folder)
-        args.answers.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.answers, "a") as stream:
-            for start in range(0, len(waiting), args.batch_size):
-                group = waiting[start : start + args.batch_size]
-                texts = speaker.answer([request_of(q, args.blind) for q in group])
-                for question, text in zip(group, texts, strict=True):
-                    stream.write(json.dumps(_row(question, text, args.model)) + "\n")
-                stream.flush()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    questions = read_questions(args.questions)
+    _check_counts(args)
+    answered = _answered(args.answers, args.model)
+    size = -(-len(questions) // args.num_chunks)
+    mine = questions[args.chunk_idx * size : (args.chunk_idx + 1) * size]
+    waiting = [question for question in mine if question.id not in answered]
+    speaker = speaker_of(args, args.image_folder)
+    args.answers.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.answers, "a") as stream:
+        for start in range(0, len(waiting), args.batch_size):
+            group = waiting[start : start + args.batch_size]
+            texts = speaker.answer([request_of(q, args.blind) for q in group])
+            for question, text in zip(group, texts, strict=True):
+                stream.write(json.dumps(_row(question, text, args.model)) + "\n")
+            stream.flush()
     print(f"{len(mine)} questions answered in {args.answers}")
-    return 0
 
 
 def _check_counts(args: argparse.Namespace) -> None:

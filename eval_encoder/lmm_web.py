@@ -21,9 +21,11 @@ from pathlib import Path
 from eval_encoder.lmm_chat import Dialogue, one_line
 from eval_encoder.lmm_conversation import IMAGE, Visual
 from eval_encoder.lmm_eval import add_model_flags, speaker_of
+from model_factory.command import run_command
 from model_factory.quiet import quiet_libraries
 
 HOST = "127.0.0.1"
+MAX_PORT = 65535  # of TCP
 MAX_BYTES, MAX_SECONDS = 64 << 20, 600.0  # of an upload; pixels: those of InputLimits
 LONGEST, HOTTEST = 1024, 2.0  # ends of the controls: tokens, temperature
 NOT_SEEN = ("container", "no_video")  # reasons of RejectedInput for what is no clip at all
@@ -114,24 +116,23 @@ def build_page(speaker, name: str):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve the page until the command is ended; returns the exit code (1 for a user's mistake)."""
-    args = build_parser().parse_args(argv)
+    """Serve the page until the command is ended; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_open, argv=argv)
+
+
+def _open(args: argparse.Namespace) -> None:
+    if not 0 <= args.port <= MAX_PORT:
+        raise ValueError(f"--port {args.port}: no port has this number, take one up to {MAX_PORT}")
     quiet_libraries()
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
     try:
         import gradio  # noqa: F401
-    except ImportError:
-        print("error: the page needs gradio 6 or later: pip install univit[web]", file=sys.stderr)
-        return 1
-    try:
-        speaker = speaker_of(args)
-        with tempfile.TemporaryDirectory(prefix="univit_web_") as folder:
-            os.environ["GRADIO_TEMP_DIR"] = folder  # a page remembers it when it is built
-            _serve(*build_page(speaker, args.model.resolve().name), args.port)
-    except (ValueError, OSError, OverflowError) as error:  # the last: no port has this number
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    except ImportError as error:
+        raise ValueError("the page needs gradio 6 or later: pip install univit[web]") from error
+    speaker = speaker_of(args)
+    with tempfile.TemporaryDirectory(prefix="univit_web_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # a page remembers it when it is built
+        _serve(*build_page(speaker, args.model.resolve().name), args.port)
 
 
 def _serve(page, options: dict, port: int) -> None:

@@ -27,6 +27,8 @@ class BadCheckpoint(ValueError):
     the message says which and what to do.
     """
 
+    outcome = "bad checkpoint"
+
 
 def write_tensors(
     tensors: dict[str, torch.Tensor], folder: Path, step: int, rank: int, group: dist.ProcessGroup

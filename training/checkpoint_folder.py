@@ -32,6 +32,8 @@ COMMIT = re.compile(r"step_\d{8,}")
 class StorageError(ValueError):
     """A folder that cannot be written to, or a disk that stays full."""
 
+    outcome = "storage"
+
 
 class CheckpointFolder:
     """Commits of one run. Only rank 0 uses it; others hear what it decides."""

@@ -2,14 +2,12 @@
 stored as JSON.
 
 Each component's config lives beside the component. This file adds what belongs to no single one,
-dotted overrides (`--set heads.0.loss.margin=0.2`), and the comparison that guards a resume.
+and the comparison that guards a resume.
 """
 
 import dataclasses
 import difflib
 import json
-import math
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,78 +133,6 @@ class TrainConfig:
     def flat(self) -> dict:
         """{path of a field: its value}, e.g. heads.0.loss.margin."""
         return _flatten(json.loads(self.to_json()))
-
-
-def override(config: TrainConfig, assignment: str) -> TrainConfig:
-    """Apply one "a.b.0.c=value" (value as JSON, else as text);
-    ValueError names the nearest known field.
-    """
-    path, separator, text = assignment.partition("=")
-    if not separator:
-        raise ValueError(f"--set {assignment!r}: write it as field.subfield=value")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    return _replace(config, path.split("."), value, assignment)
-
-
-def _replace(node, keys: list[str], value, assignment: str):
-    key, *rest = keys
-    if isinstance(node, tuple):
-        if not key.isdigit() or int(key) >= len(node):
-            raise ValueError(f"--set {assignment!r}: {key!r} is no index of a list of {len(node)}")
-        items = list(node)
-        items[int(key)] = _replace(items[int(key)], rest, value, assignment) if rest else value
-        return tuple(items)
-    known = {f.name: f for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=3) or list(known)
-        raise ValueError(
-            f"--set {assignment!r}: unknown field {key!r}; nearest known: "
-            f"{', '.join(near) or 'none'}"
-        )
-    current = getattr(node, key)
-    new = (
-        _replace(current, rest, value, assignment)
-        if rest
-        else _typed(current, value, node, key, assignment)
-    )
-    return dataclasses.replace(node, **{key: new})
-
-
-def _typed(current, value, node, key: str, assignment: str):
-    hint = typing.get_type_hints(type(node))[key]
-    if dataclasses.is_dataclass(current) or key == "heads":
-        raise ValueError(f"--set {assignment!r}: {key} has fields of its own, set those")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"--set {assignment!r}: {value} is no number to work with")
-    if isinstance(value, list):
-        value = tuple(value)
-        if not _items_fit(value, typing.get_args(hint)):
-            raise ValueError(f"--set {assignment!r}: {key} takes {hint}, got {value!r}")
-    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    allowed = (
-        typing.get_args(hint)
-        if hasattr(hint, "__args__") and not isinstance(current, tuple)
-        else (type(current),)
-    )
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise ValueError(f"--set {assignment!r}: {key} takes {hint}, got {value!r}")
-    return value
-
-
-def _items_fit(items: tuple, kinds: tuple) -> bool:
-    """Whether the items of a list have the types of a tuple's hint; a list stands for a config."""
-    if kinds[1:] == (...,):
-        kinds = kinds[:1] * len(items)
-    return len(items) == len(kinds) and all(
-        isinstance(item, list if dataclasses.is_dataclass(kind) else (kind, int))
-        and (kind is not int or not isinstance(item, bool))
-        and (kind is not str or isinstance(item, str))
-        for item, kind in zip(items, kinds, strict=True)
-    )
 
 
 SPLITS = ("train", "val", "test", "shards")  # folder names that name no dataset by themselves

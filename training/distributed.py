@@ -30,6 +30,8 @@ _CALLS = itertools.count()  # of on_main, the same on every rank
 class PeerFailed(RuntimeError):
     """Another rank stopped while this one waited for it."""
 
+    outcome = "peer lost"
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -145,6 +147,20 @@ def is_peer_loss(error: BaseException) -> bool:
         return True
     said = str(error)
     return isinstance(error, RuntimeError) and ("gloo" in said or "NCCL" in said)
+
+
+@contextmanager
+def naming_peers() -> Iterator[None]:
+    """Raise PeerFailed, with what to do, for what a collective says when another rank is gone."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PeerFailed) or not is_peer_loss(error):
+            raise
+        raise PeerFailed(
+            f"{type(error).__name__}: {error}; another rank is gone or hangs: see its own message, "
+            "then start again with the same command"
+        ) from error
 
 
 def _restarted() -> bool:

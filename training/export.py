@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 from model_factory.quiet import quiet_libraries
 
@@ -84,16 +85,16 @@ def newest_commit(path: Path) -> Path:
     return commits[0]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Export; a user's mistake ends with its message."""
-    args = build_parser().parse_args(argv)
+def main(argv: list[str] | None = None) -> int:
+    """Export; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_export, argv=argv)
+
+
+def _export(args: argparse.Namespace) -> None:
     quiet_libraries()
-    try:
-        step = export_checkpoint(args.checkpoint, args.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    step = export_checkpoint(args.checkpoint, args.output)
     print(f"step {step}: {args.output / 'hf'} and {args.output / 'backbone.pt'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+from model_factory.command import EXIT_CODES
 from model_factory.files import write_atomically
 
 from .arithmetic import arithmetic, versions
@@ -23,19 +24,6 @@ from .checkpoint_folder import StorageError
 from .config import TrainConfig
 from .distributed import Ranks, on_main
 
-EXIT_CODES = {
-    "done": 0,
-    "error": 1,
-    "preempted": 3,  # saved
-    "stopped": 3,  # where there was nothing to save
-    "data budget": 4,
-    "non-finite": 5,
-    "bad checkpoint": 6,
-    "other configuration": 7,
-    "storage": 8,
-    "peer lost": 9,
-    "out of memory": 10,
-}
 REPEATING = ("data budget", "non-finite", "bad checkpoint", "other configuration")
 
 

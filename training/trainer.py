@@ -50,6 +50,8 @@ CROWDED, DEAD = 0.2, 0.95  # shares of pairs of centres that the filter takes ou
 class ConfigMismatch(ValueError):
     """A checkpoint of another configuration or dataset."""
 
+    outcome = "other configuration"
+
 
 class Trainer:
     """One run. Every method is called by all ranks."""

@@ -22,6 +22,7 @@ from eval_encoder.lmm_features import FeatureStore
 from eval_encoder.lmm_generate import Decoding, Request, open_speaker
 from eval_encoder.lmm_open import compose, open_lmm
 from eval_encoder.lmm_probe import main as probe
+from eval_encoder.lmm_samples import stage_samples
 from eval_encoder.lmm_stage import build_dataset, build_reader, training_arguments
 from eval_encoder.lmm_trainer import LmmTrainer
 
@@ -167,7 +168,8 @@ def test_stored_features_follow_the_dtype_and_their_key_what_was_read(parts, tmp
     def filled():
         reader = build_reader(arguments, lmm)
         store = FeatureStore(tmp_path / "features", lmm.model, reader)
-        dataset = build_dataset(arguments, lmm, reader, store)
+        samples = stage_samples(arguments)
+        dataset = build_dataset(arguments, samples=samples, lmm=lmm, reader=reader, store=store)
         return dataset, store, store.fill(dataset.visuals)
 
     dataset, store, count = filled()
@@ -311,7 +313,9 @@ def test_projector_and_tower_have_learning_rates_of_their_own(parts, llava15, tm
     lmm = open_lmm(tmp_path / "one")
     lmm.model.train_parts(language_model=True, tower_from=5)
     reader = build_reader(arguments, lmm)
-    trainer = LmmTrainer(lmm, arguments, args, build_dataset(arguments, lmm, reader, None))
+    samples = stage_samples(arguments)
+    dataset = build_dataset(arguments, samples=samples, lmm=lmm, reader=reader, store=None)
+    trainer = LmmTrainer(lmm, arguments, args, dataset)
     rates = {p: g["lr"] for g in trainer.create_optimizer().param_groups for p in g["params"]}
     for name, parameter in lmm.model.named_parameters():
         if parameter.requires_grad:
