@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.codec.decode import decode_video
-from data_pipeline.codec.decompose import decompose_frames, decompose_video
+from data_pipeline.codec.decompose import decompose_frames, decompose_video, rasterise
 from data_pipeline.codec.framing import frame_to
 from data_pipeline.codec.open_video import InputLimits, open_image
 from data_pipeline.codec.saliency import SaliencyConfig, motion_summary, patch_saliency
@@ -31,6 +31,19 @@ def test_a_pan_yields_its_vector_and_no_residual(dx, dy):
     moving = clip.motion[1:, 2:-2, 2:-2]
     assert np.median(moving[..., 0]) == dx and np.median(moving[..., 1]) == dy
     assert clip.residual[1:, 16:-16, 16:-16].mean() < 1.5
+
+
+def test_a_blocks_vector_fills_the_cells_of_the_block():
+    """FFmpeg names a block by its middle; here one of 16 x 8 pixels and one of 8 x 16."""
+    names = ("w", "h", "dst_x", "dst_y", "motion_x", "motion_y", "motion_scale")
+    vectors = np.array(
+        [(16, 8, 24, 12, 6, -2, 4), (8, 16, 4, 24, 3, 5, 2)],
+        dtype=[(name, np.int32) for name in names],
+    )
+    wanted = np.zeros((4, 5, 2), np.int32)
+    wanted[1, 2:4] = (6, -2)
+    wanted[2:4, 0] = (6, 10)  # in halves of a pixel there, in quarters here
+    assert np.array_equal(rasterise(vectors, 32, 40), wanted)
 
 
 def test_i_frames_follow_the_gop_and_carry_no_motion():
@@ -195,6 +208,14 @@ def test_working_size_is_a_multiple_of_the_patch_inside_the_scaled_picture(fit, 
     assert framing.left + framing.out_width <= framing.width
     if fit == "crop":
         assert (framing.out_height, framing.out_width) == (112, 112)
+
+
+@pytest.mark.parametrize(("place", "offset"), [(0.0, 0), (0.5, 56), (1.0, 112)])
+def test_a_square_lies_at_its_place_along_the_longer_side(place, offset):
+    wide = frame_to(100, 200, size=112, patch_size=14, fit="crop", place=place)
+    tall = frame_to(200, 100, size=112, patch_size=14, fit="crop", place=place)
+    assert (wide.height, wide.width, wide.top, wide.left) == (112, 224, 0, offset)
+    assert (tall.height, tall.width, tall.top, tall.left) == (224, 112, offset, 0)
 
 
 def test_camera_motion_is_no_news():

@@ -134,6 +134,20 @@ def test_every_seed_of_a_linear_head_sees_every_clip_once_an_epoch():
     assert seen[0] != seen[1]
 
 
+def test_every_head_is_trained_at_its_own_rate_and_weight_decay():
+    flags = ("--default_lr_list", "1e-2", "1e-4", "--default_weight_decay", "0", "0.5")
+    config, (train, val) = trainer(*flags)
+    with process_group() as ranks:
+        probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
+    settings = {(1e-2, 0.0), (1e-2, 0.5), (1e-4, 0.0), (1e-4, 0.5)}
+    assert {(s.lr, s.weight_decay) for s in probe.bank.settings} == settings
+    groups = zip(probe._optimizer.param_groups, probe.bank.heads, probe.bank.settings, strict=True)
+    for group, head, setting in groups:
+        assert (group["peak"], group["weight_decay"]) == (setting.lr, setting.weight_decay)
+        own = {id(parameter) for parameter in head.parameters()}
+        assert {id(parameter) for parameter in group["params"]} == own
+
+
 def test_seeds_that_can_decide_nothing_have_no_interval(caplog):
     caplog.set_level(logging.WARNING, "t")
     flags = ("--head", "linear", "--num_seeds", "3", "--batch_size", "64")
