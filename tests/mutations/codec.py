@@ -125,7 +125,7 @@ CODEC = (
         old="    total -= e\n    total *= 5",
         new="    total -= e\n    total *= 4",
         why="the six-tap filter does not sum to 32: predictions are too dark",
-        tests=("data_pipeline/test_decompose.py",),
+        tests=("data_pipeline/test_motion_compensation.py",),
     ),
     Mutant(
         name="diagonal-pair",
@@ -133,7 +133,7 @@ CODEC = (
         old="((left + top) & 1 ^ 1)",
         new="((left + top) & 1)",
         why="quarter-pel samples average the other diagonal",
-        tests=("data_pipeline/test_decompose.py",),
+        tests=("data_pipeline/test_motion_compensation.py",),
     ),
     Mutant(
         name="percentile-counts-i-frames",
