@@ -1,9 +1,11 @@
 """Codec decomposition of real video: safe opening, true motion, faithful prediction."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
+from conftest import write_video
 
 from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.decompose import decompose_frames, decompose_video, rasterise
@@ -100,6 +102,32 @@ def test_rotation_in_the_metadata_is_applied_once(shared):
     centre = raw[:, 44:156].astype(int)
     turned, straight = (np.abs(upright - c).mean() for c in (centre[::-1, ::-1], centre))
     assert turned < 0.5 * straight
+
+
+@pytest.mark.parametrize(
+    ("right_goes", "shown_at"), [("down", (0, 1)), ("up", (1, 0)), ("left", (1, 1))]
+)
+def test_quarter_turns_go_the_way_that_the_matrix_says(tmp_path, right_goes, shown_at):
+    """A picture whose upper left quarter is white, as a phone held in another way records it."""
+    picture = np.zeros((64, 96, 3), np.uint8)
+    picture[:32, :48] = 255
+    path = write_video(tmp_path / "turned.mp4", [picture] * 3)
+    one = 1 << 16  # fixed point of ISO/IEC 14496-12: x' = a x + c y, y' = b x + d y
+    a, b, c, d = {
+        "down": (0, one, -one, 0),
+        "up": (0, -one, one, 0),
+        "left": (-one, 0, 0, -one),
+    }[right_goes]
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # behind the name and the fields of version 0
+    struct.pack_into(">9i", data, matrix, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    shown = decode_video(path, 3, 64, 16, fit="area").frames[0].mean(axis=-1)
+    rows, columns = (side // 2 for side in shown.shape)
+    quarters = shown.reshape(2, rows, 2, columns).mean(axis=(1, 3))
+    assert (shown.shape[0] > shown.shape[1]) == (right_goes != "left")
+    assert np.unravel_index(quarters.argmax(), (2, 2)) == shown_at
+    assert quarters.max() > 200 and np.sort(quarters.ravel())[2] < 60
 
 
 def test_timestamps_out_of_order_give_frames_in_time_order(shared):

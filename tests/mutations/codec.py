@@ -191,6 +191,8 @@ CODEC = (
         old="framing.cut(np.rot90(scaled.to_ndarray(), k=turns))",
         new="framing.cut(np.rot90(scaled.to_ndarray(), k=-turns))",
         why="portrait videos stand on their heads",
-        tests=("data_pipeline/test_decompose.py",),
+        tests=(
+            "data_pipeline/test_decompose.py::test_quarter_turns_go_the_way_that_the_matrix_says",
+        ),
     ),
 )
