@@ -6,12 +6,11 @@ import torch
 
 from data_pipeline.errors import BudgetExceeded, DataTimeout
 
-from .checkpoint_files import BadCheckpoint
-from .checkpoint_folder import StorageError
+from .checkpoint_folder import BadCheckpoint, StorageError
 from .distributed import is_peer_loss
+from .resume import ConfigMismatch
 from .stop_signals import Preempted
 from .train_step import NonFiniteLoss
-from .trainer import ConfigMismatch
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 OUTCOMES = {
