@@ -8,6 +8,7 @@
 """
 
 import json
+import shutil
 from pathlib import Path
 
 from .configuration import LlavaViTPackingConfig
@@ -67,6 +68,9 @@ def save_encoder_folder(
     LlavaViTPackingConfig.register_for_auto_class()
     LlavaViTPackingModel.register_for_auto_class("AutoModel")
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        # safetensors writes for the owner alone, whatever the umask says
+        shutil.copymode(folder / "config.json", weights)
     processor = image_processor_json(model.config.image_size)
     (folder / "preprocessor_config.json").write_text(processor)
     (folder / "README.md").write_text(_model_card(model, run or {"weights": "not recorded"}))

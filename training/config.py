@@ -8,11 +8,13 @@ and the comparison that guards a resume.
 import dataclasses
 import difflib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.datasets import EMBEDDED
 from data_pipeline.loading.stream_config import StreamConfig
+from model_factory.files import stays_below
 from model_factory.local_output import local_output
 
 from .checkpointer import CheckpointConfig
@@ -37,7 +39,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """One dataset with its loss. `init_from` is a .npy of starting centres [num_classes, D]."""
+    """One dataset with its loss. `init_from` is a .npy of starting centres [num_classes, D].
+    `head_name` is set where a name is on record that the folder has no longer (None: the folder's).
+    """
 
     dataset: str = EMBEDDED
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -45,8 +49,14 @@ class HeadConfig:
     lr_scale: float = 1.0
     loss_weight: float = 1.0
     init_from: str | None = None
+    head_name: str | None = None
 
     def __post_init__(self):
+        # names are parts of paths: clusters/NAME, centers/NAME.npy
+        if self.head_name is not None and (
+            not stays_below(self.head_name) or "/" in self.head_name
+        ):
+            raise ValueError(f"head_name {self.head_name!r}: give a plain name without a slash")
         if self.lr_scale < 0 or self.loss_weight < 0:
             raise ValueError(
                 f"--list_lr_pfc_weights {self.lr_scale} and --list_loss_weights "
@@ -55,8 +65,11 @@ class HeadConfig:
 
     @property
     def name(self) -> str:
-        """Short name for logs and checkpoints: the folder's, with its parent's for a mere split."""
-        folder = Path(self.dataset).resolve()
+        """Short name for logs and checkpoints: the folder's, with its parent's for a mere split. A
+        link has its own name, not that of what it leads to."""
+        if self.head_name is not None:
+            return self.head_name
+        folder = Path(os.path.abspath(self.dataset))
         return f"{folder.parent.name}-{folder.name}" if folder.name in SPLITS else folder.name
 
 
@@ -164,12 +177,16 @@ FREE_STREAM_FIELDS = ("dali_num_threads", "error_budget")
 
 def fingerprint(config: TrainConfig, world_size: int) -> dict:
     """What must be equal on resume, flat: field path -> value,
-    with global instead of per-rank batch sizes.
+    with global instead of per-rank batch sizes. Data are compared by their bytes, and not here.
     """
     flat = config.flat()
     for index, head in enumerate(config.heads):
         flat[f"heads.{index}.stream.batch_size"] = head.stream.batch_size * world_size
-        flat[f"heads.{index}.dataset"] = head.name
+    return compared(flat)
+
+
+def compared(flat: dict) -> dict:
+    """The fields of a fingerprint that are compared; one of an earlier version may hold more."""
     return {key: value for key, value in flat.items() if not _is_free(key.split("."))}
 
 
@@ -177,6 +194,7 @@ def _is_free(path: list[str]) -> bool:
     return (
         path[0] in FREE_FIELDS
         or path[-1] == "init_from"  # a checkpoint has weights and centres of its own
+        or (path[0] == "heads" and path[2] in ("dataset", "head_name"))
         or (path[0] == "heads" and path[2] == "stream" and path[3] in FREE_STREAM_FIELDS)
     )
 
