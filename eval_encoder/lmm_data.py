@@ -91,9 +91,8 @@ class ConversationDataset(torch.utils.data.Dataset):
         return list(dict.fromkeys(visual for sample in self.samples for visual in sample.visuals))
 
     def _visual(self, sample: Sample, visual: Visual) -> VisualItem | StoredItem:
-        stored = self.store.get(visual) if self.store is not None else None
-        if stored is not None:
-            return stored
+        if self.store is not None:
+            return self.store.get(visual)
         return read_visual(self.reader, visual, f"sample {sample.id!r}")
 
 

@@ -5,6 +5,7 @@
     *.py                              the modelling code and its siblings, for AutoModel
     preprocessor_config.json          CLIPImageProcessor at the model's image size
     README.md                         model card: shapes, preprocessing, where it comes from
+    SHA256SUMS                        of all but the model card, written last
 """
 
 import json
@@ -12,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from .configuration import LlavaViTPackingConfig
+from .model_folder import seal_folder
 from .packing import CLIP_MEAN, CLIP_STD, TARGET_FRAMES
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
@@ -74,6 +76,7 @@ def save_encoder_folder(
     processor = image_processor_json(model.config.image_size)
     (folder / "preprocessor_config.json").write_text(processor)
     (folder / "README.md").write_text(_model_card(model, run or {"weights": "not recorded"}))
+    seal_folder(folder)
 
 
 def image_processor_json(size: int) -> str:

@@ -2,7 +2,7 @@
 
     write_atomically   bytes: readers see the old file or the whole new one
     write_json         a JSON object with its own digest; read_json refuses it when a byte changed
-    write_checksums    SHA256SUMS of a folder, in the form that `sha256sum -c` reads
+    write_checksums    SHA256SUMS of a folder, or FILE.sha256 of one file, as `sha256sum -c` reads
 
 This is the one owner of how the system writes, hashes and reads such files. It lies in the lowest
 layer, since all packages write some, and needs the standard library alone.
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 CHECKSUMS_NAME = "SHA256SUMS"
+OWN_LISTING = ".sha256"  # added to the name of a file that lies among others that are not ours
 DIGEST_KEY = "digest"
 MAX_JSON_BYTES = 1 << 30  # a manifest of some 100 million samples' shards is far below
 HASHED_AT_ONCE = 1 << 20  # bytes: large enough that the loop costs nothing beside the hash
@@ -134,30 +135,35 @@ def _text(content: Mapping) -> bytes:
     return json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
 
 
-def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
+def write_checksums(
+    folder: Path, names: Iterable[str] | None = None, listing: str = CHECKSUMS_NAME
+) -> None:
     """Write SHA256SUMS of the named files of a folder (default: all below it).
 
     `sha256sum -c SHA256SUMS` checks the same. Call it last, when every file is as it shall stay.
+    `listing` is the name of the list, where one file has a list of its own.
     """
     if names is None:
         files = (path for path in folder.rglob("*") if path.is_file())
         names = (path.relative_to(folder).as_posix() for path in files)
-    listed = sorted(set(names) - {CHECKSUMS_NAME})
+    listed = sorted(set(names) - {listing})
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in listed]
-    write_atomically(folder / CHECKSUMS_NAME, "".join(lines).encode())
+    write_atomically(folder / listing, "".join(lines).encode())
 
 
-def check_checksums(folder: Path, names: Iterable[str] | None = None) -> bool:
+def check_checksums(
+    folder: Path, names: Iterable[str] | None = None, listing: str = CHECKSUMS_NAME
+) -> bool:
     """Compare files of a folder with its SHA256SUMS; whether there is one.
 
     `names` are the files that are about to be read: each must be listed, and only these are hashed
     (default: all that are listed). DamagedFile names every file that is absent, changed, or not
     listed.
     """
-    path = folder / CHECKSUMS_NAME
-    if not path.is_file():
+    path = folder / listing
+    listed = read_checksums(path)
+    if listed is None:
         return False
-    listed = _listed(path)
     wanted = sorted(listed if names is None else set(names))
     problems = []
     for name in wanted:
@@ -170,21 +176,37 @@ def check_checksums(folder: Path, names: Iterable[str] | None = None) -> bool:
     if problems:
         raise DamagedFile(
             f"{folder} is not as {path} says: {'; '.join(problems)}. Copy or export it again; if "
-            f"the change is yours, remove {CHECKSUMS_NAME}"
+            f"the change is yours, remove {listing}"
         )
     return True
 
 
-def _listed(path: Path) -> dict[str, str]:
-    """{name: sha256} of a SHA256SUMS file."""
+def read_checksums(path: Path) -> dict[str, str] | None:
+    """{name: sha256} of a list that sha256sum reads, None where there is no such file.
+
+    DamagedFile for a line of another form, and for a name that leads out of the folder.
+    """
+    if not os.path.lexists(path):  # a folder or a dead link in its place is an error below
+        return None
     listed: dict[str, str] = {}
     for line in path.read_bytes().decode(errors="replace").splitlines():
-        digest, separator, name = line.partition("  ")
+        # after the digest stand two characters: two spaces, or " *" where sha256sum read bytes
+        digest, separator, name = line[:64], line[64:66], line[66:]
         is_digest = len(digest) == 64 and set(digest) <= set("0123456789abcdef")
-        if not (separator and is_digest and stays_below(name)):
-            raise DamagedFile(f"{path} is damaged: {line!r:.100} is no line of sha256sum")
+        if not (is_digest and separator in ("  ", " *") and stays_below(name)):
+            raise DamagedFile(
+                f"{path} is damaged: {line!r:.100} is no line of sha256sum. Copy the files again, "
+                "or remove this list to read them unchecked"
+            )
         listed[name] = digest
     return listed
+
+
+def listing_of(path: Path) -> str:
+    """Name of the list that speaks of one file: `NAME.sha256` where that lies beside it, else
+    SHA256SUMS of its folder."""
+    own = f"{path.name}{OWN_LISTING}"
+    return own if (path.parent / own).is_file() else CHECKSUMS_NAME
 
 
 def stays_below(name: str) -> bool:

@@ -18,6 +18,7 @@ from transformers import AutoModel, LlavaConfig
 
 from .command import run_command
 from .llava_vision_tower import load_whole
+from .model_folder import check_model_folder
 
 TOLERANCE = 1e-5  # absolute, fp32
 TOWERS = ("tower", "tower_legacy")
@@ -26,6 +27,7 @@ FOUND = "verified: "  # how a line of the report begins
 
 def check_folder(folder: Path, reference: Path) -> list[str]:
     """One line per tower that was found whole and alike; ValueError for any other."""
+    check_model_folder(folder, weights=False)
     config = LlavaConfig.from_pretrained(folder, local_files_only=True)
     wanted = load_file(reference)
     return [_check(folder / n, config, wanted) for n in TOWERS if (folder / n).is_dir()]

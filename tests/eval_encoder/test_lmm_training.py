@@ -160,7 +160,9 @@ def test_stored_features_train_as_the_tower_itself(parts, tmp_path, recipe, towe
 
 
 @pytest.mark.parametrize("recipe", ["llava15", "vitsplit"])
-def test_stored_features_follow_the_dtype_and_their_key_what_was_read(parts, tmp_path, recipe):
+def test_stored_features_are_of_what_was_read_and_damaged_ones_are_made_again(
+    parts, tmp_path, recipe, caplog
+):
     arguments, _ = parse_arguments(flags(parts, recipe, 1, tmp_path))
     lmm = compose(arguments)
     lmm.model.train_parts()
@@ -178,6 +180,21 @@ def test_stored_features_follow_the_dtype_and_their_key_what_was_read(parts, tmp
     batch = Collator(lmm.tokenizer.pad_token_id, store=store)([dataset[0], dataset[1]])
     assert lmm.model(**batch).loss.isfinite()
     lmm.model.float()
+    entries = sorted((tmp_path / "features").rglob("??/*.npy"))
+    written = [path.read_bytes() for path in entries]
+    for path, data in zip(entries, written, strict=True):  # one bit each, all over the file
+        place = 8 * len(data) * entries.index(path) // len(entries)
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+    lmm.model.train()
+    caplog.clear()
+    for index in range(len(dataset)):
+        dataset[index]
+    assert [path.read_bytes() for path in entries] == written, "made again to the same bits"
+    for path in entries:
+        assert f"{path} are made again: it changed" in caplog.text
+    lmm.model.eval()
     lmm.image_processor.image_mean = [0.0, 0.0, 0.0]
     assert filled()[2] == 24
     (parts / "media" / "0.png").touch()
