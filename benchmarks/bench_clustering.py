@@ -18,7 +18,7 @@ import faiss
 import numpy as np
 
 from data_pipeline.clustering import labels as labels_module
-from data_pipeline.clustering.features import normalise
+from data_pipeline.clustering.feature_sources import normalise
 from data_pipeline.clustering.kmeans import spherical_kmeans
 from data_pipeline.clustering.labels import nearest_centroids
 from data_pipeline.clustering.search import recall_of, search

@@ -27,7 +27,7 @@ from data_pipeline.shards.inputs import Input, list_inputs
 from data_pipeline.shards.isolation import SamplePool
 from data_pipeline.shards.pack import PackConfig, pack
 from data_pipeline.shards.sample_builder import SampleConfig, build_sample
-from data_pipeline.shards.schema import SampleInfo, decode_array, decode_jpeg, tiles_from_mosaic
+from data_pipeline.shards.schema import SampleInfo, decode_array, decode_patches
 
 SAMPLE = SampleConfig(size=224, patch_size=14)
 
@@ -71,8 +71,7 @@ def bench_tiles(paths: list[Path], args) -> dict:
         members, info = build_sample(path, path.name, SAMPLE)
         info = SampleInfo.from_bytes(members["json"], path.name)
         positions = decode_array(members["positions.npy"], "positions.npy", path.name).astype(int)
-        mosaic = decode_jpeg(members["tiles.jpg"])
-        tiles = tiles_from_mosaic(mosaic, info.num_patches, info.patch_size)
+        tiles = decode_patches(info, members["tiles.jpg"], path.name)
         clip = decompose_video(path, SAMPLE.num_frames, SAMPLE.size, SAMPLE.patch_size)
         positions[:, 0] = np.searchsorted(clip.times, positions[:, 0])
         want = cut_patches(clip.frames, positions, SAMPLE.patch_size)

@@ -147,7 +147,9 @@ def _add_selecting(sub) -> None:
 
 
 def _add_looking(command) -> None:
-    sub = command("verify", "check every byte of a packed folder", commands.verify)
+    sub = command(
+        "verify", "check every byte of shards, labels, centroids, features", commands.verify
+    )
     sub.add_argument("directory", type=Path)
 
     sub = command("stats", "count what a packed folder holds", commands.stats)

@@ -116,16 +116,12 @@ def picture_shape(args) -> tuple[int, int]:
 
 
 def verify(args) -> int:
-    """Check every byte of a packed folder; returns the exit code, 1 when one is wrong."""
-    from .shards.manifest import load_manifest
-    from .shards.verify import verify
+    """Check every byte of a folder; returns the exit code, 1 when one is wrong."""
+    from .verify_folder import verify_folder
 
-    manifest = load_manifest(args.directory)
-    problems = verify(manifest)
-    print(
-        "\n".join(problems) or f"{args.directory}: {len(manifest)} samples, every byte as written"
-    )
-    return 1 if problems else 0
+    findings = verify_folder(args.directory)
+    print("\n".join(findings.lines(args.directory)))
+    return 1 if findings.problems else 0
 
 
 def stats(args) -> None:
@@ -158,7 +154,7 @@ def export(args) -> None:
 
 
 def _feature_config(args):
-    from .clustering.features import FeatureConfig
+    from .clustering.feature_sources import FeatureConfig
 
     return FeatureConfig(args.encoder, args.num_frames, args.concat, args.keep_dims)
 

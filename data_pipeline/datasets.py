@@ -5,7 +5,6 @@ a name.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import MissingData
+from .errors import CorruptShard, MissingData
 from .shards.manifest import Manifest, load_manifest
 
 EMBEDDED = "motion_shapes"
@@ -56,7 +55,13 @@ class DatasetSpec:
 
         manifest = load_manifest(self.shards, allow_missing_shards)
         labels, num_classes = load_labels(self.labels, manifest)
-        return Dataset(self.name, manifest, labels, num_classes, are_clusters(self.labels))
+        return Dataset(
+            name=self.name,
+            manifest=manifest,
+            labels=labels,
+            num_classes=num_classes,
+            clustered=are_clusters(self.labels, manifest),
+        )
 
 
 _REGISTRY: dict[str, Callable[[], DatasetSpec]] = {}
@@ -88,10 +93,12 @@ def embedded_spec(directory: Path) -> DatasetSpec:
 
 def forget_other_clusters(dataset: Dataset, encoder: Path, output: Path) -> bool:
     """Remove from `output` what other weights made; whether there was anything."""
-    from .clustering.features import FeatureConfig, is_of
+    from .clustering.feature_sources import FeatureConfig
+    from .clustering.features import is_of, origin_of
     from .clustering.pipeline import FEATURES_NAME
 
-    origin = {"manifest_sha256": dataset.manifest.sha256, **FeatureConfig(str(encoder)).identity()}
+    config = FeatureConfig(str(encoder))
+    origin = origin_of(dataset.manifest, config, config.weights_sha256())
     other = not is_of(output / FEATURES_NAME, origin)
     if other:
         shutil.rmtree(output)
@@ -102,7 +109,8 @@ def extract_features(
     dataset: Dataset, encoder: Path, output: Path, part: int, num_parts: int, report=print
 ) -> None:
     """Vectors by another encoder, of every num_parts-th shard from `part` on, for recluster."""
-    from .clustering.features import FeatureConfig, extract
+    from .clustering.feature_sources import FeatureConfig
+    from .clustering.features import extract
     from .clustering.pipeline import FEATURES_NAME
 
     config = FeatureConfig(str(encoder))
@@ -113,7 +121,7 @@ def recluster(dataset: Dataset, encoder: Path, output: Path, report=print) -> No
     """Labels by another encoder in `output`: features, as many centroids and as wide labels as
     before. What is there already is kept.
     """
-    from .clustering.features import FeatureConfig
+    from .clustering.feature_sources import FeatureConfig
     from .clustering.labels import RECORD_NAME
     from .clustering.pipeline import ClusterConfig, cluster, label
 
@@ -140,7 +148,7 @@ def prepare_embedded(
     98 patches are kept of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the
     P-frames), and the pseudo-labels come from 64 clusters of the codec descriptor.
     """
-    from .clustering.labels import RECORD_NAME
+    from .clustering.labels import load_labels
     from .clustering.pipeline import ClusterConfig, cluster, label
     from .motion_shapes import write_motion_shapes
     from .shards.inputs import list_inputs
@@ -157,11 +165,11 @@ def prepare_embedded(
         pack(inputs, directory / split, config, report, mode="replace")
     spec = embedded_spec(directory)
     manifest = load_manifest(spec.shards)
-    record = spec.labels / RECORD_NAME
-    if (
-        not record.is_file()
-        or json.loads(record.read_bytes())["manifest_sha256"] != manifest.sha256
-    ):
+    try:
+        load_labels(spec.labels, manifest)
+    except (MissingData, CorruptShard):
+        # none yet, or of other clips, or damaged: they are ours and made again
+        shutil.rmtree(directory / "centroids", ignore_errors=True)
         cluster(manifest, ClusterConfig(min(64, len(manifest))), directory / "centroids")
         label(manifest, directory / "centroids", 10, spec.labels)
     return spec

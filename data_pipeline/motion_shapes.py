@@ -11,7 +11,6 @@ written, as every labelled set here:
     DIR/classes.txt   DIR/settings.json
 """
 
-import json
 import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model_factory.files import write_atomically
+from model_factory.files import DamagedFile, parse_json, read_json, write_atomically, write_json
 
 from .counter_rng import counter_rng
 from .stop import leave_to_parent
@@ -221,10 +220,19 @@ def _background(rng, size: int, contrast: float, shake: np.ndarray) -> np.ndarra
 
 def write_clip(path: Path, frames: np.ndarray, fps: int = 25) -> None:
     """Encode uint8 [T, H, W, 3] as H.264 in mp4; the file appears whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        _encode(temporary, frames, fps)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
     import av
 
-    temporary = path.with_suffix(".tmp")
-    with av.open(str(temporary), "w", format="mp4") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
@@ -234,19 +242,32 @@ def write_clip(path: Path, frames: np.ndarray, fps: int = 25) -> None:
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
-    temporary.replace(path)
 
 
 def check_settings(path: Path, settings: list, names: str) -> None:
     """Clips of two kinds must not mix in one folder: the first run writes its settings to `path`,
     and ValueError ends a later one whose settings differ. `names` tells a reader what they are.
     """
-    if path.is_file() and json.loads(path.read_bytes()) != settings:
-        raise ValueError(
-            f"{path.parent} holds clips of other settings {path.read_text()} ({names}), "
-            f"asked for are {settings}: delete the folder or take another"
-        )
-    write_atomically(path, json.dumps(settings).encode())
+    if path.is_file():
+        there = _read_settings(path)
+        if there != settings:
+            raise ValueError(
+                f"{path.parent} holds clips of other settings {there} ({names}), "
+                f"asked for are {settings}: delete the folder or take another"
+            )
+    write_json(path, {"settings": settings})
+
+
+def _read_settings(path: Path) -> list:
+    """The settings that a folder was written with: an object with its digest, a bare list by
+    versions of before."""
+    data = path.read_bytes()
+    try:
+        if data.startswith(b"["):
+            return parse_json(b'{"settings": %s}' % data, str(path))["settings"]
+        return read_json(path, {"settings": list})["settings"]
+    except DamagedFile as error:
+        raise ValueError(f"{error}: delete the folder or take another") from error
 
 
 def _write_one(job) -> None:
@@ -278,12 +299,12 @@ def write_motion_shapes(
     for split, count, first in (("train", num_train, 0), ("val", num_val, 1 << 24)):
         names = [f"clips/{split}_{i:05d}.mp4" for i in range(count)]
         lines = "".join(f"{name},{i % len(CLASSES)}\n" for i, name in enumerate(names))
-        (directory / f"{split}.csv").write_text(lines)
+        write_atomically(directory / f"{split}.csv", lines.encode())
         jobs += [
             (directory / name, i % len(CLASSES), seed, first + i, difficulty, size)
             for i, name in enumerate(names)
         ]
-    (directory / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    write_atomically(directory / "classes.txt", ("\n".join(CLASSES) + "\n").encode())
     jobs = [job for job in jobs if not job[0].exists()]
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=leave_to_parent) as pool:

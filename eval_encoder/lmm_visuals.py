@@ -28,7 +28,12 @@ from data_pipeline.loading.shard_reader import ShardReader
 from data_pipeline.loading.views import View
 from data_pipeline.shards.interop import read_mosaics
 from data_pipeline.shards.manifest import MANIFEST_NAME, load_manifest
-from data_pipeline.shards.schema import SampleInfo, decode_array, decode_jpeg, tiles_from_mosaic
+from data_pipeline.shards.schema import (
+    SampleInfo,
+    check_positions,
+    decode_array,
+    decode_patches,
+)
 from model_factory.packing import compute_patch_positions_from_grid_thw, patchify
 from model_factory.vision_towers import Grid
 
@@ -235,5 +240,5 @@ def _packed_clip(folder: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     if info.kind != "video":
         raise DataPipelineError(f"{folder}: {key!r} is a picture: give its file")
     positions = decode_array(reader.read(keys[key], "positions.npy"), "positions.npy", info.source)
-    mosaic = decode_jpeg(reader.read(keys[key], "tiles.jpg"))
-    return tiles_from_mosaic(mosaic, info.num_patches, info.patch_size), positions
+    check_positions(positions, count=info.num_patches, grid=info.grid, name=info.source)
+    return decode_patches(info, reader.read(keys[key], "tiles.jpg"), info.source), positions

@@ -2,16 +2,20 @@
 
     write_atomically   bytes: readers see the old file or the whole new one
     write_json         a JSON object with its own digest; read_json refuses it when a byte changed
+    naming             errors of the system get the path that they lack
+    writing_into       a folder that is removed meanwhile is named
     write_checksums    SHA256SUMS of a folder, or FILE.sha256 of one file, as `sha256sum -c` reads
 
 This is the one owner of how the system writes, hashes and reads such files. It lies in the lowest
 layer, since all packages write some, and needs the standard library alone.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 CHECKSUMS_NAME = "SHA256SUMS"
@@ -26,14 +30,47 @@ class DamagedFile(ValueError):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write, sync, rename, sync the folder: readers see the old file or the whole new one."""
+    """Write, sync, rename, sync the folder: readers see the old file or the whole new one.
+
+    A write that fails (OSError with the path, as of a full disk) leaves the old file and nothing
+    beside it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(path), open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        # what was written takes the room that others may need
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the system's errors the path: a write or a sync that fails knows its number only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Say so when a folder is gone that a command writes into, instead of naming some file of it:
+    FileNotFoundError with the folder's path."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if folder.is_dir():
+            raise
+        said = "it was removed while this command wrote into it; run the command again"
+        raise FileNotFoundError(errno.ENOENT, said, str(folder)) from error
 
 
 def sync(path: Path) -> None:
@@ -78,11 +115,14 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     return values
 
 
-def json_bytes(content: Mapping) -> bytes:
+def json_bytes(content: Mapping, indent: int | None = 1) -> bytes:
     """The bytes of a sealed JSON file: sorted keys, and under `digest` the sha256 of the text that
-    the object has without it. ValueError for NaN and infinity, which JSON does not have."""
-    digest = hashlib.sha256(_text(content)).hexdigest()
-    return _text({**content, DIGEST_KEY: digest})
+    the object has without it. ValueError for NaN and infinity, which JSON does not have.
+
+    `indent` None puts all on one line, for large files that nobody reads by eye.
+    """
+    digest = hashlib.sha256(_text(content, indent)).hexdigest()
+    return _text({**content, DIGEST_KEY: digest}, indent)
 
 
 def write_json(path: Path, content: Mapping) -> None:
@@ -104,14 +144,26 @@ def parse_sealed_json(
     data: bytes, name: str, fields: Mapping[str, type | tuple[type, ...]]
 ) -> dict:
     """The same of bytes that were read already; `name` is what messages call them."""
-    content = parse_json(data, name)
+    content = open_seal(parse_json(data, name), data=data, name=name)
+    check_fields(content, fields=fields, name=name)
+    return content
+
+
+def open_seal(content: dict, data: bytes, name: str) -> dict:
+    """An object that was parsed from `data`, without its digest; DamagedFile when it has none, or
+    when any byte differs from what was written."""
     if DIGEST_KEY not in content:
         raise DamagedFile(f"{name} has no digest: it was written by an older version or by hand")
-    del content[DIGEST_KEY]
+    content = {key: value for key, value in content.items() if key != DIGEST_KEY}
+    indent = 1 if data.startswith(b"{\n") else None
+    try:
+        written = json_bytes(content, indent)
+    except (ValueError, RecursionError):
+        # NaN, infinity and endless depth, which are parsed and never written
+        written = b""
     # comparing the whole text also finds changes that mean nothing, such as other white space
-    if json_bytes(content) != data:
+    if written != data:
         raise DamagedFile(f"{name} changed since it was written (its digest differs)")
-    check_fields(content, fields=fields, name=name)
     return content
 
 
@@ -131,8 +183,8 @@ def check_fields(
             raise DamagedFile(f"{name}: {key!r} is {value!r:.80}, expected {names}")
 
 
-def _text(content: Mapping) -> bytes:
-    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
+def _text(content: Mapping, indent: int | None = 1) -> bytes:
+    return json.dumps(content, indent=indent, sort_keys=True, allow_nan=False).encode()
 
 
 def write_checksums(
@@ -207,6 +259,11 @@ def listing_of(path: Path) -> str:
     SHA256SUMS of its folder."""
     own = f"{path.name}{OWN_LISTING}"
     return own if (path.parent / own).is_file() else CHECKSUMS_NAME
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a value names a file beside the one that states it: no folder, no way out."""
+    return isinstance(name, str) and stays_below(name) and "/" not in name
 
 
 def stays_below(name: str) -> bool:

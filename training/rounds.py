@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from data_pipeline.arrays import write_array
 from data_pipeline.datasets import (
     Dataset,
     extract_features,
@@ -26,7 +27,6 @@ from data_pipeline.datasets import (
     recluster,
     relabelled,
 )
-from data_pipeline.shards.writer import write_array
 from model_factory.files import write_atomically
 
 from .config import TrainConfig

@@ -13,8 +13,9 @@ import numpy as np
 from ..errors import DataPipelineError
 from ..labelled_lists import ids_of_sources, read_labelled_csv, refuse_repeats
 from ..loading.shard_reader import ShardReader
+from ..picture_files import write_picture
 from ..shards.manifest import Manifest
-from ..shards.schema import SampleInfo, decode_jpeg, frames_from_strip
+from ..shards.schema import SampleInfo, decode_frames, frames_member
 
 SHOWN = 8  # samples of a cluster
 SIDE, GAP, CAPTION = 112, 4, 18
@@ -108,7 +109,7 @@ def save_page(
                 pictures = [_picture(reader, manifest, int(i)) for i in _some(summary)]
                 rows.append(_row(summary.caption(group), pictures))
     output.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(output, "PNG")
+    write_picture(output, Image.fromarray(np.concatenate(rows)))
 
 
 def _some(summary: ClusterSummary) -> np.ndarray:
@@ -122,12 +123,10 @@ def _picture(reader: ShardReader, manifest: Manifest, sample_id: int) -> np.ndar
     from PIL import Image
 
     _, sample = manifest.locate(sample_id)
-    if sample["kind"] == "image":
-        picture = decode_jpeg(reader.read(sample_id, "jpg"))
-    else:
-        info = SampleInfo.from_bytes(reader.read(sample_id, "json"), sample["key"])
-        frames = frames_from_strip(decode_jpeg(reader.read(sample_id, "frames.jpg")), info.height)
-        picture = frames[len(frames) // 2]
+    info = SampleInfo.from_bytes(reader.read(sample_id, "json"), sample["key"])
+    data = reader.read(sample_id, frames_member(info.kind))
+    frames = decode_frames(info, data, sample["key"])
+    picture = frames[len(frames) // 2]
     small = Image.fromarray(picture)
     small.thumbnail((SIDE, SIDE))
     square = Image.new("RGB", (SIDE, SIDE), "white")

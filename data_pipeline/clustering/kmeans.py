@@ -9,23 +9,25 @@ those of every cell that is finished. What k-means leaves empty or twice is put 
 same level fit worst, and reported. Vectors of zeros have no direction and take no part.
 """
 
-import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from model_factory.files import file_sha256, write_atomically
+from model_factory.files import file_sha256, write_json
 
-from ..errors import DataPipelineError, MissingData
+from ..arrays import read_array, write_array
+from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..records import read_record
-from ..shards.writer import write_array
-from .features import normalise
+from .feature_sources import normalise
 from .search import search
 
 CENTROIDS_NAME = "centroids.npy"
 COMPONENTS_NAME = "components.npy"
 RECORD_NAME = "clusters.json"
+RECORD_FIELDS = {"num_centroids": int, "dim": int, "sha256": str, "files": dict}
+AGAIN = "cluster again: `python -m data_pipeline cluster DIR --num-centroids K --output {folder}`"
 SINGLE = 1 << 16
 BLOCK = 5  # iterations between two saves
 POINTS_PER_COARSE = 256
@@ -277,22 +279,55 @@ def save_centroids(
         "files": {name: file_sha256(directory / name) for name in files},
         **details,
     }
-    write_atomically(directory / RECORD_NAME, json.dumps(record, indent=1, sort_keys=True).encode())
+    write_json(directory / RECORD_NAME, record)
 
 
 def load_centroids(directory: Path) -> tuple[np.ndarray, dict, np.ndarray | None]:
     """Centroids float32 [K, d], their record, and the components of the projection [d, D], None:
-    all directions. MissingData or DataPipelineError names what is wrong.
+    all directions. MissingData or CorruptShard names what is wrong, also with a feature_mean that
+    does not fit them.
     """
     if not (directory / RECORD_NAME).is_file():
         raise MissingData(
             f"{directory} holds no {RECORD_NAME}: make it with `python -m data_pipeline cluster`"
         )
-    record = read_record(directory / RECORD_NAME, "files")
-    for name, sha256 in record["files"].items():
-        if not (directory / name).is_file() or file_sha256(directory / name) != sha256:
-            raise DataPipelineError(
-                f"{directory / name} is not the file that {RECORD_NAME} binds: cluster again"
-            )
-    arrays = {n: np.load(directory / n, allow_pickle=False) for n in record["files"]}
-    return arrays[CENTROIDS_NAME], record, arrays.get(COMPONENTS_NAME)
+    again = AGAIN.format(folder=shlex.quote(str(directory)))
+    path = directory / RECORD_NAME
+    record = read_record(path, fields=RECORD_FIELDS, again=again)
+    files = record["files"]
+    is_known = {CENTROIDS_NAME} <= files.keys() <= {CENTROIDS_NAME, COMPONENTS_NAME}
+    if not is_known or record["sha256"] != files[CENTROIDS_NAME]:
+        raise CorruptShard(f"{path} binds {', '.join(map(repr, files))}: {again}")
+    centroids = read_array(
+        directory / CENTROIDS_NAME,
+        sha256=files[CENTROIDS_NAME],
+        dtype=np.float32,
+        shape=(record["num_centroids"], record["dim"]),
+        again=again,
+    )
+    components = None
+    width = record["dim"]
+    if COMPONENTS_NAME in files:
+        components = read_array(
+            directory / COMPONENTS_NAME,
+            sha256=files[COMPONENTS_NAME],
+            dtype=np.float32,
+            shape=(record["dim"], None),
+            again=again,
+        )
+        width = components.shape[1]
+    mean = record.get("feature_mean")
+    if mean is not None and not _is_vector(mean, width):
+        raise CorruptShard(f"{path}: feature_mean is not {width} finite numbers: {again}")
+    if not centroids.size:
+        raise CorruptShard(f"{path} states no centroid: {again}")
+    return centroids, record, components
+
+
+def _is_vector(values: object, width: int) -> bool:
+    """Whether a value from JSON is a list of so many finite numbers."""
+    return (
+        isinstance(values, list)
+        and len(values) == width
+        and all(type(value) in (int, float) and abs(value) < np.inf for value in values)
+    )

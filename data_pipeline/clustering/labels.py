@@ -2,27 +2,28 @@
 labels.npy, a side file bound to its manifest.
 
     labels.npy    int32 [N, L], row = sample id; -1 pads a row and is ignored by the loss
-    labels.json   manifest sha256, number of classes, sha256 of labels.npy
+    labels.json   manifest sha256, number of classes, sha256 of labels.npy; its own digest
 
 Clustering again rewrites these two files and no shard.
 """
 
-import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 
-from model_factory.files import file_sha256, write_atomically
+from model_factory.files import file_sha256, write_json
 
+from ..arrays import read_array, write_array
 from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..labelled_lists import ids_of_sources, read_labelled_jsonl
 from ..records import read_record
 from ..shards.manifest import Manifest
-from ..shards.writer import write_array
 from .search import CentroidSearch, judges
 
 LABELS_NAME = "labels.npy"
 RECORD_NAME = "labels.json"
+RECORD_FIELDS = {"manifest_sha256": str, "num_classes": int, "num_labels": int, "sha256": str}
 
 
 def nearest_centroids(
@@ -55,12 +56,42 @@ def save_labels(
         "sha256": file_sha256(directory / LABELS_NAME),
         **details,
     }
-    write_atomically(directory / RECORD_NAME, json.dumps(record, indent=1, sort_keys=True).encode())
+    write_json(directory / RECORD_NAME, record)
 
 
-def are_clusters(directory: Path) -> bool:
-    """Whether labels are nearest centroids, which may be made again, or came from outside."""
-    return "centroids_sha256" in read_record(directory / RECORD_NAME)
+def read_labels_record(directory: Path, shards: Path) -> dict:
+    """The record of the labels in a folder, which label the packed folder `shards`.
+
+    MissingData where there is none, CorruptShard for a damaged one and one of an older version.
+    """
+    path = directory / RECORD_NAME
+    again = how_to_label(shards, directory)
+    if not path.is_file():
+        folder = shlex.quote(str(shards))
+        raise MissingData(
+            f"{path} does not exist: make it with `python -m data_pipeline cluster {folder} "
+            f"--num-centroids K --output CENTROIDS` and {again}"
+        )
+    record = read_record(path, fields=RECORD_FIELDS, again=f"label again: {again}")
+    for key in ("num_classes", "num_labels"):
+        if record[key] < 1:
+            raise CorruptShard(f"{path}: {key} is {record[key]}; label again: {again}")
+    return record
+
+
+def how_to_label(shards: Path, output: Path, record: dict | None = None) -> str:
+    """The command that labels a packed folder, as far as it is known: labels that came from outside
+    come from there again."""
+    command = ["python -m data_pipeline label", shlex.quote(str(shards))]
+    if record is None or "centroids_sha256" in record:
+        command.append("--centroids CENTROIDS")
+    else:
+        command.append(f"--from LABELS --num-classes {record['num_classes']}")
+    if record is not None:
+        command.append(f"--num-labels {record['num_labels']}")
+    if output != shards:
+        command.append(f"--output {shlex.quote(str(output))}")
+    return f"`{' '.join(command)}`"
 
 
 def import_labels(manifest: Manifest, path: Path, num_classes: int, width: int) -> np.ndarray:
@@ -127,21 +158,30 @@ def _listed_rows(manifest: Manifest, path: Path, num_classes: int) -> list[list[
 
 
 def stale_labels(directory: Path, manifest: Manifest) -> str | None:
-    """What to tell of labels that were made before the folder was packed anew or appended to; None
-    where there are none, or they fit. CorruptShard for a damaged record.
+    """What to tell of labels that were made before the folder was packed anew or appended to, or
+    whose record is damaged; None where there are none, or they fit.
     """
-    record_path = directory / RECORD_NAME
-    if not record_path.is_file():
+    if not (directory / RECORD_NAME).is_file():
         return None
-    record = read_record(record_path, "manifest_sha256")
+    try:
+        record = read_labels_record(directory, manifest.directory)
+    except CorruptShard as error:
+        return str(error)
+    return _staleness(directory, manifest, record)
+
+
+def _staleness(directory: Path, manifest: Manifest, record: dict) -> str | None:
     if record["manifest_sha256"] == manifest.sha256:
         return None
-    again = "--centroids CENTROIDS" if "centroids_sha256" in record else "--from LABELS"
-    output = "" if directory == manifest.directory else f" --output {directory}"
     return (
         f"{directory / LABELS_NAME} is stale: it labels what {manifest.directory} held before. "
-        f"Label again: `python -m data_pipeline label {manifest.directory} {again}{output}`"
+        f"Label again: {how_to_label(manifest.directory, directory, record)}"
     )
+
+
+def are_clusters(directory: Path, manifest: Manifest) -> bool:
+    """Whether labels are nearest centroids, which may be made again, or came from outside."""
+    return "centroids_sha256" in read_labels_record(directory, manifest.directory)
 
 
 def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
@@ -150,30 +190,33 @@ def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
     Raises MissingData without files, CorruptShard for labels of another manifest, changed bytes or
     ids out of range.
     """
-    record_path = directory / RECORD_NAME
-    if not record_path.is_file():
-        raise MissingData(
-            f"{record_path} does not exist: make it with `python -m data_pipeline cluster "
-            f"{manifest.directory} "
-            "--num-centroids K --output CENTROIDS` and `python -m data_pipeline label "
-            f"{manifest.directory} "
-            "--centroids CENTROIDS`"
-        )
-    record = read_record(record_path, "manifest_sha256", "num_classes", "sha256")
-    stale = stale_labels(directory, manifest)
+    record = read_labels_record(directory, manifest.directory)
+    stale = _staleness(directory, manifest, record)
     if stale is not None:
         raise CorruptShard(stale)
-    path = directory / LABELS_NAME
-    if not path.is_file() or file_sha256(path) != record["sha256"]:
-        raise CorruptShard(f"{path} is missing, or changed since it was written: label again")
-    labels = np.load(path, allow_pickle=False)
-    if (
-        labels.shape[0] != len(manifest)
-        or labels.min() < -1
-        or labels.max() >= record["num_classes"]
-    ):
+    labels = read_labels_array(directory, record)
+    if len(labels) != len(manifest):
         raise CorruptShard(
-            f"{path} is {labels.shape} with ids {labels.min()}..{labels.max()}, "
-            f"expected {len(manifest)} rows and ids below {record['num_classes']}"
+            f"{directory / LABELS_NAME} has {len(labels)} rows, expected {len(manifest)} rows, one "
+            f"for each sample; label again: "
+            f"{how_to_label(manifest.directory, directory, record)}"
         )
     return labels, record["num_classes"]
+
+
+def read_labels_array(directory: Path, record: dict) -> np.ndarray:
+    """Labels int32 [N, L] that a record binds, each a class or -1; CorruptShard for others."""
+    path = directory / LABELS_NAME
+    labels = read_array(
+        path,
+        sha256=record["sha256"],
+        dtype=np.int32,
+        shape=(None, record["num_labels"]),
+        again="label again",
+    )
+    if labels.min() < -1 or labels.max() >= record["num_classes"]:
+        raise CorruptShard(
+            f"{path} has ids {labels.min()}..{labels.max()}, expected -1 and ids below "
+            f"{record['num_classes']}: label again"
+        )
+    return labels

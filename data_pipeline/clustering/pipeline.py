@@ -1,15 +1,18 @@
 """The commands on labels: `cluster` (features -> centroids), `label` (features -> nearest)."""
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import DataPipelineError
-from ..records import read_record
+from model_factory.files import DamagedFile, check_fields
+
+from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..shards.manifest import Manifest
-from .features import FeatureConfig, extract, feature_pieces, load_features
+from .feature_sources import FeatureConfig
+from .features import extract, feature_pieces, is_complete, load_features, origin_of, quiet
 from .kmeans import RECORD_NAME, check_features, load_centroids, save_centroids, spherical_kmeans
 from .labels import padded, save_labels
 from .near_duplicates import check_threshold, representatives
@@ -18,10 +21,13 @@ from .projection import Projection, fit_projection
 from .search import CentroidSearch, judges
 
 FEATURES_NAME = "features"
-
-
-def quiet(line: str) -> None:
-    """Report to nobody."""
+# what a record of centroids has besides, for another set to be labelled in their space
+NEEDED_FIELDS = {
+    "features": dict,
+    "weights_sha256": (str, type(None)),
+    "manifest_sha256": str,
+    "feature_mean": list,
+}
 
 
 @dataclass(frozen=True)
@@ -116,17 +122,20 @@ def label(
     if num_labels < 1:
         raise ValueError(f"--num-labels {num_labels} must be at least 1")
     centroids, record, components = load_centroids(centroids_folder)
-    needed = ("features", "weights_sha256", "manifest_sha256", "feature_mean")
-    read_record(centroids_folder / RECORD_NAME, *needed)
-    config = FeatureConfig(**record["features"])
-    if config.weights_sha256() != record["weights_sha256"]:
-        raise DataPipelineError(
-            f"{config.encoder} changed since {centroids_folder} was made from it: cluster again"
-        )
+    path = centroids_folder / RECORD_NAME
+    try:
+        check_fields(record, fields=NEEDED_FIELDS, name=str(path))
+        config = FeatureConfig.of(record["features"], name=str(path))
+    except DamagedFile as error:
+        raise CorruptShard(f"{error}: cluster again") from error
     same_set = record["manifest_sha256"] == manifest.sha256
     beside = centroids_folder if same_set else output
     folder = features_folder or beside / FEATURES_NAME
-    extract(manifest, config, folder, report=report)
+    origin = origin_of(manifest, config, record["weights_sha256"])
+    # vectors that are all there need no encoder, which may have moved since
+    if not is_complete(manifest, folder, origin):
+        _check_encoder(config, record["weights_sha256"], manifest, centroids_folder)
+        extract(manifest, config, folder, report=report)
     projection = Projection(np.array(record["feature_mean"], np.float32), components)
     labels = np.full((len(manifest), num_labels), -1, np.int32)
     find, start = None, 0
@@ -139,6 +148,26 @@ def label(
     details = {"centroids_sha256": record["sha256"], **(find.how if find else {})}
     save_labels(output, labels, manifest, len(centroids), details)
     return labels
+
+
+def _check_encoder(
+    config: FeatureConfig, weights_sha256: str | None, manifest: Manifest, centroids_folder: Path
+) -> None:
+    """The weights that made the centroids must be there to make vectors of more samples."""
+    try:
+        found = config.weights_sha256()
+    except MissingData as error:
+        folder = shlex.quote(str(manifest.directory))
+        raise MissingData(
+            f"{centroids_folder} was made by the encoder {config.encoder}, which is not there. "
+            "Where it lies now, make the vectors by it: `python -m data_pipeline features "
+            f"{folder} --encoder ENCODER{config.flags()} --output FEATURES`, and label with "
+            "`--features FEATURES`"
+        ) from error
+    if found != weights_sha256:
+        raise DataPipelineError(
+            f"{config.encoder} changed since {centroids_folder} was made from it: cluster again"
+        )
 
 
 def _centroids(features, config: ClusterConfig, output: Path, init, details: dict, report):

@@ -13,25 +13,27 @@ from pathlib import Path
 
 import numpy as np
 
-from model_factory.files import file_sha256, write_atomically
+from model_factory.files import file_sha256, write_json
 
+from ..arrays import read_array, write_array
 from ..records import read_record
-from ..shards.writer import write_array
 from .kmeans import Progress
 
 FOLDER = "partial"
+RECORD_NAME = "record.json"
 CENTROIDS = "centroids.npy"
+FIELDS = {"identity": dict, "iterations": int, "files": dict}
 
 
 class SavedProgress(Progress):
     """Progress of a clustering whose `identity` decides its centroids; another's is thrown away."""
 
     def __init__(self, output: Path, identity: dict):
-        self.folder, self._record = output / FOLDER, output / FOLDER / "record.json"
+        self.folder, self._record = output / FOLDER, output / FOLDER / RECORD_NAME
         self._identity = json.loads(json.dumps(identity))
         self._state: dict = {"identity": self._identity, "iterations": 0, "files": {}}
         if self._record.is_file():
-            found = read_record(self._record, "identity", "iterations", "files")
+            found = read_progress(self.folder)
             if found["identity"] == self._identity:
                 self._state = found
         self._before = self._state["iterations"]
@@ -59,13 +61,31 @@ class SavedProgress(Progress):
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _load(self, name: str) -> np.ndarray | None:
-        path, sha256 = self.folder / name, self._state["files"].get(name)
-        if sha256 is None or not path.is_file() or file_sha256(path) != sha256:
-            return None
-        return np.load(path, allow_pickle=False)
+        return read_saved(self.folder, self._state, name)
 
     def _write(self, name: str, centroids: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_array(self.folder / name, centroids)
         self._state["files"][name] = file_sha256(self.folder / name)
-        write_atomically(self._record, json.dumps(self._state).encode())
+        write_json(self._record, self._state)
+
+
+def read_progress(folder: Path) -> dict:
+    """The record of a clustering that was stopped; CorruptShard for a damaged one."""
+    return read_record(folder / RECORD_NAME, fields=FIELDS, again=_again(folder))
+
+
+def read_saved(folder: Path, state: dict, name: str) -> np.ndarray | None:
+    """Centroids float32 [K, D] that a record names. None where they are not what it says, as after
+    a kill between the two: they are computed again."""
+    sha256 = state["files"].get(name)
+    path = folder / name
+    if sha256 is None or not path.is_file() or file_sha256(path) != sha256:
+        return None
+    return read_array(
+        path, sha256=sha256, dtype=np.float32, shape=(None, None), again=_again(folder)
+    )
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder} and run the same command again"

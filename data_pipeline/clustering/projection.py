@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import DataPipelineError
-from .features import normalise
+from .feature_sources import normalise
 
 
 @dataclass(frozen=True)

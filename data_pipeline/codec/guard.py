@@ -14,11 +14,13 @@ No child outlives its parent, however that ends: it leaves when its standard inp
 in a session of its own, so Ctrl-C reaches the parent alone.
 """
 
+import errno
 import json
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import weakref
@@ -34,6 +36,8 @@ MEMORY_LIMIT = 8 << 30
 CPU_PER_WALL = 4  # processor seconds per second of the wall limit: some decoders run threads
 PACKAGES = Path(__file__).resolve().parents[2]  # folder of the packages that a child imports
 READY = b"ready"
+# a disk without room is no fault of the input, which would be left out for good
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 Answer = tuple[dict, list[bytes]]  # a header for JSON, and parts
 
@@ -53,7 +57,8 @@ class GuardedProcess:
         """The child's answer to a request about the input `name`: a header and parts.
 
         Raises RejectedInput: what the child raised, or `timeout`, `crash`, `memory`, `internal` (a
-        mistake of ours, with its place in the source). Raises RuntimeError when no child starts.
+        mistake of ours, with its place in the source). Raises RuntimeError when no child starts,
+        OSError with the path when a disk has no room for what the child writes.
         """
         if self.process is None or self.process.poll() is not None:
             self.close()
@@ -83,6 +88,8 @@ class GuardedProcess:
             raise
         finally:
             timer.cancel()
+        if "errno" in answer:
+            raise OSError(answer["errno"], os.strerror(answer["errno"]), answer["path"])
         if "reason" in answer:
             raise RejectedInput(answer["reason"], answer["detail"])
         return answer["header"], parts
@@ -213,6 +220,8 @@ def _reply(answer: Callable[[dict], Answer], request: dict, name: str) -> Answer
         detail = f"{name} needs more than {MEMORY_LIMIT >> 30} GB"
         return {"reason": "memory", "detail": detail}, []
     except Exception as error:  # our own mistake: named as such, with the line that made it
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return {"errno": error.errno, "path": str(error.filename or tempfile.gettempdir())}, []
         line = traceback.extract_tb(error.__traceback__)[-1]
         source = f"{Path(line.filename).name}:{line.lineno}"
         detail = f"{name}: {type(error).__name__}: {error} ({source})"

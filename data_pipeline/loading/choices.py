@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from ..counter_hash import counter_uniform
+from ..shards.schema import TIME_BASE
 from .table import SampleTable
 
 VIEWS = ("codec", "frame", "collage", "image")
 CODEC, FRAME, COLLAGE, IMAGE = range(4)
-MAX_FRAMES = 64  # the time base: no clip stores more
+MAX_FRAMES = TIME_BASE  # no clip stores more
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from ..errors import CorruptShard
+from ..shards.jpeg import check_jpeg
 from ..shards.manifest import Manifest
-from ..shards.schema import SampleInfo, decode_array, mosaic_size, strip_size
+from ..shards.schema import SampleInfo, check_positions, decode_array, mosaic_size, strip_size
 from .choices import CODEC, COLLAGE, IMAGE, ViewConfig, num_frames
 from .shard_reader import ShardReader
 from .table import SampleTable
@@ -69,35 +70,49 @@ class SampleReader:
         )
 
     def read(self, sample_id: int, view: int, config: ViewConfig) -> Request:
-        """Encoded picture and metadata of one sample under a view, crc checked.
-        Raises CorruptShard or MissingData.
+        """Encoded picture and metadata of one sample under a view: crc, the picture's header and
+        the places of patches checked. Raises CorruptShard or MissingData.
         """
-        encoded = np.frombuffer(self._reader.read(sample_id, MEMBER_OF_VIEW[view]), np.uint8)
+        member = MEMBER_OF_VIEW[view]
+        data = self._reader.read(sample_id, member)
+        name = self.name(sample_id)
+        rows, columns = int(self._table.rows[sample_id]), int(self._table.columns[sample_id])
+        info = positions = None
         if view == IMAGE:
-            rows, columns = self._table.rows[sample_id], self._table.columns[sample_id]
-            size = (int(rows) * self._patch_size, int(columns) * self._patch_size)
-            return Request(sample_id, view, config, encoded, size)
-        if view == CODEC:
-            return self._read_tiles(sample_id, config, encoded)
-        info = SampleInfo.from_bytes(self._reader.read(sample_id, "json"), self.name(sample_id))
+            size = (rows * self._patch_size, columns * self._patch_size)
+        elif view == CODEC:
+            positions = self._read_positions(sample_id, (rows, columns), name)
+            size = mosaic_size(len(positions), self._patch_size)
+        else:
+            info = self._read_info(sample_id, (rows, columns), name)
+            size = strip_size(info)
+        check_jpeg(data, size=size, name=f"{name}: .{member}")
+        return Request(
+            sample_id=sample_id,
+            view=view,
+            config=config,
+            encoded=np.frombuffer(data, np.uint8),
+            size=size,
+            info=info,
+            positions=positions,
+        )
+
+    def _read_info(self, sample_id: int, grid: tuple[int, int], name: str) -> SampleInfo:
+        info = SampleInfo.from_bytes(self._reader.read(sample_id, "json"), name)
         stored = int(self._table.num_frames[sample_id])
-        grid = (int(self._table.rows[sample_id]), int(self._table.columns[sample_id]))
         if (info.grid, len(info.frame_times), info.patch_size) != (grid, stored, self._patch_size):
             raise CorruptShard(
-                f"{self.name(sample_id)}: {len(info.frame_times)} frames of {info.grid} patches of "
+                f"{name}: {len(info.frame_times)} frames of {info.grid} patches of "
                 f"{info.patch_size} px, its record says {stored} of {grid} of {self._patch_size}"
             )
-        return Request(sample_id, view, config, encoded, strip_size(info), info)
+        return info
 
-    def _read_tiles(self, sample_id: int, config: ViewConfig, encoded: np.ndarray) -> Request:
-        name = self.name(sample_id)
+    def _read_positions(self, sample_id: int, grid: tuple[int, int], name: str) -> np.ndarray:
         data = self._reader.read(sample_id, "positions.npy")
         positions = decode_array(data, "positions.npy", name)
         count = int(self._table.num_patches[sample_id])
-        if positions.shape != (count, 3):
-            raise CorruptShard(f"{name}: positions {positions.shape} for {count} patches")
-        size = mosaic_size(count, self._patch_size)
-        return Request(sample_id, CODEC, config, encoded, size, positions=positions)
+        check_positions(positions, count=count, grid=grid, name=name)
+        return positions
 
     def view(self, request: Request, picture: torch.Tensor, draw: np.ndarray | None) -> View:
         """Patches of a decoded picture uint8 [H, W, 3]. `draw` is the sample's row of

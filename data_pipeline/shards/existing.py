@@ -4,20 +4,31 @@ Only files that the packer itself wrote count: manifest.json, and NAME.tar, NAME
 of shards with a name of ours. Whatever else lies in the folder is neither read nor removed.
 """
 
-import json
+import hashlib
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.files import (
+    DIGEST_KEY,
+    DamagedFile,
+    check_fields,
+    open_seal,
+    parse_json,
+)
+
 from ..errors import DataPipelineError
 from .known_inputs import known_inputs
-from .manifest import MANIFEST_NAME
+from .manifest import MANIFEST_FIELDS, MANIFEST_NAME, RECORD_FIELDS, parse_manifest
+from .schema import MAX_INFO_BYTES
 from .tasks import shard_number
+from .writer import SHARD_SUFFIXES
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{6,}")  # no separator: a manifest names files beside it
-SUFFIXES = (".json", ".tar.idx", ".tar")  # the record first: without it a shard does not exist
+# what a record of before held, which has no digest; those of long ago lack `inputs`
+UNSEALED_KEYS = frozenset({"schema_version", "inputs_sha256", "inputs", *RECORD_FIELDS})
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,9 @@ class Existing:
     """Shards of a folder. `bound` holds the manifest's entries in their order, `records` what every
     readable record says of inputs and settings, by shard name, `settings` what the manifest, or
     else the first record, states. `loose` holds names of tars that have neither.
+
+    `damaged` holds bound shards whose record has no digest and is not the one that the manifest
+    binds: it counts as none. `damage` says what is wrong with a manifest that counts as none.
     """
 
     directory: Path
@@ -32,6 +46,8 @@ class Existing:
     bound: tuple[dict, ...]
     records: dict[str, dict]
     loose: tuple[str, ...]
+    damaged: frozenset[str]
+    damage: str | None
 
     @property
     def unbound(self) -> list[str]:
@@ -55,48 +71,57 @@ def read_existing(directory: Path) -> Existing:
 
     Raises DataPipelineError where manifest.json is there and is not one of ours.
     """
+    manifest, damage = _readable_manifest(directory)
+    entries = () if manifest is None else _entries(manifest, directory)
+    hashes = {entry["name"]: entry["record_sha256"] for entry in entries}
     records = {}
+    damaged = set()
     for path in sorted(directory.glob("*.json")):
         record = read_shard_record(path)
-        if record is not None:
+        if record is None:
+            continue
+        if DIGEST_KEY in record or _is_bound(path, hashes):
             records[path.stem] = _slim(record)
-    manifest = _read_object(directory / MANIFEST_NAME)
-    bound: tuple[dict, ...] = ()
-    if manifest is not None:
-        bound = _entries(manifest, directory)
-    elif (directory / MANIFEST_NAME).exists() and not records:
+        else:
+            damaged.add(path.stem)
+    if damage is not None and not records:
         raise _foreign_manifest(directory)
     first = min(records, key=shard_number, default=None)
     stated = manifest if manifest is not None else records.get(first, {})
-    settings = stated.get("settings", {})
-    known = records.keys() | {entry["name"] for entry in bound}
+    known = records.keys() | hashes.keys()
     tars = [path.stem for path in sorted(directory.glob("*.tar"))]
     return Existing(
         directory=directory,
-        settings=settings if isinstance(settings, dict) else {},
-        bound=bound,
+        settings=stated.get("settings", {}),
+        bound=entries,
         records=records,
         loose=tuple(name for name in tars if SHARD_NAME.fullmatch(name) and name not in known),
+        damaged=frozenset(damaged),
+        damage=damage,
     )
 
 
+def _is_bound(path: Path, hashes: Mapping[str, str]) -> bool:
+    """Whether a record is the one that the manifest binds, or the manifest names none."""
+    bound = hashes.get(path.stem)
+    return bound is None or hashlib.sha256(path.read_bytes()).hexdigest() == bound
+
+
 def read_shard_record(path: Path) -> dict | None:
-    """A shard's record; None for a file that is absent, damaged, or no record of ours."""
+    """A shard's record, with its digest where it has one; None for a file that is absent, damaged,
+    or no record of ours."""
     if not SHARD_NAME.fullmatch(path.stem):
         return None
-    record = _read_object(path)
     try:
-        if record is None or record["name"] != path.stem:
-            return None
+        data = path.read_bytes()
+        record = parse_json(data, str(path))
+        if not record.keys() <= UNSEALED_KEYS:
+            open_seal(record, data=data, name=str(path))
+        check_fields(record, fields=RECORD_FIELDS, name=str(path))
         known_inputs(record)
-        complete = (
-            type(record["size"]) is int
-            and isinstance(record["settings"], dict)
-            and isinstance(record["samples"], list)
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError):
         return None
-    return record if complete else None
+    return record if record["name"] == path.stem else None
 
 
 def remove_packing(existing: Existing) -> None:
@@ -115,7 +140,7 @@ def remove_packing(existing: Existing) -> None:
 def remove_shards(directory: Path, names: Iterable[str]) -> None:
     """Remove the files of shards that no manifest names."""
     for name in names:
-        for suffix in SUFFIXES:
+        for suffix in SHARD_SUFFIXES:
             (directory / f"{name}{suffix}").unlink(missing_ok=True)
         remove_temporary(directory, name)
 
@@ -137,7 +162,9 @@ def tar_sources(path: Path) -> list[str] | None:
                 if re.fullmatch(r"\d{6,}_\d{6,}\.json", member.name) and member.isreg():
                     stream = archive.extractfile(member)
                     assert stream is not None  # a regular file has one
-                    sources.append(json.loads(stream.read())["source"])
+                    info = stream.read(MAX_INFO_BYTES + 1)
+                    values = parse_json(info, member.name, max_bytes=MAX_INFO_BYTES)
+                    sources.append(values["source"])
                 elif not re.fullmatch(r"\d{6,}_\d{6,}\.[a-z.]+", member.name):
                     return None
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError):
@@ -152,22 +179,35 @@ def _slim(record: dict) -> dict:
     return {**record, "samples": [] if "inputs" in record else samples}
 
 
-def _read_object(path: Path) -> dict | None:
+def _readable_manifest(directory: Path) -> tuple[dict | None, str | None]:
+    """(the manifest, what is wrong with it); (None, None) where there is none."""
+    path = directory / MANIFEST_NAME
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None, None
+    try:
+        return parse_manifest(data, str(path)), None
+    except DamagedFile as error:
+        if not _looks_ours(data):
+            raise _foreign_manifest(directory) from error
+        return None, str(error)
+
+
+def _looks_ours(data: bytes) -> bool:
+    """Whether a damaged manifest is one of ours: it is no JSON any more, or has most keys."""
+    try:
+        content = parse_json(data, MANIFEST_NAME)
+    except DamagedFile:
+        return True
+    return len(MANIFEST_FIELDS.keys() & content.keys()) >= len(MANIFEST_FIELDS) - 1
 
 
 def _entries(manifest: dict, directory: Path) -> tuple[dict, ...]:
-    try:
-        entries = tuple(manifest["shards"])
-        counts = [entry["num_samples"] + entry["num_rejected"] for entry in entries]
-        ours = all(SHARD_NAME.fullmatch(entry["name"]) for entry in entries)
-    except (KeyError, TypeError) as error:
-        raise _foreign_manifest(directory) from error
-    if not ours or not all(type(count) is int and count >= 0 for count in counts):
+    entries = tuple(manifest["shards"])
+    counts = [entry["num_samples"] + entry["num_rejected"] for entry in entries]
+    ours = all(SHARD_NAME.fullmatch(entry["name"]) for entry in entries)
+    if not ours or any(count < 0 for count in counts):
         raise _foreign_manifest(directory)
     return entries
 

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from ..codec.guard import NO_ROOM
 from ..codec.open_video import InputLimits, is_image, is_video
 from ..errors import MissingData, RejectedInput
 from ..folders import files_below, is_hidden
@@ -140,7 +141,8 @@ def _remote_stamp(place: str) -> tuple[int | None, str | None]:
 def local_copy(place: str, limits: InputLimits):
     """Path of an input on this machine: its own, or a temporary copy of a remote one.
 
-    Raises RejectedInput: too_large before anything is fetched, missing when it cannot be.
+    Raises RejectedInput: too_large before anything is fetched, missing when it cannot be. Raises
+    OSError with the folder when the temporary disk has no room.
     """
     if "://" not in place:
         yield Path(place)
@@ -161,6 +163,8 @@ def local_copy(place: str, limits: InputLimits):
         except RejectedInput:
             raise
         except Exception as error:  # every file system has its own errors
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise OSError(error.errno, os.strerror(error.errno), folder) from error
             raise RejectedInput("missing", f"{place} cannot be fetched: {error}") from error
         yield path
 

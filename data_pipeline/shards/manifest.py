@@ -1,8 +1,11 @@
 """manifest.json: the one file that says which shards make a dataset, and binds every byte of them.
 
     manifest.json   schema version, settings, shards in order with size, sha256 of the tar and of
-                    its record
+                    its record; its own digest
     NAME.json       one record per shard (see writer): members with offset, size and crc32
+
+Version 1, of folders packed before, has no digest and just the other keys. It is read, and written
+again for records of that time, so that labels stay bound to it.
 
 Sample ids are counted through the shards in manifest order; labels.npy has one row per id. The
 manifest's own sha256 names the dataset: labels and training plans are bound to it.
@@ -20,13 +23,46 @@ from pathlib import Path
 
 import numpy as np
 
-from model_factory.files import file_sha256, write_atomically
+from model_factory.files import (
+    DIGEST_KEY,
+    DamagedFile,
+    check_fields,
+    file_sha256,
+    is_plain_name,
+    json_bytes,
+    open_seal,
+    parse_json,
+    write_atomically,
+)
 
 from ..errors import CorruptShard, MissingData
-from .schema import SCHEMA_VERSION, parse_json
 
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = 1 << 30
+MANIFEST_VERSION = 2
+UNSEALED_VERSION = 1  # the same without a digest
+MANIFEST_FIELDS = {
+    "schema_version": int,
+    "settings": dict,
+    "num_samples": int,
+    "num_rejected": int,
+    "shards": list,
+}
+ENTRY_FIELDS = {
+    "name": str,
+    "size": int,
+    "sha256": str,
+    "num_samples": int,
+    "num_rejected": int,
+    "record_sha256": str,
+}
+RECORD_FIELDS = {
+    "name": str,
+    "size": int,
+    "sha256": str,
+    "settings": dict,
+    "samples": list,
+    "rejected": list,
+}
 MOST_LOOKED_AT = 10_000  # files of a folder, to find out whether it holds videos: for a message
 
 
@@ -111,13 +147,45 @@ def manifest_bytes(directory: Path, records: list[dict], settings: dict) -> byte
         for record in records
     ]
     content = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": MANIFEST_VERSION,
         "settings": settings,
         "num_samples": sum(shard["num_samples"] for shard in shards),
         "num_rejected": sum(shard["num_rejected"] for shard in shards),
         "shards": shards,
     }
-    return json.dumps(content, indent=1, sort_keys=True).encode()
+    if records and not any(DIGEST_KEY in record for record in records):
+        content["schema_version"] = UNSEALED_VERSION
+        return json.dumps(content, indent=1, sort_keys=True).encode()
+    return json_bytes(content)
+
+
+def parse_manifest(data: bytes, name: str) -> dict:
+    """The object in manifest.json, every field of its type. DamagedFile for a changed byte, another
+    version, and shards whose names lead elsewhere."""
+    content = parse_json(data, name)
+    version = content.get("schema_version")
+    # a manifest with a digest never passes for one without, whichever byte of it changed
+    if version != UNSEALED_VERSION or content.keys() != MANIFEST_FIELDS.keys():
+        if version != MANIFEST_VERSION and DIGEST_KEY not in content:
+            raise DamagedFile(
+                f"{name} has schema version {version!r}, this code reads {UNSEALED_VERSION} and "
+                f"{MANIFEST_VERSION}"
+            )
+        content = open_seal(content, data=data, name=name)
+    check_fields(content, fields=MANIFEST_FIELDS, name=name)
+    for entry in content["shards"]:
+        if not isinstance(entry, dict):
+            raise DamagedFile(f"{name}: a shard is {entry!r:.80}, not an object")
+        check_fields(entry, fields=ENTRY_FIELDS, name=f"{name}: a shard")
+        if not is_plain_name(entry["name"]):
+            raise DamagedFile(
+                f"{name}: the name {entry['name']!r:.80} leads out of the folder, where no shard "
+                "of it lies"
+            )
+    names = [entry["name"] for entry in content["shards"]]
+    if len(set(names)) < len(names):
+        raise DamagedFile(f"{name} names a shard twice")
+    return content
 
 
 def load_manifest(directory: str | Path, allow_missing: bool = False) -> Manifest:
@@ -131,19 +199,16 @@ def load_manifest(directory: str | Path, allow_missing: bool = False) -> Manifes
     if not path.is_file():
         raise MissingData(_how_to_pack(directory))
     data = path.read_bytes()
-    content = parse_json(data, str(path), MAX_MANIFEST_BYTES)
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise CorruptShard(
-            f"{path} has schema version {content.get('schema_version')}, this code reads "
-            f"{SCHEMA_VERSION}"
-        )
     try:
-        shards, settings = content["shards"], content["settings"]
-        tars = [directory / f"{shard['name']}.tar" for shard in shards]
-        absent = {i for i, tar in enumerate(tars) if allow_missing and not tar.exists()}
-        problems, records = _bound_records(directory, shards, absent)
-    except (KeyError, TypeError) as error:
-        raise CorruptShard(f"{path} is damaged: {error!r} is missing or wrong") from error
+        content = parse_manifest(data, str(path))
+    except DamagedFile as error:
+        raise CorruptShard(f"{error}: the same `pack` command writes it anew") from error
+    shards, settings = content["shards"], content["settings"]
+    if type(settings.get("patch_size")) is not int or settings["patch_size"] < 1:
+        raise CorruptShard(f"{path} states no patch size: pack again with --replace")
+    tars = [directory / f"{shard['name']}.tar" for shard in shards]
+    absent = {i for i, tar in enumerate(tars) if allow_missing and not tar.exists()}
+    problems, records = _bound_records(directory, shards, absent)
     if problems:
         raise CorruptShard(
             "\n  ".join([f"{len(problems)} files of {directory} are wrong; pack again:", *problems])
@@ -196,12 +261,28 @@ def _bound_records(
     """(what is wrong with the files of the shards, their records)."""
     problems, records = [], []
     for place, shard in enumerate(shards):
-        tar, record = directory / f"{shard['name']}.tar", directory / f"{shard['name']}.json"
+        tar, path = directory / f"{shard['name']}.tar", directory / f"{shard['name']}.json"
         if place not in absent and (not tar.is_file() or tar.stat().st_size != shard["size"]):
             actual = tar.stat().st_size if tar.is_file() else "no file"
             problems.append(f"{tar}: {actual}, the manifest says {shard['size']} bytes")
-        if not record.is_file() or file_sha256(record) != shard["record_sha256"]:
-            problems.append(f"{record}: missing or not the record that the manifest binds")
-        else:
-            records.append(parse_json(record.read_bytes(), str(record), MAX_MANIFEST_BYTES))
+        try:
+            records.append(_bound_record(path, shard))
+        except (DamagedFile, OSError) as error:
+            problems.append(str(error))
     return problems, records
+
+
+def _bound_record(path: Path, shard: dict) -> dict:
+    """A shard's record, by the hash that the manifest has of its bytes."""
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != shard["record_sha256"]:
+        raise DamagedFile(f"{path}: missing or not the record that the manifest binds")
+    record = parse_json(data, str(path))
+    check_fields(record, fields=RECORD_FIELDS, name=str(path))
+    # files are found by these, and ids counted by the samples
+    for key, stated in (("name", record["name"]), ("size", record["size"])):
+        if stated != shard[key]:
+            raise DamagedFile(f"{path}: {key} is {stated!r:.80}, the manifest says {shard[key]!r}")
+    if not all(isinstance(sample, dict) for sample in record["samples"]):
+        raise DamagedFile(f"{path}: a sample is not an object")
+    return record

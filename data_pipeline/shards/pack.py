@@ -16,7 +16,7 @@ record. Cost: 0.56 s per 224 px clip of 64 frames and core (benchmarks/bench_dec
 
 from pathlib import Path
 
-from model_factory.files import file_sha256
+from model_factory.files import DIGEST_KEY, file_sha256, writing_into
 
 from ..errors import DataPipelineError
 from .existing import read_shard_record, remove_temporary
@@ -62,6 +62,7 @@ def pack(
     total = sum(len(task.inputs) for task in mine)
     samples = rejected = 0
     with (
+        writing_into(output),
         SamplePool(config.sample, config.workers, config.wall_seconds) as pool,
         PackProgress(total, report) as progress,
     ):
@@ -70,7 +71,8 @@ def pack(
             samples += len(record["samples"])
             rejected += len(record["rejected"])
             progress.say(f"packed shard {done}/{len(mine)}: {samples} samples, {rejected} rejected")
-    return bind(plan, output, report)
+    with writing_into(output):
+        return bind(plan, output, report)
 
 
 def locked_plan(
@@ -167,7 +169,7 @@ def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:
     another command writes into this folder at the same time.
     """
     record = read_shard_record(output / f"{task.name}.json")
-    if record is None:
+    if record is None or (task.distrusts_record and DIGEST_KEY not in record):
         return None
     sources = [known.source for known in known_inputs(record)]
     if record["settings"] != task.settings or sources != [item.source for item in task.inputs]:

@@ -60,6 +60,8 @@ def plan_packing(
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
     found = read_existing(output)
+    if found.damage is not None:
+        report(f"{found.damage}: it is written anew from the records of the shards")
     if mode == "append":
         return _appended(
             inputs=inputs,
@@ -191,7 +193,12 @@ def _recorded_tasks(
     for entry, task in zip(found.bound, tasks, strict=True):
         if task is None:
             count = entry["num_samples"] + entry["num_rejected"]
-            task = Task(entry["name"], tuple(rest[:count]), settings)
+            task = Task(
+                name=entry["name"],
+                inputs=tuple(rest[:count]),
+                settings=settings,
+                distrusts_record=entry["name"] in found.damaged,
+            )
             if len(task.inputs) < count:
                 differences.gone.append(f"one of {entry['name']}, whose record is damaged,")
             rest = rest[count:]

@@ -18,15 +18,18 @@ size, p patch.
 """
 
 import io
+import itertools
 import json
 import math
-import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from ..arrays import array_bytes, check_array, parse_array
 from ..errors import CorruptShard
+from ..records import parse_record
+from .jpeg import check_jpeg
 
 SCHEMA_VERSION = 1
 TILE_COLUMNS = 32
@@ -36,11 +39,12 @@ MAX_ARRAY_BYTES = 1 << 28
 MAX_INFO_BYTES = 1 << 22
 MAX_SIDE = 1 << 20
 MAX_PATCHES = 1 << 24
-NPY_MAGIC = b"\x93NUMPY\x01\x00"
-NPY_HEADER = re.compile(
-    rb"\{'descr': '([^']{1,8})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n"
-)
-ARRAY_DTYPES = {"positions.npy": np.uint16, "scores.npy": np.float16, "motion.npy": np.float16}
+TIME_BASE = 64  # temporal positions run over 0..63; codec.decompose has it too, which needs PyAV
+ARRAYS: dict[str, tuple[type, tuple[int | None, ...]]] = {  # dtype and shape, None: any size
+    "positions.npy": (np.uint16, (None, 3)),
+    "scores.npy": (np.float16, (None,)),
+    "motion.npy": (np.float16, (None, None, None, 3)),
+}
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,22 @@ class SampleInfo:
 
     def _check(self) -> None:
         """ValueError for numbers that no writer writes; what they size is allocated later."""
-        sizes = (self.height, self.width, self.patch_size, self.num_frames, *self.frame_times)
+        sizes = (self.height, self.width, self.patch_size, self.num_frames)
         if not all(type(value) is int and 0 <= value < MAX_SIDE for value in sizes):
             raise ValueError(f"sizes {sizes} are not all integers in 0..{MAX_SIDE}")
         if type(self.num_patches) is not int or not 0 <= self.num_patches < MAX_PATCHES:
             raise ValueError(f"num_patches {self.num_patches!r}")
-        if self.patch_size == 0 or not self.frame_times or min(self.grid) < 1:
+        if self.patch_size == 0 or min(self.grid) < 1:
             raise ValueError(f"{self.height}x{self.width} in patches of {self.patch_size}")
+        if self.height % self.patch_size or self.width % self.patch_size:
+            raise ValueError(f"{self.height}x{self.width} is not whole in {self.patch_size} px")
+        times = self.frame_times
+        if not times or not all(type(time) is int and 0 <= time < TIME_BASE for time in times):
+            raise ValueError(f"frame times {times} are not integers in 0..{TIME_BASE - 1}")
+        if any(before >= after for before, after in itertools.pairwise(times)):
+            raise ValueError(f"frame times {times} do not rise")
+        if not isinstance(self.source, str) or self.kind not in ("video", "image"):
+            raise ValueError(f"kind {self.kind!r} of source {self.source!r}")
 
     def to_bytes(self) -> bytes:
         """JSON, keys sorted: the same sample always gives the same bytes."""
@@ -90,7 +103,7 @@ class SampleInfo:
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> "SampleInfo":
         """Parse KEY.json; CorruptShard names the sample for a foreign version or missing fields."""
-        values = parse_json(data, name, MAX_INFO_BYTES)
+        values = parse_record(data, name=name, max_bytes=MAX_INFO_BYTES)
         try:
             if values["schema_version"] != SCHEMA_VERSION:
                 raise CorruptShard(
@@ -107,29 +120,6 @@ class SampleInfo:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptShard(f"{name}: KEY.json is not a sample's metadata ({error})") from error
-
-
-def parse_json(data: bytes, name: str, max_bytes: int) -> dict:
-    """A JSON object from bytes that may be hostile: bounded size and depth, no key twice.
-
-    CorruptShard names the file or sample.
-    """
-    if len(data) > max_bytes:
-        raise CorruptShard(f"{name} has {len(data)} bytes of JSON, at most {max_bytes} are read")
-
-    def once(pairs):
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return values
-
-    try:
-        values = json.loads(data, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise CorruptShard(f"{name} is no readable JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CorruptShard(f"{name} holds a {type(values).__name__}, not a JSON object")
-    return values
 
 
 def tile_side(patch_size: int) -> int:
@@ -165,9 +155,9 @@ def encode_clip(
     return {
         "json": info.to_bytes(),
         "tiles.jpg": _jpeg(_mosaic(patches)),
-        "positions.npy": _npy(positions.astype(np.uint16)),
-        "scores.npy": _npy(scores.astype(np.float16)),
-        "motion.npy": _npy(motion.astype(np.float16)),
+        "positions.npy": array_bytes(positions.astype(np.uint16)),
+        "scores.npy": array_bytes(scores.astype(np.float16)),
+        "motion.npy": array_bytes(motion.astype(np.float16)),
         "frames.jpg": _jpeg(_strip(frames)),
     }
 
@@ -178,34 +168,71 @@ def encode_image(info: SampleInfo, picture: np.ndarray) -> dict[str, bytes]:
 
 
 def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
-    """Read a .npy member: fixed dtype, bounded size, never an object array. The header is matched,
-    not evaluated as Python, which numpy does and which is not safe in threads (CPython 3.11 counts
-    the depth of syntax trees for all threads together). CorruptShard names the sample.
+    """Read a .npy member: fixed dtype and number of dimensions, bounded size, finite numbers.
+    CorruptShard names the sample.
     """
-    length = int.from_bytes(data[8:10], "little")
-    header = NPY_HEADER.fullmatch(data[10 : 10 + length]) if data.startswith(NPY_MAGIC) else None
-    if header is None:
-        raise CorruptShard(f"{name}.{member} is no .npy array of version 1.0")
-    descr, order, sizes = (group.decode() for group in header.groups())
-    shape = tuple(int(size) for size in sizes.split(",") if size.strip())
-    wanted = np.dtype(ARRAY_DTYPES[member])
-    num_bytes = math.prod(shape) * wanted.itemsize
-    if descr != wanted.str or num_bytes > MAX_ARRAY_BYTES:
-        raise CorruptShard(f"{name}.{member} holds {descr} {shape}, expected {wanted}")
-    if len(data) != 10 + length + num_bytes:
-        raise CorruptShard(f"{name}.{member} has not the bytes of a {descr} {shape}")
-    flat = np.frombuffer(data, wanted, offset=10 + length)
-    return flat.reshape(shape, order="F" if order == "True" else "C").copy()
+    label = f"{name}.{member}"
+    if len(data) > MAX_ARRAY_BYTES:
+        raise CorruptShard(f"{label} has {len(data)} bytes, at most {MAX_ARRAY_BYTES} are read")
+    dtype, shape = ARRAYS[member]
+    array = parse_array(data, dtype=dtype, name=label)
+    check_array(array, shape=shape, name=label)
+    return array.copy()
 
 
-def decode_jpeg(data: bytes) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of a JPEG member, by Pillow (tools and tests;
-    training decodes with DALI).
+def check_positions(positions: np.ndarray, count: int, grid: tuple[int, int], name: str) -> None:
+    """CorruptShard unless positions uint16 [K, 3] are `count` different places (t, h, w) of the
+    time base and a grid of (rows, columns). 25 us for 2048 of them."""
+    if positions.shape != (count, 3):
+        raise CorruptShard(f"{name}: positions {positions.shape} for {count} patches")
+    bounds = (TIME_BASE, *grid)
+    if (positions >= bounds).any():
+        worst = positions[(positions >= bounds).any(axis=1)][0].tolist()
+        raise CorruptShard(
+            f"{name}: a patch stands at (t, h, w) = {tuple(worst)}, the sample has {bounds}"
+        )
+    places = np.ravel_multi_index(positions.T.astype(np.intp), bounds)
+    is_taken = np.zeros(math.prod(bounds), bool)
+    is_taken[places] = True
+    if np.count_nonzero(is_taken) != count:
+        raise CorruptShard(f"{name}: two patches stand at one place")
+
+
+def decode_jpeg(data: bytes, size: tuple[int, int], name: str) -> np.ndarray:
+    """uint8 RGB [H, W, 3] of a JPEG member of `size` (H, W), by Pillow (tools and tests; training
+    decodes with DALI). CorruptShard names a picture that is another one or cannot be decoded.
     """
     from PIL import Image
 
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    check_jpeg(data, size=size, name=name)
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise CorruptShard(f"{name} cannot be decoded ({error})") from error
+
+
+def decode_patches(info: SampleInfo, mosaic: bytes, name: str) -> np.ndarray:
+    """uint8 [K, p, p, 3], the kept patches of a clip from its KEY.tiles.jpg; errors as of
+    decode_jpeg."""
+    size = mosaic_size(info.num_patches, info.patch_size)
+    picture = decode_jpeg(mosaic, size=size, name=f"{name}.tiles.jpg")
+    return tiles_from_mosaic(picture, info.num_patches, info.patch_size)
+
+
+def decode_frames(info: SampleInfo, picture: bytes, name: str) -> np.ndarray:
+    """uint8 [M, H, W, 3], the whole frames of a clip from its KEY.frames.jpg, or the one picture of
+    an image from its KEY.jpg (see frames_member); errors as of decode_jpeg."""
+    label = f"{name}.{frames_member(info.kind)}"
+    if info.kind == "image":
+        return decode_jpeg(picture, size=(info.height, info.width), name=label)[None]
+    strip = decode_jpeg(picture, size=strip_size(info), name=label)
+    return frames_from_strip(strip, info.height)
+
+
+def frames_member(kind: str) -> str:
+    """The member that holds whole frames of a sample of this kind."""
+    return "jpg" if kind == "image" else "frames.jpg"
 
 
 def tiles_from_mosaic(mosaic: np.ndarray, count: int, patch_size: int) -> np.ndarray:
@@ -252,10 +279,4 @@ def _jpeg(picture: np.ndarray) -> bytes:
 
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
-    return stream.getvalue()
-
-
-def _npy(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=False)
     return stream.getvalue()

@@ -52,13 +52,15 @@ class Task:
     """One shard to be: its name without suffix, its inputs and what its record states as settings.
 
     `superseded` holds rejected inputs, by source, that a later shard holds as samples: when this
-    shard is written again, they stay as rejected as they were.
+    shard is written again, they stay as rejected as they were. With `distrusts_record`, a record
+    without a digest that lies there is not the one that the manifest binds.
     """
 
     name: str
     inputs: tuple[Input, ...]
     settings: dict
     superseded: dict[str, dict] = field(default_factory=dict)
+    distrusts_record: bool = False
 
     @property
     def number(self) -> int:

@@ -1,17 +1,17 @@
-"""Reading every byte of a packed folder: does it still say what the manifest binds?"""
+"""Reading every byte of the shards: do they still say what the manifest binds?"""
 
-import io
 import re
 import tarfile
 
-import numpy as np
+from model_factory.files import DIGEST_KEY, file_sha256
 
-from model_factory.files import file_sha256
-
+from ..arrays import check_array
 from ..errors import CorruptShard, DataPipelineError
 from ..loading.shard_reader import ShardReader
+from .existing import read_shard_record
+from .jpeg import check_jpeg, read_jpeg_header
 from .manifest import MANIFEST_NAME, Manifest, manifest_bytes
-from .schema import SampleInfo, decode_array, mosaic_size, strip_size
+from .schema import SampleInfo, check_positions, decode_array, mosaic_size, strip_size
 from .writer import index_text
 
 
@@ -27,6 +27,8 @@ def verify(manifest: Manifest) -> list[str]:
         tar = manifest.directory / f"{shard['name']}.tar"
         if file_sha256(tar) != shard["sha256"]:
             problems.append(f"{tar.name}: bytes changed since it was written (sha256 differs)")
+        if DIGEST_KEY in shard and read_shard_record(tar.with_suffix(".json")) is None:
+            problems.append(f"{shard['name']}.json: its digest is not that of its content")
         index = tar.with_suffix(".tar.idx")
         if not index.is_file() or index.read_bytes() != index_text(shard).encode():
             problems.append(f"{index.name}: missing, stale or of another shard")
@@ -95,16 +97,11 @@ def _member_problem(member: tarfile.TarInfo, places: dict, seen: set[str]) -> st
 
 
 def _check_picture(reader, sample_id: int, extension: str, name: str, size) -> None:
-    from PIL import Image, UnidentifiedImageError
-
     data = reader.read(sample_id, extension)
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-            found = (picture.mode, picture.height, picture.width)
-    except (UnidentifiedImageError, OSError) as error:
-        raise CorruptShard(f"{name}.{extension} is no JPEG ({error})") from error
-    if found != ("RGB", *size):
-        raise CorruptShard(f"{name}.{extension} is {found}, expected {('RGB', *size)}")
+    check_jpeg(data, size=size, name=f"{name}.{extension}")
+    components = read_jpeg_header(data, name).components
+    if components != 3:
+        raise CorruptShard(f"{name}.{extension} has {components} colour component, expected 3")
 
 
 def _check_sample(reader, sample_id: int, name: str, record: dict) -> None:
@@ -119,17 +116,12 @@ def _check_sample(reader, sample_id: int, name: str, record: dict) -> None:
         _check_picture(reader, sample_id, "jpg", name, (info.height, info.width))
         return
     positions = decode_array(reader.read(sample_id, "positions.npy"), "positions.npy", name)
+    check_positions(positions, count=info.num_patches, grid=info.grid, name=name)
     scores = decode_array(reader.read(sample_id, "scores.npy"), "scores.npy", name)
-    if positions.shape != (info.num_patches, 3) or scores.shape != (info.num_patches,):
-        raise CorruptShard(
-            f"{name}: positions {positions.shape} and scores {scores.shape} for "
-            f"{info.num_patches} patches"
-        )
+    check_array(scores, shape=(info.num_patches,), name=f"{name}.scores.npy")
     motion = decode_array(reader.read(sample_id, "motion.npy"), "motion.npy", name)
-    if not (np.isfinite(scores).all() and np.isfinite(motion).all()):
-        raise CorruptShard(f"{name}: scores or motion are not finite")
-    if (positions[:, 1:] >= info.grid).any():
-        raise CorruptShard(f"{name}: positions out of range")
+    if len(motion) != info.num_frames:
+        raise CorruptShard(f"{name}: motion of {len(motion)} frames, there are {info.num_frames}")
     tiles = mosaic_size(info.num_patches, info.patch_size)
     _check_picture(reader, sample_id, "tiles.jpg", name, tiles)
     _check_picture(reader, sample_id, "frames.jpg", name, strip_size(info))

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ..loading.shard_reader import ShardReader
+from ..picture_files import write_picture
 from .manifest import Manifest
-from .schema import SampleInfo, decode_array, decode_jpeg, frames_from_strip, tiles_from_mosaic
+from .schema import SampleInfo, decode_array, decode_frames, decode_patches
 
 COLUMNS = 8
 GAP = 4
@@ -35,9 +36,10 @@ def contact_sheet(manifest: Manifest, sample_ids: list[int]) -> np.ndarray:
     blocks = []
     for sample_id in sample_ids:
         info, members = read_sample(manifest, sample_id)
-        rows = (
-            [[decode_jpeg(members["jpg"])]] if info.kind == "image" else _clip_rows(info, members)
-        )
+        if info.kind == "image":
+            rows = [[decode_frames(info, members["jpg"], info.source)[0]]]
+        else:
+            rows = _clip_rows(info, members)
         blocks += [_row(pictures) for pictures in rows]
     width = max(block.shape[1] for block in blocks)
     padded = [
@@ -53,7 +55,7 @@ def animation(manifest: Manifest, sample_id: int) -> list[np.ndarray]:
     """
     info, members = read_sample(manifest, sample_id)
     if info.kind == "image":
-        return [decode_jpeg(members["jpg"])]
+        return [decode_frames(info, members["jpg"], info.source)[0]]
     frames, motion, residual, codec, sampling = _clip_rows(info, members, every=True)
     columns = zip(frames, motion, residual, _held(sampling), _held(codec), strict=True)
     return [_row(list(pictures)) for pictures in columns]
@@ -79,21 +81,22 @@ def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
     if wrong or not sample_ids:
         raise ValueError(f"--samples {wrong}: the folder has samples 0 to {len(manifest) - 1}")
     if path.suffix == ".png":
-        Image.fromarray(contact_sheet(manifest, sample_ids)).save(path)
+        write_picture(path, Image.fromarray(contact_sheet(manifest, sample_ids)))
     elif path.suffix == ".gif":
         for sample_id in sample_ids:
             one = path if len(sample_ids) == 1 else path.with_stem(f"{path.stem}_{sample_id}")
             first, *rest = (Image.fromarray(picture) for picture in animation(manifest, sample_id))
-            first.save(one, save_all=True, append_images=rest, duration=200, loop=0)
+            options = {"save_all": True, "append_images": rest, "duration": 200, "loop": 0}
+            write_picture(one, first, **options)
     else:
         raise ValueError(f"--output {path} must end in .png (contact sheet) or .gif (animation)")
 
 
 def _clip_rows(info: SampleInfo, members, every: bool = False) -> list[list[np.ndarray]]:
-    frames = frames_from_strip(decode_jpeg(members["frames.jpg"]), info.height)
+    frames = decode_frames(info, members["frames.jpg"], info.source)
     motion = decode_array(members["motion.npy"], "motion.npy", info.source)
     positions = decode_array(members["positions.npy"], "positions.npy", info.source).astype(int)
-    tiles = tiles_from_mosaic(decode_jpeg(members["tiles.jpg"]), info.num_patches, info.patch_size)
+    tiles = decode_patches(info, members["tiles.jpg"], info.source)
     shown = (
         range(len(frames))
         if every

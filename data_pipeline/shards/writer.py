@@ -3,7 +3,8 @@
     video-000003.tar        the samples, GNU tar in webdataset naming
     video-000003.tar.idx    offsets for tools that want them (DALI's v1.2 text form); derived, never
                             trusted alone
-    video-000003.json       written last: sizes, sha256, crc32 of every member, inputs, rejects
+    video-000003.json       written last: sizes, sha256, crc32 of every member, inputs, rejects, and
+                            its own digest
 
 Each file is written under a temporary name, synced and renamed; the JSON is the commit. A shard
 without its JSON does not exist. The same samples give the same bytes: fixed owner, mode and time
@@ -12,19 +13,18 @@ stamps.
 
 import contextlib
 import fcntl
-import io
 import json
 import os
 import tarfile
 import zlib
 from pathlib import Path
 
-import numpy as np
-
-from model_factory.files import file_sha256, write_atomically
+from model_factory.files import file_sha256, json_bytes, naming, write_atomically
 
 from .schema import SCHEMA_VERSION
 
+# the record first: without it a shard does not exist
+SHARD_SUFFIXES = (".json", ".tar.idx", ".tar")
 SHORT_DIGEST = 16  # hex digits of a source's sha256 in the record: enough to find duplicates
 
 
@@ -35,23 +35,15 @@ def write_shard(directory: Path, name: str, samples, statement: dict) -> dict:
     `statement` is what the record says of its making (settings, inputs, rejected inputs). It may
     grow while the samples are drawn: it is read when the last one is written.
     """
-    import webdataset
-
     tar_path = directory / f"{name}.tar"
     temporary = directory / f".{name}.tar.tmp"
-    entries = []
-    with open(temporary, "wb") as stream:
-        # closed also when a signal ends the run: tarfile would complain at exit about a closed file
-        with webdataset.TarWriter(
-            stream, user="univit", group="univit", mode=0o644, encoder=False, mtime=0
-        ) as writer:
-            for key, members, info in samples:
-                writer.write({"__key__": key, **members})
-                checksums = {extension: zlib.crc32(data) for extension, data in members.items()}
-                entries.append((key, checksums, info))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, tar_path)
+    try:
+        entries = _write_tar(temporary, samples)
+        os.replace(temporary, tar_path)
+    except BaseException:
+        # half a shard is of no use, and takes the room that others may need
+        temporary.unlink(missing_ok=True)
+        raise
     places = _member_places(tar_path)
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -77,9 +69,29 @@ def write_shard(directory: Path, name: str, samples, statement: dict) -> dict:
         ],
         **statement,
     }
+    data = json_bytes(record, indent=None)
     write_atomically(directory / f"{name}.tar.idx", index_text(record).encode())
-    write_atomically(directory / f"{name}.json", json.dumps(record, sort_keys=True).encode())
-    return record
+    write_atomically(directory / f"{name}.json", data)
+    return json.loads(data)
+
+
+def _write_tar(path: Path, samples) -> list[tuple]:
+    """Write the members of samples; returns (key, crc32 by extension, info) of each."""
+    import webdataset
+
+    entries = []
+    with naming(path), open(path, "wb") as stream:
+        # closed also when a signal ends the run: tarfile would complain at exit about a closed file
+        with webdataset.TarWriter(
+            stream, user="univit", group="univit", mode=0o644, encoder=False, mtime=0
+        ) as writer:
+            for key, members, info in samples:
+                writer.write({"__key__": key, **members})
+                checksums = {extension: zlib.crc32(data) for extension, data in members.items()}
+                entries.append((key, checksums, info))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return entries
 
 
 @contextlib.contextmanager
@@ -105,13 +117,6 @@ def _is_open_file(path: Path, stream) -> bool:
         return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
     except FileNotFoundError:
         return False
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file the same way."""
-    stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=False)
-    write_atomically(path, stream.getvalue())
 
 
 def _member_places(tar_path: Path) -> dict[str, tuple[int, int]]:

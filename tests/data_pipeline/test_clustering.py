@@ -13,13 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.clustering import search as search_module
-from data_pipeline.clustering.features import (
-    FeatureConfig,
-    descriptor_rows,
-    extract,
-    load_features,
-    normalise,
-)
+from data_pipeline.clustering.feature_sources import FeatureConfig, descriptor_rows, normalise
+from data_pipeline.clustering.features import extract, load_features
 from data_pipeline.clustering.kmeans import (
     allot,
     load_centroids,
@@ -491,7 +486,7 @@ def test_vectors_of_another_set_are_not_taken_when_their_record_is_lost(packed, 
 
 
 def test_vectors_that_are_not_finite_are_refused_by_sample(packed, tmp_path, monkeypatch):
-    from data_pipeline.clustering import features as module
+    from data_pipeline.clustering import feature_sources as module
 
     manifest = load_manifest(packed / "train")
 

@@ -15,7 +15,7 @@ from data_pipeline.shards.interop import (
     write_visidx,
 )
 from data_pipeline.shards.manifest import load_manifest
-from data_pipeline.shards.schema import SampleInfo, decode_array, decode_jpeg, tiles_from_mosaic
+from data_pipeline.shards.schema import SampleInfo, decode_array, decode_patches
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,7 @@ def test_mosaics_hold_the_kept_patches_in_order_of_time(exported):
         with ShardReader(manifest) as reader:
             info = SampleInfo.from_bytes(reader.read(sample_id, "json"), "x")
             positions = decode_array(reader.read(sample_id, "positions.npy"), "positions.npy", "x")
-            tiles = decode_jpeg(reader.read(sample_id, "tiles.jpg"))
-        patches = tiles_from_mosaic(tiles, info.num_patches, info.patch_size)
+            patches = decode_patches(info, reader.read(sample_id, "tiles.jpg"), "x")
         clip = read_mosaics((output / record["positions_thw"]).parent)
         assert clip.positions.dtype == np.int32
         assert len(clip.positions) == NUM_MOSAICS * info.grid[0] * info.grid[1]

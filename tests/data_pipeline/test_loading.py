@@ -187,14 +187,14 @@ def test_packs_of_pictures_and_clips_hold_each_once_per_epoch(mixed):
 
 @pytest.mark.dali
 def test_decoded_tokens_are_the_clips_normalised_patches(packed):
-    from data_pipeline.shards.schema import decode_jpeg, tiles_from_mosaic
+    from data_pipeline.shards.schema import decode_patches
     from data_pipeline.shards.view import read_sample
     from model_factory.packing import CLIP_MEAN, CLIP_STD
 
     manifest = load_manifest(packed / "train")
     (batch,) = sequential_batches(manifest, [13], 4, "codec", VIEW)
     sample, members = read_sample(manifest, 13)
-    tiles = tiles_from_mosaic(decode_jpeg(members["tiles.jpg"]), sample.num_patches, 16)
+    tiles = decode_patches(sample, members["tiles.jpg"], "x")
     want = (torch.from_numpy(tiles).float() / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(
         CLIP_STD
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from older_folders import unseal
 from PIL import Image
 
 from data_pipeline import commands
@@ -30,6 +31,7 @@ from data_pipeline.shards.pack_progress import PackProgress
 from data_pipeline.shards.sample_builder import SampleConfig
 from data_pipeline.shards.tasks import PackConfig, default_samples_per_shard
 from data_pipeline.shards.verify import verify
+from model_factory.files import write_json
 from training.data import other_patch_size
 
 CONFIG = PackConfig(
@@ -156,16 +158,15 @@ def test_inputs_of_the_same_bytes_are_the_same_whatever_their_times(copy):
 
 def test_a_record_of_before_is_compared_by_what_it_holds(copy):
     """Records once stated one hash over all inputs and no list of them."""
-    manifest = json.loads((copy / "out" / "manifest.json").read_bytes())
+    manifest = load_manifest(copy / "out")
+    unseal(copy / "out", without=("inputs",))
     for path in (copy / "out").glob("video-*.json"):
         record = json.loads(path.read_bytes())
-        del record["inputs"]
-        path.write_text(json.dumps(record, sort_keys=True))
         assert [known.source for known in known_inputs(record)] == [
             sample["source"] for sample in record["samples"]
         ]
     times = {path: path.stat().st_mtime_ns for path in (copy / "out").glob("*.tar")}
-    assert len(quietly(copy / "in", copy / "out")) == manifest["num_samples"]
+    assert len(quietly(copy / "in", copy / "out")) == len(manifest)
     assert times == {path: path.stat().st_mtime_ns for path in (copy / "out").glob("*.tar")}
     Image.new("RGB", (32, 32)).save(copy / "in" / "b.png")
     assert "b.png" in refused(copy)
@@ -319,15 +320,26 @@ def test_no_manifest_names_missing_shards_while_they_are_replaced(copy, monkeypa
     assert verify(manifest) == []
 
 
-def test_a_manifest_cannot_name_files_elsewhere(copy):
-    outside = copy / "video-000009.tar"
-    outside.write_bytes(b"x")
-    content = json.loads((copy / "out" / "manifest.json").read_bytes())
+@pytest.mark.parametrize("is_sealed", [True, False])
+def test_a_manifest_cannot_name_files_elsewhere(copy, is_sealed):
+    outside = copy / "video-000009"
+    for suffix in (".tar", ".tar.idx", ".json"):
+        shutil.copy(copy / "out" / f"video-000000{suffix}", f"{outside}{suffix}")
+    path = copy / "out" / "manifest.json"
+    content = json.loads(path.read_bytes())
+    del content["digest"]
     content["shards"][0]["name"] = "../video-000009"
-    (copy / "out" / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(DataPipelineError, match="is not a packing's"):
-        quietly(copy / "in", copy / "out", mode="replace")
-    assert outside.exists()
+    if is_sealed:
+        write_json(path, content)
+    else:
+        path.write_text(json.dumps({**content, "schema_version": 1}, indent=1, sort_keys=True))
+    with pytest.raises(CorruptShard, match=r"'\.\./video-000009' leads out of the folder"):
+        load_manifest(copy / "out")
+    said = []
+    pack(list_inputs([copy / "in"]), copy / "out", CONFIG, report=said.append)
+    assert "leads out of the folder" in said[0] and "written anew" in said[0]
+    assert verify(load_manifest(copy / "out")) == []
+    assert len(list(copy.glob("video-000009*"))) == 3
 
 
 def test_jobs_of_an_array_that_replace_do_not_remove_each_others_shards(copy):

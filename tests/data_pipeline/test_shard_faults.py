@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import tarfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from conftest import torchrun
 from PIL import Image
 
+from data_pipeline.arrays import array_bytes
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
 from data_pipeline.errors import BudgetExceeded, DataPipelineError, DataTimeout
@@ -35,12 +37,14 @@ from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest, write_manifest
 from data_pipeline.shards.pack import PackConfig, pack
 from data_pipeline.shards.sample_builder import SampleConfig
+from data_pipeline.shards.schema import decode_array
 from data_pipeline.shards.verify import verify
 from data_pipeline.shards.writer import index_text
-from model_factory.files import file_sha256
+from model_factory.files import DIGEST_KEY, file_sha256, json_bytes
 
 pytestmark = pytest.mark.dali
 VIEW = ViewConfig(codec_ratio=1.0, frame_ratio=0.0, max_tokens=98, max_frames=2)
+JPEG_SIDES = struct.Struct(">HH")  # rows and columns in a frame header
 PATIENT = ErrorBudget(share=0.6, shard_share=0.6)
 STREAM = StreamConfig(batch_size=4, view=VIEW, label_width=4, labels_per_step=2, dali_num_threads=1)
 PACKED = PackConfig(SampleConfig(size=64, gop=64, budget=64), samples_per_shard=9, workers=1)
@@ -92,7 +96,8 @@ def rebind(folder: Path, change) -> None:
     for record in records:
         tar = folder / f"{record['name']}.tar"
         record |= {"size": tar.stat().st_size, "sha256": file_sha256(tar)}
-        (folder / f"{record['name']}.json").write_text(json.dumps(record, sort_keys=True))
+        record.pop(DIGEST_KEY, None)
+        (folder / f"{record['name']}.json").write_bytes(json_bytes(record, indent=None))
         (folder / f"{record['name']}.tar.idx").write_text(index_text(record))
     write_manifest(folder, records, settings)
     labels = np.load(folder / "labels.npy")
@@ -120,6 +125,14 @@ def jpeg(mode: str, size: tuple[int, int]) -> bytes:
     stream = io.BytesIO()
     Image.new(mode, size, 90 if mode == "L" else None).save(stream, "JPEG")
     return stream.getvalue()
+
+
+def broken_codes() -> bytes:
+    """A picture of a right header whose Huffman tables no decoder takes."""
+    data = bytearray(jpeg("RGB", (512, 64)))
+    table = data.index(b"\xff\xc4")
+    data[table + 5 : table + 21] = b"\xff" * 16
+    return bytes(data)
 
 
 def add_member(folder: Path, name: str, kind=tarfile.REGTYPE, format=tarfile.GNU_FORMAT) -> None:
@@ -175,9 +188,9 @@ def random_bytes(folder, packed):
 
 def labels_that_do_not_fit(folder, packed):
     manifest, labels = load_manifest(folder), np.load(folder / "labels.npy")
-    for wrong in (labels + 8, labels - 9, labels[:-1]):
+    for wrong, said in ((labels + 8, "below 8"), (labels - 9, "-1"), (labels[:-1], "24 rows")):
         save_labels(folder, wrong, manifest, 8, {})
-        with pytest.raises(DataPipelineError, match="expected 24 rows and ids below 8"):
+        with pytest.raises(DataPipelineError, match=f"expected .*{said}"):
             open_stream(folder)
 
 
@@ -253,7 +266,7 @@ def nobody_fits(folder, packed):
 def decoder_without_a_culprit(folder, packed):
     from data_pipeline.loading import stream as module
 
-    replace_member(folder, 5, "tiles.jpg", b"\xff\xd8 no picture at all")
+    replace_member(folder, 5, "tiles.jpg", broken_codes())
     original, module.undecodable = module.undecodable, lambda *_: {}
     try:
         with pytest.raises(DataPipelineError, match="decoding failed 4 times although"):
@@ -343,15 +356,44 @@ def missing_component(folder, packed):
 def undecodable_picture(folder, packed):
     replace_member(folder, 5, "tiles.jpg", b"\xff\xd8 no picture at all")
     replace_member(folder, 16, "tiles.jpg", jpeg("RGB", (512, 64))[:300])
-    assert_contained(folder, packed, {5, 16})
+    replace_member(folder, 18, "tiles.jpg", broken_codes())
+    assert_contained(folder, packed, {5, 16, 18})
 
 
 def picture_of_another_size(folder, packed):
     replace_member(folder, 8, "tiles.jpg", jpeg("RGB", (64, 48)))
     assert_contained(folder, packed, {8})
-    assert any(
-        "000_000008.tiles.jpg is ('RGB', 48, 64)" in p for p in verify(load_manifest(folder))
-    )
+    said = "000_000008.tiles.jpg is a picture of 48x64, its metadata says 64x512"
+    assert any(said in problem for problem in verify(load_manifest(folder)))
+
+
+def huge_picture(folder, packed):
+    """Its header claims 13 GB; it never reaches a decoder, and all views name it."""
+    header = JPEG_SIDES.pack(65500, 65500)
+    for member, size in (("tiles.jpg", (512, 64)), ("frames.jpg", (112, 896))):
+        data = jpeg("RGB", size)
+        forged = data.replace(JPEG_SIDES.pack(size[1], size[0]), header, 1)
+        assert forged != data
+        replace_member(folder, 8, member, forged)
+    for view in (VIEW, dataclasses.replace(VIEW, codec_ratio=0.0, frame_ratio=1.0)):
+        stream = open_stream(folder, PATIENT, view)
+        assert set(read_epoch(stream)[1]) == {8}
+        assert "is a picture of 65500x65500, its metadata says" in stream.reason(8)
+        assert not stream._quarantine._undecodable, "no decoder met it"
+    assert any("65500x65500" in problem for problem in verify(load_manifest(folder)))
+
+
+def places_outside_of_the_grid(folder, packed):
+    with ShardReader(load_manifest(folder)) as reader:
+        good = decode_array(reader.read(3, "positions.npy"), "positions.npy", "x")
+    for number, place in enumerate([(65535, 0, 0), (64, 0, 0), (0, 7, 0), (0, 0, 7), good[0]]):
+        copy = folder.with_name(f"places_{number}")
+        shutil.copytree(folder, copy)
+        wrong = good.copy()
+        wrong[50] = place
+        replace_member(copy, 3, "positions.npy", array_bytes(wrong))
+        assert_contained(copy, packed, {3})
+        assert any("000_000003: " in p and "stand" in p for p in verify(load_manifest(copy)))
 
 
 # --- verify ------------------------------------------------------------
@@ -422,20 +464,28 @@ def sparse_and_nested_members(folder, packed):
     assert_contained(folder, packed, set())
 
 
+def assert_contained_but_grey(folder: Path, packed: Path, grey: int, bad: set[int]) -> None:
+    """A picture without colour is trained on, one of four components is not."""
+    got, replaced = read_epoch(open_stream(folder))
+    assert set(replaced) == bad and grey in got
+
+
 def picture_of_another_mode(folder, packed):
     for number, mode in enumerate(("L", "CMYK")):
         replace_member(folder, 8 + number, "tiles.jpg", jpeg(mode, (512, 64)))
     problems = verify(load_manifest(folder))
-    assert any("('L', 64, 512)" in p for p in problems)
-    assert any("('CMYK', 64, 512)" in p for p in problems)
+    assert any("000008.tiles.jpg has 1 colour component" in p for p in problems)
+    assert any("000009.tiles.jpg is a JPEG of 4 components" in p for p in problems)
+    assert_contained_but_grey(folder, packed, grey=8, bad={9})
 
 
 def arrays_that_are_not_finite(folder, packed):
-    from data_pipeline.shards.schema import _npy
-
     scores = np.full(98, np.nan, np.float16)
-    replace_member(folder, 2, "scores.npy", _npy(scores))
-    assert any("000002: scores or motion" in p for p in verify(load_manifest(folder)))
+    replace_member(folder, 2, "scores.npy", array_bytes(scores))
+    assert any(
+        "000002.scores.npy holds numbers that are not finite" in p
+        for p in verify(load_manifest(folder))
+    )
     assert_contained(folder, packed, set())  # training reads bytes and integers only
 
 
@@ -543,6 +593,8 @@ CASES = {
     "34 undecodable picture: quarantine": undecodable_picture,
     "34 picture of another size: quarantine": picture_of_another_size,
     "34 a decoder that dies without a culprit: stop, named": decoder_without_a_culprit,
+    "34 a picture of 65500 x 65500: quarantine, never decoded": huge_picture,
+    "34 places outside of the grid, or taken twice: quarantine": places_outside_of_the_grid,
     "35 a callback that raises: the error itself": callback_that_raises,
     "36 storage that stalls: stop, named": storage_that_stalls,
     "37 labels that do not fit: stop": labels_that_do_not_fit,

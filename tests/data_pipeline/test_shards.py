@@ -18,9 +18,8 @@ from data_pipeline.shards.sample_builder import SampleConfig, build_sample
 from data_pipeline.shards.schema import (
     SampleInfo,
     decode_array,
-    decode_jpeg,
-    frames_from_strip,
-    tiles_from_mosaic,
+    decode_frames,
+    decode_patches,
 )
 from data_pipeline.shards.statistics import statistics, statistics_table
 from data_pipeline.shards.verify import verify
@@ -45,12 +44,12 @@ def test_stored_patches_are_the_clips_own(clips, patch_size):
     members, info = build_sample(path, "a", config)
     assert SampleInfo.from_bytes(members["json"], "a") == info
     positions = decode_array(members["positions.npy"], "positions.npy", "a").astype(int)
-    tiles = tiles_from_mosaic(decode_jpeg(members["tiles.jpg"]), info.num_patches, patch_size)
+    tiles = decode_patches(info, members["tiles.jpg"], "a")
     clip = decompose_video(path, 64, 112, patch_size, 32)
     want = cut_patches(clip.frames, positions, patch_size)
     error = ((tiles.astype(float) - want) ** 2).mean()
     assert 10 * np.log10(255**2 / error) > 33
-    frames = frames_from_strip(decode_jpeg(members["frames.jpg"]), info.height)
+    frames = decode_frames(info, members["frames.jpg"], "a")
     assert frames.shape == (16, 112, 112, 3)
     assert np.abs(frames[-1].astype(int) - clip.frames[-1]).mean() < 4
 
@@ -315,4 +314,4 @@ def test_a_thin_strip_is_scaled_where_it_is_kept_only(tmp_path):
     Image.new("RGB", (1, 16000), "red").save(tmp_path / "strip.png")
     members, info = build_sample(tmp_path / "strip.png", "strip.png", SampleConfig(size=224))
     assert (info.height, info.width) == (224, 224)
-    assert np.abs(decode_jpeg(members["jpg"]).astype(int) - (255, 0, 0)).max() < 4
+    assert np.abs(decode_frames(info, members["jpg"], "a").astype(int) - (255, 0, 0)).max() < 4

@@ -1,5 +1,6 @@
 """What decides something is bound: no changed byte is read as if it were as written."""
 
+import resource
 import subprocess
 
 import pytest
@@ -8,6 +9,8 @@ from model_factory.files import (
     CHECKSUMS_NAME,
     DamagedFile,
     check_checksums,
+    is_plain_name,
+    json_bytes,
     parse_json,
     read_json,
     stays_below,
@@ -56,6 +59,42 @@ def test_numbers_that_json_does_not_have_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "record.json", {"mean": float("nan")})
     assert not (tmp_path / "record.json").exists()
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity", "[" * 900 + "]" * 900])
+def test_what_is_parsed_and_never_written_counts_as_changed(tmp_path, number):
+    (tmp_path / "record.json").write_text('{"digest": "0", "mean": %s}' % number)
+    with pytest.raises(DamagedFile, match=r"record\.json"):
+        read_json(tmp_path / "record.json", {})
+
+
+def test_a_record_on_one_line_is_sealed_alike(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_bytes(json_bytes(CONTENT, indent=None))
+    assert path.read_bytes().count(b"\n") == 0
+    assert read_json(path, {"count": int}) == CONTENT
+    path.write_bytes(path.read_bytes().replace(b'"count": 3', b'"count": 4'))
+    with pytest.raises(DamagedFile, match="changed"):
+        read_json(path, {})
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_the_old_one(tmp_path):
+    path = tmp_path / "record.json"
+    write_json(path, CONTENT)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as error:
+            write_json(path, {**CONTENT, "more": "x" * 200})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.filename == str(path)
+    assert read_json(path, {}) == CONTENT and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "", "/a", ".", 3, None])
+def test_only_a_name_without_a_folder_is_plain(name):
+    assert is_plain_name("video-000001") and not is_plain_name(name)
 
 
 @pytest.mark.parametrize(

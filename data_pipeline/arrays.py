@@ -1,0 +1,95 @@
+"""Arrays in .npy files: written whole or not at all, read with a header that is matched.
+
+NumPy evaluates a header as Python, which is not safe in threads (CPython 3.11 counts the depth of
+syntax trees for all threads together) and believes whatever size it states. Here a header has the
+form that np.save gives it, its dtype is the expected one, and its bytes are all there.
+"""
+
+import hashlib
+import io
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from model_factory.files import naming, write_atomically
+
+from .errors import CorruptShard
+
+NPY_MAGIC = b"\x93NUMPY\x01\x00"
+NPY_HEADER = re.compile(
+    rb"\{'descr': '([^']{1,8})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n"
+)
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """The bytes of a .npy file."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file, atomically."""
+    write_atomically(path, array_bytes(array))
+
+
+def parse_array(data: bytes | bytearray, dtype: type, name: str) -> np.ndarray:
+    """The array of a .npy file's bytes, which it shares; CorruptShard for another dtype, and for
+    bytes that are no array of the stated size. `name` is what messages call it."""
+    length = int.from_bytes(data[8:10], "little")
+    header = NPY_HEADER.fullmatch(data[10 : 10 + length]) if data.startswith(NPY_MAGIC) else None
+    if header is None:
+        raise CorruptShard(f"{name} is no .npy array of version 1.0")
+    descr, order, sizes = (group.decode() for group in header.groups())
+    shape = tuple(int(size) for size in sizes.split(",") if size.strip())
+    wanted = np.dtype(dtype)
+    if descr != wanted.str:
+        raise CorruptShard(f"{name} holds {descr} {shape}, expected {wanted}")
+    if len(data) != 10 + length + math.prod(shape) * wanted.itemsize:
+        raise CorruptShard(f"{name} has not the bytes of a {descr} {shape}")
+    flat = np.frombuffer(data, wanted, offset=10 + length)
+    return flat.reshape(shape, order="F" if order == "True" else "C")
+
+
+def check_array(array: np.ndarray, shape: tuple[int | None, ...], name: str) -> None:
+    """CorruptShard for another shape (None: any size above 0) and for numbers that are not
+    finite."""
+    fits = len(array.shape) == len(shape) and all(
+        size == wanted or (wanted is None and size > 0)
+        for size, wanted in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        said = ", ".join("any" if size is None else str(size) for size in shape)
+        raise CorruptShard(f"{name} has shape {list(array.shape)}, expected [{said}]")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise CorruptShard(f"{name} holds numbers that are not finite")
+
+
+def read_array(
+    path: Path, sha256: str, dtype: type, shape: tuple[int | None, ...], again: str
+) -> np.ndarray:
+    """The array of a .npy file of ours, bound by the sha256 in the record beside it.
+
+    Hash and array come from one reading, so that nothing can change in between. CorruptShard names
+    a file that is absent, changed, or holds something else, and says what to do: `again`.
+    """
+    try:
+        with naming(path), open(path, "rb") as stream:
+            data = bytearray(os.fstat(stream.fileno()).st_size)
+            stream.readinto(data)
+    except FileNotFoundError:
+        raise CorruptShard(f"{path} is missing: {again}") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptShard(
+            f"{path} changed since it was written: it is not the file that its record binds; "
+            f"{again}"
+        )
+    try:
+        array = parse_array(data, dtype=dtype, name=str(path))
+        check_array(array, shape=shape, name=str(path))
+    except CorruptShard as error:
+        raise CorruptShard(f"{error}: {again}") from None
+    return array

@@ -1,0 +1,180 @@
+"""`verify DIR`: every file that the pipeline wrote, known by the record that binds it.
+
+    manifest.json        shards, see shards.verify
+    labels.json          labels; of these shards, where both are there
+    clusters.json        centroids, and the space that they lie in
+    features.json        vectors, shard by shard
+    partial/record.json  a clustering that was stopped
+
+Folders inside are looked at in the same way. A file of a kind that is read here and that no record
+names is a problem: somebody put it there, and a reader may take it. Other files are named, and not
+checked. Cost: one reading of every byte.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from model_factory.files import DamagedFile
+from model_factory.plain_text import printable
+
+from .clustering import features, kmeans, labels, progress
+from .errors import DataPipelineError
+from .shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+from .shards.verify import verify
+from .shards.writer import SHARD_SUFFIXES
+
+KINDS_READ = (".tar", ".idx", ".json", ".npy")
+MOST_NAMED = 5
+
+
+@dataclass
+class Findings:
+    """What a look at a folder has found, one line each: problems, what was checked, and names of
+    files that nobody here wrote."""
+
+    problems: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def lines(self, directory: Path) -> list[str]:
+        """What to print."""
+        if self.problems:
+            return self.problems
+        said = f"{directory}: {', '.join(self.checked)}"
+        if not self.others:
+            return [f"{said}, every byte as written"]
+        named = ", ".join(map(printable, self.others[:MOST_NAMED]))
+        more = len(self.others) - MOST_NAMED
+        named += f" and {more} more" if more > 0 else ""
+        return [f"{said}, every byte that a record names as written; not checked: {named}"]
+
+
+def verify_folder(directory: Path) -> Findings:
+    """Check a folder of shards, labels, centroids or features, or several of them in one.
+
+    Raises MissingData where there is none of them.
+    """
+    if not _is_ours(directory):
+        load_manifest(directory)  # says what is missing, and how to make it
+    findings = Findings()
+    _Folder(directory, findings, prefix="").check()
+    return findings
+
+
+def _is_ours(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _CHECKS)
+
+
+class _Folder:
+    """One folder; `known` are the files in it that a record names."""
+
+    def __init__(self, directory: Path, findings: Findings, prefix: str):
+        self.directory = directory
+        self.findings = findings
+        self.prefix = prefix  # of names in messages: where this folder lies in the one asked for
+        self.manifest: Manifest | None = None
+        self.known: set[str] = set()
+
+    def check(self) -> None:
+        """All that lies here, and below."""
+        is_whole = True
+        for name, check in _CHECKS.items():
+            if not (self.directory / name).is_file():
+                continue
+            self.known.add(name)
+            try:
+                self.findings.checked.append(check(self))
+            except (DataPipelineError, DamagedFile, OSError) as error:
+                self.findings.problems.append(str(error))
+                is_whole = False
+        # a damaged record says nothing of the files that it names
+        self._rest(is_whole)
+
+    def _rest(self, is_whole: bool) -> None:
+        for path in sorted(self.directory.iterdir()):
+            name = f"{self.prefix}{path.name}"
+            if path.is_dir():
+                if _is_ours(path):
+                    _Folder(path, self.findings, prefix=f"{name}/").check()
+                else:
+                    self.findings.others.append(f"{name}/")
+            elif path.name in self.known or _is_lock(path):
+                continue
+            elif path.suffix in KINDS_READ:
+                if is_whole:
+                    self.findings.problems.append(
+                        f"{printable(name)}: no record names this file; move it away"
+                    )
+            else:
+                self.findings.others.append(name)
+
+
+def _is_lock(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix == ".lock"
+
+
+def _check_shards(folder: _Folder) -> str:
+    folder.manifest = load_manifest(folder.directory)
+    shards = folder.manifest.shards
+    folder.findings.problems += verify(folder.manifest)
+    folder.known |= {f"{shard['name']}{suffix}" for shard in shards for suffix in SHARD_SUFFIXES}
+    # a tar that the manifest does not name is among the problems already
+    folder.known |= {path.name for path in folder.directory.glob("*.tar")}
+    return f"{len(folder.manifest)} samples in {len(shards)} shards"
+
+
+def _check_labels(folder: _Folder) -> str:
+    folder.known.add(labels.LABELS_NAME)
+    if folder.manifest is not None:
+        rows, num_classes = labels.load_labels(folder.directory, folder.manifest)
+        return f"labels of {num_classes} classes"
+    record = labels.read_labels_record(folder.directory, Path("DIR"))
+    rows = labels.read_labels_array(folder.directory, record)
+    return f"{len(rows)} rows of labels of {record['num_classes']} classes (shards not looked at)"
+
+
+def _check_centroids(folder: _Folder) -> str:
+    centroids, record, _ = kmeans.load_centroids(folder.directory)
+    folder.known |= record["files"].keys()
+    return f"{len(centroids)} centroids"
+
+
+def _check_features(folder: _Folder) -> str:
+    features.read_features_record(folder.directory)
+    rows = 0
+    width = None
+    for path in sorted(folder.directory.glob("*.json")):
+        array = path.with_suffix(".npy")
+        if path.name in folder.known or not array.is_file():
+            continue
+        folder.known |= {path.name, array.name}
+        try:
+            vectors = features.read_vectors(array, width)
+        except DataPipelineError as error:
+            folder.findings.problems.append(str(error))
+            continue
+        rows += len(vectors)
+        width = vectors.shape[1]
+    return f"{rows} vectors"
+
+
+def _check_progress(folder: _Folder) -> str:
+    saved = progress.read_progress(folder.directory)
+    for name in saved["files"]:
+        folder.known.add(name)
+        if progress.read_saved(folder.directory, saved, name) is None:
+            folder.findings.problems.append(
+                f"{folder.prefix}{name}: not what its record says; the clustering computes it again"
+            )
+    return f"{len(saved['files'])} files of a clustering that was stopped"
+
+
+# in this order: labels are compared with the manifest
+_CHECKS: dict[str, Callable[[_Folder], str]] = {
+    MANIFEST_NAME: _check_shards,
+    labels.RECORD_NAME: _check_labels,
+    kmeans.RECORD_NAME: _check_centroids,
+    features.RECORD_NAME: _check_features,
+    progress.RECORD_NAME: _check_progress,
+}
