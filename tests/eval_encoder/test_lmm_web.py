@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -22,10 +22,10 @@ from conftest import PATIENCE_S, ROOT, kill_group, run, write_video
 from PIL import Image
 from test_lmm_chat import COLOUR, SUM, SURE, write_model
 
-from eval_encoder import lmm_web
+from eval_encoder import lmm_web, lmm_web_handlers
 from eval_encoder.lmm_generate import open_speaker
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = shutil.which("chromium")
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync"
 
@@ -38,7 +38,7 @@ def lacking() -> str:
     version = importlib.metadata.version("gradio")
     if int(version.split(".")[0]) < 6:
         return f"gradio {version} is installed, the page needs 6 or later"
-    return "" if CHROMIUM.is_file() else f"{CHROMIUM} is absent"
+    return "" if CHROMIUM else "chromium is not on the PATH"
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def browser(server):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS.split())
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         yield browser
         browser.close()
 
@@ -174,7 +174,7 @@ def test_a_text_that_is_named_like_a_picture_is_refused(page, tmp_path):
 def test_a_file_above_the_limit_is_refused_by_page_and_server(page, server, tmp_path):
     path = tmp_path / "large.png"
     with open(path, "wb") as stream:
-        stream.truncate(lmm_web.MAX_BYTES + 1)
+        stream.truncate(lmm_web_handlers.MAX_BYTES + 1)
     upload(page, path)
     page.get_by_text("exceed the maximum allowed size").wait_for()
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
@@ -199,18 +199,20 @@ def test_an_upload_is_what_it_holds_not_what_it_is_called(folder, tmp_path):
     picture, clip = tmp_path / "a#b.mp4", tmp_path / "c.png"
     picture.write_bytes((folder / "red.png").read_bytes())
     write_video(tmp_path / "c.mp4", [np.zeros((64, 64, 3), np.uint8)] * 9).rename(clip)
-    assert lmm_web.read_upload(speaker, picture).grids[0][0] == 1
-    assert lmm_web.read_upload(speaker, clip).grids[0][0] == speaker.reader.config.num_frames
+    assert lmm_web_handlers.read_upload(speaker, picture).grids[0][0] == 1
+    assert (
+        lmm_web_handlers.read_upload(speaker, clip).grids[0][0] == speaker.reader.config.num_frames
+    )
 
 
 def test_an_upload_within_the_bytes_may_still_be_too_large(folder, tmp_path, monkeypatch):
     speaker = open_speaker(folder / "model")
     Image.new("1", (20_000, 10)).save(tmp_path / "wide.png")
     write_video(tmp_path / "long.mp4", [np.zeros((64, 64, 3), np.uint8)] * 60)
-    monkeypatch.setattr(lmm_web, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(lmm_web_handlers, "MAX_SECONDS", 1.0)
     for name in ("wide.png", "long.mp4"):
         with pytest.raises(ValueError, match=rf"^{name} is \d+x\d+"):
-            lmm_web.read_upload(speaker, tmp_path / name)
+            lmm_web_handlers.read_upload(speaker, tmp_path / name)
 
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
