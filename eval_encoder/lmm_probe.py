@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from eval_encoder.lmm_config import build_parser, parse_arguments
+from model_factory.launcher_watch import watched_launcher
 from model_factory.quiet import quiet_libraries
 
 LOG = logging.getLogger("univit")
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+@watched_launcher()
 def _stage(arguments, others: list[str]) -> int:
     import torch
     import torch.distributed as dist
