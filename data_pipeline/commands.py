@@ -6,6 +6,8 @@ Functions import what they need when they run, so `--help` is instant.
 import json
 import os
 
+from model_factory.launcher_watch import watched_launcher
+
 DEFAULT_SIZE = 224
 DEFAULT_PATCH_SIZE = 16
 
@@ -159,6 +161,7 @@ def _feature_config(args):
     return FeatureConfig(args.encoder, args.num_frames, args.concat, args.keep_dims)
 
 
+@watched_launcher()
 def features(args) -> None:
     """Write one vector per sample, of this process's part of the shards."""
     from .clustering.features import extract

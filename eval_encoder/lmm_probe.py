@@ -25,6 +25,7 @@ from pathlib import Path
 from eval_encoder.lmm_config import build_parser, parse_arguments
 from eval_encoder.lmm_samples import stage_samples
 from model_factory.command import run_command
+from model_factory.launcher_watch import watched_launcher
 from model_factory.quiet import quiet_libraries
 from training.log import is_first_to_say
 
@@ -48,6 +49,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return argparse.Namespace(arguments=arguments, others=others, output_dir=known.output_dir)
 
 
+@watched_launcher()
 def _stage(parsed: argparse.Namespace) -> None:
     arguments = parsed.arguments
     quiet_libraries(uses_deepspeed=any(flag.startswith("--deepspeed") for flag in parsed.others))

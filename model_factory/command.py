@@ -37,6 +37,7 @@ EXIT_CODES = {
     "storage": 8,
     "peer lost": 9,
     "out of memory": 10,
+    "launcher gone": 11,
 }
 # what a file system says when the fault is its own, not that of a path
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)

@@ -4,7 +4,8 @@ Parses the command line, claims the output folder and writes the configuration t
 runs, prepares the embedded data set when no other is named, trains, writes report.md, and leaves
 exit.json with the outcome. Exit codes: 0 done, 1 user's mistake or unknown error, 3 asked to stop
 and saved, 4 too many bad samples, 5 non-finite loss, 6 bad checkpoint, 7 checkpoint of another
-configuration, 8 storage, 9 another rank is gone, 10 out of memory (model_factory/command.py).
+configuration, 8 storage, 9 another rank is gone, 10 out of memory, 11 the launcher is gone
+(model_factory/command.py).
 """
 
 import argparse
@@ -71,8 +72,9 @@ def _run(args, config, ranks) -> int:
         if outcome is None:
             run.leave("error", f"{type(error).__name__}: {error}", trace)
             raise
-        may_speak = ranks.is_main or outcome in ("error", "peer lost")
-        if may_speak and is_first_to_say(message):
+        # StorageError comes to all ranks alike, what the system refuses to one of them
+        is_own = outcome in ("error", "peer lost") or isinstance(error, OSError)
+        if (ranks.is_main or is_own) and is_first_to_say(message):
             logger.error("%s", message)
         return run.leave(outcome, message, trace)
     finally:
