@@ -130,7 +130,7 @@ def _check_labels(folder: _Folder) -> str:
         rows, num_classes = labels.load_labels(folder.directory, folder.manifest)
         return f"labels of {num_classes} classes"
     record = labels.read_labels_record(folder.directory, Path("DIR"))
-    rows = labels.read_labels_array(folder.directory, record)
+    rows = labels.read_labels_array(folder.directory, record, Path("DIR"))
     return f"{len(rows)} rows of labels of {record['num_classes']} classes (shards not looked at)"
 
 

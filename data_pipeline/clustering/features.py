@@ -12,6 +12,7 @@ Work is cut by shards: finished ones are kept, several jobs share a folder by ta
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +50,8 @@ def extract(
 
     if len(manifest) == 0:
         raise MissingData(
-            f"{manifest.directory} holds no sample: see `python -m data_pipeline stats`"
+            f"{manifest.directory} holds no sample: see `python -m data_pipeline stats "
+            f"{shlex.quote(str(manifest.directory))}`"
         )
     if not 0 <= task_id < num_tasks:
         raise ValueError(f"--task-id {task_id} must be 0 to {num_tasks - 1} with {num_tasks} tasks")
@@ -133,7 +135,7 @@ def features_config(manifest: Manifest, folder: Path) -> FeatureConfig:
     record = folder / RECORD_NAME
     if not record.is_file():
         raise MissingData(
-            f"{record} does not exist: make it with `python -m data_pipeline features`"
+            f"{record} does not exist: make it with {_how_to_extract(manifest, folder)}"
         )
     whole = read_features_record(folder)
     if whole["origin"].get("manifest_sha256") != manifest.sha256:
@@ -142,6 +144,11 @@ def features_config(manifest: Manifest, folder: Path) -> FeatureConfig:
         return FeatureConfig.of(whole["config"], name=str(record))
     except DamagedFile as error:
         raise CorruptShard(str(error)) from error
+
+
+def _how_to_extract(manifest: Manifest, folder: Path) -> str:
+    folders = [shlex.quote(str(path)) for path in (manifest.directory, folder)]
+    return f"`python -m data_pipeline features {folders[0]} --output {folders[1]}`"
 
 
 def feature_pieces(manifest: Manifest, folder: Path) -> Iterator[np.ndarray]:
@@ -199,7 +206,10 @@ class _Done:
         if path.with_suffix(".json").is_file():
             _shard_record(path.with_suffix(".json"))  # a damaged one is named, not "not done"
         if not self.has(shard):
-            raise MissingData(f"{self._folder}: {shard['name']} is not done, run `features` again")
+            raise MissingData(
+                f"{self._folder}: {shard['name']} is not done: run the `features` command of that "
+                "folder again"
+            )
         return read_vectors(path, width)
 
 

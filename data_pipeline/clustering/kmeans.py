@@ -27,7 +27,6 @@ CENTROIDS_NAME = "centroids.npy"
 COMPONENTS_NAME = "components.npy"
 RECORD_NAME = "clusters.json"
 RECORD_FIELDS = {"num_centroids": int, "dim": int, "sha256": str, "files": dict}
-AGAIN = "cluster again: `python -m data_pipeline cluster DIR --num-centroids K --output {folder}`"
 SINGLE = 1 << 16
 BLOCK = 5  # iterations between two saves
 POINTS_PER_COARSE = 256
@@ -289,9 +288,9 @@ def load_centroids(directory: Path) -> tuple[np.ndarray, dict, np.ndarray | None
     """
     if not (directory / RECORD_NAME).is_file():
         raise MissingData(
-            f"{directory} holds no {RECORD_NAME}: make it with `python -m data_pipeline cluster`"
+            f"{directory} holds no {RECORD_NAME}: make it with {how_to_cluster('DIR', directory)}"
         )
-    again = AGAIN.format(folder=shlex.quote(str(directory)))
+    again = f"cluster again: {how_to_cluster('DIR', directory)}"
     path = directory / RECORD_NAME
     record = read_record(path, fields=RECORD_FIELDS, again=again)
     files = record["files"]
@@ -322,6 +321,12 @@ def load_centroids(directory: Path) -> tuple[np.ndarray, dict, np.ndarray | None
     if not centroids.size:
         raise CorruptShard(f"{path} states no centroid: {again}")
     return centroids, record, components
+
+
+def how_to_cluster(shards: Path | str, output: Path | str) -> str:
+    """The command that clusters a packed folder."""
+    folders = [shlex.quote(str(folder)) for folder in (shards, output)]
+    return f"`python -m data_pipeline cluster {folders[0]} --num-centroids K --output {folders[1]}`"
 
 
 def _is_vector(values: object, width: int) -> bool:

@@ -19,6 +19,7 @@ from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..labelled_lists import ids_of_sources, read_labelled_jsonl
 from ..records import read_record
 from ..shards.manifest import Manifest
+from .kmeans import how_to_cluster
 from .search import CentroidSearch, judges
 
 LABELS_NAME = "labels.npy"
@@ -67,10 +68,8 @@ def read_labels_record(directory: Path, shards: Path) -> dict:
     path = directory / RECORD_NAME
     again = how_to_label(shards, directory)
     if not path.is_file():
-        folder = shlex.quote(str(shards))
         raise MissingData(
-            f"{path} does not exist: make it with `python -m data_pipeline cluster {folder} "
-            f"--num-centroids K --output CENTROIDS` and {again}"
+            f"{path} does not exist: make it with {how_to_cluster(shards, 'CENTROIDS')} and {again}"
         )
     record = read_record(path, fields=RECORD_FIELDS, again=f"label again: {again}")
     for key in ("num_classes", "num_labels"):
@@ -194,7 +193,7 @@ def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
     stale = _staleness(directory, manifest, record)
     if stale is not None:
         raise CorruptShard(stale)
-    labels = read_labels_array(directory, record)
+    labels = read_labels_array(directory, record, manifest.directory)
     if len(labels) != len(manifest):
         raise CorruptShard(
             f"{directory / LABELS_NAME} has {len(labels)} rows, expected {len(manifest)} rows, one "
@@ -204,19 +203,20 @@ def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
     return labels, record["num_classes"]
 
 
-def read_labels_array(directory: Path, record: dict) -> np.ndarray:
+def read_labels_array(directory: Path, record: dict, shards: Path) -> np.ndarray:
     """Labels int32 [N, L] that a record binds, each a class or -1; CorruptShard for others."""
+    again = f"label again: {how_to_label(shards, directory, record)}"
     path = directory / LABELS_NAME
     labels = read_array(
         path,
         sha256=record["sha256"],
         dtype=np.int32,
         shape=(None, record["num_labels"]),
-        again="label again",
+        again=again,
     )
     if labels.min() < -1 or labels.max() >= record["num_classes"]:
         raise CorruptShard(
             f"{path} has ids {labels.min()}..{labels.max()}, expected -1 and ids below "
-            f"{record['num_classes']}: label again"
+            f"{record['num_classes']}: {again}"
         )
     return labels

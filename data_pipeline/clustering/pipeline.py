@@ -13,7 +13,14 @@ from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..shards.manifest import Manifest
 from .feature_sources import FeatureConfig
 from .features import extract, feature_pieces, is_complete, load_features, origin_of, quiet
-from .kmeans import RECORD_NAME, check_features, load_centroids, save_centroids, spherical_kmeans
+from .kmeans import (
+    RECORD_NAME,
+    check_features,
+    how_to_cluster,
+    load_centroids,
+    save_centroids,
+    spherical_kmeans,
+)
 from .labels import padded, save_labels
 from .near_duplicates import check_threshold, representatives
 from .progress import SavedProgress
@@ -127,7 +134,8 @@ def label(
         check_fields(record, fields=NEEDED_FIELDS, name=str(path))
         config = FeatureConfig.of(record["features"], name=str(path))
     except DamagedFile as error:
-        raise CorruptShard(f"{error}: cluster again") from error
+        again = how_to_cluster("DIR", centroids_folder)
+        raise CorruptShard(f"{error}: cluster again: {again}") from error
     same_set = record["manifest_sha256"] == manifest.sha256
     beside = centroids_folder if same_set else output
     folder = features_folder or beside / FEATURES_NAME
@@ -166,7 +174,8 @@ def _check_encoder(
         ) from error
     if found != weights_sha256:
         raise DataPipelineError(
-            f"{config.encoder} changed since {centroids_folder} was made from it: cluster again"
+            f"{config.encoder} changed since {centroids_folder} was made from it: remove that "
+            f"folder and cluster again: {how_to_cluster('DIR', centroids_folder)}"
         )
 
 

@@ -7,12 +7,13 @@ what cannot be told from the bytes, that the decoder died of a picture, is remem
 """
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import BudgetExceeded
-from ..shards.manifest import Manifest
+from ..shards.manifest import Manifest, how_to_repack
 
 MAX_LISTED = 50
 
@@ -76,9 +77,10 @@ class Quarantine:
         if len(self._met) > limit:
             raise BudgetExceeded(
                 f"{len(self._met)} bad samples in epoch {epoch} of {self._manifest.directory}, "
-                f"{limit} are allowed ({self._budget.share:.2%}); run `python -m data_pipeline "
-                f"verify {self._manifest.directory}` and pack the damaged shards again, or raise "
-                f"error_budget.share\n{self._listing()}"
+                f"{limit} are allowed ({self._budget.share:.2%}); `python -m data_pipeline verify "
+                f"{shlex.quote(str(self._manifest.directory))}` names the damaged shards, which "
+                "the folder's `pack` command writes anew; or raise error_budget.share\n"
+                f"{self._listing()}"
             )
         self._check_shards()
         return len(self._met)
@@ -90,7 +92,7 @@ class Quarantine:
             if count > allowed(self._budget.shard_share, sizes[name]):
                 raise BudgetExceeded(
                     f"{count} of {sizes[name]} samples of {name}.tar are bad, more than "
-                    f"{self._budget.shard_share:.1%}; pack that shard again\n{self._listing()}"
+                    f"{self._budget.shard_share:.1%}; {how_to_repack(name)}\n{self._listing()}"
                 )
 
     def _listing(self) -> str:

@@ -72,5 +72,7 @@ def _decode(
             raise CorruptShard(f"decoding failed, every picture alone decodes: {error}") from error
     if bad:
         lines = [f"{samples.name(requests[i].sample_id)}: {reason}" for i, reason in bad.items()]
-        raise CorruptShard("\n".join(["samples that cannot be used, pack them again:", *lines]))
+        remedy = "samples that cannot be used; to pack them again, remove their shards' .json and"
+        remedy += " run the `pack` command of the folder again:"
+        raise CorruptShard("\n".join([remedy, *lines]))
     return decoded

@@ -5,13 +5,14 @@ which binds them. Cost: one pread and one crc32 (4 GB/s per core) per member.
 """
 
 import os
+import shlex
 import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 from ..errors import CorruptShard, DataPipelineError
-from ..shards.manifest import Manifest, Member
+from ..shards.manifest import Manifest, Member, how_to_repack
 
 MAX_OPEN_FILES = 256
 ATTEMPTS, PAUSE_S = 3, 0.1
@@ -42,14 +43,15 @@ class ShardReader:
         if len(data) != member.size:
             raise CorruptShard(
                 f"{member.path} ends before byte {member.offset + member.size}, where sample "
-                f"{sample_id} ends by the manifest: it was cut or replaced, pack that shard again"
+                f"{sample_id} ends by the manifest: it was cut or replaced; "
+                f"{how_to_repack(member.path.stem)}"
             )
         if zlib.crc32(data) != member.crc32:
             raise CorruptShard(
                 f"{member.path}: member .{extension} of sample {sample_id} at byte {member.offset} "
-                "is damaged "
-                "(crc32 differs): run `python -m data_pipeline verify` on the folder and pack that "
-                "shard again"
+                "is damaged (crc32 differs): `python -m data_pipeline verify "
+                f"{shlex.quote(str(member.path.parent))}` looks for more; "
+                f"{how_to_repack(member.path.stem)}"
             )
         return data
 
@@ -63,8 +65,8 @@ class ShardReader:
                 reason = error.strerror
                 self._forget(member.path)
         raise CorruptShard(
-            f"{member.path}: {reason}, looking for sample {sample_id}: check the storage, then "
-            "pack that shard again"
+            f"{member.path}: {reason}, looking for sample {sample_id}: check the storage; "
+            f"{how_to_repack(member.path.stem)}"
         )
 
     def first_and_last(self) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import CorruptShard, MissingData
-from ..shards.manifest import Manifest
+from ..shards.manifest import Manifest, how_to_repack
 from ..shards.schema import MAX_PATCHES
 
 
@@ -27,11 +27,11 @@ class SampleTable:
     @classmethod
     def of(cls, manifest: Manifest) -> "SampleTable":
         """Read off the shards' records; CorruptShard for records of an older writer."""
-        samples = [sample for shard in manifest.shards for sample in shard["samples"]]
+        samples = [(shard, sample) for shard in manifest.shards for sample in shard["samples"]]
         if not samples:
             raise MissingData(f"{manifest.directory} holds no sample: see `stats` on it")
-        rows = [_numbers(sample, manifest) for sample in samples]
-        is_image = np.array([sample["kind"] == "image" for sample in samples], dtype=bool)
+        rows = [_numbers(shard, sample, manifest) for shard, sample in samples]
+        is_image = np.array([sample["kind"] == "image" for _, sample in samples], dtype=bool)
         return cls(is_image, *np.array(rows, np.int32).T)
 
     def scaled_grid(self, ids, scale: float):
@@ -50,7 +50,7 @@ def scaled_grid(rows, columns, scale: float):
     return np.maximum(shrunk[0], 1), np.maximum(shrunk[1], 1)
 
 
-def _numbers(sample: dict, manifest: Manifest) -> tuple[int, int, int, int]:
+def _numbers(shard: dict, sample: dict, manifest: Manifest) -> tuple[int, int, int, int]:
     """(rows, columns, patches, stored frames) of a record's sample, checked."""
     try:
         rows, columns = sample["grid"]
@@ -58,11 +58,12 @@ def _numbers(sample: dict, manifest: Manifest) -> tuple[int, int, int, int]:
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptShard(
             f"{manifest.directory}: the record of {sample.get('source')} lacks {error}; an older "
-            "version wrote it: pack it again with --replace"
+            f"version wrote it; {how_to_repack(shard['name'])}"
         ) from error
     if not all(type(number) is int and 0 < number < MAX_PATCHES for number in numbers):
         raise CorruptShard(
             f"{manifest.directory}: the record of {sample['source']} says grid {rows}x{columns}, "
-            f"{numbers[2]} patches, {numbers[3]} frames: no sample is like that, pack it again"
+            f"{numbers[2]} patches, {numbers[3]} frames: no sample is like that; "
+            f"{how_to_repack(shard['name'])}"
         )
     return numbers

@@ -39,7 +39,7 @@ from ..arrays import write_array
 from ..errors import CorruptShard
 from ..loading.shard_reader import ShardReader
 from ..picture_files import write_picture
-from .manifest import Manifest
+from .manifest import Manifest, how_to_repack
 from .schema import MAX_SIDE, SampleInfo, check_positions, decode_array, decode_patches
 
 NUM_MOSAICS = 8
@@ -86,7 +86,7 @@ def export_mosaics(
             if not is_plain_name(sample["key"]):
                 raise CorruptShard(
                     f"{shard['name']}.json names a sample {sample['key']!r:.80}, which leads out "
-                    "of the output: pack that shard again"
+                    f"of the output; {how_to_repack(shard['name'])}"
                 )
             folder = output / "assets" / sample["key"]
             if not _is_written(folder, info, image_format):

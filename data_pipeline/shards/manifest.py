@@ -115,7 +115,7 @@ class Manifest:
         if offset < 0 or size < 0 or offset + size > shard["size"]:
             raise CorruptShard(
                 f"sample {sample['key']} of {shard['name']}.tar: member .{extension} lies outside "
-                "of the file by its record, pack that shard again"
+                f"of the file by its record; {how_to_repack(shard['name'])}"
             )
         return Member(self.directory / f"{shard['name']}.tar", offset, size, crc)
 
@@ -126,6 +126,14 @@ class Manifest:
     def rejected_by_reason(self) -> Counter:
         """How many inputs were rejected, by reason code."""
         return Counter(entry["reason"] for shard in self.shards for entry in shard["rejected"])
+
+
+def how_to_repack(shard: str) -> str:
+    """What writes one shard anew, also when its own record says that it is as it was written."""
+    return (
+        f"to pack that shard again, remove {shard}.json and run the `pack` command of its folder "
+        "again"
+    )
 
 
 def write_manifest(directory: Path, records: list[dict], settings: dict) -> None:
@@ -205,14 +213,13 @@ def load_manifest(directory: str | Path, allow_missing: bool = False) -> Manifes
         raise CorruptShard(f"{error}: the same `pack` command writes it anew") from error
     shards, settings = content["shards"], content["settings"]
     if type(settings.get("patch_size")) is not int or settings["patch_size"] < 1:
-        raise CorruptShard(f"{path} states no patch size: pack again with --replace")
+        raise CorruptShard(f"{path} states no patch size: run its `pack` command with --replace")
     tars = [directory / f"{shard['name']}.tar" for shard in shards]
     absent = {i for i, tar in enumerate(tars) if allow_missing and not tar.exists()}
     problems, records = _bound_records(directory, shards, absent)
     if problems:
-        raise CorruptShard(
-            "\n  ".join([f"{len(problems)} files of {directory} are wrong; pack again:", *problems])
-        )
+        head = f"{len(problems)} files of {directory} are wrong; its `pack` command mends them:"
+        raise CorruptShard("\n  ".join([head, *problems]))
     if absent and len(absent) == len(shards):
         raise MissingData(f"none of the {len(shards)} shards that {path} names is there")
     sha256 = hashlib.sha256(data).hexdigest()
@@ -233,7 +240,7 @@ def _how_to_pack(directory: Path) -> str:
     if not any(is_video(file) or is_image(file) for file in below):
         return (
             f"{path} does not exist: make it with `python -m data_pipeline pack INPUT --output "
-            f"{directory}`"
+            f"{shlex.quote(str(directory))}`"
         )
     # `.` and `..` have no name of their own to put an ending to
     named = directory.resolve() if directory.name in ("", "..") else directory

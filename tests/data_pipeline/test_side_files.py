@@ -40,7 +40,7 @@ def quietly(source: Path, output: Path, **options):
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory) -> Path:
-    """Folders: in/ of five pictures, data/ (two labelled shards of them), centroids/."""
+    """Five pictures in/, data/ (their two shards, labelled), centroids/ with features/."""
     folder = tmp_path_factory.mktemp("labelled")
     (folder / "in").mkdir()
     rng = np.random.default_rng(0)

@@ -63,8 +63,7 @@ def test_numbers_that_json_does_not_have_are_not_written(tmp_path):
 
 @pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity", "[" * 900 + "]" * 900])
 def test_what_is_parsed_and_never_written_counts_as_changed(tmp_path, number):
-    text = f'{{"digest": "0", "mean": {number}}}'
-    (tmp_path / "record.json").write_text(text)
+    (tmp_path / "record.json").write_text(f'{{"digest": "0", "mean": {number}}}')
     with pytest.raises(DamagedFile, match=r"record\.json"):
         read_json(tmp_path / "record.json", {})
 
