@@ -7,8 +7,9 @@
     parts or an earlier stage -> conversations -> Trainer -> OUT
 
 OUT holds what the stage trained (mm_projector.bin, or a whole model), record.json, metrics.jsonl,
-TensorBoard's runs, checkpoint-*; the same call again goes on from the last of these. Run by path,
-so this file holds no definition that another module needs.
+TensorBoard's runs, checkpoint-*; the same call again goes on from the last of these. SHA256SUMS, of
+all that a reader of OUT reads, is written last. Run by path, so this file holds no definition that
+another module needs.
 """
 
 import json
@@ -83,8 +84,9 @@ def _stage(arguments, others: list[str]) -> int:
 
 
 def _train(arguments, args, lmm, dataset) -> None:
-    from eval_encoder.lmm_open import write_parts
+    from eval_encoder.lmm_open import PARTS_FILE, write_parts
     from eval_encoder.lmm_trainer import LmmTrainer
+    from model_factory.model_folder import seal_folder
 
     trainer = LmmTrainer(lmm, arguments, args, dataset)
     record = _record(arguments, lmm.model)  # before DeepSpeed shards the parameters
@@ -111,6 +113,7 @@ def _train(arguments, args, lmm, dataset) -> None:
         _write_record(output, record, time.monotonic() - started)
         if lmm.has_parts:
             write_parts(output, arguments)
+        seal_folder(output, also=[PARTS_FILE])
 
 
 def _record(arguments, model) -> dict:
