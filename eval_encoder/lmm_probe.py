@@ -9,8 +9,9 @@
 The list is read and checked first: a wrong path ends before any weights are loaded.
 
 OUT holds what the stage trained (mm_projector.bin, or a whole model), record.json, metrics.jsonl,
-TensorBoard's runs, checkpoint-*; the same call again goes on from the last of these. Run by path,
-so this file holds no definition that another module needs.
+TensorBoard's runs, checkpoint-*; the same call again goes on from the last of these. SHA256SUMS, of
+all that a reader of OUT reads, is written last. Run by path, so this file holds no definition that
+another module needs.
 """
 
 import argparse
@@ -102,8 +103,9 @@ def _run(arguments, others: list[str], samples) -> None:
 
 
 def _train(arguments, args, lmm, dataset) -> None:
-    from eval_encoder.lmm_open import write_parts
+    from eval_encoder.lmm_open import PARTS_FILE, write_parts
     from eval_encoder.lmm_trainer import LmmTrainer
+    from model_factory.model_folder import seal_folder
 
     trainer = LmmTrainer(lmm, arguments, args, dataset)
     record = _record(arguments, lmm.model)  # before DeepSpeed shards the parameters
@@ -130,6 +132,7 @@ def _train(arguments, args, lmm, dataset) -> None:
         _write_record(output, record, time.monotonic() - started)
         if lmm.has_parts:
             write_parts(output, arguments)
+        seal_folder(output, also=[PARTS_FILE])
 
 
 def _record(arguments, model) -> dict:

@@ -71,6 +71,8 @@ def write_language_model(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from model_factory.model_folder import seal_folder
+
     tokenizer = train_tokenizer(texts, vocabulary)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -88,6 +90,7 @@ def write_language_model(
     )
     LlamaForCausalLM(config).save_pretrained(output)
     tokenizer.save_pretrained(output)
+    seal_folder(output)
 
 
 def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
@@ -96,12 +99,14 @@ def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
     from transformers import ConvNextConfig, ConvNextModel
 
     from model_factory.export_folder import image_processor_json
+    from model_factory.model_folder import seal_folder
 
     torch.manual_seed(seed)
     widths, depths = [32, 64, 128, 256], [1, 1, 2, 1]
     config = ConvNextConfig(hidden_sizes=widths, depths=depths, image_size=side)
     ConvNextModel(config).save_pretrained(output)
     (output / "preprocessor_config.json").write_text(image_processor_json(side))
+    seal_folder(output)
 
 
 def main(argv: list[str] | None = None) -> int:

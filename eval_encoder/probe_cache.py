@@ -30,6 +30,7 @@ from .probe_video import Look
 
 LOG = logging.getLogger("univit")
 ENTRY_FORMAT = 2  # goes up whenever the bytes of an entry change; 1 had no digest
+HEADER_BYTES = 1024  # NumPy writes 128 for arrays of numbers
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -107,10 +108,10 @@ def _read(path: Path) -> torch.Tensor | None:
     """Features of an entry; None where there is none, or one that is not as it was written. That
     one is removed, so that whoever looks next knows that it has to be made."""
     try:
-        data = path.read_bytes()
-        written, digest = memoryview(data)[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-        if _digest(path, written) == digest:
-            return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+        data = np.fromfile(path, np.uint8)
+        written, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+        if _digest(path, written) == digest.tobytes():
+            return torch.from_numpy(_array(written))
         problem = "it changed since it was written"
         path.unlink(missing_ok=True)
     except FileNotFoundError:
@@ -125,7 +126,7 @@ def _write(path: Path, features: torch.Tensor) -> None:
     """Write an entry whole or not at all. It is not synced: what a power failure cuts is found by
     its digest."""
     buffer = io.BytesIO()
-    np.save(buffer, features.numpy(), allow_pickle=False)
+    np.save(buffer, features.contiguous().numpy(), allow_pickle=False)
     path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -138,7 +139,15 @@ def _write(path: Path, features: torch.Tensor) -> None:
         raise
 
 
-def _digest(path: Path, data: memoryview) -> bytes:
+def _array(written: np.ndarray) -> np.ndarray:
+    """The array in the bytes of an .npy file, without a copy: a clip has megabytes."""
+    stream = io.BytesIO(written[:HEADER_BYTES].tobytes())
+    np.lib.format.read_magic(stream)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    return written[stream.tell() :].view(dtype).reshape(shape)
+
+
+def _digest(path: Path, data: memoryview | np.ndarray) -> bytes:
     """sha256 of KEY/ab/DIGEST.npy and the entry's bytes: one in the place of another is found."""
     digest = hashlib.sha256("/".join(path.parts[-3:]).encode())
     digest.update(data)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from hostile import add_code, change_json, flip, write_pickle
+from hostile_folders import add_code, change_json, flip, write_pickle
 from safetensors.torch import load_file, save_file
 
 from model_factory.backbone import load_backbone, save_backbone
