@@ -105,7 +105,9 @@ def build_dataset(
     arguments: LmmArguments, lmm: Lmm, reader: VisualReader, store: FeatureStore | None
 ) -> ConversationDataset:
     """The samples of a list, or of every n-th sample of it."""
-    samples = read_samples(arguments.data_path)
+    # a blind model reads no files, so that its list may name any
+    folder = None if arguments.blind else arguments.image_folder
+    samples = read_samples(arguments.data_path, folder)
     kept = int(len(samples) * arguments.data_fraction)
     samples = [samples[int(number / arguments.data_fraction)] for number in range(kept)]
     if arguments.blind:
