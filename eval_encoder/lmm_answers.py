@@ -133,7 +133,7 @@ def read_jsonl(path: Path, kinds: Mapping) -> list[dict]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} line {number} is no JSON: {error}") from error
             rows.append(checked(row, kinds, f"{path} line {number}"))
     return rows
@@ -143,7 +143,7 @@ def read_json(path: Path, kinds: Mapping) -> dict:
     """Object of a JSON file that holds `kinds`, {field: type}; ValueError for anything else."""
     try:
         found = json.loads(existing(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     return checked(found, kinds, str(path))
 

@@ -23,7 +23,8 @@ def stage_samples(arguments: LmmArguments) -> list[Sample]:
     folder = Path(arguments.image_folder)
     if not folder.is_dir():
         raise ValueError(f"--image_folder {folder} is no folder: name the one that paths begin at")
-    samples = read_samples(arguments.data_path)
+    # a blind model reads no files, so that its list may name any
+    samples = read_samples(arguments.data_path, None if arguments.blind else folder)
     kept = int(len(samples) * arguments.data_fraction)
     if not kept:
         raise ValueError(

@@ -21,9 +21,11 @@ import pytest
 from conftest import PATIENCE_S, ROOT, kill_group, run, write_video
 from PIL import Image
 from test_lmm_chat import COLOUR, SUM, SURE, write_model
+from test_lmm_web_parts import Slow
 
 from eval_encoder import lmm_web, lmm_web_handlers
 from eval_encoder.lmm_generate import open_speaker
+from eval_encoder.lmm_web_handlers import Limits
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking"
@@ -53,9 +55,7 @@ def server(folder):
     """(process, address) of a page that is served."""
     if lacking():
         pytest.skip(lacking())
-    with socket.socket() as probe:
-        probe.bind((lmm_web.HOST, 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (folder / "tmp").mkdir()
     command = ["eval_encoder/lmm_web.py", "--model", folder / "model", "--port", port]
     changes = {"TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1"}
@@ -98,16 +98,49 @@ def browser(server):
 @pytest.fixture
 def page(server, browser):
     """The page, opened anew; whatever it asks others for fails the test."""
-    page = browser.new_page()
-    page.set_default_timeout(1000 * PATIENCE_S)
     asked = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(server[1])
-    page.locator("#chat").wait_for()
+    page = opened(browser, server[1], asked)
     yield page
     page.close()
     own = (server[1], "data:", "blob:")
     assert asked and not [url for url in asked if not url.startswith(own)]
+
+
+def opened(browser, address, asked):
+    """A page, and the addresses that it asks for."""
+    page = browser.new_page()
+    page.set_default_timeout(1000 * PATIENCE_S)
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.locator("#chat").wait_for()
+    return page
+
+
+@pytest.fixture
+def crowd(browser, tmp_path, monkeypatch):
+    """(speaker whose answers grow until it is let go, page() opens one, of which one may wait)."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    speaker = Slow()
+    served, options = lmm_web.build_page(speaker, "<b>*slow*", Limits(max_waiting=1))
+    port = free_port()
+    lmm_web.launch(served, options, port, tmp_path)
+    pages = []
+
+    def page():
+        pages.append(opened(browser, f"http://{lmm_web.HOST}:{port}", []))
+        return pages[-1]
+
+    yield speaker, page
+    speaker.go.set()
+    for one in pages:
+        one.close()
+    served.close()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind((lmm_web.HOST, 0))
+        return probe.getsockname()[1]
 
 
 def upload(page, path):
@@ -137,6 +170,13 @@ def test_it_listens_on_this_machine_only(server):
 def test_a_browser_is_told_to_load_nothing_from_elsewhere(server):
     with urllib.request.urlopen(server[1]) as response:
         assert response.headers["content-security-policy"].startswith("default-src 'self'; ")
+
+
+@pytest.mark.parametrize("path", ["config", "gradio_api/info", "gradio_api/call/answer", "docs"])
+def test_gradios_own_end_points_are_not_there(server, path):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{server[1]}/{path}")
+    assert refused.value.code == 404
 
 
 def test_a_picture_is_asked_about_and_remembered(page, folder):
@@ -184,6 +224,35 @@ def test_a_file_above_the_limit_is_refused_by_page_and_server(page, server, tmp_
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request)
     assert refused.value.code == 413
+
+
+def test_visitors_see_their_place_and_who_stops_or_leaves_gives_way(crowd):
+    speaker, page = crowd
+    first, second, third = page(), page(), page()
+    ask(first, "first")
+    first.locator("#chat [data-testid=bot]").wait_for()
+    ask(second, "second")
+    second.get_by_text("queue: 1/1").wait_for()
+    ask(third, "third")
+    third.get_by_text("busy").first.wait_for()
+    first.get_by_role("button", name="Stop").click()
+    second.locator("#chat [data-testid=bot]").wait_for()
+    assert answer(first, 0) == "It"
+    ask(third, "third")
+    second.close()
+    third.locator("#chat [data-testid=bot]").wait_for()
+    assert (speaker.begun, speaker.stopped) == (["first", "second", "third"], ["first", "second"])
+
+
+def test_what_anybody_writes_is_shown_as_text(crowd):
+    speaker, page = crowd
+    speaker.said = "<i>red</i>"
+    speaker.go.set()
+    page = page()
+    ask(page, "<b>bold</b>")
+    assert answer(page, 0) == "<i>red</i>"
+    assert page.locator("#chat [data-testid=user]").inner_text().strip() == "<b>bold</b>"
+    assert page.locator("h2").inner_text() == "<b>*slow*"
 
 
 def test_uploads_are_gone_when_the_command_ends(server, folder):
