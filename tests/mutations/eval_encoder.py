@@ -179,7 +179,7 @@ EVAL_ENCODER = (
         old="within = [(t + 0.5) / times for t in range(times)]",
         new="within = [t / times for t in range(times)]",
         why="samplings of a clip are not spread around its middle",
-        tests=("eval_encoder/test_probe.py", "eval_encoder/test_probe_inputs.py"),
+        tests=("eval_encoder/test_probe_looks.py",),
     ),
     Mutant(
         name="features-keyed-without-the-draw",
@@ -187,7 +187,7 @@ EVAL_ENCODER = (
         old="return place + draw * (look.version > 0)",
         new="return place",
         why="every drawn version of a clip is the first one, from the cache",
-        tests=("eval_encoder/test_probe_inputs.py",),
+        tests=("eval_encoder/test_probe_looks.py",),
     ),
     Mutant(
         name="views-without-the-last",
@@ -195,7 +195,7 @@ EVAL_ENCODER = (
         old="version = 1 + (epoch - 1) % views if views else epoch",
         new="version = 1 + epoch % views if views else epoch",
         why="stored versions are met in another order than recorded",
-        tests=("eval_encoder/test_probe_inputs.py",),
+        tests=("eval_encoder/test_probe_looks.py",),
     ),
     Mutant(
         name="segments-over-all-frames",
@@ -355,7 +355,7 @@ EVAL_ENCODER = (
         old='return max(figures["ci95_clips"], figures.get("ci95_seeds") or 0.0)',
         new='return min(figures["ci95_clips"], figures.get("ci95_seeds") or 0.0)',
         why="results look surer than they are",
-        tests=("eval_encoder/test_probe_heads.py",),
+        tests=("eval_encoder/test_probe_looks.py",),
     ),
     Mutant(
         name="augmentations-move-each-other",
@@ -363,7 +363,7 @@ EVAL_ENCODER = (
         old="chance, factor = draw.random(4), ",
         new="chance, factor = draw.random(len(parts) + 4)[:4], ",
         why="switching one part off changes the others",
-        tests=("eval_encoder/test_probe_inputs.py",),
+        tests=("eval_encoder/test_probe_looks.py",),
     ),
     Mutant(
         name="projector-rate-of-zero",
