@@ -358,6 +358,13 @@ def test_the_synthetic_stream_keeps_the_contract_and_resumes():
     assert batch.cu_seqlens.tolist() == [0, 12, 24, 36, 48] and batch.labels.shape == (4, 2)
 
 
+def test_every_rank_has_noise_of_its_own():
+    ours, theirs = next(synthetic(rank=0)), next(synthetic(rank=1))
+    assert not set(ours.sample_ids.tolist()) & set(theirs.sample_ids.tolist())
+    assert not torch.equal(ours.labels, theirs.labels)
+    assert not torch.equal(ours.pixels, theirs.pixels)
+
+
 def test_another_seed_size_of_packs_or_view_makes_another_plan(packed):
     folder = packed / "train"
     larger = dataclasses.replace(STREAM, view=dataclasses.replace(VIEW, max_tokens=196))

@@ -282,6 +282,22 @@ def test_judgements_count_places_as_sorting_does():
     assert some.top(7).tolist() == [100, 100] and some.confusion([0]).sum() == 20
 
 
+def test_clips_that_could_not_be_read_are_in_no_figure():
+    """Four clips, of which the second was not read: its places are zeros, as nobody filled them."""
+    judged = Judgement(
+        labels=np.array([0, 1, 1, 2]),
+        judged=np.array([True, False, True, True]),
+        place=np.array([[1, 0, 2, 1]]),
+        predicted=np.array([[0, 0, 0, 2]]),
+        num_classes=4,
+    )
+    assert judged.main().tolist() == pytest.approx([100 * 2 / 3])
+    assert judged.top(2).tolist() == [100]
+    assert judged.per_class([0]) == [100.0, 0.0, 100.0, None]
+    # rows are true classes, columns what was said
+    assert np.argwhere(judged.confusion([0])).tolist() == [[0, 0], [1, 0], [2, 2]]
+
+
 def test_average_precision_is_the_mean_precision_at_the_positives():
     scores = np.array([[0.9, 0.1], [0.8, 0.9], [0.7, 0.2], [0.6, 0.3]])
     labels = np.array([[1, 0], [0, 0], [1, 0], [0, 1]], np.uint8)

@@ -171,7 +171,9 @@ EVAL_ENCODER = (
         old="files = list(dict.fromkeys(clips.names))",
         new="files = list(clips.names)",
         why="settings are chosen on clips that were learned",
-        tests=("eval_encoder/test_probe_lists.py",),
+        tests=(
+            "eval_encoder/test_probe_lists.py::test_held_out_clips_are_part_of_train_and_do_not_change",
+        ),
     ),
     Mutant(
         name="crops-at-the-start",
@@ -179,7 +181,7 @@ EVAL_ENCODER = (
         old="within = [(t + 0.5) / times for t in range(times)]",
         new="within = [t / times for t in range(times)]",
         why="samplings of a clip are not spread around its middle",
-        tests=("eval_encoder/test_probe.py", "eval_encoder/test_probe_inputs.py"),
+        tests=("eval_encoder/test_probe_looks.py",),
     ),
     Mutant(
         name="features-keyed-without-the-draw",
@@ -187,7 +189,7 @@ EVAL_ENCODER = (
         old="return place + draw * (look.version > 0)",
         new="return place",
         why="every drawn version of a clip is the first one, from the cache",
-        tests=("eval_encoder/test_probe_inputs.py",),
+        tests=("eval_encoder/test_probe_looks.py",),
     ),
     Mutant(
         name="views-without-the-last",
@@ -195,7 +197,7 @@ EVAL_ENCODER = (
         old="version = 1 + (epoch - 1) % views if views else epoch",
         new="version = 1 + epoch % views if views else epoch",
         why="stored versions are met in another order than recorded",
-        tests=("eval_encoder/test_probe_inputs.py",),
+        tests=("eval_encoder/test_probe_looks.py",),
     ),
     Mutant(
         name="segments-over-all-frames",
@@ -203,7 +205,7 @@ EVAL_ENCODER = (
         old="* (total - 1) / count).astype(np.int64)",
         new="* total / count).astype(np.int64)",
         why="frames differ from those of the published protocol",
-        tests=("eval_encoder/test_probe_inputs.py",),
+        tests=("eval_encoder/test_probe_inputs.py::test_frames_are_the_published_ones",),
     ),
     Mutant(
         name="codec-times-by-number",
@@ -211,7 +213,9 @@ EVAL_ENCODER = (
         old="positions[:, 0] = pixels.times[positions[:, 0]]",
         new="positions[:, 0] = positions[:, 0]",
         why="patches of short clips stand at frame numbers, not at times",
-        tests=("eval_encoder/test_probe_inputs.py",),
+        tests=(
+            "eval_encoder/test_probe_inputs.py::test_raw_codec_patches_are_those_that_packing_keeps",
+        ),
     ),
     Mutant(
         name="gop-of-the-whole-budget",
@@ -219,7 +223,7 @@ EVAL_ENCODER = (
         old="if needed(gop) <= budget // 2]",
         new="if needed(gop) <= budget]",
         why="I-frames take the whole budget",
-        tests=("eval_encoder/test_probe_inputs.py",),
+        tests=("eval_encoder/test_probe_inputs.py::test_a_smaller_budget_has_fewer_whole_frames",),
     ),
     Mutant(
         name="likelihood-shift",
@@ -227,7 +231,9 @@ EVAL_ENCODER = (
         old="keep = (places - 1).to(model.device)",
         new="keep = places.to(model.device)",
         why="multiple choice is decided by the token after each",
-        tests=("eval_encoder/test_lmm_lmms_eval.py",),
+        tests=(
+            "eval_encoder/test_lmm_lmms_eval.py::test_log_likelihood_is_that_of_the_logits_and_ends_with_eos",
+        ),
     ),
     Mutant(
         name="likelihood-of-all-answers",
@@ -235,7 +241,9 @@ EVAL_ENCODER = (
         old="return Example(ids, [IGNORE_INDEX] * start + labels[start:], items)",
         new="return Example(ids, labels, items)",
         why="earlier answers of a conversation count",
-        tests=("eval_encoder/test_lmm_lmms_eval.py",),
+        tests=(
+            "eval_encoder/test_lmm_lmms_eval.py::test_earlier_answers_of_a_conversation_do_not_count",
+        ),
     ),
     Mutant(
         name="answer-without-its-end",
@@ -251,7 +259,9 @@ EVAL_ENCODER = (
         old='"attention_mask": self._padded([[1] * len(e.input_ids) for e in examples], 0),',
         new='"attention_mask": self._padded([[1] * len(e.input_ids) for e in examples], 1),',
         why="padding is attended to",
-        tests=("eval_encoder/test_lmm_lmms_eval.py", "eval_encoder/test_lmm_training.py"),
+        tests=(
+            "eval_encoder/test_lmm_lmms_eval.py::test_log_likelihood_does_not_depend_on_the_batch",
+        ),
     ),
     Mutant(
         name="generation-padded-right",
@@ -259,7 +269,9 @@ EVAL_ENCODER = (
         old='side = "left" if self.left else "right"',
         new='side = "right" if self.left else "left"',
         why="answers depend on what else is in the batch",
-        tests=("eval_encoder/test_lmm_lmms_eval.py",),
+        tests=(
+            "eval_encoder/test_lmm_lmms_eval.py::test_answers_are_a_speakers_in_order_whatever_the_batches",
+        ),
     ),
     Mutant(
         name="cross-token-at-the-padding",
@@ -267,7 +279,9 @@ EVAL_ENCODER = (
         old="return self._mask.long().argmax(dim=1)",
         new="return self._mask.long().argmin(dim=1)",
         why="the cross token replaces padding, or the first token of all",
-        tests=("eval_encoder/test_lmm_model.py",),
+        tests=(
+            "eval_encoder/test_lmm_visuals.py::test_a_first_token_is_that_of_the_sample_whatever_the_padding",
+        ),
     ),
     Mutant(
         name="pope-precision-and-recall",
@@ -323,7 +337,9 @@ EVAL_ENCODER = (
         old="(labels[:, 1:] != -100).sum() / num_items",
         new="(labels != -100).sum() / num_items",
         why="a supervised first token counts that no loss has",
-        tests=("eval_encoder/test_lmm_model.py",),
+        tests=(
+            "eval_encoder/test_lmm_model.py::test_the_share_of_a_batch_counts_the_tokens_that_have_a_loss",
+        ),
     ),
     Mutant(
         name="alignment-samples-by-item",
@@ -331,15 +347,19 @@ EVAL_ENCODER = (
         old="text = torch.stack(text)[:, samples.to(states.cross.device)]",
         new="text = torch.stack(text)[:, : len(samples)]",
         why="pictures are aligned with other samples' text",
-        tests=("eval_encoder/test_lmm_model.py",),
+        tests=(
+            "eval_encoder/test_lmm_model.py::test_every_picture_is_aligned_with_the_text_of_its_own_sample",
+        ),
     ),
     Mutant(
-        name="square-padding-exchanged",
+        name="square-padding-rounded-up",
         file="eval_encoder/lmm_visuals.py",
         old="top, left = (side - height) // 2, (side - width) // 2",
         new="top, left = (side - height + 1) // 2, (side - width + 1) // 2",
         why="pictures of odd difference lie one pixel off the published place",
-        tests=("eval_encoder/test_lmm_visuals.py",),
+        tests=(
+            "eval_encoder/test_lmm_visuals.py::test_padding_is_that_of_transformers_and_keeps_the_picture_in_the_middle",
+        ),
     ),
     Mutant(
         name="clip-frames-mixed",
@@ -347,7 +367,9 @@ EVAL_ENCODER = (
         old="squares.permute(0, 3, 1, 4, 2, 5)",
         new="squares.permute(0, 3, 2, 4, 1, 5)",
         why="frames for towers of pictures are jumbled where they are not square",
-        tests=("eval_encoder/test_lmm_visuals.py",),
+        tests=(
+            "eval_encoder/test_lmm_visuals.py::test_frames_and_codec_patches_of_a_clip_have_their_positions",
+        ),
     ),
     Mutant(
         name="interval-the-smaller",
@@ -355,7 +377,7 @@ EVAL_ENCODER = (
         old='return max(figures["ci95_clips"], figures.get("ci95_seeds") or 0.0)',
         new='return min(figures["ci95_clips"], figures.get("ci95_seeds") or 0.0)',
         why="results look surer than they are",
-        tests=("eval_encoder/test_probe_heads.py",),
+        tests=("eval_encoder/test_probe_looks.py",),
     ),
     Mutant(
         name="augmentations-move-each-other",
@@ -363,7 +385,7 @@ EVAL_ENCODER = (
         old="chance, factor = draw.random(4), ",
         new="chance, factor = draw.random(len(parts) + 4)[:4], ",
         why="switching one part off changes the others",
-        tests=("eval_encoder/test_probe_inputs.py",),
+        tests=("eval_encoder/test_probe_looks.py",),
     ),
     Mutant(
         name="projector-rate-of-zero",
@@ -371,6 +393,8 @@ EVAL_ENCODER = (
         old="rate = self.args.learning_rate if rate is None else rate",
         new="rate = self.args.learning_rate",
         why="--mm_projector_lr does nothing",
-        tests=("eval_encoder/test_lmm_training.py",),
+        tests=(
+            "eval_encoder/test_lmm_training.py::test_projector_and_tower_have_learning_rates_of_their_own",
+        ),
     ),
 )

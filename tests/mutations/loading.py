@@ -205,9 +205,7 @@ LOADING = (
         old='counter_rng(self._seed, "synthetic", self._rank, self._next)',
         new='counter_rng(self._seed, "synthetic", self._next)',
         why="all ranks train on the same noise",
-        tests=(
-            "data_pipeline/test_loading.py::test_the_synthetic_stream_keeps_the_contract_and_resumes",
-        ),
+        tests=("data_pipeline/test_loading.py::test_every_rank_has_noise_of_its_own",),
     ),
     Mutant(
         name="plan-hash-without-seed",
@@ -236,7 +234,17 @@ LOADING = (
         new="np.sort((t * columns + h) * rows + w)",
         why="public tools read other patches off pictures that are not square",
         tests=(
-            "data_pipeline/test_interop.py::test_index_files_round_trip_and_their_faults_are_named",
+            "data_pipeline/test_interop.py::test_index_files_count_patches_row_by_row_where_the_grid_is_not_square",
+        ),
+    ),
+    Mutant(
+        name="visible-index-read-by-columns",
+        file="data_pipeline/shards/interop.py",
+        old="linear // columns % rows, linear % columns",
+        new="linear // rows % rows, linear % columns",
+        why="marks of public tools fall on other patches of pictures that are not square",
+        tests=(
+            "data_pipeline/test_interop.py::test_index_files_count_patches_row_by_row_where_the_grid_is_not_square",
         ),
     ),
     Mutant(

@@ -255,7 +255,7 @@ TRAINING = (
         old="share = rate / (self._peak * self._ranks.world_size)",
         new="share = rate / self._peak",
         why="MFU of many ranks is too large",
-        tests=("training/test_seeing.py::test_mfu_is_a_share_of_a_known_peak_or_not_known",),
+        tests=("training/test_seeing.py::test_the_peak_of_a_share_is_that_of_all_ranks",),
     ),
     Mutant(
         name="shared-information-halved",

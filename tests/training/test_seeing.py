@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,20 @@ def test_mfu_is_a_share_of_a_known_peak_or_not_known(
     assert caplog.text.count("MFU is not known: ") == warnings
     speeds = [json.loads(text) for text in (tmp_path / "speed.jsonl").read_text().splitlines()]
     assert [speed["mfu"] is None for speed in speeds] == [line == "MFU not known"] * 2
+
+
+def test_the_peak_of_a_share_is_that_of_all_ranks(tmp_path, monkeypatch):
+    from training.distributed import process_group
+    from training.metrics import MetricLogger
+    from training.step_clock import StepClock
+
+    monkeypatch.setattr("training.metrics.peak_flops", lambda device: 1e9)
+    with process_group() as ranks:
+        four = replace(ranks, world_size=4)
+        clock = StepClock(ranks.device)
+        metrics = MetricLogger(tmp_path, four, 2, 1, 0, clock, logging.getLogger("t"))
+        metrics.close()
+    assert metrics._mfu(2e9) == 0.5
 
 
 @pytest.mark.e2e
