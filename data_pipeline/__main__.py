@@ -17,6 +17,7 @@ import os
 import sys
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 
 from . import commands
@@ -236,23 +237,22 @@ def _add_feature_options(sub) -> None:
     group.add_argument("--keep-dims", type=int, help="numbers kept of each frame vector (all)")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run one command; a user's mistake ends with its message and exit code 1, a signal with one
-    line and exit code 128 plus its number, neither with a traceback.
-    """
-    args = build_parser().parse_args(argv)
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code, 128 plus its number for a signal."""
+    return run_command(parse=build_parser().parse_args, work=_run, argv=argv)
+
+
+def _run(args: argparse.Namespace) -> int | None:
     try:
         with stoppable():
-            args.run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+            return args.run(args)
     except Stopped as stop:
         print(
             f"{stop}: what is finished is kept, run the same command again to go on",
             file=sys.stderr,
         )
-        sys.exit(stop.exit_code)
+        return stop.exit_code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,8 @@ Functions import what they need when they run, so `--help` is instant.
 
 import json
 import os
-import sys
+
+from model_factory.launcher_watch import watched_launcher
 
 DEFAULT_SIZE = 224
 DEFAULT_PATCH_SIZE = 16
@@ -116,14 +117,13 @@ def picture_shape(args) -> tuple[int, int]:
     return size if args.size is None else args.size, patch_size
 
 
-def verify(args) -> None:
-    """Check every byte of a folder; exit code 1 when one is wrong."""
+def verify(args) -> int:
+    """Check every byte of a folder; returns the exit code, 1 when one is wrong."""
     from .verify_folder import verify_folder
 
     findings = verify_folder(args.directory)
     print("\n".join(findings.lines(args.directory)))
-    if findings.problems:
-        sys.exit(1)
+    return 1 if findings.problems else 0
 
 
 def stats(args) -> None:
@@ -161,6 +161,7 @@ def _feature_config(args):
     return FeatureConfig(args.encoder, args.num_frames, args.concat, args.keep_dims)
 
 
+@watched_launcher()
 def features(args) -> None:
     """Write one vector per sample, of this process's part of the shards."""
     from .clustering.features import extract

@@ -1,5 +1,6 @@
 """The exceptions a user of the data pipeline can meet;
-each says what happened, where, and what to do next.
+each says what happened, where, and what to do next. `outcome` names a kind of end that has an exit
+code of its own (model_factory/command.py).
 """
 
 
@@ -33,6 +34,10 @@ class MissingLibrary(DataPipelineError):
 class BudgetExceeded(DataPipelineError):
     """More bad samples than the error budget allows; the message lists them."""
 
+    outcome = "data budget"
+
 
 class DataTimeout(DataPipelineError):
     """No batch within the time-out; the message says what the loader was doing, and where."""
+
+    outcome = "storage"

@@ -6,6 +6,8 @@ import os
 import signal
 from collections.abc import Iterator
 
+from model_factory.command import signal_code
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -16,7 +18,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
+        self.exit_code = signal_code(number)
 
 
 def leave_to_parent() -> None:
@@ -33,7 +35,7 @@ def stoppable() -> Iterator[None]:
 
     def stop(number, frame):
         if asked:
-            os._exit(128 + number)
+            os._exit(signal_code(number))
         asked.append(number)
         raise Stopped(number)
 

@@ -6,51 +6,54 @@ The encoder is frozen; small heads learn on its tokens, all settings in one pass
 this file holds no definition that another module needs.
 """
 
+import argparse
 import contextlib
 import sys
 import time
 
 from eval_encoder.probe_config import build_config, build_parser, idle_flags
+from model_factory.command import run_command
 from model_factory.quiet import quiet_libraries
+from training.log import is_first_to_say, setup_logging
 
 PATIENCE_S = 6 * 3600.0  # ranks meet after reading their shares, which may take them unlike times
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one probe; returns the exit code (1 for a user's mistake)."""
-    args = build_parser().parse_args(argv)
+    """Run one probe; returns the exit code."""
+    return run_command(
+        parse=build_parser().parse_args, work=_start, argv=argv, is_heard=is_first_to_say
+    )
+
+
+def _start(args: argparse.Namespace) -> None:
     quiet_libraries()
     from eval_encoder.probe_datasets import read_lists
 
     notes: list[str] = []  # what was left out or chosen: logged and recorded once ranks are known
-    try:
-        config = build_config(args)
-        lists = read_lists(
-            config.dataset,
-            config.data_root,
-            config.train_csv,
-            config.val_csv,
-            config.num_classes,
-            config.protocol,
-            report=notes.append,
-        )
-        return _probe(config, lists, notes=notes, ignored=idle_flags(args))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = build_config(args)
+    lists = read_lists(
+        name=config.dataset,
+        data_root=config.data_root,
+        train_csv=config.train_csv,
+        val_csv=config.val_csv,
+        num_classes=config.num_classes,
+        protocol=config.protocol,
+        report=notes.append,
+    )
+    _probe(config, lists, notes=notes, ignored=idle_flags(args))
 
 
-def _probe(config, lists, notes: list[str], ignored: list[str]) -> int:
+def _probe(config, lists, notes: list[str], ignored: list[str]) -> None:
     import torch.distributed as dist
 
     from eval_encoder.probe_encoders import build_encoder
     from eval_encoder.probe_features import ClipFeatures, refuse_unreadable
     from eval_encoder.probe_record import Costs
-    from training.distributed import process_group
-    from training.log import setup_logging
+    from training.distributed import naming_peers, process_group
 
     started = time.perf_counter()
-    with process_group(PATIENCE_S) as ranks:
+    with naming_peers(), process_group(PATIENCE_S) as ranks:
         log = setup_logging(ranks.rank)
         if ignored:
             log.info("without effect here: %s", ", ".join(ignored))
@@ -79,7 +82,6 @@ def _probe(config, lists, notes: list[str], ignored: list[str]) -> int:
             record["notes"] = notes
             _report(config, record, confusion, costs, encoder.sha256, train, val)
         dist.barrier()
-    return 0
 
 
 def _bank(config, width, train, val, ranks, log):

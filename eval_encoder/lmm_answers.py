@@ -30,6 +30,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 
 ID = (str, int)
@@ -132,7 +133,7 @@ def read_jsonl(path: Path, kinds: Mapping) -> list[dict]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} line {number} is no JSON: {error}") from error
             rows.append(checked(row, kinds, f"{path} line {number}"))
     return rows
@@ -142,7 +143,7 @@ def read_json(path: Path, kinds: Mapping) -> dict:
     """Object of a JSON file that holds `kinds`, {field: type}; ValueError for anything else."""
     try:
         found = json.loads(existing(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     return checked(found, kinds, str(path))
 
@@ -311,17 +312,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Write one file; a user's mistake ends with its message."""
-    args = build_parser().parse_args(argv)
-    try:
-        answers = read_answers(args.answers)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        FORMATS[args.format](answers, args.questions, args.output)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def main(argv: list[str] | None = None) -> int:
+    """Write one file; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_write, argv=argv)
+
+
+def _write(args: argparse.Namespace) -> None:
+    answers = read_answers(args.answers)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    FORMATS[args.format](answers, args.questions, args.output)
     print(f"{len(answers.rows)} answers in {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

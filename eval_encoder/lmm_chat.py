@@ -4,17 +4,21 @@
     line of the standard input -> a question; its answer is printed while it grows
     /reset -> forgets what was said, not what is shown; /quit, or the end of the input -> ends
 
-What is wrong with one question is told, and the conversation goes on without it. Cost: every answer
-is that of lmm_generate to all turns so far, the tower's work included.
+What is wrong with one question is told, and the conversation goes on without it. An answer's
+characters that a terminal would obey are shown as escapes. Cost: every answer is that of
+lmm_generate to all turns so far, the tower's work included.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from eval_encoder.lmm_conversation import IMAGE, Turn, Visual
 from eval_encoder.lmm_eval import add_model_flags, speaker_of
+from model_factory.command import message_of, run_command
+from model_factory.plain_text import RUNNING, printable
 from model_factory.quiet import quiet_libraries
 
 
@@ -43,12 +47,20 @@ class Dialogue:
         front = "" if self.turns else f"{IMAGE}\n" * len(self.visuals)
         return replace(self, turns=(*self.turns, Turn("human", front + question)))
 
-    def answer(self, speaker, streamer=None) -> "Dialogue":
-        """With what a Speaker says to the last turn. Raises what Speaker.answer raises."""
+    def request(self):
+        """What a Speaker is asked for, after a human turn."""
         from eval_encoder.lmm_generate import Request
 
-        [text] = speaker.answer([Request(self.turns, self.visuals)], streamer)
+        return Request(self.turns, self.visuals)
+
+    def said(self, text: str) -> "Dialogue":
+        """With this answer to the last turn."""
         return replace(self, turns=(*self.turns, Turn("gpt", text)))
+
+    def answer(self, speaker, streamer=None) -> "Dialogue":
+        """With what a Speaker says to the last turn. Raises what Speaker.answer raises."""
+        [text] = speaker.answer([self.request()], streamer)
+        return self.said(text)
 
     def forget(self) -> "Dialogue":
         """The visuals alone."""
@@ -57,27 +69,26 @@ class Dialogue:
 
 def one_line(error: Exception) -> str:
     """The text of an error; those of transformers have several lines."""
-    return " ".join(str(error).split())
+    return " ".join(message_of(error).split())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Hold the conversation; returns the exit code (1 for a user's mistake)."""
-    args = build_parser().parse_args(argv)
+    """Hold the conversation; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_open, argv=argv)
+
+
+def _open(args: argparse.Namespace) -> None:
     quiet_libraries()
     shown = [Visual(kind, path) for kind in ("image", "video") for path in getattr(args, kind)]
-    try:
-        speaker = speaker_of(args)
-        dialogue = Dialogue(tuple(speaker.reader(visual) for visual in shown))
-        if args.question is None:
-            _converse(speaker, dialogue)
-        else:
-            _say(speaker, dialogue.ask(args.question))
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    for visual in shown:  # before minutes are spent on the model
+        if not visual.place(Path(".")).exists():
+            raise ValueError(f"--{visual.kind} {visual.path} does not exist")
+    speaker = speaker_of(args)
+    dialogue = Dialogue(tuple(speaker.reader(visual) for visual in shown))
+    if args.question is None:
+        _converse(speaker, dialogue)
+    else:
+        _say(speaker, dialogue.ask(args.question))
 
 
 def _converse(speaker, dialogue: Dialogue) -> None:
@@ -90,7 +101,7 @@ def _converse(speaker, dialogue: Dialogue) -> None:
         try:
             dialogue = _say(speaker, dialogue.ask(line))
         except (ValueError, RuntimeError) as error:  # RuntimeError: a device without memory left
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(f"error: {printable(one_line(error))}", file=sys.stderr)
 
 
 def _lines() -> Iterator[str]:
@@ -112,11 +123,17 @@ def _say(speaker, dialogue: Dialogue) -> Dialogue:
     """Print the answer to the last turn; a search with beams knows it at its end only."""
     if speaker.decoding.num_beams > 1:
         dialogue = dialogue.answer(speaker)
-        print(dialogue.turns[-1].text, flush=True)
+        print(printable(dialogue.turns[-1].text, keep=RUNNING), flush=True)
         return dialogue
     from transformers import TextStreamer
 
-    streamer = TextStreamer(speaker.lmm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    class Screen(TextStreamer):
+        """Prints words as they come, and what a terminal would obey as escapes."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text, keep=RUNNING), stream_end)
+
+    streamer = Screen(speaker.lmm.tokenizer, skip_prompt=True, skip_special_tokens=True)
     return dialogue.answer(speaker, streamer)
 
 

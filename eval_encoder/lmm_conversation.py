@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from model_factory.files import stays_below
+from model_factory.plain_text import printable
+
 from .lmm_labels import IGNORE_INDEX, Encoded, Piece, assemble
 
 IMAGE = "<image>"
@@ -53,6 +56,10 @@ class Visual:
     kind: Literal["image", "video"]
     path: str
 
+    def place(self, folder: Path) -> Path:
+        """File or folder that the path names; behind a `#` stands the key of a packed clip."""
+        return folder / self.path.partition("#")[0]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -64,8 +71,9 @@ class Sample:
     visuals: tuple[Visual, ...]
 
 
-def read_samples(path: str | Path) -> list[Sample]:
-    """Samples of a LLaVA list: a JSON list, or one JSON object per line.
+def read_samples(path: str | Path, folder: str | Path | None = None) -> list[Sample]:
+    """Samples of a LLaVA list: a JSON list, or one JSON object per line. `folder`: where its paths
+    begin and stay; None where nothing will be read of them.
 
     A sample has `id`, `conversations` ([{"from": "human" or "gpt", "value": text}, ...]) and, where
     it is about something, `image` and `video`: a path or a list of paths. There are as many
@@ -82,7 +90,10 @@ def read_samples(path: str | Path) -> list[Sample]:
     samples = []
     for place, entry in _entries(path):
         try:
-            samples.append(_sample(entry))
+            sample = _sample(entry)
+            for visual in sample.visuals:
+                check_below(visual, folder)
+            samples.append(sample)
         except ValueError as error:
             known = isinstance(entry, dict) and "id" in entry
             name = f" (id {entry['id']!r})" if known else ""
@@ -90,6 +101,40 @@ def read_samples(path: str | Path) -> list[Sample]:
     if not samples:
         raise ValueError(f"{path} holds no sample: give a list of conversations")
     return samples
+
+
+def check_template(samples: Sequence[Sample], version: str) -> None:
+    """Raises ValueError that names the first sample that a template does not take, or the templates
+    for an unknown one."""
+    for sample in samples:
+        try:
+            _render(sample.turns, version, eos="")
+        except ValueError as error:
+            raise ValueError(f"sample {sample.id!r}: {error}") from error
+
+
+def check_below(visual: Visual, folder: str | Path | None) -> None:
+    """ValueError for a path of a list that leads out of the folder where its paths begin.
+
+    A list often comes from others, and must not name what else lies on the disk. An absolute path
+    is fine where it is below the folder. Links are followed: whoever has put them there has chosen
+    so, as data on other disks needs it.
+    """
+    if folder is None:
+        return
+    named = visual.path.partition("#")[0]
+    if named.startswith("/"):
+        folders = (Path(folder).absolute(), Path(folder).resolve())
+        is_plain = stays_below(named.lstrip("/"))
+        is_below = is_plain and any(Path(named).is_relative_to(one) for one in folders)
+    else:
+        is_below = stays_below(named)
+    if not is_below:
+        raise ValueError(
+            f"{visual.kind} {printable(visual.path)} is not below --image_folder {folder}, and a "
+            "list reads nothing else: name the folder where its paths begin, / where they are "
+            "absolute, or put a link there"
+        )
 
 
 def words(sample: Sample) -> int:
@@ -170,7 +215,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 def _parse(text: bytes, place: str):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{place} is no JSON: {error}; give one JSON list, or one object per line"
         ) from error

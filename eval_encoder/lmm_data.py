@@ -3,8 +3,9 @@
     Sample -> visuals read or their features taken from the store -> placeholders counted by the
     model's own rule -> ids and labels (lmm_conversation.py) -> padded batch
 
-Everything is lazy: a list costs its text. Files that are not there are found before training
-begins; one that cannot be read stops it with the sample's name. Cost: that of lmm_visuals.
+Everything is lazy: a list costs its text. A visual that cannot be read stops the training with the
+sample's name; whether all are there is asked beforehand (lmm_samples.py). Cost: that of
+lmm_visuals.
 
 Shape legend: B samples, T tokens, N items (pictures and clips).
 """
@@ -56,11 +57,9 @@ class ConversationDataset(torch.utils.data.Dataset):
         tokens_for: TokensFor,
         store: FeatureStore | None = None,
     ):
-        """tokens_for(grid, patches): placeholders of an item. Raises ValueError for visuals whose
-        files are not there."""
+        """tokens_for(grid, patches): placeholders of an item."""
         self.samples, self.tokenizer, self.text = samples, tokenizer, text
         self.reader, self.tokens_for, self.store = reader, tokens_for, store
-        check_present(samples, reader)
 
     @classmethod
     def from_file(cls, path: str | Path, *args, **kwargs) -> "ConversationDataset":
@@ -92,23 +91,9 @@ class ConversationDataset(torch.utils.data.Dataset):
         return list(dict.fromkeys(visual for sample in self.samples for visual in sample.visuals))
 
     def _visual(self, sample: Sample, visual: Visual) -> VisualItem | StoredItem:
-        stored = self.store.get(visual) if self.store is not None else None
-        if stored is not None:
-            return stored
+        if self.store is not None:
+            return self.store.get(visual)
         return read_visual(self.reader, visual, f"sample {sample.id!r}")
-
-
-def check_present(samples: Sequence[Sample], reader: VisualReader) -> None:
-    """Raises ValueError that counts the files that are not there and names the first of them."""
-    places = {reader.place(visual): sample.id for sample in samples for visual in sample.visuals}
-    absent = [(place, name) for place, name in places.items() if not place.exists()]
-    if absent:
-        lines = [f"{place} (sample {name!r})" for place, name in absent[:5]]
-        raise ValueError(
-            f"{len(absent)} of {len(places)} pictures and clips are not there; the first: "
-            + ", ".join(lines)
-            + "; check --image_folder"
-        )
 
 
 def visual_tokens(visual: VisualItem | StoredItem, tokens_for: TokensFor) -> int:

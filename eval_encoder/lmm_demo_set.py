@@ -38,6 +38,7 @@ from eval_encoder.lmm_demo_samples import (
     training_medium,
     tuning_samples,
 )
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 
 SET_VERSION = 1  # moves when the same arguments give other samples
@@ -216,17 +217,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Write a set; a user's mistake ends with its message."""
-    args = build_parser().parse_args(argv)
-    try:
-        write_demo_set(
-            args.output, args.num_train, args.num_val, args.size, args.seed, args.workers
-        )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def main(argv: list[str] | None = None) -> int:
+    """Write a set; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_write, argv=argv)
+
+
+def _write(args: argparse.Namespace) -> None:
+    write_demo_set(
+        directory=args.output,
+        num_train=args.num_train,
+        num_val=args.num_val,
+        size=args.size,
+        seed=args.seed,
+        workers=args.workers,
+    )
     print(f"{args.num_train} pictures and clips, {args.num_val} questions in {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval_encoder.lmm_answers import checked, read_jsonl
+from model_factory.command import run_command
+from model_factory.files import parse_json
 from model_factory.local_output import output_path
 from model_factory.quiet import quiet_libraries
 
@@ -83,32 +86,46 @@ class Question:
     visuals: tuple[tuple[str, str], ...]
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Raises ValueError that names file and line of what is no question."""
+def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
+    """Questions of a JSONL. `folder`: where their paths begin and stay; None where nothing will be
+    read of them.
+
+    Raises ValueError that names file and line of what is no question, or leads out of the folder.
+    """
+    from eval_encoder.lmm_conversation import Visual, check_below
+
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a JSONL of questions")
     questions = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            paths = {kind: row.get(kind) or [] for kind in ("image", "video")}
-            visuals = [
-                (kind, one)
-                for kind, value in paths.items()
-                for one in (value if isinstance(value, list) else [value])
-            ]
-            questions.append(Question(row["question_id"], row["text"], tuple(visuals)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} line {number} is no question ({error!r}): it needs question_id and text"
-            ) from error
+        name = f"{path} line {number}"
+        question = _question(parse_json(line, name), name)
+        for kind, one in question.visuals:
+            try:
+                check_below(Visual(kind, one), folder)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        questions.append(question)
     ids = [question.id for question in questions]
     doubled = sorted({str(i) for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
     if doubled:
         raise ValueError(f"{path}: these questions stand there twice: {', '.join(doubled[:5])}")
     return questions
+
+
+def _question(row: dict, name: str) -> Question:
+    """ValueError with `name`, the line, for a row of another form."""
+    row = checked(row, {"question_id": (str, int), "text": str}, name)
+    visuals = []
+    for kind in ("image", "video"):
+        value = row.get(kind) or []
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, str):
+                raise ValueError(f"{name}: {kind} is {one!r:.80}: give a path or a list of paths")
+            visuals.append((kind, one))
+    return Question(row["question_id"], row["text"], tuple(visuals))
 
 
 def request_of(question: Question, blind: bool = False):
@@ -125,30 +142,28 @@ def request_of(question: Question, blind: bool = False):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Answer all questions; returns the exit code (1 for a user's mistake)."""
-    args = build_parser().parse_args(argv)
+    """Answer all questions; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_answer_all, argv=argv)
+
+
+def _answer_all(args: argparse.Namespace) -> None:
     quiet_libraries()
-    try:
-        questions = read_questions(args.questions)
-        _check_counts(args)
-        answered = _answered(args.answers, args.model)
-        size = -(-len(questions) // args.num_chunks)
-        mine = questions[args.chunk_idx * size : (args.chunk_idx + 1) * size]
-        waiting = [question for question in mine if question.id not in answered]
-        speaker = speaker_of(args, args.image_folder)
-        args.answers.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.answers, "a") as stream:
-            for start in range(0, len(waiting), args.batch_size):
-                group = waiting[start : start + args.batch_size]
-                texts = speaker.answer([request_of(q, args.blind) for q in group])
-                for question, text in zip(group, texts, strict=True):
-                    stream.write(json.dumps(_row(question, text, args.model)) + "\n")
-                stream.flush()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    questions = read_questions(args.questions, None if args.blind else args.image_folder)
+    _check_counts(args)
+    answered = _answered(args.answers, args.model)
+    size = -(-len(questions) // args.num_chunks)
+    mine = questions[args.chunk_idx * size : (args.chunk_idx + 1) * size]
+    waiting = [question for question in mine if question.id not in answered]
+    speaker = speaker_of(args, args.image_folder)
+    args.answers.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.answers, "a") as stream:
+        for start in range(0, len(waiting), args.batch_size):
+            group = waiting[start : start + args.batch_size]
+            texts = speaker.answer([request_of(q, args.blind) for q in group])
+            for question, text in zip(group, texts, strict=True):
+                stream.write(json.dumps(_row(question, text, args.model)) + "\n")
+            stream.flush()
     print(f"{len(mine)} questions answered in {args.answers}")
-    return 0
 
 
 def _check_counts(args: argparse.Namespace) -> None:
@@ -165,9 +180,9 @@ def _answered(path: Path, model: Path) -> set:
     Raises ValueError for answers of another model."""
     if not path.is_file():
         return set()
-    whole = path.read_text().rpartition("\n")[0]
-    path.write_text(whole + "\n" if whole else "")
-    rows = [json.loads(line) for line in whole.splitlines()]
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    path.write_bytes(whole + b"\n" if whole else b"")
+    rows = read_jsonl(path, {"question_id": (str, int), "model_id": str})
     others = sorted({row["model_id"] for row in rows} - {model.name})
     if others:
         raise ValueError(f"{path} holds answers of {', '.join(others)}: name another --answers")

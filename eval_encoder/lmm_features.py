@@ -65,36 +65,54 @@ class FeatureStore:
         }
         self._cache = FeatureCache(folder, key, memory_bytes=0, identity=self._identity)
 
-    def get(self, visual: Visual) -> StoredItem | None:
-        """Stored features, or None."""
+    def get(self, visual: Visual) -> StoredItem:
+        """Features of a visual: stored, or computed and stored where the entry is damaged or gone.
+
+        Raises ValueError where they cannot be computed: in a process that loads data for a tower on
+        a GPU, which such a process cannot use.
+        """
         stored = self._cache.get(visual, comes_again=False)
         if stored is None:
-            return None
+            device = next(self._tower.parameters()).device
+            if device.type != "cpu" and torch.utils.data.get_worker_info() is not None:
+                raise ValueError(
+                    f"the stored features of {visual.path} were lost while the stage ran: start it "
+                    "again; it computes them and goes on from its last checkpoint"
+                )
+            stored = self._make(visual)
         frames, rows, columns, patches, count = stored[0, :HEAD].tolist()
         grid = (frames, rows, columns) if rows else None
         return StoredItem(stored[1:], grid, patches, count)
 
-    @torch.no_grad()
     def fill(self, visuals: Iterable[Visual]) -> int:
         """Compute and store what is not there; returns how many were computed."""
-        device = next(self._tower.parameters()).device
         computed = 0
         for visual in visuals:
-            if self._cache.has(visual):
-                continue
-            item = read_visual(self._reader, visual, "feature cache")
-            states = self._tower(_inputs(item).to(device), self._layers)
-            self._check_call(states)
-            kept = [states.states[layer].flatten(0, -2) for layer in self._layers]
-            kept = [part.half().cpu().view(torch.int16) for part in kept]
-            kept.append(self._positions(item, len(kept[0])).to(torch.int16))
-            rows = torch.cat(kept, dim=1)
-            head = torch.zeros(1, rows.shape[1], dtype=torch.int16)
-            numbers = (*(item.grids[0] or (0, 0, 0)), states.lengths[0], len(states.lengths))
-            head[0, :HEAD] = torch.tensor(numbers)
-            self._cache.put(visual, torch.cat([head, rows]), comes_again=False)
-            computed += 1
+            if not self._cache.has(visual):
+                self._make(visual)
+                computed += 1
         return computed
+
+    @torch.no_grad()
+    def _make(self, visual: Visual) -> torch.Tensor:
+        """Compute and store an entry, and return it: int16 [1 + tokens, states * D + 3]."""
+        device = next(self._tower.parameters()).device
+        item = read_visual(self._reader, visual, "feature cache")
+        is_training = self._tower.training  # as the Trainer sets it, also for what is frozen
+        self._tower.eval()
+        states = self._tower(_inputs(item).to(device), self._layers)
+        self._tower.train(is_training)
+        self._check_call(states)
+        kept = [states.states[layer].flatten(0, -2) for layer in self._layers]
+        kept = [part.half().cpu().view(torch.int16) for part in kept]
+        kept.append(self._positions(item, len(kept[0])).to(torch.int16))
+        rows = torch.cat(kept, dim=1)
+        head = torch.zeros(1, rows.shape[1], dtype=torch.int16)
+        numbers = (*(item.grids[0] or (0, 0, 0)), states.lengths[0], len(states.lengths))
+        head[0, :HEAD] = torch.tensor(numbers)
+        entry = torch.cat([head, rows])
+        self._cache.put(visual, entry, comes_again=False)
+        return entry
 
     def states(self, items: list[StoredItem]) -> TowerStates:
         """As the tower would have given them, in fp32."""

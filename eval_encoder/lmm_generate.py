@@ -1,22 +1,33 @@
 """A trained model answers: turns and visuals in, text out, several at a time.
 
 Prompts are padded on the left and what is padded is masked, so an answer does not depend on what
-else is in its batch. Greedy unless a temperature is given. Cost: one pass over the prompt, then one
-small pass per token of the longest answer.
+else is in its batch. Greedy unless a temperature is given. A prompt that leaves no room for its
+answer in the model's context is refused; an answer can be stopped. Cost: one pass over the prompt,
+then one small pass per token of the longest answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from .lmm_conversation import Turn, Visual, encode_prompt
 from .lmm_data import Collator, Example, visual_tokens
 from .lmm_model import takes_packs
 from .lmm_open import Lmm, open_lmm
 from .lmm_visuals import VisualConfig, VisualItem, VisualReader
+
+# A text of more characters per token of the context is refused before it is tokenised: language has
+# about four to a token, and no more than a few tokens of any vocabulary (blanks, rules) have 32.
+CHARACTERS_PER_TOKEN = 32
+
+
+class AnswerStopped(RuntimeError):
+    """An answer that was given up before its end, because somebody wished it."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +59,22 @@ class Speaker:
     decoding: Decoding = field(default_factory=Decoding)
 
     @torch.no_grad()
-    def answer(self, requests: Sequence[Request], streamer=None) -> list[str]:
-        """One text per request. Raises what reading and lmm_conversation raise.
+    def answer(
+        self,
+        requests: Sequence[Request],
+        streamer=None,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[str]:
+        """One text per request.
 
-        streamer: of transformers, for a single request.
+        streamer: of transformers, for a single request. stop: asked in front of every block of the
+        model, in the prompt's pass too; once it is true, AnswerStopped is raised. Raises what
+        reading and lmm_conversation raise, and ValueError for a prompt beyond the model's context.
         """
+        with _interruptible(self.lmm.model, stop):
+            return self._answer(requests, streamer)
+
+    def _answer(self, requests: Sequence[Request], streamer) -> list[str]:
         model, tokenizer = self.lmm.model, self.lmm.tokenizer
         examples = [self._example(request) for request in requests]
         batch = Collator(tokenizer.pad_token_id, left=True)(examples)
@@ -83,13 +105,51 @@ class Speaker:
         return self.reader.picture(picture)
 
     def _example(self, request: Request) -> Example:
+        config = self.lmm.model.config
+        context = getattr(config.text_config, "max_position_embeddings", None)
+        if context is not None:
+            _check_characters(request.turns, context)
         items = [v if isinstance(v, VisualItem) else self.reader(v) for v in request.visuals]
         counts = [visual_tokens(item, self.lmm.model.tokens_for) for item in items]
-        config = self.lmm.model.config
         ids = encode_prompt(
             request.turns, self.lmm.tokenizer, config.version, counts, config.image_token_id
         )
+        longest = self.decoding.max_new_tokens
+        if context is not None and len(ids) + longest > context:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens, {sum(counts)} of them of what is shown, and an "
+                f"answer of up to {longest} exceed the model's context of {context} tokens: ask "
+                "something shorter, begin anew, or lower --max_new_tokens"
+            )
         return Example(ids, [-100] * len(ids), items)
+
+
+def _check_characters(turns: Sequence[Turn], context: int) -> None:
+    characters = sum(len(turn.text) for turn in turns)
+    if characters > CHARACTERS_PER_TOKEN * context:
+        raise ValueError(
+            f"a prompt of {characters} characters exceeds the model's context of {context} tokens: "
+            "ask something shorter, or begin anew"
+        )
+
+
+@contextmanager
+def _interruptible(model: nn.Module, stop: Callable[[], bool] | None) -> Iterator[None]:
+    """Within it, a pass of the model ends with AnswerStopped at the first block of layers in front
+    of which `stop` is true. A long prompt's pass takes minutes on a CPU, so looking between tokens
+    alone would be too seldom."""
+
+    def look(*_call) -> None:
+        if stop():
+            raise AnswerStopped("the answer was stopped")
+
+    lists = [] if stop is None else [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    hooks = [block.register_forward_pre_hook(look) for blocks in lists for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def open_speaker(

@@ -42,6 +42,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data_pipeline.codec.open_video import is_image
+from data_pipeline.errors import MissingLibrary
+from model_factory.command import run_command
 
 from .lmm_conversation import Visual
 from .lmm_eval import Question, request_of
@@ -220,17 +222,19 @@ def model_manifest():
 
 
 def main() -> int:
-    """lmms-eval's own command line; returns the exit code (1 where it is not installed)."""
+    """lmms-eval's own command line; returns the exit code."""
+    return run_command(parse=lambda argv: None, work=lambda args: _run_lmms_eval())
+
+
+def _run_lmms_eval() -> None:
     try:
         manifest = model_manifest()
     except ImportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise MissingLibrary(str(error)) from error
     from lmms_eval.models import MODEL_REGISTRY_V2
 
     MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
     runpy.run_module("lmms_eval", run_name="__main__", alter_sys=True)
-    return 0
 
 
 def _require() -> None:

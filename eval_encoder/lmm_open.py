@@ -7,7 +7,8 @@
     mm_projector.bin  what stage 1 writes (lmm_projector_file.py); parts.json beside it names the
                       two folders above
 
-Everything is read from local folders, as safetensors or as tensors only.
+Everything is read from local folders, as safetensors or as tensors only, after
+model_factory/model_folder.py has looked at them: at their checksums, and at what could run code.
 """
 
 import importlib.util
@@ -26,12 +27,14 @@ from transformers import (
     ConvNextModel,
 )
 
+from model_factory.backbone import read_tensors
 from model_factory.convnext_tower import ConvNextVisionModel, grow_stage
 from model_factory.export_folder import image_processor_json
 from model_factory.files import write_atomically
 from model_factory.hf_image_encoders import FAMILIES, load_image_encoder
 from model_factory.llava_tower_folder import VOCABULARY_STEP
 from model_factory.llava_vision_tower import LlavaViTVisionModel
+from model_factory.model_folder import LOCAL, check_model_folder, pickled_weights
 from model_factory.published_folder import json_object
 
 from .lmm_config import LmmArguments
@@ -61,7 +64,8 @@ class Lmm:
 def open_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
     """(vision model in evaluation mode, image processor).
 
-    Raises ValueError for a folder of neither kind, and for weights that are not all there.
+    Raises ValueError for a folder of neither kind, for weights that are not all there and for what
+    model_folder.py refuses.
     """
     path = Path(path)
     if (path / "tower" / "config.json").is_file():  # what export_llava_tower.py wrote
@@ -84,12 +88,14 @@ def open_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn
         size = encoder.config.image_size
         processor = CLIPImageProcessor.from_dict(json.loads(image_processor_json(size)))
         return LlavaViTVisionModel.from_encoder(encoder).eval(), processor
-    return model.eval(), AutoImageProcessor.from_pretrained(path, local_files_only=True)
+    return model.eval(), AutoImageProcessor.from_pretrained(path, **LOCAL)
 
 
 def _read(kind: type, path: Path, dtype: torch.dtype) -> nn.Module:
-    options = dict(local_files_only=True, use_safetensors=True, dtype=dtype)
-    model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    check_model_folder(path)
+    model, info = kind.from_pretrained(
+        path, output_loading_info=True, use_safetensors=True, dtype=dtype, **LOCAL
+    )
     missing = [name for name in info["missing_keys"] if not name.startswith("layernorm.")]
     if missing:
         raise ValueError(f"{path} lacks the weights {', '.join(sorted(missing))}")
@@ -104,8 +110,10 @@ def set_resolution(model: nn.Module, processor, side: int) -> None:
 
 
 def open_tokenizer(folder: str | Path):
-    """A fast tokenizer with an image token and something to pad with."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    """A fast tokenizer with an image token and something to pad with. Raises ValueError for one
+    that brings code, and for files that differ from their checksums."""
+    check_model_folder(Path(folder), weights=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     if tokenizer.pad_token is None:
@@ -133,20 +141,27 @@ def open_lmm(folder: str | Path, dtype: torch.dtype = torch.float32, changes: di
     """A model that the probe wrote: a whole one, or a projector with the parts it names.
 
     changes: fields of its configuration to set; cross tokens may then start at zero, nothing else.
-    Raises ValueError for weights that are missing or left over.
+    Raises ValueError for weights that are missing or left over, and for files that are not as they
+    were written.
     """
     folder = Path(folder)
+    check_model_folder(folder, allows_pickles=True, also=[PARTS_FILE])
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder / 'config.json'} does not exist: give what lmm_probe.py wrote")
     if (folder / PROJECTOR_FILE).is_file() and (folder / PARTS_FILE).is_file():
         return _with_projector(folder, dtype)
-    config = LmmConfig.from_pretrained(folder, local_files_only=True)
+    config = LmmConfig.from_pretrained(folder, **LOCAL)
     changes = dict(changes or {})
     lora = changes.pop("lora", None) if config.lora is None else None
     for name, value in changes.items():
         setattr(config, name, value)
     model, info = LmmForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        folder,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        **LOCAL,
     )
     new = [name for name in info["missing_keys"] if changes and "cross_tokens" in name]
     for name in new:  # what transformers leaves there is not defined
@@ -158,7 +173,7 @@ def open_lmm(folder: str | Path, dtype: torch.dtype = torch.float32, changes: di
     if lora is not None:
         model.config.lora = lora
         add_lora(model.model.language_model, lora)
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
     return Lmm(model.eval(), open_tokenizer(folder), processor)
 
 
@@ -284,23 +299,31 @@ def _language_model(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -
             bnb_4bit_use_double_quant=arguments.double_quant,
             bnb_4bit_quant_type=arguments.quant_type,
         )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, dtype=dtype, **options
-    )
+    return read_language_model(folder, dtype, **options)
+
+
+def read_language_model(folder: Path, dtype: torch.dtype, **options) -> nn.Module:
+    """A causal language model of transformers, from safetensors or, where a folder has none, from
+    .bin files that hold nothing but tensors. Raises ValueError for what model_folder.py refuses."""
+    check_model_folder(folder, allows_pickles=True)
+    for path in pickled_weights(folder):
+        try:
+            read_tensors(path, device="meta")
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from error
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **LOCAL, **options)
 
 
 def _with_projector(folder: Path, dtype: torch.dtype) -> Lmm:
     """The model of a folder of stage 1."""
     parts = json_object(folder / PARTS_FILE)
-    config = LmmConfig.from_pretrained(folder, local_files_only=True)
-    language_model = AutoModelForCausalLM.from_pretrained(
-        parts["model_name_or_path"], local_files_only=True, dtype=dtype
-    )
+    config = LmmConfig.from_pretrained(folder, **LOCAL)
+    language_model = read_language_model(Path(parts["model_name_or_path"]), dtype)
     rows = config.text_config.vocab_size
     if rows != language_model.get_input_embeddings().num_embeddings:
         grow_vocabulary(language_model, rows)
     tower, _ = open_tower(parts["vision_tower"], dtype)
     model = LmmForConditionalGeneration.from_parts(config, tower, language_model)
     load_projector(model, folder / PROJECTOR_FILE)
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
     return Lmm(model.eval(), open_tokenizer(folder), processor)

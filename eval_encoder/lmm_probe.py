@@ -4,41 +4,64 @@
         --vision_tower RUN --data_path align.json --image_folder images --output_dir OUT
     deepspeed eval_encoder/lmm_probe.py --deepspeed shells/zero2.json ...
 
-    parts or an earlier stage -> conversations -> Trainer -> OUT
+    conversations -> parts or an earlier stage -> Trainer -> OUT
+
+The list is read and checked first: a wrong path ends before any weights are loaded.
 
 OUT holds what the stage trained (mm_projector.bin, or a whole model), record.json, metrics.jsonl,
-TensorBoard's runs, checkpoint-*; the same call again goes on from the last of these. Run by path,
-so this file holds no definition that another module needs.
+TensorBoard's runs, checkpoint-*; the same call again goes on from the last of these. SHA256SUMS, of
+all that a reader of OUT reads, is written last. Run by path, so this file holds no definition that
+another module needs.
 """
 
+import argparse
 import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from eval_encoder.lmm_config import build_parser, parse_arguments
+from eval_encoder.lmm_samples import stage_samples
+from model_factory.command import run_command
+from model_factory.launcher_watch import watched_launcher
 from model_factory.quiet import quiet_libraries
+from training.log import is_first_to_say
 
 LOG = logging.getLogger("univit")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code (1 for a user's mistake)."""
+    """Run one stage; returns the exit code."""
+    return run_command(parse=_parse, work=_stage, argv=argv, is_heard=is_first_to_say)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """`arguments` of ours, `others` of transformers', and `output_dir` of these."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         build_parser().parse_args(["--help"])
-    quiet_libraries(uses_deepspeed=any(flag.startswith("--deepspeed") for flag in argv))
-    try:
-        arguments, others = parse_arguments(argv)
-        return _stage(arguments, others)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    arguments, others = parse_arguments(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--output_dir")
+    known, _ = first.parse_known_args(others)
+    return argparse.Namespace(arguments=arguments, others=others, output_dir=known.output_dir)
 
 
-def _stage(arguments, others: list[str]) -> int:
+@watched_launcher()
+def _stage(parsed: argparse.Namespace) -> None:
+    arguments = parsed.arguments
+    quiet_libraries(uses_deepspeed=any(flag.startswith("--deepspeed") for flag in parsed.others))
+    samples = stage_samples(arguments)
+    from training.distributed import naming_peers
+
+    with naming_peers():
+        _run(arguments, parsed.others, samples)
+
+
+def _run(arguments, others: list[str], samples) -> None:
     import torch
     import torch.distributed as dist
     from transformers import set_seed
@@ -48,7 +71,6 @@ def _stage(arguments, others: list[str]) -> int:
     from eval_encoder.lmm_stage import (
         build_dataset,
         build_reader,
-        check_cache,
         training_arguments,
         whole_on_every_rank,
     )
@@ -66,10 +88,9 @@ def _stage(arguments, others: list[str]) -> int:
     )
     reader, store = build_reader(arguments, lmm), None
     if arguments.feature_cache is not None:
-        check_cache(args)
         lmm.model.tower.to(args.device)
         store = FeatureStore(Path(arguments.feature_cache), lmm.model, reader)
-    dataset = build_dataset(arguments, lmm, reader, store)
+    dataset = build_dataset(arguments, samples=samples, lmm=lmm, reader=reader, store=store)
     if store is not None:
         mine = dataset.visuals[args.process_index :: args.world_size]
         LOG.info("features of %d pictures and clips computed and stored", store.fill(mine))
@@ -79,12 +100,12 @@ def _stage(arguments, others: list[str]) -> int:
     if dist.is_initialized():  # nobody leaves while another still needs the group
         dist.barrier()
         dist.destroy_process_group()
-    return 0
 
 
 def _train(arguments, args, lmm, dataset) -> None:
-    from eval_encoder.lmm_open import write_parts
+    from eval_encoder.lmm_open import PARTS_FILE, write_parts
     from eval_encoder.lmm_trainer import LmmTrainer
+    from model_factory.model_folder import seal_folder
 
     trainer = LmmTrainer(lmm, arguments, args, dataset)
     record = _record(arguments, lmm.model)  # before DeepSpeed shards the parameters
@@ -111,6 +132,7 @@ def _train(arguments, args, lmm, dataset) -> None:
         _write_record(output, record, time.monotonic() - started)
         if lmm.has_parts:
             write_parts(output, arguments)
+        seal_folder(output, also=[PARTS_FILE])
 
 
 def _record(arguments, model) -> dict:

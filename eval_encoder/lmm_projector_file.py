@@ -1,12 +1,16 @@
 """mm_projector.bin: a projector's tensors under LLaVA's names, `model.mm_projector.*`.
 
-Read as tensors only. For mlp2x_gelu, the one projector that transformers has as well, names are
-translated in both directions.
+Read as tensors only, after a look at the checksums that lmm_probe.py leaves beside it. For
+mlp2x_gelu, the one projector that transformers has as well, names are translated in both
+directions.
 """
 
 from pathlib import Path
 
 import torch
+
+from model_factory.backbone import named_tensors, read_tensors
+from model_factory.files import check_checksums, listing_of
 
 from .lmm_model import LmmForConditionalGeneration
 
@@ -28,11 +32,16 @@ def save_projector(model: LmmForConditionalGeneration, folder: Path, tensors: di
 def load_projector(model: LmmForConditionalGeneration, path: Path) -> None:
     """Fill the projector from a file with LLaVA's names, whatever stands before `mm_projector.`.
 
-    Raises ValueError for a file that is missing or does not fit exactly.
+    Raises ValueError for a file that is missing, differs from its checksum, holds anything but
+    tensors or does not fit exactly.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give the mm_projector.bin of stage 1")
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    check_checksums(path.parent, [path.name], listing_of(path))
+    try:
+        tensors = named_tensors(read_tensors(path))
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
     own = {n.split("mm_projector.")[1]: t for n, t in tensors.items() if "mm_projector." in n}
     try:
         model.projector.load_state_dict(own, strict=True)

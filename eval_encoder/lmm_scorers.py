@@ -41,6 +41,7 @@ from eval_encoder.lmm_answers import (
     read_jsonl,
     read_list,
 )
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 
 POPE_FILES = ("random", "popular", "adversarial")
@@ -333,13 +334,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the figures of one answers file; a user's mistake ends with its message."""
-    args = build_parser().parse_args(argv)
-    try:
-        result = score(args.benchmark, args.answers, args.annotations, args.confidence)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def main(argv: list[str] | None = None) -> int:
+    """Print the figures of one answers file; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_score, argv=argv)
+
+
+def _score(args: argparse.Namespace) -> None:
+    result = score(args.benchmark, args.answers, args.annotations, args.confidence)
     print(format_table(result))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -347,4 +348,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,26 +1,32 @@
 """From flags to what a stage trains with: data, reading of pictures, TrainingArguments."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import deepspeed
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from model_factory.local_output import local_output
 
 from .lmm_config import LmmArguments
-from .lmm_conversation import Sample, Turn, read_samples
+from .lmm_conversation import Sample
 from .lmm_data import ConversationDataset, TextConfig
 from .lmm_features import FeatureStore
 from .lmm_generate import visual_config
 from .lmm_open import Lmm
 from .lmm_visuals import VisualReader
 
+# packages that are not called as transformers calls what they report to
+REPORT_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+
 
 def training_arguments(arguments: LmmArguments, others: list[str]) -> TrainingArguments:
     """transformers' own flags, with the accumulation that gives the global batch.
 
-    Raises ValueError for unknown flags and for a global batch that the ranks cannot make.
+    Raises ValueError for unknown flags, for a --report_to whose package is not installed, for a
+    global batch that the ranks cannot make, and what `check_cache` raises.
     """
     import torch
 
@@ -32,6 +38,9 @@ def training_arguments(arguments: LmmArguments, others: list[str]) -> TrainingAr
     elif not any(part.startswith(("--bf16", "--fp16")) for part in others):
         others += ["--bf16", "True"]
     args = _parse(others)
+    check_reports(args)
+    if arguments.feature_cache is not None:
+        check_cache(args)
     wanted = arguments.global_batch_size
     if wanted is None:
         return args
@@ -64,6 +73,24 @@ def _parse(flags: list[str]) -> TrainingArguments:
     local_output(args.output_dir)
     args.remove_unused_columns = False
     return args
+
+
+def check_reports(args: TrainingArguments) -> None:
+    """Raises ValueError for a --report_to that nothing installed can serve, with what to install:
+    transformers finds out when the model is loaded and the data is read."""
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"--report_to {name}: choose among {known}, or none")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        # its constructors ask for their packages, and raise either of these without
+        except (RuntimeError, ImportError) as error:
+            package = REPORT_PACKAGES.get(name, name)
+            raise ValueError(
+                f"--report_to {name} needs a package that is not installed: pip install {package}, "
+                "or give --report_to none"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -102,23 +129,13 @@ def build_reader(arguments: LmmArguments, lmm: Lmm) -> VisualReader:
 
 
 def build_dataset(
-    arguments: LmmArguments, lmm: Lmm, reader: VisualReader, store: FeatureStore | None
+    arguments: LmmArguments,
+    samples: Sequence[Sample],
+    lmm: Lmm,
+    reader: VisualReader,
+    store: FeatureStore | None,
 ) -> ConversationDataset:
-    """The samples of a list, or of every n-th sample of it."""
-    samples = read_samples(arguments.data_path)
-    kept = int(len(samples) * arguments.data_fraction)
-    samples = [samples[int(number / arguments.data_fraction)] for number in range(kept)]
-    if arguments.blind:
-        samples = [without_visuals(sample) for sample in samples]
+    """The samples of lmm_samples.stage_samples, as the model takes them."""
     config = lmm.model.config
     text = TextConfig(arguments.version, config.image_token_id, arguments.model_max_length)
     return ConversationDataset(samples, lmm.tokenizer, text, reader, lmm.model.tokens_for, store)
-
-
-def without_visuals(sample: Sample) -> Sample:
-    """The same conversation, text only: what a blind reader is given."""
-    turns = [
-        Turn(turn.speaker, turn.text.replace("<image>\n", "").replace("<video>\n", ""))
-        for turn in sample.turns
-    ]
-    return Sample(sample.id, tuple(turns), ())

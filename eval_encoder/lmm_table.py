@@ -15,6 +15,7 @@ import math
 import sys
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 
 
@@ -72,19 +73,17 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; returns the exit code (1 for a user's mistake)."""
-    args = build_parser().parse_args(argv)
-    try:
-        models = {name: Path(path) for name, path in map(_pair, args.models)}
-        seconds = {name: float(value) for name, value in map(_pair, args.seconds)}
-        table = markdown(rows_of(models, args.labels, seconds))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """Print the table; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_print_table, argv=argv)
+
+
+def _print_table(args: argparse.Namespace) -> None:
+    models = {name: Path(path) for name, path in map(_pair, args.models)}
+    seconds = {name: float(value) for name, value in map(_pair, args.seconds)}
+    table = markdown(rows_of(models, args.labels, seconds))
     print(table, end="")
     if args.output is not None:
         args.output.write_text(table)
-    return 0
 
 
 def _pair(text: str) -> tuple[str, str]:

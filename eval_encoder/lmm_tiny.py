@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 from model_factory.quiet import quiet_libraries
 
@@ -70,6 +71,8 @@ def write_language_model(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from model_factory.model_folder import seal_folder
+
     tokenizer = train_tokenizer(texts, vocabulary)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -87,6 +90,7 @@ def write_language_model(
     )
     LlamaForCausalLM(config).save_pretrained(output)
     tokenizer.save_pretrained(output)
+    seal_folder(output)
 
 
 def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
@@ -95,31 +99,38 @@ def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
     from transformers import ConvNextConfig, ConvNextModel
 
     from model_factory.export_folder import image_processor_json
+    from model_factory.model_folder import seal_folder
 
     torch.manual_seed(seed)
     widths, depths = [32, 64, 128, 256], [1, 1, 2, 1]
     config = ConvNextConfig(hidden_sizes=widths, depths=depths, image_size=side)
     ConvNextModel(config).save_pretrained(output)
     (output / "preprocessor_config.json").write_text(image_processor_json(side))
+    seal_folder(output)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the folder; returns the exit code (1 for a user's mistake)."""
-    args = build_parser().parse_args(argv)
+    """Write the folder; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_write, argv=argv)
+
+
+def _write(args: argparse.Namespace) -> None:
     quiet_libraries()
     from eval_encoder.lmm_conversation import TEMPLATES, read_samples
 
-    try:
-        samples = [sample for path in args.lists for sample in read_samples(path)]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    samples = [sample for path in args.lists for sample in read_samples(path)]
     texts = [turn.text for sample in samples for turn in sample.turns]
     texts += [f"{system} USER: ASSISTANT:" for system in TEMPLATES.values() if system]
     if args.convnext is not None:
         write_convnext(args.convnext, seed=args.seed)
-    write_language_model(texts, args.output, args.layers, args.width, args.vocabulary, args.seed)
-    return 0
+    write_language_model(
+        texts,
+        output=args.output,
+        layers=args.layers,
+        width=args.width,
+        vocabulary=args.vocabulary,
+        seed=args.seed,
+    )
 
 
 if __name__ == "__main__":

@@ -4,17 +4,22 @@
     lr         one for the projector and one for the tower, where asked for
     saving     a stage that trains the projector alone saves nothing else, and resumes from it
     record     metrics.jsonl, a line per logged step
+    checksums  SHA256SUMS of every checkpoint; one that differs is passed over at a resume
 
 Everything else (DDP, DeepSpeed, accumulation, schedule, checkpoints, TensorBoard) is transformers'.
 """
 
 import json
+import logging
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from model_factory.crossget_tower import CrossGetTower
+from model_factory.files import DamagedFile, check_checksums, write_checksums
 from model_factory.llava_projectors import SpatialMerge
 from model_factory.vit_split import ViTSplit
 
@@ -25,6 +30,8 @@ from .lmm_open import Lmm
 from .lmm_projector_file import PROJECTOR_FILE, load_projector, save_projector
 from .lmm_sampler import ModalityLengthSampler, ShuffledSampler
 
+LOG = logging.getLogger("univit")
+GENERATORS = "rng_state_"  # how files of one process among several begin
 PROJECTOR, TOWER = ".multi_modal_projector.", ".vision_tower."
 
 
@@ -52,6 +59,15 @@ class LmmTrainer(Trainer):
             raise ValueError("nothing learns: take one of the --freeze flags away")
         alone = all(PROJECTOR in f".{name}" for name in learning)
         self._projector_only = alone and lmm.has_parts  # of a whole model no part is left out
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options):
+        """As transformers' own. True resumes from the newest checkpoint that is whole, and from
+        none where there is none; DamagedFile for a named one that differs from its checksums."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole(Path(self.args.output_dir))
+        elif resume_from_checkpoint:
+            check_checksums(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -116,6 +132,22 @@ class LmmTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
+def newest_whole(output: Path) -> str | None:
+    """The newest checkpoint of a stage that is as it was written; others are named in the log."""
+    found = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = [path for path in found if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        try:
+            # the trainer's state is what transformers writes last; older versions wrote no sums
+            if check_checksums(path) or (path / TRAINER_STATE_NAME).is_file():
+                return str(path)
+            problem = "its save did not come to an end"
+        except (DamagedFile, OSError) as error:
+            problem = str(error)
+        LOG.warning("checkpoint passed over: %s: %s", path, problem)
+    return None
+
+
 def check_one_size(model: LmmForConditionalGeneration, visuals: Visuals | None) -> None:
     """Raises ValueError for a batch of several sizes where each size is a pass of its own: under
     ZeRO-3 the processes would wait for each other for ever."""
@@ -133,7 +165,8 @@ def check_one_size(model: LmmForConditionalGeneration, visuals: Visuals | None) 
 
 
 class _Record(TrainerCallback):
-    """Writes every logged line; lines beyond the step that a run resumes from are cut off."""
+    """Writes every logged line and the checksums of checkpoints; lines beyond the step that a run
+    resumes from are cut off."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -148,3 +181,10 @@ class _Record(TrainerCallback):
         if state.is_world_process_zero and logs is not None:
             with open(self._path, "a") as stream:
                 stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            # other processes write the states of their own generators at the same time
+            names = [path.name for path in folder.iterdir() if path.is_file()]
+            write_checksums(folder, [name for name in names if not name.startswith(GENERATORS)])

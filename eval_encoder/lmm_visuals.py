@@ -116,7 +116,7 @@ class VisualReader:
 
     def place(self, visual: Visual) -> Path:
         """File or folder that a path names."""
-        return self.folder / visual.path.partition("#")[0]
+        return visual.place(self.folder)
 
     def identity(self, visual: Visual) -> str:
         """Text that changes with the bytes that are read: place, size and time of files."""

@@ -2,9 +2,12 @@
 
     python eval_encoder/lmm_web.py --model OUT [--port 7860]
 
+    request -> lmm_web_gate: what the page itself asks for, and nothing else
     upload -> size, then content: a picture or a clip within the limits, whatever its name says
-    questions -> a Dialogue of lmm_chat, one per visitor; one generation at a time
+    question -> gradio's queue, which shows each visitor's place -> lmm_web_handlers: an answer
+                within its limit of time, shown while it grows
 
+One answer is made at a time; who stops it, begins a new chat or leaves gives way to the next.
 The page listens on 127.0.0.1 and loads nothing from elsewhere: its fonts are the system's, and a
 Content-Security-Policy holds the browser to it. Uploads lie in a folder that goes when the command
 ends. Needs gradio: `pip install univit[web]`. Cost: that of lmm_chat.
@@ -14,24 +17,28 @@ import argparse
 import os
 import sys
 import tempfile
-from dataclasses import replace
-from html import escape
 from pathlib import Path
 
-from eval_encoder.lmm_chat import Dialogue, one_line
-from eval_encoder.lmm_conversation import IMAGE, Visual
+from eval_encoder.lmm_chat import Dialogue
 from eval_encoder.lmm_eval import add_model_flags, speaker_of
+from eval_encoder.lmm_web_gate import Gate
+from eval_encoder.lmm_web_handlers import (
+    LONGEST_QUESTION,
+    MAX_BYTES,
+    MAX_SESSIONS,
+    Handlers,
+    Limits,
+    Visit,
+)
+from model_factory.command import run_command
+from model_factory.plain_text import in_markdown, printable
 from model_factory.quiet import quiet_libraries
 
 HOST = "127.0.0.1"
-MAX_BYTES, MAX_SECONDS = 64 << 20, 600.0  # of an upload; pixels: those of InputLimits
+MAX_PORT = 65535  # of TCP
+MAX_STORED = 32 * MAX_BYTES  # of all uploads: one for each visitor of a full queue
+KEPT_S = 3600  # an upload is removed when it is so old
 LONGEST, HOTTEST = 1024, 2.0  # ends of the controls: tokens, temperature
-NOT_SEEN = ("container", "no_video")  # reasons of RejectedInput for what is no clip at all
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; "
-    "frame-ancestors 'none'"
-)
 STYLE = """
 .gradio-container {width: 100%; max-width: 1100px !important; margin: 0 auto !important}
 #chat img, #chat video {max-height: 220px; width: auto}
@@ -45,50 +52,40 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lmm_web.py", description=__doc__.split(":\n")[0])
     add_model_flags(parser)
     parser.add_argument("--port", type=int, default=7860, help=f"of {HOST} (default: 7860)")
+    parser.add_argument(
+        "--max_seconds", type=float, default=120.0, help="longest time of an answer"
+    )
+    parser.add_argument("--max_waiting", type=int, default=32, help="questions that may wait")
     return parser
 
 
-def read_upload(speaker, path: Path):
-    """The VisualItem of a file that a stranger gave.
-
-    Raises ValueError with the file's name for what is too large, damaged, or neither a picture nor
-    a clip.
-    """
-    from data_pipeline.codec.open_video import InputLimits
-    from data_pipeline.errors import RejectedInput
-    from eval_encoder.probe_reader import shared_reader
-
-    limits = InputLimits(max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder, "upload")  # readers go by names too; this one says nothing
-        plain.symlink_to(path)
-        try:
-            try:
-                return speaker.picture(shared_reader().picture(plain, limits))
-            except RejectedInput as error:
-                if error.reason != "image":
-                    raise
-            return speaker.reader(Visual("video", str(plain)), limits)
-        except RejectedInput as error:
-            detail = error.detail.replace(str(plain), path.name)
-            if error.reason in NOT_SEEN:
-                detail = f"{path.name} is neither a picture nor a clip that can be read"
-            raise ValueError(detail) from error
-
-
-def build_page(speaker, name: str):
+def build_page(speaker, name: str, limits: Limits):
     """(page of gradio, options for its launch) for a Speaker; `name` is the model's."""
     import gradio
 
-    show, answer, forget = _handlers(speaker, gradio.Warning)
-    launch = {"theme": _theme(gradio), "css": STYLE, "footer_links": []}
-    with gradio.Blocks(title=name, analytics_enabled=False) as page:
+    handlers = Handlers(speaker, tell=gradio.Warning, limits=limits)
+
+    # gradio gives the request to parameters of its type; a session is one opened page
+    def answer(question, path, dialogue, temperature, length, turn, request: gradio.Request):
+        visit = Visit(request.session_hash, turn)
+        yield from handlers.answer(visit, question, path, dialogue, temperature, length)
+
+    def halt(turn, request: gradio.Request):
+        return handlers.halt(Visit(request.session_hash, turn))
+
+    options = {"theme": _theme(gradio), "css": STYLE, "footer_links": []}
+    # old uploads are looked for ten times within their age
+    cleaning = (KEPT_S // 10, KEPT_S)
+    with gradio.Blocks(
+        title=printable(name), analytics_enabled=False, delete_cache=cleaning
+    ) as page:
         dialogue = gradio.State(Dialogue())
-        gradio.Markdown(f"## {name}")
+        gradio.Markdown(f"## {in_markdown(name)}")
         with gradio.Row():
             with gradio.Column(scale=2, min_width=280):
                 upload = gradio.File(label="Picture or clip", height=170, elem_id="upload")
                 temperature, length = _controls(speaker.decoding, gradio.Slider)
+                stop = gradio.Button("Stop")
                 anew = gradio.Button("New chat")
             with gradio.Column(scale=5, min_width=320):
                 chat = gradio.Chatbot(
@@ -101,42 +98,73 @@ def build_page(speaker, name: str):
                 )
                 with gradio.Row():
                     question = gradio.Textbox(
-                        placeholder="Your question", show_label=False, container=False, scale=8
+                        placeholder="Your question",
+                        show_label=False,
+                        container=False,
+                        max_length=LONGEST_QUESTION,
+                        scale=8,
                     )
                     send = gradio.Button("Send", variant="primary", scale=1, min_width=80)
-        alone = {"concurrency_limit": 1, "concurrency_id": "model", "api_name": False}
+        # counts a visitor's Stops: each ends the questions before it, and no later one
+        turn = gradio.Number(0, visible=False, precision=0)
         shown = [dialogue, chat]
-        gradio.on([upload.upload, upload.clear], show, upload, [upload, *shown], **alone)
-        asked = [question, upload, dialogue, temperature, length]
-        gradio.on([question.submit, send.click], answer, asked, [question, *shown], **alone)
-        gradio.on([anew.click, chat.clear], forget, [upload, dialogue], shown, **alone)
-    return page, launch
+        asked = [question, upload, dialogue, temperature, length, turn]
+        # what needs no model does not wait behind the answers of others
+        now = {"queue": False, "api_visibility": "private"}
+        gradio.on(
+            [question.submit, send.click],
+            answer,
+            asked,
+            [question, *shown],
+            show_progress_on=chat,
+            **_one_at_a_time("model"),
+        )
+        gradio.on(stop.click, halt, turn, turn, **now)
+        gradio.on([anew.click, chat.clear], halt, turn, turn, **now).then(
+            handlers.forget, [upload, dialogue], shown, **now
+        )
+        gradio.on([upload.upload, upload.clear], halt, turn, turn, **now).then(
+            handlers.show, upload, [upload, *shown], **_one_at_a_time("reader")
+        )
+    page.queue(max_size=limits.max_waiting, api_open=False)
+    return page, options
+
+
+def _one_at_a_time(queue: str) -> dict:
+    """Options of an event that waits in a queue of this name; the page alone knows of it."""
+    return {"concurrency_limit": 1, "concurrency_id": queue, "api_visibility": "private"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve the page until the command is ended; returns the exit code (1 for a user's mistake)."""
-    args = build_parser().parse_args(argv)
+    """Serve the page until the command is ended; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_open, argv=argv)
+
+
+def _open(args: argparse.Namespace) -> None:
+    if not 0 <= args.port <= MAX_PORT:
+        raise ValueError(f"--port {args.port}: no port has this number, take one up to {MAX_PORT}")
     quiet_libraries()
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
     try:
         import gradio  # noqa: F401
-    except ImportError:
-        print("error: the page needs gradio 6 or later: pip install univit[web]", file=sys.stderr)
-        return 1
-    try:
-        speaker = speaker_of(args)
-        with tempfile.TemporaryDirectory(prefix="univit_web_") as folder:
-            os.environ["GRADIO_TEMP_DIR"] = folder  # a page remembers it when it is built
-            _serve(*build_page(speaker, args.model.resolve().name), args.port)
-    except (ValueError, OSError, OverflowError) as error:  # the last: no port has this number
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    except ImportError as error:
+        raise ValueError("the page needs gradio 6 or later: pip install univit[web]") from error
+    limits = Limits(max_seconds=args.max_seconds, max_waiting=args.max_waiting)
+    speaker = speaker_of(args)
+    with tempfile.TemporaryDirectory(prefix="univit_web_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # a page remembers it when it is built
+        page, options = build_page(speaker, args.model.resolve().name, limits)
+        launch(page, options, args.port, Path(folder))
+        print(f"http://{HOST}:{args.port} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
 
 
-def _serve(page, options: dict, port: int) -> None:
+def launch(page, options: dict, port: int, folder: Path) -> None:
+    """Serve a page of build_page behind the gate, in threads of its own; `folder`: the
+    GRADIO_TEMP_DIR that it was built with."""
     from starlette.middleware import Middleware  # gradio stands on it
 
+    gate = Middleware(Gate, folder=folder, max_upload=MAX_BYTES, max_stored=MAX_STORED)
     page.launch(
         server_name=HOST,
         server_port=port,
@@ -144,29 +172,12 @@ def _serve(page, options: dict, port: int) -> None:
         quiet=True,
         prevent_thread_lock=True,
         max_file_size=MAX_BYTES,
+        state_session_capacity=MAX_SESSIONS,
         ssr_mode=False,
         enable_monitoring=False,
-        app_kwargs={"middleware": [Middleware(_LocalOnly)]},
+        app_kwargs={"middleware": [gate]},
         **options,
     )
-    print(f"http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
-
-
-class _LocalOnly:
-    """Adds POLICY to every answer: the browser loads nothing from other places."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        async def with_policy(message):
-            if message["type"] == "http.response.start":
-                header = (b"content-security-policy", POLICY.encode())
-                message = {**message, "headers": [*message["headers"], header]}
-            await send(message)
-
-        await self.app(scope, receive, with_policy)
 
 
 def _theme(gradio):
@@ -185,51 +196,6 @@ def _controls(decoding, slider):
         slider(0, HOTTEST, heat, step=0.1, label="Temperature"),
         slider(1, LONGEST, count, step=1, label="Longest answer"),
     )
-
-
-def _handlers(speaker, tell):
-    """What happens on an upload, on a question, and for a new chat; `tell` shows a text."""
-
-    def problem(error: Exception) -> None:
-        tell(escape(one_line(error)))  # a file's name is not ours
-
-    def show(path):
-        dialogue = Dialogue()
-        if path is not None:
-            try:
-                dialogue = Dialogue((read_upload(speaker, Path(path)),))
-            except ValueError as error:
-                problem(error)
-                path = None
-        return path, dialogue, _messages(dialogue, path)
-
-    def answer(question, path, dialogue, temperature, length):
-        if not question.strip():
-            return
-        asked = dialogue.ask(question.strip())
-        yield "", dialogue, _messages(asked, path)
-        decoding = replace(speaker.decoding, temperature=temperature, max_new_tokens=int(length))
-        try:
-            dialogue = asked.answer(replace(speaker, decoding=decoding))
-            question = ""
-        except (ValueError, RuntimeError) as error:  # RuntimeError: a device without memory left
-            problem(error)
-        yield question, dialogue, _messages(dialogue, path)
-
-    def forget(path, dialogue):
-        return dialogue.forget(), _messages(dialogue.forget(), path)
-
-    return show, answer, forget
-
-
-def _messages(dialogue: Dialogue, path: str | None) -> list[dict]:
-    """A dialogue as the page shows it: the upload, then what was said."""
-    shown = [{"role": "user", "content": {"path": path}}] if dialogue.visuals else []
-    roles = {"human": "user", "gpt": "assistant"}
-    return shown + [
-        {"role": roles[turn.speaker], "content": turn.text.replace(f"{IMAGE}\n", "")}
-        for turn in dialogue.turns
-    ]
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from torch import nn
 from data_pipeline.loading.packing import PackedBatch
 from model_factory.backbone import load_backbone
 from model_factory.configuration import LlavaViTPackingConfig
+from model_factory.files import CHECKSUMS_NAME, read_checksums
 from model_factory.hf_image_encoders import FAMILIES, FrozenImageEncoder, load_image_encoder
 from model_factory.packing import unpatchify
-from model_factory.published_folder import json_object, published_model_type
+from model_factory.published_folder import model_type_of, published_model_type
 from model_factory.registry import packing_config, packing_name
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 from training.export import read_encoder
@@ -144,7 +145,8 @@ def build_encoder(
     a Hugging Face folder, a run's folder (its hf/ export, else its newest checkpoint), a
     checkpoint, a backbone.pt (with the backbone.json beside it, else --model_name and the public
     rotary rule), or `random`: untrained weights of --model_name, the baseline. Image encoders come
-    from a Hugging Face folder. Raises ValueError for anything else.
+    from a Hugging Face folder. Raises ValueError for anything else, and for a folder that differs
+    from its checksums or could run code (model_factory/model_folder.py).
     """
     colours = None
     if config.mean is not None:
@@ -163,7 +165,10 @@ def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> Ll
         fields = packing_config(packing_name(model_name), rope_pairing="rotary")
         return LlavaViTPackingModel(fields)
     for folder in (path / "hf", path):
-        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+        has_both = (folder / "config.json").is_file() and list(folder.glob("*.safetensors"))
+        # an export of which a file is lost is an error, and no reason to look elsewhere
+        listed = read_checksums(folder / CHECKSUMS_NAME) or {}
+        if has_both or any(name.endswith(".safetensors") for name in listed):
             _check_is_ours(folder)
             return LlavaViTPackingModel.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True
@@ -185,7 +190,9 @@ def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> Ll
 
 def _check_is_ours(folder: Path) -> None:
     """ValueError for a folder of another model type, with the family that it may be of."""
-    found = str(json_object(folder / "config.json").get("model_type"))
+    if not (folder / "config.json").is_file():  # the reader says so
+        return
+    found = str(model_type_of(folder))
     if found == LlavaViTPackingConfig.model_type or published_model_type(folder) is not None:
         return
     base = found.removesuffix("_vision_model")

@@ -17,6 +17,7 @@ import os
 import sys
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 
 from .probe_official import Splits, read_hmdb51, read_kinetics, read_ssv2, read_ucf101
@@ -106,18 +107,18 @@ def _read(args: argparse.Namespace) -> tuple[str, Splits]:
     return args.dataset, read(args.splits, args.split)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run one command; a user's mistake ends with its message."""
-    args = build_parser().parse_args(argv)
-    try:
-        dataset, splits = _read(args)
-        counts = write_lists(dataset, splits, videos=args.videos, output=args.output)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_prepare, argv=argv)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    dataset, splits = _read(args)
+    counts = write_lists(dataset, splits, videos=args.videos, output=args.output)
     for split, (listed, absent) in counts.items():
         names = args.output / f"absent_{split}.txt"
         print(f"{split}: {listed} videos found, {absent} named but absent ({names})")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

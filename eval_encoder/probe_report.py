@@ -6,7 +6,10 @@ what the probe says, where things are.
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+from model_factory.command import run_command
 
 BARS = "▁▂▃▄▅▆▇█"
 ROUNDS_NAME = "rounds.json"
@@ -152,13 +155,16 @@ def _paths(output: Path) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print and write the report."""
-    args = build_parser().parse_args(argv)
+def main(argv: list[str] | None = None) -> int:
+    """Print and write the report; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_report, argv=argv)
+
+
+def _report(args: argparse.Namespace) -> None:
     report = compose(args.output, args.shards, args.truth, args.seconds)
     (args.output / "report.md").write_text(report)
     print(report)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ import numpy as np
 
 from eval_encoder.probe_anchors import SOURCE, anchors_of
 from eval_encoder.probe_config import VIDEO_FAMILIES
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 
 COLUMNS = ("dataset", "encoder", "input", "tokens", "head", "figure", "last epoch", "best epoch",
@@ -193,14 +194,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Compare; a user's mistake ends with its message."""
-    args = build_parser().parse_args(argv)
-    try:
-        print(compare(args.folders, args.output))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def main(argv: list[str] | None = None) -> int:
+    """Compare; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_compare, argv=argv)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    print(compare(args.folders, args.output))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,6 +33,8 @@ from .probe_metrics import Judgement, JudgementBuilder
 class NonFiniteProbe(ValueError):
     """All heads had gradients that are NaN or infinite."""
 
+    outcome = "non-finite"
+
 
 @dataclass(frozen=True)
 class HeadBatch:

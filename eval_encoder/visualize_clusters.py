@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 
 SIDE, GAP, CAPTION = 360, 12, 40
@@ -135,14 +136,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Draw; a user's mistake ends with its message."""
-    args = build_parser().parse_args(argv)
-    try:
-        _check(args)
-        features, labels, groups = _load(args)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def main(argv: list[str] | None = None) -> int:
+    """Draw; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_draw, argv=argv)
+
+
+def _draw(args: argparse.Namespace) -> None:
+    _check(args)
+    features, labels, groups = _load(args)
     runs = [
         train(features, labels, objective, args.steps, args.every, args.seed)
         for objective in ("contrastive", "clusters")
@@ -190,4 +191,4 @@ def _load(args) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

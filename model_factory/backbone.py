@@ -1,8 +1,9 @@
 """backbone.pt: an encoder's weights as plain tensors in the source key layout,
 with its configuration beside it.
 
-    backbone.pt      tensors, loaded with weights_only=True; .safetensors is read just as well
-    backbone.json    sizes, norm eps, rotary rule; public files come without it
+    backbone.pt         tensors, loaded with weights_only=True; .safetensors is read just as well
+    backbone.json       sizes, norm eps, rotary rule; public files come without it
+    backbone.pt.sha256  sha256 of both, written last; checked where it, or a SHA256SUMS, is there
 
 Foreign files may speak any key layout, nest the tensors under `model` or `state_dict`, and prefix
 their names as DDP and torch.compile do.
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from .configuration import LlavaViTPackingConfig
+from .files import OWN_LISTING, check_checksums, listing_of, read_checksums, write_checksums
 from .published_folder import json_object
 from .registry import packing_config, packing_name
 from .state_dict_adapter import check_fits, first_keys, from_packing, to_packing
@@ -32,12 +34,13 @@ SHAPE_FIELDS = (
 
 
 def save_backbone(model: LlavaViTPackingModel, path: Path) -> None:
-    """Write weights and configuration of a packing model."""
+    """Write weights and configuration of a packing model, and the checksums of both."""
     weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     torch.save(from_packing(weights, "source"), path)
-    path.with_suffix(".json").write_text(
-        json.dumps(model.config.to_dict(), indent=1, sort_keys=True)
-    )
+    described = path.with_suffix(".json")
+    described.write_text(json.dumps(model.config.to_dict(), indent=1, sort_keys=True))
+    names = [path.name, described.name]
+    write_checksums(path.parent, names, listing=f"{path.name}{OWN_LISTING}")
 
 
 def backbone_config(
@@ -45,10 +48,13 @@ def backbone_config(
 ) -> LlavaViTPackingConfig:
     """Configuration beside the weights; without one the registered one of `model_name` (its norm
     eps included, so that the loaded function is the one that was trained) and the given rotary
-    rule.
+    rule. Raises ValueError for one that is not as its checksum says.
     """
     described = path.with_suffix(".json")
-    if described.is_file():
+    listing = listing_of(path)
+    listed = read_checksums(path.parent / listing) or {}
+    if described.is_file() or described.name in listed:
+        check_checksums(path.parent, [described.name], listing)
         return LlavaViTPackingConfig.from_dict(json_object(described))
     return packing_config(model_name, rope_pairing=rope_pairing)
 
@@ -87,24 +93,33 @@ def check_is_model(config: LlavaViTPackingConfig, model_name: str, origin: str) 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a .pt or .safetensors file in the packing key layout, whatever layout it speaks.
 
-    Nothing but tensors is unpickled. Raises ValueError for a missing or unreadable file, for
-    content that is no mapping of tensors, and for names that fit no layout.
+    Nothing but tensors is unpickled. Raises ValueError for a missing or unreadable file, for one
+    that is not as its checksum says, for content that is no mapping of tensors, and for names that
+    fit no layout.
     """
     try:
-        return to_packing(_tensors(read_tensors(path), path))
+        if path.is_file():
+            check_checksums(path.parent, [path.name], listing_of(path))
+        return to_packing(named_tensors(read_tensors(path)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_tensors(path: Path):
-    """Raw content of a .pt or .safetensors file; ValueError when it is missing or unreadable."""
+def read_tensors(path: Path, device: str = "cpu"):
+    """Raw content of a .pt, .bin or .safetensors file; on the device "meta" its shapes alone.
+
+    Raises ValueError, which does not name the file, when it is missing or unreadable, and for a
+    pickle with anything but tensors in it, of which nothing is executed.
+    """
     if path.is_dir():
         raise ValueError("is a folder: give the file, a .pt or .safetensors")
     if not path.is_file():
         raise ValueError("does not exist: give a backbone.pt, as a training run writes it")
     safe = path.suffix.lower() == ".safetensors"
     try:
-        return load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        if safe:
+            return load_file(path, device=device)
+        return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # the two readers' errors share no narrower base
         kind = "safetensors" if safe else "torch.save with nothing but tensors in it"
         raise ValueError(
@@ -113,7 +128,8 @@ def read_tensors(path: Path):
         ) from error
 
 
-def _tensors(content, path: Path) -> dict[str, torch.Tensor]:
+def named_tensors(content: object) -> dict[str, torch.Tensor]:
+    """The mapping of names to tensors in what was read, which may be nested; else ValueError."""
     for key in NESTING_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -15,6 +15,7 @@ import torch
 
 from .backbone import load_backbone, read_weights
 from .export_folder import save_encoder_folder
+from .files import CHECKSUMS_NAME
 from .packing import (
     TARGET_FRAMES,
     compute_patch_positions_from_grid_thw,
@@ -60,7 +61,8 @@ def convert(
         lines.append(_same_tensors(read_weights(weight_path), reloaded))
         lines += [f"after reloading: {line}" for line in _verify(source, reloaded)]
         output_dir.mkdir(parents=True, exist_ok=True)
-        for path in unproven.iterdir():
+        # the checksums last: until they lie there, those of an older export refuse the new files
+        for path in sorted(unproven.iterdir(), key=lambda path: path.name == CHECKSUMS_NAME):
             path.replace(output_dir / path.name)
     finally:
         shutil.rmtree(unproven, ignore_errors=True)

@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 from model_factory.quiet import quiet_libraries
 from model_factory.registry import packing_name
@@ -57,24 +58,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Convert; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    return run_command(parse=build_parser().parse_args, work=_convert, argv=argv)
+
+
+def _convert(args: argparse.Namespace) -> None:
     quiet_libraries()
     output = args.output_dir or args.weight_path.with_name(args.weight_path.stem + "_hf_packing")
-    try:
-        if args.target_model_name not in (None, packing_name(args.model_name)):
-            raise ValueError(
-                f"--target_model_name {args.target_model_name!r}: {args.model_name} converts to "
-                f"{packing_name(args.model_name)}"
-            )
-        from model_factory.conversion import convert
+    if args.target_model_name not in (None, packing_name(args.model_name)):
+        raise ValueError(
+            f"--target_model_name {args.target_model_name!r}: {args.model_name} converts to "
+            f"{packing_name(args.model_name)}"
+        )
+    from model_factory.conversion import convert
 
-        for line in convert(args.model_name, args.weight_path, output, args.rope_pairing):
-            print(line)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    lines = convert(
+        model_name=args.model_name,
+        weight_path=args.weight_path,
+        output_dir=output,
+        rope_pairing=args.rope_pairing,
+    )
+    for line in lines:
+        print(line)
     print(f"written: {output}")
-    return 0
 
 
 if __name__ == "__main__":

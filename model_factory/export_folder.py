@@ -5,12 +5,15 @@
     *.py                              the modelling code and its siblings, for AutoModel
     preprocessor_config.json          CLIPImageProcessor at the model's image size
     README.md                         model card: shapes, preprocessing, where it comes from
+    SHA256SUMS                        of all but the model card, written last
 """
 
 import json
+import shutil
 from pathlib import Path
 
 from .configuration import LlavaViTPackingConfig
+from .model_folder import seal_folder
 from .packing import CLIP_MEAN, CLIP_STD, TARGET_FRAMES
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
@@ -67,9 +70,13 @@ def save_encoder_folder(
     LlavaViTPackingConfig.register_for_auto_class()
     LlavaViTPackingModel.register_for_auto_class("AutoModel")
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        # safetensors writes for the owner alone, whatever the umask says
+        shutil.copymode(folder / "config.json", weights)
     processor = image_processor_json(model.config.image_size)
     (folder / "preprocessor_config.json").write_text(processor)
     (folder / "README.md").write_text(_model_card(model, run or {"weights": "not recorded"}))
+    seal_folder(folder)
 
 
 def image_processor_json(size: int) -> str:

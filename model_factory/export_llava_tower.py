@@ -47,21 +47,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Export; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    from .command import run_command
+
+    return run_command(parse=build_parser().parse_args, work=_export, argv=argv)
+
+
+def _export(args: argparse.Namespace) -> None:
     from .quiet import quiet_libraries
 
     quiet_libraries()
     from .llava_tower_folder import export_tower
 
-    try:
-        lines = export_tower(args.source, args.output_dir, args.language_model, args.post_norm)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    lines = export_tower(
+        source=args.source,
+        output=args.output_dir,
+        language_model=args.language_model,
+        post_norm=args.post_norm,
+    )
     for line in lines:
         print(line)
     print(f"written: {args.output_dir}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     write_json         a JSON object with its own digest; read_json refuses it when a byte changed
     naming             errors of the system get the path that they lack
     writing_into       a folder that is removed meanwhile is named
-    write_checksums    SHA256SUMS of a folder, in the form that `sha256sum -c` reads
+    write_checksums    SHA256SUMS of a folder, or FILE.sha256 of one file, as `sha256sum -c` reads
 
 This is the one owner of how the system writes, hashes and reads such files. It lies in the lowest
 layer, since all packages write some, and needs the standard library alone.
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 CHECKSUMS_NAME = "SHA256SUMS"
+OWN_LISTING = ".sha256"  # added to the name of a file that lies among others that are not ours
 DIGEST_KEY = "digest"
 MAX_JSON_BYTES = 1 << 30  # a manifest of some 100 million samples' shards is far below
 HASHED_AT_ONCE = 1 << 20  # bytes: large enough that the loop costs nothing beside the hash
@@ -186,30 +187,35 @@ def _text(content: Mapping, indent: int | None = 1) -> bytes:
     return json.dumps(content, indent=indent, sort_keys=True, allow_nan=False).encode()
 
 
-def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
+def write_checksums(
+    folder: Path, names: Iterable[str] | None = None, listing: str = CHECKSUMS_NAME
+) -> None:
     """Write SHA256SUMS of the named files of a folder (default: all below it).
 
     `sha256sum -c SHA256SUMS` checks the same. Call it last, when every file is as it shall stay.
+    `listing` is the name of the list, where one file has a list of its own.
     """
     if names is None:
         files = (path for path in folder.rglob("*") if path.is_file())
         names = (path.relative_to(folder).as_posix() for path in files)
-    listed = sorted(set(names) - {CHECKSUMS_NAME})
+    listed = sorted(set(names) - {listing})
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in listed]
-    write_atomically(folder / CHECKSUMS_NAME, "".join(lines).encode())
+    write_atomically(folder / listing, "".join(lines).encode())
 
 
-def check_checksums(folder: Path, names: Iterable[str] | None = None) -> bool:
+def check_checksums(
+    folder: Path, names: Iterable[str] | None = None, listing: str = CHECKSUMS_NAME
+) -> bool:
     """Compare files of a folder with its SHA256SUMS; whether there is one.
 
     `names` are the files that are about to be read: each must be listed, and only these are hashed
     (default: all that are listed). DamagedFile names every file that is absent, changed, or not
     listed.
     """
-    path = folder / CHECKSUMS_NAME
-    if not path.is_file():
+    path = folder / listing
+    listed = read_checksums(path)
+    if listed is None:
         return False
-    listed = _listed(path)
     wanted = sorted(listed if names is None else set(names))
     problems = []
     for name in wanted:
@@ -222,21 +228,37 @@ def check_checksums(folder: Path, names: Iterable[str] | None = None) -> bool:
     if problems:
         raise DamagedFile(
             f"{folder} is not as {path} says: {'; '.join(problems)}. Copy or export it again; if "
-            f"the change is yours, remove {CHECKSUMS_NAME}"
+            f"the change is yours, remove {listing}"
         )
     return True
 
 
-def _listed(path: Path) -> dict[str, str]:
-    """{name: sha256} of a SHA256SUMS file."""
+def read_checksums(path: Path) -> dict[str, str] | None:
+    """{name: sha256} of a list that sha256sum reads, None where there is no such file.
+
+    DamagedFile for a line of another form, and for a name that leads out of the folder.
+    """
+    if not os.path.lexists(path):  # a folder or a dead link in its place is an error below
+        return None
     listed: dict[str, str] = {}
     for line in path.read_bytes().decode(errors="replace").splitlines():
-        digest, separator, name = line.partition("  ")
+        # after the digest stand two characters: two spaces, or " *" where sha256sum read bytes
+        digest, separator, name = line[:64], line[64:66], line[66:]
         is_digest = len(digest) == 64 and set(digest) <= set("0123456789abcdef")
-        if not (separator and is_digest and stays_below(name)):
-            raise DamagedFile(f"{path} is damaged: {line!r:.100} is no line of sha256sum")
+        if not (is_digest and separator in ("  ", " *") and stays_below(name)):
+            raise DamagedFile(
+                f"{path} is damaged: {line!r:.100} is no line of sha256sum. Copy the files again, "
+                "or remove this list to read them unchecked"
+            )
         listed[name] = digest
     return listed
+
+
+def listing_of(path: Path) -> str:
+    """Name of the list that speaks of one file: `NAME.sha256` where that lies beside it, else
+    SHA256SUMS of its folder."""
+    own = f"{path.name}{OWN_LISTING}"
+    return own if (path.parent / own).is_file() else CHECKSUMS_NAME
 
 
 def is_plain_name(name: object) -> bool:

@@ -10,7 +10,6 @@ of the model; frames are resized on their own device.
 Shape legend: B frames, L patch tokens of a frame, D width, p patch size.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .model_folder import LOCAL, check_model_folder
 from .packing import CLIP_MEAN, CLIP_STD, patchify
+from .published_folder import json_object, model_type_of
 
 CLIP_NORM = (CLIP_MEAN, CLIP_STD)
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -144,8 +145,8 @@ def load_image_encoder(
 ) -> FrozenImageEncoder:
     """Frozen encoder of a family from a local folder (config.json and safetensors).
 
-    Raises ValueError for an unknown family, a folder that is missing or of another model, and
-    weights that are not all there.
+    Raises ValueError for an unknown family, a folder that is missing or of another model, weights
+    that are not all there, and what model_folder.py refuses.
     """
     import transformers
 
@@ -154,7 +155,8 @@ def load_image_encoder(
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a local folder of a {family} model")
-    model_type = str(json.loads(path.read_bytes()).get("model_type"))
+    check_model_folder(Path(folder))
+    model_type = str(model_type_of(folder))
     base = model_type.removesuffix("_vision_model")
     if base not in FAMILIES[family]:
         raise ValueError(
@@ -165,11 +167,11 @@ def load_image_encoder(
     model, info = getattr(transformers, kind.class_name).from_pretrained(
         str(folder),
         dtype=dtype,
-        local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
         # the image half of a two-tower folder, where the class itself does not look for it
         key_mapping={r"^vision_model\.": ""} if base == "aimv2" else None,
+        **LOCAL,
     )
     if info["missing_keys"]:
         raise ValueError(f"{folder} lacks the weights {', '.join(sorted(info['missing_keys']))}")
@@ -195,7 +197,7 @@ def naflex_grid(height: int, width: int, max_patches: int) -> tuple[int, int]:
 def _preprocessing(folder: Path, kind: _VisionModel, image_size) -> Preprocessing:
     """The folder's own, else the family's."""
     path = folder / "preprocessor_config.json"
-    described = json.loads(path.read_bytes()) if path.is_file() else {}
+    described = json_object(path) if path.is_file() else {}
     norm = tuple(
         tuple(described.get(name) or default)
         for name, default in zip(("image_mean", "image_std"), kind.norm, strict=True)

@@ -8,6 +8,7 @@ see. The exporter runs this in a process of its own, so that nothing which it ha
 stand in for what is missing on the disk. Cost: one picture through the tower, in fp32.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, LlavaConfig
 
+from .command import run_command
 from .llava_vision_tower import load_whole
+from .model_folder import check_model_folder
 
 TOLERANCE = 1e-5  # absolute, fp32
 TOWERS = ("tower", "tower_legacy")
@@ -24,6 +27,7 @@ FOUND = "verified: "  # how a line of the report begins
 
 def check_folder(folder: Path, reference: Path) -> list[str]:
     """One line per tower that was found whole and alike; ValueError for any other."""
+    check_model_folder(folder, weights=False)
     config = LlavaConfig.from_pretrained(folder, local_files_only=True)
     wanted = load_file(reference)
     return [_check(folder / n, config, wanted) for n in TOWERS if (folder / n).is_dir()]
@@ -56,16 +60,24 @@ def _check(tower: Path, config: LlavaConfig, wanted: dict[str, torch.Tensor]) ->
     return f"{tower.name}: all {count} tensors, {features.shape[1]} tokens, difference {worst:.1e}"
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m model_factory.llava_tower_check", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("folder", type=Path, help="what export_llava_tower.py wrote")
+    parser.add_argument("reference", type=Path, help="pixels and features, see the module's text")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check; returns the exit code."""
-    folder, reference = map(Path, sys.argv[1:] if argv is None else argv)
-    try:
-        for line in check_folder(folder, reference):
-            print(FOUND + line)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(parse=build_parser().parse_args, work=_report, argv=argv)
+
+
+def _report(args: argparse.Namespace) -> None:
+    for line in check_folder(args.folder, args.reference):
+        print(FOUND + line)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
     config.json              LlavaConfig: tower, language model, which state is read, token counts
     processor_config.json    LlavaProcessor's numbers; with a tokenizer the whole processor's files
     README.md                how to load it
+    SHA256SUMS               here and in tower*/: of all but README.md, written last
 
 Tensors are stored in fp32 whatever the source's dtype. config.json names no dtype for its two
 halves, so that a model built from it has one. Cost: the weights, twice for CLIP and SigLIP, and
@@ -45,6 +46,7 @@ from .hf_image_encoders import FAMILIES, load_image_encoder
 from .llava_tower_card import LEGACY_TYPES, tower_card
 from .llava_tower_check import FOUND, TOWERS, selected
 from .llava_vision_tower import LlavaViTVisionModel
+from .model_folder import LOCAL, check_model_folder, seal_folder
 from .packing import patchify
 from .published_folder import MODEL_TYPES, model_type_of
 from .vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
@@ -56,7 +58,6 @@ OUR_LAYER, NATIVE_LAYER = -1, -2
 LEGACY_PREFIX = "vision_model."
 IMAGE_TOKEN = "<image>"
 VOCABULARY_STEP = 64  # a vocabulary that has to grow grows to a multiple of this
-LOCAL = {"local_files_only": True, "trust_remote_code": False}  # not even a question about code
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 PICTURE = (120, 240)  # rows and columns of the check's picture: no square, so that crops show
 
@@ -123,6 +124,9 @@ def export_tower(
         _write_processor(eye, tokenizer, unproven)
         card = tower_card(config, eye.side, source, whole_processor=tokenizer is not None)
         (unproven / "README.md").write_text(card)
+        for folder in (unproven, *(unproven / name for name in TOWERS)):
+            if folder.is_dir():
+                seal_folder(folder)
         lines = _verify(eye, unproven)
         unproven.rename(output)
     finally:
@@ -163,11 +167,12 @@ def read_eye(source: Path, post_norm: bool = True) -> Eye:
 def read_language(folder: Path | None):
     """(configuration, tokenizer or None) of a language model's folder; without one Llama's own.
 
-    Raises ValueError for a folder without config.json, for a type that transformers does not know
-    and for what is no language model.
+    Raises ValueError for a folder without config.json, for a type that transformers does not know,
+    for what is no language model and for what model_folder.py refuses.
     """
     if folder is None:
         return LlamaConfig(), None
+    check_model_folder(folder, weights=False)
     model_type = model_type_of(folder)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(

@@ -18,6 +18,7 @@ last block's output, or, with `post_norm`, what the pooling head was trained on:
 Shape legend: B pictures, N patches of each, D width, K kept patches of a clip, p patch size.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -26,6 +27,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration import LlavaViTPackingConfig
+from .model_folder import LOCAL, check_model_folder
 from .packing import patchify
 from .published_folder import model_type_of
 from .state_dict_adapter import raise_problems
@@ -102,13 +104,15 @@ class LlavaViTVisionModel(PreTrainedModel):
 
 def load_whole(model_class, folder, **options) -> PreTrainedModel:
     """model_class.from_pretrained of a local folder in fp32. Raises ValueError that names every
-    tensor that is missing, left over or of another shape: none stays at its random start."""
+    tensor that is missing, left over or of another shape: none stays at its random start; and for
+    what model_folder.py refuses."""
+    check_model_folder(Path(folder), own_classes=model_class is LlavaViTVisionModel)
     model, info = model_class.from_pretrained(
         folder,
         dtype=torch.float32,
-        local_files_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # listed with all other problems
+        **LOCAL,
         **options,
     )
     names = {kind: info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")}
@@ -132,7 +136,8 @@ class LlavaViTVisionTower(nn.Module):
 
     def __init__(self, vision_tower_name: str, args, delay_load: bool = False):
         """args: mm_vision_select_layer (an integer) and, where given, mm_vision_select_feature and
-        unfreeze_mm_vision_tower. Raises ValueError for another feature."""
+        unfreeze_mm_vision_tower. Raises ValueError for another feature, and for a folder that
+        model_folder.py refuses."""
         super().__init__()
         self.vision_tower_name = vision_tower_name
         self.select_layer = args.mm_vision_select_layer
@@ -142,6 +147,8 @@ class LlavaViTVisionTower(nn.Module):
                 f"mm_vision_select_feature {self.select_feature!r}: choose {' or '.join(FEATURES)}"
             )
         self.is_loaded, self.vision_tower, self.image_processor = False, None, None
+        # the weights are compared with their checksums when they are read
+        check_model_folder(Path(vision_tower_name), weights=False, own_classes=True)
         config_class = LlavaViTVisionConfig if self._is_exported() else LlavaViTPackingConfig
         self.cfg_only = config_class.from_pretrained(vision_tower_name, local_files_only=True)
         if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):
@@ -154,9 +161,7 @@ class LlavaViTVisionTower(nn.Module):
         model = self._read_model().eval()
         if device_map is not None:
             model = model.to(device_map if isinstance(device_map, str) else device_map[""])
-        self.image_processor = AutoImageProcessor.from_pretrained(
-            self.vision_tower_name, local_files_only=True
-        )
+        self.image_processor = AutoImageProcessor.from_pretrained(self.vision_tower_name, **LOCAL)
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True
 

@@ -3,7 +3,6 @@
 `LlavaViTPackingModel.from_pretrained` reads them through here; nothing of the folder is executed.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .configuration import LlavaViTPackingConfig
+from .files import parse_json
 from .state_dict_adapter import to_packing
 
 MODEL_TYPES = ("llava_vit", "onevision_encoder")
@@ -40,8 +40,8 @@ def model_type_of(folder) -> str | None:
 def read_published_folder(folder) -> tuple[dict, dict[str, torch.Tensor]]:
     """Fields of LlavaViTPackingConfig and weights in the packing layout, in the folder's dtype.
 
-    Raises ValueError for an activation other than GELU, a folder without safetensors, and names
-    that fit no rule.
+    The folder was checked (model_folder.py), so an index names shards beside it. Raises ValueError
+    for an activation other than GELU, a folder without safetensors, and names that fit no rule.
     """
     folder = Path(str(folder))
     published = json_object(folder / "config.json")
@@ -68,7 +68,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         names = ["model.safetensors"]
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
-        path = folder / Path(name).name
+        path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} does not exist: the folder needs its weights as safetensors")
         try:
@@ -80,10 +80,4 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def json_object(path: Path) -> dict:
     """Content of a JSON file; ValueError names it when it is damaged or no object."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no readable JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
+    return parse_json(path.read_bytes(), name=str(path))

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 # name in turn: every sibling in use is named here
 from .attention import BACKENDS
 from .configuration import LlavaViTPackingConfig
+from .files import DamagedFile  # noqa: F401
 from .grouped_attention import grouped_sdpa  # noqa: F401
 from .layers import (
     AttentionPoolingHead,
@@ -29,6 +30,7 @@ from .layers import (
     ProbeAttention,
     build_norm,
 )
+from .model_folder import check_model_folder
 from .pack_layout import PackLayout, resolve_layout
 from .packing import compute_patch_positions_from_grid_thw
 from .published_folder import published_model_type, read_published_folder
@@ -121,10 +123,13 @@ class LlavaViTPackingModel(PreTrainedModel):
         llava_vit and onevision_encoder: config.json and safetensors).
 
         Keyword arguments are those of transformers. ValueError lists every missing, unexpected or
-        misshapen tensor: a weight is never left at its random start.
+        misshapen tensor: a weight is never left at its random start. ValueError also for a folder
+        that differs from its SHA256SUMS, or holds what could run code (model_folder.py).
         """
         folder = pretrained_model_name_or_path
         inside = Path(str(folder)) / (kwargs.get("subfolder") or "")
+        check_model_folder(inside, own_classes=True)
+        kwargs.setdefault("use_safetensors", True)
         if published_model_type(inside) is not None:
             kwargs.pop("subfolder", None)
             fields, weights = read_published_folder(inside)

@@ -2,6 +2,8 @@
 processes of a real group.
 """
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -168,6 +170,16 @@ def run(
             f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         )
     return done
+
+
+def call(main: Callable, *argv: str | Path) -> None:
+    """Call a command's `main` in this process; where it fails, SystemExit has what it said."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main([str(word) for word in argv])
+    sys.stderr.write(said.getvalue())
+    if code:
+        raise SystemExit(said.getvalue())
 
 
 def launcher(num_ranks: int) -> tuple[str, ...]:

@@ -5,6 +5,9 @@ Nothing is unpickled: the files hold tensors and JSON. Written files are read ba
 what is in memory. Cost: one write, one read.
 """
 
+import os
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,8 +16,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from .checkpoint_folder import StorageError
+from .checkpoint_folder import BadCheckpoint, StorageError, read_manifest
 from .fault_points import reach
 from .parallel import local
 
@@ -22,22 +26,17 @@ from .parallel import local
 FILE_BYTES = 24 << 20
 
 
-class BadCheckpoint(ValueError):
-    """A checkpoint that is damaged, missing or not of this run;
-    the message says which and what to do.
-    """
-
-
 def write_tensors(
-    tensors: dict[str, torch.Tensor], folder: Path, step: int, rank: int, group: dist.ProcessGroup
-) -> None:
-    """Write this rank's files. Called by all ranks of `group`; what fails on one fails on all.
-    StorageError for what was not written as it is in memory, or is not finite.
+    tensors: dict[str, torch.Tensor], folder: Path, step: int, group: dist.ProcessGroup
+) -> list[str]:
+    """Write this rank's files and return their names. Called by all ranks of `group`; what fails
+    on one fails on all. StorageError for what was not written as it is in memory, or is not finite.
     """
     writer = _Writer(str(folder), _files_of(tensors), save_distributed=True)
     writer.training_step = step
     dcp.save(tensors, storage_writer=writer, process_group=group)
-    for file in folder.glob(f"shard-{rank + 1:05d}-*.safetensors"):
+    for name in writer.names:
+        file = folder / name
         with safe_open(file, framework="pt") as written:
             for name in written.keys():
                 own = written.get_tensor(name)
@@ -45,25 +44,59 @@ def write_tensors(
                     raise StorageError(f"{name} in {file} is not what was written there")
                 if not torch.isfinite(own).all():
                     raise StorageError(f"{name} is not finite, so this state is not kept")
+    return writer.names
 
 
-def read_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Fill tensors in place; BadCheckpoint when the folder has not all of them in their shapes."""
+def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, alone: bool = False) -> None:
+    """Fill tensors in place. Called by all ranks of the process group; `alone`: by one process
+    without a group.
+
+    Raises BadCheckpoint when the folder has not all of them in their shapes.
+    """
     try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
-    except CheckpointException as error:
-        raise BadCheckpoint(f"{folder} has not the tensors of this run: {error}") from error
+        with warnings.catch_warnings():  # of no_dist that it means one process
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(tensors, storage_reader=_Reader(folder), no_dist=alone)
+    except (CheckpointException, OSError) as error:
+        raise BadCheckpoint(
+            f"{folder} has not the tensors of this run: {error}\nrestore the configuration that it "
+            "was saved under, or start over with --resume never"
+        ) from error
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """The library's writer, with a place for faults inside of its own collective."""
+    """The library's writer, which tells what it wrote, with a place for faults inside of its own
+    collective."""
 
     training_step = 0
+    names: list[str]
 
     def write_data(self, plan, planner):
         """Write this rank's files; what fails here fails the save on all ranks."""
         reach("checkpoint.write", self.training_step)
-        return super().write_data(plan, planner)
+        written = super().write_data(plan, planner)
+        self.names = sorted({result.storage_data.relative_path for result in written.wait()})
+        return written
+
+
+class _Reader(HuggingFaceStorageReader):
+    """The library's reader, which opens the files of the manifest and no other: by itself it reads
+    whatever lies in the folder."""
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder))
+        self.fs = _Listed(read_manifest(folder))
+
+
+class _Listed(FileSystem):
+    """A folder that seems to hold only the listed files."""
+
+    def __init__(self, names: Iterable[str]):
+        self._names = sorted(names)
+
+    def ls(self, path):
+        """Their paths."""
+        return [os.path.join(path, name) for name in self._names]
 
 
 def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -3,7 +3,7 @@ number of ranks.
 
     save    copy tensors to host memory (the loop waits for this only)
             in a thread: space? -> write -> compare with the copy -> manifest -> rename -> prune
-    start   newest commit whose bytes are as saved -> every tensor, resharded
+    start   a commit (resume.py says which) -> every tensor, resharded
 
 Tensors go through torch.distributed.checkpoint into safetensors files: encoder, centres and AdamW
 moments under their names, sharded ones as one tensor over all ranks (DTensor), so another number of
@@ -13,7 +13,6 @@ checkpoint_folder.py. Cost: three times the parameters in bytes (weight and two 
 disk and once more in host memory.
 """
 
-import json
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,11 +25,17 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from model_factory.files import write_atomically
-
-from .checkpoint_files import BadCheckpoint, read_tensors, write_tensors
-from .checkpoint_folder import CheckpointFolder, StorageError, verify_checkpoint, write_manifest
-from .distributed import Ranks, all_gather_json, broadcast_object, on_main
+from .checkpoint_files import read_tensors, write_tensors
+from .checkpoint_folder import (
+    FOLDER_NAME,
+    STATE_NAME,
+    CheckpointFolder,
+    Commit,
+    StorageError,
+    write_manifest,
+    write_state,
+)
+from .distributed import Ranks, all_gather_json
 from .fault_points import reach
 from .losses.partial_fc import PartialFC
 from .optimizer import ensure_moments
@@ -62,14 +67,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class Commit:
-    """A verified checkpoint: its folder and its state.json."""
-
-    path: Path
-    state: dict
-
-
-@dataclass(frozen=True)
 class Saved:
     """What became of one save, the same on every rank: seconds that the loop and the writing took,
     bytes of all ranks, and why it failed (None: committed)."""
@@ -95,7 +92,7 @@ class Checkpointer:
         config: CheckpointConfig,
         logger: logging.Logger,
     ):
-        self._folder = CheckpointFolder(output / "checkpoints", config.keep, config.keep_every)
+        self._folder = CheckpointFolder(output / FOLDER_NAME, config.keep, config.keep_every)
         self._ranks, self._encoder, self._heads, self._optimizer = ranks, encoder, heads, optimizer
         self._config, self._logger = config, logger
         self._group = dist.new_group(backend="gloo")  # of its own: saves run beside the training
@@ -154,19 +151,6 @@ class Checkpointer:
         """Let a save under way come to its end, whatever it is."""
         self._thread.shutdown(wait=True)
 
-    def find(self, resume: str) -> Commit | None:
-        """The checkpoint to start from by the rule auto | never | PATH; None for a fresh start.
-
-        Raises BadCheckpoint on all ranks when a named checkpoint, or every existing one, is
-        unusable. Nothing is loaded yet, so the caller can compare the state first.
-        """
-        found: list[dict] = []
-        on_main(self._ranks, lambda: found.append(self._choose(resume)))  # hashing takes its time
-        answer = broadcast_object(found[0] if found else None)
-        if "error" in answer:
-            raise BadCheckpoint(answer["error"])
-        return None if answer["path"] is None else Commit(Path(answer["path"]), answer["state"])
-
     def start(self, commit: Commit | None) -> None:
         """Load the tensors of a commit, and set aside the commits that lie beyond the start."""
         if commit is not None:
@@ -177,25 +161,6 @@ class Checkpointer:
             for aside in self._folder.set_aside_beyond(first):
                 self._logger.warning("a commit lies beyond the start; kept as %s", aside)
         dist.barrier()
-
-    def _choose(self, resume: str) -> dict:
-        if resume == "never":
-            return {"path": None}
-        complaints = []
-        for path in self._folder.commits() if resume == "auto" else [Path(resume)]:
-            problems = verify_checkpoint(path)
-            if not problems:
-                for complaint in complaints:
-                    self._logger.error("DAMAGED CHECKPOINT, using an older one: %s", complaint)
-                return {"path": str(path), "state": json.loads((path / "state.json").read_bytes())}
-            complaints.append(f"{path}: {'; '.join(problems)}")
-        if complaints:
-            return {
-                "error": "no usable checkpoint:\n  "
-                + "\n  ".join(complaints)
-                + "\nname an intact one with --resume PATH, or start over with --resume never"
-            }
-        return {"path": None}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the run by name, sharing memory with it."""
@@ -243,10 +208,16 @@ class Checkpointer:
         started = time.monotonic()
         mine = sum(_own_bytes(tensor, self._ranks.is_main) for tensor in tensors.values())
         num_bytes = sum(all_gather_json(mine, self._group))
-        where = (self._folder.temporary(step), step, self._ranks.rank, self._group)
+        names: list[str] = []
+
+        def write() -> None:
+            folder = self._folder.temporary(step)
+            names.extend(write_tensors(tensors, folder=folder, step=step, group=self._group))
+
         failure = self._agreed(lambda: self._make_room(step, num_bytes))
-        failure = failure or self._agreed(lambda: write_tensors(tensors, *where))
-        failure = failure or self._agreed(lambda: self._commit(step, state))
+        failure = failure or self._agreed(write)
+        written = [name for part in all_gather_json(names, self._group) for name in part]
+        failure = failure or self._agreed(lambda: self._commit(step, state, written))
         seconds = time.monotonic() - started
         if self._ranks.is_main:
             self._say(step, num_bytes, seconds, failure)
@@ -271,14 +242,13 @@ class Checkpointer:
             raise StorageError(f"{num_bytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
         self._folder.temporary(step).mkdir()
 
-    def _commit(self, step: int, state: dict) -> None:
+    def _commit(self, step: int, state: dict, written: list[str]) -> None:
         if not self._ranks.is_main:
             return
         folder = self._folder.temporary(step)
-        text = json.dumps({"step": step, **state}, indent=1)
-        write_atomically(folder / "state.json", text.encode())
+        write_state(folder, {"step": step, **state})
         reach("checkpoint.manifest", step)
-        write_manifest(folder)
+        write_manifest(folder, [*written, STATE_NAME])
         reach("checkpoint.rename", step)
         self._folder.commit(step)
         reach("checkpoint.renamed", step)

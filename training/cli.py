@@ -5,7 +5,6 @@ head. Flags that have no effect here are accepted and say so once.
 """
 
 import argparse
-import dataclasses
 import logging
 
 from . import __doc__ as PACKAGE_SUMMARY
@@ -124,8 +123,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_config(args: argparse.Namespace):
-    """TrainConfig of parsed flags; ValueError names the flag that is wrong."""
-    from .config import override
+    """TrainConfig of parsed flags: the preset, over it flags, over these each --set.
+
+    What is valid only together may come in any order: the whole is checked once, at its end.
+    ValueError names the flag that is wrong.
+    """
+    from .override import Draft
     from .presets import preset
 
     embedded = (
@@ -136,11 +139,20 @@ def build_config(args: argparse.Namespace):
     config = preset(args.preset or ("demo" if embedded else "baseline"))
     if args.opt not in (None, "adamw"):
         raise ValueError(f"--opt {args.opt!r}: only adamw")
-    config = _lay_over(config, _run_changes(args))
-    config = dataclasses.replace(config, heads=build_heads(args, config.heads))
+    rows = _head_rows(args, config.heads)
+    draft = Draft(config)
+    if len(rows) != len(config.heads):
+        draft.repeat("heads", len(rows))
+    changes = _run_changes(args)
+    for index, row in enumerate(rows):
+        given = _head_changes(args, row)
+        changes |= {f"heads.{index}.{path}": value for path, value in given.items()}
+    for path, value in changes.items():
+        if value is not None:
+            draft.put(path, value)
     for assignment in args.set:
-        config = override(config, assignment)
-    return config
+        draft.assign(assignment)
+    return draft.build()
 
 
 def warn_idle(args: argparse.Namespace, logger: logging.Logger) -> None:
@@ -150,61 +162,42 @@ def warn_idle(args: argparse.Namespace, logger: logging.Logger) -> None:
             logger.warning("%s has no effect: %s", name, reason)
 
 
-def _run_changes(args) -> dict[str, dict]:
-    """Given flags as {section: {field: value}}; section "" is TrainConfig itself."""
-    synthetic = True if args.use_synthetic_data or args.debug else None
-    allow = None if args.resume_allow is None else tuple(args.resume_allow.split(","))
-    recompute = None if args.gradient_checkpoint is None else bool(args.gradient_checkpoint)
-    changes = {
-        "": {
-            "output": args.output,
-            "resume": args.resume,
-            "resume_allow": allow,
-            "seed": args.seed,
-            "rounds": args.rounds,
-            "grad_accum_steps": args.backward_passes_per_step,
-            "log_every": args.frequent,
-            "max_skipped_steps": args.max_skipped_steps,
-            "profile_steps": args.profile,
-            "synthetic_data": synthetic,
-        },
-        "model": {
-            "name": args.model_name,
-            "init_from": _path(args.init_backbone),
-            "embedding_dim": args.embedding_size,
-            "frozen": None if args.finetune_backbone is None else not args.finetune_backbone,
-        },
-        "optimizer": {
-            "lr": args.lr,
-            "weight_decay": args.weight_decay,
-            "weight_decay_centers": args.weight_decay_pfc,
-        },
-        "checkpoint": {"every": args.ckpt_interval},
-        "parallel": {
-            "strategy": "fsdp" if args.fsdp else None,
-            "compile_blocks": args.compile,
-            "activation_checkpointing": recompute,
-        },
-        "schedule": {"total_samples": args.num_sampled_data, "warmup_ratio": args.warmup_ratio},
-    }
+def _run_changes(args: argparse.Namespace) -> dict[str, object]:
+    """{path of a field: value of its flag, None where it is not given}."""
+    synthetic = args.use_synthetic_data or args.debug
+    recompute = args.gradient_checkpoint
+    tuned = args.finetune_backbone
+    allow = args.resume_allow
     return {
-        section: {k: v for k, v in fields.items() if v is not None}
-        for section, fields in changes.items()
+        "output": args.output,
+        "resume": args.resume,
+        "resume_allow": None if allow is None else tuple(allow.split(",")),
+        "seed": args.seed,
+        "rounds": args.rounds,
+        "grad_accum_steps": args.backward_passes_per_step,
+        "log_every": args.frequent,
+        "max_skipped_steps": args.max_skipped_steps,
+        "profile_steps": args.profile,
+        "synthetic_data": True if synthetic else None,
+        "model.name": args.model_name,
+        "model.init_from": _path(args.init_backbone),
+        "model.embedding_dim": args.embedding_size,
+        "model.frozen": None if tuned is None else not tuned,
+        "optimizer.lr": args.lr,
+        "optimizer.weight_decay": args.weight_decay,
+        "optimizer.weight_decay_centers": args.weight_decay_pfc,
+        "checkpoint.every": args.ckpt_interval,
+        "parallel.strategy": "fsdp" if args.fsdp else None,
+        "parallel.compile_blocks": args.compile,
+        "parallel.activation_checkpointing": None if recompute is None else bool(recompute),
+        "schedule.total_samples": args.num_sampled_data,
+        "schedule.warmup_ratio": args.warmup_ratio,
     }
 
 
-def _lay_over(config, changes: dict[str, dict]):
-    for section, fields in changes.items():
-        if section and fields:
-            fields = {section: dataclasses.replace(getattr(config, section), **fields)}
-        if fields:
-            config = dataclasses.replace(config, **fields)
-    return config
-
-
-def build_heads(args, templates: tuple) -> tuple:
-    """Zip the list flags into heads over the preset's, or, where their number differs, each over
-    its first; the only place where lists become heads."""
+def _head_rows(args: argparse.Namespace, templates: tuple) -> list[dict]:
+    """Values of the list flags for each head, the preset's heads or as many as data sets are named;
+    the only place where lists become heads."""
     lists = {names[0].lstrip("-"): getattr(args, names[0].lstrip("-")) for names in LIST_FLAGS}
     given = {name: values for name, values in lists.items() if values is not None}
     num_heads = len(lists["list_datasets"]) if lists["list_datasets"] else len(templates)
@@ -214,54 +207,36 @@ def build_heads(args, templates: tuple) -> tuple:
             f"--list_datasets names {num_heads} data sets, the preset has {len(templates)} heads "
             f"with settings of their own, in the order of {names}: name as many"
         )
-    if num_heads != len(templates):
-        templates = templates * num_heads
     for name, values in given.items():
         if len(values) not in (1, num_heads):
             raise ValueError(
                 f"--{name} has {len(values)} values for {num_heads} heads: give one, or one per "
                 "head"
             )
-    rows = [
+    return [
         {name: values[i if len(values) > 1 else 0] for name, values in given.items()}
         for i in range(num_heads)
     ]
-    pairs = zip(rows, templates, strict=True)
-    return tuple(_build_head(row, args, template) for row, template in pairs)
 
 
-def _build_head(row: dict, args, template):
-    changes = {
-        "view": {
-            "codec_ratio": args.residual_ratio,
-            "frame_ratio": args.frame_sampling_ratio,
-            "max_tokens": args.target_num,
-            "max_frames": args.num_frames,
-        },
-        "stream": {
-            "batch_size": row.get("list_batch_sizes"),
-            "label_width": args.random_diff,
-            "dali_num_threads": args.workers,
-        },
-        "loss": {
-            "sample_rate": row.get("list_sample_rates"),
-            "margin": row.get("list_margins"),
-            "filter_threshold": row.get("list_filters"),
-        },
-        "head": {
-            "dataset": row.get("list_datasets"),
-            "lr_scale": row.get("list_lr_pfc_weights"),
-            "loss_weight": row.get("list_loss_weights"),
-            "init_from": _path(row.get("list_init_partial_fc_paths")),
-        },
+def _head_changes(args: argparse.Namespace, row: dict) -> dict[str, object]:
+    """The same as _run_changes of one head, paths from the head on."""
+    return {
+        "dataset": row.get("list_datasets"),
+        "lr_scale": row.get("list_lr_pfc_weights"),
+        "loss_weight": row.get("list_loss_weights"),
+        "init_from": _path(row.get("list_init_partial_fc_paths")),
+        "stream.batch_size": row.get("list_batch_sizes"),
+        "stream.label_width": args.random_diff,
+        "stream.dali_num_threads": args.workers,
+        "stream.view.codec_ratio": args.residual_ratio,
+        "stream.view.frame_ratio": args.frame_sampling_ratio,
+        "stream.view.max_tokens": args.target_num,
+        "stream.view.max_frames": args.num_frames,
+        "loss.sample_rate": row.get("list_sample_rates"),
+        "loss.margin": row.get("list_margins"),
+        "loss.filter_threshold": row.get("list_filters"),
     }
-    given = {
-        name: {k: v for k, v in fields.items() if v is not None} for name, fields in changes.items()
-    }
-    view = dataclasses.replace(template.stream.view, **given["view"])
-    stream = dataclasses.replace(template.stream, view=view, **given["stream"])
-    loss = dataclasses.replace(template.loss, **given["loss"])
-    return dataclasses.replace(template, stream=stream, loss=loss, **given["head"])
 
 
 def _path(text: str | None) -> str | None:

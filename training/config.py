@@ -2,19 +2,19 @@
 stored as JSON.
 
 Each component's config lives beside the component. This file adds what belongs to no single one,
-dotted overrides (`--set heads.0.loss.margin=0.2`), and the comparison that guards a resume.
+and the comparison that guards a resume.
 """
 
 import dataclasses
 import difflib
 import json
-import math
-import typing
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.datasets import EMBEDDED
 from data_pipeline.loading.stream_config import StreamConfig
+from model_factory.files import stays_below
 from model_factory.local_output import local_output
 
 from .checkpointer import CheckpointConfig
@@ -39,7 +39,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """One dataset with its loss. `init_from` is a .npy of starting centres [num_classes, D]."""
+    """One dataset with its loss. `init_from` is a .npy of starting centres [num_classes, D].
+    `head_name` is set where a name is on record that the folder has no longer (None: the folder's).
+    """
 
     dataset: str = EMBEDDED
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -47,8 +49,14 @@ class HeadConfig:
     lr_scale: float = 1.0
     loss_weight: float = 1.0
     init_from: str | None = None
+    head_name: str | None = None
 
     def __post_init__(self):
+        # names are parts of paths: clusters/NAME, centers/NAME.npy
+        if self.head_name is not None and (
+            not stays_below(self.head_name) or "/" in self.head_name
+        ):
+            raise ValueError(f"head_name {self.head_name!r}: give a plain name without a slash")
         if self.lr_scale < 0 or self.loss_weight < 0:
             raise ValueError(
                 f"--list_lr_pfc_weights {self.lr_scale} and --list_loss_weights "
@@ -57,8 +65,11 @@ class HeadConfig:
 
     @property
     def name(self) -> str:
-        """Short name for logs and checkpoints: the folder's, with its parent's for a mere split."""
-        folder = Path(self.dataset).resolve()
+        """Short name for logs and checkpoints: the folder's, with its parent's for a mere split. A
+        link has its own name, not that of what it leads to."""
+        if self.head_name is not None:
+            return self.head_name
+        folder = Path(os.path.abspath(self.dataset))
         return f"{folder.parent.name}-{folder.name}" if folder.name in SPLITS else folder.name
 
 
@@ -137,78 +148,6 @@ class TrainConfig:
         return _flatten(json.loads(self.to_json()))
 
 
-def override(config: TrainConfig, assignment: str) -> TrainConfig:
-    """Apply one "a.b.0.c=value" (value as JSON, else as text);
-    ValueError names the nearest known field.
-    """
-    path, separator, text = assignment.partition("=")
-    if not separator:
-        raise ValueError(f"--set {assignment!r}: write it as field.subfield=value")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    return _replace(config, path.split("."), value, assignment)
-
-
-def _replace(node, keys: list[str], value, assignment: str):
-    key, *rest = keys
-    if isinstance(node, tuple):
-        if not key.isdigit() or int(key) >= len(node):
-            raise ValueError(f"--set {assignment!r}: {key!r} is no index of a list of {len(node)}")
-        items = list(node)
-        items[int(key)] = _replace(items[int(key)], rest, value, assignment) if rest else value
-        return tuple(items)
-    known = {f.name: f for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=3) or list(known)
-        raise ValueError(
-            f"--set {assignment!r}: unknown field {key!r}; nearest known: "
-            f"{', '.join(near) or 'none'}"
-        )
-    current = getattr(node, key)
-    new = (
-        _replace(current, rest, value, assignment)
-        if rest
-        else _typed(current, value, node, key, assignment)
-    )
-    return dataclasses.replace(node, **{key: new})
-
-
-def _typed(current, value, node, key: str, assignment: str):
-    hint = typing.get_type_hints(type(node))[key]
-    if dataclasses.is_dataclass(current) or key == "heads":
-        raise ValueError(f"--set {assignment!r}: {key} has fields of its own, set those")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"--set {assignment!r}: {value} is no number to work with")
-    if isinstance(value, list):
-        value = tuple(value)
-        if not _items_fit(value, typing.get_args(hint)):
-            raise ValueError(f"--set {assignment!r}: {key} takes {hint}, got {value!r}")
-    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    allowed = (
-        typing.get_args(hint)
-        if hasattr(hint, "__args__") and not isinstance(current, tuple)
-        else (type(current),)
-    )
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise ValueError(f"--set {assignment!r}: {key} takes {hint}, got {value!r}")
-    return value
-
-
-def _items_fit(items: tuple, kinds: tuple) -> bool:
-    """Whether the items of a list have the types of a tuple's hint; a list stands for a config."""
-    if kinds[1:] == (...,):
-        kinds = kinds[:1] * len(items)
-    return len(items) == len(kinds) and all(
-        isinstance(item, list if dataclasses.is_dataclass(kind) else (kind, int))
-        and (kind is not int or not isinstance(item, bool))
-        and (kind is not str or isinstance(item, str))
-        for item, kind in zip(items, kinds, strict=True)
-    )
-
-
 SPLITS = ("train", "val", "test", "shards")  # folder names that name no dataset by themselves
 
 RESUME_DATA = ("same", "new-epoch")
@@ -238,12 +177,16 @@ FREE_STREAM_FIELDS = ("dali_num_threads", "error_budget")
 
 def fingerprint(config: TrainConfig, world_size: int) -> dict:
     """What must be equal on resume, flat: field path -> value,
-    with global instead of per-rank batch sizes.
+    with global instead of per-rank batch sizes. Data are compared by their bytes, and not here.
     """
     flat = config.flat()
     for index, head in enumerate(config.heads):
         flat[f"heads.{index}.stream.batch_size"] = head.stream.batch_size * world_size
-        flat[f"heads.{index}.dataset"] = head.name
+    return compared(flat)
+
+
+def compared(flat: dict) -> dict:
+    """The fields of a fingerprint that are compared; one of an earlier version may hold more."""
     return {key: value for key, value in flat.items() if not _is_free(key.split("."))}
 
 
@@ -251,6 +194,7 @@ def _is_free(path: list[str]) -> bool:
     return (
         path[0] in FREE_FIELDS
         or path[-1] == "init_from"  # a checkpoint has weights and centres of its own
+        or (path[0] == "heads" and path[2] in ("dataset", "head_name"))
         or (path[0] == "heads" and path[2] == "stream" and path[3] in FREE_STREAM_FIELDS)
     )
 

@@ -96,35 +96,42 @@ class TrainingData:
         self._position = {name: {"epoch": 0, "next_batch": 0} for name in self.streams}
         self._drawn: _Drawn | None = None
         self._bad = dict.fromkeys(self.streams, 0)
-        self._on_record: dict[str, dict[int, list[int]]] = {}
+        # {head: (epoch, bad samples of it that all ranks have met)}
+        self._met: dict[str, tuple[int, list[int]]] = {}
         self._compare_plans()
 
     def state_dict(self) -> dict[str, dict]:
-        """{head: plan hash, epoch, next global batch}: all that a resume needs to know."""
-        return {
-            name: {"plan": stream.plan_sha256, **self._position[name]}
-            for name, stream in self.streams.items()
-        }
+        """{head: plan hash, epoch, next global batch, bad samples of the running epoch}: all that
+        a resume needs to know."""
+        state = {}
+        for name, stream in self.streams.items():
+            epoch, samples = self._met.get(name, (0, []))
+            bad = {"epoch": epoch, "samples": samples}
+            state[name] = {"plan": stream.plan_sha256, **self._position[name], "bad": bad}
+        return state
 
     def difference(self, state: dict[str, dict]) -> list[str]:
         """Why a saved state does not fit these streams, one line per head."""
+        folders = {head.name: head.dataset for head in self._config.heads}
         return [
-            f"data of {name}: shards or labels changed since the checkpoint was saved, or the way "
-            "they are read"
+            f"data of {name}, in {folders[name]}: shards or labels changed since the checkpoint "
+            "was saved, or the way they are read"
             for name, stream in self.streams.items()
             if state.get(name, {}).get("plan") != stream.plan_sha256
         ]
 
-    def load_state_dict(
-        self, state: dict[str, dict], bad_on_record: dict[str, dict[int, list[int]]]
-    ) -> None:
-        """Go on where a state was saved. bad_on_record: {head: {epoch: bad samples}} of the run so
-        far, which count against the error budget."""
-        self._on_record = bad_on_record
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Go on where a state was saved. Bad samples that were met before count against the error
+        budget."""
         for name, stream in self.streams.items():
-            place = {key: state[name][key] for key in ("epoch", "next_batch")}
+            saved = state[name]
+            place = {key: saved[key] for key in ("epoch", "next_batch")}
             stream.seek(**place)
             self._position[name] = place
+            # checkpoints of earlier versions hold none
+            bad = saved.get("bad", {"epoch": place["epoch"], "samples": []})
+            self._met[name] = (bad["epoch"], bad["samples"])
+            self._bad[name] = len(bad["samples"]) if bad["epoch"] == place["epoch"] else 0
 
     def start_next_epoch(self, state: dict[str, dict]) -> None:
         """Start the epoch after that of a saved state, whose plan was another."""
@@ -189,8 +196,10 @@ class TrainingData:
         for name in self.streams:
             met = {bad: text for part in all_gather_json(mine[name]) for bad, text in part}
             epoch = batches[name].epoch
-            earlier = self._on_record.get(name, {}).get(epoch, [])
-            counts[name] = self.streams[name].count_bad(epoch, [*met, *earlier], met)
+            known_epoch, known = self._met.get(name, (epoch, []))
+            bad = sorted({*met, *(known if known_epoch == epoch else [])})
+            self._met[name] = (epoch, bad)
+            counts[name] = self.streams[name].count_bad(epoch, bad, met)
         return counts
 
     def _stop(self, failure: Exception | None) -> None:

@@ -19,6 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from model_factory.launcher_watch import LauncherWatch, watched_launcher
+
 JOIN_TIMEOUT = timedelta(minutes=5)
 NUM_THREADS = "UNIVIT_NUM_THREADS"
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -29,6 +31,8 @@ _CALLS = itertools.count()  # of on_main, the same on every rank
 
 class PeerFailed(RuntimeError):
     """Another rank stopped while this one waited for it."""
+
+    outcome = "peer lost"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Ranks:
     device: torch.device
     store: dist.Store | None = None  # shared by all ranks; None: a group that others made
     restarted: bool = False  # by the launcher or the scheduler, after an earlier start of this job
+    launcher: LauncherWatch | None = None  # None: a group that others made
 
     @property
     def is_main(self) -> bool:
@@ -51,7 +56,8 @@ class Ranks:
 @contextmanager
 def process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
     """Join the group that torchrun describes in the environment, leave it at the end. A collective
-    that a rank does not come to within `timeout_s` fails on the others.
+    that a rank does not come to within `timeout_s` fails on the others. A rank whose launcher is
+    killed ends at once.
 
     Raises PeerFailed when the meeting point cannot be reached, ValueError for UNIVIT_NUM_THREADS
     that is no number.
@@ -70,15 +76,26 @@ def process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(_num_threads(local_world))
-    store = _meeting_point(rank, world_size)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    yield Ranks(
-        rank, world_size, local_rank, device, dist.PrefixStore("univit", store), _restarted()
-    )
-    # not after an exception: leaving in good order would wait for peers inside a collective
-    dist.destroy_process_group()
+    with watched_launcher() as launcher:
+        store = _meeting_point(rank, world_size)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        yield Ranks(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            device=device,
+            store=dist.PrefixStore("univit", store),
+            restarted=_restarted(),
+            launcher=launcher,
+        )
+        # not after an exception: leaving in good order would wait for peers inside a collective
+        dist.destroy_process_group()
 
 
 def _num_threads(local_world: int) -> int:
@@ -145,6 +162,20 @@ def is_peer_loss(error: BaseException) -> bool:
         return True
     said = str(error)
     return isinstance(error, RuntimeError) and ("gloo" in said or "NCCL" in said)
+
+
+@contextmanager
+def naming_peers() -> Iterator[None]:
+    """Raise PeerFailed, with what to do, for what a collective says when another rank is gone."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PeerFailed) or not is_peer_loss(error):
+            raise
+        raise PeerFailed(
+            f"{type(error).__name__}: {error}; another rank is gone or hangs: see its own message, "
+            "then start again with the same command"
+        ) from error
 
 
 def _restarted() -> bool:

@@ -20,7 +20,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
+
+from .log import is_first_to_say
 
 OK, NOTE, FIX = "ok", "note", "FIX"
 GIB = 1 << 30
@@ -193,11 +196,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what was found on rank 0, and what other ranks found to be fixed."""
-    args = build_parser().parse_args(argv)
-    from .distributed import all_gather_json, process_group
+    """Print what was found on rank 0, and what other ranks found to be fixed; returns the exit
+    code."""
+    return run_command(
+        parse=build_parser().parse_args, work=_diagnose, argv=argv, is_heard=is_first_to_say
+    )
 
-    with process_group(60.0) as ranks:
+
+def _diagnose(args: argparse.Namespace) -> int:
+    from .distributed import all_gather_json, naming_peers, process_group
+
+    with naming_peers(), process_group(60.0) as ranks:
         found = examine(args.output, ranks)
         everything = all_gather_json([[f.level, f.subject, f.text] for f in found])
     broken = [

@@ -3,15 +3,14 @@
     DIR/backbone.pt, backbone.json, hf/    as a run leaves them at its end
 
 One process, on the CPU; only the encoder's tensors are read, after every byte of the checkpoint was
-checked. The run's config.json is looked for above the checkpoint.
+checked. Nothing beside the checkpoint is needed.
 """
 
 import argparse
-import json
 import sys
-import warnings
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.local_output import output_path
 from model_factory.quiet import quiet_libraries
 
@@ -43,57 +42,61 @@ def export_checkpoint(checkpoint: Path, output: Path) -> int:
 def read_encoder(checkpoint: Path):
     """(encoder, checkpoint folder, step) of a checkpoint, or of the newest in a run's folder.
 
-    Raises BadCheckpoint for a damaged or missing one, ValueError without the run's configuration.
+    Raises BadCheckpoint for a damaged or missing one.
     """
-    import torch.distributed.checkpoint as dcp
-
-    from .checkpoint_files import BadCheckpoint
-    from .checkpoint_folder import verify_checkpoint
+    from .checkpoint_files import read_tensors
+    from .checkpoint_folder import BadCheckpoint, read_state, verify_checkpoint
     from .config import ModelConfig
     from .encoder import build_encoder
 
     path = newest_commit(checkpoint)
     problems = verify_checkpoint(path)
     if problems:
-        raise BadCheckpoint(f"{path}: {'; '.join(problems)}")
-    record = path.parents[1] / "config.json"
-    if not record.is_file():
-        raise ValueError(f"{record} does not exist: name a checkpoint inside of its run's folder")
-    fields = json.loads(record.read_bytes())["model"]
-    encoder = build_encoder(ModelConfig(**{**fields, "init_from": None}), seed=0)
+        raise BadCheckpoint(
+            f"{path}: {'; '.join(problems)}; name an intact one: {_others(path) or 'none is left'}"
+        )
+    state = read_state(path)
+    # of the checkpoint, which is bound byte by byte, and not of config.json beside it
+    prefix = "model."
+    recorded = state["fingerprint"].items()
+    fields = {key.removeprefix(prefix): v for key, v in recorded if key.startswith(prefix)}
+    encoder = build_encoder(ModelConfig(**fields), seed=0)
     tensors = {f"encoder.{name}": p.data for name, p in encoder.named_parameters()}
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    with warnings.catch_warnings():  # of no_dist that it means one process
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    state = json.loads((path / "state.json").read_bytes())
+    read_tensors(tensors, path, alone=True)
     encoder.config.image_size = state.get("image_size", encoder.config.image_size)
     return encoder, path, state["step"]
 
 
 def newest_commit(path: Path) -> Path:
     """A checkpoint as named, or the newest of a run's folder; BadCheckpoint where there is none."""
-    from .checkpoint_files import BadCheckpoint
-    from .checkpoint_folder import CheckpointFolder
+    from .checkpoint_folder import FOLDER_NAME, MANIFEST_NAME, BadCheckpoint, CheckpointFolder
 
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST_NAME).is_file():
         return path.resolve()
-    commits = CheckpointFolder(path.resolve() / "checkpoints", 1, 0).commits()
+    commits = CheckpointFolder(path.resolve() / FOLDER_NAME).commits()
     if not commits:
-        raise BadCheckpoint(f"{path} is no checkpoint, and holds none under checkpoints/")
+        raise BadCheckpoint(f"{path} is no checkpoint, and holds none under {FOLDER_NAME}/")
     return commits[0]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Export; a user's mistake ends with its message."""
-    args = build_parser().parse_args(argv)
+def _others(damaged: Path) -> str:
+    """Commits beside a damaged one whose bytes are as saved, newest first."""
+    from .checkpoint_folder import CheckpointFolder, verify_checkpoint
+
+    commits = CheckpointFolder(damaged.parent).commits()
+    return ", ".join(str(path) for path in commits if not verify_checkpoint(path))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export; returns the exit code."""
+    return run_command(parse=build_parser().parse_args, work=_export, argv=argv)
+
+
+def _export(args: argparse.Namespace) -> None:
     quiet_libraries()
-    try:
-        step = export_checkpoint(args.checkpoint, args.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    step = export_checkpoint(args.checkpoint, args.output)
     print(f"step {step}: {args.output / 'hf'} and {args.output / 'backbone.pt'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,6 @@ depends on the machine (rates, times, memory) is in TensorBoard and in speed.jso
 """
 
 import hashlib
-import json
 import logging
 import math
 import resource
@@ -16,11 +15,13 @@ from pathlib import Path
 
 import torch
 
+from .board import Board
+from .checkpoint_folder import StorageError
 from .config import TrainConfig
 from .distributed import Ranks
 from .flops import peak_flops
-from .ledger import METRICS_NAME, SPEED_NAME
 from .pack_picture import pack_picture
+from .record_files import METRICS_NAME, SPEED_NAME, RecordFile
 from .step_clock import StepClock
 from .watch import SpikeWatch, compare_ranks
 
@@ -57,33 +58,45 @@ class MetricLogger:
         self._clock, self._spikes = clock, SpikeWatch(logger)
         self._pending: list[dict] = []
         self._counts: list[StepCounts] = []
-        self._files = []
-        self.board = self._wandb = None
+        self._record: RecordFile | None = None
+        self._speed_file: RecordFile | None = None
+        self._wandb = None
+        self.board = Board(output / "tensorboard", step=step, logger=logger)
         if ranks.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
             self._peak = peak_flops(ranks.device)
-            self._files = [open(output / name, "a") for name in (METRICS_NAME, SPEED_NAME)]
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+            self._record = RecordFile(output / METRICS_NAME)
+            self._speed_file = RecordFile(output / SPEED_NAME)
+            self.board.open()
         clock.take()
+
+    @property
+    def files(self) -> list[RecordFile]:
+        """The records that a checkpoint binds."""
+        return [] if self._record is None else [self._record]
 
     def describe(self, config: TrainConfig) -> None:
         """Put the configuration into TensorBoard, as text and as hyper-parameters."""
-        if self.board is None:
+        if self._record is None:
             return
-        self.board.add_text("configuration", f"```\n{config.to_json()}\n```")
         flat = {key: value for key, value in config.flat().items() if value is not None}
-        self.board.add_hparams(flat, {"hparam/steps": self._total}, run_name=".")
+        text = f"```\n{config.to_json()}\n```"
+        steps = {"hparam/steps": self._total}
+        self.board.show(lambda writer: writer.add_text("configuration", text))
+        self.board.show(lambda writer: writer.add_hparams(flat, steps, run_name="."))
         if config.wandb_project is not None:
             self._wandb = _wandb_run(config.wandb_project, flat, Path(config.output))
 
     def picture(self, step: int, batches: dict, patch_size: int) -> None:
         """Show the first items of a step's packs as the encoder sees them."""
-        if self.board is None:
+        if self._record is None:
             return
-        for name, batch in batches.items():
-            picture = pack_picture(batch, patch_size)
-            self.board.add_image(f"pack/{name}", picture, step, dataformats="HWC")
+        pictures = {f"pack/{name}": pack_picture(b, patch_size) for name, b in batches.items()}
+
+        def draw(writer) -> None:
+            for name, picture in pictures.items():
+                writer.add_image(name, picture, step, dataformats="HWC")
+
+        self.board.show(draw)
 
     def record(self, step: int, values: dict, counts: StepCounts) -> None:
         """Note one optimizer step. values: name -> float or scalar tensor."""
@@ -99,7 +112,7 @@ class MetricLogger:
             return
         taken, steps = self._clock.take(), len(self._pending)
         own = compare_ranks(taken, steps, self._logger)
-        if self._files:
+        if self._record is not None:
             self._write(self._write_records(), self._speed(taken, steps, own))
         self._pending.clear()
         self._counts.clear()
@@ -109,18 +122,21 @@ class MetricLogger:
     def close(self) -> None:
         """Write the steps since the last line to the record and close: whatever ended the run, its
         last losses are there to be seen."""
-        if self._files and self._pending:
-            self._write_records()
-        for file in self._files:
-            file.close()
-        if self.board is not None:
-            self.board.close()
+        try:
+            if self._record is not None and self._pending:
+                self._write_records()
+        except (OSError, StorageError) as error:  # what ended the run is not to be hidden by it
+            self._logger.warning("the last steps are not on record: %s", error)
+        for file in (self._record, self._speed_file):
+            if file is not None:
+                file.close()
+        self.board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _write_records(self) -> list[dict]:
         records = [{k: _number(v) for k, v in record.items()} for record in self._pending]
-        self._files[0].writelines(json.dumps(line) + "\n" for line in records)
+        self._record.write(records)
         return records
 
     def _speed(self, taken: dict[str, float], steps: int, own: list[float]) -> dict:
@@ -165,20 +181,32 @@ class MetricLogger:
 
     def _write(self, records: list[dict], speed: dict[str, float]) -> None:
         line = {"step": records[-1]["step"], "steps": len(records), **speed}
-        self._files[1].write(json.dumps(line) + "\n")
-        for file in self._files:
-            file.flush()
+        self._note_speed(line)
         for line in records:
             for name, value in line.items():
                 if name.startswith("loss/") and value is not None:
                     self._spikes.look(line["step"], name, value)
         last = records[-1]
-        for name, value in {**last, **speed}.items():
-            if name != "step" and value is not None:
-                self.board.add_scalar(name, value, last["step"])
+        numbers = {name: value for name, value in {**last, **speed}.items() if value is not None}
+        step = numbers.pop("step")
+
+        def draw(writer) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+
+        self.board.show(draw)
         if self._wandb is not None:
             self._wandb.log({**last, **speed}, step=last["step"])
         self._logger.info(self._line(last, speed))
+
+    def _note_speed(self, line: dict) -> None:
+        """Add to speed.jsonl; what the machine did is worth no end of a run."""
+        try:
+            if self._speed_file is not None:
+                self._speed_file.write([line])
+        except (OSError, StorageError) as error:
+            self._speed_file = None
+            self._logger.warning("rates are not on record any more: %s", error)
 
     def _line(self, last: dict, speed: dict) -> str:
         last = {name: math.nan if value is None else value for name, value in last.items()}

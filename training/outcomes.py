@@ -1,52 +1,41 @@
-"""What ended a run, by the names of run_folder.EXIT_CODES, and what its user may do."""
+"""What ended a run, by the names of EXIT_CODES, and what its user may do."""
 
-import errno
+from pathlib import Path
 
-import torch
+from model_factory import command
 
-from data_pipeline.errors import BudgetExceeded, DataTimeout
-
-from .checkpoint_files import BadCheckpoint
-from .checkpoint_folder import StorageError
 from .distributed import is_peer_loss
 from .stop_signals import Preempted
-from .train_step import NonFiniteLoss
-from .trainer import ConfigMismatch
 
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
-OUTCOMES = {
-    BudgetExceeded: "data budget",
-    NonFiniteLoss: "non-finite",
-    BadCheckpoint: "bad checkpoint",
-    ConfigMismatch: "other configuration",
-    DataTimeout: "storage",
-    StorageError: "storage",
-    ValueError: "error",
+ADVICE = {
+    "out of memory": (
+        "less memory is needed with a smaller --list_batch_size or --target_num, with "
+        "--gradient_checkpoint 1, and with --fsdp"
+    ),
+    "peer lost": (
+        "another rank is gone or hangs: see its own message, then start again with the same "
+        "command, the run goes on from its last checkpoint"
+    ),
 }
+DISK_ADVICE = "free space or look at the file system"
 
 
-def outcome_of(error: BaseException) -> tuple[str | None, str]:
+def outcome_of(error: BaseException, written: Path | None = None) -> tuple[str | None, str]:
     """(outcome, message) of what was raised; (None, "") for what is a fault of ours and should show
-    its traceback."""
-    said = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in said:
-        return "out of memory", (
-            f"{type(error).__name__}: {said}; less memory is needed with a smaller "
-            "--list_batch_size or --target_num, with --gradient_checkpoint 1, and with --fsdp"
-        )
-    if is_peer_loss(error):
-        return "peer lost", (
-            f"{type(error).__name__}: {said}; another rank is gone or hangs: see its own message, "
-            "then start again with the same command, the run goes on from its last checkpoint"
-        )
-    if isinstance(error, Preempted):
-        if error.__context__ is not None and is_peer_loss(error.__context__):
-            # the launcher stops those that are left; it came while the loss was being handled
-            return outcome_of(error.__context__)
-        return "preempted" if error.saved else "stopped", said
-    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-        return "storage", f"{type(error).__name__}: {said}; free space or look at the file system"
-    for kind, outcome in OUTCOMES.items():
-        if isinstance(error, kind):
-            return outcome, said
-    return None, ""
+    its traceback. `written` is where a write goes that met an error without a path.
+    """
+    cause = error.__context__
+    if isinstance(error, Preempted) and cause is not None and is_peer_loss(cause):
+        # the launcher stops those that are left; it came while the loss was being handled
+        return outcome_of(cause, written)
+    outcome = command.outcome_of(error)
+    if outcome != "out of memory" and is_peer_loss(error):
+        outcome = "peer lost"
+    if outcome is None:
+        return None, ""
+    message = command.message_of(error, written)
+    if outcome in ADVICE:
+        return outcome, f"{type(error).__name__}: {message}; {ADVICE[outcome]}"
+    if outcome == "storage" and isinstance(error, OSError):
+        return outcome, f"{message}; {DISK_ADVICE}"
+    return outcome, message

@@ -4,11 +4,13 @@ Reads what every run leaves: run.json, metrics.jsonl (every step), speed.jsonl (
 run of several rounds gets one report per round and a page that names them. Cost: a second.
 """
 
-import json
 import statistics
+from collections import Counter
 from pathlib import Path
 
-from .ledger import METRICS_NAME, SPEED_NAME
+from model_factory.files import parse_json
+
+from .record_files import METRICS_NAME, SPEED_NAME, read_line
 
 REPORT_NAME = "report.md"
 CURVES = {"tokens_per_s": "tokens per second", "data_wait": "share of time waiting for data"}
@@ -39,19 +41,24 @@ def _facts(output: Path) -> str:
 
 
 def _training(folder: Path, output: Path) -> str:
-    records, speeds = _lines(folder / METRICS_NAME), _lines(folder / SPEED_NAME)
+    records, damage = _lines(folder / METRICS_NAME)
+    speeds, damage_of_speeds = _lines(folder / SPEED_NAME)
     if not records:
-        return ""
+        return "\n".join(damage + damage_of_speeds)
     pictures = output / "report"
     pictures.mkdir(exist_ok=True)
     prefix = "" if folder == output else f"{folder.name}_"
-    losses = sorted(name for name in records[0] if name.startswith("loss/"))
+    # a name that a damaged line alone has is no curve
+    counted = Counter(name for record in records for name in record if name.startswith("loss/"))
+    losses = sorted(name for name, count in counted.items() if 2 * count > len(records))
+    curves = {name: [record.get(name) for record in records] for name in losses}
     drawn = {
-        "loss": ([r["step"] for r in records], {n: [r[n] for r in records] for n in losses}),
+        "loss": ([record["step"] for record in records], curves),
         "throughput": _curve(speeds, "tokens_per_s"),
         "data_wait": _curve(speeds, "data_wait"),
     }
-    lines = [f"## {folder.name if prefix else 'Training'}", "", *_numbers(records, speeds, losses)]
+    lines = [f"## {folder.name if prefix else 'Training'}", "", *damage, *damage_of_speeds]
+    lines += _numbers(records, speeds, losses)
     for name, (steps, curves) in drawn.items():
         if steps:
             _draw(pictures / f"{prefix}{name}.png", steps, curves, name.replace("_", " "))
@@ -60,7 +67,7 @@ def _training(folder: Path, output: Path) -> str:
 
 
 def _curve(speeds: list[dict], name: str) -> tuple[list[int], dict[str, list[float]]]:
-    return [s["step"] for s in speeds], {CURVES[name]: [s[name] for s in speeds]}
+    return [s["step"] for s in speeds], {CURVES[name]: [s.get(name) for s in speeds]}
 
 
 def _numbers(records: list[dict], speeds: list[dict], losses: list[str]) -> list[str]:
@@ -68,7 +75,7 @@ def _numbers(records: list[dict], speeds: list[dict], losses: list[str]) -> list
     rows = ["| figure | value |", "| --- | ---: |", f"| steps | {records[-1]['step']} |"]
     for name in losses:
         first, last = (
-            statistics.fmean(r[name] for r in part if r[name] is not None)
+            statistics.fmean(r[name] for r in part if r.get(name) is not None)
             for part in (records[:tenth], records[-tenth:])
         )
         rows.append(f"| {name}, first and last tenth | {first:.4f}, {last:.4f} |")
@@ -91,7 +98,7 @@ def _numbers(records: list[dict], speeds: list[dict], losses: list[str]) -> list
 
 
 def _last(speeds: list[dict]) -> str:
-    return f"{speeds[-1]['bad_samples']}, {speeds[-1]['skipped_steps']}"
+    return f"{speeds[-1].get('bad_samples')}, {speeds[-1].get('skipped_steps')}"
 
 
 def _draw(path: Path, steps: list[int], curves: dict[str, list[float]], title: str) -> None:
@@ -111,10 +118,20 @@ def _draw(path: Path, steps: list[int], curves: dict[str, list[float]], title: s
 
 
 def _record(path: Path) -> dict:
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+    return parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
-def _lines(path: Path) -> list[dict]:
+def _lines(path: Path) -> tuple[list[dict], list[str]]:
+    """(readable lines, what there is to say of the others, as lines of the report)."""
     if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+        return [], []
+    found = [read_line(line) for line in path.read_bytes().splitlines(keepends=True)]
+    readable = [record for record in found if record is not None and _is_numbers(record)]
+    left_out = len(found) - len(readable)
+    if not left_out:
+        return readable, []
+    return readable, [f"{path.name}: {left_out} of {len(found)} lines are damaged, left out.", ""]
+
+
+def _is_numbers(record: dict) -> bool:
+    return all(value is None or type(value) in (int, float) for value in record.values())

@@ -63,6 +63,9 @@ def train_rounds(
             shutil.copyfile(output / "run.json", folder / "run.json")
         dist.barrier()
         trainer = Trainer(started, datasets, ranks, signals, logger)
+        # where a data folder was renamed since, the names on record: files of rounds have them
+        config = _named_as(trainer.config, config)
+        datasets = trainer.datasets
         trainer.train()
         if number < config.rounds:
             _keep_centers(trainer.heads, datasets, folder, ranks)
@@ -109,6 +112,13 @@ def _round_config(config: TrainConfig, number: int, folder: Path) -> TrainConfig
             dataclasses.replace(head, init_from=_start(before, head.name)) for head in config.heads
         )
     return dataclasses.replace(config, **changes)
+
+
+def _named_as(known: TrainConfig, config: TrainConfig) -> TrainConfig:
+    """A configuration whose heads are called as those of a round."""
+    pairs = zip(config.heads, known.heads, strict=True)
+    heads = tuple(dataclasses.replace(head, head_name=one.head_name) for head, one in pairs)
+    return dataclasses.replace(config, heads=heads)
 
 
 def _start(before: Path, head: str) -> str:

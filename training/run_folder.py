@@ -16,26 +16,18 @@ import socket
 import subprocess
 from pathlib import Path
 
-from model_factory.files import write_atomically
+from model_factory.command import EXIT_CODES
+from model_factory.files import DamagedFile, parse_json, write_atomically
 
 from .arithmetic import arithmetic, versions
 from .checkpoint_folder import StorageError
 from .config import TrainConfig
 from .distributed import Ranks, on_main
 
-EXIT_CODES = {
-    "done": 0,
-    "error": 1,
-    "preempted": 3,  # saved
-    "stopped": 3,  # where there was nothing to save
-    "data budget": 4,
-    "non-finite": 5,
-    "bad checkpoint": 6,
-    "other configuration": 7,
-    "storage": 8,
-    "peer lost": 9,
-    "out of memory": 10,
-}
+LAUNCHER_GONE = (
+    "the launcher was killed, so its ranks ended without a save: start again with the same "
+    "command, the run goes on from its last checkpoint"
+)
 REPEATING = ("data budget", "non-finite", "bad checkpoint", "other configuration")
 
 
@@ -61,6 +53,8 @@ class RunFolder:
             raise ValueError("wandb_project is set, but wandb is not there: pip install wandb")
         on_main(self._ranks, self._enter)
         self._claimed = True
+        if self._ranks.launcher is not None:
+            self._ranks.launcher.last_words = lambda: self.leave("launcher gone", LAUNCHER_GONE)
         depends_on = arithmetic(self._ranks)
         if not self._ranks.is_main:
             return
@@ -71,13 +65,15 @@ class RunFolder:
             "versions": versions(),
             "world_size": self._ranks.world_size,
             "arithmetic": depends_on,
-            "starts": self._read("run.json").get("starts", 0) + 1,
+            "starts": self._starts() + 1,
         }
         write_atomically(self.path / "run.json", json.dumps(facts, indent=1).encode())
 
     def leave(self, outcome: str, message: str, trace: str | None = None) -> int:
         """Write exit.json and return the exit code; a folder that was not claimed is left alone.
         What may follow from another rank's end is only said where nobody has said why."""
+        if outcome == "peer lost" and self._ranks.launcher and self._ranks.launcher.is_gone:
+            outcome, message = "launcher gone", LAUNCHER_GONE
         code = EXIT_CODES[outcome]
         record = self.path / "exit.json"
         told = outcome in ("peer lost", "stopped") and record.exists()
@@ -107,7 +103,7 @@ class RunFolder:
         self._take_lock()
         last = self._read("exit.json")
         if self._ranks.restarted and last.get("outcome") in REPEATING:
-            raise ValueError(f"not started again: the last start ended with {last['message']}")
+            raise ValueError(f"not started again: the last start ended: {last.get('message')}")
         (self.path / "exit.json").unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
@@ -126,10 +122,16 @@ class RunFolder:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
 
+    def _starts(self) -> int:
+        """How often the run was started before."""
+        starts = self._read("run.json").get("starts")
+        return starts if isinstance(starts, int) else 0
+
     def _read(self, name: str) -> dict:
+        """One of the files above; nothing hangs on them, so a damaged one is as good as none."""
         try:
-            return json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError):
+            return parse_json((self.path / name).read_bytes(), name)
+        except (OSError, DamagedFile):
             return {}
 
 

@@ -27,6 +27,11 @@ class Preempted(BaseException):
         super().__init__(message)
         self.saved = saved
 
+    @property
+    def outcome(self) -> str:
+        """Key of EXIT_CODES."""
+        return "preempted" if self.saved else "stopped"
+
 
 class StopSignals:
     """Handlers of this process; `requested` is the number of the first signal, or None."""

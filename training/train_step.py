@@ -36,6 +36,8 @@ from .step_clock import StepClock
 class NonFiniteLoss(RuntimeError):
     """A loss or gradient that is NaN or infinite; no weight was touched by it."""
 
+    outcome = "non-finite"
+
 
 @dataclass(frozen=True)
 class StepResult:

@@ -4,9 +4,11 @@ Parses the command line, claims the output folder and writes the configuration t
 runs, prepares the embedded data set when no other is named, trains, writes report.md, and leaves
 exit.json with the outcome. Exit codes: 0 done, 1 user's mistake or unknown error, 3 asked to stop
 and saved, 4 too many bad samples, 5 non-finite loss, 6 bad checkpoint, 7 checkpoint of another
-configuration, 8 storage, 9 another rank is gone, 10 out of memory.
+configuration, 8 storage, 9 another rank is gone, 10 out of memory, 11 the launcher is gone
+(model_factory/command.py).
 """
 
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -15,43 +17,38 @@ import sys
 import traceback
 from pathlib import Path
 
+from model_factory.command import run_command
 from model_factory.quiet import quiet_libraries
 
 from .cli import build_config, build_parser, warn_idle
+from .log import is_first_to_say, setup_logging
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one training; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    return run_command(
+        parse=build_parser().parse_args, work=_start, argv=argv, is_heard=is_first_to_say
+    )
+
+
+def _start(args: argparse.Namespace) -> None:
     quiet_libraries()
-    try:
-        config = build_config(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = build_config(args)
     if args.print_config:
         print(config.to_json())
-        return 0
+        return
+    args.record = config.output  # presets and --set name it too
 
-    from .distributed import PeerFailed, process_group
+    from .distributed import process_group
 
-    try:
-        with process_group(config.collective_timeout_s) as ranks:
-            code = _run(args, config, ranks)
-            if code:
-                sys.exit(code)  # from inside, so that no rank waits for a peer that still works
-    except PeerFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 9
-    except ValueError as error:  # of the group itself: what a run meets, _run makes an exit code
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    with process_group(config.collective_timeout_s) as ranks:
+        code = _run(args, config, ranks)
+        if code:
+            sys.exit(code)  # from inside, so that no rank waits for a peer that still works
 
 
 def _run(args, config, ranks) -> int:
     from . import fault_points
-    from .log import setup_logging
     from .outcomes import outcome_of
     from .run_folder import RunFolder
     from .stop_signals import StopSignals
@@ -70,12 +67,14 @@ def _run(args, config, ranks) -> int:
             warn_idle(args, logger)
         _train(args, config, ranks, signals, logger)
     except BaseException as error:
-        outcome, message = outcome_of(error)
+        outcome, message = outcome_of(error, written=run.path)
         trace = traceback.format_exc()
         if outcome is None:
             run.leave("error", f"{type(error).__name__}: {error}", trace)
             raise
-        if ranks.is_main or outcome in ("error", "peer lost"):
+        # StorageError comes to all ranks alike, what the system refuses to one of them
+        is_own = outcome in ("error", "peer lost") or isinstance(error, OSError)
+        if (ranks.is_main or is_own) and is_first_to_say(message):
             logger.error("%s", message)
         return run.leave(outcome, message, trace)
     finally:

@@ -21,34 +21,26 @@ import torch.distributed as dist
 from data_pipeline.datasets import Dataset
 
 from .arithmetic import arithmetic
+from .checkpoint_folder import Commit
 from .checkpointer import Checkpointer
-from .config import (
-    HeadConfig,
-    TrainConfig,
-    check_allowed,
-    fingerprint,
-    fingerprint_difference,
-    is_allowed,
-)
+from .config import HeadConfig, TrainConfig, fingerprint, fingerprint_difference
 from .data import SYNTHETIC_CLASSES, TrainingData
-from .distributed import Ranks, broadcast_object
+from .distributed import Ranks
 from .encoder import build_encoder, export_encoder
 from .fault_points import reach
-from .ledger import Ledger, bad_samples_on_record, cut_back_records
+from .ledger import Ledger
 from .losses.partial_fc import PartialFC
 from .metrics import MetricLogger
 from .optimizer import build_optimizer
 from .parallel import ParallelEncoder
 from .profiler import Profiler
+from .record_files import restore_records, seal_records
+from .resume import compare, find_commit, heads_on_record, with_stored_names
 from .step_clock import StepClock
 from .stop_signals import Preempted, StopSignals
 from .train_step import TrainStep
 
 CROWDED, DEAD = 0.2, 0.95  # shares of pairs of centres that the filter takes out
-
-
-class ConfigMismatch(ValueError):
-    """A checkpoint of another configuration or dataset."""
 
 
 class Trainer:
@@ -62,9 +54,12 @@ class Trainer:
         signals: StopSignals,
         logger: logging.Logger,
     ):
+        self.output = Path(config.output)
+        commit = find_commit(self.output, config.resume, ranks, logger)
+        if commit is not None:
+            config, datasets = with_stored_names(config, datasets, commit.state, logger)
         self.config, self.ranks, self.logger = config, ranks, logger
         self.signals, self.datasets = signals, datasets
-        self.output = Path(config.output)
         self.step = 0
 
         encoder = build_encoder(config.model, config.seed)
@@ -89,7 +84,7 @@ class Trainer:
             config, self.encoder, self.heads, self.optimizer, self.data, ranks, self.clock, logger
         )
         self._may_differ = arithmetic(ranks) | dataclasses.asdict(config.parallel)
-        self._restore()
+        self._restore(commit)
 
     def train(self, last_step: int | None = None) -> None:
         """Run to the last step, or to an earlier one without leaving anything behind; leaves
@@ -135,7 +130,9 @@ class Trainer:
                 done = result.stop or self.step == last_step
                 if not trial and (self._is_due(result.save) or done):
                     metrics.flush()
-                    self.checkpointer.save(self.step, self.state(), wait=done)
+                    records = seal_records([*ledger.files, *metrics.files], self._other_records)
+                    state = {**self.state(), "records": records}
+                    self.checkpointer.save(self.step, state, wait=done)
                     self._saved_at = time.monotonic()
                 reach("step.end", self.step)
                 if result.stop:
@@ -163,7 +160,9 @@ class Trainer:
     def state(self) -> dict:
         """What a checkpoint stores beside tensors: the data position, what must match on resume and
         what may differ, at the price of other last bits."""
+        classes = {name: head.num_classes for name, head in self.heads.items()}
         return {
+            "heads": heads_on_record(self.config, self.datasets, classes),
             "data": self.data.state_dict(),
             "skipped_steps": self.train_step.skipped,
             "image_size": self.encoder.module.config.image_size,
@@ -172,53 +171,22 @@ class Trainer:
             "may_differ": self._may_differ,
         }
 
-    def _restore(self) -> None:
-        """Decide between resuming and starting: one visible choice."""
-        resume = self.config.resume
-        if self.ranks.restarted and resume != "auto":
-            self.logger.warning(
-                "--resume %s was for the first start: going on from the newest", resume
-            )
-            resume = "auto"
-        commit = self.checkpointer.find(resume)
-        same_data = commit is None or not self._compare(commit.state)
+    def _restore(self, commit: Commit | None) -> None:
+        """Go on from a commit, or start: one visible choice."""
+        other_data: list[str] = []
         if commit is not None:
+            other_data = self.data.difference(commit.state["data"])
+            compare(self.config, commit.state, other_data, self.ranks, self.logger)
+            self._name_other_arithmetic(commit.state.get("may_differ", {}))
             self.step = commit.state["step"]
             self.train_step.skipped = commit.state.get("skipped_steps", 0)
         self.checkpointer.start(commit)
-        if self.ranks.is_main:
-            cut_back_records(self.output, self.step)
-        if commit is not None and same_data:
-            bad = broadcast_object(
-                bad_samples_on_record(self.output) if self.ranks.is_main else None
-            )
-            bad = {head: {int(e): ids for e, ids in epochs.items()} for head, epochs in bad.items()}
-            self.data.load_state_dict(commit.state["data"], bad)
-        elif commit is not None:
+        self._other_records = restore_records(self.output, commit, self.ranks, self.logger)
+        if commit is not None and other_data:
             self.data.start_next_epoch(commit.state["data"])
+        elif commit is not None:
+            self.data.load_state_dict(commit.state["data"])
         dist.barrier()
-
-    def _compare(self, state: dict) -> list[str]:
-        """Differences in the data, which a new epoch takes; raises ConfigMismatch for others."""
-        config = self.config
-        now = fingerprint(config, self.ranks.world_size)
-        check_allowed(config.resume_allow, now)
-        difference = fingerprint_difference(state["fingerprint"], now)
-        allowed = [line for line in difference if is_allowed(line, config.resume_allow)]
-        other_data = self.data.difference(state["data"])
-        difference = [line for line in difference if line not in allowed]
-        if difference or (other_data and config.resume_data != "new-epoch"):
-            raise ConfigMismatch(
-                "the checkpoint belongs to another configuration:\n  "
-                + "\n  ".join(difference + other_data)
-                + "\nrestore these, or start over with --resume never or another --output; to go "
-                "on all the same, name fields with --resume_allow, and for data "
-                "--set resume_data=new-epoch"
-            )
-        for line in [*allowed, *other_data]:
-            self.logger.warning("resuming all the same, %s", line)
-        self._name_other_arithmetic(state.get("may_differ", {}))
-        return other_data
 
     def _name_other_arithmetic(self, saved: dict) -> None:
         """One warning for everything that moves last bits and is not as it was at the save."""

@@ -1,11 +1,13 @@
 """Camera motion is taken away, and what moves by itself stays."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import write_video as write
 
 from data_pipeline.codec.camera import camera_motion, compensate_camera
-from data_pipeline.codec.decompose import decompose_frames, decompose_video
+from data_pipeline.codec.decompose import CodecClip, decompose_frames, decompose_video
 from data_pipeline.codec.saliency import SaliencyConfig, is_static, patch_saliency
 
 SIDE = 28
@@ -84,6 +86,52 @@ def test_the_centre_prior_favours_the_middle():
     assert (central >= plain - 1e-6).all() and central.max() <= 1
     gain = central[1:].sum(0) / np.maximum(plain[1:].sum(0), 1e-6)
     assert gain[3, 3] > gain[2, 1] > 1
+
+
+def clip_of(residual: np.ndarray, gop: int) -> CodecClip:
+    """A clip [T, H, W] without motion, whose P-frames show a residual."""
+    count, height, width = residual.shape
+    is_i_frame = np.arange(count) % gop == 0
+    cells = np.zeros((count, height // 8, width // 8), np.float32)
+    return CodecClip(
+        frames=np.zeros((count, height, width, 3), np.uint8),
+        is_i_frame=is_i_frame,
+        motion=np.zeros((*cells.shape, 2), np.float32),
+        residual=np.where(is_i_frame[:, None, None], 0, residual).astype(np.uint8),
+        change=cells,
+        times=np.arange(count),
+        seconds=np.arange(count, dtype=np.float64),
+    )
+
+
+def test_the_scale_is_that_of_the_p_frames_alone():
+    """Residual of 1 to 100 in a hundred patches of one P-frame, beside an I-frame."""
+    shown = np.kron(np.arange(1, 101).reshape(1, 10, 10), np.ones((2, 16, 16)))
+    found = patch_saliency(clip_of(shown, gop=2), 16, SaliencyConfig(motion_weight=0))
+    scale = np.percentile(np.arange(1, 101), 95)
+    wanted = np.minimum(np.arange(1, 101).reshape(10, 10) / scale, 1)
+    np.testing.assert_allclose(found[1], wanted, rtol=1e-6)
+    assert not found[0].any()
+
+
+def test_the_centre_prior_is_a_bell_over_the_shorter_side():
+    shown = np.full((2, 64, 128), 10.0)
+    shown[:, :, :16] = 100.0  # the scale: what is left is far from being cut off
+    clip = clip_of(shown, gop=2)
+    plain = patch_saliency(clip, 16, SaliencyConfig(motion_weight=0))[1]
+    central = patch_saliency(clip, 16, SaliencyConfig(motion_weight=0, centre_prior=0.5))[1]
+    y, x = np.mgrid[:4, :8] - np.array([1.5, 3.5])[:, None, None]
+    bell = 1 + 0.5 * np.exp(-(x**2 + y**2) / (2 * (0.35 * 4) ** 2))
+    np.testing.assert_allclose((central / plain)[:, 1:], bell[:, 1:], rtol=1e-5)
+
+
+def test_whether_a_clip_is_static_does_not_depend_on_its_gop():
+    """One cell in 400 of the P-frames changed, more than the two in a thousand of noise."""
+    for gop in (2, 4):
+        clip = clip_of(np.zeros((4, 160, 160)), gop)
+        change = clip.change.copy()
+        change[~clip.is_i_frame, 0, 0] = 50.0
+        assert not is_static(replace(clip, change=change)) and is_static(clip)
 
 
 @pytest.mark.parametrize("noise", [0, 4])

@@ -122,6 +122,21 @@ def test_shares_of_cells_add_up_and_fit(sizes, share):
         assert ((shares > 0) == (sizes > 0)).all()
 
 
+@pytest.mark.parametrize(
+    ("total", "sizes", "wanted"),
+    [
+        # exact 0.7, 1.75, 4.55: one each at least, then the largest remainder
+        (7, [10, 25, 65], [1, 2, 4]),
+        (10, [26, 27, 47], [2, 3, 5]),  # exact 2.6, 2.7, 4.7: two to give away
+        # exact 0.06, 0.06, 3.0, 2.88: one each makes seven, and the smallest remainder gives way
+        (6, [1, 1, 50, 48], [1, 1, 2, 2]),
+        (2, [0, 5, 0, 5], [0, 1, 0, 1]),
+    ],
+)
+def test_shares_of_cells_are_those_of_largest_remainders(total, sizes, wanted):
+    assert allot(total, np.array(sizes)).tolist() == wanted
+
+
 def test_empty_and_repeated_centroids_are_moved_and_reported():
     rows = blobs(6, 30)
     lost = np.stack([rows[0], rows[0], rows[40], rows[70], -rows[90], -rows[100]])

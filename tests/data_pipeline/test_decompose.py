@@ -1,12 +1,14 @@
 """Codec decomposition of real video: safe opening, true motion, faithful prediction."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
+from conftest import write_video
 
 from data_pipeline.codec.decode import decode_video
-from data_pipeline.codec.decompose import decompose_frames, decompose_video
+from data_pipeline.codec.decompose import decompose_frames, decompose_video, rasterise
 from data_pipeline.codec.framing import frame_to
 from data_pipeline.codec.open_video import InputLimits, open_image
 from data_pipeline.codec.saliency import SaliencyConfig, motion_summary, patch_saliency
@@ -31,6 +33,19 @@ def test_a_pan_yields_its_vector_and_no_residual(dx, dy):
     moving = clip.motion[1:, 2:-2, 2:-2]
     assert np.median(moving[..., 0]) == dx and np.median(moving[..., 1]) == dy
     assert clip.residual[1:, 16:-16, 16:-16].mean() < 1.5
+
+
+def test_a_blocks_vector_fills_the_cells_of_the_block():
+    """FFmpeg names a block by its middle; here one of 16 x 8 pixels and one of 8 x 16."""
+    names = ("w", "h", "dst_x", "dst_y", "motion_x", "motion_y", "motion_scale")
+    vectors = np.array(
+        [(16, 8, 24, 12, 6, -2, 4), (8, 16, 4, 24, 3, 5, 2)],
+        dtype=[(name, np.int32) for name in names],
+    )
+    wanted = np.zeros((4, 5, 2), np.int32)
+    wanted[1, 2:4] = (6, -2)
+    wanted[2:4, 0] = (6, 10)  # in halves of a pixel there, in quarters here
+    assert np.array_equal(rasterise(vectors, 32, 40), wanted)
 
 
 def test_i_frames_follow_the_gop_and_carry_no_motion():
@@ -87,6 +102,32 @@ def test_rotation_in_the_metadata_is_applied_once(shared):
     centre = raw[:, 44:156].astype(int)
     turned, straight = (np.abs(upright - c).mean() for c in (centre[::-1, ::-1], centre))
     assert turned < 0.5 * straight
+
+
+@pytest.mark.parametrize(
+    ("right_goes", "shown_at"), [("down", (0, 1)), ("up", (1, 0)), ("left", (1, 1))]
+)
+def test_quarter_turns_go_the_way_that_the_matrix_says(tmp_path, right_goes, shown_at):
+    """A picture whose upper left quarter is white, as a phone held in another way records it."""
+    picture = np.zeros((64, 96, 3), np.uint8)
+    picture[:32, :48] = 255
+    path = write_video(tmp_path / "turned.mp4", [picture] * 3)
+    one = 1 << 16  # fixed point of ISO/IEC 14496-12: x' = a x + c y, y' = b x + d y
+    a, b, c, d = {
+        "down": (0, one, -one, 0),
+        "up": (0, -one, one, 0),
+        "left": (-one, 0, 0, -one),
+    }[right_goes]
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # behind the name and the fields of version 0
+    struct.pack_into(">9i", data, matrix, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    shown = decode_video(path, 3, 64, 16, fit="area").frames[0].mean(axis=-1)
+    rows, columns = (side // 2 for side in shown.shape)
+    quarters = shown.reshape(2, rows, 2, columns).mean(axis=(1, 3))
+    assert (shown.shape[0] > shown.shape[1]) == (right_goes != "left")
+    assert np.unravel_index(quarters.argmax(), (2, 2)) == shown_at
+    assert quarters.max() > 200 and np.sort(quarters.ravel())[2] < 60
 
 
 def test_timestamps_out_of_order_give_frames_in_time_order(shared):
@@ -195,6 +236,14 @@ def test_working_size_is_a_multiple_of_the_patch_inside_the_scaled_picture(fit, 
     assert framing.left + framing.out_width <= framing.width
     if fit == "crop":
         assert (framing.out_height, framing.out_width) == (112, 112)
+
+
+@pytest.mark.parametrize(("place", "offset"), [(0.0, 0), (0.5, 56), (1.0, 112)])
+def test_a_square_lies_at_its_place_along_the_longer_side(place, offset):
+    wide = frame_to(100, 200, size=112, patch_size=14, fit="crop", place=place)
+    tall = frame_to(200, 100, size=112, patch_size=14, fit="crop", place=place)
+    assert (wide.height, wide.width, wide.top, wide.left) == (112, 224, 0, offset)
+    assert (tall.height, tall.width, tall.top, tall.left) == (224, 112, offset, 0)
 
 
 def test_camera_motion_is_no_news():

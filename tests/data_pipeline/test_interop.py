@@ -89,6 +89,13 @@ def test_index_files_round_trip_and_their_faults_are_named(tmp_path):
             read_visidx(path, (16, 16))
 
 
+def test_index_files_count_patches_row_by_row_where_the_grid_is_not_square(tmp_path):
+    positions = np.array([[0, 2, 4], [1, 0, 3], [1, 1, 0]])
+    write_visidx(tmp_path / "a.npy", positions, (3, 5))
+    assert np.load(tmp_path / "a.npy").tolist() == [14, 18, 20]
+    assert np.array_equal(read_visidx(tmp_path / "a.npy", (3, 5)), positions)
+
+
 def test_mosaics_that_do_not_fit_their_positions_are_named(exported, tmp_path):
     import shutil
 

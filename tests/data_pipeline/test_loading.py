@@ -1,5 +1,6 @@
 """Streams: batches are the same bits wherever, however and with how many ranks they are read."""
 
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -16,15 +17,18 @@ from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
 from data_pipeline.errors import CorruptShard, DataPipelineError, DataTimeout, MissingData
 from data_pipeline.loading.buffers import PackBuffers
-from data_pipeline.loading.choices import ViewConfig
+from data_pipeline.loading.choices import FRAME, MAX_FRAMES, ViewConfig
 from data_pipeline.loading.loader import MixtureLoader
 from data_pipeline.loading.packing import PackedBatch, pack_views
+from data_pipeline.loading.samples import SampleReader
 from data_pipeline.loading.sequential import sequential_batches
 from data_pipeline.loading.stream import HeadStream
 from data_pipeline.loading.stream_config import StreamConfig, samples_per_batch
 from data_pipeline.loading.synthetic import SyntheticStream
+from data_pipeline.loading.table import SampleTable
 from data_pipeline.loading.views import View
 from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.schema import decode_jpeg
 
 VIEW = ViewConfig(codec_ratio=0.5, frame_ratio=0.3, max_tokens=98, max_frames=2)
 STREAM = StreamConfig(batch_size=4, view=VIEW, label_width=4, labels_per_step=2, dali_num_threads=1)
@@ -352,6 +356,48 @@ def test_the_synthetic_stream_keeps_the_contract_and_resumes():
     batch = next(resumed)
     assert_same(batch, batches[2])
     assert batch.cu_seqlens.tolist() == [0, 12, 24, 36, 48] and batch.labels.shape == (4, 2)
+
+
+def test_every_rank_has_noise_of_its_own():
+    ours, theirs = next(synthetic(rank=0)), next(synthetic(rank=1))
+    assert not set(ours.sample_ids.tolist()) & set(theirs.sample_ids.tolist())
+    assert not torch.equal(ours.labels, theirs.labels)
+    assert not torch.equal(ours.pixels, theirs.pixels)
+
+
+def test_another_seed_size_of_packs_or_view_makes_another_plan(packed):
+    folder = packed / "train"
+    larger = dataclasses.replace(STREAM, view=dataclasses.replace(VIEW, max_tokens=196))
+    plans = {
+        stream(folder).plan_sha256,
+        stream(folder, seed=1).plan_sha256,
+        stream(folder, pack_tokens=500).plan_sha256,
+        stream(folder, pack_tokens=600).plan_sha256,
+        stream(folder, larger).plan_sha256,
+        stream(folder, world_size=2).plan_sha256,
+    }
+    assert len(plans) == 6
+    threads = dataclasses.replace(STREAM, dali_num_threads=3)
+    assert stream(folder, threads).plan_sha256 in plans, "how it is read decides no batch"
+
+
+def test_frames_and_flips_are_chosen_by_numbers_of_their_own(packed):
+    manifest = load_manifest(packed / "train")
+    config = ViewConfig(max_tokens=196, max_frames=4, flip=0.5)
+    with contextlib.closing(SampleReader(manifest, SampleTable.of(manifest))) as reader:
+        request = reader.read(0, FRAME, config)
+        picture = torch.from_numpy(decode_jpeg(request.encoded.tobytes()).copy())
+        draw = np.full(16 + MAX_FRAMES, 0.99, np.float32)
+        plain = reader.view(request, picture, draw)
+        draw[0] = 0.0
+        mirrored = reader.view(request, picture, draw)
+        draw[16:] = 0.0
+        early = reader.view(request, picture, draw)
+    times = request.info.frame_times
+    assert plain.positions[::49, 0].tolist() == list(times[1::2]), "the last of every two"
+    assert early.positions[::49, 0].tolist() == list(times[::2])
+    assert torch.equal(mirrored.positions, plain.positions)
+    assert torch.equal(mirrored.pieces[0], plain.pieces[0].flip(-1, -4))
 
 
 def test_other_labels_make_another_plan(packed, tmp_path):

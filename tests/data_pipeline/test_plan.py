@@ -185,6 +185,14 @@ def test_reserves_depend_on_epoch_and_sample_and_spread_over_the_dataset():
     assert [plan.reserve(0, sample, 1) for sample in range(300)] != chosen
 
 
+def test_reserves_of_neighbouring_samples_do_not_follow_each_other():
+    """Bad samples lie side by side (a damaged shard): they must not all try the same few."""
+    plan = make([1000], 10)
+    tried = [[plan.reserve(0, sample, attempt) for attempt in range(3)] for sample in range(100)]
+    shared = sum(one[1:] == two[:2] for one, two in zip(tried, tried[1:], strict=False))
+    assert shared == 0
+
+
 def test_a_plan_of_a_hundred_million_samples_keeps_next_to_nothing():
     sizes = np.full(100_000, 1000)
     tracemalloc.start()

@@ -71,3 +71,31 @@ def test_buckets_of_time_take_turns_and_budgets_stay_prefixes(buckets):
     assert counts.max() - counts.min() <= 1
     plain = select_patches(values, is_i, 30).positions[18:, 0]
     assert (plain < 4).all()
+
+
+def test_positions_are_rows_and_columns_where_the_grid_is_not_square():
+    values = np.zeros((3, 2, 5), np.float32)
+    values[1, 1, 4] = 0.9
+    values[2, 0, 3] = 0.8
+    chosen = select_patches(values, np.array([True, False, False]), 12)
+    i_frame = [[0, row, column] for row in range(2) for column in range(5)]
+    assert chosen.positions.tolist() == [*i_frame, [1, 1, 4], [2, 0, 3]]
+    still = select_patches(0 * values, np.array([True, False, False]), 20)
+    assert still.positions[10:].tolist() == [[1, row, column] for _, row, column in i_frame]
+
+
+@pytest.mark.parametrize(("buckets", "frames"), [(1, [1, 1, 1, 1, 1]), (2, [1, 3, 1, 3, 1])])
+def test_equal_patches_are_taken_in_order_of_time_row_and_column(buckets, frames):
+    equal = np.ones((5, 2, 3), np.float32)
+    is_i_frame = np.arange(5) == 0
+    chosen = select_patches(equal, is_i_frame, 6 + 5, time_buckets=buckets).positions[6:]
+    assert chosen[:, 0].tolist() == frames
+    for frame in set(frames):
+        places = [[row, column] for row in range(2) for column in range(3)]
+        assert chosen[chosen[:, 0] == frame, 1:].tolist() == places[: frames.count(frame)]
+
+
+def test_frames_of_a_static_clip_halve_the_largest_gap():
+    is_i_frame = np.arange(7) == 0
+    chosen = select_patches(np.zeros((7, 1, 2), np.float32), is_i_frame, 14)
+    assert chosen.positions[2::2, 0].tolist() == [1, 5, 3, 2, 6, 4]

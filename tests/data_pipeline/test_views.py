@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.loading.choices import (
+    MAX_FRAMES,
     Stage,
     ViewConfig,
     choose_labels,
@@ -149,6 +150,12 @@ def test_frames_are_drawn_one_per_bin():
     found = np.stack([choose_frames(16, 4, draw[16:]) for draw in draws(0, 0, np.arange(200))])
     assert (found // 4 == np.arange(4)).all()
     assert len(np.unique(found[:, 0])) == 4
+
+
+def test_no_number_is_drawn_for_two_things_or_two_samples():
+    found = draws(0, 0, np.arange(100))
+    # 8,000 numbers of 24 bits: two meet by chance now and then
+    assert found.shape == (100, 16 + MAX_FRAMES) and len(np.unique(found)) > 7_950
 
 
 def test_view_choice_follows_the_ratio_and_nothing_but_seed_epoch_and_sample():

@@ -3,6 +3,8 @@ an error ends what it has to and no more.
 """
 
 import io
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from eval_encoder import lmm_chat
 from eval_encoder.lmm_config import parse_arguments
 from eval_encoder.lmm_conversation import IMAGE, TEMPLATES, Turn, Visual, encode
 from eval_encoder.lmm_data import Collator, Example, visual_tokens
-from eval_encoder.lmm_generate import Request, open_speaker, visual_config
+from eval_encoder.lmm_generate import AnswerStopped, Decoding, Request, open_speaker, visual_config
 from eval_encoder.lmm_open import compose
 from eval_encoder.lmm_tiny import write_language_model
 from eval_encoder.lmm_visuals import VisualReader
@@ -178,6 +180,47 @@ def test_an_unreadable_file_is_named_in_one_line(chat, tmp_path, kind, content):
     for flags in ((), ("--question", COLOUR)):
         code, said, [problem] = chat(f"--{kind}", path, *flags, typed=COLOUR)
         assert (code, said) == (1, []) and str(path) in problem
+
+
+def test_a_stopped_answer_ends_at_the_next_block_and_leaves_no_trace(speaker):
+    request = Request((Turn("human", f"{IMAGE}\n{COLOUR}"),), (Visual("image", "red.png"),))
+    blocks = []
+
+    def stop_in_the_second():
+        blocks.append(None)
+        return len(blocks) > 1
+
+    with pytest.raises(AnswerStopped):
+        speaker.answer([request], stop=stop_in_the_second)
+    assert len(blocks) == 2
+    assert speaker.answer([request]) == ["red"] and len(blocks) == 2
+
+
+def test_a_prompt_beyond_the_context_is_refused(speaker):
+    long = Request((Turn("human", f"{COLOUR} " * 5000),))
+    with pytest.raises(ValueError, match=r"a prompt of \d+ tokens, .* context of 4096 tokens"):
+        speaker.answer([long])
+
+
+def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenised(speaker):
+    deaf = replace(speaker, lmm=replace(speaker.lmm, tokenizer=None))
+    with pytest.raises(ValueError, match="a prompt of 3000000 characters exceeds"):
+        deaf._example(Request((Turn("human", "x" * 3_000_000),)))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_a_terminal_would_obey_is_shown_as_escapes(capsys, beams):
+    class Hostile:
+        decoding = Decoding(num_beams=beams)
+        lmm = SimpleNamespace(tokenizer=None)
+
+        def answer(self, requests, streamer):
+            if streamer is not None:
+                streamer.on_finalized_text("\x1b[2Jred\n\u202egreen", stream_end=True)
+            return ["\x1b[2Jred\n\u202egreen"]
+
+    lmm_chat._say(Hostile(), lmm_chat.Dialogue().ask(COLOUR))
+    assert capsys.readouterr().out == "\\x1b[2Jred\n\\u202egreen\n"
 
 
 def test_a_folder_without_a_model_is_an_error_of_one_line(capsys, tmp_path):

@@ -22,7 +22,9 @@ from lmm_parts import (
     tokenizer,
 )
 
-from eval_encoder.lmm_model import LmmForConditionalGeneration, Visuals
+from eval_encoder import lmm_model
+from eval_encoder.lmm_cross_tokens import TextCrossTokens
+from eval_encoder.lmm_model import LmmForConditionalGeneration, Visuals, _share
 from eval_encoder.lmm_open import open_lmm, open_tower, set_resolution
 from eval_encoder.lmm_projector_file import (
     load_projector,
@@ -411,6 +413,40 @@ def test_every_text_cross_token_learns():
     assert (model.tower.cross_tokens.weight.grad[0].abs().sum(dim=-1) > 0).all()
     with pytest.raises(ValueError, match="CrossGET"):
         model_of(ours(), reduction={"r": 2}, projector_type="spatial_merge")
+
+
+def test_every_picture_is_aligned_with_the_text_of_its_own_sample(monkeypatch):
+    """Two pictures of the second sample, one of the first."""
+    model = model_of(ours(), reduction={"r": 2}, alignment_weight=0.1).train()
+    with torch.no_grad():  # at zero, the text's cross tokens are the same for all samples
+        model.get_input_embeddings().weight[1].normal_()
+    aligned, entered = [], []
+    monkeypatch.setattr(
+        lmm_model,
+        "alignment_loss",
+        lambda image, text, direction: aligned.append((image, text)) or image.sum() * 0,
+    )
+    original = TextCrossTokens.__exit__
+    monkeypatch.setattr(
+        TextCrossTokens,
+        "__exit__",
+        lambda cross, *error: entered.append(cross.seen) or original(cross, *error),
+    )
+    tokens = model.tokens_for(GRID, PATCHES)
+    ids, mask = token_ids(model, [tokens, 2 * tokens])
+    ids[1, 0] = 7  # samples that begin alike would have the same token
+    visuals = replace(pictures(3), samples=torch.tensor([0, 1, 1]))
+    model(input_ids=ids, attention_mask=mask, labels=ids, visuals=visuals)
+    (image, text), seen = aligned[0], torch.stack(entered[0])
+    assert image.shape[1] == text.shape[1] == 3 and not torch.equal(seen[0, 0], seen[0, 1])
+    assert torch.equal(text, seen[:, [0, 1, 1]].float())
+
+
+def test_the_share_of_a_batch_counts_the_tokens_that_have_a_loss():
+    """A first token is predicted by nothing, whatever its label."""
+    labels = torch.tensor([[5, 6, -100, -100], [-100, 7, 8, 9]])
+    assert _share(labels, num_items=torch.tensor(8)) == 4 / 8
+    assert _share(labels, num_items=None) == 1
 
 
 def test_models_are_built_on_the_meta_device():

@@ -7,7 +7,7 @@ import importlib.util
 import json
 
 import pytest
-from conftest import run
+from conftest import call, run
 
 from eval_encoder import lmm_answers, lmm_scorers
 from eval_encoder.lmm_answers import FORMATS, normalise_answer, read_answers
@@ -383,15 +383,15 @@ def test_intervals_hold_the_figure_and_are_the_same_each_time(tmp_path):
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys, gqa):
     path = answers(tmp_path, {"10": "left", "11": "no", "12": "no"})
     output = tmp_path / "new" / "gqa.json"
-    lmm_scorers.main(["gqa", "--answers", str(path), "--annotations", str(gqa), "--output",
-                      str(output), "--confidence"])  # fmt: skip
+    words = ["gqa", "--answers", path, "--annotations"]
+    call(lmm_scorers.main, *words, gqa, "--output", output, "--confidence")
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "gqa: 3 questions" and printed[1].split()[:2] == ["accuracy", "66.67"]
     written = json.loads(output.read_text())
     assert written["figures"]["accuracy"] == pytest.approx(200 / 3)
     assert written["benchmark"] == "gqa" and len(written["intervals"]["accuracy"]) == 2
     with pytest.raises(SystemExit, match="error: .*absent"):
-        lmm_scorers.main(["gqa", "--answers", str(path), "--annotations", "absent"])
+        call(lmm_scorers.main, *words, "absent")
 
 
 @pytest.mark.parametrize("module", ["lmm_scorers", "lmm_answers"])
@@ -510,9 +510,9 @@ def test_the_command_writes_a_file_or_says_why_not(tmp_path, capsys):
     given = answers(tmp_path, {2: "b", 1: "a"})
     output = tmp_path / "new" / "mmvet.json"
     words = ["mmvet", "--answers", str(given), "--questions", str(questions)]
-    lmm_answers.main([*words, "--output", str(output)])
+    call(lmm_answers.main, *words, "--output", output)
     assert json.loads(output.read_text()) == {"v1_1": "a", "v1_2": "b"}
     assert capsys.readouterr().out == f"2 answers in {output}\n"
     lines(questions, [{"question_id": 1}] * 2)
     with pytest.raises(SystemExit, match="error: .*names question_id 1 twice"):
-        lmm_answers.main([*words, "--output", str(output)])
+        call(lmm_answers.main, *words, "--output", output)

@@ -22,6 +22,7 @@ from eval_encoder.lmm_features import FeatureStore
 from eval_encoder.lmm_generate import Decoding, Request, open_speaker
 from eval_encoder.lmm_open import compose, open_lmm
 from eval_encoder.lmm_probe import main as probe
+from eval_encoder.lmm_samples import stage_samples
 from eval_encoder.lmm_stage import build_dataset, build_reader, training_arguments
 from eval_encoder.lmm_trainer import LmmTrainer
 
@@ -71,7 +72,7 @@ def test_both_stages_run_and_write_what_the_next_one_needs(parts, llava15):
     first, second = llava15
     written = {path.name for path in first.iterdir()}
     assert {"mm_projector.bin", "config.json", "parts.json", "record.json", "metrics.jsonl", "runs",
-            "preprocessor_config.json", "tokenizer.json"} <= written  # fmt: skip
+            "preprocessor_config.json", "tokenizer.json", "SHA256SUMS"} <= written  # fmt: skip
     assert not list(first.glob("*.safetensors")) and not list(first.rglob("training_args.bin"))
     assert (second / "model.safetensors").is_file()
     assert losses(second)[-1] < 0.3 * losses(second)[0]
@@ -133,6 +134,9 @@ def test_a_killed_stage_resumes_to_the_same_bits(parts, tmp_path):
         for path in cut.iterdir():  # as a kill after step 7 would have left it
             if path.name in ("model.safetensors", "mm_projector.bin", "checkpoint-8", "runs"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if stage == 1:  # the checkpoint of step 3 is then the newest that is whole
+            state = cut / "checkpoint-6" / "optimizer.pt"
+            state.write_bytes(state.read_bytes()[:-1] + b"x")
         assert probe(flags(parts, recipe, stage, cut, *more)) == 0
         assert losses(cut) == losses(whole)
         name = "mm_projector.bin" if stage == 1 else "model.safetensors"
@@ -159,7 +163,9 @@ def test_stored_features_train_as_the_tower_itself(parts, tmp_path, recipe, towe
 
 
 @pytest.mark.parametrize("recipe", ["llava15", "vitsplit"])
-def test_stored_features_follow_the_dtype_and_their_key_what_was_read(parts, tmp_path, recipe):
+def test_stored_features_are_of_what_was_read_and_damaged_ones_are_made_again(
+    parts, tmp_path, recipe, caplog
+):
     arguments, _ = parse_arguments(flags(parts, recipe, 1, tmp_path))
     lmm = compose(arguments)
     lmm.model.train_parts()
@@ -167,11 +173,27 @@ def test_stored_features_follow_the_dtype_and_their_key_what_was_read(parts, tmp
     def filled():
         reader = build_reader(arguments, lmm)
         store = FeatureStore(tmp_path / "features", lmm.model, reader)
-        dataset = build_dataset(arguments, lmm, reader, store)
+        samples = stage_samples(arguments)
+        dataset = build_dataset(arguments, samples=samples, lmm=lmm, reader=reader, store=store)
         return dataset, store, store.fill(dataset.visuals)
 
     dataset, store, count = filled()
     assert count == 24 and filled()[2] == 0
+    entries = sorted((tmp_path / "features").rglob("??/*.npy"))
+    written = [path.read_bytes() for path in entries]
+    for path, data in zip(entries, written, strict=True):  # one bit each, all over the file
+        place = 8 * len(data) * entries.index(path) // len(entries)
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+    lmm.model.train()
+    caplog.clear()
+    for index in range(len(dataset)):
+        dataset[index]
+    assert [path.read_bytes() for path in entries] == written, "made again to the same bits"
+    for path in entries:
+        assert f"{path} are made again: it changed" in caplog.text
+    lmm.model.eval()
     lmm.model.bfloat16()
     batch = Collator(lmm.tokenizer.pad_token_id, store=store)([dataset[0], dataset[1]])
     assert lmm.model(**batch).loss.isfinite()
@@ -311,7 +333,9 @@ def test_projector_and_tower_have_learning_rates_of_their_own(parts, llava15, tm
     lmm = open_lmm(tmp_path / "one")
     lmm.model.train_parts(language_model=True, tower_from=5)
     reader = build_reader(arguments, lmm)
-    trainer = LmmTrainer(lmm, arguments, args, build_dataset(arguments, lmm, reader, None))
+    samples = stage_samples(arguments)
+    dataset = build_dataset(arguments, samples=samples, lmm=lmm, reader=reader, store=None)
+    trainer = LmmTrainer(lmm, arguments, args, dataset)
     rates = {p: g["lr"] for g in trainer.create_optimizer().param_groups for p in g["params"]}
     for name, parameter in lmm.model.named_parameters():
         if parameter.requires_grad:

@@ -19,7 +19,7 @@ from eval_encoder.lmm_data import collate_visuals, visual_tokens
 from eval_encoder.lmm_generate import visual_config
 from eval_encoder.lmm_trainer import check_one_size
 from eval_encoder.lmm_visuals import VisualReader, pad_to_square
-from model_factory.packing import CLIP_MEAN
+from model_factory.packing import CLIP_MEAN, patchify
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,8 @@ def test_frames_and_codec_patches_of_a_clip_have_their_positions(media):
     pictures = reader(native("clip"), media, num_frames=4)(visual)
     assert pictures.pictures.shape == (4, 3, SIDE, SIDE)
     assert visual_tokens(pictures, lambda grid, patches: patches) == 4 * 16
+    same = reader(ours(), media, video_size=SIDE, num_frames=4)(visual)
+    torch.testing.assert_close(patchify(pictures.pictures, PATCH).flatten(0, 1), same.rows)
     with pytest.raises(ValueError, match="codec patches need an encoder of ours"):
         reader(native("clip"), media, **codec)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import call
 
 from eval_encoder import probe_prepare
 from eval_encoder.probe_datasets import MissingBenchmark, read_lists
@@ -178,7 +179,7 @@ def prepare_kinetics(root: Path, videos: Path, train: str, val: str):
     (root / "train.csv").write_text(HEAD + train)
     (root / "val.csv").write_text(HEAD + val)
     command = ["kinetics", "--train", str(root / "train.csv"), "--val", str(root / "val.csv")]
-    probe_prepare.main([*command, "--videos", str(videos), "--output", str(root / "k700")])
+    call(probe_prepare.main, *command, "--videos", str(videos), "--output", str(root / "k700"))
     rows = [listed(root / "k700" / f"{split}_new.csv") for split in ("train", "val")]
     return [os.path.normpath(root / "k700" / row[0]) for split in rows for row in split]
 
@@ -254,7 +255,7 @@ def prepare_hmdb(root: Path, line: bytes) -> list[str]:
     (root / "splits" / "kick_test_split1.txt").write_bytes(line + b"\nother.avi 2 \n")
     touch(root / "splits", "._kick_test_split1.txt")  # a file manager's: no class
     command = ["hmdb51", "--splits", str(root / "splits"), "--videos", str(root / "v")]
-    probe_prepare.main([*command, "--output", str(root / "hmdb51")])
+    call(probe_prepare.main, *command, "--output", str(root / "hmdb51"))
     return [row[0] for row in listed(root / "hmdb51" / "train_new.csv")]
 
 

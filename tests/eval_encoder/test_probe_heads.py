@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_probe_lists import clip_list
 
 from eval_encoder.probe_config import build_config, build_parser
+from eval_encoder.probe_datasets import hold_out
 from eval_encoder.probe_head import HeadBank, HeadSetting
 from eval_encoder.probe_metrics import (
     Judgement,
@@ -19,7 +21,14 @@ from eval_encoder.probe_metrics import (
     seed_interval,
 )
 from eval_encoder.probe_record import summarise
-from eval_encoder.probe_trainer import History, NonFiniteProbe, ProbeTrainer
+from eval_encoder.probe_trainer import (
+    History,
+    NonFiniteProbe,
+    ProbeTrainer,
+    _chunks,
+    _losses,
+    _mean_over_crops,
+)
 from training.distributed import process_group
 
 SETTINGS = [HeadSetting(1e-3, 0.0, 0), HeadSetting(1e-2, 0.0, 0), HeadSetting(1e-3, 0.0, 1)]
@@ -134,6 +143,67 @@ def test_every_seed_of_a_linear_head_sees_every_clip_once_an_epoch():
     assert seen[0] != seen[1]
 
 
+def test_every_head_is_trained_at_its_own_rate_and_weight_decay():
+    flags = ("--default_lr_list", "1e-2", "1e-4", "--default_weight_decay", "0", "0.5")
+    config, (train, val) = trainer(*flags)
+    with process_group() as ranks:
+        probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
+    settings = {(1e-2, 0.0), (1e-2, 0.5), (1e-4, 0.0), (1e-4, 0.5)}
+    assert {(s.lr, s.weight_decay) for s in probe.bank.settings} == settings
+    groups = zip(probe._optimizer.param_groups, probe.bank.heads, probe.bank.settings, strict=True)
+    for group, head, setting in groups:
+        assert (group["peak"], group["weight_decay"]) == (setting.lr, setting.weight_decay)
+        own = {id(parameter) for parameter in head.parameters()}
+        assert {id(parameter) for parameter in group["params"]} == own
+
+
+def test_rates_fall_from_their_peak_to_the_least_over_all_steps():
+    flags = ("--default_lr_list", "1e-2", "1e-4", "--default_min_lr", "1e-5")
+    config, (train, val) = trainer(*flags, "--batch_size", "8", "--default_epoch", "2")
+    rates = []
+    with process_group() as ranks:
+        probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
+        probe._optimizer.register_step_post_hook(
+            lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
+        )
+        probe.run()
+    steps = len(rates)
+    assert steps == 2 * -(-len(hold_out(train.clips, config.heads.holdout)[0]) // 8)
+    for head, peak in enumerate((1e-2, 1e-4)):
+        wanted = [peak + (1e-5 - peak) * step / steps for step in range(steps)]
+        np.testing.assert_allclose([rate[head] for rate in rates], wanted)
+
+
+def test_every_epoch_and_seed_has_an_order_of_its_own_over_the_same_clips():
+    clips = np.arange(20) * 3
+    drawn = {(seed, epoch): _chunks(seed, epoch, clips, 8) for seed in (0, 1) for epoch in (1, 2)}
+    for chunks in drawn.values():
+        assert [len(chunk) for chunk in chunks] == [8, 8, 4]
+        assert sorted(np.concatenate(chunks)) == clips.tolist()
+    assert len({tuple(np.concatenate(chunks)) for chunks in drawn.values()}) == 4
+
+
+def test_a_clips_scores_are_the_mean_over_its_crops():
+    scores = torch.arange(12.0).view(2, 3, 2)
+    clips, found = _mean_over_crops([7, 4, 7], scores)
+    assert clips == [7, 4]
+    assert found.tolist() == [[[2, 3], [2, 3]], [[8, 9], [8, 9]]]
+
+
+def test_losses_are_those_of_every_head_alone():
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(3, 5, 4, generator=draw), torch.tensor([0, 3, 1, 1, 2])
+    wanted = [
+        F.cross_entropy(head, labels, label_smoothing=0.1, reduction="sum") for head in logits
+    ]
+    torch.testing.assert_close(_losses(logits, labels, 0.1), torch.stack(wanted))
+    several = torch.randint(0, 2, (5, 4), generator=draw)
+    wanted = [
+        F.binary_cross_entropy_with_logits(head, several.float()) * len(several) for head in logits
+    ]
+    torch.testing.assert_close(_losses(logits, several, 0.1), torch.stack(wanted))
+
+
 def test_seeds_that_can_decide_nothing_have_no_interval(caplog):
     caplog.set_level(logging.WARNING, "t")
     flags = ("--head", "linear", "--num_seeds", "3", "--batch_size", "64")
@@ -210,6 +280,22 @@ def test_judgements_count_places_as_sorting_does():
     assert lost.judgement().main()[0] == 0, "no number is no right answer"
     some = replace(judged, judged=np.arange(30) < 20)
     assert some.top(7).tolist() == [100, 100] and some.confusion([0]).sum() == 20
+
+
+def test_clips_that_could_not_be_read_are_in_no_figure():
+    """Four clips, of which the second was not read: its places are zeros, as nobody filled them."""
+    judged = Judgement(
+        labels=np.array([0, 1, 1, 2]),
+        judged=np.array([True, False, True, True]),
+        place=np.array([[1, 0, 2, 1]]),
+        predicted=np.array([[0, 0, 0, 2]]),
+        num_classes=4,
+    )
+    assert judged.main().tolist() == pytest.approx([100 * 2 / 3])
+    assert judged.top(2).tolist() == [100]
+    assert judged.per_class([0]) == [100.0, 0.0, 100.0, None]
+    # rows are true classes, columns what was said
+    assert np.argwhere(judged.confusion([0])).tolist() == [[0, 0], [1, 0], [2, 2]]
 
 
 def test_average_precision_is_the_mean_precision_at_the_positives():

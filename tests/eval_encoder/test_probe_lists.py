@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import call
 
 from data_pipeline.codec.camera import CAMERA_MODELS
 from eval_encoder import probe_prepare
@@ -171,7 +172,7 @@ def test_official_ucf101_and_hmdb51_lists_become_lists(tmp_path):
     names = ("Archery/v_Archery_g08_c01.avi", "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi")
     write_videos(tmp_path / "ucf", *names)
     command = ["ucf101", "--splits", str(splits), "--videos", str(tmp_path / "ucf")]
-    probe_prepare.main([*command, "--output", str(tmp_path / "ucf101")])
+    call(probe_prepare.main, *command, "--output", str(tmp_path / "ucf101"))
     assert listed(tmp_path / "ucf101" / "train_new.csv") == [
         ["../ucf/Archery/v_Archery_g08_c01.avi", "1"]
     ]
@@ -181,11 +182,11 @@ def test_official_ucf101_and_hmdb51_lists_become_lists(tmp_path):
     (splits / "wave_test_split1.txt").write_text("d.avi 1 \n")
     write_videos(tmp_path / "hmdb", "brush_hair/a.avi", "brush_hair/b.mp4", "wave/d.avi")
     command = ["hmdb51", "--splits", str(splits), "--videos", str(tmp_path / "hmdb")]
-    probe_prepare.main([*command, "--output", str(tmp_path / "hmdb51")])
+    call(probe_prepare.main, *command, "--output", str(tmp_path / "hmdb51"))
     assert [row[1] for row in listed(tmp_path / "hmdb51" / "train_new.csv")] == ["0", "1"]
     assert listed(tmp_path / "hmdb51" / "val_new.csv") == [["../hmdb/brush_hair/b.mp4", "0"]]
     with pytest.raises(SystemExit, match="no CLASS_test_split2.txt"):
-        probe_prepare.main([*command, "--split", "2", "--output", str(tmp_path / "hmdb51")])
+        call(probe_prepare.main, *command, "--split", "2", "--output", str(tmp_path / "hmdb51"))
 
 
 def test_official_kinetics_files_become_lists(tmp_path):
@@ -198,7 +199,7 @@ def test_official_kinetics_files_become_lists(tmp_path):
     write_videos(tmp_path / "videos", *names)
     command = ["kinetics", "--train", str(tmp_path / "train.csv"), "--val"]
     command += [str(tmp_path / "val.csv"), "--videos", str(tmp_path / "videos")]
-    probe_prepare.main([*command, "--output", str(tmp_path / "k700")])
+    call(probe_prepare.main, *command, "--output", str(tmp_path / "k700"))
     train = listed(tmp_path / "k700" / "train_new.csv")
     assert train[:2] == [[f"../videos/{names[0]}", "1"], [f"../videos/{names[1]}", "0"]]
     assert train[2] == ["../videos/zumba/gone_000001_000011.mp4", "1"]
@@ -206,4 +207,4 @@ def test_official_kinetics_files_become_lists(tmp_path):
     assert "gone" in (tmp_path / "k700" / "absent_train.txt").read_text()
     (tmp_path / "val.csv").write_text("video,class\na,b\n")
     with pytest.raises(SystemExit, match="lacks the columns"):
-        probe_prepare.main([*command, "--output", str(tmp_path / "k700")])
+        call(probe_prepare.main, *command, "--output", str(tmp_path / "k700"))

@@ -153,6 +153,9 @@ def test_a_model_without_a_head_converts_too(tmp_path):
 def test_a_damaged_description_is_named(model, tmp_path):
     save_backbone(model, tmp_path / "backbone.pt")
     (tmp_path / "backbone.json").write_text("[]")
+    with pytest.raises(ValueError, match="backbone.json changed since it was written"):
+        load_backbone(tmp_path / "backbone.pt", "llava_vit_tiny_ln")
+    (tmp_path / "backbone.pt.sha256").unlink()
     with pytest.raises(ValueError, match="backbone.json holds a list"):
         load_backbone(tmp_path / "backbone.pt", "llava_vit_tiny_ln")
 

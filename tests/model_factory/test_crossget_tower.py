@@ -5,9 +5,11 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from model_factory import crossget_tower
 from model_factory.crossget_tower import CrossGetTower, alignment_loss, layer_repeats
 from model_factory.llava_vision_tower import LlavaViTVisionConfig, LlavaViTVisionModel
-from model_factory.token_reduction import ReductionConfig, tokens_left
+from model_factory.rope import rope_tables
+from model_factory.token_reduction import ReductionConfig, choose_merge, tokens_left
 from model_factory.vision_towers import VisualInputs, tower_of
 
 R = {"free": 1, "main": 2, "double": 3, "saturated": 13, "none": 0}
@@ -164,6 +166,27 @@ def test_items_of_a_pack_are_reduced_each_by_itself_to_the_promised_count():
         whole = together.states[4].split(together.lengths)[number]
         torch.testing.assert_close(item, whole, rtol=1e-4, atol=1e-5)
         start += length
+
+
+def test_tokens_that_are_left_keep_their_positions(monkeypatch):
+    """What a layer's queries are turned by is what its tokens stood at before the merge."""
+    places, merges = [], []
+
+    def seen(positions, *args):
+        places.append(positions)
+        return rope_tables(positions, *args)
+
+    def chosen(*args):
+        merges.append(choose_merge(*args))
+        return merges[-1]
+
+    monkeypatch.setattr(crossget_tower, "rope_tables", seen)
+    monkeypatch.setattr(crossget_tower, "choose_merge", chosen)
+    with torch.no_grad():
+        CrossGetTower(tower_of(encoder()), ReductionConfig(3))(pack_of([20]), [4])
+    assert [len(positions) for positions in places] == [21, 18, 15, 12]
+    for before, merge, after in zip(places, merges, places[1:], strict=False):
+        assert torch.equal(after, before[merge.kept[0]])
 
 
 def test_gradients_reach_the_cross_tokens_of_our_encoder_and_none_of_its_weights():

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, run
 
 from model_factory.export_folder import save_encoder_folder
+from model_factory.files import CHECKSUMS_NAME
 from model_factory.packing import CLIP_MEAN, CLIP_STD
 from model_factory.registry import create_model
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
@@ -112,6 +113,7 @@ def test_weights_that_do_not_fit_are_never_left_random(folder, tmp_path, fault):
     else:
         weights[key] = torch.zeros(511)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / CHECKSUMS_NAME).unlink()
     with pytest.raises(ValueError, match=f"{fault}: {key}"):
         LlavaViTPackingModel.from_pretrained(tmp_path)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from model_factory.backbone import save_backbone
 from model_factory.export_folder import image_processor_json, save_encoder_folder
 from model_factory.export_llava_tower import main
+from model_factory.files import CHECKSUMS_NAME
 from model_factory.llava_tower_check import check_folder
 from model_factory.llava_tower_check import main as check_main
 from model_factory.llava_vision_tower import LlavaViTVisionTower, tower_or_none
@@ -112,10 +113,10 @@ def pictures(folder):
 def test_the_folder_holds_its_files_and_no_other(place, kind):
     folder = place / f"{kind}.out"
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    parts = ("config.json", "model.safetensors", "preprocessor_config.json")
+    parts = ("config.json", "model.safetensors", "preprocessor_config.json", CHECKSUMS_NAME)
     towers = ("tower", "tower_legacy") if kind in LEGACY else ("tower",)
     wanted = {f"{tower}/{name}" for tower in towers for name in parts}
-    assert found == wanted | {"config.json", "processor_config.json", "README.md"}
+    assert found == wanted | {"config.json", "processor_config.json", "README.md", CHECKSUMS_NAME}
     processor = json.loads((folder / "tower" / "preprocessor_config.json").read_text())
     assert {"crop_size", "size", "image_mean", "image_std"} <= processor.keys()
     assert "shortest_edge" in processor["size"]
@@ -223,6 +224,7 @@ def test_a_source_without_a_tensor_is_refused_by_its_name(place, tmp_path, kind,
         names = load_file(folder / "model.safetensors")
         tensor = next(name for name in names if "layers.1." in name and name.endswith(".bias"))
     missing = without(tensor, folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / CHECKSUMS_NAME).unlink(missing_ok=True)
     assert main([str(tmp_path / "damaged"), "--output_dir", str(tmp_path / "eye")]) == 1
     said = capfd.readouterr().err
     assert "error: " in said and missing in said and str(tmp_path / "damaged") in said
@@ -261,6 +263,8 @@ def test_the_check_finds_what_a_folder_lacks_or_changes(place, tmp_path, capsys)
     shutil.copytree(place / "clip.out", folder)
     reference = reference_of(folder, tmp_path)
     assert len(check_folder(folder, reference)) == 2
+    for listing in folder.rglob(CHECKSUMS_NAME):
+        listing.unlink()
     legacy = folder / "tower_legacy" / "model.safetensors"
     weights = load_file(legacy)
     name = next(key for key in weights if key.endswith("layers.0.mlp.fc2.weight"))

@@ -109,6 +109,10 @@ POSITIONS = torch.zeros(16, 3)
             "row 0 describes 8 patches, cu_seqlens gives that item 9",
         ),
         ({"max_seqlen": 9}, "max_seqlen is 9, the longest item has 16"),
+        (
+            {"grid_thw": torch.tensor([[1, 2, 2], [1, 3, 4]]), "max_seqlen": 11},
+            "max_seqlen is 11, the longest item has 12",
+        ),
         ({"max_seqlen": 0}, "max_seqlen is 0"),
         (
             {

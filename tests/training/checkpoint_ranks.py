@@ -14,6 +14,7 @@ from training.checkpointer import CheckpointConfig, Checkpointer
 from training.distributed import process_group
 from training.losses.partial_fc import PartialFC, PartialFCConfig
 from training.optimizer import OptimizerConfig, build_optimizer, ensure_moments
+from training.resume import find_commit
 
 CLASSES, WIDTH = 11, 8
 
@@ -54,10 +55,11 @@ def main() -> None:
         checkpointer = Checkpointer(folder, ranks, *facts)
         if action == "save":
             check_or_fill(checkpointer._tensors(), head, fill=True)
-            checkpointer.save(7, {"word": "kept"}, wait=True)
+            state = {"data": {}, "fingerprint": {}, "word": "kept"}
+            checkpointer.save(7, state, wait=True)
             check_or_fill(checkpointer._tensors(), head, fill=False)
         else:
-            commit = checkpointer.find("auto")
+            commit = find_commit(folder, "auto", ranks, logging.getLogger())
             assert commit.state["step"] == 7 and commit.state["word"] == "kept"
             checkpointer.start(commit)
             check_or_fill(checkpointer._tensors(), head, fill=False)

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 
 from data_pipeline.counter_hash import counter_normal, counter_uniform
 from training import distributed
 from training.distributed import all_gather_rows, process_group
 from training.losses import sharded_softmax
 from training.losses.partial_fc import PartialFC, PartialFCConfig
+from training.optimizer import global_grad_norm
 
 
 def relative(got, want):
@@ -94,7 +96,20 @@ def dense(ranks):
     assert head.centers.grad.is_sparse
     wanted = centers.grad[head.class_start : head.class_end]
     assert relative(head.centers.grad.to_dense(), wanted) < 1e-5
+    check_norm(head, centers.grad)
     print("dense ok", flush=True)
+
+
+def check_norm(head, whole):
+    """The global norm is that of one long vector: an encoder's gradients, which every rank holds,
+    and those of all centres [num_classes, D], of which this rank's head holds its rows."""
+    encoder = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in encoder.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    parts = [parameter.grad.flatten() for parameter in encoder.parameters()]
+    want = torch.cat([*parts, whole.flatten().float()]).norm()
+    assert relative(global_grad_norm(encoder, [head]), want) < 1e-5
 
 
 def uneven(ranks):

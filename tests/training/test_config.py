@@ -4,15 +4,17 @@ every field is read somewhere.
 
 import ast
 import dataclasses
+import itertools
 import logging
 
 import pytest
 from conftest import ROOT
 
 from training.cli import IDLE_FLAGS, build_config, build_parser, warn_idle
-from training.config import TrainConfig, fingerprint, fingerprint_difference, override
+from training.config import TrainConfig, fingerprint, fingerprint_difference
 from training.lr_scheduler import ScheduleConfig, lr_factor
 from training.optimizer import is_decayed
+from training.override import override
 from training.presets import PRESETS, preset
 
 
@@ -60,6 +62,14 @@ def test_a_mere_split_is_named_with_its_parent():
         (["--set", "optimizer.betas=[0.9,1]"], "optimizer.betas"),
         (["--set", "collective_timeout_s=-1"], "collective_timeout_s is -1.0"),
         (["--list_loss_weights", "-1"], "--list_loss_weights -1.0"),
+        (["--lr", "nan"], "optimizer.lr: nan is no number"),
+        (["--set", "optimizer"], "write it as field.subfield=value"),
+        (["--set", "optimizer=1"], "optimizer has fields of its own"),
+        (["--set", "embedded_clips.0=many"], "0 takes int, got 'many'"),
+        (["--set", "embedded_clips.2=1"], "'2' is no index of a list of 2"),
+        (["--set", "output.name=x"], "unknown field 'name'; nearest known: none"),
+        (["--set", "embedded_clips=[1,2]", "--set", "embedded_clips.0=3"], "about the same values"),
+        (["--set", "embedded_clips.0=3", "--set", "embedded_clips=[1,2]"], "about the same values"),
     ],
 )
 def test_mistakes_are_value_errors_that_name_the_flag(argv, message):
@@ -68,11 +78,61 @@ def test_mistakes_are_value_errors_that_name_the_flag(argv, message):
 
 
 def test_overrides_reach_any_depth_and_keep_types():
-    config = override(preset("demo"), "heads.0.stream.view.max_tokens=49")
-    config = override(override(config, "optimizer.lr=1"), "model.init_from=weights.pt")
+    assigned = ("heads.0.stream.view.max_tokens=49", "optimizer.lr=1", "model.init_from=weights.pt")
+    config = override(preset("demo"), assigned)
     assert config.heads[0].stream.view.max_tokens == 49
     assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
     assert config.model.init_from == "weights.pt"
+
+
+# no two of the first three go together, and neither of the others goes alone
+TOGETHER = (
+    ["heads.0.dataset=data/words", "heads.1.dataset=data/clips", "heads.2.dataset=data/images"],
+    ["pack_tokens=4096", "heads.2.stream.token_share=0.75", "heads.0.stream.token_share=0.25"],
+    ["heads.1.stream.view.codec_ratio=0.9", "heads.1.stream.view.frame_ratio=0.1", "seed=3"],
+)
+
+
+@pytest.mark.parametrize("assignments", TOGETHER)
+def test_settings_that_need_each_other_come_in_any_order(assignments):
+    base = preset("large_stage2_video")
+    configs = [override(base, order) for order in itertools.permutations(assignments)]
+    assert len(configs) == 6 and all(config == configs[0] for config in configs)
+    flat = configs[0].flat()
+    assert [f"{path}={flat[path]}" for path, _, _ in (a.partition("=") for a in assignments)] == (
+        assignments
+    )
+
+
+def test_a_flag_lies_over_its_preset_and_a_setting_over_the_flag():
+    flags = ("--preset", "demo", "--lr", "0.5", "--set", "optimizer.lr=0.25")
+    assert config_of(*flags[:2]).optimizer.lr == preset("demo").optimizer.lr
+    assert config_of(*flags[:4]).optimizer.lr == 0.5
+    assert config_of(*flags).optimizer.lr == 0.25
+    assert config_of(*flags[:2], *flags[4:], *flags[2:4]).optimizer.lr == 0.25
+    assert config_of(*flags, "--set", "optimizer.lr=1").optimizer.lr == 1.0, "the last one counts"
+
+
+def test_a_flag_that_is_only_valid_with_a_setting_goes_with_it():
+    view = config_of(
+        *("--preset", "demo", "--residual_ratio", "0.9"),
+        *("--set", "heads.0.stream.view.frame_ratio=0.1"),
+    ).heads[0].stream.view  # fmt: skip
+    assert (view.codec_ratio, view.frame_ratio) == (0.9, 0.1)
+    with pytest.raises(ValueError, match="exceed 1"):
+        config_of("--preset", "demo", "--residual_ratio", "0.9")
+
+
+def test_overrides_leave_their_base_alone_and_keep_the_types_of_lists():
+    base = preset("progressive")
+    rows = "heads.0.stream.stages=[[0,512,2,0.5],[0.5,1024,4,1]]"
+    config = override(base, [rows, "optimizer.betas=[0,0.5]", "resume_allow=[]"])
+    assert [stage.max_tokens for stage in config.heads[0].stream.stages] == [512, 1024]
+    assert config.optimizer.betas == (0.0, 0.5) and isinstance(config.optimizer.betas[0], float)
+    assert override(base, ["heads.0.stream.stages.1.max_tokens=99"]).heads[0].stream.stages[1] == (
+        dataclasses.replace(base.heads[0].stream.stages[1], max_tokens=99)
+    )
+    assert base == preset("progressive")
 
 
 def test_without_a_dataset_the_demo_preset_is_laid_under_the_flags():

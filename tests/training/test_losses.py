@@ -168,6 +168,17 @@ def test_what_stands_in_a_row_without_weight_changes_nothing(alone):
     assert torch.equal(found[0][2], found[1][2])
 
 
+def test_a_row_without_labels_takes_no_part_in_the_mean(alone):
+    from training.losses.partial_fc import PartialFC
+
+    head = PartialFC(10, 8, PartialFCConfig(sample_rate=1.0), alone)
+    rows, labels = torch.randn(3, 8), torch.tensor([[1, 4], [-1, -1], [3, -1]])
+    with_it = head(rows, labels, torch.ones(3), 0)
+    without = head(rows[[0, 2]], labels[[0, 2]], torch.ones(2), 0)
+    assert with_it.objective.item() == pytest.approx(without.objective.item())
+    assert with_it.reported.item() == pytest.approx(without.reported.item())
+
+
 def test_starting_centres_are_checked_and_crowded_ones_are_seen(alone):
     from training.losses.partial_fc import PartialFC
 

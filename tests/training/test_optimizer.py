@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from model_factory.layers import AttentionPoolingHead
 from training.losses.partial_fc import PartialFCConfig
 from training.optimizer import (
     OptimizerConfig,
@@ -97,6 +98,32 @@ def test_micro_steps_with_other_samples_add_up():
     assert torch.allclose(head.centers.grad.to_dense(), want)
     clip_gradients([head.centers], torch.tensor(10.0), 0.5)
     assert torch.allclose(head.centers.grad.to_dense(), want * 0.05)
+
+
+def test_matrices_decay_and_norms_biases_and_the_pooling_probe_do_not():
+    encoder = nn.ModuleDict(
+        {
+            "block": nn.Linear(4, 4),
+            "norm": nn.LayerNorm(4),
+            "head": AttentionPoolingHead(4, hidden=8, num_heads=1, norm_eps=1e-6),
+        }
+    )
+    groups = build_optimizer(encoder, {"a": (Head(6, 0.5), 1.0)}, CONFIG).param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    found = {name: decays.pop(id(p)) for name, p in encoder.named_parameters()}
+    plain = {name for name in found if name.endswith(("bias", "norm.weight", "probe"))}
+    assert len(plain) == 9 and "head.probe" in plain
+    assert found == {name: 0.0 if name in plain else CONFIG.weight_decay for name in found}
+    assert list(decays.values()) == [CONFIG.weight_decay_centers]
+
+
+def test_the_rate_of_a_head_is_scaled():
+    heads = {"a": (Head(6, 0.5), 1.0), "b": (Head(6, 0.5), 0.25)}
+    optimizer = build_optimizer(nn.Linear(2, 2), heads, CONFIG)
+    set_learning_rate(optimizer, 2.0, 0.5)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates.pop("centers of b") == 0.25
+    assert set(rates.values()) == {1.0} and len(rates) == 3
 
 
 def test_state_can_be_laid_out_before_the_first_step():

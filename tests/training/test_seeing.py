@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,20 @@ def test_mfu_is_a_share_of_a_known_peak_or_not_known(
     assert [speed["mfu"] is None for speed in speeds] == [line == "MFU not known"] * 2
 
 
+def test_the_peak_of_a_share_is_that_of_all_ranks(tmp_path, monkeypatch):
+    from training.distributed import process_group
+    from training.metrics import MetricLogger
+    from training.step_clock import StepClock
+
+    monkeypatch.setattr("training.metrics.peak_flops", lambda device: 1e9)
+    with process_group() as ranks:
+        four = replace(ranks, world_size=4)
+        clock = StepClock(ranks.device)
+        metrics = MetricLogger(tmp_path, four, 2, 1, 0, clock, logging.getLogger("t"))
+        metrics.close()
+    assert metrics._mfu(2e9) == 0.5
+
+
 @pytest.mark.e2e
 @pytest.mark.dist
 def test_a_profile_is_a_chrome_trace_of_the_asked_steps(finished):
@@ -112,7 +127,7 @@ def test_a_checkpoint_is_exported_while_its_run_goes_on(finished, tmp_path):
     assert sizes[0] == sizes[1]
     run("-m", "training.export", finished / "checkpoints/step_00000010", "--output", tmp_path / "b")
     done = run("-m", "training.export", tmp_path, "--output", tmp_path / "c", check=False)
-    assert done.returncode == 1 and "no checkpoint" in done.stderr
+    assert done.returncode == 6 and "no checkpoint" in done.stderr
 
 
 @pytest.mark.dist

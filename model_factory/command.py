@@ -1,0 +1,192 @@
+"""One face for every command: what ends it becomes a text and an exit code here, and nowhere else.
+
+    def main(argv: list[str] | None = None) -> int:
+        return run_command(parse=build_parser().parse_args, work=_draw, argv=argv)
+
+    a user's mistake, or the machine's fault    `error: ...`, the exit code of its kind
+    Ctrl-C                                      one line, 130
+    nobody reads on (`| head`)                  nothing, 141
+    anything else                               a traceback, and that it is a fault of ours: 1
+
+A mistake is a ValueError or an OSError; a class of ours that is more than that names its kind by an
+attribute `outcome`, a key of EXIT_CODES. UNIVIT_TRACEBACK=1 shows the traceback of every error.
+Lies in the lowest layer and needs the standard library alone, so that `--help` stays quick.
+"""
+
+import errno
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from .plain_text import printable
+
+EXIT_CODES = {
+    "done": 0,
+    "error": 1,  # a user's mistake, or a fault of ours; 2 is argparse's, for its own messages
+    "preempted": 3,  # saved
+    "stopped": 3,  # where there was nothing to save
+    "data budget": 4,
+    "non-finite": 5,
+    "bad checkpoint": 6,
+    "other configuration": 7,
+    "storage": 8,
+    "peer lost": 9,
+    "out of memory": 10,
+    "launcher gone": 11,
+}
+# what a file system says when the fault is its own, not that of a path
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
+# those of them that writing alone can meet: the file is below the command's output
+WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+TRACEBACK = "UNIVIT_TRACEBACK"
+# attributes of parsed arguments that name where a command writes; the first one given counts
+WRITTEN = ("record", "output", "output_dir", "save_report", "answers")
+
+Args = TypeVar("Args")
+
+
+def run_command(
+    parse: Callable[[Sequence[str] | None], Args],
+    work: Callable[[Args], int | None],
+    argv: Sequence[str] | None = None,
+    is_heard: Callable[[str], bool] = lambda text: True,
+) -> int:
+    """Parse, work, and return the exit code; `work` returns one too, None stands for 0.
+
+    `is_heard` may keep the text of an error back, where another rank has said the same. SystemExit
+    passes through: argparse has shown its help or its message, a worker has chosen its code.
+    """
+    args = None
+    try:
+        args = parse(argv)
+        code = work(args) or EXIT_CODES["done"]
+        _flush_output()
+        return code
+    except SystemExit:
+        raise
+    except BrokenPipeError as error:
+        if not _nobody_reads():
+            return _told(error, args, is_heard)
+        _discard_output()
+        return signal_code(signal.SIGPIPE)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return signal_code(signal.SIGINT)
+    except BaseException as error:
+        return _told(error, args, is_heard)
+
+
+def signal_code(number: int) -> int:
+    """Exit code of a command that a signal ended, as shells count."""
+    return 128 + number
+
+
+def outcome_of(error: BaseException) -> str | None:
+    """Kind of an end, a key of EXIT_CODES; None for a fault of ours, whose traceback is wanted."""
+    declared = getattr(error, "outcome", None)
+    if isinstance(declared, str) and declared in EXIT_CODES:
+        return declared
+    # torch's own class is told by its name, as this module does without torch; its allocator of
+    # host memory raises a plain RuntimeError
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory"
+    if isinstance(error, RuntimeError) and "can't allocate" in str(error):
+        return "out of memory"
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        return "storage"
+    return "error" if isinstance(error, (ValueError, OSError)) else None
+
+
+def message_of(error: BaseException, written: Path | None = None) -> str:
+    """What a user reads of an error: its text, every character shown, our own line breaks kept.
+
+    Errors of the operating system become "PATH: what happened"; where a write met one that names no
+    path, `written` is the place.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        paths = [os.fsdecode(p) for p in (error.filename, error.filename2) if _is_path(p)]
+        if not paths and written is not None and error.errno in WRITE_FAULTS:
+            paths = [str(written)]
+        return ": ".join(printable(part) for part in (*paths, error.strerror))
+    if isinstance(error, OSError):  # a library's, which break their lines for a terminal
+        return printable(" ".join(str(error).split()))
+    # not splitlines, for which characters in a file's name are line breaks too
+    lines = [printable(line) for line in str(error).split("\n")]
+    text = "\n".join(lines).rstrip()
+    return text or type(error).__name__
+
+
+def _is_path(name: object) -> bool:
+    return isinstance(name, (str, bytes, os.PathLike))
+
+
+def _told(error: BaseException, args: object, is_heard: Callable[[str], bool]) -> int:
+    """Say what ended a command; its exit code."""
+    outcome = outcome_of(error)
+    written = _written(args)
+    if outcome is None:
+        text = _own_fault(error, written)
+    else:
+        text = f"error: {message_of(error, written)}"
+        if os.environ.get(TRACEBACK):
+            text = f"{_trace(error)}\n{text}"
+    if is_heard(text):
+        print(text, file=sys.stderr)
+    try:
+        _flush_output()
+    except OSError:
+        _discard_output()
+    return EXIT_CODES[outcome or "error"]
+
+
+def _own_fault(error: BaseException, written: Path | None) -> str:
+    record = "" if written is None else f"; what is on record lies in {printable(written)}"
+    return (
+        f"{_trace(error)}\nerror: {type(error).__name__}: {message_of(error)}: a fault of univit's "
+        f"own, not of what it was given. Please report it with the lines above{record}"
+    )
+
+
+def _trace(error: BaseException) -> str:
+    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__)).split("\n")
+    return "\n".join(printable(line) for line in lines).rstrip()
+
+
+def _written(args: object) -> Path | None:
+    """Where a command writes, as far as its arguments say."""
+    for name in WRITTEN:
+        value = getattr(args, name, None)
+        if value is not None:
+            return Path(value)
+    return None
+
+
+def _nobody_reads() -> bool:
+    """Whether the standard output is a pipe that was closed at its other end: other pipes, a
+    child's for example, break as well."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # a test's standard output has no descriptor
+        return False
+
+
+def _flush_output() -> None:
+    """Meet a closed pipe or a full disk now, not when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _discard_output() -> None:
+    """Let what is still buffered go nowhere, or the interpreter would complain of it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
