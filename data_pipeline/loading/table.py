@@ -27,11 +27,16 @@ class SampleTable:
     @classmethod
     def of(cls, manifest: Manifest) -> "SampleTable":
         """Read off the shards' records; CorruptShard for records of an older writer."""
-        samples = [(shard, sample) for shard in manifest.shards for sample in shard["samples"]]
-        if not samples:
+        if not len(manifest):
             raise MissingData(f"{manifest.directory} holds no sample: see `stats` on it")
-        rows = [_numbers(shard, sample, manifest) for shard, sample in samples]
-        is_image = np.array([sample["kind"] == "image" for _, sample in samples], dtype=bool)
+        # no pairs in between: new objects by the hundred thousand wake the garbage collector
+        rows = [
+            _numbers(sample, shard, manifest)
+            for shard in manifest.shards
+            for sample in shard["samples"]
+        ]
+        kinds = (sample["kind"] for shard in manifest.shards for sample in shard["samples"])
+        is_image = np.fromiter((kind == "image" for kind in kinds), bool, len(manifest))
         return cls(is_image, *np.array(rows, np.int32).T)
 
     def scaled_grid(self, ids, scale: float):
@@ -50,7 +55,7 @@ def scaled_grid(rows, columns, scale: float):
     return np.maximum(shrunk[0], 1), np.maximum(shrunk[1], 1)
 
 
-def _numbers(shard: dict, sample: dict, manifest: Manifest) -> tuple[int, int, int, int]:
+def _numbers(sample: dict, shard: dict, manifest: Manifest) -> tuple[int, int, int, int]:
     """(rows, columns, patches, stored frames) of a record's sample, checked."""
     try:
         rows, columns = sample["grid"]
