@@ -77,8 +77,9 @@ class Quarantine:
             raise BudgetExceeded(
                 f"{len(self._met)} bad samples in epoch {epoch} of {self._manifest.directory}, "
                 f"{limit} are allowed ({self._budget.share:.2%}); run `python -m data_pipeline "
-                f"verify {self._manifest.directory}` and pack the damaged shards again, or raise "
-                f"error_budget.share\n{self._listing()}"
+                f"verify {self._manifest.directory}` and pack the damaged shards again, or allow "
+                "more with `--set heads.0.stream.error_budget.share=SHARE` (0: the head's place)\n"
+                f"{self._listing()}"
             )
         self._check_shards()
         return len(self._met)
