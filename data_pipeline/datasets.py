@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import CorruptShard, MissingData
+from .errors import CorruptShard, DataPipelineError, MissingData
 from .shards.manifest import Manifest, load_manifest
 
 EMBEDDED = "motion_shapes"
@@ -119,16 +119,37 @@ def extract_features(
 
 def recluster(dataset: Dataset, encoder: Path, output: Path, report=print) -> None:
     """Labels by another encoder in `output`: features, as many centroids and as wide labels as
-    before. What is there already is kept.
+    before. What is there already is kept; what is damaged is reported and made again.
     """
     from .clustering.feature_sources import FeatureConfig
-    from .clustering.labels import RECORD_NAME
     from .clustering.pipeline import ClusterConfig, cluster, label
 
-    if not (output / RECORD_NAME).is_file():
-        config = ClusterConfig(dataset.num_classes, FeatureConfig(str(encoder)))
-        cluster(dataset.manifest, config, output, report=report)
-        label(dataset.manifest, output, dataset.labels.shape[1], output)
+    try:
+        relabelled(dataset, output)
+        return
+    except MissingData:
+        pass
+    except CorruptShard as error:
+        report(f"{error}; done now")
+    config = ClusterConfig(dataset.num_classes, FeatureConfig(str(encoder)))
+    cluster(dataset.manifest, config, output, report=report)
+    label(dataset.manifest, output, dataset.labels.shape[1], output)
+
+
+def start_centers(path: Path) -> np.ndarray:
+    """Starting centres of a head from a .npy file [num_classes, D] of floats. Those of `cluster`
+    must be as their record says. DataPipelineError names a file that is something else."""
+    from .clustering.kmeans import CENTROIDS_NAME, RECORD_NAME, load_centroids
+
+    if path.name == CENTROIDS_NAME and (path.parent / RECORD_NAME).is_file():
+        return load_centroids(path.parent)[0]
+    try:
+        centers = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataPipelineError(f"{path} is no array of numbers: {error}") from error
+    if not isinstance(centers, np.ndarray) or centers.dtype.kind != "f" or centers.ndim != 2:
+        raise DataPipelineError(f"{path} holds no floats [num_classes, D], as starting centres are")
+    return centers
 
 
 def relabelled(dataset: Dataset, labels_folder: Path) -> Dataset:

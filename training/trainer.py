@@ -14,11 +14,10 @@ import logging
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipeline.datasets import Dataset
+from data_pipeline.datasets import Dataset, start_centers
 
 from .arithmetic import arithmetic
 from .checkpoint_folder import Commit
@@ -209,7 +208,7 @@ class Trainer:
         facts = (num_classes, width, head.loss, self.ranks, self.config.seed, head.name)
         partial_fc = PartialFC(*facts)
         if head.init_from:
-            partial_fc.load_centers(torch.from_numpy(np.load(head.init_from, allow_pickle=False)))
+            partial_fc.load_centers(torch.from_numpy(start_centers(Path(head.init_from))))
             self._check_crowding(head, partial_fc.crowding())
         return partial_fc
 

@@ -3,7 +3,7 @@
 A decoder allocates what the header states: 2 MB of file may claim 65500 x 65500 pixels. Members
 are written by the packer, so whatever is not the plain file that it writes is damaged or hostile.
 The walk is strict, because decoders disagree about what is not: no bytes between segments, one
-frame header, and it stands before the first scan. Cost: 6 us a picture.
+frame header, and it stands before the first scan. Cost: 10 us a picture.
 
 Source: ITU-T T.81, annex B.
 """

@@ -20,7 +20,6 @@ size, p patch.
 import io
 import itertools
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -182,19 +181,21 @@ def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
 
 def check_positions(positions: np.ndarray, count: int, grid: tuple[int, int], name: str) -> None:
     """CorruptShard unless positions uint16 [K, 3] are `count` different places (t, h, w) of the
-    time base and a grid of (rows, columns). 25 us for 2048 of them."""
+    time base and a grid of (rows, columns). 40 us for 2048 of them."""
     if positions.shape != (count, 3):
         raise CorruptShard(f"{name}: positions {positions.shape} for {count} patches")
-    bounds = (TIME_BASE, *grid)
-    if (positions >= bounds).any():
+    rows, columns = grid
+    t, h, w = np.ascontiguousarray(positions.T)
+    if t.max() >= TIME_BASE or h.max() >= rows or w.max() >= columns:
+        bounds = (TIME_BASE, rows, columns)
         worst = positions[(positions >= bounds).any(axis=1)][0].tolist()
         raise CorruptShard(
             f"{name}: a patch stands at (t, h, w) = {tuple(worst)}, the sample has {bounds}"
         )
-    places = np.ravel_multi_index(positions.T.astype(np.intp), bounds)
-    is_taken = np.zeros(math.prod(bounds), bool)
-    is_taken[places] = True
-    if np.count_nonzero(is_taken) != count:
+    # sorted, not marked in an array of the grid: its size is only what a record says
+    places = (t.astype(np.int64) * rows + h) * columns + w
+    places.sort()
+    if (places[1:] == places[:-1]).any():
         raise CorruptShard(f"{name}: two patches stand at one place")
 
 

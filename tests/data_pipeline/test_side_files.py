@@ -13,14 +13,14 @@ from older_folders import unseal
 from PIL import Image
 
 from data_pipeline.__main__ import main
-from data_pipeline.arrays import read_array, write_array
+from data_pipeline.arrays import array_bytes, read_array, write_array
 from data_pipeline.clustering.feature_sources import FeatureConfig
 from data_pipeline.clustering.features import extract, load_features
 from data_pipeline.clustering.kmeans import load_centroids
 from data_pipeline.clustering.labels import load_labels, save_labels
 from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
 from data_pipeline.clustering.progress import SavedProgress
-from data_pipeline.datasets import resolve_dataset
+from data_pipeline.datasets import recluster, relabelled, resolve_dataset, start_centers
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
 from data_pipeline.motion_shapes import check_settings
 from data_pipeline.shards.inputs import list_inputs
@@ -203,6 +203,43 @@ def test_settings_of_clips_are_bound_and_those_of_before_are_read(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"easy", b"eazy"))
     with pytest.raises(ValueError, match="changed since it was written.*delete the folder"):
         check_settings(path, [1, "easy"], "names")
+
+
+def test_starting_centres_are_those_that_were_found(copy):
+    path = copy / "centroids" / "centroids.npy"
+    want = np.load(path)
+    assert np.array_equal(start_centers(path), want)
+    np.save(path, want[::-1])
+    with pytest.raises(CorruptShard, match="centroids.npy changed since it was written"):
+        start_centers(path)
+    np.save(copy / "mine.npy", want)
+    assert np.array_equal(start_centers(copy / "mine.npy"), want)
+    for wrong in (b"", b"no array", array_bytes(np.zeros(3, np.float32))):
+        (copy / "mine.npy").write_bytes(wrong)
+        with pytest.raises(DataPipelineError, match="mine.npy"):
+            start_centers(copy / "mine.npy")
+
+
+def test_labels_of_a_round_that_are_damaged_are_made_again_and_said(copy):
+    from model_factory.vit_preview_v0_packing_hf import (
+        LlavaViTPackingConfig,
+        LlavaViTPackingModel,
+    )
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+    config = LlavaViTPackingConfig(num_hidden_layers=1, patch_size=16, **sizes)
+    LlavaViTPackingModel(config).save_pretrained(copy / "encoder")
+    dataset = resolve_dataset(str(copy / "data")).load()
+    said: list[str] = []
+    recluster(dataset, copy / "encoder", copy / "round", said.append)
+    want = relabelled(dataset, copy / "round").labels
+    before = len(said)
+    recluster(dataset, copy / "encoder", copy / "round", said.append)
+    assert len(said) == before, "labels that are there are kept"
+    (copy / "round" / "labels.npy").write_bytes(b"")
+    recluster(dataset, copy / "encoder", copy / "round", said.append)
+    assert "labels.npy changed since it was written" in said[before]
+    assert np.array_equal(relabelled(dataset, copy / "round").labels, want)
 
 
 # verify
