@@ -165,7 +165,8 @@ def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> Ll
         fields = packing_config(packing_name(model_name), rope_pairing="rotary")
         return LlavaViTPackingModel(fields)
     for folder in (path / "hf", path):
-        has_both = (folder / "config.json").is_file() and list(folder.glob("*.safetensors"))
+        weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+        has_both = (folder / "config.json").is_file() and weights  # a .bin is refused, by its name
         # an export of which a file is lost is an error, and no reason to look elsewhere
         listed = read_checksums(folder / CHECKSUMS_NAME) or {}
         if has_both or any(name.endswith(".safetensors") for name in listed):

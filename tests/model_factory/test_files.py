@@ -11,6 +11,7 @@ from model_factory.files import (
     check_checksums,
     is_plain_name,
     json_bytes,
+    listing_of,
     parse_json,
     read_json,
     stays_below,
@@ -134,6 +135,24 @@ def test_names_that_lead_out_of_a_folder_are_told(name):
 def test_a_list_of_checksums_that_is_damaged_is_refused(tmp_path):
     (tmp_path / CHECKSUMS_NAME).write_text("0" * 63 + "  a.bin\n")
     with pytest.raises(DamagedFile, match="no line of sha256sum"):
+        check_checksums(tmp_path)
+
+
+def test_a_list_that_sha256sum_wrote_of_bytes_and_one_of_a_single_file_are_read(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"a")
+    assert listing_of(tmp_path / "a.pt") == CHECKSUMS_NAME
+    done = subprocess.run(["sha256sum", "--binary", "a.pt"], cwd=tmp_path, capture_output=True)
+    (tmp_path / "a.pt.sha256").write_bytes(done.stdout)
+    assert b" *a.pt" in done.stdout and listing_of(tmp_path / "a.pt") == "a.pt.sha256"
+    assert check_checksums(tmp_path, ["a.pt"], listing="a.pt.sha256")
+    (tmp_path / "a.pt").write_bytes(b"b")
+    with pytest.raises(DamagedFile, match="a.pt changed .* remove a.pt.sha256"):
+        check_checksums(tmp_path, ["a.pt"], listing="a.pt.sha256")
+
+
+def test_a_list_that_cannot_be_read_is_no_missing_one(tmp_path):
+    (tmp_path / CHECKSUMS_NAME).mkdir()
+    with pytest.raises(IsADirectoryError):
         check_checksums(tmp_path)
 
 
