@@ -11,6 +11,7 @@ import sys
 import time
 
 from eval_encoder.probe_config import build_config, build_parser, idle_flags
+from model_factory.plain_text import show
 from model_factory.quiet import quiet_libraries
 
 PATIENCE_S = 6 * 3600.0  # ranks meet after reading their shares, which may take them unlike times
@@ -151,7 +152,7 @@ def _report(config, record, confusion, costs, encoder_sha256: str, train, val) -
     missed = len(train.unreadable | val.unreadable)
     partial = f" without {missed} unreadable clips" if missed else ""
     chosen = ", ".join(f"{k} {v:g}" for k, v in record["chosen"].items() if k != "held_out")
-    print(
+    show(
         f"{record['dataset']} {config.input.family}: {metric.replace('top1', 'top-1')} "
         f"{last[metric]:.2f} ± {half_interval(last):.2f} at the last epoch, {chosen}{partial}"
     )

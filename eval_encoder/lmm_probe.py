@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from eval_encoder.lmm_config import build_parser, parse_arguments
+from model_factory.plain_text import PlainFormatter
 from model_factory.quiet import quiet_libraries
 
 LOG = logging.getLogger("univit")
@@ -53,7 +54,9 @@ def _stage(arguments, others: list[str]) -> int:
         whole_on_every_rank,
     )
 
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     args = training_arguments(arguments, others)
     set_seed(args.seed)
     with whole_on_every_rank(args):

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from model_factory.local_output import output_path
+from model_factory.plain_text import show
 
 from .probe_official import Splits, read_hmdb51, read_kinetics, read_ssv2, read_ucf101
 
@@ -88,7 +89,7 @@ def write_lists(
 
 
 def _warn(line: str) -> None:
-    print(line, file=sys.stderr)
+    show(line, error=True)
 
 
 def _read(args: argparse.Namespace) -> tuple[str, Splits]:

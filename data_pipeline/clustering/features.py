@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from model_factory.files import file_sha256, write_atomically
+from model_factory.plain_text import show
 from model_factory.quiet import quiet_libraries
 
 from ..errors import CorruptShard, DataPipelineError, MissingData
@@ -75,7 +76,7 @@ def extract(
     folder: Path,
     task_id: int = 0,
     num_tasks: int = 1,
-    report=print,
+    report=show,
 ) -> bool:
     """Write the vectors of shards task_id, task_id + num_tasks, ... that are not there yet; whether
     all shards are done now, by whomever.

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from model_factory.files import write_atomically
+from model_factory.plain_text import show
 
 from ..loading.shard_reader import ShardReader
 from .manifest import Manifest
@@ -44,9 +45,7 @@ class MosaicClip:
     valid: int
 
 
-def export_mosaics(
-    manifest: Manifest, output: Path, image_format: str = "png", report=print
-) -> int:
+def export_mosaics(manifest: Manifest, output: Path, image_format: str = "png", report=show) -> int:
     """Write every clip of a packed folder; returns their number.
 
     Raises ValueError for an image format other than png and jpg.
