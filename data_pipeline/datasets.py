@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.plain_text import show
+
 from .errors import CorruptShard, DataPipelineError, MissingData
 from .shards.manifest import Manifest, load_manifest
 
@@ -106,7 +108,7 @@ def forget_other_clusters(dataset: Dataset, encoder: Path, output: Path) -> bool
 
 
 def extract_features(
-    dataset: Dataset, encoder: Path, output: Path, part: int, num_parts: int, report=print
+    dataset: Dataset, encoder: Path, output: Path, part: int, num_parts: int, report=show
 ) -> None:
     """Vectors by another encoder, of every num_parts-th shard from `part` on, for recluster."""
     from .clustering.feature_sources import FeatureConfig
@@ -117,7 +119,7 @@ def extract_features(
     extract(dataset.manifest, config, output / FEATURES_NAME, part, num_parts, report)
 
 
-def recluster(dataset: Dataset, encoder: Path, output: Path, report=print) -> None:
+def recluster(dataset: Dataset, encoder: Path, output: Path, report=show) -> None:
     """Labels by another encoder in `output`: features, as many centroids and as wide labels as
     before. What is there already is kept; what is damaged is reported and made again.
     """
@@ -161,7 +163,7 @@ def relabelled(dataset: Dataset, labels_folder: Path) -> Dataset:
 
 
 def prepare_embedded(
-    directory: Path, num_train: int = 1200, num_val: int = 240, report=print
+    directory: Path, num_train: int = 1200, num_val: int = 240, report=show
 ) -> DatasetSpec:
     """Write, pack, cluster and label the embedded motion_shapes set under `directory`;
     steps already done are kept.

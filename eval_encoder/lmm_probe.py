@@ -27,6 +27,7 @@ from eval_encoder.lmm_config import build_parser, parse_arguments
 from eval_encoder.lmm_samples import stage_samples
 from model_factory.command import run_command
 from model_factory.launcher_watch import watched_launcher
+from model_factory.plain_text import PlainFormatter
 from model_factory.quiet import quiet_libraries
 from training.log import is_first_to_say
 
@@ -75,7 +76,9 @@ def _run(arguments, others: list[str], samples) -> None:
         whole_on_every_rank,
     )
 
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     args = training_arguments(arguments, others)
     set_seed(args.seed)
     with whole_on_every_rank(args):

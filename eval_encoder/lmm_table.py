@@ -17,6 +17,7 @@ from pathlib import Path
 
 from model_factory.command import run_command
 from model_factory.local_output import output_path
+from model_factory.plain_text import in_markdown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +69,7 @@ def markdown(rows: list[dict]) -> str:
     """The rows as a table."""
     names = list(rows[0])
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
-    lines += [" | ".join(str(row[name]) for name in names) for row in rows]
+    lines += [" | ".join(in_markdown(row[name]) for name in names) for row in rows]
     return "".join(f"| {line} |\n" for line in lines)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.plain_text import printable
+
 from .probe_config import ProbeConfig
 from .probe_datasets import BENCHMARKS
 from .probe_metrics import seed_interval
@@ -117,7 +119,9 @@ def write_results(
         stream.write(header + table_row(record) + "\n")
     weights = Path(config.model_weight).name
     with open(folder / f"report_attentive_probe_{weights}.txt", "a") as stream:
-        stream.write(f"{record['dataset']} {record['last_epoch'][record['metric']]:.2f}\n")
+        stream.write(
+            f"{printable(record['dataset'])} {record['last_epoch'][record['metric']]:.2f}\n"
+        )
     return record
 
 

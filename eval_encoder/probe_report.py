@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from model_factory.command import run_command
+from model_factory.plain_text import in_code, in_markdown
 
 BARS = "▁▂▃▄▅▆▇█"
 ROUNDS_NAME = "rounds.json"
@@ -59,7 +60,10 @@ def _packed(shards: Path) -> str:
         f"{sum(stats['rejected'].values())} inputs rejected."
     ]
     rejected = [entry for shard in manifest.shards for entry in shard["rejected"]]
-    lines += [f"- rejected `{entry['source']}`: {entry['reason']}" for entry in rejected]
+    lines += [
+        f"- rejected {in_code(entry['source'])}: {in_markdown(entry['reason'])}"
+        for entry in rejected
+    ]
     return "\n".join(["## Data", "", *lines])
 
 
@@ -127,7 +131,7 @@ def _probe(results: Path) -> str:
     lines = [
         "## Attentive probe, top-1 on held-out clips",
         "",
-        f"| input (equal token budget) | {' | '.join(weights)} | chance |",
+        f"| input (equal token budget) | {' | '.join(map(in_markdown, weights))} | chance |",
         f"| --- |{' ---: |' * (len(weights) + 1)}",
     ]
     for view, name in INPUTS.items():
@@ -151,7 +155,11 @@ def _paths(output: Path) -> str:
         "this report": output / "report.md",
     }
     return "\n".join(
-        ["## Where things are", "", *(f"- {name}: {path}" for name, path in places.items())]
+        [
+            "## Where things are",
+            "",
+            *(f"- {name}: {in_code(path)}" for name, path in places.items()),
+        ]
     )
 
 
