@@ -54,6 +54,22 @@ EVAL_ENCODER = (
         tests=(HEADS,),
     ),
     Mutant(
+        name="probe-mean-of-this-rank",
+        file="eval_encoder/probe_trainer.py",
+        old="(sums.sum() / count.clamp(min=1)).backward()",
+        new="(sums.sum() / len(batch.clips)).backward()",
+        why="ranks with few clips count as much as those with many",
+        tests=(HEADS,),
+    ),
+    Mutant(
+        name="figures-of-this-rank",
+        file="eval_encoder/probe_metrics.py",
+        old="        dist.all_reduce(self._found)\n",
+        new="",
+        why="accuracies are those of the clips of rank 0",
+        tests=("eval_encoder/test_probe.py::test_two_ranks_judge_as_one_does",),
+    ),
+    Mutant(
         name="value-bias-of-the-keys",
         file="eval_encoder/probe_head.py",
         old="attention.in_proj_bias[2 * pooled.shape[-1] :]",
@@ -166,11 +182,21 @@ EVAL_ENCODER = (
         tests=("eval_encoder/test_probe_knn.py",),
     ),
     Mutant(
-        name="held-out-differs-by-line",
+        name="held-out-by-line",
+        file="eval_encoder/probe_datasets.py",
+        old="is_held = np.array([name in held for name in clips.names], bool)",
+        new="is_held = np.isin(np.arange(len(clips.names)), order[:count])",
+        why="settings are chosen on files that were learned, where they are listed twice",
+        tests=(
+            "eval_encoder/test_probe_lists.py::test_held_out_clips_are_part_of_train_and_do_not_change",
+        ),
+    ),
+    Mutant(
+        name="held-out-share-of-lines",
         file="eval_encoder/probe_datasets.py",
         old="files = list(dict.fromkeys(clips.names))",
         new="files = list(clips.names)",
-        why="settings are chosen on clips that were learned",
+        why="more is held out than was asked for where files are listed twice",
         tests=(
             "eval_encoder/test_probe_lists.py::test_held_out_clips_are_part_of_train_and_do_not_change",
         ),
