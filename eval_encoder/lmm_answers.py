@@ -32,6 +32,7 @@ from pathlib import Path
 
 from model_factory.command import run_command
 from model_factory.local_output import output_path
+from model_factory.reading import names_place
 
 ID = (str, int)
 QUESTION = {"question_id": ID}
@@ -133,7 +134,7 @@ def read_jsonl(path: Path, kinds: Mapping) -> list[dict]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} line {number} is no JSON: {error}") from error
             rows.append(checked(row, kinds, f"{path} line {number}"))
     return rows
@@ -143,7 +144,7 @@ def read_json(path: Path, kinds: Mapping) -> dict:
     """Object of a JSON file that holds `kinds`, {field: type}; ValueError for anything else."""
     try:
         found = json.loads(existing(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     return checked(found, kinds, str(path))
 
@@ -252,6 +253,7 @@ def write_mmbench(answers: Answers, questions: Path, output: Path) -> None:
     write([columns, *cells], output)
 
 
+@names_place("path")
 def _read_mmbench(path: Path) -> dict[str, dict]:
     """{index: row without picture}"""
     csv.field_size_limit(LONGEST_FIELD)

@@ -184,7 +184,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 def _parse(text: bytes, place: str):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{place} is no JSON: {error}; give one JSON list, or one object per line"
         ) from error

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from model_factory.reading import names_place
+
 from .lmm_model import LmmForConditionalGeneration
 
 PROJECTOR_FILE = "mm_projector.bin"
@@ -25,6 +27,7 @@ def save_projector(model: LmmForConditionalGeneration, folder: Path, tensors: di
     model.config.save_pretrained(folder)
 
 
+@names_place("path")
 def load_projector(model: LmmForConditionalGeneration, path: Path) -> None:
     """Fill the projector from a file with LLaVA's names, whatever stands before `mm_projector.`.
 

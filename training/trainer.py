@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.datasets import Dataset
+from model_factory.reading import reading
 
 from .arithmetic import arithmetic
 from .checkpointer import Checkpointer
@@ -242,7 +243,9 @@ class Trainer:
         facts = (num_classes, width, head.loss, self.ranks, self.config.seed, head.name)
         partial_fc = PartialFC(*facts)
         if head.init_from:
-            partial_fc.load_centers(torch.from_numpy(np.load(head.init_from, allow_pickle=False)))
+            with reading(head.init_from):
+                centers = torch.from_numpy(np.load(head.init_from, allow_pickle=False))
+            partial_fc.load_centers(centers)
             self._check_crowding(head, partial_fc.crowding())
         return partial_fc
 
