@@ -192,7 +192,7 @@ def _read_json(annotations: Path, name: str):
         if path.is_file():
             try:
                 return path, json.loads(path.read_bytes())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} is no JSON: {error}") from error
     raise ValueError(
         f"{annotations} holds no something-something-v2-{name}.json: give the folder of the "

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 from model_factory.command import run_command
+from model_factory.files import parse_json
 from model_factory.plain_text import in_code, in_markdown
+from model_factory.reading import reading
 
 BARS = "▁▂▃▄▅▆▇█"
 ROUNDS_NAME = "rounds.json"
@@ -69,7 +71,11 @@ def _packed(shards: Path) -> str:
 
 def _rounds(run: Path, shards: Path, truth: Path | None) -> str:
     """A row per round of training: its classes, how they differ from those before, its loss."""
-    changes = json.loads((run / ROUNDS_NAME).read_bytes())
+    record = run / ROUNDS_NAME
+    with reading(record):
+        changes = json.loads(record.read_bytes())
+    if not isinstance(changes, list):
+        raise ValueError(f"{record} holds no list of rounds: run the demo again")
     lines = [
         "## Training",
         "",
@@ -105,8 +111,17 @@ def _purity(shards: Path, labels_folder: Path, truth: Path | None) -> str:
 
 
 def _losses(metrics: Path) -> list[float]:
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = _lines(metrics)
     return [sum(value for key, value in r.items() if key.startswith("loss/")) for r in records]
+
+
+def _lines(path: Path) -> list[dict]:
+    """Objects of a file of JSON lines; ValueError where there is none, or a damaged one."""
+    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    records = [parse_json(line, name=f"{path} line {number}") for number, line in lines]
+    if not records:
+        raise ValueError(f"{path} has no line: run the demo again")
+    return records
 
 
 def _sparkline(losses: list[float]) -> str:
@@ -124,7 +139,7 @@ def _probe(results: Path) -> str:
     from .probe_datasets import find_benchmark
     from .probe_results import with_interval
 
-    records = [json.loads(line) for line in results.read_text().splitlines()]
+    records = _lines(results)
     latest = {(r["view"], Path(r["weight"]).name): r for r in records}
     weights = sorted({name for _, name in latest} - {UNTRAINED}) + [UNTRAINED]
     chance = 100 / find_benchmark(records[-1]["dataset"]).num_classes

@@ -17,6 +17,7 @@ import numpy as np
 from eval_encoder.probe_anchors import SOURCE, anchors_of
 from eval_encoder.probe_config import VIDEO_FAMILIES
 from model_factory.command import run_command
+from model_factory.files import parse_json
 from model_factory.local_output import output_path
 from model_factory.plain_text import in_markdown, in_plot
 
@@ -129,11 +130,8 @@ def read_results(folder: Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give folders that --output (--save_report) named")
     records = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is damaged: {error}") from error
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        record = parse_json(line, name=f"{path} line {number}")
         if "encoder_sha256" not in record:
             raise ValueError(f"{path} line {number} is no record of this probe: probe again")
         config = {k: v for k, v in record["config"].items() if not k.startswith(("cache", "rep"))}
