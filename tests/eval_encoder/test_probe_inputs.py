@@ -212,6 +212,15 @@ def test_a_still_clip_is_looked_at_as_packing_does(tmp_path):
     assert counts.tolist() == [16, 16, 16], "three whole frames"
 
 
+def test_codec_patches_of_a_short_clip_lie_on_the_time_base(tmp_path):
+    """Ten frames over 64 instants: seven apart."""
+    noise = np.random.default_rng(0).integers(0, 255, (10, 64, 64, 3)).astype(np.uint8)
+    write_video(tmp_path / "short.mp4", list(noise), crf="18")
+    config = config_of("--model_family", "llava_vit_codec", "--K_keep", 160)
+    view = view_of_file(tmp_path / "short.mp4", Look(0), config, 64, 16)
+    assert sorted(set(view.positions[:, 0].tolist())) == list(range(0, 64, 7))
+
+
 @pytest.mark.parametrize(("budget", "gop"), [(4096, 16), (2048, 16), (1024, 32), (512, 64)])
 def test_a_smaller_budget_has_fewer_whole_frames(budget, gop):
     config = config_of("--model_family", "ov_encoder_codec", "--K_keep", budget)

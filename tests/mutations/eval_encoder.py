@@ -240,7 +240,7 @@ EVAL_ENCODER = (
         new="positions[:, 0] = positions[:, 0]",
         why="patches of short clips stand at frame numbers, not at times",
         tests=(
-            "eval_encoder/test_probe_inputs.py::test_raw_codec_patches_are_those_that_packing_keeps",
+            "eval_encoder/test_probe_inputs.py::test_codec_patches_of_a_short_clip_lie_on_the_time_base",
         ),
     ),
     Mutant(
