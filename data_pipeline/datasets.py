@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import OWN_LISTING, check_checksums
 from model_factory.plain_text import show
 
 from .errors import CorruptShard, DataPipelineError, MissingData
@@ -140,11 +141,13 @@ def recluster(dataset: Dataset, encoder: Path, output: Path, report=show) -> Non
 
 def start_centers(path: Path) -> np.ndarray:
     """Starting centres of a head from a .npy file [num_classes, D] of floats. Those of `cluster`
-    must be as their record says. DataPipelineError names a file that is something else."""
+    must be as their record says, those of a round of training as the sha256 beside them.
+    ValueError names a file that is damaged or something else."""
     from .clustering.kmeans import CENTROIDS_NAME, RECORD_NAME, load_centroids
 
     if path.name == CENTROIDS_NAME and (path.parent / RECORD_NAME).is_file():
         return load_centroids(path.parent)[0]
+    check_checksums(path.parent, [path.name], listing=f"{path.name}{OWN_LISTING}")
     try:
         centers = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:

@@ -15,7 +15,6 @@ another module needs.
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from eval_encoder.lmm_config import build_parser, parse_arguments
 from eval_encoder.lmm_samples import stage_samples
 from model_factory.command import run_command
+from model_factory.files import DamagedFile, read_json, write_json
 from model_factory.launcher_watch import watched_launcher
 from model_factory.plain_text import PlainFormatter
 from model_factory.quiet import quiet_libraries
@@ -154,9 +154,13 @@ def _record(arguments, model) -> dict:
 def _write_record(output: Path, record: dict, seconds: float) -> None:
     """Seconds add up over the starts of a stage."""
     path = output / "record.json"
-    before = json.loads(path.read_bytes())["seconds"] if path.is_file() else 0.0
-    record = {**record, "seconds": round(before + seconds, 1)}
-    path.write_text(json.dumps(record, indent=1, sort_keys=True))
+    before = 0.0
+    if path.is_file():
+        try:
+            before = read_json(path, {"seconds": float})["seconds"]
+        except DamagedFile as error:  # not worth the stage that has just ended
+            LOG.warning("%s; written anew, with the seconds of this start alone", error)
+    write_json(path, {**record, "seconds": round(before + seconds, 1)})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from model_factory.command import run_command
-from model_factory.files import check_fields, parse_json
+from model_factory.files import read_json
 from model_factory.local_output import output_path
 from model_factory.plain_text import in_markdown
 
@@ -50,8 +50,7 @@ def rows_of(models: dict[str, Path], labels: Path, seconds: dict[str, float]) ->
         path = folder / "record.json"
         if not path.is_file():
             raise ValueError(f"{path} does not exist: train {name} with lmm_probe.py first")
-        record = parse_json(path.read_bytes(), name=str(path))
-        check_fields(record, fields=RECORD, name=str(path))
+        record = read_json(path, RECORD)
         accuracy = score(folder / "answers.jsonl", labels)
         tokens = 0 if record["arguments"]["blind"] else record["tokens_per_picture"]
         rows.append(

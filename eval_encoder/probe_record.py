@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import json_line
 from model_factory.plain_text import printable
 
 from .probe_config import ProbeConfig
@@ -111,8 +112,8 @@ def write_results(
         name = f"{number:03d}_{record['dataset']}_classes.csv"
         record["classes"] = name
         _write_classes(folder / name, classes)
-    with open(results, "a") as stream:
-        stream.write(json.dumps(record) + "\n")
+    with open(results, "ab") as stream:
+        stream.write(json_line(record))
     table = folder / "table.md"
     header = "" if table.is_file() else table_head()
     with open(table, "a") as stream:

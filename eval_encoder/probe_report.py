@@ -5,14 +5,12 @@ what the probe says, where things are.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from model_factory.command import run_command
-from model_factory.files import parse_json
+from model_factory.files import parse_json_line, read_json
 from model_factory.plain_text import in_code, in_markdown
-from model_factory.reading import reading
 
 BARS = "▁▂▃▄▅▆▇█"
 ROUNDS_NAME = "rounds.json"
@@ -71,11 +69,7 @@ def _packed(shards: Path) -> str:
 
 def _rounds(run: Path, shards: Path, truth: Path | None) -> str:
     """A row per round of training: its classes, how they differ from those before, its loss."""
-    record = run / ROUNDS_NAME
-    with reading(record):
-        changes = json.loads(record.read_bytes())
-    if not isinstance(changes, list):
-        raise ValueError(f"{record} holds no list of rounds: run the demo again")
+    changes = read_json(run / ROUNDS_NAME, {"rounds": list})["rounds"]
     lines = [
         "## Training",
         "",
@@ -118,7 +112,7 @@ def _losses(metrics: Path) -> list[float]:
 def _lines(path: Path) -> list[dict]:
     """Objects of a file of JSON lines; ValueError where there is none, or a damaged one."""
     lines = enumerate(path.read_bytes().splitlines(), start=1)
-    records = [parse_json(line, name=f"{path} line {number}") for number, line in lines]
+    records = [parse_json_line(line, name=f"{path} line {number}") for number, line in lines]
     if not records:
         raise ValueError(f"{path} has no line: run the demo again")
     return records

@@ -17,7 +17,7 @@ import numpy as np
 from eval_encoder.probe_anchors import SOURCE, anchors_of
 from eval_encoder.probe_config import VIDEO_FAMILIES
 from model_factory.command import run_command
-from model_factory.files import parse_json
+from model_factory.files import parse_json_line
 from model_factory.local_output import output_path
 from model_factory.plain_text import in_markdown, in_plot
 
@@ -131,7 +131,7 @@ def read_results(folder: Path) -> list[dict]:
         raise ValueError(f"{path} does not exist: give folders that --output (--save_report) named")
     records = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        record = parse_json(line, name=f"{path} line {number}")
+        record = parse_json_line(line, name=f"{path} line {number}")
         if "encoder_sha256" not in record:
             raise ValueError(f"{path} line {number} is no record of this probe: probe again")
         config = {k: v for k, v in record["config"].items() if not k.startswith(("cache", "rep"))}

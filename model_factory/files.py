@@ -149,6 +149,22 @@ def parse_sealed_json(
     return content
 
 
+def json_line(content: Mapping) -> bytes:
+    """A line of a file of JSON lines that carries its own digest."""
+    return json_bytes(content, indent=None) + b"\n"
+
+
+def parse_json_line(line: bytes, name: str) -> dict:
+    """The object of such a line, without its digest; DamagedFile for a line that changed.
+
+    A line without a digest is taken as it is: older versions wrote such into the same files. No
+    single damaged byte turns a line of ours into one that says something else.
+    """
+    line = line.rstrip(b"\n")
+    content = parse_json(line, name)
+    return open_seal(content, data=line, name=name) if DIGEST_KEY in content else content
+
+
 def open_seal(content: dict, data: bytes, name: str) -> dict:
     """An object that was parsed from `data`, without its digest; DamagedFile when it has none, or
     when any byte differs from what was written."""

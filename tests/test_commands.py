@@ -23,7 +23,7 @@ from conftest import ROOT, call, run, torchrun
 from safetensors.torch import save_file
 
 from model_factory.command import EXIT_CODES, message_of, outcome_of, run_command
-from model_factory.files import DamagedFile
+from model_factory.files import DamagedFile, write_json
 from model_factory.reading import names_place, reading
 
 # a picture's first bytes and then nothing of one: no UTF-8, no JSON, no CSV, no tensors
@@ -189,10 +189,10 @@ def new(tmp_path) -> Path:
         "questions.jsonl": json.dumps({"question_id": 1, "text": "p"}) + "\n",
         "labels.jsonl": json.dumps({"question_id": 1, "label": "t", "category": "c"}) + "\n",
         "gqa.json": json.dumps({"1": {"answer": "t"}}),
-        "model/record.json": json.dumps({**record, "arguments": {"blind": False}}),
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
+    write_json(folder / "model" / "record.json", {**record, "arguments": {"blind": False}})
     numbers = {"pixel_values": torch.zeros(1, 3, 8, 8), "features": torch.zeros(1, 1, 4)}
     save_file(numbers, folder / "reference.safetensors")
     (folder / "model" / "answers.jsonl").write_text(texts["answers.jsonl"])

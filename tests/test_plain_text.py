@@ -16,6 +16,7 @@ from eval_encoder.lmm_table import markdown
 from eval_encoder.probe_report import _probe
 from eval_encoder.probe_results import compare
 from model_factory.export_folder import _table
+from model_factory.files import write_json
 from model_factory.llava_tower_card import tower_card
 from model_factory.plain_text import (
     LINES,
@@ -92,9 +93,9 @@ def test_what_a_command_prints_is_shown(capsys):
 
 def test_the_report_of_a_run_shows_names(tmp_path):
     head = {"dataset": HOSTILE}
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"name": "m"}, "heads": [head]}))
+    write_json(tmp_path / "config.json", {"model": {"name": "m"}, "heads": [head]})
     argv = ["--list_datasets", HOSTILE]
-    (tmp_path / "run.json").write_text(json.dumps({"argv": argv, "versions": {"torch": HOSTILE}}))
+    write_json(tmp_path / "run.json", {"argv": argv, "versions": {"torch": HOSTILE}})
     loss = f"loss/{HOSTILE}"
     lines = [json.dumps({"step": step, loss: 1.0}) for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

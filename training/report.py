@@ -8,10 +8,10 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from model_factory.files import parse_json
 from model_factory.plain_text import in_code, in_markdown, in_plot
 
 from .record_files import METRICS_NAME, SPEED_NAME, read_line
+from .run_folder import read_run_file
 
 REPORT_NAME = "report.md"
 CURVES = {"tokens_per_s": "tokens per second", "data_wait": "share of time waiting for data"}
@@ -28,11 +28,11 @@ def write_report(output: Path) -> Path:
 
 
 def _facts(output: Path) -> str:
-    config = _record(output / "config.json")
-    run = _record(output / "run.json")
+    config = read_run_file(output / "config.json")
+    run = read_run_file(output / "run.json")
     lines = [
-        f"- encoder: {in_markdown(config['model']['name'])}",
-        *(f"- data set: {in_markdown(head['dataset'])}" for head in config["heads"]),
+        f"- encoder: {in_markdown(config.get('model', {}).get('name'))}",
+        *(f"- data set: {in_markdown(head['dataset'])}" for head in config.get("heads", [])),
         f"- arguments: {in_code(' '.join(run.get('argv', [])))}",
         f"- git revision: {in_markdown(run.get('git_revision'))}",
         f"- ranks: {run.get('world_size')}, starts: {run.get('starts')}",
@@ -116,10 +116,6 @@ def _draw(path: Path, steps: list[int], curves: dict[str, list[float]], title: s
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=100)
-
-
-def _record(path: Path) -> dict:
-    return parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
 def _lines(path: Path) -> tuple[list[dict], list[str]]:

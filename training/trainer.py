@@ -9,7 +9,6 @@ every random draw follow from them.
 """
 
 import dataclasses
-import json
 import logging
 import time
 from pathlib import Path
@@ -35,6 +34,7 @@ from .parallel import ParallelEncoder
 from .profiler import Profiler
 from .record_files import restore_records, seal_records
 from .resume import compare, find_commit, heads_on_record, with_stored_names
+from .run_folder import read_run_file
 from .step_clock import StepClock
 from .stop_signals import Preempted, StopSignals
 from .train_step import TrainStep
@@ -226,7 +226,7 @@ class Trainer:
     def _facts(self) -> dict[str, object]:
         """What the model card says about the run."""
         config, record = self.config, self.output / "run.json"
-        launched = json.loads(record.read_bytes()) if record.is_file() else {}
+        launched = read_run_file(record)
         return {
             "steps": self.step,
             "samples per step": round(self.data.samples_per_step),

@@ -1,5 +1,6 @@
 """What decides something is bound: no changed byte is read as if it were as written."""
 
+import json
 import resource
 import subprocess
 
@@ -11,8 +12,10 @@ from model_factory.files import (
     check_checksums,
     is_plain_name,
     json_bytes,
+    json_line,
     listing_of,
     parse_json,
+    parse_json_line,
     read_json,
     stays_below,
     write_checksums,
@@ -106,6 +109,22 @@ def test_only_a_name_without_a_folder_is_plain(name):
 def test_hostile_json_is_an_error_that_names_the_file(data):
     with pytest.raises(DamagedFile, match="somewhere"):
         parse_json(data, name="somewhere", max_bytes=100 if len(data) < 200 else 1 << 20)
+
+
+def test_a_changed_line_is_found_and_one_of_an_older_version_is_read():
+    line = json_line(CONTENT)
+    assert line.count(b"\n") == 1 and line.endswith(b"\n")
+    assert parse_json_line(line, "line 1") == CONTENT
+    assert parse_json_line(json.dumps(CONTENT).encode(), "line 1") == CONTENT
+    for bit in range(8 * (len(line) - 1)):
+        flipped = bytearray(line)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            found = parse_json_line(bytes(flipped), "line 1")
+        except DamagedFile:
+            continue
+        # a bit of the key `digest` itself: the line looks older, and says the same
+        assert {key: found[key] for key in CONTENT} == CONTENT
 
 
 def test_checksums_find_what_changed_is_absent_or_was_added_and_sha256sum_reads_them(tmp_path):
