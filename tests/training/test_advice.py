@@ -340,6 +340,17 @@ def test_a_budget_of_bad_samples_is_raised_as_advised(packed, tmp_path):
     assert bad["epoch"] == 0 and set(bad["samples"]) <= {3, 13}
 
 
+def test_the_rounds_after_the_first_call_their_heads_as_the_first_does(tmp_path):
+    """Where a folder was renamed between two starts, so that clusters and centres are found."""
+    from training.rounds import _named_as, _round_config
+
+    given = configured(tmp_path, *heads(tmp_path / "new"), "--rounds", 2)
+    first = configured(tmp_path, *heads(tmp_path / "new"), "--set", "heads.0.head_name=old")
+    second = _round_config(_named_as(first, given), 2, tmp_path / "round_2")
+    assert second.heads[0].name == "old"
+    assert second.heads[0].init_from == str(tmp_path / "round_1" / "centers" / "old.npy")
+
+
 def test_a_resume_outside_of_all_rounds_is_refused_and_one_inside_is_not(tmp_path):
     from training.rounds import _check_resume
 
