@@ -109,7 +109,8 @@ def _read(path: Path) -> torch.Tensor | None:
     one is removed, so that whoever looks next knows that it has to be made."""
     try:
         data = np.fromfile(path, np.uint8)
-        written, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+        written = data[:-DIGEST_BYTES]
+        digest = data[-DIGEST_BYTES:]
         if _digest(path, written) == digest.tobytes():
             return torch.from_numpy(_array(written))
         problem = "it changed since it was written"

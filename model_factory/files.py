@@ -259,7 +259,9 @@ def read_checksums(path: Path) -> dict[str, str] | None:
     listed: dict[str, str] = {}
     for line in path.read_bytes().decode(errors="replace").splitlines():
         # after the digest stand two characters: two spaces, or " *" where sha256sum read bytes
-        digest, separator, name = line[:64], line[64:66], line[66:]
+        digest = line[:64]
+        separator = line[64:66]
+        name = line[66:]
         is_digest = len(digest) == 64 and set(digest) <= set("0123456789abcdef")
         if not (is_digest and separator in ("  ", " *") and stays_below(name)):
             raise DamagedFile(
