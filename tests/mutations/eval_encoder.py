@@ -285,9 +285,7 @@ EVAL_ENCODER = (
         old='"attention_mask": self._padded([[1] * len(e.input_ids) for e in examples], 0),',
         new='"attention_mask": self._padded([[1] * len(e.input_ids) for e in examples], 1),',
         why="padding is attended to",
-        tests=(
-            "eval_encoder/test_lmm_lmms_eval.py::test_log_likelihood_does_not_depend_on_the_batch",
-        ),
+        tests=("eval_encoder/test_lmm_visuals.py::test_padding_is_neither_seen_nor_learned",),
     ),
     Mutant(
         name="generation-padded-right",
@@ -295,9 +293,7 @@ EVAL_ENCODER = (
         old='side = "left" if self.left else "right"',
         new='side = "right" if self.left else "left"',
         why="answers depend on what else is in the batch",
-        tests=(
-            "eval_encoder/test_lmm_lmms_eval.py::test_answers_are_a_speakers_in_order_whatever_the_batches",
-        ),
+        tests=("eval_encoder/test_lmm_visuals.py::test_padding_is_neither_seen_nor_learned",),
     ),
     Mutant(
         name="cross-token-at-the-padding",
