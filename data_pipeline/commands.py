@@ -7,6 +7,7 @@ import json
 import os
 
 from model_factory.launcher_watch import watched_launcher
+from model_factory.plain_text import show
 
 DEFAULT_SIZE = 224
 DEFAULT_PATCH_SIZE = 16
@@ -25,7 +26,7 @@ def motion_shapes(args) -> None:
         args.seed,
         args.workers,
     )
-    print(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
+    show(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
 
 
 def pack(args) -> None:
@@ -59,13 +60,13 @@ def pack(args) -> None:
         return
     rejected = manifest.rejected_by_reason()
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
-    print(
+    show(
         f"{len(manifest)} samples in {len(manifest.shards)} shards under {args.output}; rejected: "
         f"{reasons}"
     )
     stale = stale_labels(args.output, manifest)
     if stale is not None:
-        print(stale)
+        show(stale)
 
 
 def _sample_config(args):
@@ -122,7 +123,7 @@ def verify(args) -> int:
     from .verify_folder import verify_folder
 
     findings = verify_folder(args.directory)
-    print("\n".join(findings.lines(args.directory)))
+    show("\n".join(findings.lines(args.directory)))
     return 1 if findings.problems else 0
 
 
@@ -132,7 +133,7 @@ def stats(args) -> None:
     from .shards.statistics import statistics, statistics_table
 
     stats = statistics(load_manifest(args.directory))
-    print(json.dumps(stats) if args.json else statistics_table(stats))
+    show(json.dumps(stats) if args.json else statistics_table(stats))
 
 
 def view(args) -> None:
@@ -143,7 +144,7 @@ def view(args) -> None:
     manifest = load_manifest(args.directory)
     spread = [i * len(manifest) // 4 for i in range(4)]
     save_view(manifest, args.samples or sorted(set(spread)), args.output)
-    print(args.output)
+    show(args.output)
 
 
 def export(args) -> None:
@@ -152,7 +153,7 @@ def export(args) -> None:
     from .shards.manifest import load_manifest
 
     count = export_mosaics(load_manifest(args.directory), args.output, args.image_format)
-    print(f"{count} clips in {args.output / 'samples.jsonl'}")
+    show(f"{count} clips in {args.output / 'samples.jsonl'}")
 
 
 def _feature_config(args):
@@ -170,7 +171,7 @@ def features(args) -> None:
     parts = _part_of_launcher(args)
     done = extract(load_manifest(args.directory), _feature_config(args), args.output, *parts)
     if done and parts[0] == 0:
-        print(f"all vectors are in {args.output}")
+        show(f"all vectors are in {args.output}")
 
 
 def _part_of_launcher(args) -> tuple[int, int]:
@@ -200,8 +201,8 @@ def cluster(args) -> None:
         args.near_duplicates,
         args.init,
     )
-    centroids = cluster(manifest, config, args.output, args.features, print)
-    print(f"{len(centroids)} centroids of {len(manifest)} samples in {args.output}")
+    centroids = cluster(manifest, config, args.output, args.features, show)
+    show(f"{len(centroids)} centroids of {len(manifest)} samples in {args.output}")
 
 
 def label(args) -> None:
@@ -216,10 +217,10 @@ def label(args) -> None:
             raise ValueError("--from needs --num-classes: how many classes there are")
         labels = import_labels(manifest, args.given, args.num_classes, args.num_labels)
         save_labels(output, labels, manifest, args.num_classes, {"imported": args.given.name})
-        print(f"{labels.shape[1]} labels for {len(labels)} samples in {output / 'labels.npy'}")
+        show(f"{labels.shape[1]} labels for {len(labels)} samples in {output / 'labels.npy'}")
         return
-    labels = label(manifest, args.centroids, args.num_labels, output, args.features, print)
-    print(f"{labels.shape[1]} labels for {len(labels)} samples in {output / 'labels.npy'}")
+    labels = label(manifest, args.centroids, args.num_labels, output, args.features, show)
+    show(f"{labels.shape[1]} labels for {len(labels)} samples in {output / 'labels.npy'}")
 
 
 def browse(args) -> None:
@@ -239,5 +240,5 @@ def browse(args) -> None:
     purity = overall_purity(summaries)
     known = "" if purity is None else f", purity {purity:.1%}"
     empty = sizes.count(0)
-    print(f"{num_classes} clusters of {sizes[-1]} to {sizes[0]} samples, {empty} empty{known}")
-    print(args.output)
+    show(f"{num_classes} clusters of {sizes[-1]} to {sizes[0]} samples, {empty} empty{known}")
+    show(args.output)

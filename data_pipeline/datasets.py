@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import OWN_LISTING, check_checksums
+from model_factory.plain_text import show
+
 from .errors import CorruptShard, DataPipelineError, MissingData
 from .shards.manifest import Manifest, load_manifest
 
@@ -106,7 +109,7 @@ def forget_other_clusters(dataset: Dataset, encoder: Path, output: Path) -> bool
 
 
 def extract_features(
-    dataset: Dataset, encoder: Path, output: Path, part: int, num_parts: int, report=print
+    dataset: Dataset, encoder: Path, output: Path, part: int, num_parts: int, report=show
 ) -> None:
     """Vectors by another encoder, of every num_parts-th shard from `part` on, for recluster."""
     from .clustering.feature_sources import FeatureConfig
@@ -117,7 +120,7 @@ def extract_features(
     extract(dataset.manifest, config, output / FEATURES_NAME, part, num_parts, report)
 
 
-def recluster(dataset: Dataset, encoder: Path, output: Path, report=print) -> None:
+def recluster(dataset: Dataset, encoder: Path, output: Path, report=show) -> None:
     """Labels by another encoder in `output`: features, as many centroids and as wide labels as
     before. What is there already is kept; what is damaged is reported and made again.
     """
@@ -138,11 +141,13 @@ def recluster(dataset: Dataset, encoder: Path, output: Path, report=print) -> No
 
 def start_centers(path: Path) -> np.ndarray:
     """Starting centres of a head from a .npy file [num_classes, D] of floats. Those of `cluster`
-    must be as their record says. DataPipelineError names a file that is something else."""
+    must be as their record says, those of a round of training as the sha256 beside them.
+    ValueError names a file that is damaged or something else."""
     from .clustering.kmeans import CENTROIDS_NAME, RECORD_NAME, load_centroids
 
     if path.name == CENTROIDS_NAME and (path.parent / RECORD_NAME).is_file():
         return load_centroids(path.parent)[0]
+    check_checksums(path.parent, [path.name], listing=f"{path.name}{OWN_LISTING}")
     try:
         centers = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -161,7 +166,7 @@ def relabelled(dataset: Dataset, labels_folder: Path) -> Dataset:
 
 
 def prepare_embedded(
-    directory: Path, num_train: int = 1200, num_val: int = 240, report=print
+    directory: Path, num_train: int = 1200, num_val: int = 240, report=show
 ) -> DatasetSpec:
     """Write, pack, cluster and label the embedded motion_shapes set under `directory`;
     steps already done are kept.

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.plain_text import printable
+
 from .errors import DataPipelineError
 from .shards.manifest import Manifest
-from .text_lists import NUMBER, csv_rows, is_text, list_lines, printable, settled_name
+from .text_lists import NUMBER, csv_rows, is_text, list_lines, settled_name
 
 # What programs write for a truth value or for nothing: never the name of a class.
 NO_WORDS = frozenset({"true", "false", "null", "nan", "na", "n/a"})

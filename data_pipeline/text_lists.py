@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.plain_text import printable
+
 from .errors import DataPipelineError, MissingData
 
 # A class or an index. Nine digits fit the int32 of labels.npy. Not str.isdigit(), which takes "²",
@@ -72,11 +74,6 @@ def settled_name(name: str, exists: Callable[[str], bool], place: str) -> str:
 def is_text(name: str) -> bool:
     """Whether a string came from valid UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def printable(name: str) -> str:
-    """A name for a message: bytes that are no UTF-8 as escapes, which any console can show."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _read_text(path: Path) -> str:

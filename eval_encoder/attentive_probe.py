@@ -13,6 +13,7 @@ import time
 
 from eval_encoder.probe_config import build_config, build_parser, idle_flags
 from model_factory.command import run_command
+from model_factory.plain_text import show
 from model_factory.quiet import quiet_libraries
 from training.log import is_first_to_say, setup_logging
 
@@ -153,7 +154,7 @@ def _report(config, record, confusion, costs, encoder_sha256: str, train, val) -
     missed = len(train.unreadable | val.unreadable)
     partial = f" without {missed} unreadable clips" if missed else ""
     chosen = ", ".join(f"{k} {v:g}" for k, v in record["chosen"].items() if k != "held_out")
-    print(
+    show(
         f"{record['dataset']} {config.input.family}: {metric.replace('top1', 'top-1')} "
         f"{last[metric]:.2f} ± {half_interval(last):.2f} at the last epoch, {chosen}{partial}"
     )

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from model_factory.command import run_command
 from model_factory.local_output import output_path
+from model_factory.reading import names_place
 
 ID = (str, int)
 QUESTION = {"question_id": ID}
@@ -252,6 +253,7 @@ def write_mmbench(answers: Answers, questions: Path, output: Path) -> None:
     write([columns, *cells], output)
 
 
+@names_place("path")
 def _read_mmbench(path: Path) -> dict[str, dict]:
     """{index: row without picture}"""
     csv.field_size_limit(LONGEST_FIELD)

@@ -186,7 +186,7 @@ def _read_rows(path: Path, wanted: tuple[str, ...]) -> dict[int | str, dict]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is no JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("question_id"), int | str):
             raise ValueError(f"{path} line {number} has no question_id, a number or a text")

@@ -11,13 +11,14 @@ of lmm_generate.
 import argparse
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_encoder.lmm_answers import checked, read_jsonl
+from eval_encoder.lmm_answers import checked
 from model_factory.command import run_command
-from model_factory.files import parse_json
+from model_factory.files import DamagedFile, check_fields, parse_json
 from model_factory.local_output import output_path
 from model_factory.quiet import quiet_libraries
 
@@ -108,6 +109,8 @@ def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         questions.append(question)
+    if not questions:
+        raise ValueError(f"{path} holds no question: give a JSONL of questions")
     ids = [question.id for question in questions]
     doubled = sorted({str(i) for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
     if doubled:
@@ -176,17 +179,29 @@ def _check_counts(args: argparse.Namespace) -> None:
 
 
 def _answered(path: Path, model: Path) -> set:
-    """Questions that a run before this one has answered; a line that was cut is taken away.
-    Raises ValueError for answers of another model."""
+    """Questions that a run before this one has answered; a line of its that was cut is taken away.
+    Raises ValueError for answers of another model, and for a file of anything else, which stays as
+    it is."""
     if not path.is_file():
         return set()
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    path.write_bytes(whole + b"\n" if whole else b"")
-    rows = read_jsonl(path, {"question_id": (str, int), "model_id": str})
+    *lines, rest = path.read_bytes().split(b"\n")
+    begin = rest[: len(ROW_BEGIN)]
+    if not ROW_BEGIN.startswith(begin):
+        raise DamagedFile(f"{path} ends with {rest!r:.60}, no answer: name another --answers")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        name = f"{path} line {number}"
+        row = parse_json(line, name=name)
+        check_fields(row, fields={"model_id": str, "question_id": (str, int)}, name=name)
+        rows.append(row)
     others = sorted({row["model_id"] for row in rows} - {model.name})
     if others:
         raise ValueError(f"{path} holds answers of {', '.join(others)}: name another --answers")
+    os.truncate(path, path.stat().st_size - len(rest))
     return {row["question_id"] for row in rows}
+
+
+ROW_BEGIN = b'{"question_id": '  # as json.dumps writes what _row returns
 
 
 def _row(question: Question, text: str, model: Path) -> dict:

@@ -30,12 +30,13 @@ from transformers import (
 from model_factory.backbone import read_tensors
 from model_factory.convnext_tower import ConvNextVisionModel, grow_stage
 from model_factory.export_folder import image_processor_json
-from model_factory.files import write_atomically
+from model_factory.files import check_fields, write_atomically
 from model_factory.hf_image_encoders import FAMILIES, load_image_encoder
 from model_factory.llava_tower_folder import VOCABULARY_STEP
 from model_factory.llava_vision_tower import LlavaViTVisionModel
 from model_factory.model_folder import LOCAL, check_model_folder, pickled_weights
 from model_factory.published_folder import json_object
+from model_factory.reading import names_place
 
 from .lmm_config import LmmArguments
 from .lmm_conversation import IMAGE
@@ -61,6 +62,7 @@ class Lmm:
         self.image_processor.save_pretrained(folder)
 
 
+@names_place("path")
 def open_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
     """(vision model in evaluation mode, image processor).
 
@@ -109,6 +111,7 @@ def set_resolution(model: nn.Module, processor, side: int) -> None:
     processor.size = {"shortest_edge": side}
 
 
+@names_place("folder")
 def open_tokenizer(folder: str | Path):
     """A fast tokenizer with an image token and something to pad with. Raises ValueError for one
     that brings code, and for files that differ from their checksums."""
@@ -137,6 +140,7 @@ def compose(arguments: LmmArguments, dtype: torch.dtype = torch.float32) -> Lmm:
     return lmm
 
 
+@names_place("folder")
 def open_lmm(folder: str | Path, dtype: torch.dtype = torch.float32, changes: dict | None = None):
     """A model that the probe wrote: a whole one, or a projector with the parts it names.
 
@@ -285,6 +289,7 @@ def grow_vocabulary(language_model: nn.Module, rows: int) -> None:
         language_model.resize_token_embeddings(rows)
 
 
+@names_place("folder")
 def _language_model(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> nn.Module:
     options = {}
     if arguments.bits in (4, 8):
@@ -317,6 +322,11 @@ def read_language_model(folder: Path, dtype: torch.dtype, **options) -> nn.Modul
 def _with_projector(folder: Path, dtype: torch.dtype) -> Lmm:
     """The model of a folder of stage 1."""
     parts = json_object(folder / PARTS_FILE)
+    check_fields(
+        parts,
+        fields={"model_name_or_path": str, "vision_tower": str},
+        name=str(folder / PARTS_FILE),
+    )
     config = LmmConfig.from_pretrained(folder, **LOCAL)
     language_model = read_language_model(Path(parts["model_name_or_path"]), dtype)
     rows = config.text_config.vocab_size

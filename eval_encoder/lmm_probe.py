@@ -15,7 +15,6 @@ another module needs.
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -26,7 +25,9 @@ from pathlib import Path
 from eval_encoder.lmm_config import build_parser, parse_arguments
 from eval_encoder.lmm_samples import stage_samples
 from model_factory.command import run_command
+from model_factory.files import DamagedFile, read_json, write_json
 from model_factory.launcher_watch import watched_launcher
+from model_factory.plain_text import PlainFormatter
 from model_factory.quiet import quiet_libraries
 from training.log import is_first_to_say
 
@@ -75,7 +76,9 @@ def _run(arguments, others: list[str], samples) -> None:
         whole_on_every_rank,
     )
 
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     args = training_arguments(arguments, others)
     set_seed(args.seed)
     with whole_on_every_rank(args):
@@ -151,9 +154,13 @@ def _record(arguments, model) -> dict:
 def _write_record(output: Path, record: dict, seconds: float) -> None:
     """Seconds add up over the starts of a stage."""
     path = output / "record.json"
-    before = json.loads(path.read_bytes())["seconds"] if path.is_file() else 0.0
-    record = {**record, "seconds": round(before + seconds, 1)}
-    path.write_text(json.dumps(record, indent=1, sort_keys=True))
+    before = 0.0
+    if path.is_file():
+        try:
+            before = read_json(path, {"seconds": float})["seconds"]
+        except DamagedFile as error:  # not worth the stage that has just ended
+            LOG.warning("%s; written anew, with the seconds of this start alone", error)
+    write_json(path, {**record, "seconds": round(before + seconds, 1)})
 
 
 if __name__ == "__main__":

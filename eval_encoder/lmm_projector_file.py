@@ -11,6 +11,7 @@ import torch
 
 from model_factory.backbone import named_tensors, read_tensors
 from model_factory.files import check_checksums, listing_of
+from model_factory.reading import names_place
 
 from .lmm_model import LmmForConditionalGeneration
 
@@ -29,6 +30,7 @@ def save_projector(model: LmmForConditionalGeneration, folder: Path, tensors: di
     model.config.save_pretrained(folder)
 
 
+@names_place("path")
 def load_projector(model: LmmForConditionalGeneration, path: Path) -> None:
     """Fill the projector from a file with LLaVA's names, whatever stands before `mm_projector.`.
 

@@ -43,6 +43,7 @@ from eval_encoder.lmm_answers import (
 )
 from model_factory.command import run_command
 from model_factory.local_output import output_path
+from model_factory.plain_text import printable
 
 POPE_FILES = ("random", "popular", "adversarial")
 OPTIONS = "ABCDE"
@@ -171,9 +172,8 @@ def soft_accuracy(answer: str, references: list[str]) -> float:
 
 
 def judge_textvqa(answers: Answers, annotations: Path) -> Outcomes:
-    """{"all": [soft accuracy]}. The question_id of LLaVA's files is the image's id, which several
-    questions share, so an answer is told by it and the first line of its prompt, the question. The
-    same question asked twice about an image is the same prompt: answers in their order."""
+    """{"all": [soft accuracy]}. LLaVA's question_id is the image's id, shared by several questions:
+    the prompt's first line tells them apart, and answers to the same one are taken in order."""
     kinds = QUESTION | {"image_id": str, "question": str, "answers": list}
     rows = read_list(annotations, "data", kinds)
     for row in rows:
@@ -315,7 +315,7 @@ def format_table(result: Score) -> str:
     lines = [f"{result.benchmark}: {result.questions} questions"]
     for name, value in result.figures.items():
         low_high = "{:9.2f} .. {:.2f}".format(*result.intervals[name]) if result.intervals else ""
-        lines.append(f"{name:{width}} {value:8.2f}{low_high}")
+        lines.append(f"{printable(name):{width}} {value:8.2f}{low_high}")
     return "\n".join(lines)
 
 

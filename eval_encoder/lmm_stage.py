@@ -1,13 +1,16 @@
 """From flags to what a stage trains with: data, reading of pictures, TrainingArguments."""
 
 import contextlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import deepspeed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from model_factory.files import parse_json
 from model_factory.local_output import local_output
 
 from .lmm_config import LmmArguments
@@ -37,6 +40,7 @@ def training_arguments(arguments: LmmArguments, others: list[str]) -> TrainingAr
         others += ["--use_cpu", "True", "--dataloader_pin_memory", "False"]
     elif not any(part.startswith(("--bf16", "--fp16")) for part in others):
         others += ["--bf16", "True"]
+    check_deepspeed(others)
     args = _parse(others)
     check_reports(args)
     if arguments.feature_cache is not None:
@@ -73,6 +77,20 @@ def _parse(flags: list[str]) -> TrainingArguments:
     local_output(args.output_dir)
     args.remove_unused_columns = False
     return args
+
+
+def check_deepspeed(others: Sequence[str]) -> None:
+    """Raises ValueError for a --deepspeed that cannot be served: without the library, or with a
+    file that is no JSON object. A JSON text in its place is transformers' to read."""
+    if "--deepspeed" not in others[:-1]:
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "--deepspeed needs DeepSpeed, which is not installed: pip install univit[lmm]"
+        )
+    given = others[list(others).index("--deepspeed") + 1]
+    if not given.lstrip().startswith("{"):
+        parse_json(Path(given).read_bytes(), name=given)
 
 
 def check_reports(args: TrainingArguments) -> None:

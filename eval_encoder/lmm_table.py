@@ -10,13 +10,23 @@ questions. Seconds were measured as the stages ran, so with whatever ran beside 
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
 from model_factory.command import run_command
+from model_factory.files import read_json
 from model_factory.local_output import output_path
+from model_factory.plain_text import in_markdown
+
+# what the table shows of record.json
+RECORD = {
+    "arguments": dict,
+    "tokens_per_picture": int,
+    "parameters": int,
+    "learning": int,
+    "seconds": (int, float),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +50,7 @@ def rows_of(models: dict[str, Path], labels: Path, seconds: dict[str, float]) ->
         path = folder / "record.json"
         if not path.is_file():
             raise ValueError(f"{path} does not exist: train {name} with lmm_probe.py first")
-        record = json.loads(path.read_bytes())
+        record = read_json(path, RECORD)
         accuracy = score(folder / "answers.jsonl", labels)
         tokens = 0 if record["arguments"]["blind"] else record["tokens_per_picture"]
         rows.append(
@@ -68,7 +78,7 @@ def markdown(rows: list[dict]) -> str:
     """The rows as a table."""
     names = list(rows[0])
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
-    lines += [" | ".join(str(row[name]) for name in names) for row in rows]
+    lines += [" | ".join(in_markdown(row[name]) for name in names) for row in rows]
     return "".join(f"| {line} |\n" for line in lines)
 
 

@@ -119,6 +119,7 @@ def _write(args: argparse.Namespace) -> None:
     from eval_encoder.lmm_conversation import TEMPLATES, read_samples
 
     samples = [sample for path in args.lists for sample in read_samples(path)]
+    args.output.mkdir(parents=True, exist_ok=True)  # transformers logs what is in the way, no more
     texts = [turn.text for sample in samples for turn in sample.turns]
     texts += [f"{system} USER: ASSISTANT:" for system in TEMPLATES.values() if system]
     if args.convnext is not None:

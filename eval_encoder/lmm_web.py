@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from eval_encoder.lmm_chat import Dialogue
@@ -59,11 +60,81 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Components of the page, by what they are for. `turn` counts a visitor's Stops: each ends the
+    questions before it, and no later one."""
+
+    upload: object
+    temperature: object
+    length: object
+    stop: object
+    anew: object
+    chat: object
+    question: object
+    send: object
+    dialogue: object
+    turn: object
+
+
 def build_page(speaker, name: str, limits: Limits):
     """(page of gradio, options for its launch) for a Speaker; `name` is the model's."""
     import gradio
 
-    handlers = Handlers(speaker, tell=gradio.Warning, limits=limits)
+    options = {"theme": _theme(gradio), "css": STYLE, "footer_links": []}
+    # old uploads are looked for ten times within their age
+    cleaning = (KEPT_S // 10, KEPT_S)
+    with gradio.Blocks(
+        title=printable(name), analytics_enabled=False, delete_cache=cleaning
+    ) as page:
+        gradio.Markdown(f"## {in_markdown(name)}")
+        parts = _draw(gradio, speaker.decoding)
+        _connect(gradio, parts, Handlers(speaker, tell=gradio.Warning, limits=limits))
+    page.queue(max_size=limits.max_waiting, api_open=False)
+    return page, options
+
+
+def _draw(gradio, decoding) -> Parts:
+    with gradio.Row():
+        with gradio.Column(scale=2, min_width=280):
+            upload = gradio.File(label="Picture or clip", height=170, elem_id="upload")
+            temperature, length = _controls(decoding, gradio.Slider)
+            stop = gradio.Button("Stop")
+            anew = gradio.Button("New chat")
+        with gradio.Column(scale=5, min_width=320):
+            chat = gradio.Chatbot(
+                show_label=False,
+                height="70vh",
+                placeholder="Give a picture or a clip, or just ask.",
+                render_markdown=False,
+                elem_id="chat",
+                buttons=[],
+            )
+            with gradio.Row():
+                question = gradio.Textbox(
+                    placeholder="Your question",
+                    show_label=False,
+                    container=False,
+                    max_length=LONGEST_QUESTION,
+                    scale=8,
+                )
+                send = gradio.Button("Send", variant="primary", scale=1, min_width=80)
+    return Parts(
+        upload=upload,
+        temperature=temperature,
+        length=length,
+        stop=stop,
+        anew=anew,
+        chat=chat,
+        question=question,
+        send=send,
+        dialogue=gradio.State(Dialogue()),
+        turn=gradio.Number(0, visible=False, precision=0),
+    )
+
+
+def _connect(gradio, parts: Parts, handlers: Handlers) -> None:
+    """Say which part does what."""
 
     # gradio gives the request to parameters of its type; a session is one opened page
     def answer(question, path, dialogue, temperature, length, turn, request: gradio.Request):
@@ -73,61 +144,27 @@ def build_page(speaker, name: str, limits: Limits):
     def halt(turn, request: gradio.Request):
         return handlers.halt(Visit(request.session_hash, turn))
 
-    options = {"theme": _theme(gradio), "css": STYLE, "footer_links": []}
-    # old uploads are looked for ten times within their age
-    cleaning = (KEPT_S // 10, KEPT_S)
-    with gradio.Blocks(
-        title=printable(name), analytics_enabled=False, delete_cache=cleaning
-    ) as page:
-        dialogue = gradio.State(Dialogue())
-        gradio.Markdown(f"## {in_markdown(name)}")
-        with gradio.Row():
-            with gradio.Column(scale=2, min_width=280):
-                upload = gradio.File(label="Picture or clip", height=170, elem_id="upload")
-                temperature, length = _controls(speaker.decoding, gradio.Slider)
-                stop = gradio.Button("Stop")
-                anew = gradio.Button("New chat")
-            with gradio.Column(scale=5, min_width=320):
-                chat = gradio.Chatbot(
-                    show_label=False,
-                    height="70vh",
-                    placeholder="Give a picture or a clip, or just ask.",
-                    render_markdown=False,
-                    elem_id="chat",
-                    buttons=[],
-                )
-                with gradio.Row():
-                    question = gradio.Textbox(
-                        placeholder="Your question",
-                        show_label=False,
-                        container=False,
-                        max_length=LONGEST_QUESTION,
-                        scale=8,
-                    )
-                    send = gradio.Button("Send", variant="primary", scale=1, min_width=80)
-        # counts a visitor's Stops: each ends the questions before it, and no later one
-        turn = gradio.Number(0, visible=False, precision=0)
-        shown = [dialogue, chat]
-        asked = [question, upload, dialogue, temperature, length, turn]
-        # what needs no model does not wait behind the answers of others
-        now = {"queue": False, "api_visibility": "private"}
-        gradio.on(
-            [question.submit, send.click],
-            answer,
-            asked,
-            [question, *shown],
-            show_progress_on=chat,
-            **_one_at_a_time("model"),
-        )
-        gradio.on(stop.click, halt, turn, turn, **now)
-        gradio.on([anew.click, chat.clear], halt, turn, turn, **now).then(
-            handlers.forget, [upload, dialogue], shown, **now
-        )
-        gradio.on([upload.upload, upload.clear], halt, turn, turn, **now).then(
-            handlers.show, upload, [upload, *shown], **_one_at_a_time("reader")
-        )
-    page.queue(max_size=limits.max_waiting, api_open=False)
-    return page, options
+    upload = parts.upload
+    question = parts.question
+    turn = parts.turn
+    shown = [parts.dialogue, parts.chat]
+    gradio.on(
+        [question.submit, parts.send.click],
+        answer,
+        [question, upload, parts.dialogue, parts.temperature, parts.length, turn],
+        [question, *shown],
+        show_progress_on=parts.chat,
+        **_one_at_a_time("model"),
+    )
+    # what needs no model does not wait behind the answers of others
+    now = {"queue": False, "api_visibility": "private"}
+    gradio.on(parts.stop.click, halt, turn, turn, **now)
+    gradio.on([parts.anew.click, parts.chat.clear], halt, turn, turn, **now).then(
+        handlers.forget, [upload, parts.dialogue], shown, **now
+    )
+    gradio.on([upload.upload, upload.clear], halt, turn, turn, **now).then(
+        handlers.show, upload, [upload, *shown], **_one_at_a_time("reader")
+    )
 
 
 def _one_at_a_time(queue: str) -> dict:

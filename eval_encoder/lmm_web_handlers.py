@@ -19,7 +19,9 @@ from model_factory.plain_text import RUNNING, in_html
 from .lmm_chat import Dialogue, one_line
 from .lmm_conversation import IMAGE, Visual
 
-MAX_BYTES, MAX_SECONDS = 64 << 20, 600.0  # of an upload; pixels: those of InputLimits
+# of an upload; its pixels are limited by InputLimits
+MAX_BYTES = 64 << 20
+MAX_SECONDS = 600.0
 MAX_SESSIONS = 64  # visitors whose dialogues are remembered, some 10 MB each with a clip
 # characters: the context of LLaVA-1.5's language models, 4096 tokens of some four characters
 LONGEST_QUESTION = 16_384

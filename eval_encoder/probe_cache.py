@@ -71,7 +71,7 @@ class FeatureCache:
                 _write(path, features)
             except OSError as error:
                 if not self._told:  # a full disk would say so of every clip
-                    LOG.warning("%s cannot be stored (%s), nor may others", path, error.strerror)
+                    LOG.warning("%s cannot be stored (%s); said once", path, error.strerror)
                 self._told = True
 
     def has(self, look: Look) -> bool:
@@ -109,7 +109,8 @@ def _read(path: Path) -> torch.Tensor | None:
     one is removed, so that whoever looks next knows that it has to be made."""
     try:
         data = np.fromfile(path, np.uint8)
-        written, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+        written = data[:-DIGEST_BYTES]
+        digest = data[-DIGEST_BYTES:]
         if _digest(path, written) == digest.tobytes():
             return torch.from_numpy(_array(written))
         problem = "it changed since it was written"
@@ -117,7 +118,7 @@ def _read(path: Path) -> torch.Tensor | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        problem = error.strerror
+        problem = error.strerror or str(error)
     LOG.warning("stored features %s are made again: %s", path, problem)
     return None
 

@@ -24,6 +24,7 @@ from model_factory.files import CHECKSUMS_NAME, read_checksums
 from model_factory.hf_image_encoders import FAMILIES, FrozenImageEncoder, load_image_encoder
 from model_factory.packing import unpatchify
 from model_factory.published_folder import model_type_of, published_model_type
+from model_factory.reading import names_place
 from model_factory.registry import packing_config, packing_name
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 from training.export import read_encoder
@@ -157,6 +158,7 @@ def build_encoder(
     return PackedEncoder(packed_model(model_name, model_weight, seed), colours)
 
 
+@names_place("model_weight")
 def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> LlavaViTPackingModel:
     """An encoder of ours from any place that `load_encoder` names; ValueError for another."""
     path = Path(model_weight)
@@ -165,7 +167,8 @@ def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> Ll
         fields = packing_config(packing_name(model_name), rope_pairing="rotary")
         return LlavaViTPackingModel(fields)
     for folder in (path / "hf", path):
-        has_both = (folder / "config.json").is_file() and list(folder.glob("*.safetensors"))
+        weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+        has_both = (folder / "config.json").is_file() and weights  # a .bin is refused, by its name
         # an export of which a file is lost is an error, and no reason to look elsewhere
         listed = read_checksums(folder / CHECKSUMS_NAME) or {}
         if has_both or any(name.endswith(".safetensors") for name in listed):

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from data_pipeline.codec.open_video import is_video
 from data_pipeline.folders import files_below
-from data_pipeline.text_lists import printable, settled_name
+from data_pipeline.text_lists import settled_name
+from model_factory.plain_text import printable
 
 from .probe_official import Entry
 

@@ -11,12 +11,12 @@ Every error names file and line.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.folders import is_hidden
-from data_pipeline.text_lists import NUMBER, csv_rows, is_text, list_lines, printable
+from data_pipeline.text_lists import NUMBER, csv_rows, is_text, list_lines
+from model_factory.plain_text import printable, show
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
@@ -115,7 +115,7 @@ def read_hmdb51(folder: Path, number: int) -> Splits:
         raise ValueError(f"{folder} holds no CLASS{suffix}: give the folder of the official lists")
     expected = find_benchmark("hmdb51").num_classes
     if len(files) != expected:
-        print(f"{len(files)} classes have lists, of {expected}", file=sys.stderr)
+        show(f"{len(files)} classes have lists, of {expected}", error=True)
     splits: Splits = {"train": [], "val": []}
     for label, path in enumerate(files):
         name = path.name.removesuffix(suffix)
@@ -192,7 +192,7 @@ def _read_json(annotations: Path, name: str):
         if path.is_file():
             try:
                 return path, json.loads(path.read_bytes())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} is no JSON: {error}") from error
     raise ValueError(
         f"{annotations} holds no something-something-v2-{name}.json: give the folder of the "

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from model_factory.command import run_command
 from model_factory.local_output import output_path
+from model_factory.plain_text import show
 
 from .probe_official import Splits, read_hmdb51, read_kinetics, read_ssv2, read_ucf101
 
@@ -89,7 +90,7 @@ def write_lists(
 
 
 def _warn(line: str) -> None:
-    print(line, file=sys.stderr)
+    show(line, error=True)
 
 
 def _read(args: argparse.Namespace) -> tuple[str, Splits]:

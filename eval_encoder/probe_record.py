@@ -15,6 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.files import json_line
+from model_factory.plain_text import printable
+
 from .probe_config import ProbeConfig
 from .probe_datasets import BENCHMARKS
 from .probe_metrics import seed_interval
@@ -109,15 +112,17 @@ def write_results(
         name = f"{number:03d}_{record['dataset']}_classes.csv"
         record["classes"] = name
         _write_classes(folder / name, classes)
-    with open(results, "a") as stream:
-        stream.write(json.dumps(record) + "\n")
+    with open(results, "ab") as stream:
+        stream.write(json_line(record))
     table = folder / "table.md"
     header = "" if table.is_file() else table_head()
     with open(table, "a") as stream:
         stream.write(header + table_row(record) + "\n")
     weights = Path(config.model_weight).name
     with open(folder / f"report_attentive_probe_{weights}.txt", "a") as stream:
-        stream.write(f"{record['dataset']} {record['last_epoch'][record['metric']]:.2f}\n")
+        stream.write(
+            f"{printable(record['dataset'])} {record['last_epoch'][record['metric']]:.2f}\n"
+        )
     return record
 
 

@@ -5,11 +5,12 @@ what the probe says, where things are.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from model_factory.command import run_command
+from model_factory.files import parse_json_line, read_json
+from model_factory.plain_text import in_code, in_markdown
 
 BARS = "▁▂▃▄▅▆▇█"
 ROUNDS_NAME = "rounds.json"
@@ -59,13 +60,16 @@ def _packed(shards: Path) -> str:
         f"{sum(stats['rejected'].values())} inputs rejected."
     ]
     rejected = [entry for shard in manifest.shards for entry in shard["rejected"]]
-    lines += [f"- rejected `{entry['source']}`: {entry['reason']}" for entry in rejected]
+    lines += [
+        f"- rejected {in_code(entry['source'])}: {in_markdown(entry['reason'])}"
+        for entry in rejected
+    ]
     return "\n".join(["## Data", "", *lines])
 
 
 def _rounds(run: Path, shards: Path, truth: Path | None) -> str:
     """A row per round of training: its classes, how they differ from those before, its loss."""
-    changes = json.loads((run / ROUNDS_NAME).read_bytes())
+    changes = read_json(run / ROUNDS_NAME, {"rounds": list})["rounds"]
     lines = [
         "## Training",
         "",
@@ -101,8 +105,17 @@ def _purity(shards: Path, labels_folder: Path, truth: Path | None) -> str:
 
 
 def _losses(metrics: Path) -> list[float]:
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = _lines(metrics)
     return [sum(value for key, value in r.items() if key.startswith("loss/")) for r in records]
+
+
+def _lines(path: Path) -> list[dict]:
+    """Objects of a file of JSON lines; ValueError where there is none, or a damaged one."""
+    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    records = [parse_json_line(line, name=f"{path} line {number}") for number, line in lines]
+    if not records:
+        raise ValueError(f"{path} has no line: run the demo again")
+    return records
 
 
 def _sparkline(losses: list[float]) -> str:
@@ -120,14 +133,14 @@ def _probe(results: Path) -> str:
     from .probe_datasets import find_benchmark
     from .probe_results import with_interval
 
-    records = [json.loads(line) for line in results.read_text().splitlines()]
+    records = _lines(results)
     latest = {(r["view"], Path(r["weight"]).name): r for r in records}
     weights = sorted({name for _, name in latest} - {UNTRAINED}) + [UNTRAINED]
     chance = 100 / find_benchmark(records[-1]["dataset"]).num_classes
     lines = [
         "## Attentive probe, top-1 on held-out clips",
         "",
-        f"| input (equal token budget) | {' | '.join(weights)} | chance |",
+        f"| input (equal token budget) | {' | '.join(map(in_markdown, weights))} | chance |",
         f"| --- |{' ---: |' * (len(weights) + 1)}",
     ]
     for view, name in INPUTS.items():
@@ -151,7 +164,11 @@ def _paths(output: Path) -> str:
         "this report": output / "report.md",
     }
     return "\n".join(
-        ["## Where things are", "", *(f"- {name}: {path}" for name, path in places.items())]
+        [
+            "## Where things are",
+            "",
+            *(f"- {name}: {in_code(path)}" for name, path in places.items()),
+        ]
     )
 
 

@@ -8,6 +8,7 @@ folders A, B, ...; published figures stand in a block of their own.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import numpy as np
 from eval_encoder.probe_anchors import SOURCE, anchors_of
 from eval_encoder.probe_config import VIDEO_FAMILIES
 from model_factory.command import run_command
+from model_factory.files import parse_json_line
 from model_factory.local_output import output_path
+from model_factory.plain_text import in_markdown, in_plot
 
 COLUMNS = ("dataset", "encoder", "input", "tokens", "head", "figure", "last epoch", "best epoch",
            "seeds", "clips")  # fmt: skip
@@ -38,7 +41,7 @@ def table_row(record: dict) -> str:
         str(len(last.get("seeds", [0]))),
         f"{record['clips']['val']}" + f" - {missed}" * (missed > 0),
     ]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(in_markdown, cells))} |"
 
 
 def encoder_name(record: dict) -> str:
@@ -100,10 +103,14 @@ def compare(folders: list[Path], output: Path) -> Path:
     for dataset, metric in sorted({(r["dataset"], r["metric"]) for r in records}):
         own = [r for r in records if (r["dataset"], r["metric"]) == (dataset, metric)]
         own.sort(key=lambda r: (encoder_name(r), r["view"], r["costs"]["tokens_per_clip"]))
-        parts += [f"\n## {dataset}\n", table_head() + "\n".join(table_row(r) for r in own)]
+        parts += [
+            f"\n## {in_markdown(dataset)}\n",
+            table_head() + "\n".join(table_row(r) for r in own),
+        ]
         comparable = metric == "top1" and own[0]["is_benchmark"]
         anchors = anchors_of(dataset) if comparable else []
-        plot = output / f"compare_{dataset.replace(' ', '_')}_{metric}.png"
+        # a name of any signs becomes one that names a file here and needs no escape in a link
+        plot = output / f"compare_{re.sub(r'[^A-Za-z0-9.-]', '_', dataset)}_{metric}.png"
         _draw(own, anchors, plot)
         parts.append(f"\n![accuracy against tokens per clip]({plot.name})")
         parts += _published(anchors)
@@ -123,11 +130,8 @@ def read_results(folder: Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give folders that --output (--save_report) named")
     records = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is damaged: {error}") from error
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        record = parse_json_line(line, name=f"{path} line {number}")
         if "encoder_sha256" not in record:
             raise ValueError(f"{path} line {number} is no record of this probe: probe again")
         config = {k: v for k, v in record["config"].items() if not k.startswith(("cache", "rep"))}
@@ -168,7 +172,7 @@ def _draw(records: list[dict], anchors: list, path: Path) -> None:
         curves.setdefault(name, []).append(point)
     for name, points in curves.items():
         tokens, values, halves = zip(*sorted(points), strict=True)
-        axes.errorbar(tokens, values, yerr=halves, marker="o", capsize=3, label=name)
+        axes.errorbar(tokens, values, yerr=halves, marker="o", capsize=3, label=in_plot(name))
     for anchor, value in anchors:
         label = f"published: {anchor.encoder}, {anchor.input}"
         axes.plot(anchor.tokens, value, "x", alpha=0.6, label=label)

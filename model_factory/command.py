@@ -43,6 +43,7 @@ EXIT_CODES = {
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 # those of them that writing alone can meet: the file is below the command's output
 WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+OUR_PACKAGES = ("model_factory", "data_pipeline", "training", "eval_encoder")
 TRACEBACK = "UNIVIT_TRACEBACK"
 # attributes of parsed arguments that name where a command writes; the first one given counts
 WRITTEN = ("record", "output", "output_dir", "save_report", "answers")
@@ -99,19 +100,30 @@ def outcome_of(error: BaseException) -> str | None:
         return "out of memory"
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return "storage"
-    return "error" if isinstance(error, (ValueError, OSError)) else None
+    # an optional library: the others are checked where the project is installed
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return None if error.name.partition(".")[0] in OUR_PACKAGES else "error"
+    is_mistake = isinstance(error, (ValueError, OSError))
+    # what safetensors says of every damaged file, and pathlib before Python 3.13 of links in a loop
+    is_mistake |= type(error).__name__ == "SafetensorError"
+    is_mistake |= isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")
+    return "error" if is_mistake else None
 
 
 def message_of(error: BaseException, written: Path | None = None) -> str:
     """What a user reads of an error: its text, every character shown, our own line breaks kept.
 
     Errors of the operating system become "PATH: what happened"; where a write met one that names no
-    path, `written` is the place.
+    path, `written` is the place, and without one only what is printed is left.
     """
+    if isinstance(error, FileExistsError) and os.path.isfile(error.filename or ""):
+        return f"{printable(os.fsdecode(error.filename))}: is a file, and a folder is needed there"
+    if isinstance(error, ModuleNotFoundError):
+        return printable(f"{error}: install the package that brings it")
     if isinstance(error, OSError) and error.strerror:
         paths = [os.fsdecode(p) for p in (error.filename, error.filename2) if _is_path(p)]
-        if not paths and written is not None and error.errno in WRITE_FAULTS:
-            paths = [str(written)]
+        if not paths and error.errno in WRITE_FAULTS:
+            paths = ["standard output" if written is None else str(written)]
         return ": ".join(printable(part) for part in (*paths, error.strerror))
     if isinstance(error, OSError):  # a library's, which break their lines for a terminal
         return printable(" ".join(str(error).split()))
@@ -127,6 +139,13 @@ def _is_path(name: object) -> bool:
 
 def _told(error: BaseException, args: object, is_heard: Callable[[str], bool]) -> int:
     """Say what ended a command; its exit code."""
+    try:
+        _flush_output()
+    except OSError as full:
+        _discard_output()
+        # a print that met it has no path to name
+        if isinstance(error, OSError) and error.filename is None:
+            error = full
     outcome = outcome_of(error)
     written = _written(args)
     if outcome is None:
@@ -137,10 +156,6 @@ def _told(error: BaseException, args: object, is_heard: Callable[[str], bool]) -
             text = f"{_trace(error)}\n{text}"
     if is_heard(text):
         print(text, file=sys.stderr)
-    try:
-        _flush_output()
-    except OSError:
-        _discard_output()
     return EXIT_CODES[outcome or "error"]
 
 

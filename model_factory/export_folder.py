@@ -15,6 +15,7 @@ from pathlib import Path
 from .configuration import LlavaViTPackingConfig
 from .model_folder import seal_folder
 from .packing import CLIP_MEAN, CLIP_STD, TARGET_FRAMES
+from .plain_text import in_markdown
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 CARD = """\
@@ -115,6 +116,5 @@ def _model_card(model: LlavaViTPackingModel, run: dict[str, object]) -> str:
 
 
 def _table(name: str, rows: dict[str, object]) -> str:
-    """Markdown table; a bar inside a value would end its cell."""
-    body = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in rows.items()]
+    body = [f"| {key} | {in_markdown(value)} |" for key, value in rows.items()]
     return "\n".join([f"| {name} | value |", "| --- | --- |", *body])

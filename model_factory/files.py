@@ -149,6 +149,22 @@ def parse_sealed_json(
     return content
 
 
+def json_line(content: Mapping) -> bytes:
+    """A line of a file of JSON lines that carries its own digest."""
+    return json_bytes(content, indent=None) + b"\n"
+
+
+def parse_json_line(line: bytes, name: str) -> dict:
+    """The object of such a line, without its digest; DamagedFile for a line that changed.
+
+    A line without a digest is taken as it is: older versions wrote such into the same files. No
+    single damaged byte turns a line of ours into one that says something else.
+    """
+    line = line.rstrip(b"\n")
+    content = parse_json(line, name)
+    return open_seal(content, data=line, name=name) if DIGEST_KEY in content else content
+
+
 def open_seal(content: dict, data: bytes, name: str) -> dict:
     """An object that was parsed from `data`, without its digest; DamagedFile when it has none, or
     when any byte differs from what was written."""
@@ -243,7 +259,9 @@ def read_checksums(path: Path) -> dict[str, str] | None:
     listed: dict[str, str] = {}
     for line in path.read_bytes().decode(errors="replace").splitlines():
         # after the digest stand two characters: two spaces, or " *" where sha256sum read bytes
-        digest, separator, name = line[:64], line[64:66], line[66:]
+        digest = line[:64]
+        separator = line[64:66]
+        name = line[66:]
         is_digest = len(digest) == 64 and set(digest) <= set("0123456789abcdef")
         if not (is_digest and separator in ("  ", " *") and stays_below(name)):
             raise DamagedFile(

@@ -21,6 +21,7 @@ from torch import nn
 from .model_folder import LOCAL, check_model_folder
 from .packing import CLIP_MEAN, CLIP_STD, patchify
 from .published_folder import json_object, model_type_of
+from .reading import names_place
 
 CLIP_NORM = (CLIP_MEAN, CLIP_STD)
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -140,6 +141,7 @@ class FrozenImageEncoder(nn.Module):
         return ((pixels - self.mean) / self.std).to(self.model.dtype)
 
 
+@names_place("folder")
 def load_image_encoder(
     family: str, folder: str | Path, dtype: torch.dtype = torch.float32
 ) -> FrozenImageEncoder:

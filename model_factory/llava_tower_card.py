@@ -5,11 +5,12 @@ from pathlib import Path
 from transformers import LlavaConfig
 
 from .llava_vision_tower import LlavaViTVisionConfig
+from .plain_text import in_code, in_markdown
 
 CARD = """\
 # Eye of a LLaVA: {model_type}
 
-Written from `{source}`, every tensor in fp32.
+Written from {source}, every tensor in fp32.
 
 | fact | value |
 | --- | --- |
@@ -84,14 +85,14 @@ def tower_card(config: LlavaConfig, side: int, source: Path, whole_processor: bo
     vision = config.vision_config
     ours = vision.model_type == LlavaViTVisionConfig.model_type
     return CARD.format(
-        model_type=vision.model_type,
-        source="/".join(source.parts[-2:]),
+        model_type=in_markdown(vision.model_type),
+        source=in_code("/".join(source.parts[-2:])),
         side=side,
         patch_size=vision.patch_size,
         tokens=config.image_seq_length,
         width=vision.hidden_size,
         layer=config.vision_feature_layer,
-        strategy=config.vision_feature_select_strategy,
+        strategy=in_markdown(config.vision_feature_select_strategy),
         image_token=config.image_token_index,
         vocabulary=config.text_config.vocab_size,
         legacy=LEGACY if vision.model_type in LEGACY_TYPES else "",

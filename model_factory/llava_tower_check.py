@@ -19,18 +19,25 @@ from transformers import AutoModel, LlavaConfig
 from .command import run_command
 from .llava_vision_tower import load_whole
 from .model_folder import check_model_folder
+from .reading import names_place, reading
 
 TOLERANCE = 1e-5  # absolute, fp32
 TOWERS = ("tower", "tower_legacy")
 FOUND = "verified: "  # how a line of the report begins
 
 
+@names_place("folder")
 def check_folder(folder: Path, reference: Path) -> list[str]:
-    """One line per tower that was found whole and alike; ValueError for any other."""
+    """One line per tower that was found whole and alike; ValueError for any other, and where there
+    is none."""
+    towers = [folder / name for name in TOWERS if (folder / name).is_dir()]
+    if not towers:
+        raise ValueError(f"{folder} holds no {' or '.join(TOWERS)}: give an exported folder")
     check_model_folder(folder, weights=False)
     config = LlavaConfig.from_pretrained(folder, local_files_only=True)
-    wanted = load_file(reference)
-    return [_check(folder / n, config, wanted) for n in TOWERS if (folder / n).is_dir()]
+    with reading(reference):
+        wanted = load_file(reference)
+    return [_check(tower, config, wanted) for tower in towers]
 
 
 def selected(hidden_states, layer: int, strategy: str) -> torch.Tensor:

@@ -111,7 +111,7 @@ def shards(places: dict[str, Path]) -> list[Kind]:
         manifest = load_manifest(packed)
         parts = []
         for batch in sequential_batches(manifest, range(len(manifest)), 8, "codec"):
-            parts += [batch.pixels, batch.positions, batch.cu_seqlens, batch.sample_ids]
+            parts += [batch.pixels, batch.patch_positions, batch.cu_seqlens, batch.sample_ids]
         return digest_of(manifest.settings, manifest.sources(), *parts)
 
     def verify_all() -> str:

@@ -27,15 +27,19 @@ QUICK = chosen(["selection-ties"])[0]
 LEAST, LEAST_OF_A_PACKAGE = 60, 10
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_mutation_occurs_once_and_leaves_python_behind(mutant):
-    text = mutated(mutant)
-    assert text != (ROOT / mutant.file).read_text()
-    ast.parse(text)
-    for test in mutant.tests:
-        file, _, name = test.partition("::")
-        function = name.partition("[")[0]
-        assert f"def {function}" in (ROOT / "tests" / file).read_text(), f"{test} is not there"
+def test_every_mutation_occurs_once_leaves_python_behind_and_names_tests_that_are_there():
+    problems = []
+    for mutant in MUTANTS:
+        try:
+            ast.parse(mutated(mutant))
+        except (StaleMutant, SyntaxError) as error:
+            problems.append(f"{mutant.name}: {error}")
+        for test in mutant.tests:
+            file, _, name = test.partition("::")
+            function = name.partition("[")[0]
+            if f"def {function}" not in (ROOT / "tests" / file).read_text():
+                problems.append(f"{mutant.name}: {test} is not there")
+    assert problems == []
 
 
 def test_names_are_unique_and_all_packages_have_mutations():
@@ -43,6 +47,7 @@ def test_names_are_unique_and_all_packages_have_mutations():
     assert [name for name, count in names.items() if count > 1] == []
     packages = Counter(mutant.file.partition("/")[0] for mutant in MUTANTS)
     assert len(names) >= LEAST and len(packages) == 4
+    assert all(mutant.old != mutant.new and mutant.why for mutant in MUTANTS)
     assert min(packages.values()) >= LEAST_OF_A_PACKAGE
 
 
@@ -66,7 +71,7 @@ def test_what_cannot_be_imported_or_does_not_end_is_not_called_killed():
         old="    order = np.argsort(-s",
         new="    while True: pass\n    order = np.argsort(-s",
     )
-    assert try_mutant(endless, limit_s=5).outcome == TIMED_OUT
+    assert try_mutant(endless, limit_s=2).outcome == TIMED_OUT
 
 
 def test_a_mutation_that_no_longer_fits_is_an_error_that_names_it():

@@ -47,6 +47,8 @@ class Board:
         # OSError: a full disk, a folder that was removed
         except OSError as error:
             self._writer = None
+            if not self._folder.parent.is_dir():
+                return  # the whole output is gone, which ends the run and is said there
             self._logger.warning(
                 "TensorBoard gets no more of this run: %s: %s; metrics.jsonl has every step",
                 self._folder,

@@ -59,9 +59,16 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, alone: bool = F
             dcp.load(tensors, storage_reader=_Reader(folder), no_dist=alone)
     except (CheckpointException, OSError) as error:
         raise BadCheckpoint(
-            f"{folder} has not the tensors of this run: {error}\nrestore the configuration that it "
-            "was saved under, or start over with --resume never"
+            f"{folder} has not the tensors of this run: {_first_cause(error)}; restore the "
+            "configuration that it was saved under, or start over with --resume never"
         ) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """What one rank met; the library's own text is a traceback per rank."""
+    failures = getattr(error, "failures", None) or {0: (error, None)}
+    cause, _ = next(iter(failures.values()))
+    return f"{type(cause).__name__}: {cause}"
 
 
 class _Writer(HuggingFaceStorageWriter):

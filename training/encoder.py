@@ -11,6 +11,7 @@ import torch
 
 from model_factory.backbone import check_is_model, load_backbone, save_backbone
 from model_factory.export_folder import save_encoder_folder
+from model_factory.reading import reading
 from model_factory.registry import packing_config, packing_name
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
@@ -29,9 +30,10 @@ def build_encoder(config: ModelConfig, seed: int) -> LlavaViTPackingModel:
             packing_config(packing_name(config.name), rope_pairing=config.rope_pairing)
         )
     elif Path(config.init_from).is_dir():
-        encoder = LlavaViTPackingModel.from_pretrained(
-            config.init_from, dtype=torch.float32, local_files_only=True
-        )
+        with reading(config.init_from):
+            encoder = LlavaViTPackingModel.from_pretrained(
+                config.init_from, dtype=torch.float32, local_files_only=True
+            )
     else:
         encoder = load_backbone(Path(config.init_from), config.name, config.rope_pairing)
     _check(encoder.config, config)

@@ -1,10 +1,13 @@
 """Logging: one format, rank 0 on the console at INFO, other ranks from WARNING on; what all ranks
-would say of one mistake is said once."""
+would say of one mistake is said once. Names that came with data are shown, never obeyed
+(model_factory.plain_text)."""
 
 import hashlib
 import logging
 import os
 from datetime import timedelta
+
+from model_factory.plain_text import PlainFormatter
 
 ASKED = timedelta(seconds=5)  # that torchrun's store may take; its host is this one or a neighbour
 
@@ -15,9 +18,7 @@ def setup_logging(rank: int = 0) -> logging.Logger:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(
-            logging.Formatter(f"%(asctime)s [rank {rank}] %(message)s", "%H:%M:%S")
-        )
+        handler.setFormatter(PlainFormatter(f"%(asctime)s [rank {rank}] %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
     return logger

@@ -125,7 +125,9 @@ class MetricLogger:
         try:
             if self._record is not None and self._pending:
                 self._write_records()
-        except (OSError, StorageError) as error:  # what ended the run is not to be hidden by it
+        except StorageError:
+            pass  # a removed folder has ended the run, which says so itself
+        except OSError as error:  # what ended the run is not to be hidden by it
             self._logger.warning("the last steps are not on record: %s", error)
         for file in (self._record, self._speed_file):
             if file is not None:

@@ -8,9 +8,10 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from model_factory.files import parse_json
+from model_factory.plain_text import in_code, in_markdown, in_plot
 
 from .record_files import METRICS_NAME, SPEED_NAME, read_line
+from .run_folder import read_run_file
 
 REPORT_NAME = "report.md"
 CURVES = {"tokens_per_s": "tokens per second", "data_wait": "share of time waiting for data"}
@@ -19,7 +20,7 @@ CURVES = {"tokens_per_s": "tokens per second", "data_wait": "share of time waiti
 def write_report(output: Path) -> Path:
     """Write report.md and its pictures; returns its path."""
     rounds = sorted(output.glob("round_*"), key=lambda path: int(path.name.split("_")[1]))
-    sections = [f"# Run in {output.name}", _facts(output)]
+    sections = [f"# Run in {in_markdown(output.name)}", _facts(output)]
     sections += [_training(folder, output) for folder in rounds or [output]]
     path = output / REPORT_NAME
     path.write_text("\n\n".join(section for section in sections if section) + "\n")
@@ -27,15 +28,15 @@ def write_report(output: Path) -> Path:
 
 
 def _facts(output: Path) -> str:
-    config = _record(output / "config.json")
-    run = _record(output / "run.json")
+    config = read_run_file(output / "config.json")
+    run = read_run_file(output / "run.json")
     lines = [
-        f"- encoder: {config['model']['name']}",
-        *(f"- data set: {head['dataset']}" for head in config["heads"]),
-        f"- arguments: `{' '.join(run.get('argv', []))}`",
-        f"- git revision: {run.get('git_revision')}",
+        f"- encoder: {in_markdown(config.get('model', {}).get('name'))}",
+        *(f"- data set: {in_markdown(head['dataset'])}" for head in config.get("heads", [])),
+        f"- arguments: {in_code(' '.join(run.get('argv', [])))}",
+        f"- git revision: {in_markdown(run.get('git_revision'))}",
         f"- ranks: {run.get('world_size')}, starts: {run.get('starts')}",
-        *(f"- {name}: {version}" for name, version in run.get("versions", {}).items()),
+        *(f"- {name}: {in_markdown(version)}" for name, version in run.get("versions", {}).items()),
     ]
     return "\n".join(lines)
 
@@ -78,7 +79,7 @@ def _numbers(records: list[dict], speeds: list[dict], losses: list[str]) -> list
             statistics.fmean(r[name] for r in part if r.get(name) is not None)
             for part in (records[:tenth], records[-tenth:])
         )
-        rows.append(f"| {name}, first and last tenth | {first:.4f}, {last:.4f} |")
+        rows.append(f"| {in_markdown(name)}, first and last tenth | {first:.4f}, {last:.4f} |")
     for name, text in {
         "samples_per_s": "samples per second",
         "tokens_per_s": "tokens per second",
@@ -110,15 +111,11 @@ def _draw(path: Path, steps: list[int], curves: dict[str, list[float]], title: s
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, values in curves.items():
-        axes.plot(steps, values, linewidth=1, label=name)
+        axes.plot(steps, values, linewidth=1, label=in_plot(name))
     axes.set(xlabel="step", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=100)
-
-
-def _record(path: Path) -> dict:
-    return parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
 def _lines(path: Path) -> tuple[list[dict], list[str]]:

@@ -33,8 +33,9 @@ from .config import (
 from .distributed import Ranks, broadcast_object, on_main
 
 NEW_EPOCH = "--set resume_data=new-epoch"
-# fields that decide which tensors there are: nothing can go on from a checkpoint of others
-SHAPING = ("model.name",)
+# ends of fields that decide which tensors there are (moments of a frozen encoder, a step count for
+# every sampled centre): what another value left may not fit, so no flag is advised
+SHAPING = ("model.name", "model.frozen", "loss.sample_rate", "loss.sparse_gradient")
 
 
 class ConfigMismatch(ValueError):
@@ -190,7 +191,7 @@ def compare(
 def _way_on(config: TrainConfig, refused: list[str], other_data: list[str]) -> str:
     """The flags that let this start go on in spite of what differs, where any do."""
     fields = [line.partition(":")[0] for line in refused]
-    if any(field in SHAPING for field in fields):
+    if any(field.endswith(SHAPING) for field in fields):
         return ""
     flags = [f"--resume_allow {','.join([*config.resume_allow, *fields])}"] if fields else []
     flags += [NEW_EPOCH] if other_data else []

@@ -27,7 +27,7 @@ from data_pipeline.datasets import (
     recluster,
     relabelled,
 )
-from model_factory.files import write_atomically
+from model_factory.files import OWN_LISTING, write_checksums, write_json
 
 from .config import TrainConfig
 from .distributed import Ranks, on_main
@@ -59,7 +59,7 @@ def train_rounds(
         logger.info("round %d of %d, in %s", number, config.rounds, folder)
         if ranks.is_main:
             folder.mkdir(exist_ok=True)
-            write_atomically(folder / "config.json", started.to_json().encode())
+            write_json(folder / "config.json", json.loads(started.to_json()))
             shutil.copyfile(output / "run.json", folder / "run.json")
         dist.barrier()
         trainer = Trainer(started, datasets, ranks, signals, logger)
@@ -72,7 +72,7 @@ def train_rounds(
             datasets, changes = _cluster_again(datasets, folder, ranks, logger)
             report.append({"after_round": number, **changes})
     if ranks.is_main:
-        write_atomically(output / REPORT_NAME, json.dumps(report, indent=1).encode())
+        write_json(output / REPORT_NAME, {"rounds": report})
         for name in ("backbone.pt", "backbone.json"):
             shutil.copyfile(folder / name, output / name)
         shutil.copytree(folder / "hf", output / "hf", dirs_exist_ok=True)
@@ -96,7 +96,9 @@ def _keep_centers(heads, datasets, folder: Path, ranks: Ranks) -> None:
             centers = head.whole_centers()
             if ranks.is_main:
                 (folder / "centers").mkdir(exist_ok=True)
-                write_array(folder / "centers" / f"{name}.npy", centers.numpy())
+                path = folder / "centers" / f"{name}.npy"
+                write_array(path, centers.numpy())
+                write_checksums(path.parent, [path.name], listing=f"{path.name}{OWN_LISTING}")
     dist.barrier()
 
 

@@ -11,19 +11,21 @@ torchrun itself ends with 1 whatever its workers end with, so the code is in exi
 import fcntl
 import importlib.util
 import json
+import logging
 import os
 import socket
 import subprocess
 from pathlib import Path
 
 from model_factory.command import EXIT_CODES
-from model_factory.files import DamagedFile, parse_json, write_atomically
+from model_factory.files import DamagedFile, read_json, write_json
 
 from .arithmetic import arithmetic, versions
 from .checkpoint_folder import StorageError
 from .config import TrainConfig
 from .distributed import Ranks, on_main
 
+LOG = logging.getLogger("univit")
 LAUNCHER_GONE = (
     "the launcher was killed, so its ranks ended without a save: start again with the same "
     "command, the run goes on from its last checkpoint"
@@ -58,16 +60,16 @@ class RunFolder:
         depends_on = arithmetic(self._ranks)
         if not self._ranks.is_main:
             return
-        write_atomically(self.path / "config.json", self._config.to_json().encode())
+        write_json(self.path / "config.json", json.loads(self._config.to_json()))
         facts = {
             "argv": arguments,
             "git_revision": git_revision(),
             "versions": versions(),
             "world_size": self._ranks.world_size,
             "arithmetic": depends_on,
-            "starts": self._starts() + 1,
+            "starts": read_run_file(self.path / "run.json").get("starts", 0) + 1,
         }
-        write_atomically(self.path / "run.json", json.dumps(facts, indent=1).encode())
+        write_json(self.path / "run.json", facts)
 
     def leave(self, outcome: str, message: str, trace: str | None = None) -> int:
         """Write exit.json and return the exit code; a folder that was not claimed is left alone.
@@ -80,7 +82,7 @@ class RunFolder:
         if self._claimed and self.path.is_dir() and not told:
             facts = {"code": code, "outcome": outcome, "message": message, "traceback": trace}
             try:
-                write_atomically(record, json.dumps(facts, indent=1).encode())
+                write_json(record, facts)
             except OSError:  # the disk may be what ended the run; the code still says so
                 pass
         return code
@@ -101,7 +103,7 @@ class RunFolder:
         """Take the lock and the last start's record away; a launcher's restart after an end that
         will repeat itself goes no further."""
         self._take_lock()
-        last = self._read("exit.json")
+        last = read_run_file(self.path / "exit.json")
         if self._ranks.restarted and last.get("outcome") in REPEATING:
             raise ValueError(f"not started again: the last start ended: {last.get('message')}")
         (self.path / "exit.json").unlink(missing_ok=True)
@@ -122,17 +124,17 @@ class RunFolder:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
 
-    def _starts(self) -> int:
-        """How often the run was started before."""
-        starts = self._read("run.json").get("starts")
-        return starts if isinstance(starts, int) else 0
 
-    def _read(self, name: str) -> dict:
-        """One of the files above; nothing hangs on them, so a damaged one is as good as none."""
-        try:
-            return parse_json((self.path / name).read_bytes(), name)
-        except (OSError, DamagedFile):
-            return {}
+def read_run_file(path: Path) -> dict:
+    """config.json, run.json or exit.json of a run. They are there for people and for the report, so
+    a damaged one ends no run: it is logged, and as good as none."""
+    try:
+        return read_json(path, {})
+    except FileNotFoundError:
+        return {}
+    except (OSError, DamagedFile) as error:
+        LOG.warning("%s; what it says is not used", error)
+        return {}
 
 
 def git_revision() -> str | None:

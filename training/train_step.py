@@ -162,8 +162,9 @@ class TrainStep:
         )
         if self.skipped >= self._config.max_skipped_steps:
             raise NonFiniteLoss(
-                f"{text}: lower --lr, or resume from an older checkpoint with --resume PATH, or "
-                "let some steps pass with --max_skipped_steps N"
+                f"{text}: lower --lr (with --resume_allow optimizer.lr where there is a checkpoint)"
+                ", or resume from an older checkpoint with --resume PATH, or let some steps pass "
+                "with --max_skipped_steps N"
             )
         self.skipped += 1
         limit = self._config.max_skipped_steps

@@ -9,7 +9,6 @@ every random draw follow from them.
 """
 
 import dataclasses
-import json
 import logging
 import time
 from pathlib import Path
@@ -35,6 +34,7 @@ from .parallel import ParallelEncoder
 from .profiler import Profiler
 from .record_files import restore_records, seal_records
 from .resume import compare, find_commit, heads_on_record, with_stored_names
+from .run_folder import read_run_file
 from .step_clock import StepClock
 from .stop_signals import Preempted, StopSignals
 from .train_step import TrainStep
@@ -203,7 +203,8 @@ class Trainer:
         dataset = self.datasets[head.name]
         num_classes = dataset.num_classes if dataset else SYNTHETIC_CLASSES
         if dataset is not None:
-            _check_negatives(head, dataset.labels.shape[1], num_classes)
+            place = [one.name for one in self.config.heads].index(head.name)
+            _check_negatives(head, place, dataset.labels.shape[1], num_classes)
         facts = (num_classes, width, head.loss, self.ranks, self.config.seed, head.name)
         partial_fc = PartialFC(*facts)
         if head.init_from:
@@ -225,7 +226,7 @@ class Trainer:
     def _facts(self) -> dict[str, object]:
         """What the model card says about the run."""
         config, record = self.config, self.output / "run.json"
-        launched = json.loads(record.read_bytes()) if record.is_file() else {}
+        launched = read_run_file(record)
         return {
             "steps": self.step,
             "samples per step": round(self.data.samples_per_step),
@@ -255,11 +256,12 @@ class Trainer:
             self.logger.info("head %s: %d classes, %s", name, head.num_classes, head.config)
 
 
-def _check_negatives(head: HeadConfig, num_labels: int, num_classes: int) -> None:
+def _check_negatives(head: HeadConfig, place: int, num_labels: int, num_classes: int) -> None:
     """Without a class that is no label of a row there is nothing to learn."""
     used = min(head.stream.labels_per_step, num_labels)
     if head.loss.mask_co_positives and used >= num_classes:
         raise ValueError(
             f"head {head.name}: {used} labels of {num_classes} classes leave no negative class: "
-            "cluster into more, or use fewer labels (--set heads.0.stream.labels_per_step=N)"
+            f"cluster into more, or use fewer labels (--set heads.{place}.stream."
+            f"labels_per_step={num_classes - 1})"
         )

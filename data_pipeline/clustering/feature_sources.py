@@ -114,11 +114,13 @@ def _frames(reader: ShardReader, manifest: Manifest, sample_id: int, with_motion
 def _packing_model_rows(manifest: Manifest, folder: str) -> Callable[[range], np.ndarray]:
     import torch
 
+    from model_factory.reading import reading
     from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
     from ..loading.sequential import sequential_batches
 
-    model = LlavaViTPackingModel.from_pretrained(folder, local_files_only=True).eval()
+    with reading(folder):
+        model = LlavaViTPackingModel.from_pretrained(folder, local_files_only=True).eval()
     if manifest.settings["patch_size"] != model.config.patch_size:
         raise DataPipelineError(
             f"{folder} takes patches of {model.config.patch_size}, {manifest.directory} "

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from model_factory.files import DamagedFile, file_sha256, write_json, writing_into
+from model_factory.plain_text import show
 
 from ..arrays import read_array, write_array
 from ..errors import CorruptShard, DataPipelineError, MissingData
@@ -39,7 +40,7 @@ def extract(
     folder: Path,
     task_id: int = 0,
     num_tasks: int = 1,
-    report=print,
+    report=show,
 ) -> bool:
     """Write the vectors of shards task_id, task_id + num_tasks, ... that are not there yet; whether
     all shards are done now, by whomever.

@@ -29,7 +29,8 @@ class SavedProgress(Progress):
     """Progress of a clustering whose `identity` decides its centroids; another's is thrown away."""
 
     def __init__(self, output: Path, identity: dict):
-        self.folder, self._record = output / FOLDER, output / FOLDER / RECORD_NAME
+        self.folder = output / FOLDER
+        self._record = self.folder / RECORD_NAME
         self._identity = json.loads(json.dumps(identity))
         self._state: dict = {"identity": self._identity, "iterations": 0, "files": {}}
         if self._record.is_file():

@@ -79,7 +79,8 @@ class Quarantine:
                 f"{len(self._met)} bad samples in epoch {epoch} of {self._manifest.directory}, "
                 f"{limit} are allowed ({self._budget.share:.2%}); `python -m data_pipeline verify "
                 f"{shlex.quote(str(self._manifest.directory))}` names the damaged shards, which "
-                "the folder's `pack` command writes anew; or raise error_budget.share\n"
+                "the folder's `pack` command writes anew; or allow more with `--set "
+                "heads.0.stream.error_budget.share=SHARE` (0: the head's place)\n"
                 f"{self._listing()}"
             )
         self._check_shards()

@@ -76,7 +76,8 @@ class SampleReader:
         member = MEMBER_OF_VIEW[view]
         data = self._reader.read(sample_id, member)
         name = self.name(sample_id)
-        rows, columns = int(self._table.rows[sample_id]), int(self._table.columns[sample_id])
+        rows = int(self._table.rows[sample_id])
+        columns = int(self._table.columns[sample_id])
         info = positions = None
         if view == IMAGE:
             size = (rows * self._patch_size, columns * self._patch_size)

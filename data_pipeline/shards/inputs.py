@@ -14,11 +14,13 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from model_factory.plain_text import printable, show
+
 from ..codec.guard import NO_ROOM
 from ..codec.open_video import InputLimits, is_image, is_video
 from ..errors import MissingData, RejectedInput
 from ..folders import files_below, is_hidden
-from ..text_lists import csv_rows, list_lines, printable, settled_name
+from ..text_lists import csv_rows, list_lines, settled_name
 
 VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "CRC", "md5Hash")
 LIST_SUFFIXES = (".txt", ".csv")
@@ -37,7 +39,7 @@ class Input:
         return "://" in self.place
 
 
-def list_inputs(arguments: list[str | Path], report=print) -> list[Input]:
+def list_inputs(arguments: list[str | Path], report=show) -> list[Input]:
     """Expand files, folders, lists and URLs into inputs, in a stable order, each file once and each
     under a name of its own.
 

@@ -34,6 +34,7 @@ from model_factory.files import (
     write_atomically,
     write_json,
 )
+from model_factory.plain_text import show
 
 from ..arrays import write_array
 from ..errors import CorruptShard
@@ -66,9 +67,7 @@ class MosaicClip:
     valid: int
 
 
-def export_mosaics(
-    manifest: Manifest, output: Path, image_format: str = "png", report=print
-) -> int:
+def export_mosaics(manifest: Manifest, output: Path, image_format: str = "png", report=show) -> int:
     """Write every clip of a packed folder; returns their number.
 
     Raises ValueError for an image format other than png and jpg.

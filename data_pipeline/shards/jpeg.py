@@ -14,7 +14,10 @@ from ..errors import CorruptShard
 
 SOI = b"\xff\xd8"  # start of image
 SOS = 0xDA  # start of scan: entropy-coded data follows
-BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
+# frame headers of the kinds that decoders share
+BASELINE = 0xC0
+EXTENDED = 0xC1
+PROGRESSIVE = 0xC2
 # the other frame headers: lossless, hierarchical, arithmetic coding
 OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # tables, restart interval, comment, application data: what may stand around the frame header
@@ -91,7 +94,8 @@ def _frame_header(body: bytes, name: str) -> JpegHeader:
     """Precision, rows, columns, components, and three bytes for each of them."""
     if len(body) < 6 or len(body) != 6 + 3 * body[5]:
         raise CorruptShard(f"{name} is a JPEG with a broken frame header")
-    precision, components = body[0], body[5]
+    precision = body[0]
+    components = body[5]
     if precision != 8 or components not in (1, 3):
         raise CorruptShard(
             f"{name} is a JPEG of {components} components of {precision} bits, expected 1 or 3 of 8"

@@ -211,7 +211,8 @@ def load_manifest(directory: str | Path, allow_missing: bool = False) -> Manifes
         content = parse_manifest(data, str(path))
     except DamagedFile as error:
         raise CorruptShard(f"{error}: the same `pack` command writes it anew") from error
-    shards, settings = content["shards"], content["settings"]
+    shards = content["shards"]
+    settings = content["settings"]
     if type(settings.get("patch_size")) is not int or settings["patch_size"] < 1:
         raise CorruptShard(f"{path} states no patch size: run its `pack` command with --replace")
     tars = [directory / f"{shard['name']}.tar" for shard in shards]
@@ -268,7 +269,8 @@ def _bound_records(
     """(what is wrong with the files of the shards, their records)."""
     problems, records = [], []
     for place, shard in enumerate(shards):
-        tar, path = directory / f"{shard['name']}.tar", directory / f"{shard['name']}.json"
+        tar = directory / f"{shard['name']}.tar"
+        path = directory / f"{shard['name']}.json"
         if place not in absent and (not tar.is_file() or tar.stat().st_size != shard["size"]):
             actual = tar.stat().st_size if tar.is_file() else "no file"
             problems.append(f"{tar}: {actual}, the manifest says {shard['size']} bytes")

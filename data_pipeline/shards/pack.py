@@ -17,6 +17,7 @@ record. Cost: 0.56 s per 224 px clip of 64 frames and core (benchmarks/bench_dec
 from pathlib import Path
 
 from model_factory.files import DIGEST_KEY, file_sha256, writing_into
+from model_factory.plain_text import show
 
 from ..errors import DataPipelineError
 from .existing import read_shard_record, remove_temporary
@@ -36,7 +37,7 @@ def pack(
     inputs: list[Input],
     output: Path,
     config: PackConfig,
-    report=print,
+    report=show,
     task_id: int = 0,
     num_tasks: int = 1,
     mode: str = "refuse",
@@ -81,7 +82,7 @@ def locked_plan(
     config: PackConfig,
     num_jobs: int,
     mode: str,
-    report=print,
+    report=show,
     is_array: bool = False,
 ) -> PackPlan:
     """Make the folder and the plan; jobs that start at the same time wait for each other, so that
@@ -100,7 +101,7 @@ def locked_plan(
         )
 
 
-def bind(plan: PackPlan, output: Path, report=print) -> Manifest | None:
+def bind(plan: PackPlan, output: Path, report=show) -> Manifest | None:
     """Write the manifest when all tasks have their record; else say which are missing."""
     records = [finished_record(task, output, thorough=False) for task in plan.tasks]
     missing = [

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_factory.plain_text import show
+
 from ..errors import DataPipelineError
 from .differences import Differences, refusal, setting_differences
 from .existing import (
@@ -48,7 +50,7 @@ def plan_packing(
     config: PackConfig,
     num_jobs: int = 1,
     mode: str = "refuse",
-    report=print,
+    report=show,
     is_array: bool = False,
 ) -> PackPlan:
     """Plan of packing these inputs into a folder; with mode "replace" the old shards are removed.

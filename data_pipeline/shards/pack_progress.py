@@ -5,6 +5,8 @@ import sys
 import threading
 import time
 
+from model_factory.plain_text import show
+
 LINE_EVERY_S = 30.0
 
 
@@ -18,7 +20,7 @@ class PackProgress:
     def __init__(
         self,
         total: int,
-        report=print,
+        report=show,
         terminal: bool | None = None,
         clock=time.monotonic,
         every: float = LINE_EVERY_S,
@@ -71,7 +73,7 @@ class PackProgress:
     def warn(self, line: str) -> None:
         """Print a line to standard error without breaking the bar."""
         with self._beside_bar():
-            print(line, file=sys.stderr)
+            show(line, error=True)
 
     def line(self) -> str:
         """Where the run is: inputs done, rejected ones, rate, time left."""

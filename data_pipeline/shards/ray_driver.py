@@ -7,6 +7,8 @@ that every node sees.
 
 from pathlib import Path
 
+from model_factory.plain_text import show
+
 from .inputs import Input
 from .isolation import SamplePool
 from .manifest import Manifest
@@ -21,7 +23,7 @@ def pack_ray(
     inputs: list[Input],
     output: Path,
     config: PackConfig,
-    report=print,
+    report=show,
     mode: str = "refuse",
 ) -> Manifest | None:
     """Pack all tasks; joins the cluster of RAY_ADDRESS, or starts Ray on this machine. `mode` as of

@@ -163,6 +163,12 @@ def test_near_duplicates_are_joined_along_chains_and_the_lowest_id_stands_for_th
         representatives(rows, 1.5)
 
 
+def test_a_pair_at_the_threshold_is_joined_and_one_below_it_is_not():
+    rows = np.array([[1.0, 0.0], [0.6, 0.8]], np.float32)
+    assert representatives(rows, 0.6).tolist() == [0, 0]
+    assert representatives(rows, 0.6001).tolist() == [0, 1]
+
+
 def test_near_duplicates_of_large_sets_are_found_inside_cells():
     rows = blobs(20, 1, dim=8)
     copies = np.repeat(rows, 30, axis=0)

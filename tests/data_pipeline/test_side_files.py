@@ -29,7 +29,14 @@ from data_pipeline.shards.pack import PackConfig, pack
 from data_pipeline.shards.sample_builder import SampleConfig
 from data_pipeline.shards.verify import verify
 from data_pipeline.verify_folder import verify_folder
-from model_factory.files import file_sha256, read_json, write_json
+from model_factory.files import (
+    OWN_LISTING,
+    DamagedFile,
+    file_sha256,
+    read_json,
+    write_checksums,
+    write_json,
+)
 
 CONFIG = PackConfig(SampleConfig(size=32, gop=64, budget=64), samples_per_shard=3, workers=1)
 
@@ -218,6 +225,16 @@ def test_starting_centres_are_those_that_were_found(copy):
         (copy / "mine.npy").write_bytes(wrong)
         with pytest.raises(DataPipelineError, match="mine.npy"):
             start_centers(copy / "mine.npy")
+
+
+def test_starting_centres_that_a_round_left_are_bound_by_the_sha256_beside_them(tmp_path):
+    path = tmp_path / "head.npy"
+    write_array(path, np.ones((3, 4), np.float32))
+    write_checksums(tmp_path, [path.name], listing=f"{path.name}{OWN_LISTING}")
+    assert start_centers(path).shape == (3, 4)
+    write_array(path, np.zeros((3, 4), np.float32))
+    with pytest.raises(DamagedFile, match=r"head\.npy changed"):
+        start_centers(path)
 
 
 def test_labels_of_a_round_that_are_damaged_are_made_again_and_said(copy):

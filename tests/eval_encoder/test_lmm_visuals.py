@@ -15,7 +15,7 @@ from data_pipeline.motion_shapes import render_clip, write_clip
 from data_pipeline.shards.manifest import load_manifest
 from eval_encoder.lmm_conversation import Visual
 from eval_encoder.lmm_cross_tokens import TextCrossTokens
-from eval_encoder.lmm_data import collate_visuals, visual_tokens
+from eval_encoder.lmm_data import Collator, Example, collate_visuals, visual_tokens
 from eval_encoder.lmm_generate import visual_config
 from eval_encoder.lmm_trainer import check_one_size
 from eval_encoder.lmm_visuals import VisualReader, pad_to_square
@@ -127,6 +127,17 @@ def test_pictures_and_clips_meet_in_one_batch_in_order(media):
     items = [read(Visual("image", "wide.png")), read(Visual("video", "clips/clip.mp4"))]
     with pytest.raises(ValueError, match="set --video_size"):
         collate_visuals([items])
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_is_neither_seen_nor_learned(left):
+    examples = [Example([5, 6, 7], [-100, 6, 7], []), Example([8], [8], [])]
+    batch = Collator(pad_token_id=3, left=left)(examples)
+    short = {"input_ids": [8, 3, 3], "attention_mask": [1, 0, 0], "labels": [8, -100, -100]}
+    whole = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}
+    for name, rows in batch.items():
+        wanted = short[name][::-1] if left else short[name]
+        assert rows.tolist() == [whole[name], wanted]
 
 
 def test_several_sizes_in_one_batch_are_refused_where_processes_would_wait(media):

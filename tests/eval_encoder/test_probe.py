@@ -105,10 +105,13 @@ def test_a_second_sweep_reads_features_and_another_encoder_does_not(raw, tmp_pat
     run(*probe_command(raw, tmp_path / "c", *cache, "--train_views", 1, "--seed", 2))
     assert record_of(tmp_path / "c")["costs"]["encoder_passes"] == 32, "other random weights"
     stored = next((tmp_path / "features").glob("*/??/*.npy"))
-    stored.write_bytes(stored.read_bytes()[:100])
+    written = stored.read_bytes()
+    stored.write_bytes(written[:-100] + bytes(100))
     again = (*cache, "--train_views", 1)
-    run(*probe_command(raw, tmp_path / "d", *again))
-    run(*probe_command(raw, tmp_path / "d", *again, "--seed", 2))
+    logs = [run(*probe_command(raw, tmp_path / "d", *again))]
+    logs += [run(*probe_command(raw, tmp_path / "d", *again, "--seed", 2))]
+    assert sum(f"{stored} are made again" in done.stdout + done.stderr for done in logs) == 1
+    assert stored.read_bytes() == written
     records = (tmp_path / "d" / "results.jsonl").read_text().splitlines()
     passes = [json.loads(line)["costs"]["encoder_passes"] for line in records]
     assert max(passes) <= 2, "one look to count tokens, and one damaged file made again"

@@ -22,6 +22,7 @@ from eval_encoder.probe_metrics import (
 )
 from eval_encoder.probe_record import summarise
 from eval_encoder.probe_trainer import (
+    HeadBatch,
     History,
     NonFiniteProbe,
     ProbeTrainer,
@@ -172,6 +173,20 @@ def test_rates_fall_from_their_peak_to_the_least_over_all_steps():
     for head, peak in enumerate((1e-2, 1e-4)):
         wanted = [peak + (1e-5 - peak) * step / steps for step in range(steps)]
         np.testing.assert_allclose([rate[head] for rate in rates], wanted)
+
+
+def test_the_gradient_of_a_step_is_the_mean_over_the_clips_of_all_ranks(monkeypatch):
+    config, (train, val) = trainer("--default_lr_list", "1e-3", "--clip_grad", "1e9")
+    grads = []
+    for others in (1, 3):  # as if so many ranks had as many clips each
+        with process_group() as ranks:
+            probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
+            batch = HeadBatch([0], [3, 8], [train._rows[3], train._rows[8]])
+            monkeypatch.setattr("torch.distributed.all_reduce", lambda x, n=others: x.mul_(n))
+            probe._step([batch], progress=0.0)
+            monkeypatch.undo()
+        grads.append(probe.bank.heads[0].classifier.weight.grad.clone())
+    torch.testing.assert_close(grads[0], 3 * grads[1])
 
 
 def test_every_epoch_and_seed_has_an_order_of_its_own_over_the_same_clips():

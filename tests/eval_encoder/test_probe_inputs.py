@@ -20,7 +20,7 @@ from eval_encoder.probe_augment import recolour
 from eval_encoder.probe_cache import file_identity
 from eval_encoder.probe_config import build_config, build_parser
 from eval_encoder.probe_datasets import LabelledList
-from eval_encoder.probe_encoders import build_encoder, time_code
+from eval_encoder.probe_encoders import build_encoder, packed_model, time_code
 from eval_encoder.probe_loader import RawClips
 from eval_encoder.probe_video import (
     Look,
@@ -29,7 +29,11 @@ from eval_encoder.probe_video import (
     frame_numbers,
     view_of_file,
 )
+from model_factory.backbone import save_backbone
+from model_factory.export_folder import save_encoder_folder
+from model_factory.files import CHECKSUMS_NAME
 from model_factory.packing import CLIP_MEAN, CLIP_STD
+from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
 
 DECODERS = ["av", "decord"]
 
@@ -208,6 +212,15 @@ def test_a_still_clip_is_looked_at_as_packing_does(tmp_path):
     assert counts.tolist() == [16, 16, 16], "three whole frames"
 
 
+def test_codec_patches_of_a_short_clip_lie_on_the_time_base(tmp_path):
+    """Ten frames over 64 instants: seven apart."""
+    noise = np.random.default_rng(0).integers(0, 255, (10, 64, 64, 3)).astype(np.uint8)
+    write_video(tmp_path / "short.mp4", list(noise), crf="18")
+    config = config_of("--model_family", "llava_vit_codec", "--K_keep", 160)
+    view = view_of_file(tmp_path / "short.mp4", Look(0), config, 64, 16)
+    assert sorted(set(view.positions[:, 0].tolist())) == list(range(0, 64, 7))
+
+
 @pytest.mark.parametrize(("budget", "gop"), [(4096, 16), (2048, 16), (1024, 32), (512, 64)])
 def test_a_smaller_budget_has_fewer_whole_frames(budget, gop):
     config = config_of("--model_family", "ov_encoder_codec", "--K_keep", budget)
@@ -328,3 +341,21 @@ def test_a_reader_that_never_returns_makes_its_clip_unreadable_and_no_other(clip
 
 def test_the_default_reader_is_the_packers():
     assert chosen_decoder(config_of()) == chosen_decoder(config_of("--decoder", "av")) == "av"
+
+
+def test_an_export_that_lost_a_file_is_an_error_and_nothing_else_is_taken_for_it(tmp_path):
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
+    model = LlavaViTPackingModel(LlavaViTPackingConfig(**shape))
+    save_encoder_folder(model, tmp_path / "hf")
+    save_backbone(model, tmp_path / "backbone.pt")
+    (tmp_path / "checkpoints").mkdir()
+    packed_model(None, str(tmp_path))
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "hf" / name).rename(tmp_path / "kept")
+        with pytest.raises(ValueError, match=f"{name} is listed there and absent"):
+            packed_model(None, str(tmp_path))
+        (tmp_path / "kept").rename(tmp_path / "hf" / name)
+    (tmp_path / "hf" / CHECKSUMS_NAME).unlink()
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle"):
+        packed_model(None, str(tmp_path))

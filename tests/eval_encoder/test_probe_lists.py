@@ -138,6 +138,7 @@ def test_held_out_clips_are_part_of_train_and_do_not_change():
     twice = replace(clips, names=[f"{i // 2}.mp4" for i in range(95)])
     keep, held = hold_out(twice, 0.3)
     assert not {twice.names[i] for i in keep} & {twice.names[i] for i in held}
+    assert len({twice.names[i] for i in held}) == 14, "three tenths of the 48 files"
     assert shared_files(twice, clip_list([0] * 3, 1)) == ["0.mp4", "1.mp4", "2.mp4"]
 
 

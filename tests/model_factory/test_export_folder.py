@@ -164,7 +164,7 @@ def test_the_model_card_tells_shapes_preprocessing_and_run_and_its_example_runs(
         "| hidden_size | 128 |",
         "| rope_pairing | rotary |",
         "| steps | 7 |",
-        "| command | train / with a bar |",
+        r"| command | train \| with a bar |",
         str(CLIP_MEAN),
     ):
         assert part in card

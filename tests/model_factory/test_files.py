@@ -1,5 +1,6 @@
 """What decides something is bound: no changed byte is read as if it were as written."""
 
+import json
 import resource
 import subprocess
 
@@ -11,7 +12,10 @@ from model_factory.files import (
     check_checksums,
     is_plain_name,
     json_bytes,
+    json_line,
+    listing_of,
     parse_json,
+    parse_json_line,
     read_json,
     stays_below,
     write_checksums,
@@ -107,6 +111,22 @@ def test_hostile_json_is_an_error_that_names_the_file(data):
         parse_json(data, name="somewhere", max_bytes=100 if len(data) < 200 else 1 << 20)
 
 
+def test_a_changed_line_is_found_and_one_of_an_older_version_is_read():
+    line = json_line(CONTENT)
+    assert line.count(b"\n") == 1 and line.endswith(b"\n")
+    assert parse_json_line(line, "line 1") == CONTENT
+    assert parse_json_line(json.dumps(CONTENT).encode(), "line 1") == CONTENT
+    for bit in range(8 * (len(line) - 1)):
+        flipped = bytearray(line)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            found = parse_json_line(bytes(flipped), "line 1")
+        except DamagedFile:
+            continue
+        # a bit of the key `digest` itself: the line looks older, and says the same
+        assert {key: found[key] for key in CONTENT} == CONTENT
+
+
 def test_checksums_find_what_changed_is_absent_or_was_added_and_sha256sum_reads_them(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("a.bin", "sub/b c.bin"):
@@ -134,6 +154,24 @@ def test_names_that_lead_out_of_a_folder_are_told(name):
 def test_a_list_of_checksums_that_is_damaged_is_refused(tmp_path):
     (tmp_path / CHECKSUMS_NAME).write_text("0" * 63 + "  a.bin\n")
     with pytest.raises(DamagedFile, match="no line of sha256sum"):
+        check_checksums(tmp_path)
+
+
+def test_a_list_that_sha256sum_wrote_of_bytes_and_one_of_a_single_file_are_read(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"a")
+    assert listing_of(tmp_path / "a.pt") == CHECKSUMS_NAME
+    done = subprocess.run(["sha256sum", "--binary", "a.pt"], cwd=tmp_path, capture_output=True)
+    (tmp_path / "a.pt.sha256").write_bytes(done.stdout)
+    assert b" *a.pt" in done.stdout and listing_of(tmp_path / "a.pt") == "a.pt.sha256"
+    assert check_checksums(tmp_path, ["a.pt"], listing="a.pt.sha256")
+    (tmp_path / "a.pt").write_bytes(b"b")
+    with pytest.raises(DamagedFile, match="a.pt changed .* remove a.pt.sha256"):
+        check_checksums(tmp_path, ["a.pt"], listing="a.pt.sha256")
+
+
+def test_a_list_that_cannot_be_read_is_no_missing_one(tmp_path):
+    (tmp_path / CHECKSUMS_NAME).mkdir()
+    with pytest.raises(IsADirectoryError):
         check_checksums(tmp_path)
 
 

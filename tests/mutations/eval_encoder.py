@@ -54,6 +54,22 @@ EVAL_ENCODER = (
         tests=(HEADS,),
     ),
     Mutant(
+        name="probe-mean-of-this-rank",
+        file="eval_encoder/probe_trainer.py",
+        old="(sums.sum() / count.clamp(min=1)).backward()",
+        new="(sums.sum() / len(batch.clips)).backward()",
+        why="ranks with few clips count as much as those with many",
+        tests=(HEADS,),
+    ),
+    Mutant(
+        name="figures-of-this-rank",
+        file="eval_encoder/probe_metrics.py",
+        old="        dist.all_reduce(self._found)\n",
+        new="",
+        why="accuracies are those of the clips of rank 0",
+        tests=("eval_encoder/test_probe.py::test_two_ranks_judge_as_one_does",),
+    ),
+    Mutant(
         name="value-bias-of-the-keys",
         file="eval_encoder/probe_head.py",
         old="attention.in_proj_bias[2 * pooled.shape[-1] :]",
@@ -166,11 +182,21 @@ EVAL_ENCODER = (
         tests=("eval_encoder/test_probe_knn.py",),
     ),
     Mutant(
-        name="held-out-differs-by-line",
+        name="held-out-by-line",
+        file="eval_encoder/probe_datasets.py",
+        old="is_held = np.array([name in held for name in clips.names], bool)",
+        new="is_held = np.isin(np.arange(len(clips.names)), order[:count])",
+        why="settings are chosen on files that were learned, where they are listed twice",
+        tests=(
+            "eval_encoder/test_probe_lists.py::test_held_out_clips_are_part_of_train_and_do_not_change",
+        ),
+    ),
+    Mutant(
+        name="held-out-share-of-lines",
         file="eval_encoder/probe_datasets.py",
         old="files = list(dict.fromkeys(clips.names))",
         new="files = list(clips.names)",
-        why="settings are chosen on clips that were learned",
+        why="more is held out than was asked for where files are listed twice",
         tests=(
             "eval_encoder/test_probe_lists.py::test_held_out_clips_are_part_of_train_and_do_not_change",
         ),
@@ -214,7 +240,7 @@ EVAL_ENCODER = (
         new="positions[:, 0] = positions[:, 0]",
         why="patches of short clips stand at frame numbers, not at times",
         tests=(
-            "eval_encoder/test_probe_inputs.py::test_raw_codec_patches_are_those_that_packing_keeps",
+            "eval_encoder/test_probe_inputs.py::test_codec_patches_of_a_short_clip_lie_on_the_time_base",
         ),
     ),
     Mutant(
@@ -259,9 +285,7 @@ EVAL_ENCODER = (
         old='"attention_mask": self._padded([[1] * len(e.input_ids) for e in examples], 0),',
         new='"attention_mask": self._padded([[1] * len(e.input_ids) for e in examples], 1),',
         why="padding is attended to",
-        tests=(
-            "eval_encoder/test_lmm_lmms_eval.py::test_log_likelihood_does_not_depend_on_the_batch",
-        ),
+        tests=("eval_encoder/test_lmm_visuals.py::test_padding_is_neither_seen_nor_learned",),
     ),
     Mutant(
         name="generation-padded-right",
@@ -269,9 +293,7 @@ EVAL_ENCODER = (
         old='side = "left" if self.left else "right"',
         new='side = "right" if self.left else "left"',
         why="answers depend on what else is in the batch",
-        tests=(
-            "eval_encoder/test_lmm_lmms_eval.py::test_answers_are_a_speakers_in_order_whatever_the_batches",
-        ),
+        tests=("eval_encoder/test_lmm_visuals.py::test_padding_is_neither_seen_nor_learned",),
     ),
     Mutant(
         name="cross-token-at-the-padding",

@@ -296,7 +296,7 @@ LOADING = (
         new="np.float32(threshold)",
         why="pairs at the threshold are kept",
         tests=(
-            "data_pipeline/test_clustering.py::test_near_duplicates_are_joined_along_chains_and_the_lowest_id_stands_for_them",
+            "data_pipeline/test_clustering.py::test_a_pair_at_the_threshold_is_joined_and_one_below_it_is_not",
         ),
     ),
 )

@@ -4,6 +4,7 @@ checkpoint, bitwise, and exit.json says what happened.
 Runs use synthetic patches and named fault points (training/fault_points.py).
 """
 
+import fcntl
 import json
 import os
 import re
@@ -177,6 +178,35 @@ def test_a_second_signal_ends_a_rank_that_hangs_in_a_collective(tmp_path):
         wait_until(lambda: signalled_to_its_end(first))
     finally:
         kill_group(process)
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_ranks_whose_launcher_is_killed_end_without_a_save_and_free_the_folder(tmp_path):
+    """One rank sleeps in a step, the other waits for it in a collective: nothing else ends them."""
+    env = {**os.environ, "FAULT": "step.backward@15#1:sleep=3600", "CUDA_VISIBLE_DEVICES": ""}
+    flags = ("--set", f"collective_timeout_s={10 * PATIENCE_S}")
+    arguments = map(str, [*launcher(2), *command(tmp_path, *flags)])
+    process = subprocess.Popen(
+        [sys.executable, *arguments], env=env, cwd=ROOT, start_new_session=True
+    )
+    ranks = []
+    try:
+        wait_until(lambda: last_step(tmp_path / "consumed-00000.jsonl") == 15, process, "step 15")
+        wait_until(lambda: commits(tmp_path) == [10], process, "the save of step 10")
+        ranks = ranks_of(process)
+        process.kill()  # torchrun alone
+        process.wait()
+        wait_until(lambda: not any(rank.is_running() for rank in ranks), what="the ranks' end")
+        record = exit_record(tmp_path)
+        assert record["code"] == 11 and "the launcher was killed" in record["message"]
+        assert commits(tmp_path) == [10]
+        with open(tmp_path / "run.lock", "a") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else BlockingIOError
+    finally:
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()
 
 
 @pytest.mark.e2e

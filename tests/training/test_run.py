@@ -296,7 +296,7 @@ def test_rounds_cluster_again_with_the_trained_encoder_and_start_from_it(packed,
     from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
     torchrun(2, *command(packed, tmp_path, "--rounds", 2, steps=6))
-    (report,) = json.loads((tmp_path / "rounds.json").read_text())
+    (report,) = json.loads((tmp_path / "rounds.json").read_text())["rounds"]
     head = report["motion_shapes-train"]
     assert report["after_round"] == 1 and head["classes"] == 8
     assert 0 <= head["nmi_with_labels_before"] <= 1
