@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # all that the named tests read; golden vectors lie beside the repository (tests/conftest.py)
 COPIED = ("model_factory", "data_pipeline", "training", "eval_encoder", "tests", "pyproject.toml")
 # the slowest of the named tests start several ranks: minutes on two cores that others use too
-LIMIT_S = 900.0
+LIMIT_S = 600.0
 KILLED, SURVIVED, TIMED_OUT, BROKEN = "killed", "survived", "timed out", "broken"
 # exit codes of pytest that say something about the code under test; all others mean a broken run
 OUTCOMES = {0: SURVIVED, 1: KILLED}

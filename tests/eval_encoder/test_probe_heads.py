@@ -297,6 +297,17 @@ def test_judgements_count_places_as_sorting_does():
     assert some.top(7).tolist() == [100, 100] and some.confusion([0]).sum() == 20
 
 
+def test_a_gathered_judgement_holds_the_clips_of_all_ranks(monkeypatch):
+    labels, scores = np.array([0, 1, 2, 1]), torch.eye(3)[[0, 0, 2, 1]][None]
+    ours, theirs = (JudgementBuilder(labels, np.arange(4), 1, 3) for _ in range(2))
+    ours.add([0, 2], scores[:, [0, 2]])
+    theirs.add([1, 3], scores[:, [1, 3]])
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda found: found.add_(theirs._found))
+    judged = ours.gather()
+    assert judged.judged.all() and judged.predicted.tolist() == [[0, 0, 2, 1]]
+    assert judged.main().tolist() == [75]
+
+
 def test_clips_that_could_not_be_read_are_in_no_figure():
     """Four clips, of which the second was not read: its places are zeros, as nobody filled them."""
     judged = Judgement(

@@ -67,7 +67,7 @@ EVAL_ENCODER = (
         old="        dist.all_reduce(self._found)\n",
         new="",
         why="accuracies are those of the clips of rank 0",
-        tests=("eval_encoder/test_probe.py::test_two_ranks_judge_as_one_does",),
+        tests=(HEADS,),
     ),
     Mutant(
         name="value-bias-of-the-keys",

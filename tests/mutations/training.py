@@ -215,7 +215,7 @@ TRAINING = (
         old="isinstance(self._forward, DistributedDataParallel) and not last",
         new="isinstance(self._forward, DistributedDataParallel) and last",
         why="the last micro step of every rank stays its own: ranks drift apart",
-        tests=("training/test_parallel.py::test_accumulated_micro_steps_agree_between_strategies",),
+        tests=("training/test_train_step.py",),
     ),
     Mutant(
         name="heads-beyond-the-room",

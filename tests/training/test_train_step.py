@@ -133,6 +133,13 @@ def test_heads_share_a_forward_pass_while_their_packs_fit(alone, room, sizes):
     assert seen == sizes
 
 
+def test_gradients_travel_between_ranks_after_the_last_micro_step_alone(alone):
+    encoder = Step(alone, "a").encoder
+    for last in (False, True, False):
+        with encoder.accumulation(last):
+            assert encoder._forward.require_backward_grad_sync == last
+
+
 def test_only_samples_and_their_tokens_count_as_work():
     """Of a pack of ten tokens, four of them filling, one sample is the padding of an epoch."""
     pack = batch(0, room=10)
