@@ -154,6 +154,8 @@ def start_centers(path: Path) -> np.ndarray:
         raise DataPipelineError(f"{path} is no array of numbers: {error}") from error
     if not isinstance(centers, np.ndarray) or centers.dtype.kind != "f" or centers.ndim != 2:
         raise DataPipelineError(f"{path} holds no floats [num_classes, D], as starting centres are")
+    if not np.isfinite(centers).all():
+        raise DataPipelineError(f"{path} holds numbers that are not finite: give other centres")
     return centers
 
 

@@ -1,5 +1,6 @@
 """From flags to what a stage trains with: data, reading of pictures, TrainingArguments."""
 
+import argparse
 import contextlib
 import importlib.util
 from collections.abc import Sequence
@@ -82,13 +83,15 @@ def _parse(flags: list[str]) -> TrainingArguments:
 def check_deepspeed(others: Sequence[str]) -> None:
     """Raises ValueError for a --deepspeed that cannot be served: without the library, or with a
     file that is no JSON object. A JSON text in its place is transformers' to read."""
-    if "--deepspeed" not in others[:-1]:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--deepspeed", nargs="?")
+    given = first.parse_known_args(others)[0].deepspeed
+    if given is None:
         return
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError(
-            "--deepspeed needs DeepSpeed, which is not installed: pip install univit[lmm]"
+            "--deepspeed needs DeepSpeed, which is not installed: pip install -e .[lmm]"
         )
-    given = others[list(others).index("--deepspeed") + 1]
     if not given.lstrip().startswith("{"):
         parse_json(Path(given).read_bytes(), name=given)
 

@@ -19,7 +19,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from model_factory.crossget_tower import CrossGetTower
-from model_factory.files import DamagedFile, check_checksums, write_checksums
+from model_factory.files import (
+    CHECKSUMS_NAME,
+    DamagedFile,
+    check_checksums,
+    parse_json,
+    write_atomically,
+    write_checksums,
+)
 from model_factory.llava_projectors import SpatialMerge
 from model_factory.vit_split import ViTSplit
 
@@ -139,7 +146,9 @@ def newest_whole(output: Path) -> str | None:
     for path in sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         try:
             # the trainer's state is what transformers writes last; older versions wrote no sums
-            if check_checksums(path) or (path / TRAINER_STATE_NAME).is_file():
+            names = [file.name for file in path.iterdir() if file.is_file()]
+            bound = [name for name in names if not name.startswith((CHECKSUMS_NAME, *GENERATORS))]
+            if check_checksums(path, bound) or (path / TRAINER_STATE_NAME).is_file():
                 return str(path)
             problem = "its save did not come to an end"
         except (DamagedFile, OSError) as error:
@@ -164,6 +173,15 @@ def check_one_size(model: LmmForConditionalGeneration, visuals: Visuals | None) 
         )
 
 
+def _read_line(line: bytes) -> dict | None:
+    """A line of a stage's record; None for a damaged one, or one that a kill has cut."""
+    try:
+        record = parse_json(line, "line")
+    except DamagedFile:
+        return None
+    return record if line.endswith(b"\n") and isinstance(record.get("step"), int) else None
+
+
 class _Record(TrainerCallback):
     """Writes every logged line and the checksums of checkpoints; lines beyond the step that a run
     resumes from are cut off."""
@@ -173,9 +191,14 @@ class _Record(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero and self._path.is_file():
-            lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-            kept = [line for line in lines if line["step"] <= state.global_step]
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            kept = []
+            for line in self._path.read_bytes().splitlines(keepends=True):
+                record = _read_line(line)
+                if record is None:
+                    LOG.warning("%s: a damaged line is left out: %r", self._path, line[:80])
+                elif record["step"] <= state.global_step:
+                    kept.append(line)
+            write_atomically(self._path, b"".join(kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero and logs is not None:

@@ -10,7 +10,7 @@
 One answer is made at a time; who stops it, begins a new chat or leaves gives way to the next.
 The page listens on 127.0.0.1 and loads nothing from elsewhere: its fonts are the system's, and a
 Content-Security-Policy holds the browser to it. Uploads lie in a folder that goes when the command
-ends. Needs gradio: `pip install univit[web]`. Cost: that of lmm_chat.
+ends. Needs gradio: `pip install -e .[web]`. Cost: that of lmm_chat.
 """
 
 import argparse
@@ -185,7 +185,7 @@ def _open(args: argparse.Namespace) -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ValueError("the page needs gradio 6 or later: pip install univit[web]") from error
+        raise ValueError("the page needs gradio 6 or later: pip install -e .[web]") from error
     limits = Limits(max_seconds=args.max_seconds, max_waiting=args.max_waiting)
     speaker = speaker_of(args)
     with tempfile.TemporaryDirectory(prefix="univit_web_") as folder:

@@ -9,6 +9,7 @@ report_attentive_probe_<weights>.txt    the public one-line report
 
 import csv
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def write_results(
         record["classes"] = name
         _write_classes(folder / name, classes)
     with open(results, "ab") as stream:
-        stream.write(json_line(record))
+        stream.write(json_line(_without_nan(record)))
     table = folder / "table.md"
     header = "" if table.is_file() else table_head()
     with open(table, "a") as stream:
@@ -124,6 +125,15 @@ def write_results(
             f"{printable(record['dataset'])} {record['last_epoch'][record['metric']]:.2f}\n"
         )
     return record
+
+
+def _without_nan(value: object) -> object:
+    """The same, with null for figures that could not be computed: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_classes(path: Path, classes: tuple[str, ...]) -> None:

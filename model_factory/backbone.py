@@ -10,13 +10,21 @@ their names as DDP and torch.compile do.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from .configuration import LlavaViTPackingConfig
-from .files import OWN_LISTING, check_checksums, listing_of, read_checksums, write_checksums
+from .files import (
+    OWN_LISTING,
+    check_checksums,
+    listing_of,
+    read_checksums,
+    write_atomically,
+    write_checksums,
+)
 from .published_folder import json_object
 from .registry import packing_config, packing_name
 from .state_dict_adapter import check_fits, first_keys, from_packing, to_packing
@@ -36,11 +44,17 @@ SHAPE_FIELDS = (
 def save_backbone(model: LlavaViTPackingModel, path: Path) -> None:
     """Write weights and configuration of a packing model, and the checksums of both."""
     weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    torch.save(from_packing(weights, "source"), path)
+    listing = path.with_name(f"{path.name}{OWN_LISTING}")
+    temporary = path.with_name(f".{path.name}.tmp")
+    torch.save(from_packing(weights, "source"), temporary)
+    # from here to the new list, a kill leaves files that no list speaks of, and not a wrong one
+    listing.unlink(missing_ok=True)
+    os.replace(temporary, path)
     described = path.with_suffix(".json")
-    described.write_text(json.dumps(model.config.to_dict(), indent=1, sort_keys=True))
+    fields = json.dumps(model.config.to_dict(), indent=1, sort_keys=True)
+    write_atomically(described, fields.encode())
     names = [path.name, described.name]
-    write_checksums(path.parent, names, listing=f"{path.name}{OWN_LISTING}")
+    write_checksums(path.parent, names, listing=listing.name)
 
 
 def backbone_config(

@@ -48,6 +48,9 @@ TRACEBACK = "UNIVIT_TRACEBACK"
 # attributes of parsed arguments that name where a command writes; the first one given counts
 WRITTEN = ("record", "output", "output_dir", "save_report", "answers")
 
+# the process that started this one, asked before a command imports torch, which takes seconds
+PARENT = os.getppid()
+
 Args = TypeVar("Args")
 
 

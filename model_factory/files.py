@@ -162,7 +162,14 @@ def parse_json_line(line: bytes, name: str) -> dict:
     """
     line = line.rstrip(b"\n")
     content = parse_json(line, name)
-    return open_seal(content, data=line, name=name) if DIGEST_KEY in content else content
+    if DIGEST_KEY in content:
+        return open_seal(content, data=line, name=name)
+    for key, value in content.items():
+        rest = {other: content[other] for other in content if other != key}
+        # a damaged key must not make a line of ours look like an older one
+        if isinstance(value, str) and value == hashlib.sha256(_text(rest, None)).hexdigest():
+            raise DamagedFile(f"{name} changed since it was written ({key!r} is no key of ours)")
+    return content
 
 
 def open_seal(content: dict, data: bytes, name: str) -> dict:
@@ -269,6 +276,8 @@ def read_checksums(path: Path) -> dict[str, str] | None:
                 "or remove this list to read them unchecked"
             )
         listed[name] = digest
+    if not listed:
+        raise DamagedFile(f"{path} is empty, and was written with the names of files in it")
     return listed
 
 

@@ -20,7 +20,6 @@ from torch import nn
 
 from .model_folder import LOCAL, check_model_folder
 from .packing import CLIP_MEAN, CLIP_STD, patchify
-from .published_folder import json_object, model_type_of
 from .reading import names_place
 
 CLIP_NORM = (CLIP_MEAN, CLIP_STD)
@@ -152,6 +151,8 @@ def load_image_encoder(
     """
     import transformers
 
+    from .published_folder import model_type_of  # imports transformers too
+
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
     path = Path(folder) / "config.json"
@@ -198,6 +199,8 @@ def naflex_grid(height: int, width: int, max_patches: int) -> tuple[int, int]:
 
 def _preprocessing(folder: Path, kind: _VisionModel, image_size) -> Preprocessing:
     """The folder's own, else the family's."""
+    from .published_folder import json_object
+
     path = folder / "preprocessor_config.json"
     described = json_object(path) if path.is_file() else {}
     norm = tuple(

@@ -10,13 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from .command import EXIT_CODES
+from .command import EXIT_CODES, PARENT
 
 # set for their ranks by torchrun and by DeepSpeed's launcher
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 LOOK_S = 1.0  # a look is one system call
-# the process that started this one; asked before torch is imported, which takes seconds
-_PARENT = os.getppid()
 
 
 class LauncherWatch:
@@ -29,7 +27,7 @@ class LauncherWatch:
     @property
     def is_gone(self) -> bool:
         """Whether a launcher started this process and has ended since."""
-        return any(name in os.environ for name in LAUNCHERS) and os.getppid() != _PARENT
+        return any(name in os.environ for name in LAUNCHERS) and os.getppid() != PARENT
 
     def look_until_over(self) -> None:
         """Look every LOOK_S seconds; does not return where the launcher goes first."""

@@ -225,7 +225,7 @@ def exports(places: dict[str, Path]) -> list[Kind]:
     tower = places["work"] / "tower"
     if not tower.exists():
         export_tower(exported / "hf", tower)
-    ours = tower / "vision_tower"
+    ours = tower / "tower"  # what open_tower reads of it
 
     def described(model) -> str:
         fields = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
@@ -238,7 +238,7 @@ def exports(places: dict[str, Path]) -> list[Kind]:
         return described(load_backbone(exported / "backbone.pt", None))
 
     def open_llava() -> str:
-        model, processor = open_tower(ours if ours.is_dir() else tower)
+        model, processor = open_tower(tower)
         return digest_of(described(model), processor.to_dict())
 
     weights = ("config.json", "*.safetensors", "SHA256SUMS")
@@ -247,7 +247,7 @@ def exports(places: dict[str, Path]) -> list[Kind]:
         Kind("backbone", files_below(exported, "backbone*", "SHA256SUMS"), open_backbone),
         Kind(
             "LLaVA tower",
-            files_below(ours if ours.is_dir() else tower, *weights, "preprocessor_config.json"),
+            files_below(ours, *weights, "preprocessor_config.json"),
             open_llava,
         ),
     ]

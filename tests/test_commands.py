@@ -302,8 +302,8 @@ def test_errors_of_ours_have_the_codes_of_a_run_in_every_command(capsys):
     from training.checkpoint_files import BadCheckpoint
     from training.checkpoint_folder import StorageError
     from training.distributed import PeerFailed
+    from training.resume import ConfigMismatch
     from training.train_step import NonFiniteLoss
-    from training.trainer import ConfigMismatch
 
     codes = {BudgetExceeded: 4, NonFiniteLoss: 5, BadCheckpoint: 6, ConfigMismatch: 7}
     codes |= {DataTimeout: 8, StorageError: 8, PeerFailed: 9}

@@ -27,7 +27,7 @@ from data_pipeline.datasets import (
     recluster,
     relabelled,
 )
-from model_factory.files import OWN_LISTING, write_checksums, write_json
+from model_factory.files import OWN_LISTING, check_checksums, write_checksums, write_json
 
 from .config import TrainConfig
 from .distributed import Ranks, on_main
@@ -73,10 +73,17 @@ def train_rounds(
             report.append({"after_round": number, **changes})
     if ranks.is_main:
         write_json(output / REPORT_NAME, {"rounds": report})
-        for name in ("backbone.pt", "backbone.json"):
-            shutil.copyfile(folder / name, output / name)
-        shutil.copytree(folder / "hf", output / "hf", dirs_exist_ok=True)
+        _copy_exports(folder, output)
     dist.barrier()
+
+
+def _copy_exports(folder: Path, output: Path) -> None:
+    """Copy the exports of the last round, each list of checksums after the files that it binds."""
+    for name in ("backbone.pt", "backbone.json", f"backbone.pt{OWN_LISTING}"):
+        shutil.copyfile(folder / name, output / name)
+    shutil.copytree(folder / "hf", output / "hf", dirs_exist_ok=True)
+    check_checksums(output, listing=f"backbone.pt{OWN_LISTING}")
+    check_checksums(output / "hf")
 
 
 def _check_resume(config: TrainConfig) -> None:

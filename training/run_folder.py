@@ -78,7 +78,7 @@ class RunFolder:
             outcome, message = "launcher gone", LAUNCHER_GONE
         code = EXIT_CODES[outcome]
         record = self.path / "exit.json"
-        told = outcome in ("peer lost", "stopped") and record.exists()
+        told = outcome in ("peer lost", "stopped", "launcher gone") and record.exists()
         if self._claimed and self.path.is_dir() and not told:
             facts = {"code": code, "outcome": outcome, "message": message, "traceback": trace}
             try:

@@ -8,6 +8,7 @@ Removed when the clustering is done. Cost: one write of the centroids per block,
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..arrays import read_array, write_array
 from ..records import read_record
 from .kmeans import Progress
 
+LOG = logging.getLogger("univit")
 FOLDER = "partial"
 RECORD_NAME = "record.json"
 CENTROIDS = "centroids.npy"
@@ -81,7 +83,10 @@ def read_saved(folder: Path, state: dict, name: str) -> np.ndarray | None:
     a kill between the two: they are computed again."""
     sha256 = state["files"].get(name)
     path = folder / name
-    if sha256 is None or not path.is_file() or file_sha256(path) != sha256:
+    if sha256 is None:
+        return None
+    if not path.is_file() or file_sha256(path) != sha256:
+        LOG.warning("%s is not as its record says: computed again", path)
         return None
     return read_array(
         path, sha256=sha256, dtype=np.float32, shape=(None, None), again=_again(folder)

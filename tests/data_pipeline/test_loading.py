@@ -27,6 +27,7 @@ from data_pipeline.loading.stream_config import StreamConfig, samples_per_batch
 from data_pipeline.loading.synthetic import SyntheticStream
 from data_pipeline.loading.table import SampleTable
 from data_pipeline.loading.views import View
+from data_pipeline.shards.jpeg import read_jpeg_header
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.schema import decode_jpeg
 
@@ -386,7 +387,10 @@ def test_frames_and_flips_are_chosen_by_numbers_of_their_own(packed):
     config = ViewConfig(max_tokens=196, max_frames=4, flip=0.5)
     with contextlib.closing(SampleReader(manifest, SampleTable.of(manifest))) as reader:
         request = reader.read(0, FRAME, config)
-        picture = torch.from_numpy(decode_jpeg(request.encoded.tobytes()).copy())
+        data = request.encoded.tobytes()
+        header = read_jpeg_header(data, "frames")
+        picture = decode_jpeg(data, size=(header.height, header.width), name="frames")
+        picture = torch.from_numpy(picture.copy())
         draw = np.full(16 + MAX_FRAMES, 0.99, np.float32)
         plain = reader.view(request, picture, draw)
         draw[0] = 0.0

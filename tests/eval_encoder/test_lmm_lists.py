@@ -96,7 +96,10 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
 
 def test_earlier_answers_that_are_damaged_are_named(tmp_path):
     path = tmp_path / "answers.jsonl"
-    for damaged, message in ((b"{oh\n", "line 2 is no JSON"), (b'{"question_id": 1}\n', "lacks")):
+    for damaged, message in (
+        (b"{oh\n", "no readable JSON"),
+        (b'{"question_id": 1}\n', "has no 'model_id'"),
+    ):
         path.write_bytes(b'{"question_id": 0, "model_id": "m"}\n' + damaged)
         with pytest.raises(ValueError, match=message):
             lmm_eval._answered(path, tmp_path / "m")

@@ -289,7 +289,7 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert lmm_web.main(["--model", "none"]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and line.endswith("pip install univit[web]")
+    assert line.startswith("error: ") and line.endswith("pip install -e .[web]")
 
 
 def test_help_imports_nothing_heavy():

@@ -297,6 +297,8 @@ def test_rounds_cluster_again_with_the_trained_encoder_and_start_from_it(packed,
 
     torchrun(2, *command(packed, tmp_path, "--rounds", 2, steps=6))
     (report,) = json.loads((tmp_path / "rounds.json").read_text())["rounds"]
+    assert check_checksums(tmp_path, listing="backbone.pt.sha256")
+    assert check_checksums(tmp_path / "hf")
     head = report["motion_shapes-train"]
     assert report["after_round"] == 1 and head["classes"] == 8
     assert 0 <= head["nmi_with_labels_before"] <= 1
