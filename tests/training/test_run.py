@@ -12,6 +12,8 @@ import torch
 from conftest import kill_group, last_step, run, start_torchrun, torchrun, wait_until
 from safetensors.torch import load_file
 
+from model_factory.files import check_checksums
+
 STEPS, SAVE_EVERY = 24, 5
 LOSS = "loss/motion_shapes-train"
 
