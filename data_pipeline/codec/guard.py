@@ -14,7 +14,6 @@ No child outlives its parent, however that ends: it leaves when its standard inp
 in a session of its own, so Ctrl-C reaches the parent alone.
 """
 
-import errno
 import json
 import os
 import resource
@@ -29,6 +28,8 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
 
+from model_factory.command import WRITE_FAULTS
+
 from ..errors import RejectedInput
 
 WALL_SECONDS = 300.0  # of one input by default: an hour of 360x640 decodes in one minute
@@ -36,8 +37,6 @@ MEMORY_LIMIT = 8 << 30
 CPU_PER_WALL = 4  # processor seconds per second of the wall limit: some decoders run threads
 PACKAGES = Path(__file__).resolve().parents[2]  # folder of the packages that a child imports
 READY = b"ready"
-# a disk without room is no fault of the input, which would be left out for good
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 Answer = tuple[dict, list[bytes]]  # a header for JSON, and parts
 
@@ -220,7 +219,8 @@ def _reply(answer: Callable[[dict], Answer], request: dict, name: str) -> Answer
         detail = f"{name} needs more than {MEMORY_LIMIT >> 30} GB"
         return {"reason": "memory", "detail": detail}, []
     except Exception as error:  # our own mistake: named as such, with the line that made it
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+        # a disk without room is no fault of the input, which would be left out for good
+        if isinstance(error, OSError) and error.errno in WRITE_FAULTS:
             return {"errno": error.errno, "path": str(error.filename or tempfile.gettempdir())}, []
         line = traceback.extract_tb(error.__traceback__)[-1]
         source = f"{Path(line.filename).name}:{line.lineno}"

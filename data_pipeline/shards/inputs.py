@@ -14,9 +14,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from model_factory.command import WRITE_FAULTS
 from model_factory.plain_text import printable, show
 
-from ..codec.guard import NO_ROOM
 from ..codec.open_video import InputLimits, is_image, is_video
 from ..errors import MissingData, RejectedInput
 from ..folders import files_below, is_hidden
@@ -165,7 +165,7 @@ def local_copy(place: str, limits: InputLimits):
         except RejectedInput:
             raise
         except Exception as error:  # every file system has its own errors
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
+            if isinstance(error, OSError) and error.errno in WRITE_FAULTS:
                 raise OSError(error.errno, os.strerror(error.errno), folder) from error
             raise RejectedInput("missing", f"{place} cannot be fetched: {error}") from error
         yield path
