@@ -194,6 +194,10 @@ def _centroids(features, config: ClusterConfig, output: Path, init, details: dic
     centroids, found = spherical_kmeans(
         features, config.num_centroids, config.seed, rest, initial, progress
     )
+    if saved is not None:
+        # what this start went on from is no beginning of the clustering: the record of one that was
+        # killed says what that of an undisturbed one says
+        found.started_from = 0 if init is None else config.num_centroids
     if found.repaired_empty or found.repaired_duplicate:
         report(
             f"repaired {found.repaired_empty} empty and {found.repaired_duplicate} repeated "

@@ -209,6 +209,8 @@ def test_a_killed_clustering_goes_on_from_its_last_block(packed, tmp_path, monke
     got = cluster(manifest, config, tmp_path / "killed", report=said.append)
     assert any("going on after 10 iterations" in line for line in said)
     assert np.array_equal(got, want)
+    records = [tmp_path / name / "clusters.json" for name in ("straight", "killed")]
+    assert records[0].read_bytes() == records[1].read_bytes()
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [
         "centroids.npy",
         "clusters.json",
