@@ -12,7 +12,9 @@ class Board:
     """TensorBoard's writer of one run; silent until it is opened and after its first fault."""
 
     def __init__(self, folder: Path, step: int, logger: logging.Logger):
-        self._folder, self._step, self._logger = folder, step, logger
+        self._folder = folder
+        self._step = step
+        self._logger = logger
         self._writer = None
         self._hook = None
 

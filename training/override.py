@@ -86,14 +86,18 @@ class Draft:
             if isinstance(node, list):
                 if not part.isdecimal() or int(part) >= len(node):
                     raise ValueError(f"{name}: {part!r} is no index of a list of {len(node)}")
-                holder, key, hint = node, int(part), _item_hint(hint, int(part))
+                holder = node
+                key = int(part)
+                hint = _item_hint(hint, key)
             else:
                 known = node.values if isinstance(node, _Fields) else {}
                 if part not in known:
                     near = difflib.get_close_matches(part, known, n=3) or list(known)
                     names = ", ".join(near) or "none"
                     raise ValueError(f"{name}: unknown field {part!r}; nearest known: {names}")
-                holder, key, hint = known, part, typing.get_type_hints(node.kind)[part]
+                holder = known
+                key = part
+                hint = typing.get_type_hints(node.kind)[part]
             node = holder[key]
         return holder, key, hint
 

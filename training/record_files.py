@@ -38,7 +38,9 @@ class RecordFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._digest, self._size = hashlib.sha256(), 0
+        # of all that was written so far, so that a save need not read the file again
+        self._digest = hashlib.sha256()
+        self._size = 0
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
             self._descriptor = os.open(path, flags, 0o666)
@@ -108,7 +110,8 @@ def restore_records(
     Called by all ranks; each looks after its own file, rank 0 after those of ranks that this start
     has not. Returns what commits have to say of these, on rank 0.
     """
-    names, others = [consumed_name(ranks.rank)], []
+    names = [consumed_name(ranks.rank)]
+    others: list[str] = []
     bound = {} if commit is None else commit.state.get("records", {})
     if ranks.is_main:
         present = {consumed_name(rank) for rank in range(ranks.world_size)}
@@ -166,7 +169,8 @@ def _restore(path: Path, entry: dict | None, commit: Commit | None, logger: logg
 
 def _difference(path: Path, entry: dict) -> str | None:
     """How the beginning of a file differs from what a commit knows of it; None: not at all."""
-    digest, left = hashlib.sha256(), entry["bytes"]
+    digest = hashlib.sha256()
+    left = entry["bytes"]  # what lies beyond was written after the commit
     try:
         with open(path, "rb") as stream:
             while left and (piece := stream.read(min(left, HASHED_AT_ONCE))):
@@ -192,7 +196,8 @@ def _lines_up_to(path: Path, step: int) -> tuple[bytes, int]:
         return b"", 0
     except OSError:
         return b"", 1
-    kept, unreadable = [], 0
+    kept = []
+    unreadable = 0
     for line in lines:
         record = read_line(line)
         if record is None:
@@ -213,7 +218,8 @@ def read_line(line: bytes) -> dict | None:
 
 def _set_aside(path: Path) -> Path:
     """Rename a file to a name that is free; returns it."""
-    aside, number = path.with_name(f"{path.name}.damaged"), 1
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
     while os.path.lexists(aside):
         number += 1
         aside = path.with_name(f"{path.name}.damaged-{number}")
