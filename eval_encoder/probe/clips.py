@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data_pipeline.codec.open_video import InputLimits, is_image
-from data_pipeline.codec.patches import cut_patches
+from data_pipeline.codec.selection import cut_patches
 from data_pipeline.loading.views import View, image_view, still_view
 from data_pipeline.random import counter_rng
 from model_factory.packing import interpolate_frame_indices

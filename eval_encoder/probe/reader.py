@@ -21,12 +21,12 @@ import numpy as np
 
 from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.decompose import decompose_video
-from data_pipeline.codec.framing import frame_to
+from data_pipeline.codec.framing import Framing, crop_of
 from data_pipeline.codec.guard import WALL_SECONDS, Answer, GuardedPool, serve
 from data_pipeline.codec.open_video import InputLimits, open_image, open_video
-from data_pipeline.codec.patches import choose_patches
 from data_pipeline.codec.saliency import SaliencyConfig
-from data_pipeline.codec.timeline import read_timeline
+from data_pipeline.codec.selection import choose_patches
+from data_pipeline.codec.timeline import read_timeline, segment_frames
 from data_pipeline.errors import RejectedInput
 
 MODULE = "eval_encoder.probe.reader"
@@ -131,13 +131,6 @@ def check_decoder(name: str) -> None:
         raise ValueError(f"--decoder {name} is not installed: pip install it, or take av")
 
 
-def segment_frames(total: int, within: tuple[float, ...]) -> np.ndarray:
-    """Frames of a clip of `total` frames at the places `within` its equal segments, int64
-    [len(within)]; those of a short clip repeat."""
-    count = len(within)
-    return ((np.arange(count) + np.array(within)) * (total - 1) / count).astype(np.int64)
-
-
 def read_pixels(request: PixelRequest) -> Pixels:
     """Read a file in this process; the limits of time and memory are the child's.
 
@@ -154,15 +147,14 @@ def read_pixels(request: PixelRequest) -> Pixels:
 
 
 def _read_patches(request: PixelRequest) -> Pixels:
-    clip = decompose_video(
-        Path(request.path),
+    framing = Framing(
         num_frames=request.num_frames,
         size=request.size,
         patch_size=request.patch_size,
-        gop=request.gop,
+        crop_position=request.place,
         limits=request.limits,
-        place=request.place,
     )
+    clip = decompose_video(Path(request.path), framing, gop=request.gop)
     selection = choose_patches(
         clip,
         patch_size=request.patch_size,
@@ -178,21 +170,18 @@ def _read_patches(request: PixelRequest) -> Pixels:
 
 
 def _read_with_av(request: PixelRequest) -> Pixels:
-    def wanted(total: int) -> np.ndarray:
-        return np.unique(segment_frames(total, request.within))
-
-    video = decode_video(
-        Path(request.path),
-        num_frames=wanted,
+    framing = Framing(
         size=request.size,
         patch_size=request.patch_size,
+        crop_position=request.place,
+        within=request.within,
         limits=request.limits,
-        place=request.place,
-        thorough=False,
     )
+    video = decode_video(Path(request.path), framing, thorough=False)
     total = video.num_source_frames
     numbers = segment_frames(total, request.within)
-    return Pixels(video.frames[np.searchsorted(wanted(total), numbers)], total, numbers)
+    # the reader gives each frame once, a short clip has some of them in several segments
+    return Pixels(video.frames[np.searchsorted(video.indices, numbers)], total, numbers)
 
 
 def _read_with_decord(request: PixelRequest) -> Pixels:
@@ -245,15 +234,9 @@ def _is_plain(path: Path, limits: InputLimits) -> bool:
 
 def _framed(pictures: np.ndarray, request: PixelRequest) -> np.ndarray:
     """The square of each picture, uint8 [T, H, W, 3] -> [T, size, size, 3]."""
-    framing = frame_to(
-        height=pictures.shape[1],
-        width=pictures.shape[2],
-        size=request.size,
-        patch_size=request.patch_size,
-        fit="crop",
-        place=request.place,
-    )
-    return np.stack([framing.scale(picture) for picture in pictures])
+    framing = Framing(size=request.size, patch_size=request.patch_size, crop_position=request.place)
+    crop = crop_of(height=pictures.shape[1], width=pictures.shape[2], framing=framing)
+    return np.stack([crop.scale(picture) for picture in pictures])
 
 
 def _prepare(settings: dict):
