@@ -7,7 +7,7 @@ need no system fonts.
 from functools import cache
 from pathlib import Path
 
-from model_factory.plain_text import printable
+from model_factory.command_line.plain_text import printable
 
 INK = (31, 35, 40)
 MUTED = (101, 109, 118)
