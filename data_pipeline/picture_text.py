@@ -7,6 +7,8 @@ need no system fonts.
 from functools import cache
 from pathlib import Path
 
+from PIL import ImageFont
+
 from model_factory.command_line.plain_text import printable
 
 INK = (31, 35, 40)
@@ -15,10 +17,9 @@ LONGEST_NAME = 500  # characters measured; beyond it a name is cut before its wi
 
 
 @cache
-def font(size: int, bold: bool = False):
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The Pillow font of a size in pixels."""
     from matplotlib import get_data_path
-    from PIL import ImageFont
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     path = Path(get_data_path(), "fonts", "ttf", name)
@@ -26,7 +27,7 @@ def font(size: int, bold: bool = False):
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def fitted(text: object, width: float, lettering) -> str:
+def fitted(text: object, width: float, lettering: ImageFont.FreeTypeFont) -> str:
     """The text in one printable line of at most `width` pixels, its middle left out if need be."""
     line = printable(text)
     if len(line) > LONGEST_NAME:

@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from data_pipeline.picture_files import write_picture
 from data_pipeline.picture_text import INK, MUTED, font
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
+
+Colour = tuple[int, int, int]
 
 SIDE, GAP, TITLE, CURVES = 364, 16, 58, 92
 SHARPNESS = 2  # pictures are drawn at twice their size and shrunk, which smooths edges
@@ -45,7 +48,9 @@ class Snapshot:
     centers: np.ndarray | None = None
 
 
-def train(features, labels, objective: str, steps: int, every: int, seed: int) -> list[Snapshot]:
+def train(
+    features: np.ndarray, labels: np.ndarray, objective: str, steps: int, every: int, seed: int
+) -> list[Snapshot]:
     """Snapshots of a small head trained on unit features float32 [N, D] by `contrastive` or
     `clusters` (labels int64 [N])."""
     import torch
@@ -60,7 +65,7 @@ def train(features, labels, objective: str, steps: int, every: int, seed: int) -
     optimizer = torch.optim.AdamW([*head.parameters(), centers], lr=3e-3)
     spread = NOISE * rows.std(dim=0)
 
-    def view(chosen):
+    def view(chosen: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(len(chosen), rows.shape[1], generator=generator)
         return F.normalize(head(rows[chosen] + spread * noise))
 
@@ -94,8 +99,8 @@ def separation(embeddings: np.ndarray, groups: np.ndarray) -> float:
 
 def animation(
     runs: list[list[Snapshot]], groups: np.ndarray, coloured_by: str = "clusters"
-) -> list:
-    """A Pillow image of both objectives for every snapshot of `runs`, in the order of TITLES.
+) -> list[Image.Image]:
+    """An image of both objectives for every snapshot of `runs`, in the order of TITLES.
 
     groups int64 [N] are the colours, and `coloured_by` the word for them.
     """
@@ -103,9 +108,13 @@ def animation(
     return [_picture(runs, curves, groups, place, coloured_by) for place in range(len(runs[0]))]
 
 
-def _picture(runs, curves, groups: np.ndarray, place: int, coloured_by: str):
-    from PIL import Image, ImageDraw
-
+def _picture(
+    runs: list[list[Snapshot]],
+    curves: list[list[float]],
+    groups: np.ndarray,
+    place: int,
+    coloured_by: str,
+) -> Image.Image:
     # all lengths below are in pixels of the result, scaled when they are drawn
     size = (2 * SIDE + 3 * GAP, TITLE + SIDE + CURVES + GAP)
     image = Image.new("RGB", (size[0] * SHARPNESS, size[1] * SHARPNESS), "white")
@@ -114,26 +123,41 @@ def _picture(runs, curves, groups: np.ndarray, place: int, coloured_by: str):
     for number, (title, run) in enumerate(zip(TITLES, runs, strict=True)):
         left = GAP + number * (SIDE + GAP)
         _text(draw, (left, 8), title, 15, LINES[number] if number else INK, bold=True)
+        centers = run[place].centers
         note = "pushed from all others of its batch, also from its like"
-        if run[place].centers is not None:
-            note = f"pulled to the centre (ring) of its cluster, one of {len(run[place].centers)}"
+        if centers is not None:
+            note = f"pulled to the centre (ring) of its cluster, one of {len(centers)}"
         _text(draw, (left, 30), note, 11, MUTED)
         _sphere(draw, left, TITLE, run[place], groups, angle)
     _curves(draw, runs[0], curves, place, coloured_by)
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _text(draw, place, text: str, size: int, colour, bold: bool = False) -> None:
-    scaled = tuple(SHARPNESS * value for value in place)
+def _text(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    text: str,
+    size: int,
+    colour: Colour,
+    bold: bool = False,
+) -> None:
+    scaled = (SHARPNESS * place[0], SHARPNESS * place[1])
     draw.text(scaled, text, fill=colour, font=font(SHARPNESS * size, bold))
 
 
-def _sphere(draw, x: int, y: int, snapshot: Snapshot, groups: np.ndarray, angle: float) -> None:
+def _sphere(
+    draw: ImageDraw.ImageDraw,
+    x: int,
+    y: int,
+    snapshot: Snapshot,
+    groups: np.ndarray,
+    angle: float,
+) -> None:
     """Embeddings as dots and centres as rings, those behind first and paler."""
     box = (x, y, x + SIDE, y + SIDE)
     draw.ellipse([SHARPNESS * v for v in box], fill=(246, 248, 250), outline=(216, 222, 228))
     points = _turned(snapshot.embeddings, angle)
-    dots = [
+    dots: list[tuple[np.ndarray, float, Colour, bool]] = [
         (point, 3.2, _colour(int(group)), False)
         for point, group in zip(points, groups, strict=True)
     ]
@@ -152,13 +176,22 @@ def _turned(points: np.ndarray, angle: float) -> np.ndarray:
     return points @ (above @ around).T
 
 
-def _dot(draw, x: int, y: int, point: np.ndarray, radius: float, colour, ring: bool) -> None:
+def _dot(
+    draw: ImageDraw.ImageDraw,
+    x: int,
+    y: int,
+    point: np.ndarray,
+    radius: float,
+    colour: Colour,
+    ring: bool,
+) -> None:
     across = SHARPNESS * (x + SIDE * (point[0] + 1) / 2)
     down = SHARPNESS * (y + SIDE * (1 - point[1]) / 2)
     depth = (point[2] + 1) / 2
     size = SHARPNESS * radius * (0.7 + 0.3 * depth)
     # the far side is seen through the sphere
-    shade = tuple(int(246 + (value - 246) * (0.3 + 0.7 * depth)) for value in colour)
+    red, green, blue = (int(246 + (value - 246) * (0.3 + 0.7 * depth)) for value in colour)
+    shade = (red, green, blue)
     box = (across - size, down - size, across + size, down + size)
     if ring:
         draw.ellipse(box, outline=shade, width=2 * SHARPNESS)
@@ -166,7 +199,13 @@ def _dot(draw, x: int, y: int, point: np.ndarray, radius: float, colour, ring: b
         draw.ellipse(box, fill=shade)
 
 
-def _curves(draw, steps: list[Snapshot], curves, place: int, coloured_by: str) -> None:
+def _curves(
+    draw: ImageDraw.ImageDraw,
+    steps: list[Snapshot],
+    curves: list[list[float]],
+    place: int,
+    coloured_by: str,
+) -> None:
     """Separation of both objectives up to this picture's step, below the spheres."""
     left, right = GAP + 210, 2 * SIDE + 2 * GAP
     top, foot = TITLE + SIDE + 22, TITLE + SIDE + CURVES
@@ -180,6 +219,7 @@ def _curves(draw, steps: list[Snapshot], curves, place: int, coloured_by: str) -
         return SHARPNESS * across, SHARPNESS * (foot - (foot - top) * (value - low) / (high - low))
 
     draw.line([at(0, 0.0), at(len(steps) - 1, 0.0)], fill=(216, 222, 228), width=SHARPNESS)
+    labels = []
     for curve, colour in zip(curves, LINES, strict=True):
         points = [at(number, value) for number, value in enumerate(curve[: place + 1])]
         if len(points) > 1:
@@ -187,11 +227,14 @@ def _curves(draw, steps: list[Snapshot], curves, place: int, coloured_by: str) -
         x, y = points[-1]
         size = 3 * SHARPNESS
         draw.ellipse((x - size, y - size, x + size, y + size), fill=colour)
-        label = (x / SHARPNESS + 7, y / SHARPNESS - 8)
-        _text(draw, label, f"{curve[place]:+.2f}", 12, colour, bold=True)
+        labels.append((y / SHARPNESS - 8, x / SHARPNESS + 7, f"{curve[place]:+.2f}", colour))
+    lowest = -np.inf  # the upper label first, so that the lower one can make room
+    for down, across, text, colour in sorted(labels):
+        lowest = max(down, lowest + 14)
+        _text(draw, (across, lowest), text, 12, colour, bold=True)
 
 
-def _colour(group: int) -> tuple[int, int, int]:
+def _colour(group: int) -> Colour:
     """Colours far apart for neighbouring numbers."""
     red, green, blue = colorsys.hsv_to_rgb(group * 0.618 % 1, 0.75, 0.85)
     return int(255 * red), int(255 * green), int(255 * blue)
@@ -228,9 +271,10 @@ def _draw(args: argparse.Namespace) -> None:
         for objective in OBJECTIVES
     ]
     pictures = animation(runs, groups, "clusters" if args.truth is None else "true labels")
-    colours = pictures[-1].quantize(PALETTE)
+    colours = pictures[-1].quantize(PALETTE, method=Image.Quantize.MAXCOVERAGE)
     # without dithering flat areas stay flat
-    first, *rest = [picture.quantize(palette=colours, dither=0) for picture in pictures]
+    plain = Image.Dither.NONE
+    first, *rest = [picture.quantize(palette=colours, dither=plain) for picture in pictures]
     durations = [PICTURE_MS] * len(rest) + [HOLD_MS]
     options = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +286,7 @@ def _draw(args: argparse.Namespace) -> None:
     print(args.output, args.output.with_suffix(".png"))
 
 
-def _check(args) -> None:
+def _check(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() != ".gif":
         raise ValueError(f"--output {args.output}: the animation is written as FILE.gif")
     for name in ("samples", "clusters", "steps", "every"):
@@ -250,7 +294,7 @@ def _check(args) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
 
 
-def _load(args) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(unit features, cluster numbers 0.., colour groups) of the samples that are drawn."""
     from data_pipeline.clustering.browse import read_truth
     from data_pipeline.clustering.features import load_features

@@ -129,7 +129,13 @@ def _bought_columns(info: SampleInfo, num_columns: int) -> set[int]:
     return set(np.rint(places).astype(int).tolist())
 
 
-def _selected_maps(tiles, positions, intra, chosen: np.ndarray, info: SampleInfo) -> dict:
+def _selected_maps(
+    tiles: np.ndarray,
+    positions: np.ndarray,
+    intra: np.ndarray,
+    chosen: np.ndarray,
+    info: SampleInfo,
+) -> dict[str, np.ndarray]:
     """Column's patches, selected, rank and intra of the patches `chosen`, drawn in the order of
     time."""
     picture = np.zeros((info.height, info.width, 3), np.uint8)

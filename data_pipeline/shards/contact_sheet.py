@@ -88,7 +88,7 @@ def draw_animation(view: ClipView) -> list[Image.Image]:
             Cell(residual_picture(column.residual, view), "residual"),
             Cell(patches_picture(column), f"selected now: {_patch_counts(column)}"),
             Cell(received, f"received as patches: {tokens:,} tokens"),
-            Cell(sampled, f"as whole frames: {frame_tokens:,} tokens"),
+            Cell(sampled, f"received as whole frames: {frame_tokens:,} tokens"),
         ]
         pictures.append(_animation_picture(view, cells, place))
     return pictures
@@ -200,7 +200,7 @@ def _scaled(picture: np.ndarray, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST)
 
 
-def _header(draw, width: int, view: ClipView | ImageView) -> None:
+def _header(draw: ImageDraw.ImageDraw, width: int, view: ClipView | ImageView) -> None:
     """Name and sizes of a sample, in the first HEADER rows of its block."""
     room = width - 2 * MARGIN
     draw.text((MARGIN, 10), fitted(view.info.source, room, font(15, True)), INK, font(15, True))
@@ -313,7 +313,14 @@ def _animation_picture(view: ClipView, cells: list[Cell], place: int) -> Image.I
     return picture
 
 
-def _timeline(draw, columns: list[Column], place: int, left: int, top: int, width: int) -> None:
+def _timeline(
+    draw: ImageDraw.ImageDraw,
+    columns: list[Column],
+    place: int,
+    left: int,
+    top: int,
+    width: int,
+) -> None:
     """Selected patches over time as bars, those up to the column `place` in colour."""
     draw.text((left, top), "patches selected over time", MUTED, font(11))
     foot = top + LINE + TIMELINE - 14

@@ -7,6 +7,8 @@ Everything drawn comes out of the shard: clip_columns.py reads it, contact_sheet
 import itertools
 from pathlib import Path
 
+from PIL import Image
+
 from ..picture_files import write_picture
 from .clip_columns import ClipView, ImageView, read_sample, sample_view
 from .contact_sheet import ROWS, draw_animation, draw_sheet
@@ -21,8 +23,8 @@ FASTEST_MS, FRAME_MS, SLOWEST_MS, HOLD_MS = 60, 200, 500, 2000
 WEBP_QUALITY = 60  # edges of patches stay sharp, and a clip of 32 frames below half a megabyte
 
 
-def contact_sheet(manifest: Manifest, sample_ids: list[int]):
-    """The Pillow image of samples below each other, clips in up to COLUMNS columns."""
+def contact_sheet(manifest: Manifest, sample_ids: list[int]) -> Image.Image:
+    """The picture of samples below each other, clips in up to COLUMNS columns."""
     return draw_sheet([sample_view(manifest, i, COLUMNS) for i in sample_ids])
 
 
