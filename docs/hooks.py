@@ -23,7 +23,7 @@ GUIDES = (
     ("Evaluation", ("evaluation", "llava")),
     ("Project", ("architecture", "extending")),
 )
-LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)\s]+)\)")
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"(```.*?```|`[^`\n]+`)", re.S)
 
 
