@@ -20,14 +20,14 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval_encoder.lmm_demo_set import write_demo_set
+from eval_encoder.lmm.demo.question_set import write_demo_set
+from eval_encoder.lmm.demo.tiny import write_language_model
 from eval_encoder.lmm_probe import main as probe
-from eval_encoder.lmm_tiny import write_language_model
 from model_factory.configuration import LlavaViTPackingConfig
-from model_factory.crossget_tower import CrossGetTower
 from model_factory.export_folder import save_encoder_folder
-from model_factory.token_reduction import ReductionConfig
-from model_factory.vision_towers import VisualInputs, tower_of
+from model_factory.llava.crossget import CrossGetTower
+from model_factory.llava.token_reduction import ReductionConfig
+from model_factory.llava.towers import VisualInputs, tower_of
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 TEXT, FULL, REDUCED = 40, 576, 278

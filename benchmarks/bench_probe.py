@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.motion_shapes import write_motion_shapes
-from eval_encoder.probe_config import build_config, build_parser
-from eval_encoder.probe_datasets import LabelledList, read_lists
-from eval_encoder.probe_encoders import build_encoder
-from eval_encoder.probe_features import ClipFeatures
-from eval_encoder.probe_loader import RawClips
-from eval_encoder.probe_trainer import ProbeTrainer
-from eval_encoder.probe_video import Look
+from eval_encoder.probe.benchmarks import LabelledList, read_lists
+from eval_encoder.probe.clips import Look
+from eval_encoder.probe.config import build_config, build_parser
+from eval_encoder.probe.encoders import build_encoder
+from eval_encoder.probe.features import ClipFeatures
+from eval_encoder.probe.loader import RawClips
+from eval_encoder.probe.trainer import ProbeTrainer
 from training.distributed import process_group
 
 TWELVE = ("--default_lr_list", "1e-4", "3e-4", "1e-3", "3e-3", "--num_seeds", "3")

@@ -54,7 +54,7 @@ def bench_step(folder: Path) -> dict:
     products that one thread has before the run, while nothing else computes."""
     import torch
 
-    from training.flops import product_flops
+    from training.record.flops import product_flops
 
     torch.set_num_threads(1)
     peak = 2 * product_flops(torch.device("cpu"), seconds=2.0)
@@ -77,8 +77,8 @@ def bench_step(folder: Path) -> dict:
 def bench_checkpoint(folder: Path, rounds: int = 3) -> dict:
     """What the loop waits for a save in the background, beside a step of the same model."""
     from data_pipeline.loading.synthetic import SyntheticStream
-    from training.checkpointer import CheckpointConfig, Checkpointer
-    from training.config import ModelConfig
+    from training.checkpoint.checkpointer import CheckpointConfig, Checkpointer
+    from training.config.schema import ModelConfig
     from training.distributed import process_group
     from training.encoder import build_encoder
     from training.losses.partial_fc import PartialFC, PartialFCConfig
@@ -166,10 +166,9 @@ def bench_gpu(rounds: int, compiled: bool) -> dict:
     """Whole steps of large on one GPU."""
     from data_pipeline.loading.packing import joined_inputs
     from data_pipeline.loading.synthetic import SyntheticStream
-    from training.config import ModelConfig
+    from training.config.schema import ModelConfig
     from training.distributed import process_group
     from training.encoder import build_encoder
-    from training.flops import encoder_flops, peak_flops, softmax_flops
     from training.losses.partial_fc import PartialFC, PartialFCConfig
     from training.optimizer import (
         OptimizerConfig,
@@ -178,6 +177,7 @@ def bench_gpu(rounds: int, compiled: bool) -> dict:
         global_grad_norm,
     )
     from training.parallel import ParallelConfig, ParallelEncoder
+    from training.record.flops import encoder_flops, peak_flops, softmax_flops
 
     with process_group() as ranks:
         model = build_encoder(ModelConfig(name="llava_vit_large_ln"), 0)

@@ -17,8 +17,8 @@ import os
 import sys
 from pathlib import Path
 
-from model_factory.command import run_command
-from model_factory.local_output import output_path
+from model_factory.command_line.command import run_command
+from model_factory.command_line.local_output import output_path
 
 from . import commands
 from .stop import Stopped, stoppable

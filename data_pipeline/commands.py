@@ -6,8 +6,8 @@ Functions import what they need when they run, so `--help` is instant.
 import json
 import os
 
-from model_factory.launcher_watch import watched_launcher
-from model_factory.plain_text import show
+from model_factory.command_line.launcher_watch import watched_launcher
+from model_factory.command_line.plain_text import show
 
 DEFAULT_SIZE = 224
 DEFAULT_PATCH_SIZE = 16

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.command_line.plain_text import show
 from model_factory.files import OWN_LISTING, check_checksums
-from model_factory.plain_text import show
 
 from .errors import CorruptShard, DataPipelineError, MissingData
 from .shards.manifest import Manifest, load_manifest

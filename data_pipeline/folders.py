@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from model_factory.plain_text import printable
+from model_factory.command_line.plain_text import printable
 
 # What file managers, NAS boxes and archivers leave between a user's files; compared in lower case.
 # Names that begin with a dot (.DS_Store, ._clip.mp4, .Trashes) need no entry.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_factory.plain_text import printable
+from model_factory.command_line.plain_text import printable
 
 from .errors import DataPipelineError
 from .shards.manifest import Manifest

@@ -22,7 +22,7 @@ import numpy as np
 
 from model_factory.files import DamagedFile, parse_json, read_json, write_atomically, write_json
 
-from .counter_rng import counter_rng
+from .random import counter_rng
 from .stop import leave_to_parent
 
 GENERATOR_VERSION = 1  # moves when the same arguments give other clips

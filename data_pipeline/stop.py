@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 
-from model_factory.command import signal_code
+from model_factory.command_line.command import signal_code
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

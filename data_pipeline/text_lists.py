@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_factory.plain_text import printable
+from model_factory.command_line.plain_text import printable
 
 from .errors import DataPipelineError, MissingData
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from model_factory.command_line.plain_text import printable
 from model_factory.files import DamagedFile
-from model_factory.plain_text import printable
 
 from .clustering import features, kmeans, labels, progress
 from .errors import DataPipelineError

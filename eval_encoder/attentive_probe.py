@@ -11,10 +11,10 @@ import contextlib
 import sys
 import time
 
-from eval_encoder.probe_config import build_config, build_parser, idle_flags
-from model_factory.command import run_command
-from model_factory.plain_text import show
-from model_factory.quiet import quiet_libraries
+from eval_encoder.probe.config import build_config, build_parser, idle_flags
+from model_factory.command_line.command import run_command
+from model_factory.command_line.plain_text import show
+from model_factory.command_line.quiet import quiet_libraries
 from training.log import is_first_to_say, setup_logging
 
 PATIENCE_S = 6 * 3600.0  # ranks meet after reading their shares, which may take them unlike times
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start(args: argparse.Namespace) -> None:
     quiet_libraries()
-    from eval_encoder.probe_datasets import read_lists
+    from eval_encoder.probe.benchmarks import read_lists
 
     notes: list[str] = []  # what was left out or chosen: logged and recorded once ranks are known
     config = build_config(args)
@@ -48,9 +48,9 @@ def _start(args: argparse.Namespace) -> None:
 def _probe(config, lists, notes: list[str], ignored: list[str]) -> None:
     import torch.distributed as dist
 
-    from eval_encoder.probe_encoders import build_encoder
-    from eval_encoder.probe_features import ClipFeatures, refuse_unreadable
-    from eval_encoder.probe_record import Costs
+    from eval_encoder.probe.encoders import build_encoder
+    from eval_encoder.probe.features import ClipFeatures, refuse_unreadable
+    from eval_encoder.probe.record import Costs
     from training.distributed import naming_peers, process_group
 
     started = time.perf_counter()
@@ -87,8 +87,8 @@ def _probe(config, lists, notes: list[str], ignored: list[str]) -> None:
 
 def _bank(config, width, train, val, ranks, log):
     """(record, confusion) of heads that are trained."""
-    from eval_encoder.probe_record import heads_of, summarise
-    from eval_encoder.probe_trainer import ProbeTrainer
+    from eval_encoder.probe.record import heads_of, summarise
+    from eval_encoder.probe.trainer import ProbeTrainer
 
     with _board(config, ranks) as board:
         history = ProbeTrainer(config, width, train, val, ranks, log, board).run()
@@ -99,9 +99,9 @@ def _bank(config, width, train, val, ranks, log):
 
 def _neighbours(config, width, train, val, ranks, log):
     """(record, confusion) of nearest neighbours."""
-    from eval_encoder.probe_features import refuse_unreadable
-    from eval_encoder.probe_knn import judge_neighbours
-    from eval_encoder.probe_record import summarise_neighbours
+    from eval_encoder.probe.features import refuse_unreadable
+    from eval_encoder.probe.neighbors import judge_neighbours
+    from eval_encoder.probe.record import summarise_neighbours
 
     share, batch_size = config.heads.holdout, config.heads.batch_size
     k, held, judged = judge_neighbours(train, val, share, batch_size, ranks)
@@ -125,7 +125,7 @@ def _board(config, ranks):
 
 def _tell(train, val, log) -> None:
     """Where clips come from; a probe that would read its two lists in two ways is refused."""
-    from eval_encoder.probe_datasets import shared_files, unseen_classes
+    from eval_encoder.probe.benchmarks import shared_files, unseen_classes
 
     if train.about != val.about:
         raise ValueError(
@@ -142,9 +142,9 @@ def _tell(train, val, log) -> None:
 
 
 def _report(config, record, confusion, costs, encoder_sha256: str, train, val) -> None:
-    from eval_encoder.probe_datasets import shared_files
-    from eval_encoder.probe_record import write_results
-    from eval_encoder.probe_results import half_interval
+    from eval_encoder.probe.benchmarks import shared_files
+    from eval_encoder.probe.compare import half_interval
+    from eval_encoder.probe.record import write_results
 
     unreadable = {"train": train.unreadable, "val": val.unreadable}
     facts = {"unreadable": unreadable, "encoder_sha256": encoder_sha256, "read_from": train.about}

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval_encoder.lmm_conversation import IMAGE, Turn, Visual
+from eval_encoder.lmm.data.conversation import IMAGE, Turn, Visual
 from eval_encoder.lmm_eval import add_model_flags, speaker_of
-from model_factory.command import message_of, run_command
-from model_factory.plain_text import RUNNING, printable
-from model_factory.quiet import quiet_libraries
+from model_factory.command_line.command import message_of, run_command
+from model_factory.command_line.plain_text import RUNNING, printable
+from model_factory.command_line.quiet import quiet_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ class Dialogue:
 
     def request(self):
         """What a Speaker is asked for, after a human turn."""
-        from eval_encoder.lmm_generate import Request
+        from eval_encoder.lmm.generate import Request
 
         return Request(self.turns, self.visuals)
 

@@ -16,11 +16,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_encoder.lmm_answers import checked
-from model_factory.command import run_command
+from eval_encoder.lmm.scoring.answers import checked
+from model_factory.command_line.command import run_command
+from model_factory.command_line.local_output import output_path
+from model_factory.command_line.quiet import quiet_libraries
 from model_factory.files import DamagedFile, check_fields, parse_json
-from model_factory.local_output import output_path
-from model_factory.quiet import quiet_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def speaker_of(args: argparse.Namespace, media: Path = Path(".")):
     """The model that the flags name."""
-    from eval_encoder.lmm_generate import Decoding, open_speaker
+    from eval_encoder.lmm.generate import Decoding, open_speaker
 
     decoding = Decoding(
         max_new_tokens=args.max_new_tokens,
@@ -93,7 +93,7 @@ def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
 
     Raises ValueError that names file and line of what is no question, or leads out of the folder.
     """
-    from eval_encoder.lmm_conversation import Visual, check_below
+    from eval_encoder.lmm.data.conversation import Visual, check_below
 
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a JSONL of questions")
@@ -133,8 +133,8 @@ def _question(row: dict, name: str) -> Question:
 
 def request_of(question: Question, blind: bool = False):
     """What a Speaker is asked."""
-    from eval_encoder.lmm_conversation import IMAGE, VIDEO, Turn, Visual
-    from eval_encoder.lmm_generate import Request
+    from eval_encoder.lmm.data.conversation import IMAGE, VIDEO, Turn, Visual
+    from eval_encoder.lmm.generate import Request
 
     text = question.text.replace(IMAGE, "").replace(VIDEO, "").strip()
     if blind:

@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from eval_encoder.lmm_config import build_parser, parse_arguments
-from eval_encoder.lmm_samples import stage_samples
-from model_factory.command import run_command
+from eval_encoder.lmm.config import build_parser, parse_arguments
+from eval_encoder.lmm.data.samples import stage_samples
+from model_factory.command_line.command import run_command
+from model_factory.command_line.launcher_watch import watched_launcher
+from model_factory.command_line.plain_text import PlainFormatter
+from model_factory.command_line.quiet import quiet_libraries
 from model_factory.files import DamagedFile, read_json, write_json
-from model_factory.launcher_watch import watched_launcher
-from model_factory.plain_text import PlainFormatter
-from model_factory.quiet import quiet_libraries
 from training.log import is_first_to_say
 
 LOG = logging.getLogger("univit")
@@ -67,9 +67,9 @@ def _run(arguments, others: list[str], samples) -> None:
     import torch.distributed as dist
     from transformers import set_seed
 
-    from eval_encoder.lmm_features import FeatureStore
-    from eval_encoder.lmm_open import compose
-    from eval_encoder.lmm_stage import (
+    from eval_encoder.lmm.data.features import FeatureStore
+    from eval_encoder.lmm.model.open import compose
+    from eval_encoder.lmm.stage import (
         build_dataset,
         build_reader,
         training_arguments,
@@ -106,8 +106,8 @@ def _run(arguments, others: list[str], samples) -> None:
 
 
 def _train(arguments, args, lmm, dataset) -> None:
-    from eval_encoder.lmm_open import PARTS_FILE, write_parts
-    from eval_encoder.lmm_trainer import LmmTrainer
+    from eval_encoder.lmm.model.open import PARTS_FILE, write_parts
+    from eval_encoder.lmm.trainer import LmmTrainer
     from model_factory.model_folder import seal_folder
 
     trainer = LmmTrainer(lmm, arguments, args, dataset)

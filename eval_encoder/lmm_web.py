@@ -20,10 +20,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_encoder.lmm_chat import Dialogue
-from eval_encoder.lmm_eval import add_model_flags, speaker_of
-from eval_encoder.lmm_web_gate import Gate
-from eval_encoder.lmm_web_handlers import (
+from eval_encoder.lmm.web.gate import Gate
+from eval_encoder.lmm.web.handlers import (
     LONGEST_QUESTION,
     MAX_BYTES,
     MAX_SESSIONS,
@@ -31,9 +29,11 @@ from eval_encoder.lmm_web_handlers import (
     Limits,
     Visit,
 )
-from model_factory.command import run_command
-from model_factory.plain_text import in_markdown, printable
-from model_factory.quiet import quiet_libraries
+from eval_encoder.lmm_chat import Dialogue
+from eval_encoder.lmm_eval import add_model_flags, speaker_of
+from model_factory.command_line.command import run_command
+from model_factory.command_line.plain_text import in_markdown, printable
+from model_factory.command_line.quiet import quiet_libraries
 
 HOST = "127.0.0.1"
 MAX_PORT = 65535  # of TCP

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model_factory.command import run_command
-from model_factory.local_output import output_path
+from model_factory.command_line.command import run_command
+from model_factory.command_line.local_output import output_path
 
 SIDE, GAP, CAPTION = 360, 12, 40
 BATCH, NOISE, TEMPERATURE, SCALE = 64, 0.3, 0.2, 8.0

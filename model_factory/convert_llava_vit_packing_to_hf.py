@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from model_factory.command import run_command
-from model_factory.local_output import output_path
-from model_factory.quiet import quiet_libraries
+from model_factory.command_line.command import run_command
+from model_factory.command_line.local_output import output_path
+from model_factory.command_line.quiet import quiet_libraries
 from model_factory.registry import packing_name
 
 _HELPERS = (

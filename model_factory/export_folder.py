@@ -12,10 +12,10 @@ import json
 import shutil
 from pathlib import Path
 
+from .command_line.plain_text import in_markdown
 from .configuration import LlavaViTPackingConfig
 from .model_folder import seal_folder
 from .packing import CLIP_MEAN, CLIP_STD, TARGET_FRAMES
-from .plain_text import in_markdown
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 CARD = """\

@@ -15,7 +15,7 @@ from pathlib import Path
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this file."""
-    from .local_output import output_path
+    from .command_line.local_output import output_path
 
     parser = argparse.ArgumentParser(
         description="Write a verified vision tower with the configuration of a LLaVA around it.",
@@ -47,16 +47,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Export; returns the exit code."""
-    from .command import run_command
+    from .command_line.command import run_command
 
     return run_command(parse=build_parser().parse_args, work=_export, argv=argv)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from .quiet import quiet_libraries
+    from .command_line.quiet import quiet_libraries
 
     quiet_libraries()
-    from .llava_tower_folder import export_tower
+    from .llava.tower_folder import export_tower
 
     lines = export_tower(
         source=args.source,

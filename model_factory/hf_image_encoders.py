@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .command_line.reading import names_place
 from .model_folder import LOCAL, check_model_folder
 from .packing import CLIP_MEAN, CLIP_STD, patchify
-from .reading import names_place
 
 CLIP_NORM = (CLIP_MEAN, CLIP_STD)
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -100,4 +100,4 @@ with torch.no_grad():
 print(f"fresh process: export and trained encoder differ by {difference:.1e}")
 assert difference < 1e-5
 PY
-python -m eval_encoder.probe_report "$output" --shards "$shards" ${truth:+--truth "$truth"} --seconds $((SECONDS - started))
+python -m eval_encoder.probe.report "$output" --shards "$shards" ${truth:+--truth "$truth"} --seconds $((SECONDS - started))

@@ -85,8 +85,8 @@ demo() {
     done
     mkdir -p "$output"
     step "1/4 pictures, clips, questions and a tiny language model that cannot speak yet"
-    python -m eval_encoder.lmm_demo_set --output "$output/set" --num_train "${TRAIN:-2000}" --num_val "${VAL:-384}"
-    python -m eval_encoder.lmm_tiny "$output/set/align.json" "$output/set/tune.json" \
+    python -m eval_encoder.lmm.demo.question_set --output "$output/set" --num_train "${TRAIN:-2000}" --num_val "${VAL:-384}"
+    python -m eval_encoder.lmm.demo.tiny "$output/set/align.json" "$output/set/tune.json" \
         --output "$output/language_model" --layers 3 --width 96 --convnext "$output/convnext"
     [ -n "$tower" ] || [ ! -d output/demo/train/hf ] || tower=output/demo/train/hf
     if [ -z "$tower" ]; then
@@ -149,7 +149,7 @@ demo() {
 
     step "4/4 the table"
     all() { local sum=0 part; for part in "$@"; do sum=$((sum + $(cat "$output/$part/seconds"))); done; echo "$sum"; }
-    python -m eval_encoder.lmm_table blind="$output/blind" llava15="$output/llava15" vitsplit="$output/vitsplit" \
+    python -m eval_encoder.lmm.scoring.table blind="$output/blind" llava15="$output/llava15" vitsplit="$output/vitsplit" \
         crossget="$output/crossget" convllava="$output/convllava" --labels "$output/set/answers.jsonl" \
         --seconds llava15="$(all llava15_align llava15)" vitsplit="$(all vitsplit_align vitsplit)" \
         crossget="$(all llava15_align llava15 crossget)" convllava="$(all convllava_1 convllava_2 convllava)" \

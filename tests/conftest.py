@@ -40,8 +40,8 @@ POLL_S = 0.02
 
 # Files whose tests compare computed numbers: what another processor may change (-m numeric).
 NUMERIC = (
-    "tests/data_pipeline/test_selection.py",
-    "tests/eval_encoder/test_probe_heads.py",
+    "tests/data_pipeline/codec/test_selection.py",
+    "tests/eval_encoder/probe/test_probe_heads.py",
     "tests/model_factory/test_attention.py",
     "tests/model_factory/test_conversion.py",
     "tests/model_factory/test_export_folder.py",
@@ -49,7 +49,7 @@ NUMERIC = (
     "tests/model_factory/test_key_layouts.py",
     "tests/model_factory/test_packing_model.py",
     "tests/model_factory/test_rope.py",
-    "tests/training/test_losses.py",
+    "tests/training/losses/test_losses.py",
     "tests/training/test_optimizer.py",
 )
 

@@ -175,7 +175,7 @@ def progress_of_clustering(places: dict[str, Path]) -> list[Kind]:
 
 def checkpoints(places: dict[str, Path]) -> list[Kind]:
     """A run's checkpoints, as a start and as an export read them."""
-    from training.checkpoint_folder import read_state, verify_checkpoint
+    from training.checkpoint.folder import read_state, verify_checkpoint
     from training.export import read_encoder
 
     run = places["train"]
@@ -197,8 +197,8 @@ def checkpoints(places: dict[str, Path]) -> list[Kind]:
 
 def records(places: dict[str, Path], ranks, log: logging.Logger) -> list[Kind]:
     """metrics.jsonl and consumed-*.jsonl at a resume."""
-    from training.record_files import restore_records
-    from training.resume import find_commit
+    from training.checkpoint.resume import find_commit
+    from training.record.files import restore_records
 
     run = places["train"]
     copy = places["work"] / "resumed"
@@ -216,9 +216,9 @@ def records(places: dict[str, Path], ranks, log: logging.Logger) -> list[Kind]:
 
 def exports(places: dict[str, Path]) -> list[Kind]:
     """hf/, backbone.pt and a LLaVA tower, as our own loaders read them."""
-    from eval_encoder.lmm_open import open_tower
+    from eval_encoder.lmm.model.open import open_tower
     from model_factory.backbone import load_backbone
-    from model_factory.llava_tower_folder import export_tower
+    from model_factory.llava.tower_folder import export_tower
     from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
     exported = places["export"]
@@ -255,7 +255,7 @@ def exports(places: dict[str, Path]) -> list[Kind]:
 
 def caches(places: dict[str, Path]) -> list[Kind]:
     """Stored features of the probe (fp16) and of the multimodal probe (int16)."""
-    from eval_encoder.probe_cache import FeatureCache
+    from eval_encoder.feature_cache import FeatureCache
 
     kinds = []
     for name, dtype in (("probe", torch.float16), ("multimodal", torch.int16)):
@@ -282,7 +282,7 @@ def caches(places: dict[str, Path]) -> list[Kind]:
 
 def results(places: dict[str, Path]) -> list[Kind]:
     """What a probe reports."""
-    from eval_encoder.probe_results import read_results
+    from eval_encoder.probe.compare import read_results
 
     report = places["probe"] / "report"
 

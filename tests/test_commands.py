@@ -22,9 +22,9 @@ import torch.distributed as dist
 from conftest import ROOT, call, run, torchrun
 from safetensors.torch import save_file
 
-from model_factory.command import EXIT_CODES, message_of, outcome_of, run_command
+from model_factory.command_line.command import EXIT_CODES, message_of, outcome_of, run_command
+from model_factory.command_line.reading import names_place, reading
 from model_factory.files import DamagedFile, write_json
-from model_factory.reading import names_place, reading
 
 # a picture's first bytes and then nothing of one: no UTF-8, no JSON, no CSV, no tensors
 GARBAGE = b"\x89PNG\r\n\x1a\n\x00\xff\xfe nothing \x80\x81" * 20
@@ -134,7 +134,7 @@ CALLS = [
          "llava_vit_tiny_ln BAD --output_dir NEW/o"),
     Call("model_factory.export_llava_tower", "folder", "BAD --output_dir NEW/o"),
     Call("model_factory.export_llava_tower", "file", "BAD.pt --output_dir NEW/o"),
-    Call("model_factory.llava_tower_check", "folder", "BAD NEW/reference.safetensors"),
+    Call("model_factory.llava.tower_check", "folder", "BAD NEW/reference.safetensors"),
     Call("training.export", "folder", "BAD --output NEW/o"),
     Call("training.doctor", "output", "--output BAD"),
     Call("training.train_univit", "folder",
@@ -262,7 +262,7 @@ def test_every_command_is_called_here():
         if "\ndef main(" in path.read_text()
     }
     # the page has lmm_chat's paths and needs gradio; lmms-eval has a command line of its own
-    apart = {"eval_encoder.lmm_web", "eval_encoder.lmm_lmms_eval"}
+    apart = {"eval_encoder.lmm_web", "eval_encoder.lmm.scoring.lmms_eval"}
     assert mains == {case.module for case in CALLS} | apart
     for name in mains:
         text = (ROOT / (name.replace(".", "/") + ".py")).read_text()
@@ -299,10 +299,10 @@ def test_each_kind_of_end_has_its_code_and_one_line(capsys):
 
 def test_errors_of_ours_have_the_codes_of_a_run_in_every_command(capsys):
     from data_pipeline.errors import BudgetExceeded, DataTimeout
-    from training.checkpoint_files import BadCheckpoint
-    from training.checkpoint_folder import StorageError
+    from training.checkpoint.files import BadCheckpoint
+    from training.checkpoint.folder import StorageError
+    from training.checkpoint.resume import ConfigMismatch
     from training.distributed import PeerFailed
-    from training.resume import ConfigMismatch
     from training.train_step import NonFiniteLoss
 
     codes = {BudgetExceeded: 4, NonFiniteLoss: 5, BadCheckpoint: 6, ConfigMismatch: 7}
@@ -338,7 +338,7 @@ def test_names_in_messages_cannot_act_on_a_terminal(capsys):
 
 PRINTS = (
     "import os, sys\n"
-    "from model_factory.command import run_command\n"
+    "from model_factory.command_line.command import run_command\n"
     "reader, writer = os.pipe()\n"
     "os.close(reader)\n"
     "os.dup2(writer if sys.argv[1] == 'closed' else os.open('/dev/full', os.O_WRONLY), 1)\n"
@@ -425,7 +425,8 @@ def test_a_stage_checks_its_data_before_it_looks_for_weights(
     line, message, new, alone, tmp_path, monkeypatch, capsys
 ):
     """The models are absent too; what is said is about the data."""
-    from eval_encoder import lmm_open, lmm_probe
+    from eval_encoder import lmm_probe
+    from eval_encoder.lmm.model import open as lmm_open
 
     monkeypatch.setattr(lmm_open, "compose", NeverLoaded())
     words = f"{STAGE} {line}".replace("ABSENT", str(tmp_path / "no")).replace("NEW", str(new))
@@ -456,7 +457,8 @@ def test_a_report_that_cannot_be_made_is_refused_before_weights_are_loaded(
 ):
     from transformers.integrations import integration_utils
 
-    from eval_encoder import lmm_open, lmm_probe
+    from eval_encoder import lmm_probe
+    from eval_encoder.lmm.model import open as lmm_open
 
     for name in ("wandb", "comet_ml", "tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -25,15 +25,15 @@ HOMES = {
         "data_pipeline.clustering.near_duplicates",
     },
     "flash_attn": {"model_factory.attention"},
-    "decord": {"eval_encoder.probe_reader"},
-    "torchcodec": {"eval_encoder.probe_reader"},
+    "decord": {"eval_encoder.probe.reader"},
+    "torchcodec": {"eval_encoder.probe.reader"},
     "webdataset": {"data_pipeline.shards.writer"},
-    "wandb": {"training.metrics"},
+    "wandb": {"training.record.metrics"},
     "ray": {"data_pipeline.shards.ray_driver"},
     "fsspec": {"data_pipeline.shards.inputs"},
-    "peft": {"eval_encoder.lmm_model"},
+    "peft": {"eval_encoder.lmm.model.lmm"},
     "gradio": {"eval_encoder.lmm_web"},
-    "lmms_eval": {"eval_encoder.lmm_lmms_eval"},
+    "lmms_eval": {"eval_encoder.lmm.scoring.lmms_eval"},
 }
 
 

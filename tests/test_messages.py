@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import run
 
-from eval_encoder.probe_config import REPORT_DIR, build_config, build_parser
+from eval_encoder.probe.config import REPORT_DIR, build_config, build_parser
 
 OURS = re.compile(r"^(\d\d:\d\d:\d\d \[rank 0\] |verified: |written: |before saving: |after )")
 DEBUG = ("-m", "training.train_univit", "--preset", "debug", "--num_sampled_data", 80)

@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from eval_encoder.lmm_scorers import Score, format_table
-from eval_encoder.lmm_table import markdown
-from eval_encoder.probe_report import _probe
-from eval_encoder.probe_results import compare
-from model_factory.export_folder import _table
-from model_factory.files import write_json
-from model_factory.llava_tower_card import tower_card
-from model_factory.plain_text import (
+from eval_encoder.lmm.scoring.scorers import Score, format_table
+from eval_encoder.lmm.scoring.table import markdown
+from eval_encoder.probe.compare import compare
+from eval_encoder.probe.report import _probe
+from model_factory.command_line.plain_text import (
     LINES,
     RUNNING,
     PlainFormatter,
@@ -28,8 +25,11 @@ from model_factory.plain_text import (
     printable,
     show,
 )
+from model_factory.export_folder import _table
+from model_factory.files import write_json
+from model_factory.llava.tower_card import tower_card
 from training.log import setup_logging
-from training.report import write_report
+from training.record.report import write_report
 
 # clears the screen, forges a row and a heading, runs a script, turns the text around, breaks a
 # formula of matplotlib and a span of code

@@ -59,22 +59,22 @@ def documented_commands() -> list[str]:
 def parsers() -> dict:
     """What builds the argument parser of each of our commands."""
     from data_pipeline.__main__ import build_parser as data_parser
-    from eval_encoder.lmm_answers import build_parser as answers_parser
+    from eval_encoder.lmm.config import parse_arguments
+    from eval_encoder.lmm.demo.question_set import build_parser as demo_set_parser
+    from eval_encoder.lmm.demo.tiny import build_parser as tiny_parser
+    from eval_encoder.lmm.scoring.answers import build_parser as answers_parser
+    from eval_encoder.lmm.scoring.scorers import build_parser as scorers_parser
+    from eval_encoder.lmm.scoring.table import build_parser as table_parser
     from eval_encoder.lmm_chat import build_parser as chat_parser
-    from eval_encoder.lmm_config import parse_arguments
-    from eval_encoder.lmm_demo_set import build_parser as demo_set_parser
     from eval_encoder.lmm_eval import build_parser as questions_parser
-    from eval_encoder.lmm_scorers import build_parser as scorers_parser
-    from eval_encoder.lmm_table import build_parser as table_parser
-    from eval_encoder.lmm_tiny import build_parser as tiny_parser
     from eval_encoder.lmm_web import build_parser as page_parser
-    from eval_encoder.probe_config import build_parser as probe_parser
-    from eval_encoder.probe_prepare import build_parser as prepare_parser
-    from eval_encoder.probe_report import build_parser as report_parser
-    from eval_encoder.probe_results import build_parser as compare_parser
+    from eval_encoder.probe.compare import build_parser as compare_parser
+    from eval_encoder.probe.config import build_parser as probe_parser
+    from eval_encoder.probe.prepare import build_parser as prepare_parser
+    from eval_encoder.probe.report import build_parser as report_parser
     from model_factory.convert_llava_vit_packing_to_hf import build_parser as convert_parser
     from model_factory.export_llava_tower import build_parser as tower_parser
-    from training.cli import build_parser as train_parser
+    from training.config.cli import build_parser as train_parser
     from training.doctor import build_parser as doctor_parser
     from training.export import build_parser as export_parser
 
@@ -83,20 +83,20 @@ def parsers() -> dict:
         "training.export": export_parser,
         "training.train_univit": train_parser,
         "data_pipeline": data_parser,
-        "eval_encoder.lmm_demo_set": demo_set_parser,
-        "eval_encoder.lmm_table": table_parser,
-        "eval_encoder.lmm_tiny": tiny_parser,
-        "eval_encoder/lmm_answers.py": answers_parser,
+        "eval_encoder.lmm.demo.question_set": demo_set_parser,
+        "eval_encoder.lmm.scoring.table": table_parser,
+        "eval_encoder.lmm.demo.tiny": tiny_parser,
+        "eval_encoder.lmm.scoring.answers": answers_parser,
         "eval_encoder/lmm_chat.py": chat_parser,
         "eval_encoder/lmm_eval.py": questions_parser,
         # what is left is transformers' own
         "eval_encoder/lmm_probe.py": lambda: SimpleNamespace(parse_args=parse_arguments),
-        "eval_encoder/lmm_scorers.py": scorers_parser,
+        "eval_encoder.lmm.scoring.scorers": scorers_parser,
         "eval_encoder/lmm_web.py": page_parser,
-        "eval_encoder.probe_prepare": prepare_parser,
-        "eval_encoder.probe_report": report_parser,
+        "eval_encoder.probe.prepare": prepare_parser,
+        "eval_encoder.probe.report": report_parser,
         "eval_encoder/attentive_probe.py": probe_parser,
-        "eval_encoder/probe_results.py": compare_parser,
+        "eval_encoder.probe.compare": compare_parser,
         "model_factory/convert_llava_vit_packing_to_hf.py": convert_parser,
         "model_factory/export_llava_tower.py": tower_parser,
     }
@@ -147,7 +147,7 @@ def test_public_contract_command_parses(command):
 
 
 def test_trainer_flags_are_exactly_the_frozen_list():
-    from training.cli import build_parser
+    from training.config.cli import build_parser
 
     flags = {option for action in build_parser()._actions for option in action.option_strings}
     assert flags == set(PUBLIC_TRAINER_FLAGS) | set(OWN_TRAINER_FLAGS)
@@ -165,9 +165,9 @@ def commands_of(parser) -> list:
 @pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", "file:///data/run"])
 def test_no_command_takes_a_url_as_its_output(url):
     """A path of that name would be a folder called s3: below the working directory."""
-    from eval_encoder.lmm_config import build_parser as lmm_parser
-    from model_factory.local_output import NotLocal
-    from training.config import TrainConfig
+    from eval_encoder.lmm.config import build_parser as lmm_parser
+    from model_factory.command_line.local_output import NotLocal
+    from training.config.schema import TrainConfig
 
     found = {**parsers(), "eval_encoder/lmm_probe.py": lmm_parser}
     refused = []
@@ -201,7 +201,7 @@ def test_a_url_as_output_ends_with_what_to_do_and_writes_nothing(tmp_path, monke
 
 
 def test_abbreviated_flags_are_errors():
-    from training.cli import build_parser
+    from training.config.cli import build_parser
 
     with pytest.raises(SystemExit):
         build_parser().parse_args(["--list_batch", "64"])
@@ -235,15 +235,15 @@ def test_public_names_import_and_give_the_published_values():
         ("-m", "data_pipeline", "--help"),
         ("-m", "data_pipeline", "pack", "--help"),
         ("eval_encoder/attentive_probe.py", "--help"),
-        ("-m", "eval_encoder.probe_prepare", "--help"),
-        ("-m", "eval_encoder.probe_report", "--help"),
+        ("-m", "eval_encoder.probe.prepare", "--help"),
+        ("-m", "eval_encoder.probe.report", "--help"),
         ("model_factory/convert_llava_vit_packing_to_hf.py", "--help"),
         ("model_factory/export_llava_tower.py", "--help"),
         ("eval_encoder/lmm_probe.py", "--help"),
         ("eval_encoder/lmm_eval.py", "--help"),
-        ("-m", "eval_encoder.lmm_tiny", "--help"),
-        ("-m", "eval_encoder.lmm_demo_set", "--help"),
-        ("-m", "eval_encoder.lmm_table", "--help"),
+        ("-m", "eval_encoder.lmm.demo.tiny", "--help"),
+        ("-m", "eval_encoder.lmm.demo.question_set", "--help"),
+        ("-m", "eval_encoder.lmm.scoring.table", "--help"),
     ],
     ids=" ".join,
 )
@@ -253,6 +253,14 @@ def test_help_does_not_import_torch(command):
     assert "usage:" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "numpy", "transformers", "av", "faiss"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "eval_encoder").glob("*.py")), ids=lambda p: p.stem)
+def test_commands_keep_their_earlier_names(path):
+    """`python -m eval_encoder.probe_prepare` and the like stand in scripts of users."""
+    if "The earlier name of" not in path.read_text():
+        pytest.skip("a command under its only name")
+    assert "usage:" in run("-m", f"eval_encoder.{path.stem}", "--help").stdout
 
 
 def test_paths_in_the_readme_exist():

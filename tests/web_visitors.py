@@ -29,7 +29,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "eval_encoder"):
+for folder in (ROOT, ROOT / "tests", ROOT / "tests/eval_encoder/lmm"):
     sys.path.insert(0, str(folder))
 
 from test_lmm_chat import COLOUR, COLOURS, SURE, write_model  # noqa: E402

@@ -22,9 +22,9 @@ from data_pipeline.loading.stream import HeadStream
 from data_pipeline.loading.stream_config import samples_per_batch
 from data_pipeline.loading.synthetic import SyntheticStream
 
-from .config import HeadConfig, TrainConfig
+from .config.schema import HeadConfig, TrainConfig
 from .distributed import Ranks, all_gather_json
-from .step_clock import StepClock
+from .record.step_clock import StepClock
 
 SYNTHETIC_CLASSES = 16
 DATA_ERRORS = {error.__name__: error for error in (BudgetExceeded, DataTimeout)}

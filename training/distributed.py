@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from model_factory.launcher_watch import LauncherWatch, watched_launcher
+from model_factory.command_line.launcher_watch import LauncherWatch, watched_launcher
 
 JOIN_TIMEOUT = timedelta(minutes=5)
 NUM_THREADS = "UNIVIT_NUM_THREADS"

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_factory.command import run_command
-from model_factory.local_output import output_path
+from model_factory.command_line.command import run_command
+from model_factory.command_line.local_output import output_path
 
 from .log import is_first_to_say
 

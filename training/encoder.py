@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from model_factory.backbone import check_is_model, load_backbone, save_backbone
+from model_factory.command_line.reading import reading
 from model_factory.export_folder import save_encoder_folder
-from model_factory.reading import reading
 from model_factory.registry import packing_config, packing_name
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
-from .config import ModelConfig
+from .config.schema import ModelConfig
 
 
 def build_encoder(config: ModelConfig, seed: int) -> LlavaViTPackingModel:

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from model_factory.command import run_command
-from model_factory.local_output import output_path
-from model_factory.quiet import quiet_libraries
+from model_factory.command_line.command import run_command
+from model_factory.command_line.local_output import output_path
+from model_factory.command_line.quiet import quiet_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,9 +44,9 @@ def read_encoder(checkpoint: Path):
 
     Raises BadCheckpoint for a damaged or missing one.
     """
-    from .checkpoint_files import read_tensors
-    from .checkpoint_folder import BadCheckpoint, read_state, verify_checkpoint
-    from .config import ModelConfig
+    from .checkpoint.files import read_tensors
+    from .checkpoint.folder import BadCheckpoint, read_state, verify_checkpoint
+    from .config.schema import ModelConfig
     from .encoder import build_encoder
 
     path = newest_commit(checkpoint)
@@ -69,7 +69,7 @@ def read_encoder(checkpoint: Path):
 
 def newest_commit(path: Path) -> Path:
     """A checkpoint as named, or the newest of a run's folder; BadCheckpoint where there is none."""
-    from .checkpoint_folder import FOLDER_NAME, MANIFEST_NAME, BadCheckpoint, CheckpointFolder
+    from .checkpoint.folder import FOLDER_NAME, MANIFEST_NAME, BadCheckpoint, CheckpointFolder
 
     if (path / MANIFEST_NAME).is_file():
         return path.resolve()
@@ -81,7 +81,7 @@ def newest_commit(path: Path) -> Path:
 
 def _others(damaged: Path) -> str:
     """Commits beside a damaged one whose bytes are as saved, newest first."""
-    from .checkpoint_folder import CheckpointFolder, verify_checkpoint
+    from .checkpoint.folder import CheckpointFolder, verify_checkpoint
 
     commits = CheckpointFolder(damaged.parent).commits()
     return ", ".join(str(path) for path in commits if not verify_checkpoint(path))

@@ -1,13 +1,13 @@
 """Logging: one format, rank 0 on the console at INFO, other ranks from WARNING on; what all ranks
 would say of one mistake is said once. Names that came with data are shown, never obeyed
-(model_factory.plain_text)."""
+(model_factory.command_line.plain_text)."""
 
 import hashlib
 import logging
 import os
 from datetime import timedelta
 
-from model_factory.plain_text import PlainFormatter
+from model_factory.command_line.plain_text import PlainFormatter
 
 ASKED = timedelta(seconds=5)  # that torchrun's store may take; its host is this one or a neighbour
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model_factory import command
+from model_factory.command_line import command
 
 from .distributed import is_peer_loss
 from .stop_signals import Preempted

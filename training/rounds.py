@@ -29,7 +29,7 @@ from data_pipeline.datasets import (
 )
 from model_factory.files import OWN_LISTING, check_checksums, write_checksums, write_json
 
-from .config import TrainConfig
+from .config.schema import TrainConfig
 from .distributed import Ranks, on_main
 from .fault_points import reach
 from .stop_signals import StopSignals

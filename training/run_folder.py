@@ -17,12 +17,12 @@ import socket
 import subprocess
 from pathlib import Path
 
-from model_factory.command import EXIT_CODES
+from model_factory.command_line.command import EXIT_CODES
 from model_factory.files import DamagedFile, read_json, write_json
 
 from .arithmetic import arithmetic, versions
-from .checkpoint_folder import StorageError
-from .config import TrainConfig
+from .checkpoint.folder import StorageError
+from .config.schema import TrainConfig
 from .distributed import Ranks, on_main
 
 LOG = logging.getLogger("univit")

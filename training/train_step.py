@@ -19,18 +19,18 @@ import torch
 from data_pipeline.loading.loader import MixtureLoader
 from data_pipeline.loading.packing import PackedBatch, joined_inputs
 
-from .config import TrainConfig
+from .config.schema import TrainConfig
 from .data import DataCounts, TrainingData
 from .distributed import Ranks
 from .fault_points import reach
-from .flops import encoder_flops, softmax_flops
-from .ledger import Ledger
 from .losses.partial_fc import PartialFC
 from .lr_scheduler import lr_factor
-from .metrics import StepCounts
 from .optimizer import clip_gradients, global_grad_norm, set_learning_rate
 from .parallel import ParallelEncoder, local
-from .step_clock import StepClock
+from .record.flops import encoder_flops, softmax_flops
+from .record.ledger import Ledger
+from .record.metrics import StepCounts
+from .record.step_clock import StepClock
 
 
 class NonFiniteLoss(RuntimeError):

@@ -5,7 +5,7 @@ runs, prepares the embedded data set when no other is named, trains, writes repo
 exit.json with the outcome. Exit codes: 0 done, 1 user's mistake or unknown error, 3 asked to stop
 and saved, 4 too many bad samples, 5 non-finite loss, 6 bad checkpoint, 7 checkpoint of another
 configuration, 8 storage, 9 another rank is gone, 10 out of memory, 11 the launcher is gone
-(model_factory/command.py).
+(model_factory/command_line/command.py).
 """
 
 import argparse
@@ -17,10 +17,10 @@ import sys
 import traceback
 from pathlib import Path
 
-from model_factory.command import run_command
-from model_factory.quiet import quiet_libraries
+from model_factory.command_line.command import run_command
+from model_factory.command_line.quiet import quiet_libraries
 
-from .cli import build_config, build_parser, warn_idle
+from .config.cli import build_config, build_parser, warn_idle
 from .log import is_first_to_say, setup_logging
 
 
@@ -86,7 +86,7 @@ def _run(args, config, ranks) -> int:
 
 
 def _train(args, config, ranks, signals, logger) -> None:
-    from .report import write_report
+    from .record.report import write_report
     from .rounds import train_rounds
     from .trainer import Trainer
 

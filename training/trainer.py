@@ -19,23 +19,23 @@ import torch.distributed as dist
 from data_pipeline.datasets import Dataset, start_centers
 
 from .arithmetic import arithmetic
-from .checkpoint_folder import Commit
-from .checkpointer import Checkpointer
-from .config import HeadConfig, TrainConfig, fingerprint, fingerprint_difference
+from .checkpoint.checkpointer import Checkpointer
+from .checkpoint.folder import Commit
+from .checkpoint.resume import compare, find_commit, heads_on_record, with_stored_names
+from .config.schema import HeadConfig, TrainConfig, fingerprint, fingerprint_difference
 from .data import SYNTHETIC_CLASSES, TrainingData
 from .distributed import Ranks
 from .encoder import build_encoder, export_encoder
 from .fault_points import reach
-from .ledger import Ledger
 from .losses.partial_fc import PartialFC
-from .metrics import MetricLogger
 from .optimizer import build_optimizer
 from .parallel import ParallelEncoder
-from .profiler import Profiler
-from .record_files import restore_records, seal_records
-from .resume import compare, find_commit, heads_on_record, with_stored_names
+from .record.files import restore_records, seal_records
+from .record.ledger import Ledger
+from .record.metrics import MetricLogger
+from .record.profiler import Profiler
+from .record.step_clock import StepClock
 from .run_folder import read_run_file
-from .step_clock import StepClock
 from .stop_signals import Preempted, StopSignals
 from .train_step import TrainStep
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.command_line.quiet import quiet_libraries
 from model_factory.files import check_fields, file_sha256
-from model_factory.quiet import quiet_libraries
 
 from ..errors import DataPipelineError, MissingData
 from ..loading.shard_reader import ShardReader
@@ -114,7 +114,7 @@ def _frames(reader: ShardReader, manifest: Manifest, sample_id: int, with_motion
 def _packing_model_rows(manifest: Manifest, folder: str) -> Callable[[range], np.ndarray]:
     import torch
 
-    from model_factory.reading import reading
+    from model_factory.command_line.reading import reading
     from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
     from ..loading.sequential import sequential_batches

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.command_line.plain_text import show
 from model_factory.files import DamagedFile, file_sha256, write_json, writing_into
-from model_factory.plain_text import show
 
 from ..arrays import read_array, write_array
 from ..errors import CorruptShard, DataPipelineError, MissingData

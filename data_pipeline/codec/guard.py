@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
 
-from model_factory.command import WRITE_FAULTS
+from model_factory.command_line.command import WRITE_FAULTS
 
 from ..errors import RejectedInput
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..counter_hash import counter_uniform
+from ..random import counter_uniform
 from ..shards.schema import TIME_BASE
 from .table import SampleTable
 

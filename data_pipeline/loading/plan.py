@@ -20,9 +20,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..counter_hash import counter_uniform
-from ..counter_rng import counter_rng
 from ..errors import DataPipelineError
+from ..random import counter_rng, counter_uniform
 
 LOOK_AHEAD = 64
 RESERVES = 64  # replacements that are tried for one bad sample

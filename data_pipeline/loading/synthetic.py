@@ -4,7 +4,7 @@ for smoke runs and the throughput ceiling.
 
 import torch
 
-from ..counter_rng import counter_rng
+from ..random import counter_rng
 from .buffers import PackBuffers
 from .packing import PackedBatch, pack_views
 from .views import View

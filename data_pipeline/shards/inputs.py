@@ -14,8 +14,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from model_factory.command import WRITE_FAULTS
-from model_factory.plain_text import printable, show
+from model_factory.command_line.command import WRITE_FAULTS
+from model_factory.command_line.plain_text import printable, show
 
 from ..codec.open_video import InputLimits, is_image, is_video
 from ..errors import MissingData, RejectedInput

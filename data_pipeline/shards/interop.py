@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model_factory.command_line.plain_text import show
 from model_factory.files import (
     DIGEST_KEY,
     DamagedFile,
@@ -34,7 +35,6 @@ from model_factory.files import (
     write_atomically,
     write_json,
 )
-from model_factory.plain_text import show
 
 from ..arrays import write_array
 from ..errors import CorruptShard

@@ -16,8 +16,8 @@ record. Cost: 0.56 s per 224 px clip of 64 frames and core (benchmarks/bench_dec
 
 from pathlib import Path
 
+from model_factory.command_line.plain_text import show
 from model_factory.files import DIGEST_KEY, file_sha256, writing_into
-from model_factory.plain_text import show
 
 from ..errors import DataPipelineError
 from .existing import read_shard_record, remove_temporary

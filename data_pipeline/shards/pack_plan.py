@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_factory.plain_text import show
+from model_factory.command_line.plain_text import show
 
 from ..errors import DataPipelineError
 from .differences import Differences, refusal, setting_differences

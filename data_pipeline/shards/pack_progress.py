@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 
-from model_factory.plain_text import show
+from model_factory.command_line.plain_text import show
 
 LINE_EVERY_S = 30.0
 

@@ -7,7 +7,7 @@ that every node sees.
 
 from pathlib import Path
 
-from model_factory.plain_text import show
+from model_factory.command_line.plain_text import show
 
 from .inputs import Input
 from .isolation import SamplePool

@@ -6,8 +6,7 @@ import zlib
 import numpy as np
 import torch
 
-from data_pipeline.counter_hash import counter_normal, counter_uniform
-from data_pipeline.counter_rng import counter_rng
+from data_pipeline.random import counter_normal, counter_rng, counter_uniform
 
 MASK = (1 << 64) - 1
 

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from model_factory.command_line.plain_text import in_html, in_markdown, printable
 from model_factory.files import (
     CHECKSUMS_NAME,
     DamagedFile,
@@ -21,7 +22,6 @@ from model_factory.files import (
     write_checksums,
     write_json,
 )
-from model_factory.plain_text import in_html, in_markdown, printable
 
 CONTENT = {"count": 3, "mean": [0.5, -1e-9], "name": "Grüße", "nested": {"yes": True}}
 

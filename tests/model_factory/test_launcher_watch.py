@@ -12,7 +12,7 @@ from conftest import ROOT, wait_until
 LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]]).wait()"
 RANK = """
 import os, sys, time
-from model_factory.launcher_watch import watched_launcher
+from model_factory.command_line.launcher_watch import watched_launcher
 
 with watched_launcher() as watch:
     watch.last_words = lambda: open("words", "w").write("gone")
@@ -48,7 +48,7 @@ def test_a_rank_whose_launcher_is_killed_says_its_last_words_and_ends(tmp_path, 
 
 def test_a_process_that_no_launcher_started_outlives_the_one_that_did(tmp_path):
     """As a run does whose terminal was closed."""
-    from model_factory.launcher_watch import LOOK_S
+    from model_factory.command_line.launcher_watch import LOOK_S
 
     process, rank = start(tmp_path)
     process.kill()

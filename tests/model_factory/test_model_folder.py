@@ -16,7 +16,7 @@ from model_factory.export_folder import image_processor_json, save_encoder_folde
 from model_factory.export_llava_tower import main as export_tower
 from model_factory.files import CHECKSUMS_NAME
 from model_factory.hf_image_encoders import load_image_encoder
-from model_factory.llava_tower_folder import read_language
+from model_factory.llava.tower_folder import read_language
 from model_factory.llava_vision_tower import tower_or_none
 from model_factory.model_folder import check_model_folder, seal_folder
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel

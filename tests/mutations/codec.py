@@ -9,7 +9,7 @@ CODEC = (
         old="frames, height, width = saliency.shape",
         new="frames, width, height = saliency.shape",
         why="patches of pictures that are not square are cut at wrong places",
-        tests=("data_pipeline/test_selection.py",),
+        tests=("data_pipeline/codec/test_selection.py",),
     ),
     Mutant(
         name="selection-ties",
@@ -17,7 +17,7 @@ CODEC = (
         old='order = np.argsort(-scores, kind="stable")',
         new='order = np.argsort(scores, kind="stable")[::-1]',
         why="equal patches are taken from the end: budgets cut other ones",
-        tests=("data_pipeline/test_selection.py",),
+        tests=("data_pipeline/codec/test_selection.py",),
     ),
     Mutant(
         name="selection-turns",
@@ -25,7 +25,7 @@ CODEC = (
         old="order[np.lexsort((bucket, turn))]",
         new="order[np.lexsort((-bucket, turn))]",
         why="late spans of time get the odd patches of a budget",
-        tests=("data_pipeline/test_selection.py",),
+        tests=("data_pipeline/codec/test_selection.py",),
     ),
     Mutant(
         name="selection-static-order",
@@ -33,7 +33,7 @@ CODEC = (
         old='int(format(i, f"0{bits}b")[::-1], 2)',
         new='int(format(i, f"0{bits}b"), 2)',
         why="of a still clip only the beginning is kept",
-        tests=("data_pipeline/test_selection.py",),
+        tests=("data_pipeline/codec/test_selection.py",),
     ),
     Mutant(
         name="times-midpoint",
@@ -41,7 +41,7 @@ CODEC = (
         old="targets - known[right - 1] <= known[right] - targets",
         new="targets - known[right - 1] < known[right] - targets",
         why="where a time lies half way, the later picture is taken",
-        tests=("data_pipeline/test_timeline.py",),
+        tests=("data_pipeline/codec/test_timeline.py",),
     ),
     Mutant(
         name="times-repeat",
@@ -49,7 +49,7 @@ CODEC = (
         old="nearest[i] = max(nearest[i], nearest[i - 1] + 1)",
         new="nearest[i] = max(nearest[i], nearest[i - 1])",
         why="frames repeat on very uneven time lines",
-        tests=("data_pipeline/test_timeline.py",),
+        tests=("data_pipeline/codec/test_timeline.py",),
     ),
     Mutant(
         name="times-overflow",
@@ -57,7 +57,7 @@ CODEC = (
         old="np.arange(len(known) - num_frames, len(known))",
         new="np.full(num_frames, len(known) - 1)",
         why="the last frames repeat where pictures crowd at the end",
-        tests=("data_pipeline/test_timeline.py",),
+        tests=("data_pipeline/codec/test_timeline.py",),
     ),
     Mutant(
         name="damage-keeps-its-gop",
@@ -65,7 +65,7 @@ CODEC = (
         old="if starts and stamp < max(starts)]",
         new="if starts and stamp <= max(starts)]",
         why="the key frame of the damaged GOP is kept",
-        tests=("data_pipeline/test_timeline.py",),
+        tests=("data_pipeline/codec/test_timeline.py",),
     ),
     Mutant(
         name="stamps-before-the-first",
@@ -73,7 +73,7 @@ CODEC = (
         old="filled += step * np.minimum(numbers - known[0], 0)",
         new="filled -= step * np.minimum(numbers - known[0], 0)",
         why="pictures without a stamp at the start come after those that follow them",
-        tests=("data_pipeline/test_timeline.py",),
+        tests=("data_pipeline/codec/test_timeline.py",),
     ),
     Mutant(
         name="missing-share-or-seconds",
@@ -81,7 +81,7 @@ CODEC = (
         old="if missing > max(MISSING_SECONDS, MISSING_SHARE * length):",
         new="if missing > min(MISSING_SECONDS, MISSING_SHARE * length):",
         why="short clips whose last picture is late are refused",
-        tests=("data_pipeline/test_timeline.py",),
+        tests=("data_pipeline/codec/test_timeline.py",),
     ),
     Mutant(
         name="motion-sign",
@@ -89,7 +89,9 @@ CODEC = (
         old="motion[t] = -quarter_pels / 4.0",
         new="motion[t] = quarter_pels / 4.0",
         why="everything seems to move the other way",
-        tests=("data_pipeline/test_decompose.py::test_a_pan_yields_its_vector_and_no_residual",),
+        tests=(
+            "data_pipeline/codec/test_decompose.py::test_a_pan_yields_its_vector_and_no_residual",
+        ),
     ),
     Mutant(
         name="vectors-exchanged",
@@ -98,7 +100,7 @@ CODEC = (
         new='np.stack([vectors["motion_y"], vectors["motion_x"]], -1)',
         why="rows and columns of motion are exchanged",
         tests=(
-            "data_pipeline/test_decompose.py::test_a_blocks_vector_fills_the_cells_of_the_block",
+            "data_pipeline/codec/test_decompose.py::test_a_blocks_vector_fills_the_cells_of_the_block",
         ),
     ),
     Mutant(
@@ -108,7 +110,7 @@ CODEC = (
         new='vectors["dst_y"]',
         why="vectors sit half a block too low",
         tests=(
-            "data_pipeline/test_decompose.py::test_a_blocks_vector_fills_the_cells_of_the_block",
+            "data_pipeline/codec/test_decompose.py::test_a_blocks_vector_fills_the_cells_of_the_block",
         ),
     ),
     Mutant(
@@ -117,7 +119,7 @@ CODEC = (
         old="/ max(count - 1, 1) * (TIME_BASE - 1)",
         new="/ max(count, 1) * TIME_BASE",
         why="packed clips and the public time base disagree",
-        tests=("data_pipeline/test_decompose.py",),
+        tests=("data_pipeline/codec/test_decompose.py",),
     ),
     Mutant(
         name="filter-taps",
@@ -125,7 +127,7 @@ CODEC = (
         old="    total -= e\n    total *= 5",
         new="    total -= e\n    total *= 4",
         why="the six-tap filter does not sum to 32: predictions are too dark",
-        tests=("data_pipeline/test_motion_compensation.py",),
+        tests=("data_pipeline/codec/test_motion_compensation.py",),
     ),
     Mutant(
         name="diagonal-pair",
@@ -133,7 +135,7 @@ CODEC = (
         old="((left + top) & 1 ^ 1)",
         new="((left + top) & 1)",
         why="quarter-pel samples average the other diagonal",
-        tests=("data_pipeline/test_motion_compensation.py",),
+        tests=("data_pipeline/codec/test_motion_compensation.py",),
     ),
     Mutant(
         name="percentile-counts-i-frames",
@@ -141,7 +143,7 @@ CODEC = (
         old="np.percentile(values[p_frames], 95)",
         new="np.percentile(values, 95)",
         why="the scale depends on the length of the GOP",
-        tests=("data_pipeline/test_camera.py",),
+        tests=("data_pipeline/codec/test_camera.py",),
     ),
     Mutant(
         name="static-counts-i-frames",
@@ -149,7 +151,7 @@ CODEC = (
         old="changed = clip.change[~clip.is_i_frame] > STILL_CHANGE",
         new="changed = clip.change > STILL_CHANGE",
         why="whether a clip stands still depends on the length of the GOP",
-        tests=("data_pipeline/test_camera.py",),
+        tests=("data_pipeline/codec/test_camera.py",),
     ),
     Mutant(
         name="centre-of-the-longer-side",
@@ -157,7 +159,7 @@ CODEC = (
         old="sigma = CENTRE_WIDTH * min(height, width)",
         new="sigma = CENTRE_WIDTH * max(height, width)",
         why="the prior is wider than documented on wide pictures",
-        tests=("data_pipeline/test_camera.py",),
+        tests=("data_pipeline/codec/test_camera.py",),
     ),
     Mutant(
         name="rotation-sign",
@@ -165,7 +167,7 @@ CODEC = (
         old="[x, -y, one, zero], [y, x, zero, one]",
         new="[x, y, one, zero], [y, x, zero, one]",
         why="a turning camera is not recognised",
-        tests=("data_pipeline/test_camera.py",),
+        tests=("data_pipeline/codec/test_camera.py",),
     ),
     Mutant(
         name="cauchy-weights",
@@ -173,7 +175,7 @@ CODEC = (
         old="weights = 1 / (1 + (residual / scale) ** 2)",
         new="weights = np.ones_like(residual)",
         why="one large object bends the camera's field",
-        tests=("data_pipeline/test_camera.py",),
+        tests=("data_pipeline/codec/test_camera.py",),
     ),
     Mutant(
         name="crop-place-across",
@@ -182,7 +184,7 @@ CODEC = (
         new="left=int(0.5 * (scaled_width - out_width)),",
         why="all crops of a wide clip are the middle one",
         tests=(
-            "data_pipeline/test_decompose.py::test_a_square_lies_at_its_place_along_the_longer_side",
+            "data_pipeline/codec/test_decompose.py::test_a_square_lies_at_its_place_along_the_longer_side",
         ),
     ),
     Mutant(
@@ -192,7 +194,7 @@ CODEC = (
         new="framing.cut(np.rot90(scaled.to_ndarray(), k=-turns))",
         why="portrait videos stand on their heads",
         tests=(
-            "data_pipeline/test_decompose.py::test_quarter_turns_go_the_way_that_the_matrix_says",
+            "data_pipeline/codec/test_decompose.py::test_quarter_turns_go_the_way_that_the_matrix_says",
         ),
     ),
 )

@@ -5,7 +5,7 @@ from .mutant import Mutant
 LOADING = (
     Mutant(
         name="hash-shift-with-sign",
-        file="data_pipeline/counter_hash.py",
+        file="data_pipeline/random.py",
         old="return (x >> bits) & ((1 << (64 - bits)) - 1)",
         new="return x >> bits",
         why="the hash is no SplitMix64, and uniform numbers are negative",
@@ -13,7 +13,7 @@ LOADING = (
     ),
     Mutant(
         name="hash-without-purpose",
-        file="data_pipeline/counter_hash.py",
+        file="data_pipeline/random.py",
         old="(seed, zlib.crc32(purpose.encode()), *counters)",
         new="(seed, *counters)",
         why="draws for different purposes are the same numbers",
@@ -21,7 +21,7 @@ LOADING = (
     ),
     Mutant(
         name="normal-radius-and-angle",
-        file="data_pipeline/counter_hash.py",
+        file="data_pipeline/random.py",
         old="2 * math.pi * counter_uniform(ids, seed, purpose, 1)",
         new="2 * math.pi * counter_uniform(ids, seed, purpose, 0)",
         why="centres are not normally distributed",
@@ -29,7 +29,7 @@ LOADING = (
     ),
     Mutant(
         name="generator-without-purpose",
-        file="data_pipeline/counter_rng.py",
+        file="data_pipeline/random.py",
         old="words = [seed, zlib.crc32(purpose.encode()), *counters]",
         new="words = [seed, *counters]",
         why="shards and windows are shuffled by the same numbers",
@@ -41,7 +41,7 @@ LOADING = (
         old='counter_rng(self.seed, "window", epoch, window)',
         new='counter_rng(self.seed, "window", window)',
         why="every epoch shuffles its windows alike",
-        tests=("data_pipeline/test_plan.py",),
+        tests=("data_pipeline/loading/test_plan.py",),
     ),
     Mutant(
         name="reserves-overlap",
@@ -49,7 +49,7 @@ LOADING = (
         old="sample_id * RESERVES + attempt",
         new="sample_id + attempt",
         why="neighbouring bad samples share their reserves",
-        tests=("data_pipeline/test_plan.py",),
+        tests=("data_pipeline/loading/test_plan.py",),
     ),
     Mutant(
         name="reserve-of-a-part",
@@ -57,7 +57,7 @@ LOADING = (
         old="place = place * self.order.num_samples >> 24",
         new="place = place * self.order.num_samples >> 25",
         why="reserves come from the first half of an epoch",
-        tests=("data_pipeline/test_plan.py",),
+        tests=("data_pipeline/loading/test_plan.py",),
     ),
     Mutant(
         name="stage-one-sample-late",
@@ -65,7 +65,7 @@ LOADING = (
         old='np.searchsorted(self._stages, seen, side="right") - 1',
         new='np.searchsorted(self._stages[1:], seen, side="left")',
         why="a stage begins one sample late",
-        tests=("data_pipeline/test_plan.py",),
+        tests=("data_pipeline/loading/test_plan.py",),
     ),
     Mutant(
         name="rows-of-one-rank",
@@ -73,7 +73,7 @@ LOADING = (
         old="rows=int(sizes.sum(axis=1).max()),",
         new="rows=int(sizes.sum(axis=1)[rank]),",
         why="ranks bring unequal shapes to the loss",
-        tests=("data_pipeline/test_plan.py",),
+        tests=("data_pipeline/loading/test_plan.py",),
     ),
     Mutant(
         name="packs-never-full",
@@ -81,7 +81,7 @@ LOADING = (
         old="if lengths[item] <= free:",
         new="if lengths[item] < free:",
         why="an item that fits exactly is passed over, and the longest never fits",
-        tests=("data_pipeline/test_plan.py",),
+        tests=("data_pipeline/loading/test_plan.py",),
     ),
     Mutant(
         name="ratios-exchanged",
@@ -89,7 +89,7 @@ LOADING = (
         old="[view.codec_ratio, view.codec_ratio + view.frame_ratio]",
         new="[view.frame_ratio, view.codec_ratio + view.frame_ratio]",
         why="codec and frame views change their shares",
-        tests=("data_pipeline/test_views.py",),
+        tests=("data_pipeline/loading/test_views.py",),
     ),
     Mutant(
         name="draws-overlap",
@@ -97,7 +97,7 @@ LOADING = (
         old="words = torch.from_numpy(ids)[:, None] * width + torch.arange(width)",
         new="words = torch.from_numpy(ids)[:, None] + torch.arange(width)",
         why="the next sample's flip is this sample's colour",
-        tests=("data_pipeline/test_views.py",),
+        tests=("data_pipeline/loading/test_views.py",),
     ),
     Mutant(
         name="absent-labels-drawn",
@@ -105,7 +105,7 @@ LOADING = (
         old='counter_uniform(words, seed, "labels", epoch).numpy() + (labels < 0)',
         new='counter_uniform(words, seed, "labels", epoch).numpy()',
         why="padding is drawn instead of labels",
-        tests=("data_pipeline/test_views.py",),
+        tests=("data_pipeline/loading/test_views.py",),
     ),
     Mutant(
         name="frames-beyond-the-budget",
@@ -113,7 +113,7 @@ LOADING = (
         old="np.minimum(view.max_frames, view.max_tokens // frame_tokens)",
         new="np.minimum(view.max_frames, -(-view.max_tokens // frame_tokens))",
         why="items are longer than --target_num",
-        tests=("data_pipeline/test_views.py",),
+        tests=("data_pipeline/loading/test_views.py",),
     ),
     Mutant(
         name="grid-rounded-down",
@@ -121,7 +121,7 @@ LOADING = (
         old="np.floor(np.asarray(side) * scale + 0.5)",
         new="np.floor(np.asarray(side) * scale)",
         why="shrunk frames are smaller than their share",
-        tests=("data_pipeline/test_views.py",),
+        tests=("data_pipeline/loading/test_views.py",),
     ),
     Mutant(
         name="frame-times-by-number",
@@ -129,7 +129,7 @@ LOADING = (
         old="torch.tensor([info.frame_times[i] for i in chosen])",
         new="torch.tensor([int(i) for i in chosen])",
         why="frames stand at their numbers, not at their times",
-        tests=("data_pipeline/test_views.py",),
+        tests=("data_pipeline/loading/test_views.py",),
     ),
     Mutant(
         name="collage-wide",
@@ -137,7 +137,7 @@ LOADING = (
         old="_grid_positions((0,), times * rows, columns)",
         new="_grid_positions((0,), rows, times * columns)",
         why="frames of a collage lie on each other's places",
-        tests=("data_pipeline/test_views.py",),
+        tests=("data_pipeline/loading/test_views.py",),
     ),
     Mutant(
         name="mirror-off-by-one",
@@ -145,7 +145,7 @@ LOADING = (
         old="columns - 1 - positions[:, 2]",
         new="columns - positions[:, 2]",
         why="mirrored patches are shifted by a column",
-        tests=("data_pipeline/test_views.py",),
+        tests=("data_pipeline/loading/test_views.py",),
     ),
     Mutant(
         name="jitter-into-the-gain",
@@ -153,7 +153,7 @@ LOADING = (
         old="    colour[1] += shift",
         new="    colour[0] += shift",
         why="brightness changes contrast, a hundredfold",
-        tests=("data_pipeline/test_views.py",),
+        tests=("data_pipeline/loading/test_views.py",),
     ),
     Mutant(
         name="mean-not-scaled",
@@ -161,7 +161,7 @@ LOADING = (
         old="[-m / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]",
         new="[-m for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]",
         why="pixels are not centred as the public weights expect",
-        tests=("data_pipeline/test_packing.py",),
+        tests=("data_pipeline/shards/test_packing.py",),
     ),
     Mutant(
         name="offset-before-gain",
@@ -169,7 +169,7 @@ LOADING = (
         old="out.mul_(gain[..., None]).add_(offset[..., None])",
         new="out.add_(offset[..., None]).mul_(gain[..., None])",
         why="bytes are normalised wrongly",
-        tests=("data_pipeline/test_packing.py",),
+        tests=("data_pipeline/shards/test_packing.py",),
     ),
     Mutant(
         name="joined-bounds",
@@ -177,7 +177,7 @@ LOADING = (
         old="bounds = [b.cu_seqlens[1:] + start for",
         new="bounds = [b.cu_seqlens[1:] + 0 * start for",
         why="items of several heads attend to each other",
-        tests=("data_pipeline/test_packing.py",),
+        tests=("data_pipeline/shards/test_packing.py",),
     ),
     Mutant(
         name="filling-longer-than-any-item",
@@ -186,7 +186,7 @@ LOADING = (
         new="fill = [budget - used] * (budget > used)",
         why="the longest item that the kernel is told of is not the longest",
         tests=(
-            "data_pipeline/test_loading.py::test_packs_fill_up_to_the_budget_with_rows_that_do_not_count",
+            "data_pipeline/loading/test_loading.py::test_packs_fill_up_to_the_budget_with_rows_that_do_not_count",
         ),
     ),
     Mutant(
@@ -196,7 +196,7 @@ LOADING = (
         new="view = self._frames(request, picture, draw)",
         why="the number that decides on the flip also chooses the first frame",
         tests=(
-            "data_pipeline/test_loading.py::test_frames_and_flips_are_chosen_by_numbers_of_their_own",
+            "data_pipeline/loading/test_loading.py::test_frames_and_flips_are_chosen_by_numbers_of_their_own",
         ),
     ),
     Mutant(
@@ -205,7 +205,7 @@ LOADING = (
         old='counter_rng(self._seed, "synthetic", self._rank, self._next)',
         new='counter_rng(self._seed, "synthetic", self._next)',
         why="all ranks train on the same noise",
-        tests=("data_pipeline/test_loading.py::test_every_rank_has_noise_of_its_own",),
+        tests=("data_pipeline/loading/test_loading.py::test_every_rank_has_noise_of_its_own",),
     ),
     Mutant(
         name="plan-hash-without-seed",
@@ -214,7 +214,7 @@ LOADING = (
         new="facts += [units, starts, self._pack_tokens, config]",
         why="a resume with another seed is not noticed",
         tests=(
-            "data_pipeline/test_loading.py::test_another_seed_size_of_packs_or_view_makes_another_plan",
+            "data_pipeline/loading/test_loading.py::test_another_seed_size_of_packs_or_view_makes_another_plan",
         ),
     ),
     Mutant(
@@ -224,7 +224,7 @@ LOADING = (
         new="facts += [self._seed, units, starts, config]",
         why="a resume with other packs is not noticed",
         tests=(
-            "data_pipeline/test_loading.py::test_another_seed_size_of_packs_or_view_makes_another_plan",
+            "data_pipeline/loading/test_loading.py::test_another_seed_size_of_packs_or_view_makes_another_plan",
         ),
     ),
     Mutant(
@@ -234,7 +234,7 @@ LOADING = (
         new="np.sort((t * columns + h) * rows + w)",
         why="public tools read other patches off pictures that are not square",
         tests=(
-            "data_pipeline/test_interop.py::test_index_files_count_patches_row_by_row_where_the_grid_is_not_square",
+            "data_pipeline/shards/test_interop.py::test_index_files_count_patches_row_by_row_where_the_grid_is_not_square",
         ),
     ),
     Mutant(
@@ -244,7 +244,7 @@ LOADING = (
         new="linear // rows % rows, linear % columns",
         why="marks of public tools fall on other patches of pictures that are not square",
         tests=(
-            "data_pipeline/test_interop.py::test_index_files_count_patches_row_by_row_where_the_grid_is_not_square",
+            "data_pipeline/shards/test_interop.py::test_index_files_count_patches_row_by_row_where_the_grid_is_not_square",
         ),
     ),
     Mutant(
@@ -253,7 +253,7 @@ LOADING = (
         old="np.arctan2(velocity[..., 1], velocity[..., 0])",
         new="np.arctan2(velocity[..., 1], np.abs(velocity[..., 0]))",
         why="left and right are one class",
-        tests=("data_pipeline/test_descriptor.py",),
+        tests=("data_pipeline/clustering/test_descriptor.py",),
     ),
     Mutant(
         name="descriptor-turning",
@@ -261,7 +261,7 @@ LOADING = (
         old="(x * velocity[..., 1] - y * velocity[..., 0])",
         new="(x * velocity[..., 1] + y * velocity[..., 0])",
         why="turning both ways looks alike",
-        tests=("data_pipeline/test_descriptor.py",),
+        tests=("data_pipeline/clustering/test_descriptor.py",),
     ),
     Mutant(
         name="projection-not-centred",
@@ -269,7 +269,7 @@ LOADING = (
         old="centred = raw - self.mean",
         new="centred = raw",
         why="all centroids point one way",
-        tests=("data_pipeline/test_descriptor.py",),
+        tests=("data_pipeline/clustering/test_descriptor.py",),
     ),
     Mutant(
         name="smallest-components",
@@ -277,7 +277,7 @@ LOADING = (
         old="vectors[:, ::-1][:, :dims].T",
         new="vectors[:, :dims].T",
         why="--pca keeps the directions that vary least",
-        tests=("data_pipeline/test_descriptor.py",),
+        tests=("data_pipeline/clustering/test_descriptor.py",),
     ),
     Mutant(
         name="allot-smallest-remainders",
@@ -286,7 +286,7 @@ LOADING = (
         new='np.argsort(rest[open_cells], kind="stable")',
         why="centroids go to the cells that need them least",
         tests=(
-            "data_pipeline/test_clustering.py::test_shares_of_cells_are_those_of_largest_remainders",
+            "data_pipeline/clustering/test_clustering.py::test_shares_of_cells_are_those_of_largest_remainders",
         ),
     ),
     Mutant(
@@ -296,7 +296,7 @@ LOADING = (
         new="np.float32(threshold)",
         why="pairs at the threshold are kept",
         tests=(
-            "data_pipeline/test_clustering.py::test_a_pair_at_the_threshold_is_joined_and_one_below_it_is_not",
+            "data_pipeline/clustering/test_clustering.py::test_a_pair_at_the_threshold_is_joined_and_one_below_it_is_not",
         ),
     ),
 )

@@ -2,10 +2,11 @@
 
 from .mutant import Mutant
 
-DENSE = "training/test_losses.py::test_single_process_needs_no_launcher"
+DENSE = "training/losses/test_losses.py::test_single_process_needs_no_launcher"
 # the same on two ranks
 RANKS = (
-    "training/test_losses.py::test_equals_a_dense_reference_with_sampling_padding_and_odd_shards[2]"
+    "training/losses/test_losses.py"
+    "::test_equals_a_dense_reference_with_sampling_padding_and_odd_shards[2]"
 )
 
 TRAINING = (
@@ -79,7 +80,7 @@ TRAINING = (
         old="return (step + 1) / warmup_steps",
         new="return step / warmup_steps",
         why="the first step trains nothing",
-        tests=("training/test_config.py",),
+        tests=("training/config/test_config.py",),
     ),
     Mutant(
         name="decay-from-the-start",
@@ -87,7 +88,7 @@ TRAINING = (
         old="1 - (step - warmup_steps) / max(1, total_steps - warmup_steps)",
         new="1 - step / max(1, total_steps)",
         why="the rate jumps down when warm-up ends",
-        tests=("training/test_config.py",),
+        tests=("training/config/test_config.py",),
     ),
     Mutant(
         name="margin-sign",
@@ -95,7 +96,7 @@ TRAINING = (
         old="target = scale * (positive_cosines - margin)",
         new="target = scale * (positive_cosines + margin)",
         why="the margin makes classes easier",
-        tests=("training/test_losses.py::test_margin_losses_equal_a_loop",),
+        tests=("training/losses/test_losses.py::test_margin_losses_equal_a_loop",),
     ),
     Mutant(
         name="repeated-class-counts-twice",
@@ -103,7 +104,7 @@ TRAINING = (
         old="counts = ~same & (valid & ~earlier)[:, None, :]",
         new="counts = ~same & valid[:, None, :]",
         why="a class that stands twice in a row counts twice as a rival",
-        tests=("training/test_losses.py::test_margin_losses_equal_a_loop",),
+        tests=("training/losses/test_losses.py::test_margin_losses_equal_a_loop",),
     ),
     Mutant(
         name="own-class-is-a-rival",
@@ -111,7 +112,7 @@ TRAINING = (
         old="counts = ~same & (valid & ~earlier)[:, None, :]",
         new="counts = (valid & ~earlier)[:, None, :].expand_as(same)",
         why="a label is its own negative",
-        tests=("training/test_losses.py::test_margin_losses_equal_a_loop",),
+        tests=("training/losses/test_losses.py::test_margin_losses_equal_a_loop",),
     ),
     Mutant(
         name="mean-counts-empty-rows",
@@ -119,7 +120,9 @@ TRAINING = (
         old="row_weights = plan.weights * (per_row > 0)",
         new="row_weights = plan.weights",
         why="rows without a label make the loss smaller",
-        tests=("training/test_losses.py::test_a_row_without_labels_takes_no_part_in_the_mean",),
+        tests=(
+            "training/losses/test_losses.py::test_a_row_without_labels_takes_no_part_in_the_mean",
+        ),
     ),
     Mutant(
         name="gradient-not-times-ranks",
@@ -251,19 +254,19 @@ TRAINING = (
     ),
     Mutant(
         name="flops-of-two-passes",
-        file="training/flops.py",
+        file="training/record/flops.py",
         old="return 3 * (tokens * per_token",
         new="return 2 * (tokens * per_token",
         why="MFU is a third too small",
-        tests=("training/test_seeing.py::test_model_flops_equal_those_that_torch_counts",),
+        tests=("training/record/test_seeing.py::test_model_flops_equal_those_that_torch_counts",),
     ),
     Mutant(
         name="mfu-of-one-rank",
-        file="training/metrics.py",
+        file="training/record/metrics.py",
         old="share = rate / (self._peak * self._ranks.world_size)",
         new="share = rate / self._peak",
         why="MFU of many ranks is too large",
-        tests=("training/test_seeing.py::test_the_peak_of_a_share_is_that_of_all_ranks",),
+        tests=("training/record/test_seeing.py::test_the_peak_of_a_share_is_that_of_all_ranks",),
     ),
     Mutant(
         name="shared-information-halved",
@@ -275,18 +278,18 @@ TRAINING = (
     ),
     Mutant(
         name="jump-judged-with-itself",
-        file="training/watch.py",
+        file="training/record/watch.py",
         old="limit = middle + SPIKE * max(spread, 1e-3 * abs(middle))",
         new="limit = SPIKE * max(middle, spread)",
         why="jumps of a small loss are not told",
-        tests=("training/test_seeing.py::test_a_jump_of_the_loss_is_told_once",),
+        tests=("training/record/test_seeing.py::test_a_jump_of_the_loss_is_told_once",),
     ),
     Mutant(
         name="picture-columns-as-rows",
-        file="training/pack_picture.py",
+        file="training/record/pack_picture.py",
         old="left = place * (wide * size + 2) + positions[k, 2] * size",
         new="left = place * (wide * size + 2) + positions[k, 1] * size",
         why="packs are drawn with patches on the diagonal",
-        tests=("training/test_seeing.py::test_a_pack_is_drawn_as_its_items_patch_by_patch",),
+        tests=("training/record/test_seeing.py::test_a_pack_is_drawn_as_its_items_patch_by_patch",),
     ),
 )

@@ -32,7 +32,7 @@ from conftest import (
 )
 
 from training import fault_points
-from training.checkpoint_folder import verify_checkpoint
+from training.checkpoint.folder import verify_checkpoint
 
 STEPS = 40
 

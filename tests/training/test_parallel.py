@@ -122,7 +122,7 @@ def test_heads_that_share_a_forward_pass_train_as_apart(packed, mixed, tmp_path)
 )
 def test_centres_and_moments_reshard_over_any_ranks(tmp_path, saved_on, loaded_on):
     """Eleven classes divide by no number of ranks."""
-    script = "tests/training/checkpoint_ranks.py"
+    script = "tests/training/checkpoint/checkpoint_ranks.py"
     done = torchrun(saved_on, script, "save", tmp_path, "sparse")
     assert done.stdout.count("save ok") == saved_on
     for world in loaded_on:

@@ -10,14 +10,14 @@ from data_pipeline.loading.packing import PackedBatch, joined_inputs, pack_views
 from data_pipeline.loading.views import View
 from model_factory.registry import packing_config
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
-from training.config import HeadConfig, TrainConfig
+from training.config.schema import HeadConfig, TrainConfig
 from training.data import DataCounts, _totals
 from training.distributed import process_group
 from training.losses.partial_fc import PartialFC, PartialFCConfig
 from training.lr_scheduler import ScheduleConfig
 from training.optimizer import OptimizerConfig
 from training.parallel import ParallelConfig, ParallelEncoder
-from training.step_clock import StepClock
+from training.record.step_clock import StepClock
 from training.train_step import TrainStep
 
 WIDTH, CLASSES, TOKENS = 64, 40, 6

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
-from data_pipeline.counter_hash import counter_normal, counter_uniform
+from data_pipeline.random import counter_normal, counter_uniform
 
 from ..distributed import Ranks, all_gather_rows, reduce_scatter_rows
 from .margin import margin_losses

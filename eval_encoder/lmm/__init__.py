@@ -1,0 +1,1 @@
+"""LLaVA-style training and evaluation of a multimodal model on an encoder."""

@@ -1,0 +1,1 @@
+"""From a list of conversations to batches of a multimodal model."""

@@ -1,0 +1,244 @@
+"""A path of a conversation -> what a tower sees: a picture, a clip's frames, or a clip's patches.
+
+    picture.jpg       padded to a square with the mean colour (`pad`) or cropped (`square`), then
+                      the tower's image processor
+    clip.mp4          whole frames or codec patches with true positions, as the attentive probe
+                      reads clips (probe_video.py); a tower of pictures gets its frames one by one
+    SHARDS#KEY        a clip of a packed folder: its patches and positions
+    FOLDER            with mosaics and positions_thw.npy, as public tools write clips: the same
+
+Nothing is drawn at random: the same path gives the same numbers, so features can be stored. Cost: a
+few milliseconds per picture, tens per clip.
+
+Shape legend: K patches of an item, p patch size, F pictures.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.codec.guard import WALL_SECONDS
+from data_pipeline.codec.open_video import InputLimits, is_image
+from data_pipeline.errors import DataPipelineError
+from data_pipeline.loading.packing import pack_views
+from data_pipeline.loading.shard_reader import ShardReader
+from data_pipeline.loading.views import View
+from data_pipeline.shards.interop import read_mosaics
+from data_pipeline.shards.manifest import MANIFEST_NAME, load_manifest
+from data_pipeline.shards.schema import (
+    SampleInfo,
+    check_positions,
+    decode_array,
+    decode_patches,
+)
+from model_factory.llava.towers import Grid
+from model_factory.packing import compute_patch_positions_from_grid_thw, patchify
+
+from ...feature_cache import file_identity
+from ...probe.clips import Look, view_of_file
+from ...probe.config import InputConfig
+from ...probe.reader import shared_reader
+from .conversation import Visual
+
+ASPECTS = ("pad", "square")
+VIEWS = {"frame": "llava_vit_sampling", "codec": "llava_vit_codec"}
+
+
+@dataclass(frozen=True)
+class VisualConfig:
+    """patch_size     of the tower; `packs`: whether it takes packs, or pictures only
+    aspect         of pictures, one of ASPECTS
+    video_size     side of clips in pixels
+    video_view     frame or codec; num_frames of the first, num_tokens of the second"""
+
+    patch_size: int
+    packs: bool
+    aspect: str = "pad"
+    video_size: int = 224
+    video_view: str = "frame"
+    num_frames: int = 8
+    num_tokens: int = 1568
+
+    def __post_init__(self):
+        for name, known in (("aspect", ASPECTS), ("video_view", tuple(VIEWS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: {' or '.join(known)}")
+        if self.video_view == "codec" and not self.packs:
+            raise ValueError("codec patches need an encoder of ours: --video_view frame")
+
+    def clips(self) -> InputConfig:
+        """The same in the words of the probe."""
+        return InputConfig(
+            family=VIEWS[self.video_view],
+            num_frames=self.num_frames,
+            target_frames=64,
+            num_tokens=self.num_tokens,
+            gop=0,
+            camera="median",
+            centre_prior=0.0,
+            size=self.video_size,
+            temporal_crops=1,
+            spatial_crops=1,
+            train_views=1,
+            augmentations=(),
+            mean=None,
+            std=None,
+            decoder="auto",
+            decoder_threads=1,
+            wall_seconds=WALL_SECONDS,
+            workers=0,
+            seed=0,
+        )
+
+
+@dataclass(frozen=True)
+class VisualItem:
+    """pictures float [F, 3, H, W] for a tower of pictures, else patch rows float [K, 3*p*p] with
+    positions int64 [K, 3]; all normalised. `grids` of its items: one, or one per picture; None for
+    patches that fill no grid."""
+
+    grids: tuple[Grid | None, ...]
+    pictures: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+
+class VisualReader:
+    """Reads paths below a folder; see the module's text."""
+
+    def __init__(self, config: VisualConfig, image_processor, folder: str | Path = "."):
+        self.config = config
+        self.folder = Path(folder)
+        self.processor = image_processor
+
+    def place(self, visual: Visual) -> Path:
+        """File or folder that a path names."""
+        return visual.place(self.folder)
+
+    def identity(self, visual: Visual) -> str:
+        """Text that changes with the bytes that are read: place, size and time of files."""
+        place = self.place(visual)
+        if "#" in visual.path:
+            return f"{visual.path} {file_identity(place / MANIFEST_NAME)}"
+        files = sorted(place.iterdir()) if place.is_dir() else [place]
+        return " ".join(file_identity(path) for path in files)
+
+    def __call__(self, visual: Visual, limits: InputLimits | None = None) -> VisualItem:
+        """What is seen of a path, whose file may be at most of the `limits`.
+
+        Raises RejectedInput for a file that cannot be read, DataPipelineError for shards, and
+        ValueError for mosaics that do not fit."""
+        place, _, key = str(self.folder / visual.path).partition("#")
+        if key:
+            return self._patches(*_packed_clip(place, key))
+        if Path(place).is_dir():
+            clip = read_mosaics(Path(place))
+            return self._patches(clip.patches[: clip.valid], clip.positions[: clip.valid])
+        if visual.kind == "image" or is_image(Path(place)):
+            return self.picture(shared_reader().picture(Path(place), limits))
+        view = view_of_file(
+            Path(place),
+            Look(0),
+            self.config.clips(),
+            size=self.config.video_size,
+            patch_size=self.config.patch_size,
+            limits=limits,
+        )
+        return self._clip(view)
+
+    def picture(self, picture: np.ndarray) -> VisualItem:
+        """Of a picture uint8 [H, W, 3]."""
+        from PIL import Image
+
+        if self.config.aspect == "pad":
+            picture = pad_to_square(picture, self.processor.image_mean)
+        image = Image.fromarray(picture)
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        p = self.config.patch_size
+        grid = (1, pixels.shape[-2] // p, pixels.shape[-1] // p)
+        if not self.config.packs:
+            return VisualItem((grid,), pictures=pixels)
+        positions = compute_patch_positions_from_grid_thw(torch.tensor([grid]))
+        return VisualItem((grid,), rows=patchify(pixels[0], p), positions=positions)
+
+    def _clip(self, view: View) -> VisualItem:
+        view = replace(view, colour=self._colour())
+        zeros = torch.zeros(1)
+        rows = pack_views([view], zeros.long(), zeros[None].long(), zeros).hidden_states()
+        sparse = view.grid[0] == 1 and view.grid[1] == 1
+        if self.config.packs:
+            grid = None if sparse else view.grid
+            return VisualItem((grid,), rows=rows, positions=view.positions)
+        frames, height, width = view.grid
+        p = self.config.patch_size
+        squares = rows.view(frames, height, width, 3, p, p)
+        pictures = squares.permute(0, 3, 1, 4, 2, 5).reshape(frames, 3, height * p, width * p)
+        return VisualItem(((1, height, width),) * frames, pictures=pictures)
+
+    def _patches(self, patches: np.ndarray, positions: np.ndarray) -> VisualItem:
+        """Of packed patches uint8 [K, p, p, 3]."""
+        side = patches.shape[1]
+        if not self.config.packs or side != self.config.patch_size:
+            raise ValueError(
+                f"packed patches of {side} px need an encoder of ours with that patch size, not "
+                f"{self.config.patch_size}: pack again, or give the video file"
+            )
+        where = torch.from_numpy(positions.astype(np.int64))
+        pieces = torch.from_numpy(np.ascontiguousarray(patches)).movedim(-1, 1)
+        return self._clip(View((pieces,), where, (1, 1, len(where))))
+
+    def _colour(self) -> torch.Tensor:
+        """Gain and offset [2, 3] that normalise bytes as the image processor does."""
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32)
+            for values in (self.processor.image_mean, self.processor.image_std)
+        )
+        return torch.stack([1 / (255 * std), -mean / std])
+
+
+def read_visual(reader: VisualReader, visual: Visual, name: str) -> VisualItem:
+    """What the reader gives; ValueError that names the sample and the file where it cannot."""
+    try:
+        return reader(visual)
+    except (DataPipelineError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{name}: {visual.kind} {visual.path} cannot be read: {error}; mend the file or take "
+            "the sample out of the list"
+        ) from error
+
+
+def pad_to_square(picture: np.ndarray, mean: list[float]) -> np.ndarray:
+    """uint8 [H, W, 3] in the middle of a square of the longer side, filled with the mean colour
+    (0..1, cut to whole numbers as published); an odd difference leaves one more behind."""
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    if height == width:
+        return picture
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = [int(255 * channel) for channel in mean]
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = picture
+    return square
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(folder: str):
+    manifest = load_manifest(folder)
+    keys = {manifest.locate(i)[1]["key"]: i for i in range(len(manifest))}
+    return ShardReader(manifest), keys
+
+
+def _packed_clip(folder: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(patches uint8 [K, p, p, 3], positions [K, 3]) of a packed clip."""
+    reader, keys = _opened(folder)
+    if key not in keys:
+        raise DataPipelineError(f"{folder} holds no clip with the key {key!r}")
+    info = SampleInfo.from_bytes(reader.read(keys[key], "json"), key)
+    if info.kind != "video":
+        raise DataPipelineError(f"{folder}: {key!r} is a picture: give its file")
+    positions = decode_array(reader.read(keys[key], "positions.npy"), "positions.npy", info.source)
+    check_positions(positions, count=info.num_patches, grid=info.grid, name=info.source)
+    return decode_patches(info, reader.read(keys[key], "tiles.jpg"), info.source), positions

@@ -1,0 +1,1 @@
+"""The demonstration: small questions and a small language model."""

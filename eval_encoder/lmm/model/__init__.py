@@ -1,0 +1,1 @@
+"""The multimodal model: tower, projector, language model."""

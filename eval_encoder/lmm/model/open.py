@@ -1,0 +1,339 @@
+"""Folders -> a model, its tokenizer and its image processor.
+
+    language model    any causal language model of transformers
+    vision tower      a run, checkpoint or export of ours, or a transformers vision model, ConvNeXt
+                      included
+    whole             what a later stage of this probe wrote: univit_lmm with all weights
+    mm_projector.bin  what stage 1 writes (lmm_projector_file.py); parts.json beside it names the
+                      two folders above
+
+Everything is read from local folders, as safetensors or as tensors only, after
+model_factory/model_folder.py has looked at them: at their checksums, and at what could run code.
+"""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    CLIPImageProcessor,
+    ConvNextModel,
+)
+
+from model_factory.backbone import read_tensors
+from model_factory.command_line.reading import names_place
+from model_factory.export_folder import image_processor_json
+from model_factory.files import check_fields, write_atomically
+from model_factory.hf_image_encoders import FAMILIES, load_image_encoder
+from model_factory.llava.convnext import ConvNextVisionModel, grow_stage
+from model_factory.llava.tower_folder import VOCABULARY_STEP
+from model_factory.llava_vision_tower import LlavaViTVisionModel
+from model_factory.model_folder import LOCAL, check_model_folder, pickled_weights
+from model_factory.published_folder import json_object
+
+from ...probe.encoders import packed_model
+from ..config import LmmArguments
+from ..data.conversation import IMAGE
+from .lmm import LmmConfig, LmmForConditionalGeneration, add_lora
+from .projector_file import PROJECTOR_FILE, load_projector
+
+PARTS_FILE = "parts.json"
+
+
+@dataclass
+class Lmm:
+    """A model and what it is fed by."""
+
+    model: LmmForConditionalGeneration
+    tokenizer: object
+    image_processor: object
+    has_parts: bool = False  # tower and language model lie in folders of their own
+
+    def save_processors(self, folder: Path) -> None:
+        """Tokenizer and image processor, beside a model."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+@names_place("path")
+def open_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+    """(vision model in evaluation mode, image processor).
+
+    Raises ValueError for a folder of neither kind, for weights that are not all there and for what
+    model_folder.py refuses.
+    """
+    path = Path(path)
+    if (path / "tower" / "config.json").is_file():  # what export_llava_tower.py wrote
+        path = path / "tower"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: name a run, an export or a vision model's folder")
+    described = json_object(path / "config.json") if (path / "config.json").is_file() else {}
+    kind = str(described.get("model_type")).removesuffix("_vision_model")
+    families = [name for name, types in FAMILIES.items() if kind in types]
+    if kind == "convnext":
+        model = _read(ConvNextModel, path, dtype)
+    elif kind == ConvNextVisionModel.config_class.model_type:
+        model = _read(ConvNextVisionModel, path, dtype)
+    elif kind == LlavaViTVisionModel.config_class.model_type:
+        model = _read(LlavaViTVisionModel, path, dtype)
+    elif families:
+        model = load_image_encoder(families[0], path, dtype).model
+    else:
+        encoder = packed_model(None, str(path)).to(dtype)
+        size = encoder.config.image_size
+        processor = CLIPImageProcessor.from_dict(json.loads(image_processor_json(size)))
+        return LlavaViTVisionModel.from_encoder(encoder).eval(), processor
+    return model.eval(), AutoImageProcessor.from_pretrained(path, **LOCAL)
+
+
+def _read(kind: type, path: Path, dtype: torch.dtype) -> nn.Module:
+    check_model_folder(path)
+    model, info = kind.from_pretrained(
+        path, output_loading_info=True, use_safetensors=True, dtype=dtype, **LOCAL
+    )
+    missing = [name for name in info["missing_keys"] if not name.startswith("layernorm.")]
+    if missing:
+        raise ValueError(f"{path} lacks the weights {', '.join(sorted(missing))}")
+    return model
+
+
+def set_resolution(model: nn.Module, processor, side: int) -> None:
+    """Give pictures another size: for towers that take any, ConvNeXt and ours."""
+    model.config.image_size = side
+    processor.crop_size = {"height": side, "width": side}
+    processor.size = {"shortest_edge": side}
+
+
+@names_place("folder")
+def open_tokenizer(folder: str | Path):
+    """A fast tokenizer with an image token and something to pad with. Raises ValueError for one
+    that brings code, and for files that differ from their checksums."""
+    check_model_folder(Path(folder), weights=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    if IMAGE not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def compose(arguments: LmmArguments, dtype: torch.dtype = torch.float32) -> Lmm:
+    """A new model out of a language model's and a tower's folder, or a whole one of an earlier
+    stage with what the flags change. Raises ValueError for parts that are missing or do not fit."""
+    folder = Path(arguments.model_name_or_path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder / 'config.json'} does not exist: give a language model's folder")
+    if json_object(folder / "config.json").get("model_type") == LmmConfig.model_type:
+        lmm = open_lmm(folder, dtype, _changes(arguments))
+        _check_whole(arguments, lmm)
+    else:
+        lmm = _from_parts(arguments, folder, dtype)
+    if arguments.pretrain_mm_mlp_adapter is not None:
+        load_projector(lmm.model, Path(arguments.pretrain_mm_mlp_adapter))
+    return lmm
+
+
+@names_place("folder")
+def open_lmm(folder: str | Path, dtype: torch.dtype = torch.float32, changes: dict | None = None):
+    """A model that the probe wrote: a whole one, or a projector with the parts it names.
+
+    changes: fields of its configuration to set; cross tokens may then start at zero, nothing else.
+    Raises ValueError for weights that are missing or left over, and for files that are not as they
+    were written.
+    """
+    folder = Path(folder)
+    check_model_folder(folder, allows_pickles=True, also=[PARTS_FILE])
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder / 'config.json'} does not exist: give what lmm_probe.py wrote")
+    if (folder / PROJECTOR_FILE).is_file() and (folder / PARTS_FILE).is_file():
+        return _with_projector(folder, dtype)
+    config = LmmConfig.from_pretrained(folder, **LOCAL)
+    changes = dict(changes or {})
+    lora = changes.pop("lora", None) if config.lora is None else None
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model, info = LmmForConditionalGeneration.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        **LOCAL,
+    )
+    new = [name for name in info["missing_keys"] if changes and "cross_tokens" in name]
+    for name in new:  # what transformers leaves there is not defined
+        torch.nn.init.zeros_(model.get_parameter(name))
+    wrong = [name for name in info["missing_keys"] if name not in new]
+    wrong += list(info["unexpected_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{folder} does not fit its configuration: {', '.join(sorted(wrong))}")
+    if lora is not None:
+        model.config.lora = lora
+        add_lora(model.model.language_model, lora)
+    processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
+    return Lmm(model.eval(), open_tokenizer(folder), processor)
+
+
+def write_parts(folder: Path, arguments: LmmArguments) -> None:
+    """Where the frozen parts of a projector are."""
+    parts = {
+        "model_name_or_path": str(Path(arguments.model_name_or_path).resolve()),
+        "vision_tower": str(Path(arguments.vision_tower).resolve()),
+    }
+    write_atomically(folder / PARTS_FILE, json.dumps(parts, indent=1).encode())
+
+
+def _check_whole(arguments: LmmArguments, lmm: Lmm) -> None:
+    """ValueError for typed flags that a whole model has decided on already; a resolution is set."""
+    config = lmm.model.config
+    has = {
+        "mm_projector_type": config.projector_type,
+        "mm_vision_select_layer": [config.vision_feature_layer],
+        "mm_frozen_select_layer": config.frozen_layers,
+        "mm_tuned_layers_num": config.tuned_layers,
+        "keep_extra_tokens": config.keep_extra_tokens,
+        "bits": 16,
+        "vision_add_five_stage": 0,
+        "vision_tower": None,
+    }
+    for name, value in has.items():
+        if name in arguments.typed and getattr(arguments, name) != value:
+            raise ValueError(
+                f"--{name} {getattr(arguments, name)}: {arguments.model_name_or_path} is a whole "
+                f"model, trained with {value}; leave the flag out, or start from its parts"
+            )
+    if arguments.mm_vision_resolution is not None:
+        set_resolution(lmm.model.tower.model, lmm.image_processor, arguments.mm_vision_resolution)
+        config.vision_config.image_size = arguments.mm_vision_resolution
+
+
+def _changes(arguments: LmmArguments) -> dict:
+    """Fields that a later stage sets anew in an earlier stage's configuration."""
+    changes = {
+        "version": arguments.version,
+        "image_aspect_ratio": arguments.image_aspect_ratio,
+        "lora": _lora(arguments),
+    }
+    if arguments.mm_reduction_r is not None:
+        changes |= _reduction(arguments)
+    return changes
+
+
+def _reduction(arguments: LmmArguments) -> dict:
+    r = arguments.mm_reduction_r
+    reduction = {
+        "r": r[0] if len(r) == 1 else r,
+        "rule": arguments.mm_reduction_rule,
+        "weights": arguments.mm_reduction_weights,
+        "mask_cross_token": arguments.mask_cross_token,
+    }
+    return {
+        "reduction": reduction,
+        "alignment_weight": arguments.alignment_weight,
+        "alignment_direction": arguments.alignment_direction,
+    }
+
+
+def _lora(arguments: LmmArguments) -> dict | None:
+    if not arguments.lora_enable:
+        return None
+    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
+    return {name.removeprefix("lora_"): getattr(arguments, name) for name in names}
+
+
+def _from_parts(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> Lmm:
+    if arguments.vision_tower is None:
+        raise ValueError("--vision_tower is missing: name a run, an export or a vision model")
+    tokenizer = open_tokenizer(folder)
+    language_model = _language_model(arguments, folder, dtype)
+    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        grow_vocabulary(language_model, -(-len(tokenizer) // VOCABULARY_STEP) * VOCABULARY_STEP)
+    tower, processor = open_tower(arguments.vision_tower, dtype)
+    if arguments.vision_add_five_stage and isinstance(tower, ConvNextModel):
+        grown = (arguments.vision_five_stage_width, arguments.vision_add_five_stage)
+        tower = grow_stage(tower, *grown).to(dtype)
+    if isinstance(tower, ConvNextModel):
+        tower = ConvNextVisionModel.from_network(tower)
+    if arguments.mm_vision_resolution is not None:
+        set_resolution(tower, processor, arguments.mm_vision_resolution)
+    fields = {
+        "projector_type": arguments.mm_projector_type,
+        "frozen_layers": arguments.mm_frozen_select_layer,
+        "tuned_layers": max(arguments.mm_tuned_layers_num, 0),
+        "keep_extra_tokens": arguments.keep_extra_tokens,
+        **_changes(arguments),
+    }
+    config = LmmConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=(arguments.mm_vision_select_layer or [-1])[0],
+        vision_feature_select_strategy="full",
+        **fields,
+    )
+    model = LmmForConditionalGeneration.from_parts(config, tower, language_model)
+    return Lmm(model, tokenizer, processor, has_parts=True)
+
+
+def grow_vocabulary(language_model: nn.Module, rows: int) -> None:
+    """New rows are drawn the same way at every load."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        language_model.resize_token_embeddings(rows)
+
+
+@names_place("folder")
+def _language_model(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> nn.Module:
+    options = {}
+    if arguments.bits in (4, 8):
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"--bits {arguments.bits} needs bitsandbytes: pip install it")
+        if arguments.trains_language_model and not arguments.lora_enable:
+            raise ValueError(f"weights of {arguments.bits} bits cannot learn: add --lora_enable")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=arguments.bits == 4,
+            load_in_8bit=arguments.bits == 8,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=arguments.double_quant,
+            bnb_4bit_quant_type=arguments.quant_type,
+        )
+    return read_language_model(folder, dtype, **options)
+
+
+def read_language_model(folder: Path, dtype: torch.dtype, **options) -> nn.Module:
+    """A causal language model of transformers, from safetensors or, where a folder has none, from
+    .bin files that hold nothing but tensors. Raises ValueError for what model_folder.py refuses."""
+    check_model_folder(folder, allows_pickles=True)
+    for path in pickled_weights(folder):
+        try:
+            read_tensors(path, device="meta")
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from error
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **LOCAL, **options)
+
+
+def _with_projector(folder: Path, dtype: torch.dtype) -> Lmm:
+    """The model of a folder of stage 1."""
+    parts = json_object(folder / PARTS_FILE)
+    check_fields(
+        parts,
+        fields={"model_name_or_path": str, "vision_tower": str},
+        name=str(folder / PARTS_FILE),
+    )
+    config = LmmConfig.from_pretrained(folder, **LOCAL)
+    language_model = read_language_model(Path(parts["model_name_or_path"]), dtype)
+    rows = config.text_config.vocab_size
+    if rows != language_model.get_input_embeddings().num_embeddings:
+        grow_vocabulary(language_model, rows)
+    tower, _ = open_tower(parts["vision_tower"], dtype)
+    model = LmmForConditionalGeneration.from_parts(config, tower, language_model)
+    load_projector(model, folder / PROJECTOR_FILE)
+    processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
+    return Lmm(model.eval(), open_tokenizer(folder), processor)

@@ -1,0 +1,196 @@
+"""What happens on the page: a visitor uploads, asks, stops, begins anew.
+
+    upload -> size, then content: a picture or a clip within the limits, whatever its name says
+    question -> its length -> lmm_growing: the answer while it grows -> a Dialogue of lmm_chat
+
+Needs no gradio: handlers take values and give values. Where they yield, gradio may close them: a
+visitor who left. Cost: that of lmm_chat.
+"""
+
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from model_factory.command_line.plain_text import RUNNING, in_html
+
+from ...lmm_chat import Dialogue, one_line
+from ..data.conversation import IMAGE, Visual
+
+# of an upload; its pixels are limited by InputLimits
+MAX_BYTES = 64 << 20
+MAX_SECONDS = 600.0
+MAX_SESSIONS = 64  # visitors whose dialogues are remembered, some 10 MB each with a clip
+# characters: the context of LLaVA-1.5's language models, 4096 tokens of some four characters
+LONGEST_QUESTION = 16_384
+HALT_S = 5.0  # that Stop waits for an answer to end, which takes a block of the model's layers
+NOT_SEEN = ("container", "no_video")  # reasons of RejectedInput for what is no clip at all
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_seconds: of one answer; max_waiting: how many questions and uploads may wait."""
+
+    max_seconds: float = 120.0
+    max_waiting: int = 32
+
+    def __post_init__(self):
+        if not self.max_seconds > 0:
+            raise ValueError(f"--max_seconds {self.max_seconds}: give more than 0")
+        if self.max_waiting < 1:
+            raise ValueError(f"--max_waiting {self.max_waiting}: at least 1")
+
+
+def read_upload(speaker, path: Path):
+    """The VisualItem of a file that a stranger gave.
+
+    Raises ValueError with the file's name for what is too large, damaged, or neither a picture nor
+    a clip.
+    """
+    from data_pipeline.codec.open_video import InputLimits
+    from data_pipeline.errors import RejectedInput
+    from eval_encoder.probe.reader import shared_reader
+
+    limits = InputLimits(max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, "upload")  # readers go by names too; this one says nothing
+        plain.symlink_to(path)
+        try:
+            try:
+                return speaker.picture(shared_reader().picture(plain, limits))
+            except RejectedInput as error:
+                if error.reason != "image":
+                    raise
+            return speaker.reader(Visual("video", str(plain)), limits)
+        except RejectedInput as error:
+            detail = error.detail.replace(str(plain), path.name)
+            if error.reason in NOT_SEEN:
+                detail = f"{path.name} is neither a picture nor a clip that can be read"
+            raise ValueError(detail) from error
+
+
+@dataclass(frozen=True)
+class Visit:
+    """An opened page, and how often its Stop was pressed before."""
+
+    session: str
+    turn: int
+
+
+class Handlers:
+    """What happens on an upload, on a question, for a new chat; `tell` shows a text, as HTML."""
+
+    def __init__(self, speaker, tell, limits: Limits):
+        from eval_encoder.lmm.web.growing import GrowingAnswers
+
+        self._speaker = speaker
+        self._tell = tell
+        self._answers = GrowingAnswers(limits.max_seconds)
+        self._stopped: dict[str, int] = {}  # session -> the last turn that was stopped
+        self._answered: str | None = None  # session whose answer is being made
+        self._changed = threading.Condition()
+
+    def show(self, path: str | None):
+        """(upload, dialogue, messages) of a new upload, of none where it is refused."""
+        dialogue = Dialogue()
+        if path is not None:
+            try:
+                dialogue = Dialogue((read_upload(self._speaker, Path(path)),))
+            except ValueError as error:
+                self._problem(error)
+                path = None
+        return path, dialogue, _messages(dialogue, path)
+
+    def answer(
+        self,
+        visit: Visit,
+        question: str,
+        path: str | None,
+        dialogue: Dialogue,
+        temperature: float,
+        length: float,
+    ):
+        """(question, dialogue, messages), again and again while the answer grows.
+
+        The question comes back where nothing was said; what was said of a stopped answer stays.
+        gradio closes this generator when the visitor leaves.
+        """
+        question = question.strip()
+        if not question or self._is_stopped(visit):
+            yield question, dialogue, _messages(dialogue, path)
+            return
+        # checked here too: the browser's own limit binds the page, not who speaks to the server
+        if len(question) > LONGEST_QUESTION:
+            text = f"a question of {len(question)} characters: at most {LONGEST_QUESTION} are read"
+            self._problem(ValueError(text))
+            yield question[:LONGEST_QUESTION], dialogue, _messages(dialogue, path)
+            return
+        asked = seen = dialogue.ask(question)
+        decoding = self._speaker.decoding
+        decoding = replace(decoding, temperature=temperature, max_new_tokens=int(length))
+        speaker = replace(self._speaker, decoding=decoding)
+        yield "", dialogue, _messages(asked, path)
+        texts = self._answers.texts(speaker, asked.request())
+        with self._answering(visit), closing(texts):
+            try:
+                for text in texts:
+                    if text:  # until the first word the question stands alone
+                        dialogue = seen = asked.said(text)
+                    yield "", dialogue, _messages(seen, path)
+                    if self._is_stopped(visit):
+                        break
+                else:
+                    dialogue = asked.said(text)  # an answer may be empty
+            except (ValueError, RuntimeError) as error:  # RuntimeError: no memory left, or no time
+                self._problem(error)
+        is_lost = len(dialogue.turns) < len(asked.turns)
+        yield question if is_lost else "", dialogue, _messages(dialogue, path)
+
+    def halt(self, visit: Visit) -> int:
+        """Stop what the visitor has asked for, whether it is answered or waits; the next turn."""
+        with self._changed:
+            self._stopped.pop(visit.session, None)
+            self._stopped[visit.session] = visit.turn
+            while len(self._stopped) > MAX_SESSIONS:
+                self._stopped.pop(next(iter(self._stopped)))
+            # what follows, such as a new chat, must not be overwritten by the end of the old one
+            self._changed.wait_for(lambda: self._answered != visit.session, timeout=HALT_S)
+        return visit.turn + 1
+
+    def forget(self, path: str | None, dialogue: Dialogue):
+        """(dialogue, messages) of a new chat about the same upload."""
+        return dialogue.forget(), _messages(dialogue.forget(), path)
+
+    def _is_stopped(self, visit: Visit) -> bool:
+        return self._stopped.get(visit.session, -1) >= visit.turn
+
+    @contextmanager
+    def _answering(self, visit: Visit) -> Iterator[None]:
+        with self._changed:
+            self._answered = visit.session
+        try:
+            yield
+        finally:
+            with self._changed:
+                if self._answered == visit.session:
+                    self._answered = None
+                self._changed.notify_all()
+
+    def _problem(self, error: Exception) -> None:
+        self._tell(in_html(one_line(error)))  # a file's name is not ours
+
+
+def _messages(dialogue: Dialogue, path: str | None) -> list[dict]:
+    """A dialogue as the page shows it: the upload, then what was said. The page takes a text for
+    HTML, so that its signs are escaped: neither a visitor nor the model writes markup."""
+    shown = [{"role": "user", "content": {"path": path}}] if dialogue.visuals else []
+    roles = {"human": "user", "gpt": "assistant"}
+    return shown + [
+        {
+            "role": roles[turn.speaker],
+            "content": in_html(turn.text.replace(f"{IMAGE}\n", ""), keep=RUNNING),
+        }
+        for turn in dialogue.turns
+    ]

@@ -1,0 +1,1 @@
+"""Attentive, linear and nearest-neighbour probes of frozen encoders."""

@@ -1,0 +1,200 @@
+"""Official split files of benchmarks -> entries: which video, which class, and where it is written.
+
+    ssv2       something-something-v2-{train,validation,labels}.json, with or without the prefix; a
+               class is its template with the brackets taken away
+    ucf101     classInd.txt, trainlist01.txt, testlist01.txt
+    hmdb51     CLASS_test_split1.txt with 1 for training, 2 for testing, 0 for neither
+    kinetics   two csv files with the columns label, youtube_id, time_start, time_end; classes are
+               numbered by name over both files
+
+Every error names file and line.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from data_pipeline.folders import is_hidden
+from data_pipeline.text_lists import NUMBER, csv_rows, is_text, list_lines
+from model_factory.command_line.plain_text import printable, show
+
+KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One official line.
+
+    names: what the video may be called, best first: the end of its path, without ending. place: the
+    line. ending: the list's own, "" where it names none. class_name: what the class's folder may be
+    called, "" where the names say it.
+    """
+
+    names: tuple[str, ...]
+    label: int
+    place: str
+    ending: str = ""
+    class_name: str = ""
+
+
+Splits = dict[str, list[Entry]]
+
+
+def read_ssv2(annotations: Path) -> Splits:
+    """Entries of the official JSON files; ValueError for missing or unknown content."""
+    path, numbers = _read_json(annotations, "labels")
+    if not isinstance(numbers, dict):
+        raise ValueError(f"{path} is no object of class names and their numbers")
+    classes = {}
+    for name, number in numbers.items():
+        # The official file writes numbers as strings; a boolean or a fraction is neither.
+        if type(number) not in (int, str) or not NUMBER.fullmatch(str(number)):
+            raise ValueError(f"{path}: class {name!r} has number {number!r}: no integer from 0 on")
+        classes[name] = int(number)
+    splits: Splits = {}
+    for split, file in (("train", "train"), ("val", "validation")):
+        path, entries = _read_json(annotations, file)
+        if not isinstance(entries, list):
+            raise ValueError(f"{path} is no list of entries with id and template")
+        splits[split] = [
+            _ssv2_entry(entry, classes, f"{path} entry {number}")
+            for number, entry in enumerate(entries, start=1)
+        ]
+    return splits
+
+
+def _ssv2_entry(entry, classes: dict[str, int], place: str) -> Entry:
+    known = isinstance(entry, dict) and {"id", "template"} <= entry.keys()
+    template = str(entry["template"]).replace("[", "").replace("]", "") if known else None
+    if template not in classes:
+        raise ValueError(f"{place}: {entry} has no id and template of the labels file")
+    return Entry((str(entry["id"]),), classes[template], place)
+
+
+def read_ucf101(folder: Path, number: int) -> Splits:
+    """Entries of the official lists; ValueError for a missing file or an unknown class."""
+    classes = {}
+    for place, line in list_lines(folder / "classInd.txt"):
+        index, _, name = line.strip().partition(" ")
+        if not NUMBER.fullmatch(index) or int(index) < 1 or not name:
+            raise ValueError(f"{place}: '{printable(line)}' is no `number name`, numbers from 1 on")
+        classes[name] = int(index) - 1
+    splits: Splits = {}
+    for split, file in (("train", "trainlist"), ("val", "testlist")):
+        lines = list_lines(folder / f"{file}{number:02d}.txt")
+        splits[split] = [_ucf101_entry(line, classes, place) for place, line in lines]
+    return splits
+
+
+def _ucf101_entry(line: str, classes: dict[str, int], place: str) -> Entry:
+    """Entry of `CLASS/NAME.avi`, in training lists with the class's number behind it."""
+    name, index = _last_word(line)
+    if not NUMBER.fullmatch(index):
+        name = line.strip()
+        index = ""
+    video = PurePosixPath(name)
+    if video.parent.name not in classes:
+        raise ValueError(f"{place}: class {video.parent.name!r} is not in classInd.txt")
+    label = classes[video.parent.name]
+    if index and int(index) != label + 1:
+        raise ValueError(
+            f"{place}: class {index}, but classInd.txt gives {video.parent.name} the number "
+            f"{label + 1}"
+        )
+    return Entry((str(video.with_suffix("")),), label, place, ending=video.suffix)
+
+
+def read_hmdb51(folder: Path, number: int) -> Splits:
+    """Entries of the official lists, one file per class; ValueError where there are none."""
+    suffix = f"_test_split{number}.txt"
+    from .benchmarks import find_benchmark
+
+    # Each list is a class, so a `._CLASS_test_split1.txt` of a file manager would be one too.
+    files = sorted(path for path in folder.glob(f"*{suffix}") if not is_hidden(path.name))
+    if not files:
+        raise ValueError(f"{folder} holds no CLASS{suffix}: give the folder of the official lists")
+    expected = find_benchmark("hmdb51").num_classes
+    if len(files) != expected:
+        show(f"{len(files)} classes have lists, of {expected}", error=True)
+    splits: Splits = {"train": [], "val": []}
+    for label, path in enumerate(files):
+        name = path.name.removesuffix(suffix)
+        for place, line in list_lines(path):
+            video, use = _last_word(line)
+            if use not in ("0", "1", "2") or not video:
+                raise ValueError(f"{place}: '{printable(line)}' is no `NAME.avi` with 0, 1 or 2")
+            if use != "0":
+                file = PurePosixPath(video)
+                entry = Entry((f"{name}/{file.stem}",), label, place, ending=file.suffix)
+                splits["train" if use == "1" else "val"].append(entry)
+    return splits
+
+
+def _last_word(line: str) -> tuple[str, str]:
+    """(what stands before, the last word) of a line that is not blank."""
+    *before, last = line.rsplit(maxsplit=1)
+    return "".join(before).strip(), last
+
+
+def read_kinetics(train: Path, val: Path) -> Splits:
+    """Entries of the official csv files; ValueError for missing columns."""
+    rows = {"train": _kinetics_rows(train), "val": _kinetics_rows(val)}
+    names = sorted({row["label"] for found in rows.values() for _, row in found})
+    number = {name: i for i, name in enumerate(names)}
+    splits: Splits = {}
+    for split, found in rows.items():
+        splits[split] = [
+            Entry(
+                names=_kinetics_names(row, place),
+                label=number[row["label"]],
+                place=place,
+                class_name=row["label"],
+            )
+            for place, row in found
+        ]
+    return splits
+
+
+def _kinetics_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """(where it stands, columns) of every line."""
+    header, *rows = [(row.place, row.cells) for row in csv_rows(path)] or [("", [])]
+    columns = [cell.strip() for cell in header[1]]
+    if not rows or not set(KINETICS_COLUMNS) <= set(columns):
+        raise ValueError(f"{path} lacks the columns {', '.join(KINETICS_COLUMNS)}, or has no line")
+    found = []
+    for place, cells in rows:
+        # A line may be shorter or longer than the header: what it lacks is noticed below.
+        values = dict(zip(columns, map(str.strip, cells), strict=False))
+        if not all(values.get(name) for name in KINETICS_COLUMNS):
+            raise ValueError(f"{place}: {', '.join(KINETICS_COLUMNS)} must all be given")
+        if not is_text(values["label"]):
+            label = printable(values["label"])
+            raise ValueError(f"{place}: label {label!r} is no UTF-8: save the list as UTF-8")
+        found.append((place, values))
+    return found
+
+
+def _kinetics_names(row: dict[str, str], place: str) -> tuple[str, ...]:
+    """ID_START_END with six digits, as all downloaders write it, else the id alone."""
+    try:
+        start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{place}: times {row['time_start']!r} and {row['time_end']!r} are no seconds"
+        ) from error
+    return f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"]
+
+
+def _read_json(annotations: Path, name: str):
+    """(file, content) of one of the official files."""
+    for candidate in (f"something-something-v2-{name}.json", f"{name}.json"):
+        path = annotations / candidate
+        if path.is_file():
+            try:
+                return path, json.loads(path.read_bytes())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path} is no JSON: {error}") from error
+    raise ValueError(
+        f"{annotations} holds no something-something-v2-{name}.json: give the folder of the "
+        "official files"
+    )

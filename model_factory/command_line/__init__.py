@@ -1,0 +1,1 @@
+"""What every command is made of: its face, its flags, its text, its launcher."""

@@ -1,0 +1,1 @@
+"""Towers for multimodal models: projectors, ViT-Split, CrossGET, ConvNeXt, exported folders."""

@@ -1,0 +1,186 @@
+"""ViT-Split: a projector with a trainable copy of the tower's last blocks and a small CNN.
+
+    prior head   frozen hidden states F of them, side by side -> two convolutions
+    task head    copies of K blocks, fed with the frozen state just before them
+    fusion       both side by side -> two convolutions to the language model's width
+
+    F  K   output
+    >0 >0  fusion of both
+    >0  0  the prior head alone, to the language model's width
+    0  >0  the task head, GELU, Linear
+
+Hidden states are named by absolute index: 0 is what enters the first block, i what leaves block
+i - 1. Published numbers count from the end (-1: the last block's output) and leave the last block
+out: K = 1 copies the last but one. No gradient reaches the tower.
+
+Two things differ from the published code on purpose. A copied block may be fed with the class and
+register tokens too (`keep_extra_tokens`), so that it starts exactly at the pretrained function, and
+they are dropped after it; and where K = 0 the convolutions keep the border (published: a 1x1
+convolution with padding 1, whose border is constant), which `published_border` brings back.
+
+Shape legend: B pictures, N patches, E extra tokens, D tower width, H language model's width.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .towers import TowerStates
+
+
+@dataclass(frozen=True)
+class ViTSplitConfig:
+    """`frozen_layers`: negative hidden-state numbers of the prior head, in order of
+    concatenation; `tuned_layers`: K."""
+
+    tower_width: int
+    output_width: int
+    frozen_layers: tuple[int, ...] = (-2,)
+    tuned_layers: int = 1
+    keep_extra_tokens: bool = True
+    published_border: bool = False
+
+    def __post_init__(self):
+        if not self.frozen_layers and self.tuned_layers < 1:
+            raise ValueError(
+                "ViT-Split needs frozen layers or tuned layers: give --mm_frozen_select_layer or "
+                "--mm_tuned_layers_num"
+            )
+        if any(layer >= 0 for layer in self.frozen_layers):
+            raise ValueError(f"frozen layers {self.frozen_layers} count from the end: below 0")
+
+    @property
+    def task_input(self) -> int:
+        """Negative number of the hidden state that the first copied block is fed with."""
+        return -(self.tuned_layers + 2)
+
+    def needed(self, num_layers: int) -> list[int]:
+        """Absolute indices of the hidden states that `forward` takes, ascending."""
+        wanted = [*self.frozen_layers, *([self.task_input] if self.tuned_layers else [])]
+        absolute = sorted({num_layers + 1 + layer for layer in wanted})
+        if absolute[0] < 0:
+            raise ValueError(
+                f"a tower of {num_layers} layers has no hidden state {min(wanted)}: choose later "
+                "frozen layers or fewer tuned ones"
+            )
+        return absolute
+
+
+class ViTSplit(nn.Module):
+    """The projector; `blocks` are the tower's, of which the last K but one are copied."""
+
+    def __init__(self, config: ViTSplitConfig, blocks: nn.ModuleList):
+        """Raises ValueError for a tower with too few blocks."""
+        super().__init__()
+        config.needed(len(blocks))
+        self.config, self.num_layers = config, len(blocks)
+        wide, out = config.tower_width * len(config.frozen_layers), config.output_width
+        tuned = config.tuned_layers
+        self.tuned_head = nn.ModuleList(
+            copy.deepcopy(block) for block in blocks[-(tuned + 1) : -1] if tuned
+        )
+        self.tuned_head.requires_grad_(True)
+        self.frozen_conv = self.fusion_conv = self.proj = None
+        if config.frozen_layers and tuned:
+            self.frozen_conv = _convolutions(wide, wide, kernels=(1, 3))
+            self.fusion_conv = _convolutions(wide + config.tower_width, out, kernels=(1, 3))
+        elif config.frozen_layers:
+            border = (0, 1) if config.published_border else (1, 0)
+            self.frozen_conv = nn.Sequential(
+                nn.Conv2d(wide, wide, 3, padding=border[0]),
+                nn.GELU(),
+                nn.Conv2d(wide, out, 1, padding=border[1]),
+                nn.GELU(),
+            )
+        else:
+            self.proj = nn.Sequential(nn.GELU(), nn.Linear(config.tower_width, out))
+
+    def forward(
+        self,
+        hidden_states: Mapping[int, torch.Tensor],
+        num_extra_tokens: int = 0,
+        grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """[B, N, H] of hidden states [B, E + N, D] by absolute index; `config.needed` names them.
+
+        grid: rows and columns of the patches; without it they must be a square.
+        """
+        batch, tokens = next(iter(hidden_states.values())).shape[:2]
+        patches = tokens - num_extra_tokens
+        rows, columns = grid or _square(patches)
+        if rows * columns != patches:
+            raise ValueError(f"a grid of {rows} x {columns} has not {patches} patches")
+        grids = [(1, rows, columns)] * batch
+        states = TowerStates(dict(hidden_states), [patches] * batch, grids, num_extra_tokens)
+        return self.project(states).unflatten(0, (batch, -1))
+
+    def project(self, states: TowerStates) -> torch.Tensor:
+        """[sum of lengths, H] of a tower's states; every frame of a clip is a map of its own.
+
+        Raises ValueError where convolutions meet patches that fill no grid.
+        """
+        task = self._task(states) if len(self.tuned_head) else None
+        if self.frozen_conv is None:
+            return self.proj(task)
+        prior = [states.patches(self._state(states, i)) for i in self.config.frozen_layers]
+        tokens = torch.cat([*prior, *([] if task is None else [task])], dim=-1)
+        out = []
+        for (rows, columns), group in states.maps(tokens):
+            maps = group.unflatten(1, (rows, columns)).movedim(-1, 1)
+            wide = self.config.tower_width * len(self.config.frozen_layers)
+            fused = self.frozen_conv(maps[:, :wide])
+            if task is not None:
+                fused = self.fusion_conv(torch.cat([fused, maps[:, wide:]], dim=1))
+            out.append(fused.movedim(1, -1).flatten(0, 2))
+        return torch.cat(out)
+
+    def _task(self, states: TowerStates) -> torch.Tensor:
+        """Output of the copied blocks, patches only [sum of lengths, D]."""
+        x, extra = self._state(states, self.config.task_input), states.extra
+        args, kwargs = states.call or ((), None)
+        if not self.config.keep_extra_tokens and extra:
+            if any(isinstance(value, torch.Tensor) for value in [*args, *(kwargs or {}).values()]):
+                raise ValueError(
+                    "this tower's blocks know where each token is, so class and register tokens "
+                    "cannot be left out before them: keep_extra_tokens must stay on"
+                )
+            x, extra = x[:, extra:], 0
+        for block in self.tuned_head:
+            out = block(x, *args, **(_without_masks(block) if kwargs is None else kwargs))
+            x = out[0] if isinstance(out, tuple) else out
+        return replace(states, extra=extra).patches(x)
+
+    def _state(self, states: TowerStates, layer: int) -> torch.Tensor:
+        index = self.num_layers + 1 + layer
+        if index not in states.states:
+            raise ValueError(f"hidden state {index} ({layer} from the end) was not given")
+        return states.states[index].detach()
+
+
+def _without_masks(block: nn.Module) -> dict[str, None]:
+    """What a block insists on beside its input: masks, one or two by the release."""
+    others = list(inspect.signature(block.forward).parameters.values())[1:]
+    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return {p.name: None for p in others if p.kind is plain and p.default is p.empty}
+
+
+def _convolutions(wide: int, out: int, kernels: tuple[int, int]) -> nn.Sequential:
+    first, second = kernels
+    return nn.Sequential(
+        nn.Conv2d(wide, out, first, padding=first // 2),
+        nn.GELU(),
+        nn.Conv2d(out, out, second, padding=second // 2),
+        nn.GELU(),
+    )
+
+
+def _square(patches: int) -> tuple[int, int]:
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f"{patches} patches are no square: give the grid")
+    return side, side

@@ -1,0 +1,119 @@
+"""Tensors of a checkpoint to and from safetensors files, by torch.distributed.checkpoint.
+
+Sharded tensors are written as one over all ranks (DTensor), so any number of ranks reads them.
+Nothing is unpickled: the files hold tensors and JSON. Written files are read back and compared with
+what is in memory. Cost: one write, one read.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from ..fault_points import reach
+from ..parallel import local
+from .folder import BadCheckpoint, StorageError, read_manifest
+
+# of a file with several tensors: memory of this size is reused by the allocator
+FILE_BYTES = 24 << 20
+
+
+def write_tensors(
+    tensors: dict[str, torch.Tensor], folder: Path, step: int, group: dist.ProcessGroup
+) -> list[str]:
+    """Write this rank's files and return their names. Called by all ranks of `group`; what fails
+    on one fails on all. StorageError for what was not written as it is in memory, or is not finite.
+    """
+    writer = _Writer(str(folder), _files_of(tensors), save_distributed=True)
+    writer.training_step = step
+    dcp.save(tensors, storage_writer=writer, process_group=group)
+    for name in writer.names:
+        file = folder / name
+        with safe_open(file, framework="pt") as written:
+            for name in written.keys():
+                own = written.get_tensor(name)
+                if not torch.equal(own, local(tensors[name]).cpu()):
+                    raise StorageError(f"{name} in {file} is not what was written there")
+                if not torch.isfinite(own).all():
+                    raise StorageError(f"{name} is not finite, so this state is not kept")
+    return writer.names
+
+
+def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, alone: bool = False) -> None:
+    """Fill tensors in place. Called by all ranks of the process group; `alone`: by one process
+    without a group.
+
+    Raises BadCheckpoint when the folder has not all of them in their shapes.
+    """
+    try:
+        with warnings.catch_warnings():  # of no_dist that it means one process
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(tensors, storage_reader=_Reader(folder), no_dist=alone)
+    except (CheckpointException, OSError) as error:
+        raise BadCheckpoint(
+            f"{folder} has not the tensors of this run: {_first_cause(error)}; restore the "
+            "configuration that it was saved under, or start over with --resume never"
+        ) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """What one rank met; the library's own text is a traceback per rank."""
+    failures = getattr(error, "failures", None) or {0: (error, None)}
+    cause, _ = next(iter(failures.values()))
+    return f"{type(cause).__name__}: {cause}"
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """The library's writer, which tells what it wrote, with a place for faults inside of its own
+    collective."""
+
+    training_step = 0
+    names: list[str]
+
+    def write_data(self, plan, planner):
+        """Write this rank's files; what fails here fails the save on all ranks."""
+        reach("checkpoint.write", self.training_step)
+        written = super().write_data(plan, planner)
+        self.names = sorted({result.storage_data.relative_path for result in written.wait()})
+        return written
+
+
+class _Reader(HuggingFaceStorageReader):
+    """The library's reader, which opens the files of the manifest and no other: by itself it reads
+    whatever lies in the folder."""
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder))
+        self.fs = _Listed(read_manifest(folder))
+
+
+class _Listed(FileSystem):
+    """A folder that seems to hold only the listed files."""
+
+    def __init__(self, names: Iterable[str]):
+        self._names = sorted(names)
+
+    def ls(self, path):
+        """Their paths."""
+        return [os.path.join(path, name) for name in self._names]
+
+
+def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Number of the file, from 1, that each tensor goes to; a large one has its own. The library
+    makes every file in memory first, and fresh memory costs six times the writing (measured)."""
+    numbers, number, room = {}, 1, FILE_BYTES
+    for name, tensor in tensors.items():
+        size = local(tensor).numel() * tensor.element_size()
+        if size > room and room < FILE_BYTES:
+            number, room = number + 1, FILE_BYTES
+        numbers[name] = number
+        room -= size
+    return numbers

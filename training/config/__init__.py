@@ -1,0 +1,1 @@
+"""What decides a run: the configuration's schema, presets, overrides and command line."""

@@ -1,0 +1,237 @@
+"""TrainConfig: the union of the components' configs, frozen, checked when it is made,
+stored as JSON.
+
+Each component's config lives beside the component. This file adds what belongs to no single one,
+and the comparison that guards a resume.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_pipeline.datasets import EMBEDDED
+from data_pipeline.loading.stream_config import StreamConfig
+from model_factory.command_line.local_output import local_output
+from model_factory.files import stays_below
+
+from ..checkpoint.checkpointer import CheckpointConfig
+from ..losses.partial_fc import PartialFCConfig
+from ..lr_scheduler import ScheduleConfig
+from ..optimizer import OptimizerConfig
+from ..parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder: a registered name, the rotary rule, and where its weights start (None:
+    random).
+    """
+
+    name: str = "llava_vit_small_ln"
+    rope_pairing: str = "rotary"
+    init_from: str | None = None
+    frozen: bool = False
+    embedding_dim: int | None = None  # width that the encoder must have; None: any
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """One dataset with its loss. `init_from` is a .npy of starting centres [num_classes, D].
+    `head_name` is set where a name is on record that the folder has no longer (None: the folder's).
+    """
+
+    dataset: str = EMBEDDED
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    loss: PartialFCConfig = field(default_factory=PartialFCConfig)
+    lr_scale: float = 1.0
+    loss_weight: float = 1.0
+    init_from: str | None = None
+    head_name: str | None = None
+
+    def __post_init__(self):
+        # names are parts of paths: clusters/NAME, centers/NAME.npy
+        if self.head_name is not None and (
+            not stays_below(self.head_name) or "/" in self.head_name
+        ):
+            raise ValueError(f"head_name {self.head_name!r}: give a plain name without a slash")
+        if self.lr_scale < 0 or self.loss_weight < 0:
+            raise ValueError(
+                f"--list_lr_pfc_weights {self.lr_scale} and --list_loss_weights "
+                f"{self.loss_weight} must not be negative"
+            )
+
+    @property
+    def name(self) -> str:
+        """Short name for logs and checkpoints: the folder's, with its parent's for a mere split. A
+        link has its own name, not that of what it leads to."""
+        if self.head_name is not None:
+            return self.head_name
+        folder = Path(os.path.abspath(self.dataset))
+        return f"{folder.parent.name}-{folder.name}" if folder.name in SPLITS else folder.name
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run. `every` fields count optimizer steps."""
+
+    output: str = "output"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    heads: tuple[HeadConfig, ...] = (HeadConfig(),)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    grad_accum_steps: int = 1
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = 10
+    max_skipped_steps: int = 0  # for gradients that are not finite; 0: the first one stops the run
+    profile_steps: int = 0  # that trace.json shows
+    wandb_project: str | None = None  # None: W&B gets no copy of the metrics
+    embedded_clips: tuple[int, int] = (1200, 240)
+    synthetic_data: bool = False
+    resume: str = "auto"
+    resume_allow: tuple[str, ...] = ()  # fields that may differ from the checkpoint's
+    resume_data: str = "same"  # or new-epoch: where shards or labels changed
+    rounds: int = 1  # of training, with a new clustering by the trained encoder between two
+    pack_tokens: int = 0  # of one pack of all heads that have a token_share
+    allow_missing_shards: bool = False
+    prefetch_bytes: int = 1 << 30  # of the batches that wait for the trainer
+    data_warning_s: float = 30.0
+    data_timeout_s: float = 120.0
+    collective_timeout_s: float = 600.0
+
+    def __post_init__(self):
+        local_output(self.output)
+        names = [head.name for head in self.heads]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"--list_datasets {names}: give at least one dataset, each name once (a folder's "
+                "name is its last part; rename or link one to tell two apart)"
+            )
+        shares = [head.stream.token_share for head in self.heads]
+        if sum(shares) > 1 + 1e-9 or (any(shares) and self.pack_tokens < 1):
+            raise ValueError(
+                f"token_share {shares} of pack_tokens {self.pack_tokens}: they may not exceed "
+                "1 together, and pack_tokens must be set for them"
+            )
+        for name, least in {
+            "grad_accum_steps": 1,
+            "log_every": 1,
+            "rounds": 1,
+            "max_skipped_steps": 0,
+            "profile_steps": 0,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        for name in ("prefetch_bytes", "data_warning_s", "data_timeout_s", "collective_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be positive")
+        if self.resume_data not in RESUME_DATA:
+            raise ValueError(
+                f"resume_data {self.resume_data!r}: choose one of {', '.join(RESUME_DATA)}"
+            )
+
+    def pack_tokens_of(self, head: HeadConfig) -> int | None:
+        """Tokens of one pack of a head; None for a head whose batches count samples."""
+        share = head.stream.token_share
+        return int(share * self.pack_tokens) if share else None
+
+    def to_json(self) -> str:
+        """Indented JSON of all fields."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def flat(self) -> dict:
+        """{path of a field: its value}, e.g. heads.0.loss.margin."""
+        return _flatten(json.loads(self.to_json()))
+
+
+SPLITS = ("train", "val", "test", "shards")  # folder names that name no dataset by themselves
+
+RESUME_DATA = ("same", "new-epoch")
+
+# what may differ between a checkpoint and the run that resumes it: it changes no result, or is
+# compared through the data itself (embedded_clips)
+FREE_FIELDS = (
+    "output",
+    "parallel",
+    "checkpoint",
+    "log_every",
+    "max_skipped_steps",
+    "profile_steps",
+    "wandb_project",
+    "resume",
+    "resume_allow",
+    "resume_data",
+    "embedded_clips",
+    "allow_missing_shards",
+    "prefetch_bytes",
+    "data_warning_s",
+    "data_timeout_s",
+    "collective_timeout_s",
+)
+FREE_STREAM_FIELDS = ("dali_num_threads", "error_budget")
+
+
+def fingerprint(config: TrainConfig, world_size: int) -> dict:
+    """What must be equal on resume, flat: field path -> value,
+    with global instead of per-rank batch sizes. Data are compared by their bytes, and not here.
+    """
+    flat = config.flat()
+    for index, head in enumerate(config.heads):
+        flat[f"heads.{index}.stream.batch_size"] = head.stream.batch_size * world_size
+    return compared(flat)
+
+
+def compared(flat: dict) -> dict:
+    """The fields of a fingerprint that are compared; one of an earlier version may hold more."""
+    return {key: value for key, value in flat.items() if not _is_free(key.split("."))}
+
+
+def _is_free(path: list[str]) -> bool:
+    return (
+        path[0] in FREE_FIELDS
+        or path[-1] == "init_from"  # a checkpoint has weights and centres of its own
+        or (path[0] == "heads" and path[2] in ("dataset", "head_name"))
+        or (path[0] == "heads" and path[2] == "stream" and path[3] in FREE_STREAM_FIELDS)
+    )
+
+
+def fingerprint_difference(saved: dict, current: dict) -> list[str]:
+    """One line per field that differs."""
+    keys = sorted(saved.keys() | current.keys())
+    return [
+        f"{k}: checkpoint {saved.get(k)!r}, now {current.get(k)!r}"
+        for k in keys
+        if saved.get(k) != current.get(k)
+    ]
+
+
+def is_allowed(difference: str, fields: tuple[str, ...]) -> bool:
+    """Whether a line of fingerprint_difference is about one of `fields`, or a part of one."""
+    name = difference.partition(":")[0]
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
+
+
+def check_allowed(fields: tuple[str, ...], known: dict) -> None:
+    """ValueError for a name of --resume_allow that is no field of the fingerprint, nor a part of
+    one's path."""
+    for name in fields:
+        if not any(key == name or key.startswith(f"{name}.") for key in known):
+            near = difflib.get_close_matches(name, known, n=3)
+            raise ValueError(
+                f"--resume_allow {name}: no field that a checkpoint is compared by; nearest: "
+                f"{', '.join(near) or 'none'}"
+            )
+
+
+def _flatten(node, prefix: str = "") -> dict:
+    if isinstance(node, (dict, list)):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        flat = {}
+        for key, value in items:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        return flat
+    return {prefix[:-1]: node}

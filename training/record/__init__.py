@@ -1,0 +1,1 @@
+"""What a run writes down beside its weights: metrics, speed, consumed samples, report."""

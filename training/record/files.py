@@ -1,0 +1,227 @@
+"""The records of a run, bound by its checkpoints: JSON lines that are only ever appended to.
+
+    OUTPUT/metrics.jsonl, consumed-RANK.jsonl   every commit's state has their length and sha256
+    OUTPUT/speed.jsonl                          what the machine did; bound by nothing
+    OUTPUT/NAME.damaged                         a file as it was found, where it was not as saved
+
+A resume compares what a commit knows with what lies there, and cuts the file to just that length:
+a changed, lost or added byte is found. Nothing that is trained on follows from these files, so
+damage is named, the file as found is kept, its readable lines go on, and so does the run.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from model_factory.files import HASHED_AT_ONCE, DamagedFile, parse_json, sync, write_atomically
+
+from ..checkpoint.folder import FOLDER_NAME, Commit, StorageError
+from ..distributed import Ranks, all_gather_json
+
+METRICS_NAME = "metrics.jsonl"
+SPEED_NAME = "speed.jsonl"  # one line per log line
+CONSUMED = "consumed-*.jsonl"
+
+
+def consumed_name(rank: int) -> str:
+    """Name of the record of samples that a rank was trained on."""
+    return f"consumed-{rank:05d}.jsonl"
+
+
+class RecordFile:
+    """One record, open at its end. Each line reaches the system at once, so a kill loses none."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        # of all that was written so far, so that a save need not read the file again
+        self._digest = hashlib.sha256()
+        self._size = 0
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            self._descriptor = os.open(path, flags, 0o666)
+            while piece := os.read(self._descriptor, HASHED_AT_ONCE):
+                self._count(piece)
+        except OSError as error:
+            raise _named(error, path) from error
+
+    def write(self, lines: Iterable[dict]) -> None:
+        """Append lines.
+
+        Raises OSError with the path where the disk takes no more, StorageError where the file was
+        removed: what is written to it would be lost.
+        """
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        try:
+            if os.fstat(self._descriptor).st_nlink == 0:
+                raise StorageError(
+                    f"{self.path} was removed while the run writes to it, so the run ends: start "
+                    "it again with the same command, it goes on from the newest checkpoint that is "
+                    "left"
+                )
+            while data:
+                written = os.write(self._descriptor, data)
+                self._count(data[:written])
+                data = data[written:]
+        except OSError as error:
+            raise _named(error, self.path) from error
+
+    def seal(self) -> dict:
+        """{"bytes", "sha256"} of the whole file, which is on disk by now."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise _named(error, self.path) from error
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _count(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._size += len(data)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The same error, which says of what file."""
+    return OSError(error.errno, error.strerror, str(path))
+
+
+def seal_records(files: Iterable[RecordFile], others: dict[str, dict]) -> dict[str, dict]:
+    """{name: {"bytes", "sha256"}} of the records of all ranks, and of `others`, which nobody writes
+    to any more. Called by all ranks."""
+    mine = {file.path.name: file.seal() for file in files}
+    sealed = dict(others)
+    for part in all_gather_json(mine):
+        sealed.update(part)
+    return sealed
+
+
+def restore_records(
+    output: Path, commit: Commit | None, ranks: Ranks, logger: logging.Logger
+) -> dict[str, dict]:
+    """Cut the records of a run back to the commit that it goes on from (None: to nothing).
+
+    Called by all ranks; each looks after its own file, rank 0 after those of ranks that this start
+    has not. Returns what commits have to say of these, on rank 0.
+    """
+    names = [consumed_name(ranks.rank)]
+    others: list[str] = []
+    bound = {} if commit is None else commit.state.get("records", {})
+    if ranks.is_main:
+        present = {consumed_name(rank) for rank in range(ranks.world_size)}
+        lying_there = {path.name for path in output.glob(CONSUMED)}
+        on_record = {name for name in bound if name != METRICS_NAME}
+        others = sorted((lying_there | on_record) - present)
+        names += [METRICS_NAME, SPEED_NAME, *others]
+    for name in names:
+        _restore(output / name, bound.get(name), commit, logger)
+    dist.barrier()
+    entries = {}
+    for name in others:
+        if (output / name).is_file():
+            file = RecordFile(output / name)
+            entries[name] = file.seal()
+            file.close()
+    return entries
+
+
+def _restore(path: Path, entry: dict | None, commit: Commit | None, logger: logging.Logger) -> None:
+    step = 0 if commit is None else commit.state["step"]
+    difference = None if entry is None else _difference(path, entry)
+    if entry is not None and difference is None:
+        if path.stat().st_size > entry["bytes"]:
+            os.truncate(path, entry["bytes"])
+            sync(path)
+        return
+    here = (path.parent / FOLDER_NAME).resolve()
+    if entry is not None and commit.path.resolve().parent != here:
+        # the run's record so far lies beside its checkpoint; what lies here is of another run
+        if os.path.lexists(path):
+            text = "%s is of another run than %s; kept as %s"
+            logger.warning(text, path, commit.path, _set_aside(path))
+        return
+    kept, unreadable = _lines_up_to(path, step)
+    if difference is None and not unreadable:
+        if os.path.lexists(path):
+            write_atomically(path, kept)
+        return
+    difference = difference or f"{unreadable} lines are unreadable"
+    rest = "its lines up to there are lost"
+    if os.path.lexists(path):
+        num_kept = kept.count(b"\n")
+        rest = f"kept as {_set_aside(path)}, and its {num_kept} readable lines up to there in place"
+        write_atomically(path, kept)
+    logger.error(
+        "DAMAGED RECORD: %s is not as written up to step %d: %s; %s. The run goes on from its "
+        "checkpoint, which needs no record",
+        path,
+        step,
+        difference,
+        rest,
+    )
+
+
+def _difference(path: Path, entry: dict) -> str | None:
+    """How the beginning of a file differs from what a commit knows of it; None: not at all."""
+    digest = hashlib.sha256()
+    left = entry["bytes"]  # what lies beyond was written after the commit
+    try:
+        with open(path, "rb") as stream:
+            while left and (piece := stream.read(min(left, HASHED_AT_ONCE))):
+                digest.update(piece)
+                left -= len(piece)
+    except FileNotFoundError:
+        return "it is gone"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    if left:
+        return f"{left} of its {entry['bytes']} bytes are missing at the end"
+    if digest.hexdigest() != entry["sha256"]:
+        return f"its first {entry['bytes']} bytes changed (sha256 differs)"
+    return None
+
+
+def _lines_up_to(path: Path, step: int) -> tuple[bytes, int]:
+    """(readable lines of steps up to `step`, number of unreadable lines). What a kill left of a
+    last line is neither."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return b"", 0
+    except OSError:
+        return b"", 1
+    kept = []
+    unreadable = 0
+    for line in lines:
+        record = read_line(line)
+        if record is None:
+            unreadable += line.endswith(b"\n")
+        elif record["step"] <= step:
+            kept.append(line)
+    return b"".join(kept), unreadable
+
+
+def read_line(line: bytes) -> dict | None:
+    """One line of a record; None where it is no whole object with the number of a step."""
+    try:
+        record = parse_json(line, "line")
+    except DamagedFile:
+        return None
+    return record if line.endswith(b"\n") and type(record.get("step")) is int else None
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a file to a name that is free; returns it."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    os.rename(path, aside)
+    return aside
