@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_by_workers(tmp_path_factory) -> Path:
-    """Folder of this run that all its workers see; what is made there is made once (`made_once`)."""
+    """Folder of this run that all its workers see; what is made there is made once."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     share_through(folder)

@@ -44,7 +44,7 @@ PRELOADED = (
     "nvidia.dali.types",
     "training.trainer",
     "training.rounds",
-    "training.report",
+    "training.record.report",
     "data_pipeline.datasets",
     "data_pipeline.commands",
     "data_pipeline.clustering.pipeline",
@@ -156,7 +156,7 @@ def become(job: Job, files: list[int]) -> None:
 
 def _learn_parent() -> None:
     """model_factory asked who its parent is when it was imported, in the server."""
-    for name in ("model_factory.command", "model_factory.launcher_watch"):
+    for name in ("model_factory.command_line.command", "model_factory.command_line.launcher_watch"):
         sys.modules[name].PARENT = os.getppid()
 
 
@@ -283,6 +283,13 @@ def watch(pids: list[int]) -> int:
     return int(failed or bool(asked))
 
 
+def compile_nothing() -> None:
+    """Without its own collectives in shared memory, which it compiles for a minute where it first
+    runs on a CPU, DeepSpeed takes gloo's."""
+    if "deepspeed" in sys.modules:
+        sys.modules["deepspeed.ops"].__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main() -> None:
     """Import, serve; in a forked process, do what it was forked for."""
     address, owner = sys.argv[1], int(sys.argv[2])
@@ -294,6 +301,7 @@ def main() -> None:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
     del sys.path[0]
+    compile_nothing()
     print("server", time.process_time(), flush=True)
     threads = os.listdir("/proc/self/task")
     if len(threads) > 1:

@@ -190,3 +190,11 @@ def forked_ranks(
 ) -> subprocess.CompletedProcess:
     """Run a command of ours on ranks of a real gloo group, output captured."""
     return _finish(command, check, environment, num_ranks)
+
+
+def rank_processes(process: Forked) -> list:
+    """The ranks of a launcher that `start_forked_ranks` started, in order."""
+    import psutil
+
+    ranks = psutil.Process(process.pid).children()
+    return sorted(ranks, key=lambda rank: (rank.create_time(), rank.pid))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PATIENCE_S, ROOT
+from forked import forked_ranks
 from lmm_parts import write_parts
 from PIL import Image
 
@@ -295,10 +296,7 @@ def test_deepspeed_and_ddp_give_the_same_losses(
         if name != "ddp":
             given += ["--deepspeed", str(ROOT / "shells" / f"{name}.json")]
         script = str(ROOT / "eval_encoder" / "lmm_probe.py")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run([sys.executable, *torchrun, script, *given],
-                              capture_output=True, text=True, timeout=PATIENCE_S)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        forked_ranks(2, script, *given)
     plain, wanted = losses(runs["ddp"]), open_lmm(runs["ddp"]).model.state_dict()
     assert len(plain) == steps
     count = json.loads((runs["ddp"] / "record.json").read_text())["parameters"]
