@@ -3,7 +3,8 @@
     forked(*command)                  as conftest.run, without the seconds that imports take
     start_forked(*command)            as subprocess.Popen
     forked_ranks(n, *command)         as conftest.torchrun, without its restarts
-    start_forked_ranks(n, *command)   as conftest.start_torchrun
+    start_forked_ranks(n, *command)   the same, started
+    forked_torchrun(*flags, *command) torchrun's own agent with forked ranks, for its restarts
 
 One server serves a whole run of pytest, all its workers; the first test that needs it starts it.
 """
@@ -27,6 +28,7 @@ PATIENCE_S = 900.0
 FREE = ("FAULT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 FREE += ("WANDB_MODE", "UNIVIT_TRACEBACK", "UNIVIT_NUM_THREADS")
 
+CPU = 0.0
 _shared_folder: Path | None = None
 
 
@@ -108,7 +110,10 @@ class Forked:
             readable, _, _ = select.select([self._connection], [], [], timeout)
             if not readable:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            self.returncode = self._receive()["returncode"]
+            answer = self._receive()
+            self.returncode = answer["returncode"]
+            global CPU
+            CPU += answer["cpu_s"]
             self._connection.close()
         return self.returncode
 
@@ -190,6 +195,30 @@ def forked_ranks(
 ) -> subprocess.CompletedProcess:
     """Run a command of ours on ranks of a real gloo group, output captured."""
     return _finish(command, check, environment, num_ranks)
+
+
+# torchrun's own agent, whose ranks are forked by the server instead of being started by it
+AGENT = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {tests!r})
+import forked
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from torch.distributed.run import main
+
+forked.share_through(Path({folder!r}))
+SubprocessHandler._popen = lambda self, args, env: forked.Forked(list(args[1:]), env, (0, 1, 2))
+main(sys.argv[1:])
+"""
+
+
+def forked_torchrun(
+    *command: str | Path, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run torchrun with flags of its own (its restarts), and our command as its ranks."""
+    agent = AGENT.format(tests=str(ROOT / "tests"), folder=str(_shared_folder))
+    return _finish(["-c", agent, *command], check, environment)
 
 
 def rank_processes(process: Forked) -> list:

@@ -19,13 +19,13 @@ from conftest import (
     PATIENCE_S,
     kill_group,
     last_step,
-    launcher,
     run,
     wait_until,
 )
 from forked import (
     forked,
     forked_ranks,
+    forked_torchrun,
     rank_processes,
     start_forked,
     start_forked_ranks,
@@ -206,10 +206,10 @@ def test_a_last_save_that_fails_is_tried_again_and_never_called_saved(tmp_path):
 def test_a_restart_of_a_run_that_began_anew_goes_on_and_keeps_what_was_set_aside(tmp_path):
     one_rank(tmp_path, "--num_sampled_data", 10 * 16)  # an older run's commit
     flags = command(tmp_path, "--resume", "never")
-    restarts = ("-m", "torch.distributed.run", "--max_restarts", "1", *launcher(2)[2:])
+    restarts = ("--max_restarts", "1", "--standalone", "--nproc_per_node", "2")
     # in the second start too; the save of step 20 waited for that of step 10, however slow the disk
     fault = {"FAULT": "step.begin@25#1:kill"}
-    done = run(*restarts, *flags, check=False, **fault)
+    done = forked_torchrun(*restarts, *flags, check=False, **fault)
     assert "was for the first start" in done.stderr
     assert re.search("resuming after step (10|20)", done.stderr)
     kept = [path.name for path in (tmp_path / "checkpoints").glob("superseded_*")]
@@ -219,9 +219,9 @@ def test_a_restart_of_a_run_that_began_anew_goes_on_and_keeps_what_was_set_aside
 @pytest.mark.e2e
 @pytest.mark.dist
 def test_an_end_that_would_repeat_itself_is_not_started_again(tmp_path):
-    restarts = ("-m", "torch.distributed.run", "--max_restarts", "2", *launcher(2)[2:])
+    restarts = ("--max_restarts", "2", "--standalone", "--nproc_per_node", "2")
     fault = {"FAULT": "step.backward@5:nan"}
-    done = run(*restarts, *command(tmp_path), check=False, **fault)
+    done = forked_torchrun(*restarts, *command(tmp_path), check=False, **fault)
     assert exit_record(tmp_path)["code"] == 5 and "not started again" in done.stderr
     assert json.loads((tmp_path / "run.json").read_text())["starts"] == 1
 
@@ -334,7 +334,7 @@ def test_a_killed_rank_is_noticed_before_a_time_out_and_the_launcher_goes_on(
     done = forked_ranks(2, *command(tmp_path, *flags), check=False, **fault)
     assert done.returncode
     assert exit_record(tmp_path)["outcome"] == "peer lost"
-    restarts = ("--max_restarts", "1", *launcher(2)[2:])
+    restarts = ("--max_restarts", "1", "--standalone", "--nproc_per_node", "2")
     fault = {"FAULT": "step.optimizer@25#0:kill"}
     script = tmp_path / "once.py"
     script.write_text(
@@ -344,7 +344,7 @@ def test_a_killed_rank_is_noticed_before_a_time_out_and_the_launcher_goes_on(
         "from training.train_univit import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    run("-m", "torch.distributed.run", *restarts, script, *command(tmp_path)[2:], **fault)
+    forked_torchrun(*restarts, script, *command(tmp_path)[2:], **fault)
     assert records(tmp_path) == records(straight_of_two)
     assert exit_record(tmp_path)["code"] == 0
 
