@@ -5,6 +5,7 @@
     forked_ranks(n, *command)         as conftest.torchrun, without its restarts
     start_forked_ranks(n, *command)   the same, started
     forked_torchrun(*flags, *command) torchrun's own agent with forked ranks, for its restarts
+    write_python(folder)              a `python` for shell scripts
 
 One server serves a whole run of pytest, all its workers; the first test that needs it starts it.
 """
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,12 +92,19 @@ def _answers(address: str) -> bool:
 class Forked:
     """A process of the fork server, with what tests use of subprocess.Popen."""
 
-    def __init__(self, argv: list[str], environment: dict[str, str], files, ranks: int = 0):
+    def __init__(
+        self,
+        argv: list[str],
+        environment: dict[str, str],
+        files: Sequence[int],
+        ranks: int = 0,
+        folder: Path = ROOT,
+    ):
         self.args = argv
         self.returncode: int | None = None
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection.connect(_server())
-        job = {"argv": argv, "environment": environment, "folder": str(ROOT), "ranks": ranks}
+        job = {"argv": argv, "environment": environment, "folder": str(folder), "ranks": ranks}
         socket.send_fds(self._connection, [json.dumps(job).encode()], files)
         self.pid: int = self._receive()["pid"]
 
@@ -104,7 +113,7 @@ class Forked:
         assert answer, "the fork server is gone"
         return json.loads(answer)
 
-    def wait(self, timeout: float = PATIENCE_S) -> int:
+    def wait(self, timeout: float | None = PATIENCE_S) -> int:
         """Exit code, negative for a signal; subprocess.TimeoutExpired after a while."""
         if self.returncode is None:
             readable, _, _ = select.select([self._connection], [], [], timeout)
@@ -219,6 +228,32 @@ def forked_torchrun(
     """Run torchrun with flags of its own (its restarts), and our command as its ranks."""
     agent = AGENT.format(tests=str(ROOT / "tests"), folder=str(_shared_folder))
     return _finish(["-c", agent, *command], check, environment)
+
+
+# `python` as a script sees it: what it is given is run by the server
+STAND_IN = """#!{python} -S
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {tests!r})
+import forked
+
+forked.share_through(Path({folder!r}))
+process = forked.Forked(sys.argv[1:], dict(os.environ), (0, 1, 2), folder=Path.cwd())
+code = process.wait(timeout=None)
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+def write_python(folder: Path) -> None:
+    """Write a `python` that forks, for the PATH of a shell script of ours."""
+    folder.mkdir()
+    text = STAND_IN.format(
+        python=sys.executable, tests=str(ROOT / "tests"), folder=str(_shared_folder)
+    )
+    (folder / "python").write_text(text)
+    (folder / "python").chmod(0o755)
 
 
 def rank_processes(process: Forked) -> list:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PATIENCE_S, ROOT
-from forked import forked_ranks
+from forked import forked_ranks, write_python
 from lmm_parts import write_parts
 from PIL import Image
 
@@ -345,7 +345,8 @@ def test_projector_and_tower_have_learning_rates_of_their_own(parts, llava15, tm
 def test_the_demo_trains_every_recipe_and_prints_a_table(parts, tmp_path):
     """With the encoder of the other tests; what it learns in two steps is not looked at."""
     small = {"STEPS": "2", "TRAIN": "20", "VAL": "192", "UNIVIT_INSTALLED": "1"}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    write_python(tmp_path / "bin")
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", str(ROOT / "shells" / "lmm_probe.sh"), "--demo"]
     command += ["--tower", str(parts / "tower"), "--output", str(tmp_path / "demo")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S,
