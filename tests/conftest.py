@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import share_through
+from forked import ForkingRun, share_through
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -81,6 +81,14 @@ def shared_by_workers(tmp_path_factory) -> Path:
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     share_through(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_tower_check():
+    """The process in which an exported tower is checked is forked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model_factory.llava.tower_folder.subprocess", ForkingRun)
+        yield
 
 
 @pytest.fixture(scope="session")

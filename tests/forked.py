@@ -5,7 +5,7 @@
     forked_ranks(n, *command)         as conftest.torchrun, without its restarts
     start_forked_ranks(n, *command)   the same, started
     forked_torchrun(*flags, *command) torchrun's own agent with forked ranks, for its restarts
-    write_python(folder)              a `python` for shell scripts
+    path_with_python(folder)          PATH for our shell scripts
 
 One server serves a whole run of pytest, all its workers; the first test that needs it starts it.
 """
@@ -206,6 +206,16 @@ def forked_ranks(
     return _finish(command, check, environment, num_ranks)
 
 
+class ForkingRun:
+    """Stands in for the module `subprocess` where the product starts Python: its `run` forks."""
+
+    @staticmethod
+    def run(command: Sequence[str], capture_output: bool, text: bool):
+        """As subprocess.run, of `sys.executable` and what follows."""
+        assert command[0] == sys.executable and capture_output and text
+        return forked(*command[1:], check=False)
+
+
 # torchrun's own agent, whose ranks are forked by the server instead of being started by it
 AGENT = """
 import sys
@@ -226,11 +236,14 @@ def forked_torchrun(
     *command: str | Path, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run torchrun with flags of its own (its restarts), and our command as its ranks."""
-    agent = AGENT.format(tests=str(ROOT / "tests"), folder=str(_shared_folder))
-    return _finish(["-c", agent, *command], check, environment)
+    return _finish(["-c", _agent(), *command], check, environment)
 
 
-# `python` as a script sees it: what it is given is run by the server
+def _agent() -> str:
+    return AGENT.format(tests=str(ROOT / "tests"), folder=str(_shared_folder))
+
+
+# `python` and `torchrun` as a script of ours sees them
 STAND_IN = """#!{python} -S
 import os
 import sys
@@ -240,20 +253,26 @@ sys.path.insert(0, {tests!r})
 import forked
 
 forked.share_through(Path({folder!r}))
-process = forked.Forked(sys.argv[1:], dict(os.environ), (0, 1, 2), folder=Path.cwd())
+process = forked.Forked([*{first}, *sys.argv[1:]], dict(os.environ), (0, 1, 2), folder=Path.cwd())
 code = process.wait(timeout=None)
 sys.exit(code if code >= 0 else 128 - code)
 """
 
 
-def write_python(folder: Path) -> None:
-    """Write a `python` that forks, for the PATH of a shell script of ours."""
+def path_with_python(folder: Path) -> str:
+    """PATH for a shell script, on which a `python` and a `torchrun` come first that fork."""
     folder.mkdir()
-    text = STAND_IN.format(
-        python=sys.executable, tests=str(ROOT / "tests"), folder=str(_shared_folder)
-    )
-    (folder / "python").write_text(text)
-    (folder / "python").chmod(0o755)
+    first = {"python": [], "torchrun": ["-c", _agent()]}
+    for name, words in first.items():
+        text = STAND_IN.format(
+            python=sys.executable,
+            tests=str(ROOT / "tests"),
+            folder=str(_shared_folder),
+            first=words,
+        )
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def rank_processes(process: Forked) -> list:

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from conftest import run
+from forked import forked
 from safetensors.torch import load_file, save_file
 
 from model_factory import conversion
@@ -39,7 +40,7 @@ def legacy():
 @pytest.mark.e2e
 def test_converter_writes_a_folder_that_a_fresh_process_reads_to_the_same_outputs(model, tmp_path):
     save_backbone(model, tmp_path / "backbone.pt")
-    done = run(
+    done = forked(
         CONVERTER, "llava_vit_tiny_ln", tmp_path / "backbone.pt", "--output_dir", tmp_path / "hf"
     )
     assert done.stdout.count("agree") == 12 and "bit for bit" in done.stdout

@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import PATIENCE_S, ROOT
-from forked import forked
+from forked import forked, path_with_python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -251,7 +251,8 @@ def test_processes_of_the_launcher_share_the_features_and_change_no_label(packed
     shards = tmp_path / "shards"
     shutil.copytree(packed / "train", shards)
     command = ["bash", ROOT / "shells" / "cluster.sh", shards, "4", tmp_path / "out"]
-    subprocess.run(command, check=True, env={**os.environ, "NPROC": "3"}, timeout=PATIENCE_S)
+    variables = {"NPROC": "3", "UNIVIT_INSTALLED": "1", "PATH": path_with_python(tmp_path / "bin")}
+    subprocess.run(command, check=True, env={**os.environ, **variables}, timeout=PATIENCE_S)
     manifest = load_manifest(shards)
     two, num_classes = load_labels(shards, manifest)
     cluster(manifest, ClusterConfig(4), tmp_path / "alone")
