@@ -70,7 +70,10 @@ class MosaicClip:
 
 
 def export_mosaics(
-    manifest: Manifest, output: Path, image_format: str = "png", report: Report = show
+    manifest: Manifest,
+    output: Path,
+    image_format: str = "png",
+    report: Report = show,
 ) -> int:
     """Write every clip of a packed folder; returns their number.
 

@@ -162,7 +162,10 @@ def pack_task(task: Task, output: Path, pool: SamplePool, progress: PackProgress
 
 
 def _samples(
-    task: Task, pool: SamplePool, progress: PackProgress, statement: dict
+    task: Task,
+    pool: SamplePool,
+    progress: PackProgress,
+    statement: dict,
 ) -> Iterator[Sample]:
     """The samples of a task, in order; entries of all its inputs, and of rejected ones, go into
     `statement` by the way."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from model_factory.command_line.plain_text import show
 
+from ..codec.framing import check_choice
 from ..errors import DataPipelineError
 from .existing import (
     Existing,
@@ -68,8 +69,7 @@ def plan_packing(
     times, so it does not depend on what any of them has finished. Raises DataPipelineError, with
     nothing changed, when the folder holds another packing.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+    check_choice("mode", mode, choices=MODES)
     output.mkdir(parents=True, exist_ok=True)
     with only_here(output / PLAN_LOCK):
         planner = _Planner(
@@ -238,7 +238,10 @@ class _Planner:
 
 
 def _recorded_tasks(
-    inputs: list[Input], found: Existing, settings: dict, differences: Differences
+    inputs: list[Input],
+    found: Existing,
+    settings: dict,
+    differences: Differences,
 ) -> list[Task]:
     """A task for each shard of the manifest, with the inputs that its record names.
 
@@ -256,7 +259,10 @@ def _recorded_tasks(
         record = found.records.get(entry["name"])
         if record is not None:
             claimed[entry["name"]] = _claim(
-                record, waiting=waiting, stated=stated, differences=differences
+                record,
+                waiting=waiting,
+                stated=stated,
+                differences=differences,
             )
     rest = [item for item in inputs if item.source in waiting]
     tasks = []
@@ -281,7 +287,10 @@ def _recorded_tasks(
 
 
 def _claim(
-    record: dict, waiting: dict[str, Input], stated: Counter[str], differences: Differences
+    record: dict,
+    waiting: dict[str, Input],
+    stated: Counter[str],
+    differences: Differences,
 ) -> Task:
     """Task of a recorded shard, whose inputs are taken out of `waiting`; what it lacks or what
     changed goes to `differences`.
@@ -314,7 +323,10 @@ def _claim(
 
 
 def _compare_unbound(
-    inputs: list[Input], tasks: list[Task], found: Existing, differences: Differences
+    inputs: list[Input],
+    tasks: list[Task],
+    found: Existing,
+    differences: Differences,
 ) -> None:
     """Compare the records of a packing that was stopped with the tasks of the same numbers."""
     given = {item.source for item in inputs}
