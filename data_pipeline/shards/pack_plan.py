@@ -97,6 +97,7 @@ class _Planner:
     def continued(self, mode: str) -> PackPlan:
         """The plan of the same packing; of another, an error or the plan of a fresh one."""
         found = self.found
+        # as the folder was cut, unless the user names another number
         size = self.config.samples_per_shard or found.settings.get(CUT)
         if type(size) is not int or size < 1:
             size = self._default_size(self.inputs)
@@ -139,14 +140,17 @@ class _Planner:
         if other:
             what = "was packed with other settings"
             raise refusal(found.directory, Differences(settings=other), what=what)
+        # read again with all checks: these shards are bound once more without being packed
         kept = load_manifest(found.directory).shards if found.bound else ()
         new = self._not_packed(kept)
         size = self.config.samples_per_shard or self._default_size(new)
+        # an append that was stopped is gone on with as it was cut
         if found.unbound and self.config.samples_per_shard is None:
             size = found.records[found.unbound[0]]["settings"][CUT]
         tasks = self._tasks_behind(kept, new, size=size)
         differences = Differences()
         _compare_unbound(new, tasks, found=found, differences=differences)
+        # adopting depends on which shards are finished, which jobs of an array see differently
         if differences and is_array:
             what = "holds shards of another --append that was stopped"
             raise refusal(found.directory, differences, what=what)
