@@ -64,6 +64,9 @@ def _run(args, config, ranks) -> int:
             warn_idle(args, logger)
         _train(args, config, ranks, signals, logger)
     except BaseException as error:
+        # a launcher signals the ranks that are left within a tenth of a second of a lost one: the
+        # record of what ended this one is still to be written
+        signals.hold()
         outcome, message = outcome_of(error, written=run.path)
         trace = traceback.format_exc()
         if outcome is None:
