@@ -7,13 +7,27 @@ without a GPU library.
 Shape legend: S packed tokens, N items, P patch dim = 3 * p * p, T frames.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-TARGET_FRAMES = (
-    64  # the time base of temporal positions: t runs over 0..63 whatever the clip's length
-)
+# the time base of temporal positions: t runs over 0..63 whatever the clip's length
+TARGET_FRAMES = 64
+MAX_BYTE = 255  # of a uint8 pixel
+
+
+def gain_and_offset(
+    mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> torch.Tensor:
+    """float32 [2, C] that normalises bytes: byte * gain + offset = (byte / 255 - mean) / std.
+
+    Mean and std are per channel, of pixels from 0 to 1. Computed in float64 and rounded once.
+    """
+    means = torch.tensor(mean, dtype=torch.float64)
+    stds = torch.tensor(std, dtype=torch.float64)
+    return torch.stack([1 / (MAX_BYTE * stds), -means / stds]).float()
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -27,9 +41,8 @@ def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
             f"picture is {height}x{width}, not a multiple of patch_size {patch_size}: resize or "
             "crop it first"
         )
-    grid = pixels.unflatten(-2, (-1, patch_size)).unflatten(
-        -1, (-1, patch_size)
-    )  # [..., 3, h, p, w, p]
+    bands = pixels.unflatten(-2, (-1, patch_size))
+    grid = bands.unflatten(-1, (-1, patch_size))  # [..., 3, h, p, w, p]
     return grid.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
 
 
