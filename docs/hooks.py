@@ -69,9 +69,10 @@ def _record_title(page: str) -> str:
 def _branch(folder: str) -> dict:
     """A folder of the reference with its page, its modules, then its folders."""
     pages = sorted(page for page in modules().values() if page.startswith(folder))
-    below = sorted({page[len(folder) :].split("/")[0] for page in pages if "/" in page[len(folder) :]})
-    own = [page for page in pages if "/" not in page[len(folder) :]]
-    own.sort(key=lambda page: not page.endswith("/index.md"))
+    inside = [page.removeprefix(folder) for page in pages]
+    below = sorted({page.split("/")[0] for page in inside if "/" in page})
+    own = [f"{folder}{page}" for page in inside if "/" not in page]
+    own.sort(key=lambda page: not page.endswith("/index.md"))  # a folder's own page comes first
     named = [page if page.endswith("/index.md") else {Path(page).stem: page} for page in own]
     name = folder.rstrip("/").rsplit("/", 1)[-1]
     return {name: [*named, *(_branch(f"{folder}{child}/") for child in below)]}

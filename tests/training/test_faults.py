@@ -1,7 +1,7 @@
 """Cases 42-71 of the reliability list: whatever ends a run, the next start goes on from a whole
 checkpoint, bitwise, and exit.json says what happened.
 
-Runs use synthetic patches and named fault points (training/fault_points.py).
+Runs use synthetic patches and named fault points (tests/faulty.py).
 """
 
 import fcntl
@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import faulty
 import pytest
 from conftest import (
     NUM_THREADS,
@@ -31,7 +32,6 @@ from conftest import (
     wait_until,
 )
 
-from training import fault_points
 from training.checkpoint.folder import verify_checkpoint
 
 STEPS = 40
@@ -40,7 +40,8 @@ STEPS = 40
 def command(output: Path, *extra) -> tuple:
     """Forty small steps, a checkpoint every ten."""
     return (
-        *("-m", "training.train_univit", "--preset", "debug", "--output", output),
+        *("tests/faulty.py", "-m", "training.train_univit", "--preset", "debug"),
+        *("--output", output),
         *("--num_sampled_data", STEPS * 16, *extra),
     )
 
@@ -120,7 +121,8 @@ def test_one_rank_asked_to_stop_ends_all_after_a_save(straight_of_two, tmp_path)
 
 @pytest.mark.e2e
 def test_a_stop_before_the_first_step_ends_at_once(tmp_path):
-    flags = ("-m", "training.train_univit", "--preset", "demo", "--output", tmp_path)
+    flags = ("tests/faulty.py", "-m", "training.train_univit", "--preset", "demo")
+    flags += ("--output", tmp_path)
     done = run(*flags, check=False, FAULT="prepare:term")
     assert done.returncode == 3 and exit_record(tmp_path)["outcome"] == "stopped"
 
@@ -363,7 +365,15 @@ def test_a_killed_rank_is_noticed_before_a_time_out_and_the_launcher_goes_on(
         "from training.train_univit import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    run("-m", "torch.distributed.run", *restarts, script, *command(tmp_path)[2:], **fault)
+    run(
+        "-m",
+        "torch.distributed.run",
+        *restarts,
+        "tests/faulty.py",
+        script,
+        *command(tmp_path)[3:],
+        **fault,
+    )
     assert records(tmp_path) == records(straight_of_two)
     assert exit_record(tmp_path)["code"] == 0
 
@@ -506,5 +516,4 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(straight, tmp_path):
 @pytest.mark.parametrize("text", ["step:kill", "step.begin:explode", "step.begin@x:kill"])
 def test_a_fault_that_means_nothing_is_refused(text):
     with pytest.raises(ValueError):
-        fault_points.arm(text, 0)
-    fault_points.arm(None, 0)
+        faulty.parse(text)

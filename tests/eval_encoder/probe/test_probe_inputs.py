@@ -17,10 +17,10 @@ from data_pipeline.loading.packing import pack_views
 from data_pipeline.loading.views import still_view
 from data_pipeline.shards.sample_builder import SampleConfig, build_sample
 from eval_encoder.feature_cache import file_identity
-from eval_encoder.probe.augment import recolour
 from eval_encoder.probe.benchmarks import LabelledList
 from eval_encoder.probe.clips import (
     Look,
+    RawClips,
     chosen_decoder,
     chosen_gop,
     frame_numbers,
@@ -28,7 +28,7 @@ from eval_encoder.probe.clips import (
 )
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.encoders import build_encoder, packed_model, time_code
-from eval_encoder.probe.loader import RawClips
+from eval_encoder.probe.reader import recolour
 from model_factory.backbone import save_backbone
 from model_factory.export_folder import save_encoder_folder
 from model_factory.files import CHECKSUMS_NAME
