@@ -25,7 +25,7 @@ from .files import (
     write_atomically,
     write_checksums,
 )
-from .published_folder import json_object
+from .model_folder import json_object
 from .registry import packing_config, packing_name
 from .state_dict_adapter import check_fits, first_keys, from_packing, to_packing
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel

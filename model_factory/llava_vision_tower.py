@@ -27,9 +27,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration import LlavaViTPackingConfig
-from .model_folder import LOCAL, check_model_folder
+from .model_folder import LOCAL, check_model_folder, model_type_of
 from .packing import patchify
-from .published_folder import model_type_of
 from .state_dict_adapter import raise_problems
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 

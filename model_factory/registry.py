@@ -29,6 +29,16 @@ SIZES = (*(f"{shape}_ln" for shape in SHAPES), "base_rms", "large_rms")
 PUBLISHED_SIZES = ("base", "large", "huge")
 PUBLISHED_PATCH = 14
 CLIP_SIZE = 224  # of all published recipes and encoders; a multiple of 14 and of 16
+# public image encoders, by family: the model types that their folders come with
+IMAGE_FAMILIES = {
+    "clip": ("clip",),
+    "metaclip": ("clip", "metaclip_2"),
+    "siglip": ("siglip",),
+    "siglip2": ("siglip", "siglip2"),  # fixed sizes are stored as siglip, NaFlex as siglip2
+    "dinov2": ("dinov2", "dinov2_with_registers"),
+    "dinov3": ("dinov3_vit",),
+    "aimv2": ("aimv2",),
+}
 NORMS = {"ln": "layer_norm", "rms": "rms_norm"}
 
 

@@ -94,8 +94,8 @@ MODEL_FACTORY = (
     Mutant(
         name="groups-not-put-back",
         file="model_factory/grouped_attention.py",
-        old="for rows in (order, order.argsort()))",
-        new="for rows in (order, order))",
+        old="inverse=torch.from_numpy(order.argsort())",
+        new="inverse=torch.from_numpy(order)",
         why="outputs of packs of mixed lengths belong to other tokens",
         tests=("model_factory/test_attention.py",),
     ),
@@ -110,9 +110,9 @@ MODEL_FACTORY = (
     Mutant(
         name="sdpa-backward-order",
         file="model_factory/grouped_attention.py",
-        old="backs = (groups.back_q, groups.back_k, groups.back_k)",
-        new="backs = (groups.back_q, groups.back_k, groups.order_k)",
-        why="gradients of values reach other tokens where lengths are mixed",
+        old="keys.rows(grads_k), keys.rows(grads_v)",
+        new="keys.rows(grads_v), keys.rows(grads_k)",
+        why="keys learn from the gradients of values",
         tests=("model_factory/test_attention.py",),
     ),
     Mutant(
