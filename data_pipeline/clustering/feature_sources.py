@@ -117,7 +117,7 @@ def _packing_model_rows(manifest: Manifest, folder: str) -> Callable[[range], np
     from model_factory.command_line.reading import reading
     from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
-    from ..loading.sequential import sequential_batches
+    from ..loading.samples import sequential_batches
 
     with reading(folder):
         model = LlavaViTPackingModel.from_pretrained(folder, local_files_only=True).eval()
