@@ -76,7 +76,7 @@ def bench_step(folder: Path) -> dict:
 
 def bench_checkpoint(folder: Path, rounds: int = 3) -> dict:
     """What the loop waits for a save in the background, beside a step of the same model."""
-    from data_pipeline.loading.synthetic import SyntheticStream
+    from data_pipeline.loading.loader import SyntheticStream
     from training.checkpoint.checkpointer import CheckpointConfig, Checkpointer
     from training.config.schema import ModelConfig
     from training.distributed import process_group
@@ -164,8 +164,8 @@ def last_step(output: Path) -> int:
 
 def bench_gpu(rounds: int, compiled: bool) -> dict:
     """Whole steps of large on one GPU."""
+    from data_pipeline.loading.loader import SyntheticStream
     from data_pipeline.loading.packing import joined_inputs
-    from data_pipeline.loading.synthetic import SyntheticStream
     from training.config.schema import ModelConfig
     from training.distributed import process_group
     from training.encoder import build_encoder

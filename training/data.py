@@ -16,11 +16,10 @@ import torch.distributed as dist
 
 from data_pipeline.datasets import Dataset
 from data_pipeline.errors import BudgetExceeded, DataPipelineError, DataTimeout
-from data_pipeline.loading.loader import MixtureLoader
+from data_pipeline.loading.choices import samples_per_batch
+from data_pipeline.loading.loader import MixtureLoader, SyntheticStream
 from data_pipeline.loading.packing import PackedBatch
 from data_pipeline.loading.stream import HeadStream
-from data_pipeline.loading.stream_config import samples_per_batch
-from data_pipeline.loading.synthetic import SyntheticStream
 
 from .config.schema import HeadConfig, TrainConfig
 from .distributed import Ranks, all_gather_json

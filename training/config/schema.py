@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.datasets import EMBEDDED
-from data_pipeline.loading.stream_config import StreamConfig
+from data_pipeline.loading.config import StreamConfig
 from model_factory.command_line.local_output import local_output
 from model_factory.files import stays_below
 

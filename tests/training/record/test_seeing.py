@@ -151,7 +151,7 @@ def test_the_doctor_measures_ranks_and_names_what_is_wrong(tmp_path):
 
 def test_a_pack_is_drawn_as_its_items_patch_by_patch(packed):
     from data_pipeline.datasets import resolve_dataset
-    from data_pipeline.loading.sequential import sequential_batches
+    from data_pipeline.loading.samples import sequential_batches
     from training.record.pack_picture import pack_picture
 
     manifest = resolve_dataset(str(packed / "train")).load().manifest
