@@ -20,11 +20,10 @@ import numpy as np
 
 from data_pipeline.motion_shapes import write_motion_shapes
 from eval_encoder.probe.benchmarks import LabelledList, read_lists
-from eval_encoder.probe.clips import Look
+from eval_encoder.probe.clips import Look, RawClips
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.encoders import build_encoder
 from eval_encoder.probe.features import ClipFeatures
-from eval_encoder.probe.loader import RawClips
 from eval_encoder.probe.trainer import ProbeTrainer
 from training.distributed import process_group
 

@@ -1,48 +1,60 @@
 """Files of a benchmark -> pixels, read in child processes that no file can hang or kill.
 
-    parent   PixelReader.read(PixelRequest)       pictures, or a RejectedInput with its reason
+    parent   PixelReader.read(PixelRequest)       frames, or a RejectedInput with its reason
     child    python -m eval_encoder.probe.reader  read_pixels, one request at a time
+    parent   recolour                             other colours, for drawn versions of a clip
 
-Videos are read by the packer's own reader (data_pipeline/codec), so a probe sees the pictures that
+Videos are read by the packer's own reader (data_pipeline/codec), so a probe sees the frames that
 packing sees. decord and torchcodec are there for comparisons: decord gives other frames than asked
 for in many containers (docs/evaluation.md), and conceals damage.
 
 Whole frames lie in equal segments of the clip, (n - 1) / S frames long, as published: 8 frames of
 64 are 3, 11, 19, ... This file needs no torch: a child starts in 0.2 s.
+
+Shape legend: T frames, K patches.
 """
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageEnhance
 
 from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.decompose import decompose_video
-from data_pipeline.codec.framing import frame_to
+from data_pipeline.codec.framing import Framing, crop_of
 from data_pipeline.codec.guard import WALL_SECONDS, Answer, GuardedPool, serve
 from data_pipeline.codec.open_video import InputLimits, open_image, open_video
-from data_pipeline.codec.patches import choose_patches
 from data_pipeline.codec.saliency import SaliencyConfig
-from data_pipeline.codec.timeline import read_timeline
+from data_pipeline.codec.selection import choose_patches
+from data_pipeline.codec.timeline import read_timeline, segment_frames
 from data_pipeline.errors import RejectedInput
 
 MODULE = "eval_encoder.probe.reader"
 KINDS = ("image", "picture", "frames", "patches")
 READERS = ("av", "decord", "torchcodec")
 
+# Of drawn versions. Probabilities are as published. How strong the changes are is not published:
+# factors lie within 1 +- STRENGTH, and hues move by at most HUE_TURN of the circle.
+LIKELY = 0.8
+RARE = 0.1
+STRENGTH = 0.4
+HUE_TURN = 0.1
+
 
 @dataclass(frozen=True)
 class PixelRequest:
     """What is wanted of a file.
 
-    kind      image: the square of one picture; picture: all of it; frames: whole frames of a clip;
-              patches: a decomposed clip
-    place     of the square along the long side, 0 to 1
-    within    frames: the place of each in its segment, 0 to 1
-    decoder   frames: av, decord or torchcodec, with so many threads
+    kind      image: the square crop of an image; picture: all of it; frames: whole frames of a
+              clip; patches: a decomposed clip and the patches that are selected of it
+    place     of the crop along the long side, 0 to 1
+    within    frames: the position of each in its segment, 0 to 1
+    decoder   frames: av, decord or torchcodec, with decoder_threads threads
     num_frames, gop, num_patches, camera, centre_prior   patches: as in packing
     limits    what the file may be at most
     """
@@ -62,23 +74,23 @@ class PixelRequest:
     centre_prior: float = 0.0
     limits: InputLimits = InputLimits()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("decoder", READERS)):
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
+            value = getattr(self, name)
+            if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pictures uint8 [T, H, W, 3] of a file with `total` frames.
+    """Frames uint8 [T, H, W, 3] of a file with `total` frames; an image has one.
 
-    numbers     int64 [T], of frames: which of the file's frames they are
-    positions   int64 [K, 3], of patches: frame, row and column of those that are chosen
-    times       int64 [T], of patches: temporal positions of the frames
+    numbers     int64 [T], of kind `frames`: which of the file's frames they are
+    positions   int64 [K, 3], of kind `patches`: frame, row and column of the selected patches
+    times       int64 [T], of kind `patches`: temporal positions of the frames
     """
 
-    pictures: np.ndarray
+    frames: np.ndarray
     total: int = 1
     numbers: np.ndarray | None = None
     positions: np.ndarray | None = None
@@ -88,7 +100,7 @@ class Pixels:
 class PixelReader:
     """Child processes that read files; `read` may be called from as many threads."""
 
-    def __init__(self, num_workers: int, wall_seconds: float = WALL_SECONDS):
+    def __init__(self, num_workers: int, wall_seconds: float = WALL_SECONDS) -> None:
         """wall_seconds: limit of one file."""
         self._pool = GuardedPool(
             module=MODULE, settings={}, num_workers=num_workers, wall_seconds=wall_seconds
@@ -104,10 +116,10 @@ class PixelReader:
         return Pixels(total=header["total"], **arrays)
 
     def picture(self, path: Path, limits: InputLimits | None = None) -> np.ndarray:
-        """One picture, uint8 [H, W, 3]. Raises RejectedInput as `read`."""
+        """A whole image, uint8 [H, W, 3]. Raises RejectedInput as `read`."""
         limits = limits or InputLimits()
         request = PixelRequest(str(path), kind="picture", size=0, patch_size=0, limits=limits)
-        return self.read(request).pictures[0]
+        return self.read(request).frames[0]
 
     def close(self) -> None:
         """End the child processes."""
@@ -131,38 +143,32 @@ def check_decoder(name: str) -> None:
         raise ValueError(f"--decoder {name} is not installed: pip install it, or take av")
 
 
-def segment_frames(total: int, within: tuple[float, ...]) -> np.ndarray:
-    """Frames of a clip of `total` frames at the places `within` its equal segments, int64
-    [len(within)]; those of a short clip repeat."""
-    count = len(within)
-    return ((np.arange(count) + np.array(within)) * (total - 1) / count).astype(np.int64)
-
-
 def read_pixels(request: PixelRequest) -> Pixels:
     """Read a file in this process; the limits of time and memory are the child's.
 
     Raises RejectedInput.
     """
     if request.kind in ("image", "picture"):
-        pictures = open_image(Path(request.path), request.limits)[None]
-        return Pixels(_framed(pictures, request) if request.kind == "image" else pictures)
+        frames = open_image(Path(request.path), request.limits)[None]
+        return Pixels(_framed(frames, request) if request.kind == "image" else frames)
     if request.kind == "patches":
         return _read_patches(request)
-    read = {"av": _read_with_av, "decord": _read_with_decord, "torchcodec": _read_with_torchcodec}
-    is_ours = request.decoder == "av" or not _is_plain(Path(request.path), request.limits)
-    return read["av" if is_ours else request.decoder](request)
+    if request.decoder == "av" or not _is_plain(Path(request.path), request.limits):
+        return _read_with_av(request)
+    if request.decoder == "decord":
+        return _read_with_decord(request)
+    return _read_with_torchcodec(request)
 
 
 def _read_patches(request: PixelRequest) -> Pixels:
-    clip = decompose_video(
-        Path(request.path),
+    framing = Framing(
         num_frames=request.num_frames,
         size=request.size,
         patch_size=request.patch_size,
-        gop=request.gop,
+        crop_position=request.place,
         limits=request.limits,
-        place=request.place,
     )
+    clip = decompose_video(Path(request.path), framing, gop=request.gop)
     selection = choose_patches(
         clip,
         patch_size=request.patch_size,
@@ -170,7 +176,7 @@ def _read_patches(request: PixelRequest) -> Pixels:
         saliency=SaliencyConfig(camera=request.camera, centre_prior=request.centre_prior),
     )
     return Pixels(
-        pictures=clip.frames,
+        frames=clip.frames,
         total=clip.num_source_frames,
         positions=selection.positions.astype(np.int64),
         times=clip.times.astype(np.int64),
@@ -178,21 +184,19 @@ def _read_patches(request: PixelRequest) -> Pixels:
 
 
 def _read_with_av(request: PixelRequest) -> Pixels:
-    def wanted(total: int) -> np.ndarray:
-        return np.unique(segment_frames(total, request.within))
-
-    video = decode_video(
-        Path(request.path),
-        num_frames=wanted,
+    framing = Framing(
         size=request.size,
         patch_size=request.patch_size,
+        crop_position=request.place,
+        within=request.within,
         limits=request.limits,
-        place=request.place,
-        thorough=False,
     )
+    video = decode_video(Path(request.path), framing, thorough=False)
     total = video.num_source_frames
     numbers = segment_frames(total, request.within)
-    return Pixels(video.frames[np.searchsorted(wanted(total), numbers)], total, numbers)
+    # the reader gives each frame once, a short clip has some of them in several segments
+    frames = video.frames[np.searchsorted(video.indices, numbers)]
+    return Pixels(frames, total=total, numbers=numbers)
 
 
 def _read_with_decord(request: PixelRequest) -> Pixels:
@@ -207,7 +211,7 @@ def _read_with_decord(request: PixelRequest) -> Pixels:
         raw = reader.get_batch(list(numbers)).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         raise RejectedInput("decode", f"{request.path}: {str(error).splitlines()[0]}") from error
-    return Pixels(_framed(raw, request), total, numbers)
+    return Pixels(_framed(raw, request), total=total, numbers=numbers)
 
 
 def _read_with_torchcodec(request: PixelRequest) -> Pixels:
@@ -222,12 +226,12 @@ def _read_with_torchcodec(request: PixelRequest) -> Pixels:
         raw = reader.get_frames_at(numbers.tolist()).data.numpy()
     except (RuntimeError, ValueError, IndexError) as error:
         raise RejectedInput("decode", f"{request.path}: {str(error).splitlines()[0]}") from error
-    return Pixels(_framed(raw, request), total, numbers)
+    return Pixels(_framed(raw, request), total=total, numbers=numbers)
 
 
 def _is_plain(path: Path, limits: InputLimits) -> bool:
-    """Whether frames are shown as they are stored: upright, square pixels, not interlaced; other
-    decoders ignore all three. Checks the container, its limits and its end by the way.
+    """Whether frames are shown as they are stored: upright, square pixels, not interlaced. Other
+    decoders ignore all three. Raises RejectedInput for a container that is damaged or too large.
     """
     import av
 
@@ -243,23 +247,51 @@ def _is_plain(path: Path, limits: InputLimits) -> bool:
     return first.rotation == 0 and aspect == 1 and not first.interlaced_frame
 
 
-def _framed(pictures: np.ndarray, request: PixelRequest) -> np.ndarray:
-    """The square of each picture, uint8 [T, H, W, 3] -> [T, size, size, 3]."""
-    framing = frame_to(
-        height=pictures.shape[1],
-        width=pictures.shape[2],
-        size=request.size,
-        patch_size=request.patch_size,
-        fit="crop",
-        place=request.place,
-    )
-    return np.stack([framing.scale(picture) for picture in pictures])
+def _framed(frames: np.ndarray, request: PixelRequest) -> np.ndarray:
+    """The square of each frame, uint8 [T, H, W, 3] -> [T, size, size, 3]."""
+    framing = Framing(size=request.size, patch_size=request.patch_size, crop_position=request.place)
+    crop = crop_of(height=frames.shape[1], width=frames.shape[2], framing=framing)
+    return np.stack([crop.scale(frame) for frame in frames])
 
 
-def _prepare(settings: dict):
+def recolour(frames: np.ndarray, draw: np.random.Generator, parts: Collection[str]) -> np.ndarray:
+    """Other colours for a drawn version of a clip: the published list, each part switchable.
+
+    brightness   brightness and contrast, together
+    saturation
+    hue
+    channels     red and blue exchanged
+
+    uint8 [T, H, W, 3] -> the same shape. One draw holds for all frames. Every part takes its
+    numbers from `draw` whether it is switched on or not, so parts do not change each other. There
+    is no flip and no moved crop: published training has none. Cost: about a millisecond per frame
+    of 224 pixels.
+    """
+    chance = draw.random(4)
+    factor = draw.uniform(1 - STRENGTH, 1 + STRENGTH, 3)
+    turn = draw.uniform(-HUE_TURN, HUE_TURN)
+    # All frames one below the other: contrast turns about the mean of the whole clip.
+    sheet = Image.fromarray(frames.reshape(-1, frames.shape[2], 3))
+    if "brightness" in parts and chance[0] < LIKELY:
+        sheet = ImageEnhance.Brightness(sheet).enhance(factor[0])
+        sheet = ImageEnhance.Contrast(sheet).enhance(factor[1])
+    if "saturation" in parts and chance[1] < LIKELY:
+        sheet = ImageEnhance.Color(sheet).enhance(factor[2])
+    if "hue" in parts and chance[2] < LIKELY:
+        hue, saturation, value = sheet.convert("HSV").split()
+        hue = hue.point([int(round(level + 255 * turn)) % 256 for level in range(256)])
+        sheet = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    pixels = np.asarray(sheet).reshape(frames.shape)
+    if "channels" in parts and chance[3] < RARE:
+        pixels = pixels[..., ::-1]
+    return pixels.copy()
+
+
+def _prepare(settings: dict) -> Callable[[dict], Answer]:
     """Child: the function that answers requests."""
 
     def answer(values: dict) -> Answer:
+        # what JSON made of a tuple and of a dataclass
         within = tuple(values.pop("within"))
         limits = InputLimits(**values.pop("limits"))
         pixels = read_pixels(PixelRequest(within=within, limits=limits, **values))

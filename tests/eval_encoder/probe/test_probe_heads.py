@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from test_probe_lists import clip_list
 
+from eval_encoder.intervals import seed_half_width
 from eval_encoder.probe.bank import HeadBank, HeadSetting
 from eval_encoder.probe.benchmarks import hold_out
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.metrics import (
-    Judgement,
-    JudgementBuilder,
+    Evaluation,
+    EvaluationBuilder,
     average_precision,
-    seed_interval,
 )
 from eval_encoder.probe.record import summarise
 from eval_encoder.probe.trainer import (
@@ -244,7 +244,7 @@ def test_held_out_clips_choose_even_against_the_validation_list():
     labels, judged = np.arange(10) % 5, np.ones(10, bool)
     place = np.ones((2, 10), np.int32)
     place[1, :5] = 3
-    last = Judgement(labels, judged, place, np.tile(labels, (2, 1)), 6)
+    last = Evaluation(labels, judged, place, np.tile(labels, (2, 1)), 6)
     history = History([HeadSetting(1e-3, 0.0, 1), HeadSetting(1e-2, 0.0, 1)], [1], last=last)
     history.held, history.main = [np.array([40.0, 90.0])], [last.main()]
     history.top5, history.loss = [last.top5()], [np.zeros(2)]
@@ -262,7 +262,7 @@ def test_a_head_that_goes_astray_is_left_out_and_all_of_them_are_an_error():
             probe.bank.heads[1].classifier.weight.fill_(torch.nan)
         history = probe.run()
         record = summarise(config, history, {"train": 40, "val": 40})
-        assert history.astray == {1} and record["chosen"]["lr"] == 1e-3
+        assert history.diverged == {1} and record["chosen"]["lr"] == 1e-3
         assert [row["astray"] for row in record["grid"]] == [False, True]
         history.settings[1] = history.settings[0]  # as if of another seed
         record = summarise(config, history, {"train": 40, "val": 40})
@@ -279,41 +279,41 @@ def test_judgements_count_places_as_sorting_does():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 7, 30)
     scores = torch.from_numpy(rng.integers(0, 5, (2, 30, 7)).astype(np.float32))  # with ties
-    builder = JudgementBuilder(labels, np.arange(30), 2, 7)
+    builder = EvaluationBuilder(labels, np.arange(30), 2, 7)
     for rows in np.array_split(rng.permutation(30), 4):
         builder.add(rows.tolist(), scores[:, rows])
-    judged = builder.judgement()
+    judged = builder.evaluation()
     order = np.argsort(-scores.numpy(), axis=-1, kind="stable")
     wanted = 1 + np.argmax(order == labels[None, :, None], axis=-1)
-    assert np.array_equal(judged.place, wanted)
+    assert np.array_equal(judged.true_rank, wanted)
     assert np.array_equal(judged.predicted, scores.argmax(-1))
     assert np.array_equal(judged.main(), 100 * (judged.predicted == labels).mean(axis=1))
     confusion = judged.confusion([0, 1])
     assert confusion.sum() == 60 and np.trace(confusion) == (judged.predicted == labels).sum()
-    lost = JudgementBuilder(labels, np.arange(30), 1, 7)
+    lost = EvaluationBuilder(labels, np.arange(30), 1, 7)
     lost.add(list(range(30)), torch.full((1, 30, 7), torch.nan))
-    assert lost.judgement().main()[0] == 0, "no number is no right answer"
-    some = replace(judged, judged=np.arange(30) < 20)
+    assert lost.evaluation().main()[0] == 0, "no number is no right answer"
+    some = replace(judged, evaluated=np.arange(30) < 20)
     assert some.top(7).tolist() == [100, 100] and some.confusion([0]).sum() == 20
 
 
 def test_a_gathered_judgement_holds_the_clips_of_all_ranks(monkeypatch):
     labels, scores = np.array([0, 1, 2, 1]), torch.eye(3)[[0, 0, 2, 1]][None]
-    ours, theirs = (JudgementBuilder(labels, np.arange(4), 1, 3) for _ in range(2))
+    ours, theirs = (EvaluationBuilder(labels, np.arange(4), 1, 3) for _ in range(2))
     ours.add([0, 2], scores[:, [0, 2]])
     theirs.add([1, 3], scores[:, [1, 3]])
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda found: found.add_(theirs._found))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda found: found.add_(theirs._results))
     judged = ours.gather()
-    assert judged.judged.all() and judged.predicted.tolist() == [[0, 0, 2, 1]]
+    assert judged.evaluated.all() and judged.predicted.tolist() == [[0, 0, 2, 1]]
     assert judged.main().tolist() == [75]
 
 
 def test_clips_that_could_not_be_read_are_in_no_figure():
     """Four clips, of which the second was not read: its places are zeros, as nobody filled them."""
-    judged = Judgement(
+    judged = Evaluation(
         labels=np.array([0, 1, 1, 2]),
-        judged=np.array([True, False, True, True]),
-        place=np.array([[1, 0, 2, 1]]),
+        evaluated=np.array([True, False, True, True]),
+        true_rank=np.array([[1, 0, 2, 1]]),
         predicted=np.array([[0, 0, 0, 2]]),
         num_classes=4,
     )
@@ -335,11 +335,11 @@ def test_average_precision_is_the_mean_precision_at_the_positives():
 
 
 def test_intervals_follow_their_formulas():
-    assert seed_interval([70.0]) is None
-    assert seed_interval([70.0, 72.0]) == pytest.approx(12.706 * 2**0.5 / 2**0.5)
-    assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
+    assert seed_half_width([70.0]) is None
+    assert seed_half_width([70.0, 72.0]) == pytest.approx(12.706 * 2**0.5 / 2**0.5)
+    assert seed_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
     labels = np.zeros(100, np.int64)
     place = np.where(np.arange(100) < 80, 1, 2)[None].astype(np.int32)
-    judged = Judgement(labels, np.ones(100, bool), place, place - 1, 2)
+    judged = Evaluation(labels, np.ones(100, bool), place, place - 1, 2)
     assert judged.top5() is None
     assert judged.clip_interval([0]) == pytest.approx(1.96 * 100 * (0.8 * 0.2 / 100) ** 0.5)
