@@ -19,8 +19,7 @@ from model_factory.files import stays_below
 
 from ..checkpoint.checkpointer import CheckpointConfig
 from ..losses.partial_fc import PartialFCConfig
-from ..lr_scheduler import ScheduleConfig
-from ..optimizer import OptimizerConfig
+from ..optimizer import OptimizerConfig, ScheduleConfig
 from ..parallel import ParallelConfig
 
 
