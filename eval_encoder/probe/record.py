@@ -154,7 +154,7 @@ def write_results(
             csv.writer(stream).writerows(enumerate(classes))
 
     with open(results, "ab") as stream:
-        stream.write(json_line(_without_nan(record)))
+        stream.write(json_line({key: _without_nan(value) for key, value in record.items()}))
     table = folder / "table.md"
     head = "" if table.is_file() else table_head(COLUMNS)
     with open(table, "a") as stream:
