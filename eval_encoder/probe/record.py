@@ -54,8 +54,8 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
     mean over its seeds. See docs/evaluation.md for every field."""
     assert history.last is not None  # the trainer evaluates its last epoch
     held_out = history.held[-1] if history.held else None
-    chosen = _chosen_setting(history, held_out)
-    heads = heads_of(history, chosen)
+    setting = _chosen_setting(history, held_out)
+    heads = _heads_of(history, setting)
     metric = history.last.metric
     best_epoch = None
     if len(history.held) == len(history.epochs):  # held-out clips could be read in every epoch
@@ -64,8 +64,8 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
     return _facts(config, num_clips) | {
         "metric": metric,
         "chosen": {
-            "lr": chosen[0],
-            "weight_decay": chosen[1],
+            "lr": setting[0],
+            "weight_decay": setting[1],
             "held_out": None if held_out is None else _rounded(np.mean(held_out[heads])),
         },
         "last_epoch": _figures(history, heads, len(history.epochs) - 1),
@@ -73,24 +73,22 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
         "best_epoch_on_validation": _best_on_validation(history),
         "per_class": history.last.per_class(heads),
         "grid": [
-            asdict(setting)
+            asdict(tried)
             | {
                 metric: _rounded(history.main[-1][head]),
                 "held_out": None if held_out is None else _rounded(held_out[head]),
                 "astray": head in history.diverged,
             }
-            for head, setting in enumerate(history.settings)
+            for head, tried in enumerate(history.settings)
         ],
     }
 
 
-def heads_of(history: History, chosen: tuple[float, float]) -> list[int]:
-    """Indices of the heads of a setting (lr, weight decay) that did not diverge."""
-    return [
-        head
-        for head, setting in enumerate(history.settings)
-        if (setting.lr, setting.weight_decay) == chosen and head not in history.diverged
-    ]
+def chosen_confusion(history: History, record: dict) -> np.ndarray | None:
+    """Confusion matrix at the last epoch of the setting that `summarise` chose."""
+    assert history.last is not None
+    chosen = record["chosen"]
+    return history.last.confusion(_heads_of(history, (chosen["lr"], chosen["weight_decay"])))
 
 
 def summarise_neighbours(
@@ -201,12 +199,21 @@ def _chosen_setting(history: History, held_out: np.ndarray | None) -> tuple[floa
     """(lr, weight decay) of the largest mean over the seeds on the held-out clips at the last
     epoch, or the first setting without held-out clips. Diverged heads do not count."""
     means = {}
-    for setting in history.settings:
-        chosen = (setting.lr, setting.weight_decay)
-        heads = heads_of(history, chosen)
+    for head in history.settings:
+        setting = (head.lr, head.weight_decay)
+        heads = _heads_of(history, setting)
         if heads:
-            means[chosen] = 0.0 if held_out is None else float(np.mean(held_out[heads]))
+            means[setting] = 0.0 if held_out is None else float(np.mean(held_out[heads]))
     return max(means, key=means.__getitem__)
+
+
+def _heads_of(history: History, setting: tuple[float, float]) -> list[int]:
+    """Indices of the heads of a setting (lr, weight decay) that did not diverge."""
+    return [
+        index
+        for index, head in enumerate(history.settings)
+        if (head.lr, head.weight_decay) == setting and index not in history.diverged
+    ]
 
 
 def _figures(history: History, heads: list[int], index: int) -> dict:
