@@ -66,12 +66,13 @@ def pack_images(paths: list[Path], folder: Path, args) -> Dataset:
     from PIL import Image
 
     from data_pipeline.codec.decode import decode_video
+    from data_pipeline.codec.framing import Framing
 
     source = folder / "pictures"
     source.mkdir()
     for path in paths:
         for number, frame in enumerate(
-            decode_video(path, args.images // len(paths), 256, 16).frames
+            decode_video(path, Framing(args.images // len(paths), 256, 16)).frames
         ):
             Image.fromarray(frame).save(source / f"{path.stem}_{number:04d}.png")
     sample = SampleConfig(size=256, patch_size=16)

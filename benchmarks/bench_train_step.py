@@ -29,7 +29,7 @@ SHARED = ("forward", "loss", "backward", "optimizer")
 def torchrun(ranks: int, *command, restarts: int = 0, **environment) -> subprocess.Popen:
     """Start ranks of this project."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    launcher += ["--max_restarts", str(restarts), "-m", "training.train_univit"]
+    launcher += ["--max_restarts", str(restarts), "tests/faulty.py", "-m", "training.train_univit"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     arguments = [sys.executable, *launcher, *map(str, command)]
     return subprocess.Popen(arguments, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)

@@ -159,7 +159,7 @@ def _add_looking(command) -> None:
     sub = command("view", "draw what the encoder sees", commands.view)
     sub.add_argument("directory", type=Path)
     sub.add_argument(
-        "--output", type=output_path, required=True, help="FILE.png (sheet) or FILE.gif"
+        "--output", type=output_path, required=True, help="FILE.png (sheet), FILE.gif or FILE.webp"
     )
     sub.add_argument("--samples", type=int, nargs="+", help="sample ids (four, evenly spread)")
 

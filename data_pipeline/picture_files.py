@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model_factory.files import write_atomically
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".gif": "GIF"}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
 
 
 def write_picture(path: Path, image, **options) -> None:

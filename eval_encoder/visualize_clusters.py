@@ -5,9 +5,10 @@
 Left, batch-contrastive: a sample is pulled to another view of itself and pushed from the others of
 its batch, also from those that show the same. Right, cluster discrimination: a sample is pulled to
 the centre of its cluster and pushed from all other centres of the set. Both train the same small
-head on the same stored vectors; embeddings lie on a sphere of three dimensions, drawn from a side.
-Colours are clusters (or true labels, with --truth). Beside the GIF, its last picture is written as
-PNG. Cost: seconds.
+head on the same stored vectors. Embeddings lie on a sphere of three dimensions, which turns slowly
+so that its depth can be seen: what is behind is pale. Below, how far each objective has separated
+the groups. Colours are clusters (or true labels, with --truth). Beside the GIF, its last picture is
+written as PNG. Cost: seconds.
 """
 
 import argparse
@@ -17,11 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
+from data_pipeline.picture_files import write_picture
+from data_pipeline.picture_text import INK, MUTED, font
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 
-SIDE, GAP, CAPTION = 360, 12, 40
+Colour = tuple[int, int, int]
+
+SIDE, GAP, TITLE, CURVES = 364, 16, 58, 92
+SHARPNESS = 2  # pictures are drawn at twice their size and shrunk, which smooths edges
+TURN = np.pi / 2  # of the sphere from the first picture to the last
+TILT = 0.35  # of the view from above, in radians
+PALETTE = 64  # colours of a GIF, one table for all pictures: three times smaller than tables of 128
+PICTURE_MS, HOLD_MS = 120, 2500
+OBJECTIVES = ("contrastive", "clusters")
+TITLES = ("Batch-contrastive", "Cluster discrimination")
+LINES = ((140, 149, 159), (9, 105, 218))
 BATCH, NOISE, TEMPERATURE, SCALE = 64, 0.3, 0.2, 8.0
 
 
@@ -34,7 +48,9 @@ class Snapshot:
     centers: np.ndarray | None = None
 
 
-def train(features, labels, objective: str, steps: int, every: int, seed: int) -> list[Snapshot]:
+def train(
+    features: np.ndarray, labels: np.ndarray, objective: str, steps: int, every: int, seed: int
+) -> list[Snapshot]:
     """Snapshots of a small head trained on unit features float32 [N, D] by `contrastive` or
     `clusters` (labels int64 [N])."""
     import torch
@@ -49,7 +65,7 @@ def train(features, labels, objective: str, steps: int, every: int, seed: int) -
     optimizer = torch.optim.AdamW([*head.parameters(), centers], lr=3e-3)
     spread = NOISE * rows.std(dim=0)
 
-    def view(chosen):
+    def view(chosen: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(len(chosen), rows.shape[1], generator=generator)
         return F.normalize(head(rows[chosen] + spread * noise))
 
@@ -81,38 +97,144 @@ def separation(embeddings: np.ndarray, groups: np.ndarray) -> float:
     return float(cosines[same].mean() - cosines[other].mean())
 
 
-def picture(left: Snapshot, right: Snapshot, groups: np.ndarray):
-    """Both panels at one step, an RGB image."""
-    from PIL import Image, ImageDraw
+def animation(
+    runs: list[list[Snapshot]], groups: np.ndarray, coloured_by: str = "clusters"
+) -> list[Image.Image]:
+    """An image of both objectives for every snapshot of `runs`, in the order of TITLES.
 
-    image = Image.new("RGB", (2 * SIDE + 3 * GAP, SIDE + CAPTION + GAP), "white")
+    groups int64 [N] are the colours, and `coloured_by` the word for them.
+    """
+    curves = [[separation(snapshot.embeddings, groups) for snapshot in run] for run in runs]
+    return [_picture(runs, curves, groups, place, coloured_by) for place in range(len(runs[0]))]
+
+
+def _picture(
+    runs: list[list[Snapshot]],
+    curves: list[list[float]],
+    groups: np.ndarray,
+    place: int,
+    coloured_by: str,
+) -> Image.Image:
+    # all lengths below are in pixels of the result, scaled when they are drawn
+    size = (2 * SIDE + 3 * GAP, TITLE + SIDE + CURVES + GAP)
+    image = Image.new("RGB", (size[0] * SHARPNESS, size[1] * SHARPNESS), "white")
     draw = ImageDraw.Draw(image)
-    names = ("batch-contrastive", "global centres")
-    for place, (name, snapshot) in enumerate(zip(names, (left, right), strict=True)):
-        x = GAP + place * (SIDE + GAP)
-        apart = separation(snapshot.embeddings, groups)
-        text = f"{name}, step {snapshot.step}\nsame minus other clusters: {apart:+.2f}"
-        draw.text((x, 6), text, fill="black")
-        _panel(draw, x, CAPTION, snapshot, groups)
-    return image
+    angle = TURN * place / max(len(runs[0]) - 1, 1)
+    for number, (title, run) in enumerate(zip(TITLES, runs, strict=True)):
+        left = GAP + number * (SIDE + GAP)
+        _text(draw, (left, 8), title, 15, LINES[number] if number else INK, bold=True)
+        centers = run[place].centers
+        note = "pushed from all others of its batch, also from its like"
+        if centers is not None:
+            note = f"pulled to the centre (ring) of its cluster, one of {len(centers)}"
+        _text(draw, (left, 30), note, 11, MUTED)
+        _sphere(draw, left, TITLE, run[place], groups, angle)
+    _curves(draw, runs[0], curves, place, coloured_by)
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _panel(draw, x: int, y: int, snapshot: Snapshot, groups: np.ndarray) -> None:
-    draw.ellipse((x, y, x + SIDE, y + SIDE), outline="lightgray")
-    depth = np.argsort(snapshot.embeddings[:, 2])  # those in front last
-    for sample in depth:
-        _dot(draw, x, y, snapshot.embeddings[sample], 3, _colour(int(groups[sample])))
+def _text(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    text: str,
+    size: int,
+    colour: Colour,
+    bold: bool = False,
+) -> None:
+    scaled = (SHARPNESS * place[0], SHARPNESS * place[1])
+    draw.text(scaled, text, fill=colour, font=font(SHARPNESS * size, bold))
+
+
+def _sphere(
+    draw: ImageDraw.ImageDraw,
+    x: int,
+    y: int,
+    snapshot: Snapshot,
+    groups: np.ndarray,
+    angle: float,
+) -> None:
+    """Embeddings as dots and centres as rings, those behind first and paler."""
+    box = (x, y, x + SIDE, y + SIDE)
+    draw.ellipse([SHARPNESS * v for v in box], fill=(246, 248, 250), outline=(216, 222, 228))
+    points = _turned(snapshot.embeddings, angle)
+    dots: list[tuple[np.ndarray, float, Colour, bool]] = [
+        (point, 3.2, _colour(int(group)), False)
+        for point, group in zip(points, groups, strict=True)
+    ]
     if snapshot.centers is not None:
-        for center in snapshot.centers[np.argsort(snapshot.centers[:, 2])]:
-            _dot(draw, x, y, center, 5, "black")
+        dots += [(point, 6.5, INK, True) for point in _turned(snapshot.centers, angle)]
+    for point, radius, colour, ring in sorted(dots, key=lambda dot: dot[0][2]):
+        _dot(draw, x, y, point, radius, colour, ring)
 
 
-def _dot(draw, x: int, y: int, point: np.ndarray, radius: int, colour) -> None:
-    across, down = (x + SIDE * (point[0] + 1) / 2, y + SIDE * (1 - point[1]) / 2)
-    draw.ellipse((across - radius, down - radius, across + radius, down + radius), fill=colour)
+def _turned(points: np.ndarray, angle: float) -> np.ndarray:
+    """Points [N, 3] seen after a turn about the upright axis, from slightly above."""
+    cosine, sine = np.cos(angle), np.sin(angle)
+    around = np.array([[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]])
+    cosine, sine = np.cos(TILT), np.sin(TILT)
+    above = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
+    return points @ (above @ around).T
 
 
-def _colour(group: int) -> tuple[int, int, int]:
+def _dot(
+    draw: ImageDraw.ImageDraw,
+    x: int,
+    y: int,
+    point: np.ndarray,
+    radius: float,
+    colour: Colour,
+    ring: bool,
+) -> None:
+    across = SHARPNESS * (x + SIDE * (point[0] + 1) / 2)
+    down = SHARPNESS * (y + SIDE * (1 - point[1]) / 2)
+    depth = (point[2] + 1) / 2
+    size = SHARPNESS * radius * (0.7 + 0.3 * depth)
+    # the far side is seen through the sphere
+    red, green, blue = (int(246 + (value - 246) * (0.3 + 0.7 * depth)) for value in colour)
+    shade = (red, green, blue)
+    box = (across - size, down - size, across + size, down + size)
+    if ring:
+        draw.ellipse(box, outline=shade, width=2 * SHARPNESS)
+    else:
+        draw.ellipse(box, fill=shade)
+
+
+def _curves(
+    draw: ImageDraw.ImageDraw,
+    steps: list[Snapshot],
+    curves: list[list[float]],
+    place: int,
+    coloured_by: str,
+) -> None:
+    """Separation of both objectives up to this picture's step, below the spheres."""
+    left, right = GAP + 210, 2 * SIDE + 2 * GAP
+    top, foot = TITLE + SIDE + 22, TITLE + SIDE + CURVES
+    _text(draw, (GAP, top - 4), f"step {steps[place].step}", 15, INK, bold=True)
+    _text(draw, (GAP, top + 18), "cosine within minus between", 11, MUTED)
+    _text(draw, (GAP, top + 32), f"groups; colours are {coloured_by}", 11, MUTED)
+    low, high = min(0.0, *map(min, curves)), max(0.1, *map(max, curves))
+
+    def at(number: int, value: float) -> tuple[float, float]:
+        across = left + (right - 60 - left) * number / max(len(steps) - 1, 1)
+        return SHARPNESS * across, SHARPNESS * (foot - (foot - top) * (value - low) / (high - low))
+
+    draw.line([at(0, 0.0), at(len(steps) - 1, 0.0)], fill=(216, 222, 228), width=SHARPNESS)
+    labels = []
+    for curve, colour in zip(curves, LINES, strict=True):
+        points = [at(number, value) for number, value in enumerate(curve[: place + 1])]
+        if len(points) > 1:
+            draw.line(points, fill=colour, width=2 * SHARPNESS, joint="curve")
+        x, y = points[-1]
+        size = 3 * SHARPNESS
+        draw.ellipse((x - size, y - size, x + size, y + size), fill=colour)
+        labels.append((y / SHARPNESS - 8, x / SHARPNESS + 7, f"{curve[place]:+.2f}", colour))
+    lowest = -np.inf  # the upper label first, so that the lower one can make room
+    for down, across, text, colour in sorted(labels):
+        lowest = max(down, lowest + 14)
+        _text(draw, (across, lowest), text, 12, colour, bold=True)
+
+
+def _colour(group: int) -> Colour:
     """Colours far apart for neighbouring numbers."""
     red, green, blue = colorsys.hsv_to_rgb(group * 0.618 % 1, 0.75, 0.85)
     return int(255 * red), int(255 * green), int(255 * blue)
@@ -146,20 +268,25 @@ def _draw(args: argparse.Namespace) -> None:
     features, labels, groups = _load(args)
     runs = [
         train(features, labels, objective, args.steps, args.every, args.seed)
-        for objective in ("contrastive", "clusters")
+        for objective in OBJECTIVES
     ]
-    pictures = [picture(left, right, groups) for left, right in zip(*runs, strict=True)]
+    pictures = animation(runs, groups, "clusters" if args.truth is None else "true labels")
+    colours = pictures[-1].quantize(PALETTE, method=Image.Quantize.MAXCOVERAGE)
+    # without dithering flat areas stay flat
+    plain = Image.Dither.NONE
+    first, *rest = [picture.quantize(palette=colours, dither=plain) for picture in pictures]
+    durations = [PICTURE_MS] * len(rest) + [HOLD_MS]
+    options = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    first, *rest = pictures
-    first.save(args.output, save_all=True, append_images=rest, duration=150, loop=0)
-    pictures[-1].save(args.output.with_suffix(".png"))
+    write_picture(args.output, first, **options)
+    write_picture(args.output.with_suffix(".png"), pictures[-1])
     for name, snapshots in zip(("batch-contrastive", "global centres"), runs, strict=True):
         apart = [separation(snapshots[place].embeddings, groups) for place in (0, -1)]
         print(f"{name}: same minus other groups {apart[0]:+.3f} -> {apart[1]:+.3f}")
     print(args.output, args.output.with_suffix(".png"))
 
 
-def _check(args) -> None:
+def _check(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() != ".gif":
         raise ValueError(f"--output {args.output}: the animation is written as FILE.gif")
     for name in ("samples", "clusters", "steps", "every"):
@@ -167,7 +294,7 @@ def _check(args) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
 
 
-def _load(args) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(unit features, cluster numbers 0.., colour groups) of the samples that are drawn."""
     from data_pipeline.clustering.browse import read_truth
     from data_pipeline.clustering.features import load_features

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, call, run, torchrun
+from conftest import ROOT, call, run
+from forked import forked_ranks
 from safetensors.torch import save_file
 
 from model_factory.command_line.command import EXIT_CODES, message_of, outcome_of, run_command
@@ -364,7 +365,7 @@ def test_a_full_standard_output_is_named(count):
 @pytest.mark.dist
 def test_ranks_say_what_they_all_would_say_once(tmp_path):
     flags = ("--dataset", "motion_shapes", "--data_root", tmp_path / "nowhere")
-    done = torchrun(2, "eval_encoder/attentive_probe.py", *flags, check=False)
+    done = forked_ranks(2, "eval_encoder/attentive_probe.py", *flags, check=False)
     assert done.returncode == 1 and done.stderr.count("error: benchmark motion_shapes") == 1
 
 

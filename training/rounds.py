@@ -31,7 +31,6 @@ from model_factory.files import OWN_LISTING, check_checksums, write_checksums, w
 
 from .config.schema import TrainConfig
 from .distributed import Ranks, on_main
-from .fault_points import reach
 from .stop_signals import StopSignals
 from .trainer import Trainer
 
@@ -152,7 +151,6 @@ def _cluster_again(datasets, folder: Path, ranks: Ranks, logger) -> tuple[dict, 
                 logger.warning("head %s: clusters of other weights removed", name)
 
     def cluster() -> None:
-        reach("rounds.cluster")
         for name, dataset in clustered.items():
             recluster(dataset, encoder, _clusters(folder, name), report)
 

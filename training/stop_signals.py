@@ -72,6 +72,10 @@ class StopSignals:
         finally:
             self._deferred = False
 
+    def hold(self) -> None:
+        """From here on a first signal interrupts nothing; a second one still ends the process."""
+        self._deferred = True
+
     def _handle(self, number: int, frame) -> None:
         if self.requested is not None:
             return

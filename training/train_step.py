@@ -22,7 +22,6 @@ from data_pipeline.loading.packing import PackedBatch, joined_inputs
 from .config.schema import TrainConfig
 from .data import DataCounts, TrainingData
 from .distributed import Ranks
-from .fault_points import reach
 from .losses.partial_fc import PartialFC
 from .lr_scheduler import lr_factor
 from .optimizer import clip_gradients, global_grad_norm, set_learning_rate
@@ -77,7 +76,6 @@ class TrainStep:
         """The step after `step` steps, over `grad_accum_steps` micro steps. `wishes()` tells
         whether this rank wishes to stop and to save."""
         config, accumulate, clock = self._config, self._config.grad_accum_steps, self._clock
-        reach("step.begin", step + 1)
         factor = lr_factor(step, total_steps, config.schedule)
         set_learning_rate(self._optimizer, config.optimizer.lr, factor)
         reported = {head.name: torch.zeros((), device=self._ranks.device) for head in config.heads}
@@ -90,8 +88,6 @@ class TrainStep:
             last = micro == accumulate - 1
             with self._encoder.accumulation(last):
                 objective = self._objective(batches, reported, step * accumulate + micro)
-                if reach("step.backward", step + 1):
-                    objective = objective * torch.nan
                 with clock.section("backward"):
                     (objective / accumulate).backward()
             if not last or step + 1 < total_steps:
@@ -100,7 +96,6 @@ class TrainStep:
         with clock.section("optimizer"):
             norm = global_grad_norm(self._encoder.module, list(self._heads.values()))
             if self._is_usable(norm, step, reported, batches):
-                reach("step.optimizer", step + 1)
                 parameters = [p for g in self._optimizer.param_groups for p in g["params"]]
                 clip_gradients(parameters, norm, config.optimizer.clip_norm)
                 self._optimizer.step()

@@ -11,7 +11,6 @@ configuration, 8 storage, 9 another rank is gone, 10 out of memory, 11 the launc
 import argparse
 import contextlib
 import dataclasses
-import os
 import shutil
 import sys
 import traceback
@@ -48,7 +47,6 @@ def _start(args: argparse.Namespace) -> None:
 
 
 def _run(args, config, ranks) -> int:
-    from . import fault_points
     from .outcomes import outcome_of
     from .run_folder import RunFolder
     from .stop_signals import StopSignals
@@ -61,12 +59,14 @@ def _run(args, config, ranks) -> int:
         config = dataclasses.replace(config, output=str(folder), resume="never", rounds=1)
     run = RunFolder(config, ranks)
     try:
-        fault_points.arm(os.environ.get("FAULT"), ranks.rank)
         run.claim(sys.argv[1:])
         if ranks.is_main:
             warn_idle(args, logger)
         _train(args, config, ranks, signals, logger)
     except BaseException as error:
+        # a launcher signals the ranks that are left within a tenth of a second of a lost one: the
+        # record of what ended this one is still to be written
+        signals.hold()
         outcome, message = outcome_of(error, written=run.path)
         trace = traceback.format_exc()
         if outcome is None:
@@ -118,7 +118,6 @@ def _load_datasets(args, config, ranks, logger) -> dict:
     from data_pipeline.loading.dali_pipeline import require_dali
 
     from .distributed import on_main
-    from .fault_points import reach
 
     if config.synthetic_data:
         return {head.name: None for head in config.heads}
@@ -134,7 +133,6 @@ def _load_datasets(args, config, ranks, logger) -> dict:
             )
 
         def prepare() -> None:
-            reach("prepare")
             prepare_embedded(folder, *config.embedded_clips, report=logger.info)
 
         on_main(ranks, prepare)

@@ -26,7 +26,6 @@ from .config.schema import HeadConfig, TrainConfig, fingerprint, fingerprint_dif
 from .data import SYNTHETIC_CLASSES, TrainingData
 from .distributed import Ranks
 from .encoder import build_encoder, export_encoder
-from .fault_points import reach
 from .losses.partial_fc import PartialFC
 from .optimizer import build_optimizer
 from .parallel import ParallelEncoder
@@ -125,18 +124,20 @@ class Trainer:
                 if first:
                     metrics.picture(self.step, result.batches, encoder.config.patch_size)
                     first = False
-                metrics.record(self.step, result.values, result.counts)
-                done = result.stop or self.step == last_step
-                if not trial and (self._is_due(result.save) or done):
-                    metrics.flush()
-                    records = seal_records([*ledger.files, *metrics.files], self._other_records)
-                    state = {**self.state(), "records": records}
-                    self.checkpointer.save(self.step, state, wait=done)
-                    self._saved_at = time.monotonic()
-                reach("step.end", self.step)
+                self._end_step(result, last_step, ledger, metrics, trial)
                 if result.stop:
                     saved = f"asked to stop: saved at step {self.step} of {last_step}"
                     raise Preempted(saved, saved=True)
+
+    def _end_step(self, result, last_step, ledger, metrics, trial) -> None:
+        metrics.record(self.step, result.values, result.counts)
+        done = result.stop or self.step == last_step
+        if not trial and (self._is_due(result.save) or done):
+            metrics.flush()
+            records = seal_records([*ledger.files, *metrics.files], self._other_records)
+            state = {**self.state(), "records": records}
+            self.checkpointer.save(self.step, state, wait=done)
+            self._saved_at = time.monotonic()
 
     def _wishes(self) -> tuple[bool, bool]:
         """Whether this rank wishes to stop and to save; a wish to save is uttered once."""
@@ -150,7 +151,6 @@ class Trainer:
         return wished or self.step % self.config.checkpoint.every == 0
 
     def _export(self) -> None:
-        reach("export", self.step)
         whole = self.encoder.whole()
         if self.ranks.is_main:
             export_encoder(whole, self.output, self._facts())

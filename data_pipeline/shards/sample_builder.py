@@ -11,11 +11,11 @@ import numpy as np
 from model_factory.files import file_sha256
 
 from ..codec.decompose import TIME_BASE, CodecClip, decompose_video
-from ..codec.framing import frame_to
+from ..codec.framing import Framing, crop_of
 from ..codec.native import decompose_native
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
-from ..codec.patches import choose_patches, cut_patches
 from ..codec.saliency import SaliencyConfig, motion_summary
+from ..codec.selection import choose_patches, cut_patches
 from ..errors import RejectedInput
 from .schema import SampleInfo, encode_clip, encode_image, strip_rows
 
@@ -81,6 +81,18 @@ class SampleConfig:
         return self.rule != "published"
 
     @property
+    def framing(self) -> Framing:
+        """What is read of an input."""
+        return Framing(
+            num_frames=self.num_frames,
+            size=self.size,
+            patch_size=self.patch_size,
+            fit=self.fit,
+            limits=self.limits,
+            salvage=self.salvage,
+        )
+
+    @property
     def tokens(self) -> int:
         """Patches kept of a clip."""
         return self.budget or self.num_frames * (self.size // self.patch_size) ** 2 // 8
@@ -97,7 +109,10 @@ def build_sample(
     if is_image(path):
         members, info = _image_sample(open_image(path, config.limits), source, before[0], config)
     else:
-        clip = _decompose(path, config)
+        if config.vectors == "native":
+            clip = decompose_native(path, config.framing)
+        else:
+            clip = decompose_video(path, config.framing, gop=config.gop)
         if len(clip.frames) == 1:
             members, info = _image_sample(clip.frames[0], source, before[0], config)
         else:
@@ -105,21 +120,6 @@ def build_sample(
     if _fingerprint(path) != before:
         raise RejectedInput("changed", f"{path} changed while it was packed")
     return members, info
-
-
-def _decompose(path: Path, config: SampleConfig) -> CodecClip:
-    """A clip by the canonical stream's vectors, or by its own."""
-    options = {
-        "num_frames": config.num_frames,
-        "size": config.size,
-        "patch_size": config.patch_size,
-        "fit": config.fit,
-        "limits": config.limits,
-        "salvage": config.salvage,
-    }
-    if config.vectors == "native":
-        return decompose_native(path, **options)
-    return decompose_video(path, gop=config.gop, **options)
 
 
 def _fingerprint(path: Path) -> tuple[str, int, int]:
@@ -132,10 +132,8 @@ def _fingerprint(path: Path) -> tuple[str, int, int]:
 
 
 def _image_sample(picture: np.ndarray, source: str, sha256: str, config: SampleConfig):
-    framing = frame_to(
-        picture.shape[0], picture.shape[1], config.size, config.patch_size, config.fit
-    )
-    picture = framing.scale(picture)
+    crop = crop_of(picture.shape[0], picture.shape[1], framing=config.framing)
+    picture = crop.scale(picture)
     height, width = picture.shape[:2]
     patches = (height // config.patch_size) * (width // config.patch_size)
     info = SampleInfo(

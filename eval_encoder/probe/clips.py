@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from data_pipeline.codec.open_video import InputLimits, is_image
-from data_pipeline.codec.patches import cut_patches
+from data_pipeline.codec.selection import cut_patches
+from data_pipeline.codec.timeline import segment_frames
 from data_pipeline.errors import RejectedInput
 from data_pipeline.labelled_lists import ids_of_sources
 from data_pipeline.loading.choices import ViewConfig
@@ -41,7 +42,6 @@ from .reader import (
     PixelRequest,
     check_decoder,
     recolour,
-    segment_frames,
     shared_reader,
 )
 

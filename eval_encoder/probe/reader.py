@@ -26,12 +26,12 @@ from PIL import Image, ImageEnhance
 
 from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.decompose import decompose_video
-from data_pipeline.codec.framing import frame_to
+from data_pipeline.codec.framing import Framing, crop_of
 from data_pipeline.codec.guard import WALL_SECONDS, Answer, GuardedPool, serve
 from data_pipeline.codec.open_video import InputLimits, open_image, open_video
-from data_pipeline.codec.patches import choose_patches
 from data_pipeline.codec.saliency import SaliencyConfig
-from data_pipeline.codec.timeline import read_timeline
+from data_pipeline.codec.selection import choose_patches
+from data_pipeline.codec.timeline import read_timeline, segment_frames
 from data_pipeline.errors import RejectedInput
 
 MODULE = "eval_encoder.probe.reader"
@@ -143,13 +143,6 @@ def check_decoder(name: str) -> None:
         raise ValueError(f"--decoder {name} is not installed: pip install it, or take av")
 
 
-def segment_frames(total: int, within: tuple[float, ...]) -> np.ndarray:
-    """Numbers int64 [T] of the frames of a clip of `total` frames, of which the i-th lies at
-    within[i] of the i-th of T equal segments. A clip of fewer frames repeats some."""
-    count = len(within)
-    return ((np.arange(count) + np.array(within)) * (total - 1) / count).astype(np.int64)
-
-
 def read_pixels(request: PixelRequest) -> Pixels:
     """Read a file in this process; the limits of time and memory are the child's.
 
@@ -168,15 +161,14 @@ def read_pixels(request: PixelRequest) -> Pixels:
 
 
 def _read_patches(request: PixelRequest) -> Pixels:
-    clip = decompose_video(
-        Path(request.path),
+    framing = Framing(
         num_frames=request.num_frames,
         size=request.size,
         patch_size=request.patch_size,
-        gop=request.gop,
+        crop_position=request.place,
         limits=request.limits,
-        place=request.place,
     )
+    clip = decompose_video(Path(request.path), framing, gop=request.gop)
     selection = choose_patches(
         clip,
         patch_size=request.patch_size,
@@ -192,22 +184,18 @@ def _read_patches(request: PixelRequest) -> Pixels:
 
 
 def _read_with_av(request: PixelRequest) -> Pixels:
-    def wanted(total: int) -> np.ndarray:
-        return np.unique(segment_frames(total, request.within))
-
-    video = decode_video(
-        Path(request.path),
-        num_frames=wanted,
+    framing = Framing(
         size=request.size,
         patch_size=request.patch_size,
+        crop_position=request.place,
+        within=request.within,
         limits=request.limits,
-        place=request.place,
-        thorough=False,
     )
+    video = decode_video(Path(request.path), framing, thorough=False)
     total = video.num_source_frames
     numbers = segment_frames(total, request.within)
-    # Frames of a short clip are wanted several times, and decoded once.
-    frames = video.frames[np.searchsorted(wanted(total), numbers)]
+    # the reader gives each frame once, a short clip has some of them in several segments
+    frames = video.frames[np.searchsorted(video.indices, numbers)]
     return Pixels(frames, total=total, numbers=numbers)
 
 
@@ -260,16 +248,10 @@ def _is_plain(path: Path, limits: InputLimits) -> bool:
 
 
 def _framed(frames: np.ndarray, request: PixelRequest) -> np.ndarray:
-    """The square crop of each frame, uint8 [T, H, W, 3] -> [T, size, size, 3]."""
-    framing = frame_to(
-        height=frames.shape[1],
-        width=frames.shape[2],
-        size=request.size,
-        patch_size=request.patch_size,
-        fit="crop",
-        place=request.place,
-    )
-    return np.stack([framing.scale(frame) for frame in frames])
+    """The square of each frame, uint8 [T, H, W, 3] -> [T, size, size, 3]."""
+    framing = Framing(size=request.size, patch_size=request.patch_size, crop_position=request.place)
+    crop = crop_of(height=frames.shape[1], width=frames.shape[2], framing=framing)
+    return np.stack([crop.scale(frame) for frame in frames])
 
 
 def recolour(frames: np.ndarray, draw: np.random.Generator, parts: Collection[str]) -> np.ndarray:

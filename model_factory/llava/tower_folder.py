@@ -304,7 +304,7 @@ def _verify(eye: Eye, folder: Path) -> list[str]:
         reference = Path(place) / "reference.safetensors"
         wanted = {"pixel_values": pixels.contiguous(), "features": features.contiguous()}
         save_file(wanted, reference)
-        check = [sys.executable, "-m", f"{__package__}.llava_tower_check", folder, reference]
+        check = [sys.executable, "-m", f"{__package__}.tower_check", folder, reference]
         done = subprocess.run(list(map(str, check)), capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -152,8 +152,14 @@ EVAL_ENCODER = (
     Mutant(
         name="per-class-counts-unreadable",
         file="eval_encoder/probe/metrics.py",
-        old="labels = self.labels[self.evaluated]\n        if self.scores is not None:\n            values",
-        new="labels = self.labels[: self.evaluated.sum()]\n        if self.scores is not None:\n            values",
+        old=(
+            "labels = self.labels[self.evaluated]\n"
+            "        if self.scores is not None:\n            values"
+        ),
+        new=(
+            "labels = self.labels[: self.evaluated.sum()]\n"
+            "        if self.scores is not None:\n            values"
+        ),
         why="figures of classes are those of other clips where some could not be read",
         tests=(HEADS,),
     ),

@@ -26,7 +26,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from ..distributed import Ranks, all_gather_json
-from ..fault_points import reach
 from ..losses.partial_fc import PartialFC
 from ..optimizer import ensure_moments
 from ..parallel import local
@@ -114,8 +113,7 @@ class Checkpointer:
         """
         started = time.monotonic()
         self.wait()
-        reach("checkpoint.stage", step)
-        tensors = self._stage() if self._config.background else self._tensors()
+        tensors = self._stage(step)
         waited = time.monotonic() - started
         self._running = self._thread.submit(self._write, step, state, tensors, waited)
         if not wait and self._config.background:
@@ -182,8 +180,10 @@ class Checkpointer:
             f"optimizer.{moment}.{name}": state[moment] for moment in MOMENTS if moment in state
         }
 
-    def _stage(self) -> dict[str, torch.Tensor]:
+    def _stage(self, step: int) -> dict[str, torch.Tensor]:
         """A copy of every tensor in host memory, in the buffers of the save before."""
+        if not self._config.background:
+            return self._tensors()
         staged = {}
         for name, tensor in self._tensors().items():
             own = local(tensor)
@@ -212,7 +212,7 @@ class Checkpointer:
 
         def write() -> None:
             folder = self._folder.temporary(step)
-            names.extend(write_tensors(tensors, folder=folder, step=step, group=self._group))
+            names.extend(write_tensors(tensors, folder=folder, group=self._group))
 
         failure = self._agreed(lambda: self._make_room(step, num_bytes))
         failure = failure or self._agreed(write)
@@ -247,11 +247,8 @@ class Checkpointer:
             return
         folder = self._folder.temporary(step)
         write_state(folder, {"step": step, **state})
-        reach("checkpoint.manifest", step)
         write_manifest(folder, [*written, STATE_NAME])
-        reach("checkpoint.rename", step)
         self._folder.commit(step)
-        reach("checkpoint.renamed", step)
         try:
             self._folder.prune()
         except Exception as error:  # the commit stands; the next save tries again

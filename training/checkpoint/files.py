@@ -18,7 +18,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from ..fault_points import reach
 from ..parallel import local
 from .folder import BadCheckpoint, StorageError, read_manifest
 
@@ -27,13 +26,12 @@ FILE_BYTES = 24 << 20
 
 
 def write_tensors(
-    tensors: dict[str, torch.Tensor], folder: Path, step: int, group: dist.ProcessGroup
+    tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup
 ) -> list[str]:
     """Write this rank's files and return their names. Called by all ranks of `group`; what fails
     on one fails on all. StorageError for what was not written as it is in memory, or is not finite.
     """
     writer = _Writer(str(folder), _files_of(tensors), save_distributed=True)
-    writer.training_step = step
     dcp.save(tensors, storage_writer=writer, process_group=group)
     for name in writer.names:
         file = folder / name
@@ -72,15 +70,12 @@ def _first_cause(error: BaseException) -> str:
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """The library's writer, which tells what it wrote, with a place for faults inside of its own
-    collective."""
+    """The library's writer, which keeps the names of the files that it wrote."""
 
-    training_step = 0
     names: list[str]
 
     def write_data(self, plan, planner):
         """Write this rank's files; what fails here fails the save on all ranks."""
-        reach("checkpoint.write", self.training_step)
         written = super().write_data(plan, planner)
         self.names = sorted({result.storage_data.relative_path for result in written.wait()})
         return written

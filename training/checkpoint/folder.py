@@ -33,8 +33,6 @@ from model_factory.files import (
     write_json,
 )
 
-from ..fault_points import reach
-
 FOLDER_NAME = "checkpoints"  # in a run's output folder
 HASHING_THREADS = 8
 PREFIX = "step_"
@@ -107,7 +105,6 @@ class CheckpointFolder:
             if not self._keep_every or step_of(old) % self._keep_every:
                 going = self.temporary(step_of(old))  # never half a commit under its name
                 os.rename(old, going)
-                reach("checkpoint.prune", step_of(old))
                 shutil.rmtree(going)
 
     def discard(self, step: int) -> None:

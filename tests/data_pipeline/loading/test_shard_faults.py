@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import torchrun
+from forked import forked_ranks
 from PIL import Image
 
 from data_pipeline.arrays import array_bytes
@@ -200,7 +200,7 @@ def fewer_samples_than_a_batch(folder, packed):
 
 
 def partial_fc_without_positives(folder, packed):
-    done = torchrun(2, "tests/training/losses/partial_fc_ranks.py", "positives")
+    done = forked_ranks(2, "tests/training/losses/partial_fc_ranks.py", "positives")
     assert done.stdout.count("positives ok") == 2
 
 

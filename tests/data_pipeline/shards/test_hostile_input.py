@@ -230,7 +230,7 @@ def test_c17_a_decoder_that_never_returns_is_killed_at_its_limit(tmp_path):
         process = GuardedProcess("waits", settings={}, wall_seconds=1.5)
         with pytest.raises(RejectedInput, match="timeout: endless.mp4 took longer than 1.5 s"):
             process.ask({"path": str(tmp_path / "endless.mp4")}, "endless.mp4")
-    assert process.process is None
+    assert process.child is None
 
 
 def test_children_go_with_a_parent_that_is_killed(tmp_path):

@@ -5,10 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import run
+from forked import forked
 
 from data_pipeline.codec.decompose import decompose_video
-from data_pipeline.codec.patches import cut_patches
+from data_pipeline.codec.framing import Framing
+from data_pipeline.codec.selection import cut_patches
 from data_pipeline.errors import CorruptShard, MissingData
 from data_pipeline.loading.shard_reader import ShardReader
 from data_pipeline.shards.inputs import list_inputs
@@ -23,7 +24,6 @@ from data_pipeline.shards.schema import (
 )
 from data_pipeline.shards.statistics import statistics, statistics_table
 from data_pipeline.shards.verify import verify
-from data_pipeline.shards.view import ROWS, save_view
 
 CONFIG = PackConfig(
     SampleConfig(size=56, patch_size=14, gop=64, budget=32), samples_per_shard=3, workers=2
@@ -45,7 +45,7 @@ def test_stored_patches_are_the_clips_own(clips, patch_size):
     assert SampleInfo.from_bytes(members["json"], "a") == info
     positions = decode_array(members["positions.npy"], "positions.npy", "a").astype(int)
     tiles = decode_patches(info, members["tiles.jpg"], "a")
-    clip = decompose_video(path, 64, 112, patch_size, 32)
+    clip = decompose_video(path, Framing(64, 112, patch_size), gop=32)
     want = cut_patches(clip.frames, positions, patch_size)
     error = ((tiles.astype(float) - want) ** 2).mean()
     assert 10 * np.log10(255**2 / error) > 33
@@ -246,28 +246,8 @@ def test_arrays_of_wrong_type_or_size_are_refused():
         decode_array(bomb.getvalue(), "positions.npy", "x")
 
 
-def test_views_of_clips_and_images_can_be_drawn(packed, tmp_path):
-    from PIL import Image
-
-    manifest = load_manifest(packed / "train")
-    save_view(manifest, [0, 5], tmp_path / "sheet.png")
-    save_view(manifest, [3], tmp_path / "clip.gif")
-    with Image.open(tmp_path / "sheet.png") as sheet, Image.open(tmp_path / "clip.gif") as gif:
-        assert sheet.height == 2 * len(ROWS) * 116
-        assert gif.n_frames == 8 and gif.width == 5 * 116
-        pixels = np.asarray(sheet.convert("RGB")).astype(int)
-    rows = [pixels[116 * i : 116 * i + 112, :112] for i in range(len(ROWS))]
-    frame, _, _, codec, sampling = rows  # of the first column, an I-frame: all three show it whole
-    assert np.abs(frame - codec).mean() < 12 and np.array_equal(frame, sampling)
-    later = pixels[3 * 116 : 3 * 116 + 112, 116 : 8 * 116]
-    drawn = (later > 0).all(axis=-1).mean()
-    assert 0.02 < drawn < 0.9  # of P-frames only some patches
-    with pytest.raises(ValueError, match=r"must end in .png"):
-        save_view(manifest, [0], tmp_path / "x.bmp")
-
-
 def test_a_user_mistake_ends_with_a_sentence(tmp_path):
-    done = run(
+    done = forked(
         "-m", "data_pipeline", "pack", tmp_path / "nothing", "--output", tmp_path, check=False
     )
     assert done.returncode == 1

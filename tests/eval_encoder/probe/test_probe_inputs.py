@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import run, write_video
+from conftest import write_video
+from forked import forked
 
 from data_pipeline.errors import RejectedInput
 from data_pipeline.loading.packing import pack_views
@@ -262,7 +263,7 @@ def test_files_of_one_name_in_two_folders_do_not_share_features(tmp_path):
 @pytest.mark.e2e
 def test_a_run_a_checkpoint_and_its_exports_are_the_same_encoder(tmp_path):
     flags = ("-m", "training.train_univit", "--preset", "debug", "--list_batch_size", 16)
-    run(*flags, "--num_sampled_data", 16 * 10, "--output", tmp_path)
+    forked(*flags, "--num_sampled_data", 16 * 10, "--output", tmp_path)
     places = ("", "hf", "backbone.pt", "checkpoints/step_00000010")
     found = [build_encoder(config_of(), "llava_vit_base_ln", str(tmp_path / p), 0) for p in places]
     shutil.rmtree(tmp_path / "hf")

@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+import faulty
 import pytest
 import torch
 import torch.distributed as dist
@@ -535,22 +536,15 @@ def test_a_record_that_was_removed_ends_the_run_with_its_path(tmp_path):
 
 
 def test_an_output_folder_that_is_removed_ends_the_run_and_is_not_made_again(tmp_path):
-    """Removed by a thread of the run itself, as another process would."""
-    from training import trainer as module
-
-    output, reach = tmp_path / "run", module.reach
-
-    def remove_after(place: str, step: int) -> bool:
-        if (place, step) == ("step.end", 3):
-            shutil.rmtree(output)
-        return reach(place, step)
-
-    module.reach = remove_after
+    """Removed by the run itself after its third step, as another process would."""
+    output = tmp_path / "run"
+    wrappers = faulty.Wrappers()
+    wrappers.after(Trainer, "_end_step", lambda a: a["self"].step == 3 and shutil.rmtree(output))
     try:
         with pytest.raises(StorageError, match="consumed-00000.jsonl was removed"):
             train(output)
     finally:
-        module.reach = reach
+        wrappers.take_off()
     assert not output.exists()
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import run, torchrun
+from forked import forked, forked_ranks
 
 DEBUG = ("-m", "training.train_univit", "--preset", "debug")
 
@@ -16,7 +16,7 @@ DEBUG = ("-m", "training.train_univit", "--preset", "debug")
 def finished(tmp_path_factory):
     """Output of a short run of two ranks, with a trace of two steps."""
     output = tmp_path_factory.mktemp("finished")
-    torchrun(2, *DEBUG, "--output", output, "--profile", 2)
+    forked_ranks(2, *DEBUG, "--output", output, "--profile", 2)
     return output
 
 
@@ -109,7 +109,7 @@ def test_a_profile_is_a_chrome_trace_of_the_asked_steps(finished):
 
 @pytest.mark.e2e
 def test_a_dry_run_builds_everything_and_leaves_nothing(tmp_path):
-    done = run(*DEBUG, "--output", tmp_path / "run", "--dry-run")
+    done = forked(*DEBUG, "--output", tmp_path / "run", "--dry-run")
     assert "trained one step" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -118,7 +118,7 @@ def test_a_dry_run_builds_everything_and_leaves_nothing(tmp_path):
 def test_a_checkpoint_is_exported_while_its_run_goes_on(finished, tmp_path):
     from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
-    done = run("-m", "training.export", finished, "--output", tmp_path / "out")
+    done = forked("-m", "training.export", finished, "--output", tmp_path / "out")
     assert "step 20" in done.stdout
     ours, theirs = (
         LlavaViTPackingModel.from_pretrained(folder / "hf").state_dict()
@@ -130,18 +130,20 @@ def test_a_checkpoint_is_exported_while_its_run_goes_on(finished, tmp_path):
         for f in (tmp_path / "out", finished)
     ]
     assert sizes[0] == sizes[1]
-    run("-m", "training.export", finished / "checkpoints/step_00000010", "--output", tmp_path / "b")
-    done = run("-m", "training.export", tmp_path, "--output", tmp_path / "c", check=False)
+    forked(
+        "-m", "training.export", finished / "checkpoints/step_00000010", "--output", tmp_path / "b"
+    )
+    done = forked("-m", "training.export", tmp_path, "--output", tmp_path / "c", check=False)
     assert done.returncode == 6 and "no checkpoint" in done.stderr
 
 
 @pytest.mark.dist
 def test_the_doctor_measures_ranks_and_names_what_is_wrong(tmp_path):
-    done = torchrun(2, "-m", "training.doctor", "--output", tmp_path)
+    done = forked_ranks(2, "-m", "training.doctor", "--output", tmp_path)
     for text in ("versions", "/dev/shm", "output", "2 on 1 nodes", "summed over all ranks"):
         assert text in done.stdout
     assert "nothing needs fixing" in done.stdout and not list(tmp_path.iterdir())
-    done = run("-m", "training.doctor", "--output", "/dev/null/x", check=False)
+    done = forked("-m", "training.doctor", "--output", "/dev/null/x", check=False)
     assert done.returncode == 1 and "FIX   output" in done.stdout
     assert "summed over all ranks" not in done.stdout, "one rank exchanges nothing"
     assert "note  exchange" in done.stdout
@@ -234,8 +236,8 @@ def test_a_copy_for_wandb_needs_wandb_and_says_so(tmp_path):
     try:
         import wandb  # noqa: F401
     except ModuleNotFoundError:
-        done = run(*DEBUG, *flags, check=False)
+        done = forked(*DEBUG, *flags, check=False)
         assert done.returncode == 1 and "pip install wandb" in done.stderr
         return
-    run(*DEBUG, *flags, WANDB_MODE="offline")
+    forked(*DEBUG, *flags, WANDB_MODE="offline")
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

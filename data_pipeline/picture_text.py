@@ -1,0 +1,42 @@
+"""Text on pictures: a font that is always there, and names that are safe to draw.
+
+The font is DejaVu Sans from matplotlib's own files, so pictures look alike on every machine and
+need no system fonts.
+"""
+
+from functools import cache
+from pathlib import Path
+
+from PIL import ImageFont
+
+from model_factory.command_line.plain_text import printable
+
+INK = (31, 35, 40)
+MUTED = (101, 109, 118)
+LONGEST_NAME = 500  # characters measured; beyond it a name is cut before its width is known
+
+
+@cache
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The Pillow font of a size in pixels."""
+    from matplotlib import get_data_path
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    path = Path(get_data_path(), "fonts", "ttf", name)
+    # the basic layout is part of Pillow, raqm is a library that some machines lack
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def fitted(text: object, width: float, lettering: ImageFont.FreeTypeFont) -> str:
+    """The text in one printable line of at most `width` pixels, its middle left out if need be."""
+    line = printable(text)
+    if len(line) > LONGEST_NAME:
+        line = f"{line[: LONGEST_NAME // 2]}…{line[-LONGEST_NAME // 2 :]}"
+    if lettering.getlength(line) <= width:
+        return line
+    for kept in range(len(line) - 1, 1, -1):
+        head = kept // 2
+        shorter = f"{line[:head]}…{line[len(line) - (kept - head) :]}"
+        if lettering.getlength(shorter) <= width:
+            return shorter
+    return "…"

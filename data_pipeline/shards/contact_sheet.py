@@ -1,0 +1,341 @@
+"""Draws samples: a contact sheet with row titles, times, sizes and a colour key, or an animation.
+
+A sheet has the rows of ROWS for every clip. An animation has six panels: the frame, its motion and
+its residual; the patches selected at this time, and what an encoder has received so far as patches
+and as whole frames.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..picture_text import INK, MUTED, fitted, font
+from .clip_columns import ClipView, Column, ImageView
+
+ROWS = (
+    "Frames",
+    "Motion",
+    "Residual",
+    "Selected patches",
+    "Order of selection",
+    "Whole frames",
+)
+CELL, PANEL = 160, 200  # a picture's side in a sheet and in an animation, see _scaled
+GAP, MARGIN, TITLES = 6, 16, 172
+HEADER, LINE = 50, 15
+NARROWEST = 560  # so that a block's header has room
+TIMELINE = 44
+UNSELECTED = (22, 24, 29)
+PAPER = (255, 255, 255)
+RULE = (216, 222, 228)
+INTRA = (84, 130, 190)  # I-frame patches, which are selected before all others
+INTER = (53, 183, 121)  # P-frame patches where their order is not shown; a green of viridis
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture uint8 [H, W, 3] and the line below it."""
+
+    picture: np.ndarray
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a clip's block: its title, lines that explain it, and its cells."""
+
+    title: str
+    notes: tuple[str, ...]
+    cells: list[Cell]
+
+
+def draw_sheet(views: list[ClipView | ImageView]) -> Image.Image:
+    """Samples below each other, and the colour key if there are clips among them."""
+    blocks = [_image_block(v) if isinstance(v, ImageView) else _clip_block(v) for v in views]
+    width = max(block.width for block in blocks)
+    if any(isinstance(view, ClipView) for view in views):
+        blocks.append(_colour_key(width))
+    sheet = Image.new("RGB", (width, sum(block.height for block in blocks)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for block in blocks:
+        sheet.paste(block, (0, top))
+        if top:
+            draw.line((MARGIN, top, width - MARGIN, top), fill=RULE)
+        top += block.height
+    return sheet
+
+
+def draw_animation(view: ClipView) -> list[Image.Image]:
+    """One picture per column of the clip."""
+    received = np.full_like(view.columns[0].frame, UNSELECTED)
+    sampled = received
+    tokens, frame_tokens = 0, 0
+    rows, columns = view.info.grid
+    pictures = []
+    for place, column in enumerate(view.columns):
+        selected = _pixels(column.selected, column.patches)[..., None]
+        received = np.where(selected, column.patches, received)
+        tokens += column.num_intra + column.num_inter
+        if column.bought:
+            sampled = column.frame
+            frame_tokens += rows * columns
+        time = _time(column)
+        cells = [
+            Cell(column.frame, f"frame {time}".strip()),
+            Cell(motion_picture(column.motion, view), "motion"),
+            Cell(residual_picture(column.residual, view), "residual"),
+            Cell(patches_picture(column), f"selected now: {_patch_counts(column)}"),
+            Cell(received, f"received as patches: {tokens:,} tokens"),
+            Cell(sampled, f"received as whole frames: {frame_tokens:,} tokens"),
+        ]
+        pictures.append(_animation_picture(view, cells, place))
+    return pictures
+
+
+def clip_rows(view: ClipView) -> list[Row]:
+    """The rows of a clip, see ROWS."""
+    info, columns = view.info, view.columns
+    rows, grid_columns = info.grid
+    whole = rows * grid_columns
+    bought = sum(column.bought for column in columns)
+    notes = (
+        ("from the source, at", "their times"),
+        ("direction is hue, speed", "is brightness; full at", f"{view.fastest:.1f} px per frame"),
+        ("what motion does not", "explain; full at", f"{view.strongest:.1f} luma steps"),
+        ("what the encoder gets:", f"{info.num_patches:,} tokens"),
+        ("blue: I-frame, first;", "then bright to dark by", "falling saliency"),
+        ("the same budget spent", f"on frames: {bought} x {whole:,} tokens"),
+    )
+    cells = [
+        [Cell(c.frame, _time(c)) for c in columns],
+        [Cell(motion_picture(c.motion, view)) for c in columns],
+        [Cell(residual_picture(c.residual, view)) for c in columns],
+        [Cell(patches_picture(c), _patch_counts(c)) for c in columns],
+        [Cell(rank_picture(c, info.patch_size)) for c in columns],
+        [_whole_frame(c, whole) for c in columns],
+    ]
+    return [Row(*parts) for parts in zip(ROWS, notes, cells, strict=True)]
+
+
+def _time(column: Column) -> str:
+    return "" if column.seconds is None else f"{column.seconds:.2f} s"
+
+
+def _patch_counts(column: Column) -> str:
+    parts = []
+    if column.num_intra:
+        parts.append(f"{column.num_intra} I")
+    if column.num_inter:
+        parts.append(f"{column.num_inter} P")
+    return " + ".join(parts) or "none"
+
+
+def _whole_frame(column: Column, tokens: int) -> Cell:
+    if column.bought:
+        return Cell(column.frame, f"{tokens} tokens")
+    return Cell(np.full_like(column.frame, UNSELECTED), "not sampled")
+
+
+def motion_picture(motion: np.ndarray, view: ClipView) -> np.ndarray:
+    """A field of vectors [G, G, 2] on a colour wheel, at the clip's size."""
+    return _enlarged(_wheel(motion, view.fastest), view)
+
+
+def residual_picture(residual: np.ndarray, view: ClipView) -> np.ndarray:
+    """A field of residuals [G, G], at the clip's size."""
+    return _enlarged(_ramp("magma", residual / view.strongest), view)
+
+
+def patches_picture(column: Column) -> np.ndarray:
+    """The selected patches, on UNSELECTED."""
+    return np.where(_pixels(column.selected, column.patches)[..., None], column.patches, UNSELECTED)
+
+
+def rank_picture(column: Column, patch_size: int) -> np.ndarray:
+    """Selected patches by their place in the order of selection."""
+    colours = _ramp("viridis", 0.15 + 0.85 * column.rank)
+    colours[column.intra] = INTRA
+    colours[~column.selected] = UNSELECTED
+    return colours.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
+
+
+def _pixels(per_patch: np.ndarray, like: np.ndarray) -> np.ndarray:
+    side = like.shape[0] // per_patch.shape[0]
+    return per_patch.repeat(side, axis=0).repeat(side, axis=1)
+
+
+def _wheel(motion: np.ndarray, fastest: float) -> np.ndarray:
+    """uint8 RGB [..., 3] of vectors [..., 2]: direction is hue, speed is brightness."""
+    x, y = motion[..., 0].astype(np.float32), motion[..., 1].astype(np.float32)
+    hue = (np.arctan2(y, x) / (2 * np.pi) % 1 * 255).astype(np.uint8)
+    value = (np.clip(np.hypot(x, y) / fastest, 0, 1) * 255).astype(np.uint8)
+    hsv = np.stack([hue, np.full_like(hue, 220), value], axis=-1)
+    return np.asarray(Image.fromarray(hsv, mode="HSV").convert("RGB"))
+
+
+def _ramp(name: str, values: np.ndarray) -> np.ndarray:
+    """uint8 RGB [..., 3] of values 0..1 in one of matplotlib's colour maps."""
+    from matplotlib import colormaps
+
+    return (colormaps[name](np.clip(values, 0, 1))[..., :3] * 255).astype(np.uint8)
+
+
+def _enlarged(picture: np.ndarray, view: ClipView) -> np.ndarray:
+    size = (view.info.width, view.info.height)
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST))
+
+
+def _scaled(picture: np.ndarray, side: int) -> Image.Image:
+    """The picture at about side x side pixels: shrunk to them, or enlarged by a whole number, which
+    keeps the pixels of small clips sharp."""
+    image = Image.fromarray(np.ascontiguousarray(picture, dtype=np.uint8))
+    ratio = side / (image.width * image.height) ** 0.5
+    if ratio < 1:
+        size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
+        return image.resize(size, Image.Resampling.LANCZOS)
+    factor = round(ratio)
+    size = (image.width * factor, image.height * factor)
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
+def _header(draw: ImageDraw.ImageDraw, width: int, view: ClipView | ImageView) -> None:
+    """Name and sizes of a sample, in the first HEADER rows of its block."""
+    room = width - 2 * MARGIN
+    draw.text((MARGIN, 10), fitted(view.info.source, room, font(15, True)), INK, font(15, True))
+    draw.text((MARGIN, 31), fitted(_sizes(view), room, font(12)), MUTED, font(12))
+
+
+def _sizes(view: ClipView | ImageView) -> str:
+    info = view.info
+    rows, columns = info.grid
+    size = f"{info.width} x {info.height} px, patches of {info.patch_size} px"
+    if isinstance(view, ImageView):
+        return f"picture, {size}: {rows * columns:,} tokens"
+    every = rows * columns * info.num_frames
+    length = ""
+    if len(info.seconds) > 1:
+        length = f" over {info.seconds[-1] - info.seconds[0]:.2f} s"
+    share = f"{info.num_patches:,} of {every:,} patches selected ({info.num_patches / every:.1%})"
+    static = ", static" if info.is_static else ""
+    return f"{size}, {info.num_frames} frames{length}, GOP {info.gop}{static}; {share}"
+
+
+def _image_block(view: ImageView) -> Image.Image:
+    picture = _scaled(view.picture, 2 * CELL)
+    width = max(picture.width + 2 * MARGIN, NARROWEST)
+    block = Image.new("RGB", (width, HEADER + picture.height + MARGIN), PAPER)
+    _header(ImageDraw.Draw(block), width, view)
+    block.paste(picture, (MARGIN, HEADER))
+    return block
+
+
+def _clip_block(view: ClipView) -> Image.Image:
+    rows = clip_rows(view)
+    pictures = [[_scaled(cell.picture, CELL) for cell in row.cells] for row in rows]
+    cell_width, cell_height = pictures[0][0].size
+    heights = []
+    for row in rows:
+        captioned = any(cell.caption for cell in row.cells)
+        titled = 20 + LINE * len(row.notes)
+        heights.append(max(cell_height + LINE * captioned, titled) + GAP + 2)
+    width = max(TITLES + len(rows[0].cells) * (cell_width + GAP) + 2 * MARGIN, NARROWEST)
+    block = Image.new("RGB", (width, HEADER + sum(heights) + MARGIN // 2), PAPER)
+    draw = ImageDraw.Draw(block)
+    _header(draw, width, view)
+    top = HEADER + 4
+    for row, drawn, height in zip(rows, pictures, heights, strict=True):
+        draw.text((MARGIN, top), row.title, INK, font(13, True))
+        for number, note in enumerate(row.notes):
+            draw.text((MARGIN, top + 20 + LINE * number), note, MUTED, font(11))
+        for place, (cell, picture) in enumerate(zip(row.cells, drawn, strict=True)):
+            left = MARGIN + TITLES + place * (cell_width + GAP)
+            block.paste(picture, (left, top))
+            draw.text((left, top + cell_height + 1), cell.caption, MUTED, font(11))
+        top += height
+    return block
+
+
+def _colour_key(width: int) -> Image.Image:
+    """Swatches with what they mean, in as many lines as the width asks for."""
+    ramp = np.linspace(0, 1, 90)[None].repeat(16, axis=0)
+    entries = [
+        (_wheel_swatch(), "direction of motion"),
+        (_ramp("magma", ramp), "residual, none to full"),
+        (_swatch(INTRA), "I-frame patch, before all others"),
+        (_ramp("viridis", 0.15 + 0.85 * ramp[:, ::-1]), "P-frame patch, first to last"),
+        (_swatch(UNSELECTED), "not selected"),
+    ]
+    places, left, top = [], MARGIN, 10
+    for swatch, text in entries:
+        needed = swatch.shape[1] + 8 + int(font(12).getlength(text)) + 28
+        if left > MARGIN and left + needed - 28 > width - MARGIN:
+            left, top = MARGIN, top + 44
+        places.append((left, top))
+        left += needed
+    key = Image.new("RGB", (width, top + 50), PAPER)
+    draw = ImageDraw.Draw(key)
+    for (left, top), (swatch, text) in zip(places, entries, strict=True):
+        key.paste(Image.fromarray(swatch), (left, top + (36 - swatch.shape[0]) // 2))
+        draw.text((left + swatch.shape[1] + 8, top + 11), text, INK, font(12))
+    return key
+
+
+def _wheel_swatch() -> np.ndarray:
+    """The colours of directions, as a disc on paper."""
+    side = 36
+    y, x = (np.mgrid[:side, :side] + 0.5) / side * 2 - 1
+    disc = _wheel(np.stack([x, y], axis=-1), 1.0).copy()
+    disc[np.hypot(x, y) > 1] = PAPER
+    return disc
+
+
+def _swatch(colour: tuple[int, int, int]) -> np.ndarray:
+    return np.full((16, 16, 3), colour, np.uint8)
+
+
+def _animation_picture(view: ClipView, cells: list[Cell], place: int) -> Image.Image:
+    """Six panels in two rows below the header, above the timeline."""
+    panels = [_scaled(cell.picture, PANEL) for cell in cells]
+    across, down = panels[0].size
+    pitch = down + LINE + GAP
+    width = max(3 * (across + GAP) - GAP + 2 * MARGIN, NARROWEST)
+    picture = Image.new("RGB", (width, HEADER + 4 + 2 * pitch + TIMELINE + MARGIN), PAPER)
+    draw = ImageDraw.Draw(picture)
+    _header(draw, width, view)
+    for number, (cell, panel) in enumerate(zip(cells, panels, strict=True)):
+        left = MARGIN + number % 3 * (across + GAP)
+        top = HEADER + 4 + number // 3 * pitch
+        picture.paste(panel, (left, top))
+        draw.text((left, top + down + 1), fitted(cell.caption, across, font(11)), INK, font(11))
+    _timeline(draw, view.columns, place, MARGIN, HEADER + 4 + 2 * pitch, width - 2 * MARGIN)
+    return picture
+
+
+def _timeline(
+    draw: ImageDraw.ImageDraw,
+    columns: list[Column],
+    place: int,
+    left: int,
+    top: int,
+    width: int,
+) -> None:
+    """Selected patches over time as bars, those up to the column `place` in colour."""
+    draw.text((left, top), "patches selected over time", MUTED, font(11))
+    foot = top + LINE + TIMELINE - 14
+    most = max(max(c.num_intra + c.num_inter for c in columns), 1)
+    pitch = width / len(columns)
+    for number, column in enumerate(columns):
+        x = left + number * pitch
+        heights = [
+            round(count / most * (foot - top - LINE))
+            for count in (column.num_inter, column.num_intra)
+        ]
+        base = foot
+        for height, colour in zip(heights, (INTER, INTRA), strict=True):
+            if height:
+                shade = colour if number <= place else RULE
+                draw.rectangle((x, base - height, x + pitch - 2, base - 1), fill=shade)
+                base -= height
+    draw.line((left, foot, left + width, foot), fill=MUTED)
