@@ -11,6 +11,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch.distributed as dist
 
 from model_factory.command_line.plain_text import show
@@ -23,7 +24,13 @@ from .config import ProbeConfig
 from .encoders import build_encoder
 from .features import ClipFeatures, refuse_unreadable
 from .neighbors import evaluate_neighbours
-from .record import Costs, summarise, summarise_neighbours, write_results
+from .record import (
+    Costs,
+    chosen_confusion,
+    summarise,
+    summarise_neighbours,
+    write_results,
+)
 from .trainer import ProbeTrainer
 
 if TYPE_CHECKING:
