@@ -10,10 +10,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 
 from data_pipeline.codec.decompose import DECOMPOSITION_VERSION
-from training.distributed import all_gather_json
+from training.distributed import Ranks, all_gather_json
 
 from ..feature_cache import FeatureCache
 from .benchmarks import LabelledList
@@ -191,6 +192,16 @@ class ClipFeatures:
                     )
                 self._cache.put(look, piece, comes_again=self._comes_again(look))
             yield found, features
+
+
+def crop_batches(
+    features: ClipFeatures, indices: np.ndarray, batch_size: int, ranks: Ranks
+) -> Iterator[FeatureBatch]:
+    """Features of all crops of the clips `indices` that fall to this rank, batch_size clips at a
+    time. The crops of a clip are in one batch."""
+    mine = indices[ranks.rank :: ranks.world_size]
+    chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return features.batches([features.crops(chunk) for chunk in chunks])
 
 
 def refuse_unreadable(train: ClipFeatures, val: ClipFeatures, allow_partial: bool) -> None:

@@ -27,7 +27,7 @@ from .benchmarks import BENCHMARKS
 from .compare import COLUMNS, cells_of, draw_confusion
 from .config import ProbeConfig
 from .metrics import Evaluation
-from .trainer import History
+from .trainer import EpochFigures, History
 
 DIGITS = 4  # of figures in percent: one of a million clips would still be seen
 
@@ -53,14 +53,15 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
     """The record of a bank of heads: figures of the setting that the held-out part of train chose,
     mean over its seeds. See docs/evaluation.md for every field."""
     assert history.last is not None  # the trainer evaluates its last epoch
-    held_out = history.held[-1] if history.held else None
+    last_epoch = history.epochs[-1]
+    held_out = last_epoch.held
     setting = _chosen_setting(history, held_out)
     heads = _heads_of(history, setting)
     metric = history.last.metric
+    held_means = [np.mean(e.held[heads]) for e in history.epochs if e.held is not None]
     best_epoch = None
-    if len(history.held) == len(history.epochs):  # held-out clips could be read in every epoch
-        means = [np.mean(values[heads]) for values in history.held]
-        best_epoch = _figures(history, heads, int(np.argmax(means)))
+    if len(held_means) == len(history.epochs):
+        best_epoch = _figures(history, heads, history.epochs[int(np.argmax(held_means))])
     return _facts(config, num_clips) | {
         "metric": metric,
         "chosen": {
@@ -68,14 +69,14 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
             "weight_decay": setting[1],
             "held_out": None if held_out is None else _rounded(np.mean(held_out[heads])),
         },
-        "last_epoch": _figures(history, heads, len(history.epochs) - 1),
+        "last_epoch": _figures(history, heads, last_epoch),
         "best_epoch": best_epoch,
         "best_epoch_on_validation": _best_on_validation(history),
         "per_class": history.last.per_class(heads),
         "grid": [
             asdict(tried)
             | {
-                metric: _rounded(history.main[-1][head]),
+                metric: _rounded(last_epoch.main[head]),
                 "held_out": None if held_out is None else _rounded(held_out[head]),
                 "astray": head in history.diverged,
             }
@@ -216,20 +217,19 @@ def _heads_of(history: History, setting: tuple[float, float]) -> list[int]:
     ]
 
 
-def _figures(history: History, heads: list[int], index: int) -> dict:
-    """Figures of some heads at the evaluated epoch of an index: means over their seeds."""
+def _figures(history: History, heads: list[int], epoch: EpochFigures) -> dict:
+    """Figures of some heads at an evaluated epoch: means over their seeds."""
     assert history.last is not None
-    values = history.main[index][heads]
-    top5 = history.top5[index]
+    values = epoch.main[heads]
     half_width = seed_half_width(values) if history.seeds_matter else None
     figures = {
         history.last.metric: _rounded(values.mean()),
-        "top5": None if top5 is None else _rounded(top5[heads].mean()),
-        "epoch": history.epochs[index],
+        "top5": None if epoch.top5 is None else _rounded(epoch.top5[heads].mean()),
+        "epoch": epoch.epoch,
         "seeds": [_rounded(value) for value in values],
         "ci95_seeds": None if half_width is None else _rounded(half_width),
     }
-    if index == len(history.epochs) - 1:  # results clip by clip are held of the last epoch alone
+    if epoch is history.epochs[-1]:  # results clip by clip are kept of the last epoch alone
         figures["ci95_clips"] = _rounded(history.last.clip_interval(heads))
     return figures
 
@@ -238,12 +238,12 @@ def _best_on_validation(history: History) -> dict:
     """The largest figure of any head at any epoch, as published protocols report it. It is chosen
     on the validation list, so it flatters; it is there to compare with published figures."""
     assert history.last is not None
-    values = np.array(history.main)
+    values = np.array([epoch.main for epoch in history.epochs])
     values[:, sorted(history.diverged)] = -np.inf
     index, head = np.unravel_index(np.argmax(values), values.shape)
     return {
         history.last.metric: _rounded(values[index, head]),
-        "epoch": history.epochs[index],
+        "epoch": history.epochs[index].epoch,
         "lr": history.settings[head].lr,
     }
 

@@ -233,7 +233,7 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="segments-over-all-frames",
-        file="eval_encoder/probe/reader.py",
+        file="data_pipeline/codec/timeline.py",
         old="* (total - 1) / count).astype(np.int64)",
         new="* total / count).astype(np.int64)",
         why="frames differ from those of the published protocol",
