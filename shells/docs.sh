@@ -28,5 +28,5 @@ PY
     fi
 fi
 # silences a notice about the next major version of MkDocs, which the extra leaves out
-NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict --quiet
+NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict
 echo "output/site/index.html"

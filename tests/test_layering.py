@@ -29,7 +29,7 @@ HOMES = {
     "torchcodec": {"eval_encoder.probe.reader"},
     "webdataset": {"data_pipeline.shards.writer"},
     "wandb": {"training.record.metrics"},
-    "ray": {"data_pipeline.shards.ray_driver"},
+    "ray": {"data_pipeline.shards.pack"},
     "fsspec": {"data_pipeline.shards.inputs"},
     "peft": {"eval_encoder.lmm.model.lmm"},
     "gradio": {"eval_encoder.lmm_web"},

@@ -23,7 +23,7 @@ from .framing import Framing
 from .motion_compensation import predict_luma
 
 if TYPE_CHECKING:
-    from av.video.frame import VideoFrame
+    import av
 
 TIME_BASE = 64  # temporal positions run over 0..63 whatever the number of frames
 MOTION_CELL = 8  # side of a motion cell in pixels: the smallest block of the canonical stream
@@ -168,7 +168,7 @@ def frame_times(count: int) -> np.ndarray:
     return np.rint(np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)).astype(np.int64)
 
 
-def vectors_of(frame: "VideoFrame") -> np.ndarray:
+def vectors_of(frame: "av.VideoFrame") -> np.ndarray:
     """FFmpeg's motion vectors of a decoded frame, a structured array; empty when it has none."""
     side = frame.side_data.get("MOTION_VECTORS")
     return np.zeros(0) if side is None else side.to_ndarray()

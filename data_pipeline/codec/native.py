@@ -40,8 +40,7 @@ from .framing import Crop, Framing, working_frame
 from .motion_compensation import predict_luma
 
 if TYPE_CHECKING:
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
+    import av
 
 NATIVE_CODECS = ("h264", "mpeg4")  # of which FFmpeg exports vectors
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of RGB, ITU-R BT.601
@@ -63,18 +62,18 @@ class _Chosen:
 
 
 @dataclass
-class _VectorWatcher:
+class VectorWatcher:
     """Sees every decoded frame: remembers reference frames, reads the vectors of P-frames."""
 
     path: Path
     chosen: list[_Chosen] = field(default_factory=list)
     waiting: list[_Chosen] = field(default_factory=list)  # B-frames before their P-frame
     reference: int = 0
-    reference_frame: "VideoFrame | None" = None
+    reference_frame: "av.VideoFrame | None" = None
     # of reference_frame, computed only when a chosen frame needs it
     reference_luma: np.ndarray | None = None
 
-    def prepare(self, stream: "VideoStream") -> None:
+    def prepare(self, stream: "av.VideoStream") -> None:
         """Begin a pass: configure the decoder to export vectors.
 
         Raises RejectedInput for a codec that exports none.
@@ -95,7 +94,7 @@ class _VectorWatcher:
         self.reference_frame = None
         self.reference_luma = None
 
-    def see(self, index: int, frame: "VideoFrame", crop: Crop, is_chosen: bool) -> None:
+    def see(self, index: int, frame: "av.VideoFrame", crop: Crop, is_chosen: bool) -> None:
         """One frame, in presentation order."""
         from av.video.frame import PictureType
 
@@ -127,7 +126,7 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
     """Codec view of a video by its own vectors; errors as of decompose_video, and
     `no_motion_vectors`.
     """
-    watcher = _VectorWatcher(path)
+    watcher = VectorWatcher(path)
     video = decode_video(path, framing, watcher=watcher)
     chosen = watcher.chosen
     luma = _luma(video.frames)
@@ -180,7 +179,7 @@ def _check_useful(path: Path, residual: np.ndarray, unpredicted: list[float]) ->
         )
 
 
-def _working_vectors(frame: "VideoFrame", crop: Crop) -> np.ndarray:
+def _working_vectors(frame: "av.VideoFrame", crop: Crop) -> np.ndarray:
     """Vectors into the past, [H/8, W/8, 2] in pixels of the upright working frame."""
     turns = round(frame.rotation / 90) % 4
     height = crop.height

@@ -240,8 +240,8 @@ LOADING = (
     Mutant(
         name="visible-index-read-by-columns",
         file="data_pipeline/shards/interop.py",
-        old="linear // columns % rows, linear % columns",
-        new="linear // rows % rows, linear % columns",
+        old="np.unravel_index(indices, shape)",
+        new="np.unravel_index(indices, (num_frames, *grid[::-1]))",
         why="marks of public tools fall on other patches of pictures that are not square",
         tests=(
             "data_pipeline/shards/test_interop.py::test_index_files_count_patches_row_by_row_where_the_grid_is_not_square",
