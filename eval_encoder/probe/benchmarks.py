@@ -146,6 +146,7 @@ def read_lists(
     `path,label`, a label that is no integer (in a list of one's own: or word) or out of range, a
     clip in two lines, or several labels under the single-label protocol.
     """
+    # The name of a benchmark comes before a folder that happens to be called so.
     is_own = name.lower() not in BENCHMARKS and Path(name).is_dir()
     benchmark = Benchmark(0, "train.csv", "val.csv") if is_own else find_benchmark(name)
     folder = Path(name) if is_own else data_root / name.lower()
@@ -168,28 +169,21 @@ def read_lists(
     if not several and not benchmark.repeats_clips:
         for rows in splits:
             refuse_repeats(rows, "keep one line, or evaluate with --protocol multi_label")
-    largest = max((number for part in numbers for own in part for number in own), default=0)
+    # A class may lack clips, or have them in one list alone, so the largest number of both counts.
+    largest = max((i for split in numbers for own in split for i in own), default=0)
     count = num_classes or benchmark.num_classes or len(classes) or largest + 1
-    lists = []
-    for split, rows, part in zip(SPLITS, splits, numbers, strict=True):
-        names, labels = _labels(rows, part, num_classes=count, several=several)
-        lists.append(
-            LabelledList(
-                folder=folder,
-                split=split,
-                names=names,
-                labels=labels,
-                num_classes=count,
-                classes=classes,
-            )
-        )
-    return lists[0], lists[1]
+    train, val = (
+        _labelled(folder / split, rows, own, several=several, num_classes=count, classes=classes)
+        for split, rows, own in zip(SPLITS, splits, numbers, strict=True)
+    )
+    return train, val
 
 
 def hold_out(clips: LabelledList, share: float) -> tuple[np.ndarray, np.ndarray]:
     """(indices to train on, indices held out to choose with), the same for every seed of heads. A
     file that is listed twice is on one side."""
     files = list(dict.fromkeys(clips.names))
+    # at least one file on either side
     count = min(max(1, round(share * len(files))), len(files) - 1) if share else 0
     order = counter_rng(0, "probe holdout").permutation(len(files))
     held = {files[i] for i in order[:count]}
@@ -257,22 +251,36 @@ def _numbers(
     return numbers
 
 
-def _labels(
-    rows: list[LabelledRow], numbers: list[list[int]], num_classes: int, several: bool
-) -> tuple[list[str], np.ndarray]:
-    """Names and labels as LabelledList has them; with several labels, lines that name one file are
+def _labelled(
+    place: Path,
+    rows: list[LabelledRow],
+    numbers: list[list[int]],
+    several: bool,
+    num_classes: int,
+    classes: tuple[str, ...],
+) -> LabelledList:
+    """The list of a split, which lies at `place`. With several labels, lines that name one file are
     one clip. Raises ValueError for a label that is out of range."""
     for row, own in zip(rows, numbers, strict=True):
         if own and max(own) >= num_classes:
             raise ValueError(f"{row.place}: label {max(own)}, but there are {num_classes} classes")
     names = [row.name for row in rows]
-    if not several:
-        return names, np.array([own[0] for own in numbers])
-    clip_of = {name: clip for clip, name in enumerate(dict.fromkeys(names))}
-    labels = np.zeros((len(clip_of), num_classes), np.uint8)
-    for name, own in zip(names, numbers, strict=True):
-        labels[clip_of[name], own] = 1
-    return list(clip_of), labels
+    if several:
+        clip_of = {name: clip for clip, name in enumerate(dict.fromkeys(names))}
+        labels = np.zeros((len(clip_of), num_classes), np.uint8)
+        for name, own in zip(names, numbers, strict=True):
+            labels[clip_of[name], own] = 1
+        names = list(clip_of)
+    else:
+        labels = np.array([own[0] for own in numbers])
+    return LabelledList(
+        folder=place.parent,
+        split=place.name,
+        names=names,
+        labels=labels,
+        num_classes=num_classes,
+        classes=classes,
+    )
 
 
 def _instructions(name: str, folder: Path, files: list[Path]) -> str:

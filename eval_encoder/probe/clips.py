@@ -100,6 +100,7 @@ def view_of_file(
         # A short clip has fewer frames than instants: frame numbers are no temporal positions.
         positions[:, 0] = pixels.times[positions[:, 0]]
         return View((patches.movedim(-1, 1),), torch.from_numpy(positions), (1, 1, len(patches)))
+    # Whole frames stand at their times on the time base, whatever the length of the clip.
     times = interpolate_frame_indices(
         torch.from_numpy(pixels.numbers)[None],
         torch.tensor([pixels.total]),
@@ -219,7 +220,7 @@ class RawClips:
         """(looks, pack) of readable clips in order, at most batch_size each."""
         ready: list[Look] = []
         views: list[View] = []
-        # two batches ahead: one is encoded while the next one is decoded
+        # two batches ahead: reading goes on while the encoder works
         for look, view in self._views(looks, ahead=2 * batch_size):
             if view is not None:
                 ready.append(look)
@@ -300,11 +301,13 @@ class PackedClips:
 
     def packs(self, looks: list[Look], batch_size: int) -> Packs:
         """(looks, pack) of clips in order, batch_size each."""
+        # The reader of shards takes a missing sample for an error, so those are left out before.
         pairs = [(look, self._sample_ids[look.clip]) for look in looks]
         stored = [(look, sample_id) for look, sample_id in pairs if sample_id is not None]
         config = self._config
         max_tokens = config.num_tokens
         if config.view == "frame":
+            # num_frames whole frames, also of the sample with the largest grid
             grids = [s["grid"] for shard in self._manifest.shards for s in shard["samples"]]
             max_tokens = config.num_frames * max(grid[0] * grid[1] for grid in grids)
         batches = sequential_batches(

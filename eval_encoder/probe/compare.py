@@ -169,6 +169,7 @@ def _draw(records: list[dict], published: list[Anchor], path: Path) -> None:
     for record in records:
         name = f"{encoder_name(record)}, {record['view']}, {record['head']}"
         curves.setdefault(name, []).append(record)
+    # `compare` has sorted the records by their tokens
     for name, curve in curves.items():
         axes.errorbar(
             [record["costs"]["tokens_per_clip"] for record in curve],

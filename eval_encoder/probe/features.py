@@ -90,6 +90,7 @@ class ClipFeatures:
         config = self._config.input
         counts = all_gather_json([self._num_tokens, self.passes])
         if not any(passes for _, passes in counts):
+            # Nothing was encoded on any rank, so the first clip that can be read speaks for all.
             for index in range(len(self.clips)):
                 if next(self._encoded([Look(index)])) is not None:
                     break
@@ -125,6 +126,7 @@ class ClipFeatures:
         """Features of every batch of looks, without the looks that cannot be read."""
         missing = [look for batch in batches for look in batch if not self._cache.has(look)]
         absent = set(missing)
+        # Encoded in the order of the batches, so that reading runs ahead over their borders.
         fresh = self._encoded(missing)
         for batch in batches:
             looks = []
@@ -178,6 +180,7 @@ class ClipFeatures:
                 pieces = encoded.pooled.half().cpu().split(1)
             else:
                 pieces = encoded.tokens.half().cpu().split(encoded.lengths.tolist())
+            # `.cpu()` has waited for the device, so these are seconds of the encoder.
             self.encode_s += time.perf_counter() - started
             self._num_tokens += int(encoded.lengths.sum())
             self.passes += len(found)
@@ -207,6 +210,7 @@ def crop_batches(
 def refuse_unreadable(train: ClipFeatures, val: ClipFeatures, allow_partial: bool) -> None:
     """Let all ranks know what any of them could not read. Raises UnreadableClips for any such
     clip, or with allow_partial for a list of such clips alone. Called by all ranks."""
+    # Exchanged before anything is raised: all ranks raise together, and none waits for another.
     for features in (train, val):
         for part in all_gather_json(features.unreadable):
             features.unreadable.update(part)

@@ -37,6 +37,7 @@ def evaluate_neighbours(
     ValueError where no training clip outside of the held-out part can be read.
     """
     vectors, readable = _all_features(train, batch_size, ranks)
+    # clips that cannot be read are on neither side
     keep, held = (part[readable[part]] for part in hold_out(train.clips, share))
     if not len(keep):
         raise ValueError("no training clip outside of the held-out part can be read")
@@ -44,6 +45,7 @@ def evaluate_neighbours(
     k = DEFAULT_NEIGHBOURS
     held_evaluation = None
     if len(held):
+        # k neighbours need k clips
         tried = [count for count in NEIGHBOURS if count <= len(keep)]
         every = _evaluate(
             train,

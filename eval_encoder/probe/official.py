@@ -140,6 +140,7 @@ def _last_word(line: str) -> tuple[str, str]:
 def read_kinetics(train: Path, val: Path) -> Splits:
     """Entries of the official csv files; ValueError for missing columns."""
     rows = {"train": _kinetics_rows(train), "val": _kinetics_rows(val)}
+    # over both files, so that a class has one number in both
     classes = sorted({row["label"] for listed in rows.values() for _, row in listed})
     number = {name: i for i, name in enumerate(classes)}
     splits: Splits = {}

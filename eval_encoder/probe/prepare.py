@@ -139,9 +139,10 @@ class VideoIndex:
         for entry in entries:
             name = "/".join(filter(None, (entry.class_name, entry.names[0])))
             found = self.find(entry, split)
+            # an absent video is listed under the path that it would have
             video = found or self._folder / f"{name}{entry.ending or suffix}"
             before = rows.setdefault(video, entry)
-            if before is not entry:
+            if before is not entry:  # listed already, by another line
                 repeated += 1
                 if before.label != entry.label:
                     raise ValueError(

@@ -58,6 +58,7 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
     setting = _chosen_setting(history, held_out)
     heads = _heads_of(history, setting)
     metric = history.last.metric
+    # The best epoch, too, is chosen on held-out clips: the validation list chooses nothing.
     held_means = [np.mean(e.held[heads]) for e in history.epochs if e.held is not None]
     best_epoch = None
     if len(held_means) == len(history.epochs):
@@ -141,6 +142,7 @@ def write_results(
         "software": {"python": platform.python_version(), **software},
     }
 
+    # Files of several probes lie in one folder: the line of the record tells them apart.
     prefix = f"{number:03d}_{record['dataset']}"
     if confusion is not None:
         record["confusion"] = f"{prefix}_confusion.png"
@@ -178,6 +180,7 @@ def _without_nan(value: object) -> object:
 
 def _facts(config: ProbeConfig, num_clips: dict[str, int]) -> dict:
     """Entries of any record: what was probed, of which clips, under which configuration."""
+    # A folder of one's own is known by its last part, as a benchmark is by its name.
     is_benchmark = config.dataset.lower() in BENCHMARKS
     return {
         "dataset": config.dataset.lower() if is_benchmark else Path(config.dataset).resolve().name,

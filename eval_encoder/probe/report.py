@@ -148,6 +148,7 @@ def _probe(results: Path) -> str:
     from .compare import with_interval
 
     records = _records(results)
+    # the demo may have been run again into the same folder
     latest = {(record["view"], Path(record["weight"]).name): record for record in records}
     trained = sorted({name for _, name in latest} - {UNTRAINED})
     weights = [*trained, UNTRAINED]

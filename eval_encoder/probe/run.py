@@ -42,6 +42,7 @@ PATIENCE_S = 6 * 3600.0  # ranks meet after reading their shares, which takes th
 def run_probe(config: ProbeConfig, ignored: list[str]) -> None:
     """Probe and report. ignored: flags that were given and have no effect."""
     notes: list[str] = []  # what was left out or chosen: logged and recorded once ranks are known
+    # Every rank reads the lists: a mistake in them ends all ranks alike, before any of them waits.
     lists = read_lists(
         name=config.dataset,
         data_root=config.data_root,
@@ -74,6 +75,7 @@ def _probe(
     ).to(ranks.device)
     train, val = (ClipFeatures(clips, config, encoder, ranks.device) for clips in lists)
     _check_lists(train, val, log=log)
+    # Missing files are reported before anything is decoded, damaged ones after the first pass.
     for features in (train, val):
         features.find_missing(ranks.rank, ranks.world_size)
     refuse_unreadable(train, val, allow_partial=config.allow_partial)
@@ -95,6 +97,7 @@ def _probe(
         record = summarise(config, history, num_clips=_num_clips(train, val))
         confusion = chosen_confusion(history, record)
 
+    # a collective, so that it stands before what rank 0 does alone
     tokens_per_clip = val.tokens_per_clip()
     if ranks.is_main:
         costs = Costs(

@@ -120,7 +120,7 @@ class ProbeTrainer:
             {"params": list(head.parameters()), "peak": s.lr, "weight_decay": s.weight_decay}
             for head, s in zip(self.bank.heads, settings, strict=True)
         ]
-        # `_step` sets the rate of every group before it is used.
+        # `_step` sets the learning rate of every group before it is used.
         self._optimizer = torch.optim.AdamW(groups, lr=1.0)
         self.history = History(settings)
         self._started = time.perf_counter()
@@ -134,12 +134,13 @@ class ProbeTrainer:
         config = self._heads_config
         keep, held = hold_out(self._train.clips, config.holdout)
         size = config.batch_size * self._ranks.world_size
-        steps = -(-len(keep) // size)
+        steps = -(-len(keep) // size)  # the last batch of an epoch may be smaller
         self._check_seeds(steps)
         for epoch in range(1, config.epochs + 1):
             sums = np.zeros(len(self.bank.heads))
             num_clips = 0
             for step, batches in enumerate(self._head_batches(epoch, keep, size)):
+                # 0 at the first step; the step after the last one would have 1
                 progress = ((epoch - 1) * steps + step) / (config.epochs * steps)
                 sums += self._step(batches, progress)
                 num_clips += len(batches[0].clips)  # over an epoch, all seeds have the same clips
@@ -195,6 +196,7 @@ class ProbeTrainer:
         """
         config = self._heads_config
         ranks = self._ranks
+        # Every rank draws the order of all ranks and takes its share, so nothing is exchanged.
         shared = _chunks(config.seed, epoch, clips=keep, size=size)
         mine = [chunk[ranks.rank :: ranks.world_size] for chunk in shared]
         read = self._train.batches([self._train.drawn_looks(chunk, epoch) for chunk in mine])
@@ -277,6 +279,8 @@ class ProbeTrainer:
         config = self._heads_config
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] + (config.min_lr - group["peak"]) * progress
+        # A rank's share of a batch may be smaller than another's, or lack clips that cannot be
+        # read: the loss is the mean over what all ranks have.
         counts = torch.tensor([float(len(batch.clips)) for batch in batches])
         counts = counts.to(self._ranks.device)
         dist.all_reduce(counts)
@@ -287,6 +291,7 @@ class ProbeTrainer:
                 labels = torch.from_numpy(self._train.clips.labels[batch.clips])
                 logits = self.bank(batch.features, batch.heads)
                 sums = _losses(logits, labels.to(logits.device), config.smoothing)
+                # Heads share no weights: the gradient of the sum is that of every head's own loss.
                 (sums.sum() / count.clamp(min=1)).backward()
                 losses[batch.heads] = sums.detach().cpu()
         self._sum_gradients()
@@ -315,6 +320,7 @@ class ProbeTrainer:
         takes no step. Raises NonFiniteProbe when none is left."""
         diverged = self.history.diverged
         for number, head in enumerate(self.bank.heads):
+            # One norm for each head: a common one would let a large head's gradient shrink all.
             norm = torch.nn.utils.clip_grad_norm_(head.parameters(), self._heads_config.clip_grad)
             if number not in diverged and not torch.isfinite(norm):
                 diverged.add(number)
