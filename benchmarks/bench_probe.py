@@ -54,7 +54,7 @@ class Bench:
         probe = ProbeTrainer(
             config, self.encoder.width, train, val, self._ranks, logging.getLogger("bench")
         )
-        ends = [0.0, *probe.run().seconds]
+        ends = [0.0, *(epoch.seconds for epoch in probe.run().epochs)]
         return [end - start for start, end in zip(ends, ends[1:], strict=False)]
 
 

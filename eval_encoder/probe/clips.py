@@ -18,12 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from data_pipeline.codec.framing import Framing
 from data_pipeline.codec.open_video import InputLimits, is_image
+from data_pipeline.codec.saliency import SaliencyConfig
 from data_pipeline.codec.selection import cut_patches
-from data_pipeline.codec.timeline import segment_frames
 from data_pipeline.errors import RejectedInput
 from data_pipeline.labelled_lists import ids_of_sources
 from data_pipeline.loading.config import ViewConfig
@@ -79,9 +79,14 @@ def view_of_file(
 
     Raises RejectedInput for a file that cannot be read.
     """
-    request = _request(path, look, config=config, size=size, patch_size=patch_size)
-    if limits is not None:
-        request = replace(request, limits=limits)
+    framing = Framing(
+        num_frames=config.target_frames,
+        size=size,
+        patch_size=patch_size,
+        crop_position=look.across,
+        limits=limits or InputLimits(),
+    )
+    request = _request(path, look, config=config, framing=framing)
     pixels = (reader or shared_reader()).read(request)
     frames = pixels.frames
     if look.version:
@@ -95,17 +100,13 @@ def view_of_file(
         # A short clip has fewer frames than instants: frame numbers are no temporal positions.
         positions[:, 0] = pixels.times[positions[:, 0]]
         return View((patches.movedim(-1, 1),), torch.from_numpy(positions), (1, 1, len(patches)))
+    # Whole frames stand at their times on the time base, whatever the length of the clip.
     times = interpolate_frame_indices(
         torch.from_numpy(pixels.numbers)[None],
         torch.tensor([pixels.total]),
         config.target_frames,
     )
     return still_view(list(torch.from_numpy(frames)), patch_size=patch_size, times=times)
-
-
-def frame_numbers(total: int, look: Look, config: InputConfig) -> np.ndarray:
-    """Frames of a clip of `total` frames, int64 [num_frames]; those of a short clip repeat."""
-    return segment_frames(total, _positions_within(look, config))
 
 
 def chosen_decoder(config: InputConfig) -> str:
@@ -140,36 +141,31 @@ def chosen_gop(config: InputConfig, frame_tokens: int) -> int:
     return gop
 
 
-def _request(
-    path: Path, look: Look, config: InputConfig, size: int, patch_size: int
-) -> PixelRequest:
+def _request(path: Path, look: Look, config: InputConfig, framing: Framing) -> PixelRequest:
     """What a look asks of a file."""
-    shared = PixelRequest(
-        path=str(path), kind="image", size=size, patch_size=patch_size, place=look.across
-    )
     if is_image(path):
-        return shared
+        return PixelRequest(str(path), kind="image", framing=framing)
     if config.view == "codec":
-        return replace(
-            shared,
+        frame_tokens = (framing.size // framing.patch_size) ** 2
+        return PixelRequest(
+            str(path),
             kind="patches",
-            num_frames=config.target_frames,
-            gop=chosen_gop(config, frame_tokens=(size // patch_size) ** 2),
+            framing=framing,
+            gop=chosen_gop(config, frame_tokens),
             num_patches=config.num_tokens,
-            camera=config.camera,
-            centre_prior=config.centre_prior,
+            saliency=SaliencyConfig(camera=config.camera, centre_prior=config.centre_prior),
         )
-    return replace(
-        shared,
+    return PixelRequest(
+        str(path),
         kind="frames",
-        within=_positions_within(look, config),
+        framing=replace(framing, within=positions_within(look, config)),
         decoder=chosen_decoder(config),
         decoder_threads=config.decoder_threads,
     )
 
 
-def _positions_within(look: Look, config: InputConfig) -> tuple[float, ...]:
-    """Position of each frame in its segment, 0 to 1."""
+def positions_within(look: Look, config: InputConfig) -> tuple[float, ...]:
+    """Position of each whole frame in its segment, 0 to 1."""
     if look.version and "jitter" in config.augmentations:
         draw = counter_rng(config.seed, "probe jitter", look.clip, look.version)
         return tuple(draw.random(config.num_frames).tolist())
@@ -224,7 +220,7 @@ class RawClips:
         """(looks, pack) of readable clips in order, at most batch_size each."""
         ready: list[Look] = []
         views: list[View] = []
-        # two batches ahead: one is encoded while the next one is decoded
+        # two batches ahead: reading goes on while the encoder works
         for look, view in self._views(looks, ahead=2 * batch_size):
             if view is not None:
                 ready.append(look)
@@ -305,11 +301,13 @@ class PackedClips:
 
     def packs(self, looks: list[Look], batch_size: int) -> Packs:
         """(looks, pack) of clips in order, batch_size each."""
+        # The reader of shards takes a missing sample for an error, so those are left out before.
         pairs = [(look, self._sample_ids[look.clip]) for look in looks]
         stored = [(look, sample_id) for look, sample_id in pairs if sample_id is not None]
         config = self._config
         max_tokens = config.num_tokens
         if config.view == "frame":
+            # num_frames whole frames, also of the sample with the largest grid
             grids = [s["grid"] for shard in self._manifest.shards for s in shard["samples"]]
             max_tokens = config.num_frames * max(grid[0] * grid[1] for grid in grids)
         batches = sequential_batches(

@@ -264,6 +264,7 @@ def build_config(args: argparse.Namespace) -> ProbeConfig:
     _check_choices(args)
     _check_counts(args)
     _check_numbers(args)
+    # `none` is a word of the command line, of which records and stored features know nothing
     augmentations = [name for name in args.augment if name != "none"]
     args = argparse.Namespace(**{**vars(args), "augment": augmentations})
     return from_flags(ProbeConfig, args, report_dir=_report_dir(args))
@@ -337,6 +338,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("feature_cache_gb", "center_prior", "default_min_lr"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name} {getattr(args, name)} must be not negative")
+    # Equal settings would be equal heads. A rate of 0 would train nothing.
     for name, least in (("default_lr_list", 1e-12), ("default_weight_decay", 0.0)):
         values = getattr(args, name)
         if min(values) < least or len(set(values)) < len(values):

@@ -13,6 +13,7 @@ import transformers
 from conftest import write_video
 from forked import forked
 
+from data_pipeline.codec.timeline import segment_frames
 from data_pipeline.errors import RejectedInput
 from data_pipeline.loading.packing import pack_views
 from data_pipeline.loading.views import still_view
@@ -24,7 +25,7 @@ from eval_encoder.probe.clips import (
     RawClips,
     chosen_decoder,
     chosen_gop,
-    frame_numbers,
+    positions_within,
     view_of_file,
 )
 from eval_encoder.probe.config import build_config, build_parser
@@ -41,6 +42,10 @@ DECODERS = ["av", "decord"]
 
 def config_of(*flags):
     return build_config(build_parser().parse_args([str(flag) for flag in flags])).input
+
+
+def frame_numbers(total, look, config):
+    return segment_frames(total, positions_within(look, config))
 
 
 def needs(decoder):
