@@ -12,6 +12,8 @@ Shape legend: S packed tokens, N sequences, H heads, d head_dim.
 """
 
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -67,10 +69,13 @@ def varlen_attention(
         return grouped_sdpa(q, k, v, bounds_q=bounds_q, bounds_k=cu_seqlens)
     # both fast kernels take the same arguments in the same order
     if chosen == "varlen":
-        from torch.nn.attention.varlen import varlen_attn as kernel
+        from torch.nn.attention.varlen import varlen_attn
+
+        kernel: Callable[..., Any] = varlen_attn
     else:
         try:  # its build may not fit the installed torch, which shows when it is imported
-            from flash_attn import flash_attn_varlen_func as kernel
+            from flash_attn import flash_attn_varlen_func
         except ImportError as error:
             raise ValueError(f"flash-attn is installed but does not import: {error}") from error
+        kernel = flash_attn_varlen_func
     return kernel(q, k, v, bounds_q, cu_seqlens, longest_q, max_seqlen)

@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,19 +26,19 @@ DEFAULTS = {  # what the published configuration class assumes for a field that 
 }
 
 
-def published_model_type(folder) -> str | None:
+def published_model_type(folder: str | Path) -> str | None:
     """Model type of a local published folder; None for any other folder, name or file."""
     model_type = model_type_of(folder)
     return model_type if model_type in MODEL_TYPES else None
 
 
-def read_published_folder(folder) -> tuple[dict, dict[str, torch.Tensor]]:
+def read_published_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Fields of LlavaViTPackingConfig and weights in the packing layout, in the folder's dtype.
 
     The folder was checked (model_folder.py), so an index names shards beside it. Raises ValueError
     for an activation other than GELU, a folder without safetensors, and names that fit no rule.
     """
-    folder = Path(str(folder))
+    folder = Path(folder)
     published = json_object(folder / "config.json")
     if published.get("hidden_act", "gelu") != "gelu":
         raise ValueError(

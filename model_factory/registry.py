@@ -9,8 +9,16 @@
 `packing_config` alone needs no weights, so counting parameters on the meta device is cheap.
 """
 
+from __future__ import annotations
+
 import difflib
 import fnmatch
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration import LlavaViTPackingConfig
+    from .vit_preview_v0 import LlavaViTEncoder
+    from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 SOURCE_PREFIX = "llava_vit_"
 PACKING_PREFIX = "hf_llava_vit_packing_"
@@ -79,7 +87,7 @@ def clip_shape(name: str) -> tuple[int, int]:
     return CLIP_SIZE, patch
 
 
-def packing_config(name: str, **overrides):
+def packing_config(name: str, **overrides: Any) -> LlavaViTPackingConfig:
     """LlavaViTPackingConfig of a registered name; `overrides` are config fields.
 
     ValueError for an unknown name or field, with the nearest known ones.
@@ -110,7 +118,7 @@ def packing_config(name: str, **overrides):
     return LlavaViTPackingConfig(**{**fields, **overrides})
 
 
-def create_model(name: str, **overrides):
+def create_model(name: str, **overrides: Any) -> LlavaViTEncoder | LlavaViTPackingModel:
     """Randomly initialised model of a registered name; `overrides` are config fields.
 
     ValueError for an unknown name, with the nearest known ones.

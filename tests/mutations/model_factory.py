@@ -46,8 +46,8 @@ MODEL_FACTORY = (
     Mutant(
         name="attention-keys-unrotated",
         file="model_factory/layers.py",
-        old="q, k = (apply_rope(part, context.rope) for part in (q, k))",
-        new="q = apply_rope(q, context.rope)",
+        old="k = apply_rope(k, context.rope)",
+        new="pass",
         why="scores depend on absolute places",
         tests=("model_factory/test_golden_vectors.py",),
     ),
@@ -178,8 +178,8 @@ MODEL_FACTORY = (
     Mutant(
         name="qkv-order",
         file="model_factory/state_dict_adapter.py",
-        old='torch.cat([parts[p] for p in "qkv"])',
-        new='torch.cat([parts[p] for p in "kqv"])',
+        old='torch.cat([parts[part] for part in "qkv"])',
+        new='torch.cat([parts[part] for part in "kqv"])',
         why="published weights load with queries and keys exchanged",
         tests=("model_factory/test_key_layouts.py",),
     ),
