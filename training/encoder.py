@@ -11,6 +11,7 @@ import torch
 
 from model_factory.backbone import check_is_model, load_backbone, save_backbone
 from model_factory.command_line.reading import reading
+from model_factory.configuration import LlavaViTPackingConfig
 from model_factory.export_folder import save_encoder_folder
 from model_factory.registry import packing_config, packing_name
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
@@ -40,7 +41,7 @@ def build_encoder(config: ModelConfig, seed: int) -> LlavaViTPackingModel:
     return encoder.requires_grad_(not config.frozen)
 
 
-def _check(built, config: ModelConfig) -> None:
+def _check(built: LlavaViTPackingConfig, config: ModelConfig) -> None:
     """What was loaded must be what was named."""
     check_is_model(built, config.name, config.init_from or "")
     if built.rope_pairing != config.rope_pairing:
