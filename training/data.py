@@ -10,6 +10,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,7 +101,8 @@ class TrainingData:
         counts = {head.name: self._samples_per_batch(head) for head in config.heads}
         self.samples_per_step = sum(counts.values()) * config.grad_accum_steps
         num_batches = config.schedule.total_samples / sum(counts.values())
-        self.streams = {
+        # HeadStream or SyntheticStream
+        self.streams: dict[str, Any] = {
             head.name: self._build(head, max(1, int(num_batches * counts[head.name])))
             for head in config.heads
         }
@@ -169,6 +171,9 @@ class TrainingData:
         wishes() returns whether this rank wishes to stop and to save: all ranks learn of it in the
         counts.
         """
+        self._drawn = self._draw(loader, clock, wishes)
+
+    def _draw(self, loader: MixtureLoader, clock: StepClock, wishes: Wishes) -> _Drawn:
         batches: dict[str, PackedBatch] = {}
         failure = None
         with clock.section("data"):
@@ -179,7 +184,7 @@ class TrainingData:
         replaced = sum(len(batch.replaced) for batch in batches.values())
         counts = [failure is not None, replaced, *_totals(batches), *wishes()]
         sums = torch.tensor(counts, dtype=torch.int64)
-        self._drawn = _Drawn(
+        return _Drawn(
             batches=batches,
             failure=failure,
             position=loader.state_dict(),
@@ -192,9 +197,7 @@ class TrainingData:
     ) -> tuple[dict[str, PackedBatch], DataCounts]:
         """({head: batch of this rank}, counts of all ranks) of what was drawn, or is now. An error
         that any rank met is raised on all of them."""
-        if self._drawn is None:
-            self.draw(loader, clock, wishes)
-        drawn = self._drawn
+        drawn = self._drawn or self._draw(loader, clock, wishes)
         self._drawn = None
         with clock.section("agree"):
             drawn.work.wait()

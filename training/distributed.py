@@ -187,27 +187,30 @@ def _restarted() -> bool:
     return bool(restarts)
 
 
-def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
+def on_main(ranks: Ranks, work: Callable[[], object]) -> None:
     """Once all ranks are here, run `work` on rank 0 while the others wait, for hours if need be: no
     collective is open meanwhile, so none can time out.
 
     Raises PeerFailed with rank 0's error on the others where it fails.
     """
+    store = ranks.store
+    if store is None:
+        raise RuntimeError("on_main needs the store that process_group makes")
     key = f"on_main/{next(_CALLS)}"
     if not ranks.is_main:
-        ranks.store.set(f"{key}/{ranks.rank}", DONE)
-        outcome = _await(ranks.store, key)
+        store.set(f"{key}/{ranks.rank}", DONE)
+        outcome = _await(store, key)
         if outcome != DONE:
             raise PeerFailed(f"rank 0 stopped: {outcome}")
         return
     for rank in range(1, ranks.world_size):
-        _await(ranks.store, f"{key}/{rank}")
+        _await(store, f"{key}/{rank}")
     try:
         work()
     except BaseException as error:
-        ranks.store.set(key, f"{type(error).__name__}: {error}")
+        store.set(key, f"{type(error).__name__}: {error}")
         raise
-    ranks.store.set(key, DONE)
+    store.set(key, DONE)
 
 
 def _await(store: dist.Store, key: str, at_most_s: float = math.inf) -> str:

@@ -181,7 +181,7 @@ def examine(output: Path, ranks: "Ranks") -> list[Finding]:
         lambda: check_output(output),
         lambda: check_ranks(ranks),
     ]
-    findings = []
+    findings: list[Finding] = []
     for check in checks:
         try:
             findings += check()

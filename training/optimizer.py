@@ -120,15 +120,15 @@ class RowAdamW(torch.optim.AdamW):
         for group in groups:
             for parameter in group["params"]:
                 if group["lazy"] and parameter.grad is not None:
-                    self._step_rows(parameter, group)
+                    self._step_rows(parameter, gradient=parameter.grad, group=group)
         return loss
 
-    def _step_rows(self, parameter: torch.Tensor, group: dict) -> None:
+    def _step_rows(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict) -> None:
         """One step of AdamW on the rows that the gradient has, each with its own step count."""
         state = self._state_of(parameter, group)
         beta1, beta2 = group["betas"]
-        rows = parameter.grad.indices()[0]
-        grads = parameter.grad.values()
+        rows = gradient.indices()[0]
+        grads = gradient.values()
         for start in range(0, len(rows), ROWS_AT_ONCE):
             index = rows[start : start + ROWS_AT_ONCE]
             grad = grads[start : start + ROWS_AT_ONCE]
@@ -235,8 +235,8 @@ def global_grad_norm(encoder: nn.Module, heads: list[nn.Module]) -> torch.Tensor
     Gradients that every rank holds (DDP) count once; those of centres and of sharded weights are
     summed over the ranks. Called by all ranks.
     """
-    whole = []
-    parts = []
+    whole: list[nn.Parameter] = []
+    parts: list[nn.Parameter] = []
     for parameter in encoder.parameters():
         role = parts if isinstance(parameter, DTensor) else whole
         role.append(parameter)

@@ -36,11 +36,12 @@ from .stop_signals import StopSignals
 from .trainer import Trainer
 
 REPORT_NAME = "rounds.json"
+Datasets = dict[str, Dataset | None]  # by the name of their head; None: synthetic patches
 
 
 def train_rounds(
     config: TrainConfig,
-    datasets: dict[str, Dataset | None],
+    datasets: Datasets,
     ranks: Ranks,
     signals: StopSignals,
     logger: logging.Logger,
@@ -100,11 +101,12 @@ def _check_resume(config: TrainConfig) -> None:
 
 
 def _write_centers(
-    heads: dict[str, PartialFC], datasets: dict[str, Dataset], folder: Path, ranks: Ranks
+    heads: dict[str, PartialFC], datasets: Datasets, folder: Path, ranks: Ranks
 ) -> None:
     """Write the trained centres of heads that are not clustered again, for the next round."""
+    clustered = _clustered(datasets)
     for name, head in heads.items():
-        if not datasets[name].clustered:
+        if name not in clustered:
             centers = head.whole_centers()
             if ranks.is_main:
                 path = folder / "centers" / f"{name}.npy"
@@ -145,17 +147,21 @@ def _named_as(other: TrainConfig, config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, heads=heads)
 
 
+def _clustered(datasets: Datasets) -> dict[str, Dataset]:
+    """Those whose classes are clusters; classes that came from outside stay."""
+    return {name: data for name, data in datasets.items() if data is not None and data.clustered}
+
+
 def _clusters(folder: Path, head: str) -> Path:
     return folder / "clusters" / head
 
 
 def _cluster_again(
-    datasets: dict[str, Dataset], folder: Path, ranks: Ranks, logger: logging.Logger
-) -> tuple[dict[str, Dataset], dict[str, dict]]:
-    """(datasets with new labels by the encoder in FOLDER/hf, {head: what changed}); heads whose
-    classes came from outside keep them."""
+    datasets: Datasets, folder: Path, ranks: Ranks, logger: logging.Logger
+) -> tuple[Datasets, dict[str, dict]]:
+    """(datasets with new labels by the encoder in FOLDER/hf, {head: what changed})."""
     encoder = folder / "hf"
-    clustered = {name: dataset for name, dataset in datasets.items() if dataset.clustered}
+    clustered = _clustered(datasets)
 
     def forget() -> None:
         for name, dataset in clustered.items():
@@ -180,9 +186,10 @@ def _cluster_again(
     again = dict(datasets)
     changes = {}
     for name, dataset in clustered.items():
-        again[name] = relabelled(dataset, _clusters(folder, name))
-        shared = normalised_mutual_information(dataset.labels[:, 0], again[name].labels[:, 0])
-        changes[name] = {"classes": again[name].num_classes, "nmi_with_labels_before": shared}
+        new = relabelled(dataset, _clusters(folder, name))
+        again[name] = new
+        shared = normalised_mutual_information(dataset.labels[:, 0], new.labels[:, 0])
+        changes[name] = {"classes": new.num_classes, "nmi_with_labels_before": shared}
         logger.info("head %s: new clusters share %.3f NMI with the old ones", name, shared)
     return again, changes
 

@@ -105,7 +105,7 @@ class _Listed(FileSystem):
     def __init__(self, names: Iterable[str]):
         self._names = sorted(names)
 
-    def ls(self, path: str) -> list[str]:
+    def ls(self, path: str | os.PathLike) -> list[str]:
         """Paths of these files in `path`."""
         return [os.path.join(path, name) for name in self._names]
 

@@ -58,7 +58,7 @@ def _choose(output: Path, resume: str, logger: logging.Logger) -> dict:
     commits = [Path(resume)]
     if resume == "auto":
         commits = CheckpointFolder(output / FOLDER_NAME).commits()
-    damaged = []
+    damaged: list[str] = []
     for path in commits:
         problems = verify_checkpoint(path)
         if not problems:
