@@ -1,5 +1,5 @@
 """What a folder holds before a packing starts: the shards of an earlier one, finished or not.
-Whether files on disk are still the inputs of its shards, and how a packing that is asked for differs.
+Whether files on disk are still the inputs of its shards, and how another packing differs from it.
 
 Only files that the packer itself wrote count: manifest.json, and NAME.tar, NAME.tar.idx, NAME.json
 of shards with a name of ours. Whatever else lies in the folder is neither read nor removed.
