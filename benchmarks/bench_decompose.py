@@ -24,9 +24,8 @@ import numpy as np
 from data_pipeline.codec.decompose import decompose_video
 from data_pipeline.codec.selection import cut_patches
 from data_pipeline.shards.inputs import Input, list_inputs
-from data_pipeline.shards.isolation import SamplePool
 from data_pipeline.shards.pack import PackConfig, pack
-from data_pipeline.shards.sample_builder import SampleConfig, build_sample
+from data_pipeline.shards.sample_builder import SampleConfig, SamplePool, build_sample
 from data_pipeline.shards.schema import SampleInfo, decode_array, decode_patches
 
 SAMPLE = SampleConfig(size=224, patch_size=14)

@@ -2,12 +2,14 @@
 # Installs once, then runs lint and all tests that this machine can run. Arguments go to pytest:
 #   bash shells/test.sh                     everything
 #   bash shells/test.sh -m "not e2e"        without the slowest tier
+#   bash shells/test.sh --soak              with every case of every sweep (docs/testing.md)
 # Without arguments, the numeric tests run twice more, under other arithmetic (test_arithmetic.sh).
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 ruff check .
 ruff format --check .
-# two files at a time: most tests are single processes that start up
-python -m pytest --numprocesses "${TEST_WORKERS:-2}" --dist loadfile --durations=10 "$@"
+# two files at a time, in the order of tests/conftest.py
+python -m pytest --numprocesses "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
+    --durations=10 "$@"
 # one run sees one processor: the numeric tests again, as an older and a larger one would compute
 if [ $# -eq 0 ]; then bash shells/test_arithmetic.sh --quick; fi

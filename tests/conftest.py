@@ -3,6 +3,7 @@ processes of a real group.
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -10,12 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import ForkingRun, share_through
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -66,11 +70,44 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if asked and not _is_numeric(collection_path) else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of numeric files."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--soak`: the whole of every sweep (docs/testing.md)."""
+    parser.addoption(
+        "--soak",
+        action="store_true",
+        help="also the cases of sweeps of which the suite runs one or a few each",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of numeric files; leave the soak out; whole commands come first, so that the
+    workers, who take a file at a time, come to their end together."""
     for item in items:
         if _is_numeric(item.path):
             item.add_marker(pytest.mark.numeric)
+    if not config.option.soak:
+        left_out = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    commands = Counter(item.path for item in items if item.get_closest_marker("e2e"))
+    items.sort(key=lambda item: -commands[item.path])  # a stable sort
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_by_workers(tmp_path_factory) -> Path:
+    """Folder of this run that all its workers see; what is made there is made once."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    share_through(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick_tower_check():
+    """The process in which an exported tower is checked is forked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model_factory.llava.tower_folder.subprocess", ForkingRun)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -83,26 +120,49 @@ def shared() -> Path:
     return SHARED
 
 
+def listing(folder: Path) -> list[list]:
+    """[path, size, time of change] of every file below a folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+@contextlib.contextmanager
+def made_once(shared_by_workers: Path, name: str, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A folder that the first worker to come makes and all read; AssertionError in the end where a
+    test has changed it for the others."""
+    folder, record = shared_by_workers / name, shared_by_workers / f"{name}.json"
+    with open(shared_by_workers / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not record.exists():
+            make(folder)
+            record.write_text(json.dumps(listing(folder)))
+    yield folder
+    assert listing(folder) == json.loads(record.read_text()), f"a test has changed {folder}"
+
+
 @pytest.fixture(scope="session")
-def clips(tmp_path_factory) -> Path:
+def clips(packed) -> Path:
     """Folder of 24 training and 8 validation clips of motion_shapes with their lists."""
-    from data_pipeline.motion_shapes import write_motion_shapes
-
-    folder = tmp_path_factory.mktemp("set") / "motion_shapes"
-    write_motion_shapes(folder, num_train=24, num_val=8, workers=2)
-    return folder
+    return packed
 
 
 @pytest.fixture(scope="session")
-def packed(clips) -> Path:
+def packed(shared_by_workers) -> Iterator[Path]:
     """Those clips packed (98 tokens each, shards of 10), clustered and labelled:
-    folders train/ and val/.
+    folders train/ and val/. To be read only.
     """
+    with made_once(shared_by_workers, "motion_shapes", _pack_clips) as folder:
+        yield folder
+
+
+def _pack_clips(clips: Path) -> None:
     from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
+    from data_pipeline.motion_shapes import write_motion_shapes
     from data_pipeline.shards.inputs import list_inputs
     from data_pipeline.shards.pack import PackConfig, pack
     from data_pipeline.shards.sample_builder import SampleConfig
 
+    write_motion_shapes(clips, num_train=24, num_val=8, workers=2)
     config = PackConfig(
         SampleConfig(size=112, gop=64, budget=98, num_full_frames=8),
         samples_per_shard=10,
@@ -112,14 +172,18 @@ def packed(clips) -> Path:
         manifest = pack(list_inputs([clips / f"{split}.csv"]), clips / split, config)
         cluster(manifest, ClusterConfig(8), clips / "centroids" / split)
         label(manifest, clips / "centroids" / split, 4, clips / split)
-    return clips
 
 
 @pytest.fixture(scope="session")
-def mixed(clips, tmp_path_factory) -> Path:
+def mixed(clips, shared_by_workers) -> Iterator[Path]:
     """Packed folder of 12 clips and 28 pictures of many sizes (shards of 5), with 100 labels each
-    of which most are -1, as long lists of words have.
+    of which most are -1, as long lists of words have. To be read only.
     """
+    with made_once(shared_by_workers, "mixed", partial(_pack_mixture, clips=clips)) as folder:
+        yield folder / "packed"
+
+
+def _pack_mixture(folder: Path, clips: Path) -> None:
     from PIL import Image
 
     from data_pipeline.clustering.labels import save_labels
@@ -127,7 +191,7 @@ def mixed(clips, tmp_path_factory) -> Path:
     from data_pipeline.shards.pack import PackConfig, pack
     from data_pipeline.shards.sample_builder import SampleConfig
 
-    folder = tmp_path_factory.mktemp("mixed")
+    folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(28):
         side = int(rng.integers(40, 200))
@@ -144,7 +208,6 @@ def mixed(clips, tmp_path_factory) -> Path:
     for row, count in zip(labels, rng.integers(1, 12, len(manifest)), strict=True):
         row[:count] = rng.integers(0, 500, count)
     save_labels(folder / "packed", labels, manifest, 500, {})
-    return folder / "packed"
 
 
 def run(

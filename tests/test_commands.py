@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, call, run, torchrun
+from conftest import ROOT, call, run
+from forked import forked_ranks
 from safetensors.torch import save_file
 
 from model_factory.command_line.command import EXIT_CODES, message_of, outcome_of, run_command
@@ -299,11 +300,13 @@ def test_each_kind_of_end_has_its_code_and_one_line(capsys):
 
 def test_errors_of_ours_have_the_codes_of_a_run_in_every_command(capsys):
     from data_pipeline.errors import BudgetExceeded, DataTimeout
-    from training.checkpoint.files import BadCheckpoint
-    from training.checkpoint.folder import StorageError
-    from training.checkpoint.resume import ConfigMismatch
-    from training.distributed import PeerFailed
-    from training.train_step import NonFiniteLoss
+    from training.errors import (
+        BadCheckpoint,
+        ConfigMismatch,
+        NonFiniteLoss,
+        PeerFailed,
+        StorageError,
+    )
 
     codes = {BudgetExceeded: 4, NonFiniteLoss: 5, BadCheckpoint: 6, ConfigMismatch: 7}
     codes |= {DataTimeout: 8, StorageError: 8, PeerFailed: 9}
@@ -364,7 +367,7 @@ def test_a_full_standard_output_is_named(count):
 @pytest.mark.dist
 def test_ranks_say_what_they_all_would_say_once(tmp_path):
     flags = ("--dataset", "motion_shapes", "--data_root", tmp_path / "nowhere")
-    done = torchrun(2, "eval_encoder/attentive_probe.py", *flags, check=False)
+    done = forked_ranks(2, "eval_encoder/attentive_probe.py", *flags, check=False)
     assert done.returncode == 1 and done.stderr.count("error: benchmark motion_shapes") == 1
 
 

@@ -114,7 +114,7 @@ def _packing_model_rows(
 ) -> Callable[[range], np.ndarray]:
     import torch
 
-    from ..loading.sequential import sequential_batches
+    from ..loading.samples import sequential_batches
 
     model = open_encoder(location, dtype="auto").eval()
     if manifest.settings["patch_size"] != model.config.patch_size:

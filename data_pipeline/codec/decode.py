@@ -13,13 +13,13 @@ Shape legend: T frames, H, W working height and width.
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import RejectedInput
 from .frames import DamagedVideo, open_frames
-from .framing import Crop, Framing, crop_of_stream, working_frame
+from .framing import Framing, crop_of_stream, working_frame
 from .timeline import (
     DEFAULT_RATE,
     MAX_REORDERED,
@@ -31,24 +31,14 @@ from .timeline import (
 )
 
 if TYPE_CHECKING:
-    from av.packet import Packet
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
+    import av
+
+    from .native import VectorWatcher
 
 # Frames at the head of a video by which its timeline is checked before any is left undecoded: twice
 # what a decoder may reorder. So many packets hold them, whatever their order.
 NUM_CHECKED = 2 * MAX_REORDERED
 NUM_FIRST_PACKETS = NUM_CHECKED + MAX_REORDERED
-
-
-class Watcher(Protocol):
-    """Sees every frame of a decoding pass, of which there may be several."""
-
-    def prepare(self, stream: "VideoStream") -> None:
-        """Begin a pass: called before its first packet is decoded."""
-
-    def see(self, index: int, frame: "VideoFrame", crop: Crop, is_chosen: bool) -> None:
-        """Called for every decoded frame, in presentation order."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +60,16 @@ class _TimelineMismatch(Exception):
 
 
 def decode_video(
-    path: Path, framing: Framing, watcher: Watcher | None = None, thorough: bool = True
+    path: Path,
+    framing: Framing,
+    watcher: "VectorWatcher | None" = None,
+    thorough: bool = True,
 ) -> DecodedVideo:
     """Decode the frames that `framing` asks for; none of them twice.
 
-    Without `thorough`, frames that are not wanted and that no other is predicted from are left
-    undecoded where that is possible: the same frames sooner, but damage in others may go unnoticed.
+    A `watcher` sees every frame of a pass. Without `thorough`, frames that are not wanted and that
+    no other is predicted from are left undecoded where that is possible: the same frames sooner,
+    but damage in others may go unnoticed.
     Raises RejectedInput: container, no_video, too_large, decode (damaged), truncated (announced
     frames are missing), timestamps (several at one time, or running backwards), varying (the frame
     size changes), rotation (no quarter turn), hdr.
@@ -122,14 +116,14 @@ class _Choice:
         self._wanted_pts = {pts[index] for index in self.wanted}
         self._num_packets = 0
 
-    def is_needed(self, packet: "Packet") -> bool:
+    def is_needed(self, packet: "av.Packet") -> bool:
         """Whether a packet must be decoded even if nothing is predicted from it: its frame is
         wanted, or among the first, by which the timeline is checked."""
         self._num_packets += 1
         is_first = self._num_packets <= NUM_FIRST_PACKETS
         return not self._skips or is_first or packet.pts in self._wanted_pts
 
-    def index_after(self, last: int, frame: "VideoFrame") -> int:
+    def index_after(self, last: int, frame: "av.VideoFrame") -> int:
         """Index of a frame that came out of the decoder after frame `last`.
 
         Raises _TimelineMismatch where its own timestamp is not the one that the timeline expects.
@@ -146,7 +140,12 @@ class _Choice:
         return index
 
 
-def _decode(path: Path, choice: _Choice, framing: Framing, watcher: Watcher | None) -> DecodedVideo:
+def _decode(
+    path: Path,
+    choice: _Choice,
+    framing: Framing,
+    watcher: "VectorWatcher | None",
+) -> DecodedVideo:
     """The chosen frames of a timeline. Raises _TimelineMismatch where it is not the video's."""
     timeline = choice.timeline
     frames: list[np.ndarray] = []
@@ -193,7 +192,7 @@ def _decode(path: Path, choice: _Choice, framing: Framing, watcher: Watcher | No
     )
 
 
-def _notes(frame: "VideoFrame") -> tuple[str, ...]:
+def _notes(frame: "av.VideoFrame") -> tuple[str, ...]:
     """What is unusual about a video, by its first frame."""
     interlaced = ("interlaced",) if frame.interlaced_frame else ()
     rotated = (f"rotated {frame.rotation:.0f}",) if frame.rotation else ()

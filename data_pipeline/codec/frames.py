@@ -14,10 +14,7 @@ from ..errors import RejectedInput
 from .open_video import InputLimits, open_video
 
 if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.packet import Packet
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
+    import av
 
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273 table 3
 # Containers that store only decoding timestamps. libavformat invents presentation timestamps for
@@ -43,9 +40,9 @@ def open_frames(
     path: Path,
     limits: InputLimits,
     from_key: bool = True,
-    prepare: "Callable[[VideoStream], None] | None" = None,
-    is_needed: "Callable[[Packet], bool] | None" = None,
-) -> "Iterator[tuple[VideoStream, Iterator[VideoFrame]]]":
+    prepare: "Callable[[av.VideoStream], None] | None" = None,
+    is_needed: "Callable[[av.Packet], bool] | None" = None,
+) -> "Iterator[tuple[av.VideoStream, Iterator[av.VideoFrame]]]":
     """Gives (stream, iterator of its decoded frames in presentation order); closes the file.
 
     from_key: begin at the first packet that is marked as a key frame, since a recording may start
@@ -75,21 +72,23 @@ def open_frames(
         yield stream, _check_all(path, decoded)
 
 
-def demux(container: "InputContainer", stream: "VideoStream | None" = None) -> "Iterator[Packet]":
+def demux(
+    container: "av.container.InputContainer", stream: "av.VideoStream | None" = None
+) -> "Iterator[av.Packet]":
     """Packets of a container, or of one of its streams, in decoding order; an empty one at the end
     of each stream.
 
     Where the container has no presentation timestamps, `pts` is the decoding timestamp: together
     they are the times at which frames are shown, though not each packet's own frame.
     """
-    packets: Iterator[Packet] = container.demux() if stream is None else container.demux(stream)
+    packets: Iterator[av.Packet] = container.demux() if stream is None else container.demux(stream)
     for packet in packets:
         if container.format.name in WITHOUT_PRESENTATION_TIMES:
             packet.pts = packet.dts
         yield packet
 
 
-def is_before_start(container: "InputContainer", pts: int | None) -> bool:
+def is_before_start(container: "av.container.InputContainer", pts: int | None) -> bool:
     """Whether a frame lies before the start of an MP4's or MOV's presentation, which is zero: an
     edit list leaves it out. libavformat marks such packets itself, but not in fragments."""
     return "mp4" in container.format.name and pts is not None and pts < 0
@@ -105,10 +104,10 @@ class RecordingStart:
     WHOLE = "all others"
 
     def __init__(self) -> None:
-        self.key: Packet | None = None  # the first packet that is marked as a key frame
+        self.key: av.Packet | None = None  # the first packet that is marked as a key frame
         self._is_over = False
 
-    def part_of(self, packet: "Packet") -> str:
+    def part_of(self, packet: "av.Packet") -> str:
         """The part that the next packet belongs to.
 
         Leading frames may be predicted from missing ones. They come before all others of their GOP,
@@ -125,11 +124,11 @@ class RecordingStart:
 
 
 def _decode_all(
-    container: "InputContainer",
-    stream: "VideoStream",
+    container: "av.container.InputContainer",
+    stream: "av.VideoStream",
     from_key: bool,
-    is_needed: "Callable[[Packet], bool] | None",
-) -> "Iterator[VideoFrame]":
+    is_needed: "Callable[[av.Packet], bool] | None",
+) -> "Iterator[av.VideoFrame]":
     """Frames of all packets that can be decoded, and are needed.
 
     Most decoders output nothing for leading frames that lack a reference. The H.264 decoder
@@ -155,7 +154,7 @@ def _decode_all(
                 yield frame
 
 
-def _decode(packet: "Packet", may_miss_references: bool) -> "list[VideoFrame]":
+def _decode(packet: "av.Packet", may_miss_references: bool) -> "list[av.VideoFrame]":
     """Frames that a packet brings out of the decoder.
 
     Raises FFmpegError for damaged bytes, and _Incomplete where the container has noticed them: a
@@ -190,7 +189,7 @@ def _decode(packet: "Packet", may_miss_references: bool) -> "list[VideoFrame]":
         av.logging.set_skip_repeated(skips)
 
 
-def _is_idr(stream: "VideoStream", packet: "Packet") -> bool:
+def _is_idr(stream: "av.VideoStream", packet: "av.Packet") -> bool:
     """Whether decoding can begin at an H.264 key frame without anything before it: one of its NAL
     units is of type 5 (ITU-T H.264 table 7-1). Units follow start codes, or their lengths where the
     stream's header states so (ISO/IEC 14496-15, 5.3.3.1)."""
@@ -207,7 +206,7 @@ def _is_idr(stream: "VideoStream", packet: "Packet") -> bool:
     return False
 
 
-def _check_all(path: Path, frames: "Iterator[VideoFrame]") -> "Iterator[VideoFrame]":
+def _check_all(path: Path, frames: "Iterator[av.VideoFrame]") -> "Iterator[av.VideoFrame]":
     """The same frames, each compared with the first one; errors become DamagedVideo."""
     import av
 

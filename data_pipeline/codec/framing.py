@@ -5,7 +5,7 @@ the stream's own colour matrix and range; where a stream does not name its matri
 for 720 lines and more and BT.601 below, as players do.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -16,9 +16,7 @@ from ..errors import RejectedInput
 from .open_video import InputLimits
 
 if TYPE_CHECKING:
-    from av.sidedata.sidedata import SideData
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
+    import av
 
 HD_LINES = 720  # from here on a stream without a colour matrix is taken for BT.709
 # A long strip whose short side is scaled to the square may have so many times the square's pixels:
@@ -27,6 +25,12 @@ MAX_SCALED_SQUARES = 64
 MATRIX_UNNAMED = 2  # ITU-T H.273 table 4
 MATRIX_BT709 = 1
 FITS = ("crop", "area")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless a setting has one of these values."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Framing:
     fit: str = "crop"
     crop_position: float = 0.5
     within: tuple[float, ...] = ()
-    limits: InputLimits = field(default_factory=InputLimits)
+    limits: InputLimits = InputLimits()
     salvage: bool = False
 
     def __post_init__(self) -> None:
@@ -58,8 +62,7 @@ class Framing:
             raise ValueError(
                 f"size {self.size} must be even and a multiple of the patch size {self.patch_size}"
             )
-        if self.fit not in FITS:
-            raise ValueError(f"fit is {self.fit!r}; choose one of {', '.join(FITS)}")
+        check_choice("fit", self.fit, choices=FITS)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,10 @@ def crop_of(height: float, width: float, framing: Framing, frames_are_fields: bo
 
 
 def crop_of_stream(
-    path: Path, frame: "VideoFrame", stream: "VideoStream", framing: Framing
+    path: Path,
+    frame: "av.VideoFrame",
+    stream: "av.VideoStream",
+    framing: Framing,
 ) -> Crop:
     """Crop of a stream by its first decoded frame: rotation and sample aspect applied.
 
@@ -157,17 +163,17 @@ def crop_of_stream(
     return crop
 
 
-def _is_mirrored(frame: "VideoFrame") -> bool:
+def _is_mirrored(frame: "av.VideoFrame") -> bool:
     """Whether the display matrix (nine 32-bit numbers, row by row) swaps left and right: then the
     determinant of its upper left 2 x 2 block is negative."""
-    matrix = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
+    matrix = cast("bytes | None", frame.side_data.get("DISPLAYMATRIX"))
     if matrix is None:
         return False
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
     return a * d - b * c < 0
 
 
-def working_frame(frame: "VideoFrame", crop: Crop) -> np.ndarray:
+def working_frame(frame: "av.VideoFrame", crop: Crop) -> np.ndarray:
     """Scaled, upright, cut RGB frame uint8 [out_height, out_width, 3] of a decoded one; of an
     interlaced one its first field in time, since two fields are two moments.
     """
@@ -186,7 +192,7 @@ def working_frame(frame: "VideoFrame", crop: Crop) -> np.ndarray:
     return np.ascontiguousarray(crop.cut(np.rot90(scaled.to_ndarray(), k=turns)))
 
 
-def _first_field(frame: "VideoFrame") -> "VideoFrame":
+def _first_field(frame: "av.VideoFrame") -> "av.VideoFrame":
     """The field of an interlaced frame that is shown first, a frame of half the height.
 
     A filter takes it, because PyAV does not expose which of the two comes first and FFmpeg's frame
@@ -203,4 +209,4 @@ def _first_field(frame: "VideoFrame") -> "VideoFrame":
     )
     graph.link_nodes(source, graph.add("separatefields"), graph.add("buffersink")).configure()
     graph.push(frame)
-    return cast("VideoFrame", graph.pull())  # a graph of a video source outputs video frames
+    return cast("av.VideoFrame", graph.pull())  # a graph of a video source outputs video frames

@@ -29,19 +29,18 @@ from .decode import decode_video
 from .decompose import (
     MOTION_CELL,
     CodecClip,
-    cell_means,
+    frame_changes,
     frame_times,
     luma_difference,
     motion_cells,
     rasterise,
+    residual_of,
     vectors_of,
 )
 from .framing import Crop, Framing, working_frame
-from .motion_compensation import predict_luma
 
 if TYPE_CHECKING:
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
+    import av
 
 NATIVE_CODECS = ("h264", "mpeg4")  # of which FFmpeg exports vectors
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of RGB, ITU-R BT.601
@@ -63,18 +62,18 @@ class _Chosen:
 
 
 @dataclass
-class _VectorWatcher:
+class VectorWatcher:
     """Sees every decoded frame: remembers reference frames, reads the vectors of P-frames."""
 
     path: Path
     chosen: list[_Chosen] = field(default_factory=list)
     waiting: list[_Chosen] = field(default_factory=list)  # B-frames before their P-frame
     reference: int = 0
-    reference_frame: "VideoFrame | None" = None
+    reference_frame: "av.VideoFrame | None" = None
     # of reference_frame, computed only when a chosen frame needs it
     reference_luma: np.ndarray | None = None
 
-    def prepare(self, stream: "VideoStream") -> None:
+    def prepare(self, stream: "av.VideoStream") -> None:
         """Begin a pass: configure the decoder to export vectors.
 
         Raises RejectedInput for a codec that exports none.
@@ -95,7 +94,7 @@ class _VectorWatcher:
         self.reference_frame = None
         self.reference_luma = None
 
-    def see(self, index: int, frame: "VideoFrame", crop: Crop, is_chosen: bool) -> None:
+    def see(self, index: int, frame: "av.VideoFrame", crop: Crop, is_chosen: bool) -> None:
         """One frame, in presentation order."""
         from av.video.frame import PictureType
 
@@ -127,18 +126,15 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
     """Codec view of a video by its own vectors; errors as of decompose_video, and
     `no_motion_vectors`.
     """
-    watcher = _VectorWatcher(path)
+    watcher = VectorWatcher(path)
     video = decode_video(path, framing, watcher=watcher)
     chosen = watcher.chosen
     luma = _luma(video.frames)
     count, height, width = luma.shape
-    cells = motion_cells(height, width)
-    motion = np.zeros((count, *cells, 2), np.float32)
+    motion = np.zeros((count, *motion_cells(height, width), 2), np.float32)
     residual = np.zeros((count, height, width), np.uint8)
-    change = np.zeros((count, *cells), np.float32)
     unpredicted = []  # mean difference of each P-frame to its reference, without any vector
     for t in range(1, count):
-        change[t] = cell_means(luma_difference(luma[t], luma[t - 1]))
         frame = chosen[t]
         # no vectors: a B-frame with nothing after it
         if frame.is_i_frame or frame.vectors is None or frame.reference_luma is None:
@@ -146,10 +142,11 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
         distance = max(frame.index - frame.reference, 1)
         motion[t] = -frame.vectors / distance * (frame.index - chosen[t - 1].index)
         quarter_pels = np.clip(np.rint(4 * frame.vectors), -MAX_QUARTER_PELS, MAX_QUARTER_PELS)
-        prediction = predict_luma(
-            frame.reference_luma, vectors=quarter_pels.astype(np.int32), cell=MOTION_CELL
+        residual[t] = residual_of(
+            luma[t],
+            reference=frame.reference_luma,
+            quarter_pels=quarter_pels.astype(np.int32),
         )
-        residual[t] = luma_difference(luma[t], prediction)
         unpredicted.append(luma_difference(luma[t], frame.reference_luma).mean())
     _check_useful(path, residual=residual, unpredicted=unpredicted)
     return CodecClip(
@@ -157,7 +154,7 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
         is_i_frame=np.array([frame.is_i_frame or t == 0 for t, frame in enumerate(chosen)]),
         motion=motion,
         residual=residual,
-        change=change,
+        change=frame_changes(luma),
         times=frame_times(count),
         seconds=video.seconds,
         num_source_frames=video.num_source_frames,
@@ -180,7 +177,7 @@ def _check_useful(path: Path, residual: np.ndarray, unpredicted: list[float]) ->
         )
 
 
-def _working_vectors(frame: "VideoFrame", crop: Crop) -> np.ndarray:
+def _working_vectors(frame: "av.VideoFrame", crop: Crop) -> np.ndarray:
     """Vectors into the past, [H/8, W/8, 2] in pixels of the upright working frame."""
     turns = round(frame.rotation / 90) % 4
     height = crop.height

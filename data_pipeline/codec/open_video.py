@@ -14,8 +14,7 @@ import numpy as np
 from ..errors import RejectedInput
 
 if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.stream import VideoStream
+    import av
 
 # demuxers of libavformat that may be probed, by FFmpeg's names
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
@@ -81,8 +80,10 @@ def check_file(path: Path, limits: InputLimits) -> None:
 
 
 def open_video(
-    path: Path, limits: InputLimits, follow_edits: bool = True
-) -> "tuple[InputContainer, VideoStream]":
+    path: Path,
+    limits: InputLimits,
+    follow_edits: bool = True,
+) -> "tuple[av.container.InputContainer, av.VideoStream]":
     """Open a local video file; returns (container, stream), the caller closes the container.
 
     Without `follow_edits` an edit list is ignored, and timestamps are those of the media. Raises
@@ -106,7 +107,11 @@ def open_video(
         raise
 
 
-def _checked_stream(path: Path, container: "InputContainer", limits: InputLimits) -> "VideoStream":
+def _checked_stream(
+    path: Path,
+    container: "av.container.InputContainer",
+    limits: InputLimits,
+) -> "av.VideoStream":
     """The best video stream of a container, if its header keeps to the limits."""
     stream = _best_stream(container)
     if stream is None:
@@ -125,7 +130,7 @@ def _checked_stream(path: Path, container: "InputContainer", limits: InputLimits
     return stream
 
 
-def announced_seconds(container: "InputContainer") -> float:
+def announced_seconds(container: "av.container.InputContainer") -> float:
     """Duration that a container announces, from its first frame on; 0 where it has none."""
     import av
 
@@ -135,7 +140,7 @@ def announced_seconds(container: "InputContainer") -> float:
     return announced - start if from_zero and 0 < start < announced else announced
 
 
-def _best_stream(container: "InputContainer") -> "VideoStream | None":
+def _best_stream(container: "av.container.InputContainer") -> "av.VideoStream | None":
     """The stream with the largest frames, FFmpeg's choice among equals; neither the cover image of
     a song nor a stream in a codec that this FFmpeg does not know."""
     from av.stream import Disposition

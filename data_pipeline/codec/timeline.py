@@ -21,9 +21,7 @@ from .frames import DamagedVideo, RecordingStart, demux, is_before_start, open_f
 from .open_video import InputLimits, announced_seconds, open_video
 
 if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.packet import Packet
-    from av.video.stream import VideoStream
+    import av
 
 # Of what is announced: a video that lacks more than both is truncated. Durations are rounded, and
 # the last frame's is often left out of them.
@@ -92,8 +90,8 @@ class _Packets:
     is_joined      whether a DTS falls
     """
 
-    container: "InputContainer"
-    stream: "VideoStream"
+    container: "av.container.InputContainer"
+    stream: "av.VideoStream"
     early: list[int | None] = field(default_factory=list)
     shown: list[int | None] = field(default_factory=list)
     keys: list[int | None] = field(default_factory=list)
@@ -108,7 +106,7 @@ class _Packets:
     is_joined: bool = False
     start: RecordingStart = field(default_factory=RecordingStart)
 
-    def add(self, packet: "Packet") -> None:
+    def add(self, packet: "av.Packet") -> None:
         """Note one packet of any stream, in decoding order."""
         if packet.pts is not None and packet.time_base:
             end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
@@ -118,7 +116,7 @@ class _Packets:
         if packet.stream_index == self.stream.index:
             self._add_video(packet)
 
-    def _add_video(self, packet: "Packet") -> None:
+    def _add_video(self, packet: "av.Packet") -> None:
         if packet.is_keyframe:
             self.keys.append(packet.pts)
         self.is_decoding_order &= packet.pts == packet.dts
@@ -303,7 +301,11 @@ def _check_end(path: Path, last: int, announced: list[int], unit: Fraction) -> N
 
 
 def _ordered(
-    path: Path, pts: list[int | None], keys: list[int], step: float, can_sort: bool
+    path: Path,
+    pts: list[int | None],
+    keys: list[int],
+    step: float,
+    can_sort: bool,
 ) -> Timeline:
     """Timeline of frames with these PTS, in presentation order; `keys` are indices of key frames,
     `step` is the usual distance of two PTS.

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import run
+from forked import forked
 
 import data_pipeline.folders as folders
 from data_pipeline.errors import DataPipelineError
@@ -200,7 +200,7 @@ def test_packing_a_folder_with_a_loop_ends_without_a_traceback(tmp_path):
     touch(tmp_path, "d/no_video.mp4")
     (tmp_path / "d" / "self.mp4").symlink_to("self.mp4")
     command = ("-m", "data_pipeline", "pack", tmp_path / "d", "--output", tmp_path / "out")
-    done = run(*command, "--workers", 1, check=False)
+    done = forked(*command, "--workers", 1, check=False)
     assert "Traceback" not in done.stderr and "1 links of" in done.stdout
     assert "rejected: 1 container" in done.stdout
 

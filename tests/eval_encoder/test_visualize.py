@@ -1,7 +1,7 @@
 """The picture of clusters: both objectives are drawn, and centres gather their samples."""
 
 import numpy as np
-from conftest import run
+from forked import forked
 from PIL import Image
 
 from eval_encoder.visualize_clusters import animation, separation, train
@@ -33,24 +33,24 @@ def test_centres_gather_their_samples_and_drawings_are_seeded():
 
 
 def test_the_command_writes_a_gif_and_its_last_picture(packed, tmp_path):
-    run("-m", "data_pipeline", "features", packed / "train", "--output", tmp_path / "features")
+    forked("-m", "data_pipeline", "features", packed / "train", "--output", tmp_path / "features")
     command = ("eval_encoder/visualize_clusters.py", "--features", tmp_path / "features")
     flags = ("--shards", packed / "train", "--truth", packed / "train.csv", "--steps", 40)
-    done = run(*command, *flags, "--output", tmp_path / "clusters.gif")
+    done = forked(*command, *flags, "--output", tmp_path / "clusters.gif")
     assert "global centres: same minus other groups" in done.stdout
     with Image.open(tmp_path / "clusters.gif") as gif, Image.open(tmp_path / "clusters.png") as png:
         assert gif.n_frames == 3 and gif.size == png.size == SIZE
-    done = run(*command, "--shards", packed / "val", "--output", tmp_path / "x.gif", check=False)
+    done = forked(*command, "--shards", packed / "val", "--output", tmp_path / "x.gif", check=False)
     assert done.returncode == 1 and "another set" in done.stderr
 
 
 def test_wrong_options_end_with_a_sentence(packed, tmp_path):
-    run("-m", "data_pipeline", "features", packed / "train", "--output", tmp_path / "features")
+    forked("-m", "data_pipeline", "features", packed / "train", "--output", tmp_path / "features")
     command = ("eval_encoder/visualize_clusters.py", "--features", tmp_path / "features")
     command += ("--shards", packed / "train", "--output")
     wrong = {"--every": 0, "--steps": -1, "--clusters": 1, "--samples": 1}
     for flag, value in wrong.items():
-        done = run(*command, tmp_path / "x.gif", flag, value, check=False)
+        done = forked(*command, tmp_path / "x.gif", flag, value, check=False)
         assert done.returncode == 1 and "Traceback" not in done.stderr, flag
-    done = run(*command, tmp_path / "x.png", check=False)
+    done = forked(*command, tmp_path / "x.png", check=False)
     assert done.returncode == 1 and "FILE.gif" in done.stderr

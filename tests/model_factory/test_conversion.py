@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from conftest import run
+from forked import forked
 from safetensors.torch import load_file, save_file
 
 from model_factory import conversion
@@ -39,7 +40,7 @@ def legacy():
 @pytest.mark.e2e
 def test_converter_writes_a_folder_that_a_fresh_process_reads_to_the_same_outputs(model, tmp_path):
     save_backbone(model, tmp_path / "backbone.pt")
-    done = run(
+    done = forked(
         CONVERTER, "llava_vit_tiny_ln", tmp_path / "backbone.pt", "--output_dir", tmp_path / "hf"
     )
     assert done.stdout.count("agree") == 12 and "bit for bit" in done.stdout
@@ -160,6 +161,7 @@ def test_a_damaged_description_is_named(model, tmp_path):
         load_backbone(tmp_path / "backbone.pt", "llava_vit_tiny_ln")
 
 
+@pytest.mark.e2e
 def test_the_exit_code_of_the_process_is_that_of_the_check(tmp_path):
     done = run(CONVERTER, "llava_vit_tiny_ln", tmp_path / "none.pt", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -269,6 +271,7 @@ def test_positions_match_their_loops():
         compute_patch_positions_from_grid_thw(torch.tensor([[1, 0, 3]]))
 
 
+@pytest.mark.e2e
 def test_the_position_helpers_import_without_transformers_and_flash_attention():
     code = (
         "import sys\n"

@@ -54,6 +54,7 @@ def outputs(model, rows):
     return [out.last_hidden_state, out.pooler_output, *out.hidden_states]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("attention", "name"), [("sdpa", "plain"), ("eager", "mod\u00e8le 1.2-b")])
 def test_a_fresh_process_without_our_packages_gets_the_same_numbers(
     folder, attention, name, tmp_path

@@ -21,6 +21,7 @@ from model_factory.llava_vision_tower import tower_or_none
 from model_factory.model_folder import check_model_folder, seal_folder
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
 
+pytestmark = pytest.mark.usefixtures("quick_tower_check")
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
 SHAPE |= dict(image_size=32, patch_size=8)
 FLAGS = SimpleNamespace(mm_vision_select_layer=-1)  # of an original LLaVA

@@ -6,14 +6,10 @@ Runs use synthetic patches and named fault points (tests/faulty.py).
 
 import fcntl
 import json
-import os
 import re
-import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,14 +18,18 @@ import pytest
 from conftest import (
     NUM_THREADS,
     PATIENCE_S,
-    ROOT,
     kill_group,
     last_step,
-    launcher,
     run,
-    start_torchrun,
-    torchrun,
     wait_until,
+)
+from forked import (
+    forked,
+    forked_ranks,
+    forked_torchrun,
+    rank_processes,
+    start_forked,
+    start_forked_ranks,
 )
 
 from training.checkpoint.folder import verify_checkpoint
@@ -48,7 +48,7 @@ def command(output: Path, *extra) -> tuple:
 
 def one_rank(output: Path, *extra, check: bool = True, fault: str = ""):
     """The same steps in one process, without a launcher."""
-    return run(*command(output, "--list_batch_size", 16, *extra), check=check, FAULT=fault)
+    return forked(*command(output, "--list_batch_size", 16, *extra), check=check, FAULT=fault)
 
 
 def exit_record(output: Path) -> dict:
@@ -75,7 +75,7 @@ def straight(tmp_path_factory) -> Path:
 def straight_of_two(tmp_path_factory) -> Path:
     """An uninterrupted run of two ranks."""
     output = tmp_path_factory.mktemp("straight_of_two")
-    torchrun(2, *command(output))
+    forked_ranks(2, *command(output))
     return output
 
 
@@ -111,11 +111,11 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(straight, tmp_p
 @pytest.mark.dist
 def test_one_rank_asked_to_stop_ends_all_after_a_save(straight_of_two, tmp_path):
     env = {"FAULT": "step.begin@13#1:term"}
-    done = run(*launcher(2), *command(tmp_path), check=False, **env)
+    done = forked_ranks(2, *command(tmp_path), check=False, **env)
     assert exit_record(tmp_path)["code"] == 3, done.stderr
     (step,) = set(commits(tmp_path)) - {10}
     assert 13 <= step <= 14 and f"saved at step {step}" in exit_record(tmp_path)["message"]
-    torchrun(2, *command(tmp_path))
+    forked_ranks(2, *command(tmp_path))
     assert records(tmp_path) == records(straight_of_two)
 
 
@@ -123,15 +123,14 @@ def test_one_rank_asked_to_stop_ends_all_after_a_save(straight_of_two, tmp_path)
 def test_a_stop_before_the_first_step_ends_at_once(tmp_path):
     flags = ("tests/faulty.py", "-m", "training.train_univit", "--preset", "demo")
     flags += ("--output", tmp_path)
-    done = run(*flags, check=False, FAULT="prepare:term")
+    done = forked(*flags, check=False, FAULT="prepare:term")
     assert done.returncode == 3 and exit_record(tmp_path)["outcome"] == "stopped"
 
 
 @pytest.mark.e2e
 def test_a_second_signal_ends_a_run_that_does_not_come_to_a_stop(tmp_path):
-    env = {**os.environ, "FAULT": "step.backward@15:sleep=3600", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = map(str, command(tmp_path, "--list_batch_size", 16))
-    process = subprocess.Popen([sys.executable, *arguments], env=env, cwd=ROOT)
+    arguments = command(tmp_path, "--list_batch_size", 16)
+    process = start_forked(*arguments, FAULT="step.backward@15:sleep=3600")
     # from here on, step 15 cannot end: its samples are drawn, its backward pass sleeps
     wait_until(lambda: last_step(tmp_path / "consumed-00000.jsonl") == 15, process, "step 15")
     process.send_signal(signal.SIGTERM)
@@ -140,15 +139,6 @@ def test_a_second_signal_ends_a_run_that_does_not_come_to_a_stop(tmp_path):
     wait_until(lambda: process.send_signal(signal.SIGTERM) or process.poll() is not None)
     assert process.wait() == 128 + signal.SIGTERM
     assert verify_checkpoint(tmp_path / "checkpoints" / "step_00000010") == []
-
-
-def ranks_of(process: subprocess.Popen) -> list:
-    """The rank processes of a launcher, in order."""
-    import psutil
-
-    children = psutil.Process(process.pid).children(recursive=True)
-    found = [c for c in children if c.environ().get("RANK") and "train_univit" in str(c.cmdline())]
-    return sorted(found, key=lambda child: child.environ()["RANK"])
 
 
 def signalled_to_its_end(process) -> bool:
@@ -165,15 +155,11 @@ def signalled_to_its_end(process) -> bool:
 @pytest.mark.e2e
 @pytest.mark.dist
 def test_a_second_signal_ends_a_rank_that_hangs_in_a_collective(tmp_path):
-    env = {**os.environ, "FAULT": "step.backward@15#1:sleep=3600", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = map(str, [*launcher(2), *command(tmp_path)])
-    process = subprocess.Popen(
-        [sys.executable, *arguments], env=env, cwd=ROOT, start_new_session=True
-    )
+    process = start_forked_ranks(2, *command(tmp_path), FAULT="step.backward@15#1:sleep=3600")
     try:
         # from here on, rank 0 waits for rank 1 in step 15, or is about to
         wait_until(lambda: last_step(tmp_path / "consumed-00000.jsonl") == 15, process, "step 15")
-        first = ranks_of(process)[0]
+        first = rank_processes(process)[0]
         first.send_signal(signal.SIGTERM)
         time.sleep(1.0)
         assert first.is_running()
@@ -186,18 +172,15 @@ def test_a_second_signal_ends_a_rank_that_hangs_in_a_collective(tmp_path):
 @pytest.mark.dist
 def test_ranks_whose_launcher_is_killed_end_without_a_save_and_free_the_folder(tmp_path):
     """One rank sleeps in a step, the other waits for it in a collective: nothing else ends them."""
-    env = {**os.environ, "FAULT": "step.backward@15#1:sleep=3600", "CUDA_VISIBLE_DEVICES": ""}
     flags = ("--set", f"collective_timeout_s={10 * PATIENCE_S}")
-    arguments = map(str, [*launcher(2), *command(tmp_path, *flags)])
-    process = subprocess.Popen(
-        [sys.executable, *arguments], env=env, cwd=ROOT, start_new_session=True
-    )
+    fault = {"FAULT": "step.backward@15#1:sleep=3600"}
+    process = start_forked_ranks(2, *command(tmp_path, *flags), **fault)
     ranks = []
     try:
         wait_until(lambda: last_step(tmp_path / "consumed-00000.jsonl") == 15, process, "step 15")
         wait_until(lambda: commits(tmp_path) == [10], process, "the save of step 10")
-        ranks = ranks_of(process)
-        process.kill()  # torchrun alone
+        ranks = rank_processes(process)
+        process.kill()  # the launcher alone
         process.wait()
         wait_until(lambda: not any(rank.is_running() for rank in ranks), what="the ranks' end")
         record = exit_record(tmp_path)
@@ -225,10 +208,10 @@ def test_a_last_save_that_fails_is_tried_again_and_never_called_saved(tmp_path):
 def test_a_restart_of_a_run_that_began_anew_goes_on_and_keeps_what_was_set_aside(tmp_path):
     one_rank(tmp_path, "--num_sampled_data", 10 * 16)  # an older run's commit
     flags = command(tmp_path, "--resume", "never")
-    restarts = ("-m", "torch.distributed.run", "--max_restarts", "1", *launcher(2)[2:])
+    restarts = ("--max_restarts", "1", "--standalone", "--nproc_per_node", "2")
     # in the second start too; the save of step 20 waited for that of step 10, however slow the disk
     fault = {"FAULT": "step.begin@25#1:kill"}
-    done = run(*restarts, *flags, check=False, **fault)
+    done = forked_torchrun(*restarts, *flags, check=False, **fault)
     assert "was for the first start" in done.stderr
     assert re.search("resuming after step (10|20)", done.stderr)
     kept = [path.name for path in (tmp_path / "checkpoints").glob("superseded_*")]
@@ -238,9 +221,9 @@ def test_a_restart_of_a_run_that_began_anew_goes_on_and_keeps_what_was_set_aside
 @pytest.mark.e2e
 @pytest.mark.dist
 def test_an_end_that_would_repeat_itself_is_not_started_again(tmp_path):
-    restarts = ("-m", "torch.distributed.run", "--max_restarts", "2", *launcher(2)[2:])
+    restarts = ("--max_restarts", "2", "--standalone", "--nproc_per_node", "2")
     fault = {"FAULT": "step.backward@5:nan"}
-    done = run(*restarts, *command(tmp_path), check=False, **fault)
+    done = forked_torchrun(*restarts, *command(tmp_path), check=False, **fault)
     assert exit_record(tmp_path)["code"] == 5 and "not started again" in done.stderr
     assert json.loads((tmp_path / "run.json").read_text())["starts"] == 1
 
@@ -271,16 +254,14 @@ def test_a_save_that_fails_is_told_and_the_training_goes_on(straight, tmp_path):
 @pytest.mark.e2e
 def test_a_disk_that_stays_full_ends_the_run_with_the_last_commit_whole(tmp_path):
     """The real thing: the system refuses files above a size, from the first checkpoint on."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    limit = 4 << 20
-
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    arguments = [sys.executable, *map(str, command(tmp_path, "--list_batch_size", 16))]
-    done = subprocess.run(
-        arguments, env=env, cwd=ROOT, preexec_fn=small_files, capture_output=True, text=True
+    small_files = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))\n"
+        "from training.train_univit import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
+    flags = command(tmp_path, "--list_batch_size", 16)[3:]
+    done = forked("-c", small_files, *flags, check=False)
     assert done.returncode == 8, done.stderr
     assert done.stderr.count("FAILED, the training goes on") == 3
     assert "3 checkpoints in a row" in exit_record(tmp_path)["message"]
@@ -289,14 +270,14 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_commit_whole(tmp_path
 
 @pytest.mark.parametrize("output", ["/proc/univit", "/dev/null/run"])
 def test_an_output_that_cannot_be_written_to_is_refused_before_anything(output):
-    done = run(*command(Path(output)), check=False)
+    done = forked(*command(Path(output)), check=False)
     assert done.returncode == 8 and "cannot be written to by rank 0" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.e2e
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
-    process = start_torchrun(1, *command(tmp_path, "--num_sampled_data", 10**7))
+    process = start_forked_ranks(1, *command(tmp_path, "--num_sampled_data", 10**7))
     try:
         wait_until((tmp_path / "metrics.jsonl").exists, process, "the first run's record")
         done = one_rank(tmp_path, check=False)
@@ -311,7 +292,7 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
 @pytest.mark.e2e
 @pytest.mark.dist
 def test_numbers_that_are_not_finite_stop_all_ranks_before_any_weight(tmp_path):
-    done = run(*launcher(2), *command(tmp_path), check=False, FAULT="step.backward@15#1:nan")
+    done = forked_ranks(2, *command(tmp_path), check=False, FAULT="step.backward@15#1:nan")
     assert done.returncode and exit_record(tmp_path)["code"] == 5
     message = exit_record(tmp_path)["message"]
     assert "step 15" in message and "patch_embed" in message and "No weight was changed" in message
@@ -337,7 +318,7 @@ def test_some_steps_may_be_left_out_and_are_counted_over_restarts(tmp_path):
 @pytest.mark.e2e
 @pytest.mark.dist
 def test_a_slow_rank_is_named(tmp_path):
-    done = run(*launcher(2), *command(tmp_path), FAULT="step.begin#1:sleep=0.15")
+    done = forked_ranks(2, *command(tmp_path), FAULT="step.begin#1:sleep=0.15")
     named = [done.stderr.count(f"rank {rank} is slow") for rank in (0, 1)]
     assert named[1] > named[0], "a busy machine may hold up the other one once or twice"
 
@@ -352,10 +333,10 @@ def test_a_killed_rank_is_noticed_before_a_time_out_and_the_launcher_goes_on(
     fault = {"FAULT": "step.optimizer@15#1:kill"}
     # far beyond what `run` waits for: only the loss itself can end the other rank in time
     flags = ("--set", f"collective_timeout_s={10 * PATIENCE_S}")
-    done = run(*launcher(2), *command(tmp_path, *flags), check=False, **fault)
+    done = forked_ranks(2, *command(tmp_path, *flags), check=False, **fault)
     assert done.returncode
     assert exit_record(tmp_path)["outcome"] == "peer lost"
-    restarts = ("--max_restarts", "1", *launcher(2)[2:])
+    restarts = ("--max_restarts", "1", "--standalone", "--nproc_per_node", "2")
     fault = {"FAULT": "step.optimizer@25#0:kill"}
     script = tmp_path / "once.py"
     script.write_text(
@@ -365,15 +346,7 @@ def test_a_killed_rank_is_noticed_before_a_time_out_and_the_launcher_goes_on(
         "from training.train_univit import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    run(
-        "-m",
-        "torch.distributed.run",
-        *restarts,
-        "tests/faulty.py",
-        script,
-        *command(tmp_path)[3:],
-        **fault,
-    )
+    forked_torchrun(*restarts, "tests/faulty.py", script, *command(tmp_path)[3:], **fault)
     assert records(tmp_path) == records(straight_of_two)
     assert exit_record(tmp_path)["code"] == 0
 
@@ -422,7 +395,7 @@ def test_a_resume_on_other_arithmetic_names_every_difference_and_goes_on(straigh
 def test_a_rank_that_hangs_is_given_up_after_the_time_out(tmp_path):
     fault = {"FAULT": f"step.begin@15#1:sleep={10 * PATIENCE_S}"}  # `run` gives up before
     flags = ("--set", "collective_timeout_s=10")
-    done = run(*launcher(2), *command(tmp_path, *flags), check=False, **fault)
+    done = forked_ranks(2, *command(tmp_path, *flags), check=False, **fault)
     assert done.returncode
     assert exit_record(tmp_path)["outcome"] == "peer lost"
     assert verify_checkpoint(tmp_path / "checkpoints" / "step_00000010") == []
@@ -440,13 +413,13 @@ def test_other_labels_are_taken_from_the_next_epoch_on_when_asked(packed, tmp_pa
     shutil.copytree(packed / "train", data)
     flags = ("-m", "training.train_univit", "--preset", "demo", "--list_datasets", data)
     flags += ("--list_batch_size", 8, "--num_sampled_data", 8 * 8, "--output", output)
-    run(*flags, "--ckpt_interval", 4)  # three batches are an epoch: step 4 is in the second
+    forked(*flags, "--ckpt_interval", 4)  # three batches are an epoch: step 4 is in the second
     shutil.rmtree(output / "checkpoints" / "step_00000008")
     manifest = load_manifest(data)
     save_labels(data, np.load(data / "labels.npy")[::-1], manifest, 8, {})
-    done = run(*flags, check=False)
+    done = forked(*flags, check=False)
     assert done.returncode == 7 and "resume_data=new-epoch" in done.stderr
-    done = run(*flags, "--set", "resume_data=new-epoch")
+    done = forked(*flags, "--set", "resume_data=new-epoch")
     assert "resuming all the same, data of" in done.stderr
     lines = [json.loads(t) for t in (output / "consumed-00000.jsonl").read_text().splitlines()]
     assert [(line["step"], line["epoch"]) for line in lines[3:5]] == [(4, 1), (5, 2)]
@@ -460,7 +433,7 @@ def test_a_meeting_point_that_is_taken_is_named(tmp_path):
         taken.listen()
         port = str(taken.getsockname()[1])
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2"}
-        done = run(*command(tmp_path), check=False, **place)
+        done = forked(*command(tmp_path), check=False, **place)
     assert done.returncode == 9 and f"127.0.0.1:{port}" in done.stderr
     assert "port is free" in done.stderr and "Traceback" not in done.stderr
 
@@ -468,7 +441,7 @@ def test_a_meeting_point_that_is_taken_is_named(tmp_path):
 def test_want_of_memory_is_an_outcome_with_advice():
     import torch
 
-    from training.outcomes import outcome_of
+    from training.run_folder import outcome_of
 
     for error in (
         MemoryError("no room"),
@@ -482,8 +455,8 @@ def test_want_of_memory_is_an_outcome_with_advice():
 
 def test_a_stop_that_comes_while_a_lost_peer_is_handled_is_a_lost_peer():
     """The launcher stops the ranks that are left as soon as it sees one die."""
-    from training.outcomes import outcome_of
-    from training.stop_signals import Preempted
+    from training.errors import Preempted
+    from training.run_folder import outcome_of
 
     try:
         try:

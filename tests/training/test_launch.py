@@ -11,7 +11,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE_S, ROOT, kill_group, last_step, torchrun, wait_until
+from conftest import PATIENCE_S, ROOT, kill_group, last_step, wait_until
+from forked import forked_ranks
 
 DEBUG = ("--preset", "debug", "--num_sampled_data", 60 * 16)
 SCRIPTS = sorted(
@@ -76,7 +77,7 @@ def listens(process: subprocess.Popen, port: int) -> bool:
 @pytest.mark.e2e
 @pytest.mark.dist
 def test_two_nodes_train_together_and_outlive_the_loss_and_return_of_one(tmp_path):
-    torchrun(2, "-m", "training.train_univit", *DEBUG, "--output", tmp_path / "straight")
+    forked_ranks(2, "-m", "training.train_univit", *DEBUG, "--output", tmp_path / "straight")
     output, port = tmp_path / "nodes", free_port()
     slow = {"FAULT": "step.begin:sleep=0.1"}
     first = start_node(output, port, **slow)

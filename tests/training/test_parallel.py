@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import torchrun
+from forked import forked_ranks
 
 STEPS, BATCH = 12, 8
 LOSS = "loss/motion_shapes-train"
@@ -15,7 +15,7 @@ LOSS = "loss/motion_shapes-train"
 
 def train(packed: Path, output: Path, world: int, *flags, steps: int = STEPS) -> list[dict]:
     """Records of a run on `world` ranks with a global batch of BATCH."""
-    torchrun(
+    forked_ranks(
         world,
         *("-m", "training.train_univit", "--preset", "demo", "--list_datasets", packed / "train"),
         *("--list_batch_size", BATCH // world, "--num_sampled_data", steps * BATCH),
@@ -103,7 +103,7 @@ def test_heads_that_share_a_forward_pass_train_as_apart(packed, mixed, tmp_path)
     curves = []
     for room in (0, 10_000):
         output = tmp_path / str(room)
-        torchrun(
+        forked_ranks(
             2,
             *("-m", "training.train_univit", "--preset", "demo", "--num_sampled_data", 8 * 16),
             *("--list_datasets", packed / "train", mixed, "--list_batch_size", 4, 4),
@@ -123,8 +123,8 @@ def test_heads_that_share_a_forward_pass_train_as_apart(packed, mixed, tmp_path)
 def test_centres_and_moments_reshard_over_any_ranks(tmp_path, saved_on, loaded_on):
     """Eleven classes divide by no number of ranks."""
     script = "tests/training/checkpoint/checkpoint_ranks.py"
-    done = torchrun(saved_on, script, "save", tmp_path, "sparse")
+    done = forked_ranks(saved_on, script, "save", tmp_path, "sparse")
     assert done.stdout.count("save ok") == saved_on
     for world in loaded_on:
-        done = torchrun(world, script, "load", tmp_path, "sparse")
+        done = forked_ranks(world, script, "load", tmp_path, "sparse")
         assert done.stdout.count("load ok") == world

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import kill_group, last_step, run, start_torchrun, torchrun, wait_until
+from conftest import kill_group, last_step, run, torchrun, wait_until
+from forked import forked_ranks, start_forked_ranks
 from safetensors.torch import load_file
 
 from model_factory.files import check_checksums
@@ -49,7 +50,7 @@ def final_tensors(output: Path) -> dict[str, torch.Tensor]:
 def straight(packed, tmp_path_factory) -> Path:
     """Output of an uninterrupted run on two ranks."""
     output = tmp_path_factory.mktemp("straight")
-    torchrun(2, *command(packed, output))
+    forked_ranks(2, *command(packed, output))
     return output
 
 
@@ -58,13 +59,13 @@ def straight(packed, tmp_path_factory) -> Path:
 def test_a_run_killed_at_any_step_continues_bitwise_and_loses_no_sample(packed, straight, tmp_path):
     output = tmp_path / "killed"
     for kill_after_steps in (2, 9, 16):  # before the first checkpoint, between two, late
-        process = start_torchrun(2, *command(packed, output))
+        process = start_forked_ranks(2, *command(packed, output))
         consumed = output / "consumed-00000.jsonl"
         step = kill_after_steps
         wait_until(lambda f=consumed, s=step: last_step(f) >= s, process, f"step {step}")
         kill_group(process)
         assert not (output / "exit.json").exists()
-    torchrun(2, *command(packed, output))
+    forked_ranks(2, *command(packed, output))
 
     assert metrics(output) == metrics(straight)
     assert [record["step"] for record in metrics(output)] == list(range(1, STEPS + 1))
@@ -91,7 +92,7 @@ def test_every_epoch_consumes_every_sample_once_over_the_ranks(straight):
 @pytest.mark.e2e
 @pytest.mark.dali
 def test_loss_of_one_rank_equals_that_of_two(packed, straight, tmp_path):
-    torchrun(1, *command(packed, tmp_path, batch=8, world=1))
+    forked_ranks(1, *command(packed, tmp_path, batch=8, world=1))
     for one, two in zip(metrics(tmp_path), metrics(straight), strict=True):
         assert one[LOSS] == pytest.approx(two[LOSS], rel=1e-5), one["step"]
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
@@ -103,7 +104,7 @@ def test_a_checkpoint_of_two_ranks_continues_on_one(packed, straight, tmp_path):
     output = tmp_path / "resharded"
     shutil.copytree(straight, output)
     shutil.rmtree(output / "checkpoints" / f"step_{STEPS:08d}")
-    torchrun(1, *command(packed, output, batch=8, world=1))
+    forked_ranks(1, *command(packed, output, batch=8, world=1))
     for one, two in zip(metrics(output), metrics(straight), strict=True):
         assert one[LOSS] == pytest.approx(two[LOSS], rel=1e-5), one["step"]
 
@@ -125,13 +126,13 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_none_left_stops(
         victim.write_bytes(data)
 
     corrupt(checkpoints[0])
-    done = torchrun(2, *command(packed, output))
+    done = forked_ranks(2, *command(packed, output))
     assert "DAMAGED CHECKPOINT" in done.stderr and "resuming after step 20" in done.stderr
     assert metrics(output) == metrics(straight)
 
     for path in (output / "checkpoints").iterdir():
         corrupt(path)
-    done = torchrun(2, *command(packed, output), check=False)
+    done = forked_ranks(2, *command(packed, output), check=False)
     assert done.returncode != 0
     outcome = json.loads((output / "exit.json").read_text())
     assert outcome["code"] == 6 and "sha256 differs" in outcome["message"]
@@ -142,7 +143,7 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_none_left_stops(
 def test_starting_over_sets_old_checkpoints_aside_and_keeps_the_new(packed, straight, tmp_path):
     output = tmp_path / "over"
     shutil.copytree(straight, output)
-    torchrun(2, *command(packed, output, "--resume", "never", "--lr", "5e-4", steps=6))
+    forked_ranks(2, *command(packed, output, "--resume", "never", "--lr", "5e-4", steps=6))
     names = sorted(path.name for path in (output / "checkpoints").glob("step_*"))
     assert names == ["step_00000005", "step_00000006"]
     assert len(list((output / "checkpoints").glob("superseded_*"))) == 3
@@ -164,7 +165,7 @@ def test_other_labels_do_not_resume(packed, straight, tmp_path):
     manifest = load_manifest(data / "train")
     labels = np.load(data / "train" / "labels.npy")
     save_labels(data / "train", labels[::-1], manifest, 8, {})
-    done = torchrun(2, *command(data, output), check=False)
+    done = forked_ranks(2, *command(data, output), check=False)
     assert done.returncode != 0
     outcome = json.loads((output / "exit.json").read_text())
     assert outcome["code"] == 7 and "shards or labels changed" in outcome["message"]
@@ -190,7 +191,7 @@ def test_a_bad_sample_is_replaced_on_record_and_a_resume_replaces_it_alike(packe
     data, output, resumed = tmp_path / "data" / "train", tmp_path / "run", tmp_path / "resumed"
     shutil.copytree(packed / "train", data)
     damage(data, 13)
-    done = torchrun(2, *command(tmp_path / "data", output))
+    done = forked_ranks(2, *command(tmp_path / "data", output))
     assert done.stderr.count("quarantined sample 13: ") >= 1
     pairs = [p for rank in (0, 1) for r in ledger(output, rank) for p in r.get("replaced", [])]
     assert len(pairs) == 8 and {bad for bad, _ in pairs} == {13}  # once in each of 8 epochs
@@ -210,7 +211,7 @@ def test_a_bad_sample_is_replaced_on_record_and_a_resume_replaces_it_alike(packe
 
     shutil.copytree(output, resumed)
     shutil.rmtree(resumed / "checkpoints" / f"step_{STEPS:08d}")
-    torchrun(2, *command(tmp_path / "data", resumed))
+    forked_ranks(2, *command(tmp_path / "data", resumed))
     assert metrics(resumed) == metrics(output)
     assert all(ledger(resumed, rank) == ledger(output, rank) for rank in (0, 1))
 
@@ -221,7 +222,7 @@ def test_too_many_bad_samples_stop_all_ranks_with_the_whole_list(packed, tmp_pat
     data, output = tmp_path / "data" / "train", tmp_path / "run"
     shutil.copytree(packed / "train", data)
     damage(data, 3, 13)  # of two shards: each rank alone may never meet more than is allowed
-    done = torchrun(2, *command(tmp_path / "data", output), check=False)
+    done = forked_ranks(2, *command(tmp_path / "data", output), check=False)
     assert done.returncode != 0
     outcome = json.loads((output / "exit.json").read_text())
     assert outcome["code"] == 4
@@ -236,12 +237,12 @@ def on_rank_1(folder: Path, fault: str) -> Path:
         "import os, sys, training.train_univit as entry\n"
         "from data_pipeline.loading.samples import SampleReader\n"
         "reads = []\n"
-        "def read(self, *args):\n"
+        "def read(self, *args, **named):\n"
         "    reads.append(1)\n"
         "    if os.environ['RANK'] == '1' and len(reads) > 3:\n"
-        "        self._reader.reading = 'video-000001.tar'\n"
+        "        self.shards.reading = 'video-000001.tar'\n"
         f"        {fault}\n"
-        "    return original(self, *args)\n"
+        "    return original(self, *args, **named)\n"
         "original, SampleReader.read = SampleReader.read, read\n"
         "sys.exit(entry.main(sys.argv[1:]))\n"
     )
@@ -253,7 +254,7 @@ def on_rank_1(folder: Path, fault: str) -> Path:
 def test_what_one_rank_cannot_go_on_from_ends_all_at_the_same_step(packed, tmp_path):
     script = on_rank_1(tmp_path, "raise MemoryError('no room')")
     _, _, *arguments = command(packed, tmp_path / "run")
-    done = torchrun(2, script, *arguments, check=False)
+    done = forked_ranks(2, script, *arguments, check=False)
     assert done.returncode != 0 and "another rank stopped: MemoryError: no room" in done.stderr
     assert "Connection closed" not in done.stderr
 
@@ -270,7 +271,7 @@ def test_ranks_that_see_other_data_do_not_start(packed, tmp_path):
         "sys.exit(entry.main(sys.argv[1:]))\n"
     )
     _, _, *arguments = command(packed, tmp_path / "run")
-    done = torchrun(2, script, *arguments, check=False)
+    done = forked_ranks(2, script, *arguments, check=False)
     assert done.returncode != 0 and "ranks [1] plan other batches than rank 0" in done.stderr
 
 
@@ -281,7 +282,7 @@ def test_storage_that_stops_answering_ends_the_run_with_the_file(packed, tmp_pat
     shutil.copytree(packed / "train", data)
     script = on_rank_1(tmp_path, "__import__('time').sleep(1000)")
     _, _, *arguments = command(tmp_path / "data", output)
-    done = torchrun(
+    done = forked_ranks(
         2, script, *arguments, "--set", "data_timeout_s=8", "--set", "data_warning_s=1", check=False
     )
     assert done.returncode != 0 and "waiting for data for " in done.stderr
@@ -297,7 +298,7 @@ def test_rounds_cluster_again_with_the_trained_encoder_and_start_from_it(packed,
 
     from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
-    torchrun(2, *command(packed, tmp_path, "--rounds", 2, steps=6))
+    forked_ranks(2, *command(packed, tmp_path, "--rounds", 2, steps=6))
     (report,) = json.loads((tmp_path / "rounds.json").read_text())["rounds"]
     assert check_checksums(tmp_path, listing="backbone.pt.sha256")
     assert check_checksums(tmp_path / "hf")
@@ -321,19 +322,19 @@ def test_rounds_cluster_again_with_the_trained_encoder_and_start_from_it(packed,
     shutil.rmtree(tmp_path / "round_2" / "checkpoints" / "step_00000006")
     moved = tmp_path.with_name("moved")
     shutil.move(tmp_path, moved)  # found again wherever it lies
-    torchrun(2, *command(packed, moved, "--rounds", 2, steps=6))
+    forked_ranks(2, *command(packed, moved, "--rounds", 2, steps=6))
     clusters = moved / "round_1" / "clusters" / "motion_shapes-train"
     assert (clusters / "centroids.npy").stat().st_mtime_ns == before, "clustered once"
     again = LlavaViTPackingModel.from_pretrained(moved / "hf").state_dict()
     assert all(torch.equal(encoders[0][name], again[name]) for name in again)
 
-    done = torchrun(
+    done = forked_ranks(
         2,
         *command(packed, moved, "--rounds", 2, "--resume", "never", "--seed", 5, steps=6),
     )
     assert "clusters of other weights removed" in done.stderr
     outside = command(packed, moved, "--rounds", 2, "--resume", moved / "hf", steps=6)
-    done = torchrun(1, *outside, check=False)
+    done = forked_ranks(1, *outside, check=False)
     assert done.returncode and "lies in no round" in done.stderr
 
 
@@ -372,7 +373,7 @@ def test_a_mixture_with_packs_gives_one_curve_on_any_ranks_and_resumes_bitwise(
     packed, mixed, tmp_path
 ):
     for world in (1, 2):
-        torchrun(world, *mixture(packed, mixed, tmp_path / str(world), world))
+        forked_ranks(world, *mixture(packed, mixed, tmp_path / str(world), world))
     one, two = (metrics(tmp_path / str(world)) for world in (1, 2))
     assert len(one) == len(two) >= 6
     for left, right in zip(one, two, strict=True):
@@ -388,7 +389,7 @@ def test_a_mixture_with_packs_gives_one_curve_on_any_ranks_and_resumes_bitwise(
     shutil.copytree(tmp_path / "2", output)
     newest = max((output / "checkpoints").iterdir())
     shutil.rmtree(newest)
-    torchrun(2, *mixture(packed, mixed, output, 2))
+    forked_ranks(2, *mixture(packed, mixed, output, 2))
     assert metrics(output) == two
     assert all(ledger(output, rank) == ledger(tmp_path / "2", rank) for rank in (0, 1))
 
@@ -429,7 +430,7 @@ def test_the_exported_folder_gives_the_trained_encoders_outputs_in_a_fresh_proce
 def test_another_configuration_does_not_resume(packed, straight, tmp_path):
     output = tmp_path / "other"
     shutil.copytree(straight, output)
-    done = torchrun(2, *command(packed, output, "--list_margins", "0.1"), check=False)
+    done = forked_ranks(2, *command(packed, output, "--list_margins", "0.1"), check=False)
     assert done.returncode != 0
     outcome = json.loads((output / "exit.json").read_text())
     assert outcome["code"] == 7
@@ -439,7 +440,7 @@ def test_another_configuration_does_not_resume(packed, straight, tmp_path):
 @pytest.mark.e2e
 @pytest.mark.dali
 def test_a_non_finite_loss_stops_before_the_optimizer(packed, tmp_path):
-    done = torchrun(2, *command(packed, tmp_path, "--lr", "1e20"), check=False)
+    done = forked_ranks(2, *command(packed, tmp_path, "--lr", "1e20"), check=False)
     assert done.returncode != 0
     outcome = json.loads((tmp_path / "exit.json").read_text())
     assert outcome["code"] == 5 and "No weight was changed" in outcome["message"]
@@ -449,7 +450,7 @@ def test_a_non_finite_loss_stops_before_the_optimizer(packed, tmp_path):
 @pytest.mark.e2e
 @pytest.mark.dali
 def test_gradient_accumulation_sees_the_same_samples_per_step(packed, tmp_path):
-    torchrun(1, *command(packed, tmp_path, "--backward_passes_per_step", 2, batch=4, steps=3))
+    forked_ranks(1, *command(packed, tmp_path, "--backward_passes_per_step", 2, batch=4, steps=3))
     steps = Counter(record["step"] for record in ledger(tmp_path, 0))
     assert steps == {1: 2, 2: 2, 3: 2}
     assert len(metrics(tmp_path)) == 3
@@ -457,7 +458,7 @@ def test_gradient_accumulation_sees_the_same_samples_per_step(packed, tmp_path):
 
 @pytest.mark.e2e
 def test_the_debug_preset_learns_its_synthetic_patterns(tmp_path):
-    torchrun(2, "-m", "training.train_univit", "--preset", "debug", "--output", tmp_path)
+    forked_ranks(2, "-m", "training.train_univit", "--preset", "debug", "--output", tmp_path)
     losses = [record["loss/synthetic"] for record in metrics(tmp_path)]
     assert len(losses) == 20 and losses[-1] < 0.1 * losses[0]
     assert (tmp_path / "hf" / "model.safetensors").is_file()

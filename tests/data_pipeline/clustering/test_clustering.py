@@ -8,7 +8,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import PATIENCE_S, ROOT, run
+from conftest import PATIENCE_S, ROOT
+from forked import forked, path_with_python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -250,7 +251,8 @@ def test_processes_of_the_launcher_share_the_features_and_change_no_label(packed
     shards = tmp_path / "shards"
     shutil.copytree(packed / "train", shards)
     command = ["bash", ROOT / "shells" / "cluster.sh", shards, "4", tmp_path / "out"]
-    subprocess.run(command, check=True, env={**os.environ, "NPROC": "3"}, timeout=PATIENCE_S)
+    variables = {"NPROC": "3", "UNIVIT_INSTALLED": "1", "PATH": path_with_python(tmp_path / "bin")}
+    subprocess.run(command, check=True, env={**os.environ, **variables}, timeout=PATIENCE_S)
     manifest = load_manifest(shards)
     two, num_classes = load_labels(shards, manifest)
     cluster(manifest, ClusterConfig(4), tmp_path / "alone")
@@ -313,7 +315,7 @@ def test_clusters_can_be_looked_at_with_sizes_and_purity(packed, tmp_path):
     assert overall_purity(summarise(labels, 4)) is None
 
     page, truth = tmp_path / "page.png", packed / "train.csv"
-    done = run(
+    done = forked(
         *("-m", "data_pipeline", "browse", packed / "train", "--output", page, "--truth", truth)
     )
     assert "8 clusters of" in done.stdout and "purity" in done.stdout
@@ -321,7 +323,7 @@ def test_clusters_can_be_looked_at_with_sizes_and_purity(packed, tmp_path):
         assert picture.width == 8 * 116 and picture.height % 134 == 0
     stranger = tmp_path / "other.csv"
     stranger.write_text("clips/nobody.mp4,3\n")
-    done = run(
+    done = forked(
         *("-m", "data_pipeline", "browse", packed / "train", "--output", page),
         *("--truth", stranger),
         check=False,
@@ -439,7 +441,7 @@ def test_two_levels_go_on_from_finished_cells_and_use_what_was_given():
 def test_a_wrong_option_is_refused_before_any_vector_is_made(packed, tmp_path, flags, message):
     command, *rest = flags
     output = ("--output", tmp_path / "out")
-    done = run("-m", "data_pipeline", command, packed / "train", *rest, *output, check=False)
+    done = forked("-m", "data_pipeline", command, packed / "train", *rest, *output, check=False)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -454,20 +456,20 @@ def test_labels_of_ones_own_are_imported_and_padded(packed, tmp_path):
     listed.write_text("\n".join(lines[::-1]))
     command = ("-m", "data_pipeline", "label", packed / "train", "--num-labels", 5)
     command += ("--output", tmp_path / "labels")
-    run(*command, "--from", listed, "--num-classes", 100)
+    forked(*command, "--from", listed, "--num-classes", 100)
     labels, num_classes = load_labels(tmp_path / "labels", manifest)
     assert num_classes == 100 and labels.shape == (24, 5)
     assert labels[0].tolist() == [0, -1, -1, -1, -1] and labels[1].tolist() == [1, 91, -1, -1, -1]
-    done = run(*command, "--from", listed, "--num-classes", 50, check=False)
+    done = forked(*command, "--from", listed, "--num-classes", 50, check=False)
     assert done.returncode == 1 and "classes are 0 to 49" in done.stderr
     listed.write_text("\n".join(lines[1:]))
-    done = run(*command, "--from", listed, "--num-classes", 100, check=False)
+    done = forked(*command, "--from", listed, "--num-classes", 100, check=False)
     assert done.returncode == 1 and "no line for 1 samples" in done.stderr
     np.save(tmp_path / "words.npy", np.full((24, 9), -1))
-    run(*command, "--from", tmp_path / "words.npy", "--num-classes", 100)
+    forked(*command, "--from", tmp_path / "words.npy", "--num-classes", 100)
     assert (load_labels(tmp_path / "labels", manifest)[0] == -1).all()
     page = ("--labels", tmp_path / "labels", "--output", tmp_path / "page.png")
-    done = run("-m", "data_pipeline", "browse", packed / "train", *page, check=False)
+    done = forked("-m", "data_pipeline", "browse", packed / "train", *page, check=False)
     assert done.returncode == 1 and "no sample" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import run
+from forked import forked
 
 from data_pipeline.loading.shard_reader import ShardReader
 from data_pipeline.shards.interop import (
@@ -21,7 +21,7 @@ from data_pipeline.shards.schema import SampleInfo, decode_array, decode_patches
 @pytest.fixture(scope="module")
 def exported(packed, tmp_path_factory):
     output = tmp_path_factory.mktemp("export")
-    run("-m", "data_pipeline", "export", packed / "val", "--output", output)
+    forked("-m", "data_pipeline", "export", packed / "val", "--output", output)
     return load_manifest(packed / "val"), output
 
 

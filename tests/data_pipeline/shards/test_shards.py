@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import run
+from forked import forked
 
 from data_pipeline.codec.decompose import decompose_video
 from data_pipeline.codec.framing import Framing
@@ -247,7 +247,7 @@ def test_arrays_of_wrong_type_or_size_are_refused():
 
 
 def test_a_user_mistake_ends_with_a_sentence(tmp_path):
-    done = run(
+    done = forked(
         "-m", "data_pipeline", "pack", tmp_path / "nothing", "--output", tmp_path, check=False
     )
     assert done.returncode == 1

@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 from conftest import ROOT, run
+from forked import forked
 from PIL import Image
 
 from data_pipeline.motion_shapes import CLASSES, COLOURS, OUTLINES
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
     """A small set, made by the command."""
     folder = tmp_path_factory.mktemp("demo")
     counts = ("--num_train", str(TRAIN), "--num_val", str(VAL), "--size", str(SIZE))
-    run("-m", "eval_encoder.lmm.demo.question_set", "--output", folder, *counts)
+    forked("-m", "eval_encoder.lmm.demo.question_set", "--output", folder, *counts)
     return folder
 
 

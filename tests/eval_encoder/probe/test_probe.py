@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, torchrun, write_video
+from conftest import ROOT, write_video
+from forked import forked, forked_ranks
 
 from eval_encoder.probe.compare import read_results
-from eval_encoder.probe.published import ANCHORS, COLUMNS
+from eval_encoder.probe.published import COLUMNS, anchors
 
 PROBE = "eval_encoder/attentive_probe.py"
 PUBLIC = (
@@ -46,7 +47,7 @@ def raw(clips, tmp_path) -> Path:
 
 
 def test_a_missing_benchmark_shows_the_tree_and_the_command(tmp_path):
-    done = run(PROBE, "--dataset", "ssv2", "--data_root", tmp_path, check=False)
+    done = forked(PROBE, "--dataset", "ssv2", "--data_root", tmp_path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{tmp_path}/ssv2/" in done.stderr and "ssv2_val_new.csv" in done.stderr
     assert "python -m eval_encoder.probe.prepare ssv2" in done.stderr
@@ -57,9 +58,9 @@ def test_a_missing_benchmark_shows_the_tree_and_the_command(tmp_path):
 @pytest.mark.parametrize("family", ["llava_vit_sampling", "ov_encoder_codec"])
 def test_two_ranks_judge_as_one_does(packed, tmp_path, family):
     flags = ("--model_family", family, "--default_lr_list", "1e-3", "1e-2", "--num_seeds", 2)
-    done = torchrun(2, *probe_command(packed.parent, tmp_path / "two", *flags))
+    done = forked_ranks(2, *probe_command(packed.parent, tmp_path / "two", *flags))
     assert f"motion_shapes {family}: top-1" in done.stdout
-    run(*probe_command(packed.parent, tmp_path / "one", *flags, "--batch_size", 8))
+    forked(*probe_command(packed.parent, tmp_path / "one", *flags, "--batch_size", 8))
     two, one = record_of(tmp_path / "two"), record_of(tmp_path / "one")
     assert two["clips"] == {"train": 24, "val": 8} and len(two["grid"]) == 4
     for name in ("last_epoch", "best_epoch", "chosen", "per_class", "grid"):
@@ -77,15 +78,15 @@ def test_missing_and_damaged_videos_forbid_an_accuracy(raw, tmp_path):
     extra = ("--input_size", 112, "--train_views", 1)
     folder = raw / "motion_shapes" / "clips"
     (folder / "val_00003.mp4").unlink()
-    done = run(*probe_command(raw, tmp_path / "report", *extra), check=False)
+    done = forked(*probe_command(raw, tmp_path / "report", *extra), check=False)
     assert done.returncode == 1 and "clips/val_00003.mp4: missing" in done.stderr
     assert not (tmp_path / "report").exists()
     whole = (folder / "train_00002.mp4").read_bytes()
     (folder / "train_00002.mp4").write_bytes(whole[: len(whole) // 2])
     shutil.copy(folder / "val_00001.mp4", folder / "val_00003.mp4")
-    done = run(*probe_command(raw, tmp_path / "report", *extra), check=False)
+    done = forked(*probe_command(raw, tmp_path / "report", *extra), check=False)
     assert done.returncode == 1 and "clips/train_00002.mp4: " in done.stderr
-    done = run(*probe_command(raw, tmp_path / "report", *extra, "--allow-partial"))
+    done = forked(*probe_command(raw, tmp_path / "report", *extra, "--allow-partial"))
     assert "without 1 unreadable clips" in done.stdout
     unreadable = record_of(tmp_path / "report")["unreadable"]
     assert list(unreadable["train"]) == ["clips/train_00002.mp4"] and not unreadable["val"]
@@ -95,21 +96,21 @@ def test_missing_and_damaged_videos_forbid_an_accuracy(raw, tmp_path):
 def test_a_second_sweep_reads_features_and_another_encoder_does_not(raw, tmp_path):
     cache = ("--input_size", 112, "--cache_dir", tmp_path / "features", "--default_epoch", 1)
     first = (*cache, "--train_views", 1, "--save_report", tmp_path / "a")
-    torchrun(2, *probe_command(raw, tmp_path / "a", *first))
+    forked_ranks(2, *probe_command(raw, tmp_path / "a", *first))
     assert record_of(tmp_path / "a")["costs"]["encoder_passes"] == 16  # rank 0's half of 32 clips
     sweep = ("--default_lr_list", "1e-4", "1e-3", "1e-2", "--num_seeds", 3)
-    run(*probe_command(raw, tmp_path / "b", *first[:-2], *sweep))
+    forked(*probe_command(raw, tmp_path / "b", *first[:-2], *sweep))
     second = record_of(tmp_path / "b")
     assert second["costs"]["encoder_passes"] <= 1 and len(second["grid"]) == 9
     assert second["costs"]["tokens_per_clip"] == 98
-    run(*probe_command(raw, tmp_path / "c", *cache, "--train_views", 1, "--seed", 2))
+    forked(*probe_command(raw, tmp_path / "c", *cache, "--train_views", 1, "--seed", 2))
     assert record_of(tmp_path / "c")["costs"]["encoder_passes"] == 32, "other random weights"
     stored = next((tmp_path / "features").glob("*/??/*.npy"))
     written = stored.read_bytes()
     stored.write_bytes(written[:-100] + bytes(100))
     again = (*cache, "--train_views", 1)
-    logs = [run(*probe_command(raw, tmp_path / "d", *again))]
-    logs += [run(*probe_command(raw, tmp_path / "d", *again, "--seed", 2))]
+    logs = [forked(*probe_command(raw, tmp_path / "d", *again))]
+    logs += [forked(*probe_command(raw, tmp_path / "d", *again, "--seed", 2))]
     assert sum(f"{stored} are made again" in done.stdout + done.stderr for done in logs) == 1
     assert stored.read_bytes() == written
     records = (tmp_path / "d" / "results.jsonl").read_text().splitlines()
@@ -121,7 +122,7 @@ def test_a_second_sweep_reads_features_and_another_encoder_does_not(raw, tmp_pat
 def test_drawn_versions_are_encoded_anew_every_epoch_unless_there_are_few(raw, tmp_path):
     for views, passes in ((0, 3 * 22 + 2 + 8), (2, 2 * 22 + 2 + 8), (1, 22 + 2 + 8)):
         flags = ("--input_size", 112, "--train_views", views, "--default_epoch", 3)
-        run(*probe_command(raw, tmp_path / str(views), *flags))
+        forked(*probe_command(raw, tmp_path / str(views), *flags))
         assert record_of(tmp_path / str(views))["costs"]["encoder_passes"] == passes, views
 
 
@@ -130,8 +131,8 @@ def test_drawn_versions_are_encoded_anew_every_epoch_unless_there_are_few(raw, t
 def test_pooled_features_have_heads_of_their_own(raw, tmp_path, head):
     flags = ("--head", head, "--input_size", 112, "--train_views", 1, "--num_frames", 4)
     flags += ("--num_seeds", 2)  # each in an order of its own, over the clips of both ranks
-    torchrun(2, *probe_command(raw, tmp_path / "two", *flags))
-    run(*probe_command(raw, tmp_path / "one", *flags, "--batch_size", 8))
+    forked_ranks(2, *probe_command(raw, tmp_path / "two", *flags))
+    forked(*probe_command(raw, tmp_path / "one", *flags, "--batch_size", 8))
     one, two = record_of(tmp_path / "one"), record_of(tmp_path / "two")
     assert one["last_epoch"] == two["last_epoch"] and one["chosen"] == two["chosen"]
     assert one.get("grid") == two.get("grid")
@@ -160,7 +161,7 @@ def test_a_folder_of_pictures_is_judged_like_a_benchmark(tmp_path):
     for head, name in (("knn", "flat"), ("attentive", "set")):
         flags = ("--dataset", tmp_path / name, "--head", head, "--input_size", 64)
         flags += ("--default_lr_list", "1e-2", "--default_epoch", 8)
-        done = run(*probe_command(tmp_path, tmp_path / head, *flags))
+        done = forked(*probe_command(tmp_path, tmp_path / head, *flags))
         record = record_of(tmp_path / head)
         assert record["last_epoch"]["top1"] == 100.0 and record["per_class"] == [100.0] * 2
         assert record["dataset"] == name and record["costs"]["tokens_per_clip"] == 16
@@ -180,10 +181,10 @@ def test_several_labels_are_judged_by_mean_average_precision(raw, tmp_path):
         with open(root / f"{split}.csv", "w") as stream:
             csv.writer(stream).writerows(rows)
     flags = ("--dataset", root, "--input_size", 112, "--train_views", 1, "--num_seeds", 2)
-    done = run(*probe_command(raw, tmp_path / "x", *flags), check=False)
+    done = forked(*probe_command(raw, tmp_path / "x", *flags), check=False)
     assert done.returncode == 1 and "--protocol multi_label" in done.stderr
     flags += ("--protocol", "multi_label")
-    done = run(*probe_command(raw, tmp_path / "x", *flags))
+    done = forked(*probe_command(raw, tmp_path / "x", *flags))
     record = record_of(tmp_path / "x")
     assert record["metric"] == "mAP" and "mAP" in done.stdout and "confusion" not in record
     assert len(record["per_class"]) == 10 and 0 < record["last_epoch"]["mAP"] <= 100
@@ -195,7 +196,7 @@ def test_more_than_is_packed_is_an_error_not_less_than_asked(packed, tmp_path):
         (("--num_frames", 16), "stores 8 frames a clip; pass --num_frames 8"),
         (("--num_spatial_crops", 3), "crops need the raw videos"),
     ):
-        done = run(*probe_command(packed.parent, tmp_path, *flags), check=False)
+        done = forked(*probe_command(packed.parent, tmp_path, *flags), check=False)
         assert done.returncode == 1 and advice in done.stderr and "Traceback" not in done.stderr
 
 
@@ -217,11 +218,11 @@ def test_the_public_command_judges_a_folder_of_official_files(clips, tmp_path):
         file = annotations / f"something-something-v2-{split}.json"
         file.write_text(json.dumps(entries))
     prepare = ("-m", "eval_encoder.probe.prepare", "ssv2", "--annotations", annotations)
-    done = run(*prepare, "--videos", videos, "--output", tmp_path / "data" / "ssv2")
+    done = forked(*prepare, "--videos", videos, "--output", tmp_path / "data" / "ssv2")
     assert "train: 8 videos found, 0 named but absent" in done.stdout
     own = ("--data_root", tmp_path / "data", "--model_weight", "random", "--num_frames", 2)
     own += ("--model_name", "llava_vit_tiny_ln", "--input_size", 64)
-    done = torchrun(2, *PUBLIC, *own, "--save_report", tmp_path / "report")
+    done = forked_ranks(2, *PUBLIC, *own, "--save_report", tmp_path / "report")
     assert "ssv2 llava_vit_sampling: top-1" in done.stdout
     record = record_of(tmp_path / "report")
     assert record["clips"] == {"train": 8, "val": 4} and record["epochs"] == 10
@@ -244,17 +245,19 @@ def test_several_probes_are_compared_beside_published_figures(tmp_path):
         }  # fmt: skip
         (folder / "results.jsonl").write_text(json.dumps(record) + "\n")
     compare = ("eval_encoder/probe_results.py", "compare", tmp_path / "0", tmp_path / "1")
-    run(*compare, "--output", tmp_path / "out")
+    forked(*compare, "--output", tmp_path / "out")
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "| ssv2 | b | codec 196 | 196 | attentive | top1 | 60.0 ± 3.0 | 61.0 (4) |" in text
     published = text.split("Published by others")[1]
     assert "| OV-Encoder | codec | 2048 | 58.5 |" in published and "60.0" not in published
     assert (tmp_path / "out" / "compare_ssv2_top1.png").stat().st_size > 10_000
-    done = run(*compare, tmp_path / "nothing", check=False)
+    done = forked(*compare, tmp_path / "nothing", check=False)
     assert done.returncode == 1 and "--save_report" in done.stderr
     assert len(read_results(tmp_path / "0")) == 1
 
 
 def test_published_rows_have_a_figure_for_every_column():
-    assert all(len(anchor.values) == len(COLUMNS) for anchor in ANCHORS)
+    budgets, others = anchors()[:4], anchors()[4:]
+    assert all(set(anchor.values) == {"diving48", "perception_test"} for anchor in budgets)
+    assert len(others) == 12 and all(tuple(anchor.values) == COLUMNS for anchor in others)
     assert ROOT.is_dir()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import run
+from forked import forked
 from safetensors.torch import load_file, save_file
 
 from model_factory.backbone import save_backbone
@@ -22,6 +23,7 @@ from model_factory.packing import patchify
 from model_factory.registry import packing_config
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
+pytestmark = pytest.mark.usefixtures("quick_tower_check")
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
 TEXT = dict(SHAPE, vocab_size=50, max_position_embeddings=8, projection_size=32)
 # name: what makes the model, its picture's side, patch size, tokens
@@ -89,7 +91,7 @@ def source_features(kind, source, pixels):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(quick_tower_check, tmp_path_factory):
     """Every kind's source, and DIR of its export: KIND and KIND.out."""
     place = tmp_path_factory.mktemp("eyes")
     for kind in KINDS:
@@ -343,7 +345,7 @@ def test_the_command_runs_by_path(place, tmp_path):
     command = "model_factory/export_llava_tower.py"
     done = run(command, place / "siglip", "--output_dir", tmp_path / "eye")
     assert f"written: {tmp_path / 'eye'}" in done.stdout and "64 tensors" in done.stdout
-    again = run(command, place / "siglip", "--output_dir", tmp_path / "eye", check=False)
+    again = forked(command, place / "siglip", "--output_dir", tmp_path / "eye", check=False)
     assert again.returncode == 1 and "exists" in again.stderr
 
 

@@ -13,6 +13,7 @@ from model_factory.export_llava_tower import main
 from model_factory.registry import packing_config
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
+pytestmark = pytest.mark.usefixtures("quick_tower_check")
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
 
 

@@ -4,7 +4,7 @@ and a dense reference for everything else.
 
 import pytest
 import torch
-from conftest import run, torchrun
+from forked import forked, forked_ranks
 
 from data_pipeline.random import counter_normal, counter_uniform
 from training.losses.margin import margin_losses
@@ -17,27 +17,27 @@ SCRIPT = "tests/training/losses/partial_fc_ranks.py"
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_golden_vectors(shared, world_size):
     vectors = shared / "vectors" / f"partial_fc_world{world_size}.safetensors"
-    done = torchrun(world_size, SCRIPT, "golden", vectors)
+    done = forked_ranks(world_size, SCRIPT, "golden", vectors)
     assert done.stdout.count("golden ok") == 2 * world_size
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_equals_a_dense_reference_with_sampling_padding_and_odd_shards(world_size):
-    done = torchrun(world_size, SCRIPT, "dense")
+    done = forked_ranks(world_size, SCRIPT, "dense")
     assert done.stdout.count("dense ok") == world_size
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_ranks_may_have_any_number_of_samples_and_need_three_collectives(world_size):
-    done = torchrun(world_size, SCRIPT, "uneven")
+    done = forked_ranks(world_size, SCRIPT, "uneven")
     assert done.stdout.count("uneven ok") == world_size
 
 
 @pytest.mark.dist
 def test_a_label_out_of_range_is_an_error_on_every_rank():
-    done = torchrun(2, SCRIPT, "range")
+    done = forked_ranks(2, SCRIPT, "range")
     assert done.stdout.count("range ok") == 2
 
 
@@ -110,7 +110,7 @@ def test_impossible_settings_are_named(changes, message):
 
 
 def test_single_process_needs_no_launcher():
-    assert "dense ok" in run(SCRIPT, "dense").stdout
+    assert "dense ok" in forked(SCRIPT, "dense").stdout
 
 
 @pytest.mark.parametrize("gap", [6.0, 12.0, 15.0, 30.0])

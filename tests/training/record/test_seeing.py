@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import run, torchrun
+from forked import forked, forked_ranks
 
 DEBUG = ("-m", "training.train_univit", "--preset", "debug")
 
@@ -16,7 +16,7 @@ DEBUG = ("-m", "training.train_univit", "--preset", "debug")
 def finished(tmp_path_factory):
     """Output of a short run of two ranks, with a trace of two steps."""
     output = tmp_path_factory.mktemp("finished")
-    torchrun(2, *DEBUG, "--output", output, "--profile", 2)
+    forked_ranks(2, *DEBUG, "--output", output, "--profile", 2)
     return output
 
 
@@ -68,7 +68,7 @@ def test_mfu_is_a_share_of_a_known_peak_or_not_known(
 ):
     from training.distributed import process_group
     from training.record.metrics import MetricLogger, StepCounts
-    from training.record.step_clock import StepClock
+    from training.record.speed import StepClock
 
     monkeypatch.setattr("training.record.metrics.peak_flops", lambda device: peak)
     caplog.set_level(logging.INFO, "t")
@@ -88,7 +88,7 @@ def test_mfu_is_a_share_of_a_known_peak_or_not_known(
 def test_the_peak_of_a_share_is_that_of_all_ranks(tmp_path, monkeypatch):
     from training.distributed import process_group
     from training.record.metrics import MetricLogger
-    from training.record.step_clock import StepClock
+    from training.record.speed import StepClock
 
     monkeypatch.setattr("training.record.metrics.peak_flops", lambda device: 1e9)
     with process_group() as ranks:
@@ -109,7 +109,7 @@ def test_a_profile_is_a_chrome_trace_of_the_asked_steps(finished):
 
 @pytest.mark.e2e
 def test_a_dry_run_builds_everything_and_leaves_nothing(tmp_path):
-    done = run(*DEBUG, "--output", tmp_path / "run", "--dry-run")
+    done = forked(*DEBUG, "--output", tmp_path / "run", "--dry-run")
     assert "trained one step" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -118,7 +118,7 @@ def test_a_dry_run_builds_everything_and_leaves_nothing(tmp_path):
 def test_a_checkpoint_is_exported_while_its_run_goes_on(finished, tmp_path):
     from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
-    done = run("-m", "training.export", finished, "--output", tmp_path / "out")
+    done = forked("-m", "training.export", finished, "--output", tmp_path / "out")
     assert "step 20" in done.stdout
     ours, theirs = (
         LlavaViTPackingModel.from_pretrained(folder / "hf").state_dict()
@@ -130,18 +130,20 @@ def test_a_checkpoint_is_exported_while_its_run_goes_on(finished, tmp_path):
         for f in (tmp_path / "out", finished)
     ]
     assert sizes[0] == sizes[1]
-    run("-m", "training.export", finished / "checkpoints/step_00000010", "--output", tmp_path / "b")
-    done = run("-m", "training.export", tmp_path, "--output", tmp_path / "c", check=False)
+    forked(
+        "-m", "training.export", finished / "checkpoints/step_00000010", "--output", tmp_path / "b"
+    )
+    done = forked("-m", "training.export", tmp_path, "--output", tmp_path / "c", check=False)
     assert done.returncode == 6 and "no checkpoint" in done.stderr
 
 
 @pytest.mark.dist
 def test_the_doctor_measures_ranks_and_names_what_is_wrong(tmp_path):
-    done = torchrun(2, "-m", "training.doctor", "--output", tmp_path)
+    done = forked_ranks(2, "-m", "training.doctor", "--output", tmp_path)
     for text in ("versions", "/dev/shm", "output", "2 on 1 nodes", "summed over all ranks"):
         assert text in done.stdout
     assert "nothing needs fixing" in done.stdout and not list(tmp_path.iterdir())
-    done = run("-m", "training.doctor", "--output", "/dev/null/x", check=False)
+    done = forked("-m", "training.doctor", "--output", "/dev/null/x", check=False)
     assert done.returncode == 1 and "FIX   output" in done.stdout
     assert "summed over all ranks" not in done.stdout, "one rank exchanges nothing"
     assert "note  exchange" in done.stdout
@@ -149,7 +151,7 @@ def test_the_doctor_measures_ranks_and_names_what_is_wrong(tmp_path):
 
 def test_a_pack_is_drawn_as_its_items_patch_by_patch(packed):
     from data_pipeline.datasets import resolve_dataset
-    from data_pipeline.loading.sequential import sequential_batches
+    from data_pipeline.loading.samples import sequential_batches
     from training.record.pack_picture import pack_picture
 
     manifest = resolve_dataset(str(packed / "train")).load().manifest
@@ -166,7 +168,7 @@ def test_model_flops_equal_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     from model_factory.registry import create_model
-    from training.record.flops import encoder_flops
+    from training.record.speed import encoder_flops
 
     model = create_model("hf_llava_vit_packing_small_ln")
     model.choose_attention("eager")
@@ -183,7 +185,7 @@ def test_model_flops_equal_those_that_torch_counts():
 
 
 def test_a_jump_of_the_loss_is_told_once(caplog):
-    from training.record.watch import SpikeWatch
+    from training.record.speed import SpikeWatch
 
     logger = logging.getLogger("spikes")
     watch = SpikeWatch(logger)
@@ -234,8 +236,8 @@ def test_a_copy_for_wandb_needs_wandb_and_says_so(tmp_path):
     try:
         import wandb  # noqa: F401
     except ModuleNotFoundError:
-        done = run(*DEBUG, *flags, check=False)
+        done = forked(*DEBUG, *flags, check=False)
         assert done.returncode == 1 and "pip install wandb" in done.stderr
         return
-    run(*DEBUG, *flags, WANDB_MODE="offline")
+    forked(*DEBUG, *flags, WANDB_MODE="offline")
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
