@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_pipeline.picture_files import write_picture
 from data_pipeline.picture_text import INK, MUTED, font
+from data_pipeline.side_files import write_picture
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataPipelineError
-from ..labelled_lists import ids_of_sources, read_labelled_csv, refuse_repeats
+from ..lists import ids_of_sources, read_labelled_csv, refuse_repeats
 from ..loading.shard_reader import ShardReader
-from ..picture_files import write_picture
 from ..shards.manifest import Manifest
 from ..shards.schema import SampleInfo, decode_frames, frames_member
+from ..side_files import write_picture
 
 SHOWN = 8  # samples of a cluster
 SIDE, GAP, CAPTION = 112, 4, 18

@@ -22,11 +22,10 @@ import numpy as np
 from model_factory.command_line.plain_text import show
 from model_factory.files import DamagedFile, file_sha256, write_json, writing_into
 
-from ..arrays import read_array, write_array
 from ..errors import CorruptShard, DataPipelineError, MissingData
-from ..records import read_record
 from ..shards.existing import remove_temporary
 from ..shards.manifest import Manifest
+from ..side_files import read_array, read_record, write_array
 from .feature_sources import FeatureConfig, source_of
 
 RECORD_NAME = "features.json"

@@ -17,9 +17,8 @@ import numpy as np
 
 from model_factory.files import file_sha256, write_json
 
-from ..arrays import read_array, write_array
 from ..errors import CorruptShard, DataPipelineError, MissingData
-from ..records import read_record
+from ..side_files import read_array, read_record, write_array
 from .feature_sources import normalise
 from .search import search
 

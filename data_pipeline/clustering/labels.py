@@ -14,11 +14,10 @@ import numpy as np
 
 from model_factory.files import file_sha256, write_json
 
-from ..arrays import read_array, write_array
 from ..errors import CorruptShard, DataPipelineError, MissingData
-from ..labelled_lists import ids_of_sources, read_labelled_jsonl
-from ..records import read_record
+from ..lists import ids_of_sources, read_labelled_jsonl
 from ..shards.manifest import Manifest
+from ..side_files import read_array, read_record, write_array
 from .kmeans import how_to_cluster
 from .search import CentroidSearch, judges
 

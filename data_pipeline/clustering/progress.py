@@ -16,8 +16,7 @@ import numpy as np
 
 from model_factory.files import file_sha256, write_json
 
-from ..arrays import read_array, write_array
-from ..records import read_record
+from ..side_files import read_array, read_record, write_array
 from .kmeans import Progress
 
 LOG = logging.getLogger("univit")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.labelled_lists import LabelledRow, read_labelled_csv, refuse_repeats
+from data_pipeline.lists import LabelledRow, read_labelled_csv, refuse_repeats
 from data_pipeline.random import counter_rng
 
 from .class_folders import SPLITS, class_folder_rows

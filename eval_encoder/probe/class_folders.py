@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_pipeline.codec.open_video import is_image, is_video
 from data_pipeline.folders import files_below
-from data_pipeline.labelled_lists import LabelledRow
+from data_pipeline.lists import LabelledRow
 
 SPLITS = ("train", "val")
 VALIDATION_SHARE = 0.2  # of a folder that has no train/ and val/

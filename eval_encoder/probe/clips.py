@@ -25,7 +25,7 @@ from data_pipeline.codec.open_video import InputLimits, is_image
 from data_pipeline.codec.selection import cut_patches
 from data_pipeline.codec.timeline import segment_frames
 from data_pipeline.errors import RejectedInput
-from data_pipeline.labelled_lists import ids_of_sources
+from data_pipeline.lists import ids_of_sources
 from data_pipeline.loading.config import ViewConfig
 from data_pipeline.loading.packing import PackedBatch, pack_views
 from data_pipeline.loading.samples import sequential_batches
