@@ -299,7 +299,7 @@ def _load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     from data_pipeline.clustering.browse import read_truth
     from data_pipeline.clustering.features import load_features
     from data_pipeline.clustering.labels import load_labels
-    from data_pipeline.clustering.projection import fit_projection
+    from data_pipeline.clustering.pipeline import fit_projection
     from data_pipeline.shards.manifest import load_manifest
 
     manifest = load_manifest(args.shards)
