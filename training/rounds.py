@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from data_pipeline.arrays import write_array
 from data_pipeline.datasets import (
     Dataset,
     extract_features,
@@ -27,6 +26,7 @@ from data_pipeline.datasets import (
     recluster,
     relabelled,
 )
+from data_pipeline.side_files import write_array
 from model_factory.files import OWN_LISTING, check_checksums, write_checksums, write_json
 
 from .config.schema import TrainConfig

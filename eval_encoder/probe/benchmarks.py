@@ -24,7 +24,7 @@ import numpy as np
 
 from data_pipeline.codec.open_video import is_image, is_video
 from data_pipeline.folders import files_below
-from data_pipeline.labelled_lists import LabelledRow, read_labelled_csv, refuse_repeats
+from data_pipeline.lists import LabelledRow, read_labelled_csv, refuse_repeats
 from data_pipeline.random import counter_rng
 
 SPLITS = ("train", "val")

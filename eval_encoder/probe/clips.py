@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import RejectedInput
-from data_pipeline.labelled_lists import ids_of_sources
+from data_pipeline.lists import ids_of_sources
 from data_pipeline.loading.config import ViewConfig
 from data_pipeline.loading.packing import PackedBatch, pack_views
 from data_pipeline.loading.samples import sequential_batches

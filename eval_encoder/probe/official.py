@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.folders import is_hidden
-from data_pipeline.text_lists import NUMBER, csv_rows, is_text, list_lines
+from data_pipeline.lists import NUMBER, csv_rows, is_text, list_lines
 from model_factory.command_line.plain_text import printable, show
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
