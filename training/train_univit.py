@@ -50,7 +50,7 @@ def _start(args: argparse.Namespace) -> None:
     from .distributed import process_group
 
     with process_group(config.collective_timeout_s) as ranks:
-        code = _run(args, config, ranks)
+        code = _run(args, config=config, ranks=ranks)
         if code:
             sys.exit(code)  # from inside, so that no rank waits for a peer that still works
 
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace, config: "TrainConfig", ranks: "Ranks") -> int
         run.claim(sys.argv[1:])
         if ranks.is_main:
             warn_idle(args, logger)
-        _train(args, config, ranks, signals, logger)
+        _train(args, config=config, ranks=ranks, signals=signals, logger=logger)
     except BaseException as error:
         # a launcher signals the ranks that are left within a tenth of a second of a lost one: the
         # record of what ended this one is still to be written
@@ -106,7 +106,7 @@ def _train(
     from .rounds import train_rounds
     from .trainer import Trainer
 
-    datasets = _load_datasets(args, config, ranks, logger)
+    datasets = _load_datasets(args, config=config, ranks=ranks, logger=logger)
     if args.dry_run:
         trainer = Trainer(config, datasets, ranks=ranks, signals=signals, logger=logger)
         trainer.train(last_step=1)

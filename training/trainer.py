@@ -56,9 +56,11 @@ class Trainer:
         logger: logging.Logger,
     ):
         self.output = Path(config.output)
-        commit = find_commit(self.output, config.resume, ranks, logger)
+        commit = find_commit(self.output, resume=config.resume, ranks=ranks, logger=logger)
         if commit is not None:
-            config, datasets = with_stored_names(config, datasets, commit.state, logger)
+            config, datasets = with_stored_names(
+                config, datasets=datasets, state=commit.state, logger=logger
+            )
         self.config = config
         self.datasets = datasets
         self.ranks = ranks
@@ -139,7 +141,7 @@ class Trainer:
     def _loop(self, ledger: Ledger, metrics: MetricLogger, trial_step: int | None) -> None:
         last_step = trial_step or self.total_steps
         self._saved_at = time.monotonic()
-        tracing = trace(self.output, self.config.profile_steps, self.ranks)
+        tracing = trace(self.output, steps=self.config.profile_steps, ranks=self.ranks)
         patch_size = self.encoder.module.train().config.patch_size
         pictured = False
         with (
@@ -191,7 +193,7 @@ class Trainer:
     def _export(self) -> None:
         whole = self.encoder.whole()
         if whole is not None:
-            export_encoder(whole, self.output, self._facts())
+            export_encoder(whole, output=self.output, run=self._facts())
             self.logger.info("done: %s and %s", self.output / "hf", self.output / "backbone.pt")
 
     def state(self) -> dict:
@@ -199,7 +201,7 @@ class Trainer:
         resume, and what may differ, at the price of other last bits."""
         classes = {name: head.num_classes for name, head in self.heads.items()}
         return {
-            "heads": heads_on_record(self.config, self.datasets, classes),
+            "heads": heads_on_record(self.config, self.datasets, num_classes=classes),
             "data": self.data.state_dict(),
             "skipped_steps": self.train_step.skipped,
             "image_size": self.encoder.module.config.image_size,
@@ -224,7 +226,9 @@ class Trainer:
             self.step = commit.state["step"]
             self.train_step.skipped = commit.state.get("skipped_steps", 0)
         self.checkpointer.start(commit)
-        self._other_records = restore_records(self.output, commit, self.ranks, self.logger)
+        self._other_records = restore_records(
+            self.output, commit=commit, ranks=self.ranks, logger=self.logger
+        )
         if commit is not None and other_data:
             self.data.start_next_epoch(commit.state["data"])
         elif commit is not None:
@@ -257,7 +261,7 @@ class Trainer:
         num_classes = SYNTHETIC_CLASSES
         if dataset is not None:
             num_classes = dataset.num_classes
-            _check_negatives(head, index, dataset)
+            _check_negatives(head, index=index, dataset=dataset)
         partial_fc = PartialFC(
             num_classes=num_classes,
             width=width,

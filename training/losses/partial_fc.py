@@ -121,7 +121,9 @@ class PartialFC(nn.Module):
         self.num_classes = num_classes
         self.config = config
         self.seed = seed
-        self.class_start, self.class_end = class_range(num_classes, ranks.rank, ranks.world_size)
+        self.class_start, self.class_end = class_range(
+            num_classes, rank=ranks.rank, world_size=ranks.world_size
+        )
         classes = torch.arange(self.class_start, self.class_end, device=ranks.device)
         self.centers = nn.Parameter(
             counter_normal(classes, width, seed, self._centers_draw) * config.init_std

@@ -120,7 +120,7 @@ class MetricLogger:
         if not self._pending:
             return
         taken = self._clock.take()
-        own = compare_ranks(taken, len(self._pending), self._logger)
+        own = compare_ranks(taken, steps=len(self._pending), logger=self._logger)
         if self._record is not None:
             self._write(self._record, self._speed(taken, own))
         self._pending.clear()
@@ -204,7 +204,7 @@ class MetricLogger:
         for line in lines:
             for name, value in line.items():
                 if name.startswith("loss/") and value is not None:
-                    self._spikes.look(line["step"], name, value)
+                    self._spikes.look(step=line["step"], name=name, value=value)
         values = {**last, **speed}
 
         def draw(writer: Any) -> None:
