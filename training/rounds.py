@@ -63,7 +63,7 @@ def train_rounds(
             folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", json.loads(round_config.to_json()))
             shutil.copyfile(output / "run.json", folder / "run.json")
-        dist.barrier()
+        dist.barrier()  # all ranks write records into the folder
         trainer = Trainer(round_config, datasets, ranks=ranks, signals=signals, logger=logger)
         # where a data folder was renamed since, the names on record: files of rounds have them
         config = _named_as(trainer.config, config)
@@ -172,7 +172,7 @@ def _cluster_again(
         for name, dataset in clustered.items():
             recluster(dataset, encoder, output=_clusters(folder, name), report=logger.info)
 
-    on_main(ranks, forget)
+    on_main(ranks, forget)  # before any rank adds features to what other weights left
     for name, dataset in clustered.items():
         extract_features(
             dataset,

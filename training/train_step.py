@@ -75,8 +75,8 @@ class TrainStep:
         counts = DataCounts()
         flops = 0
         for micro in range(accumulate):
-            batches, of_batches = self.data.next_batches(loader, self.clock, wishes)
-            counts += of_batches
+            batches, new_counts = self.data.next_batches(loader, clock=self.clock, wishes=wishes)
+            counts += new_counts
             flops += self._softmax_flops(batches)
             ledger.record(step + 1, batches)
             last = micro == accumulate - 1
@@ -86,9 +86,10 @@ class TrainStep:
                 with self.clock.section("backward"):
                     (objective / accumulate).backward()
             if not last or step + 1 < total_steps:
-                self.data.draw(loader, self.clock, wishes)
+                self.data.draw(loader, clock=self.clock, wishes=wishes)
 
         with self.clock.section("optimizer"):
+            # one norm over encoder and all heads: a head's outlier shortens the whole step
             norm = global_grad_norm(self.encoder.module, list(self.heads.values()))
             if self._is_usable(norm, step=step, reported=reported, batches=batches):
                 groups = self.optimizer.param_groups

@@ -56,6 +56,7 @@ class Trainer:
         logger: logging.Logger,
     ):
         self.output = Path(config.output)
+        # first of all, since centres, streams and random draws go by the names of their heads
         commit = find_commit(self.output, resume=config.resume, ranks=ranks, logger=logger)
         if commit is not None:
             config, datasets = with_stored_names(
@@ -74,11 +75,8 @@ class Trainer:
             head.name: self._build_head(index, encoder.config.hidden_size)
             for index, head in enumerate(config.heads)
         }
-        self.optimizer = build_optimizer(
-            encoder=encoder,
-            heads={head.name: (self.heads[head.name], head.lr_scale) for head in config.heads},
-            config=config.optimizer,
-        )
+        scaled = {head.name: (self.heads[head.name], head.lr_scale) for head in config.heads}
+        self.optimizer = build_optimizer(encoder, heads=scaled, config=config.optimizer)
         self.checkpointer = Checkpointer(
             output=self.output,
             ranks=ranks,
@@ -145,7 +143,7 @@ class Trainer:
         patch_size = self.encoder.module.train().config.patch_size
         pictured = False
         with (
-            self.signals.deferred(),
+            self.signals.deferred(),  # signals wait for the end of the step
             self.data.loader() as loader,
             tracing or contextlib.nullcontext(),
         ):
@@ -161,10 +159,12 @@ class Trainer:
                 if tracing is not None:
                     tracing.step()
                 if not pictured:
-                    metrics.picture(self.step, result.batches, patch_size)
+                    metrics.picture(self.step, batches=result.batches, patch_size=patch_size)
                     pictured = True
-                metrics.record(self.step, result.values, result.counts)
-                self._end_step(result, ledger, metrics, is_trial=trial_step is not None)
+                metrics.record(self.step, values=result.values, counts=result.counts)
+                self._end_step(
+                    result, ledger=ledger, metrics=metrics, is_trial=trial_step is not None
+                )
                 if result.stop:
                     saved = f"asked to stop: saved at step {self.step} of {last_step}"
                     raise Preempted(saved, saved=True)
@@ -177,7 +177,7 @@ class Trainer:
         is_due = result.save or self.step % self.config.checkpoint.every == 0
         if is_trial or not (is_due or is_last):
             return
-        metrics.flush()
+        metrics.flush()  # the record must hold the steps that the commit binds it at
         records = seal_records([ledger.file, *metrics.files], self._other_records)
         self.checkpointer.save(self.step, {**self.state(), "records": records}, wait=is_last)
         self._saved_at = time.monotonic()
@@ -185,6 +185,7 @@ class Trainer:
     def _wishes(self) -> tuple[bool, bool]:
         """Whether this rank wishes to stop and to save; each wish to save is passed on once."""
         now = time.monotonic()
+        # rank 0's clock decides for all: with clocks of their own, ranks would ask at other steps
         due = self.ranks.is_main and now - self._saved_at > 60 * self.config.checkpoint.minutes
         if due:
             self._saved_at = now

@@ -91,7 +91,7 @@ class CheckpointFolder:
     def commit(self, step: int) -> Path:
         """Make a finished save a commit, by one rename."""
         os.rename(self.temporary(step), self.final(step))
-        sync(self.path)
+        sync(self.path)  # a rename is on disk only once its folder is
         return self.final(step)
 
     def prune(self) -> None:

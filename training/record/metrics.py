@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import resource
+import statistics
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class MetricLogger:
         text = f"```\n{config.to_json()}\n```"
         steps = {"hparam/steps": self._total_steps}
         self.board.show(lambda writer: writer.add_text("configuration", text))
+        # "." is the run's own folder; by default each call makes a folder named by the clock
         self.board.show(lambda writer: writer.add_hparams(flat, steps, run_name="."))
         if config.wandb_project is not None:
             self._wandb = _wandb_run(config.wandb_project, flat, Path(config.output))
@@ -168,7 +170,7 @@ class MetricLogger:
             "mfu": self._mfu(flops_rate),
             "step_s": total / steps,
             "slowest_rank_own_s": max(own),
-            "median_rank_own_s": sorted(own)[(len(own) - 1) // 2],
+            "median_rank_own_s": statistics.median_low(own),
             "data_wait": taken.get("data", 0.0) / total,
             "fill": tokens / max(room, 1),
             "memory_gb": _memory(self._ranks.device) / 1e9,
