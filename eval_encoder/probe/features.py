@@ -16,9 +16,10 @@ import torch
 from data_pipeline.codec.decompose import DECOMPOSITION_VERSION
 from training.distributed import Ranks, all_gather_json
 
+from ..clip_views import Look, chosen_decoder
 from ..feature_cache import FeatureCache
 from .benchmarks import LabelledList
-from .clips import Look, chosen_decoder, open_clips
+from .clips import open_clips
 from .config import ProbeConfig
 from .encoders import ProbeEncoder
 

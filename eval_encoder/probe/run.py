@@ -83,20 +83,9 @@ def _probe(
     if config.heads.kind == "knn":
         record, confusion = _probe_neighbours(config, train=train, val=val, ranks=ranks)
     else:
-        with _board(config, ranks) as board:
-            trainer = ProbeTrainer(
-                config,
-                width=encoder.width,
-                train=train,
-                val=val,
-                ranks=ranks,
-                log=log,
-                board=board,
-            )
-            history = trainer.run()
-        record = summarise(config, history, num_clips=_num_clips(train, val))
-        confusion = chosen_confusion(history, record)
-
+        record, confusion = _probe_bank(
+            config, width=encoder.width, train=train, val=val, ranks=ranks, log=log
+        )
     # a collective, so that it stands before what rank 0 does alone
     tokens_per_clip = val.tokens_per_clip()
     if ranks.is_main:
@@ -141,6 +130,30 @@ def _check_lists(train: ClipFeatures, val: ClipFeatures, log: logging.Logger) ->
     shared = shared_files(train.clips, val.clips)
     if shared:
         log.warning("%d clips are in both lists, for example %s", len(shared), shared[0])
+
+
+def _probe_bank(
+    config: ProbeConfig,
+    width: int,
+    train: ClipFeatures,
+    val: ClipFeatures,
+    ranks: Ranks,
+    log: logging.Logger,
+) -> tuple[dict, np.ndarray | None]:
+    """(record, confusion matrix) of heads that are trained."""
+    with _board(config, ranks) as board:
+        trainer = ProbeTrainer(
+            config,
+            width=width,
+            train=train,
+            val=val,
+            ranks=ranks,
+            log=log,
+            board=board,
+        )
+        history = trainer.run()
+    record = summarise(config, history, num_clips=_num_clips(train, val))
+    return record, chosen_confusion(history, record)
 
 
 def _probe_neighbours(

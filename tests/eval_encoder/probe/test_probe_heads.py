@@ -88,7 +88,7 @@ class StoredFeatures:
 
 
 def clip_look(index):
-    from eval_encoder.probe.clips import Look
+    from eval_encoder.clip_views import Look
 
     return Look(int(index))
 

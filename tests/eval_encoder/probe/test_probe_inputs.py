@@ -18,19 +18,19 @@ from data_pipeline.errors import RejectedInput
 from data_pipeline.loading.packing import pack_views
 from data_pipeline.loading.views import still_view
 from data_pipeline.shards.sample_builder import SampleConfig, build_sample
-from eval_encoder.feature_cache import file_identity
-from eval_encoder.probe.benchmarks import LabelledList
-from eval_encoder.probe.clips import (
+from eval_encoder.clip_reader import recolour
+from eval_encoder.clip_views import (
     Look,
-    RawClips,
     chosen_decoder,
     chosen_gop,
     positions_within,
     view_of_file,
 )
+from eval_encoder.feature_cache import file_identity
+from eval_encoder.probe.benchmarks import LabelledList
+from eval_encoder.probe.clips import RawClips
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.encoders import build_encoder, packed_model, time_code
-from eval_encoder.probe.reader import recolour
 from model_factory.backbone import save_backbone
 from model_factory.export_folder import save_encoder_folder
 from model_factory.files import CHECKSUMS_NAME

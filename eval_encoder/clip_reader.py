@@ -1,7 +1,7 @@
 """Files of a benchmark -> pixels, read in child processes that no file can hang or kill.
 
     parent   PixelReader.read(PixelRequest)       frames, or a RejectedInput with its reason
-    child    python -m eval_encoder.probe.reader  read_pixels, one request at a time
+    child    python -m eval_encoder.clip_reader  read_pixels, one request at a time
     parent   recolour                             other colours, for drawn versions of a clip
 
 Videos are read by the packer's own reader (data_pipeline/codec), so a probe sees the frames that
@@ -34,7 +34,7 @@ from data_pipeline.codec.selection import choose_patches
 from data_pipeline.codec.timeline import read_timeline, segment_frames
 from data_pipeline.errors import RejectedInput
 
-MODULE = "eval_encoder.probe.reader"
+MODULE = "eval_encoder.clip_reader"
 
 # Of drawn versions. Probabilities are as published. How strong the changes are is not published:
 # factors lie within 1 +- STRENGTH, and hues move by at most HUE_TURN of the circle.
