@@ -16,9 +16,9 @@ import torch
 
 from data_pipeline.errors import RejectedInput
 from data_pipeline.labelled_lists import ids_of_sources
-from data_pipeline.loading.choices import ViewConfig
+from data_pipeline.loading.config import ViewConfig
 from data_pipeline.loading.packing import PackedBatch, pack_views
-from data_pipeline.loading.sequential import sequential_batches
+from data_pipeline.loading.samples import sequential_batches
 from data_pipeline.loading.views import View
 from data_pipeline.shards.manifest import Manifest, load_manifest
 

@@ -139,8 +139,8 @@ def test_crops_lie_along_the_long_side(tmp_path):
 
 
 def test_raw_codec_patches_are_those_that_packing_keeps(clips, packed):
-    from data_pipeline.loading.choices import ViewConfig
-    from data_pipeline.loading.sequential import sequential_batches
+    from data_pipeline.loading.config import ViewConfig
+    from data_pipeline.loading.samples import sequential_batches
     from data_pipeline.shards.manifest import load_manifest
 
     config = config_of("--model_family", "llava_vit_codec", "--K_keep", 98, "--gop", 64)
