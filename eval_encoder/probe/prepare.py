@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 
 from data_pipeline.codec.open_video import is_video
 from data_pipeline.folders import files_below
-from data_pipeline.text_lists import settled_name
+from data_pipeline.lists import settled_name
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.plain_text import printable, show
