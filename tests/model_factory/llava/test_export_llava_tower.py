@@ -343,7 +343,7 @@ def test_the_processors_picture_size_counts_not_the_models(place, tmp_path):
 @pytest.mark.e2e
 def test_the_command_runs_by_path(place, tmp_path):
     command = "model_factory/export_llava_tower.py"
-    done = run(command, place / "siglip", "--output_dir", tmp_path / "eye")
+    done = forked(command, place / "siglip", "--output_dir", tmp_path / "eye")
     assert f"written: {tmp_path / 'eye'}" in done.stdout and "64 tensors" in done.stdout
     again = forked(command, place / "siglip", "--output_dir", tmp_path / "eye", check=False)
     assert again.returncode == 1 and "exists" in again.stderr
