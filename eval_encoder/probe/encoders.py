@@ -164,7 +164,8 @@ def build_encoder(
     colours = None
     if config.mean is not None and config.std is not None:
         colours = gain_and_offset(config.mean, config.std)
-    return PackedEncoder(packed_model(model_name, model_weight, seed), colours)
+    model = packed_model(model_name, model_weight=model_weight, seed=seed)
+    return PackedEncoder(model, colours)
 
 
 def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> LlavaViTPackingModel:
