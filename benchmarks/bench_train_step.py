@@ -54,7 +54,7 @@ def bench_step(folder: Path) -> dict:
     products that one thread has before the run, while nothing else computes."""
     import torch
 
-    from training.record.flops import product_flops
+    from training.record.speed import product_flops
 
     torch.set_num_threads(1)
     peak = 2 * product_flops(torch.device("cpu"), seconds=2.0)
@@ -177,7 +177,7 @@ def bench_gpu(rounds: int, compiled: bool) -> dict:
         global_grad_norm,
     )
     from training.parallel import ParallelConfig, ParallelEncoder
-    from training.record.flops import encoder_flops, peak_flops, softmax_flops
+    from training.record.speed import encoder_flops, peak_flops, softmax_flops
 
     with process_group() as ranks:
         model = build_encoder(ModelConfig(name="llava_vit_large_ln"), 0)

@@ -90,6 +90,7 @@ def read_existing(directory: Path) -> Existing:
             fields = ("key", "source", "source_sha256")
             samples = [{key: sample.get(key) for key in fields} for sample in record["samples"]]
         records[name] = {**record, "samples": samples}
+    # a damaged manifest can be written anew only from records
     if damage is not None and not records:
         raise _foreign_manifest(directory)
     stated = manifest
@@ -123,6 +124,7 @@ def read_shard_record(path: Path) -> dict | None:
             open_seal(record, data=data, name=str(path))
         check_fields(record, fields=RECORD_FIELDS, name=str(path))
         known_inputs(record)
+    # any JSON may lie in a folder: what does not read as a record is none
     except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError):
         return None
     return record if record["name"] == path.stem else None
@@ -136,6 +138,7 @@ def remove_packing(existing: Existing) -> None:
     directory = existing.directory
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
     remove_shards(directory, existing.names)
+    # a tar without a record may be the user's own
     for name in existing.loose:
         if tar_sources(directory / f"{name}.tar") is not None:
             remove_shards(directory, [name])
@@ -165,6 +168,7 @@ def tar_sources(path: Path) -> list[str] | None:
             for member in archive:
                 if not MEMBER_NAME.fullmatch(member.name):
                     return None
+                # None for whatever is no file
                 stream = archive.extractfile(member)
                 if stream is not None and member.name.endswith(".json"):
                     data = stream.read(MAX_INFO_BYTES + 1)
@@ -188,6 +192,7 @@ def _readable_manifest(directory: Path) -> tuple[dict | None, str | None]:
         if not _looks_ours(data):
             raise _foreign_manifest(directory) from error
         return None, str(error)
+    # names and counts are acted upon: files are removed by the one, inputs dealt out by the other
     for entry in manifest["shards"]:
         if not SHARD_NAME.fullmatch(entry["name"]):
             raise _foreign_manifest(directory)

@@ -75,6 +75,7 @@ def pack(
             progress.report(
                 f"packed shard {done}/{len(mine)}: {samples} samples, {rejected} rejected"
             )
+    # after all of ours: whoever finishes last finds all records and writes the manifest
     with writing_into(output):
         return bind(plan, output, report)
 
@@ -102,6 +103,7 @@ def pack_ray(
     plan = plan_packing(inputs, output, config=config, num_jobs=RAY_JOBS, mode=mode, report=report)
     ray.init(ignore_reinit_error=True, include_dashboard=False, num_cpus=None)
 
+    # a worker that dies is replaced three times; what it had finished is skipped then
     @ray.remote(num_cpus=1, max_retries=3)
     def work(task: Task) -> tuple[int, int, int]:
         silent = PackProgress(len(task.inputs))
@@ -162,7 +164,10 @@ def pack_task(task: Task, output: Path, pool: SamplePool, progress: PackProgress
 
 
 def _samples(
-    task: Task, pool: SamplePool, progress: PackProgress, statement: dict
+    task: Task,
+    pool: SamplePool,
+    progress: PackProgress,
+    statement: dict,
 ) -> Iterator[Sample]:
     """The samples of a task, in order; entries of all its inputs, and of rejected ones, go into
     `statement` by the way."""
@@ -194,6 +199,7 @@ def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:
     another command writes into this folder at the same time.
     """
     record = read_shard_record(output / f"{task.name}.json")
+    # without a digest only the manifest can tell whether a record is as it was written
     if record is None or (task.distrusts_record and DIGEST_KEY not in record):
         return None
     sources = [known.source for known in known_inputs(record)]

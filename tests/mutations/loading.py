@@ -157,9 +157,9 @@ LOADING = (
     ),
     Mutant(
         name="mean-not-scaled",
-        file="data_pipeline/loading/views.py",
-        old="[-m / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]",
-        new="[-m for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]",
+        file="model_factory/packing.py",
+        old="torch.stack([1 / (MAX_BYTE * stds), -means / stds])",
+        new="torch.stack([1 / (MAX_BYTE * stds), -means])",
         why="pixels are not centred as the public weights expect",
         tests=("data_pipeline/shards/test_packing.py",),
     ),

@@ -441,7 +441,7 @@ def test_a_meeting_point_that_is_taken_is_named(tmp_path):
 def test_want_of_memory_is_an_outcome_with_advice():
     import torch
 
-    from training.outcomes import outcome_of
+    from training.run_folder import outcome_of
 
     for error in (
         MemoryError("no room"),
@@ -455,8 +455,8 @@ def test_want_of_memory_is_an_outcome_with_advice():
 
 def test_a_stop_that_comes_while_a_lost_peer_is_handled_is_a_lost_peer():
     """The launcher stops the ranks that are left as soon as it sees one die."""
-    from training.outcomes import outcome_of
-    from training.stop_signals import Preempted
+    from training.errors import Preempted
+    from training.run_folder import outcome_of
 
     try:
         try:

@@ -1,8 +1,9 @@
 """The command line of the trainer: the public trainer's flags, frozen, turned into a TrainConfig.
 
 Classes of flags mirror the classes of training/config/schema.py, so that the path of a flag is the
-path of the field that it sets: RunFlags.optimizer.lr is --lr and TrainConfig.optimizer.lr. A flag
-that is not given leaves what the preset says. Nothing here imports torch, so `--help` is instant.
+path of the field that it sets: ComponentFlags.optimizer.lr is --lr and TrainConfig.optimizer.lr. A
+flag that is not given leaves the preset's value. Nothing here imports torch, so `--help` is
+instant.
 """
 
 import argparse
@@ -79,7 +80,7 @@ class ParallelFlags:
 
 @dataclass(frozen=True)
 class RunFlags:
-    """Flags that set fields of TrainConfig."""
+    """Flags that set fields of TrainConfig itself."""
 
     output: str = flag("--output", help="folder of checkpoints, logs and exports (default: output)")
     resume: str = flag(
@@ -104,6 +105,12 @@ class RunFlags:
     )
     profile_steps: int = flag("--profile", help="steps that OUTPUT/trace.json shows")
     synthetic_data: bool = flag("--use_synthetic_data", help="random patches instead of files")
+
+
+@dataclass(frozen=True)
+class ComponentFlags:
+    """Flags that set fields of the components' configurations."""
+
     model: ModelFlags
     optimizer: OptimizerFlags
     schedule: ScheduleFlags
@@ -123,12 +130,12 @@ class ViewFlags:
 
 @dataclass(frozen=True)
 class StreamFlags:
+    view: ViewFlags
     batch_size: tuple[int, ...] = flag(
         "--list_batch_sizes", "--list_batch_size", help="samples per process and head"
     )
     label_width: int = flag("--random_diff", help="width of the label lists that are used")
     dali_num_threads: int = flag("--workers", help="decoding threads per head")
-    view: ViewFlags
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,8 @@ class HeadFlags:
     """Flags that set fields of HeadConfig: a tuple has a value per head, or one for all of them;
     what is no tuple is the same for every head."""
 
+    stream: StreamFlags
+    loss: LossFlags
     dataset: tuple[str, ...] = flag(
         "--list_datasets",
         help="registered names or packed folders, one per head (default: the embedded set)",
@@ -160,8 +169,6 @@ class HeadFlags:
         help=".npy of starting centres [classes, width]; NULL: random",
         parse=_path,
     )
-    stream: StreamFlags
-    loss: LossFlags
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run = parser.add_argument_group("run")
     add_flags(run, RunFlags, only_given=True)
+    add_flags(run, ComponentFlags, only_given=True)
     add_flags(run, StartFlags, only_given=True)
     run.add_argument(
         "--set",
@@ -248,7 +256,7 @@ def build_config(args: argparse.Namespace) -> "TrainConfig":
     embedded = args.list_datasets is None and args.preset is None and not synthetic
     config = preset(args.preset or ("demo" if embedded else "baseline"))
 
-    changes = values_of(RunFlags, args)
+    changes = values_of(RunFlags, args) | values_of(ComponentFlags, args)
     if synthetic:
         changes["synthetic_data"] = True
     if args.fsdp:
