@@ -202,8 +202,8 @@ LOADING = (
     Mutant(
         name="noise-shared-by-ranks",
         file="data_pipeline/loading/loader.py",
-        old='counter_rng(self._seed, "synthetic", self._rank, self._next)',
-        new='counter_rng(self._seed, "synthetic", self._next)',
+        old='counter_rng(self.seed, "synthetic", self.rank, self._next)',
+        new='counter_rng(self.seed, "synthetic", self._next)',
         why="all ranks train on the same noise",
         tests=("data_pipeline/loading/test_loading.py::test_every_rank_has_noise_of_its_own",),
     ),
