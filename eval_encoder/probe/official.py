@@ -80,7 +80,7 @@ def read_ucf101(folder: Path, number: int) -> Splits:
     splits: Splits = {}
     for split, file in (("train", "trainlist"), ("val", "testlist")):
         lines = list_lines(folder / f"{file}{number:02d}.txt")
-        splits[split] = [_ucf101_entry(line, classes, place) for place, line in lines]
+        splits[split] = [_ucf101_entry(line, classes, place=place) for place, line in lines]
     return splits
 
 

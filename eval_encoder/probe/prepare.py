@@ -82,7 +82,9 @@ def write_lists(
 
     index = VideoIndex(videos, report=_warn)
     suffix = SUFFIXES[dataset]
-    lists = {split: index.find_all(entries, split, suffix) for split, entries in splits.items()}
+    lists = {
+        split: index.find_all(entries, split, suffix=suffix) for split, entries in splits.items()
+    }
     for split, (rows, absent) in lists.items():
         if len(absent) == len(rows):
             example = os.path.relpath(next(iter(rows)), output) if rows else "none is named"
