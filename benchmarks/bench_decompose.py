@@ -22,11 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.codec.decompose import decompose_video
-from data_pipeline.codec.patches import cut_patches
+from data_pipeline.codec.selection import cut_patches
 from data_pipeline.shards.inputs import Input, list_inputs
-from data_pipeline.shards.isolation import SamplePool
 from data_pipeline.shards.pack import PackConfig, pack
-from data_pipeline.shards.sample_builder import SampleConfig, build_sample
+from data_pipeline.shards.sample_builder import SampleConfig, SamplePool, build_sample
 from data_pipeline.shards.schema import SampleInfo, decode_array, decode_patches
 
 SAMPLE = SampleConfig(size=224, patch_size=14)
@@ -53,7 +52,7 @@ def bench_decompose(paths: list[Path], args) -> dict:
             start = time.perf_counter()
             decode_only(path)
             middle = time.perf_counter()
-            decompose_video(path, SAMPLE.num_frames, SAMPLE.size, SAMPLE.patch_size)
+            decompose_video(path, SAMPLE.framing)
             pairs.append((middle - start, time.perf_counter() - middle))
         ratios = [whole / decode for decode, whole in pairs[1:]]
         report[path.name] = {
@@ -72,7 +71,7 @@ def bench_tiles(paths: list[Path], args) -> dict:
         info = SampleInfo.from_bytes(members["json"], path.name)
         positions = decode_array(members["positions.npy"], "positions.npy", path.name).astype(int)
         tiles = decode_patches(info, members["tiles.jpg"], path.name)
-        clip = decompose_video(path, SAMPLE.num_frames, SAMPLE.size, SAMPLE.patch_size)
+        clip = decompose_video(path, SAMPLE.framing)
         positions[:, 0] = np.searchsorted(clip.times, positions[:, 0])
         want = cut_patches(clip.frames, positions, SAMPLE.patch_size)
         error = ((tiles.astype(float) - want) ** 2).mean()

@@ -29,14 +29,13 @@ import torch
 
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import Dataset
-from data_pipeline.loading.choices import ViewConfig
+from data_pipeline.loading.config import StreamConfig, ViewConfig
 from data_pipeline.loading.dali_pipeline import PictureDecoder
 from data_pipeline.loading.loader import MixtureLoader
 from data_pipeline.loading.plan import EpochPlan, SampleOrder
 from data_pipeline.loading.samples import MEMBER_OF_VIEW
 from data_pipeline.loading.shard_reader import ShardReader
 from data_pipeline.loading.stream import HeadStream
-from data_pipeline.loading.stream_config import StreamConfig
 from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.pack import PackConfig, pack
@@ -66,12 +65,13 @@ def pack_images(paths: list[Path], folder: Path, args) -> Dataset:
     from PIL import Image
 
     from data_pipeline.codec.decode import decode_video
+    from data_pipeline.codec.framing import Framing
 
     source = folder / "pictures"
     source.mkdir()
     for path in paths:
         for number, frame in enumerate(
-            decode_video(path, args.images // len(paths), 256, 16).frames
+            decode_video(path, Framing(args.images // len(paths), 256, 16)).frames
         ):
             Image.fromarray(frame).save(source / f"{path.stem}_{number:04d}.png")
     sample = SampleConfig(size=256, patch_size=16)

@@ -44,7 +44,7 @@ def pack(args) -> None:
     inputs = list_inputs(args.inputs)
     mode = args.mode or "refuse"
     if args.executor == "ray":
-        from .shards.ray_driver import pack_ray
+        from .shards.pack import pack_ray
 
         manifest = pack_ray(inputs, args.output, config, mode=mode)
     else:

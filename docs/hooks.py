@@ -4,6 +4,7 @@
         the repository
     reference/PACKAGE/MODULE   one page per module of the four packages, from its docstrings
 
+Docstrings are plain text, not Markdown, so what Markdown would read as a link or a tag is escaped.
 Links between files of the repository become links between pages; a link to a file that has no page
 (a script, a test) becomes its name. So the same text reads well on a code host and on the site, and
 a module that moves takes its page along.
@@ -13,6 +14,7 @@ import posixpath
 import re
 from pathlib import Path
 
+import griffe
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -69,9 +71,10 @@ def _record_title(page: str) -> str:
 def _branch(folder: str) -> dict:
     """A folder of the reference with its page, its modules, then its folders."""
     pages = sorted(page for page in modules().values() if page.startswith(folder))
-    below = sorted({page[len(folder) :].split("/")[0] for page in pages if "/" in page[len(folder) :]})
-    own = [page for page in pages if "/" not in page[len(folder) :]]
-    own.sort(key=lambda page: not page.endswith("/index.md"))
+    inside = [page.removeprefix(folder) for page in pages]
+    below = sorted({page.split("/")[0] for page in inside if "/" in page})
+    own = [f"{folder}{page}" for page in inside if "/" not in page]
+    own.sort(key=lambda page: not page.endswith("/index.md"))  # a folder's own page comes first
     named = [page if page.endswith("/index.md") else {Path(page).stem: page} for page in own]
     name = folder.rstrip("/").rsplit("/", 1)[-1]
     return {name: [*named, *(_branch(f"{folder}{child}/") for child in below)]}
@@ -117,3 +120,21 @@ def _link(found: re.Match, base: str, here: str) -> str:
         return text
     relative = posixpath.relpath(site, posixpath.dirname(here) or ".")
     return f"{picture}[{text}]({relative}{'#' if anchor else ''}{anchor})"
+
+
+class PlainDocstrings(griffe.Extension):
+    """Escapes in docstrings what is no markup there: `[#RANK][xN]` is no link, `<image>` no tag."""
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring:
+            lines = obj.docstring.value.split("\n")
+            # indented lines are code, where an escape would be shown
+            escaped = [line if line.startswith("    ") else _plain(line) for line in lines]
+            obj.docstring.value = "\n".join(escaped)
+
+
+def _plain(line: str) -> str:
+    parts = line.split("`")
+    for number in range(0, len(parts), 2):  # the odd ones are inline code
+        parts[number] = parts[number].replace("][", "]\\[").replace("<", "&lt;")
+    return "`".join(parts)

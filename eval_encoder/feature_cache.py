@@ -1,13 +1,14 @@
-"""Features kept between epochs and between probes, fp16.
+"""Cache of features of frozen encoders, kept between epochs and between runs; for both probes.
 
-    memory   up to a number of bytes per process and list, for looks that come again
-    folder   by option, for every look: FOLDER/KEY/ab/DIGEST.npy and FOLDER/KEY/key.json
+    memory   up to a number of bytes per process, for items that come again
+    folder   by option, for every item: FOLDER/KEY/ab/DIGEST.npy and FOLDER/KEY/key.json
 
-KEY hashes what makes features: the encoder's weights, the input settings, tokens or pooled. DIGEST
-hashes the clip (its place, size and time of change, or its place in a packed set) and the look. So
-another encoder, sampling or file is never answered by old features, while other lists, heads and
-seeds of heads share them. Files are written beside and renamed, so several processes may fill one
-folder. Cost: a file of tokens * width * 2 bytes per look.
+KEY hashes what all features have in common: the encoder's weights, the input settings, tokens or
+pooled. DIGEST hashes the identity of one item, such as a look at a clip: place, size and time of
+change of its file, or its place in a packed set, and the crop. So another encoder, sampling or file
+is never answered by old features, while other lists, heads and seeds of heads share them. Files are
+written beside and renamed, so several processes may fill one folder. Cost: a file of tokens *
+width * 2 bytes per item.
 
 An entry ends with the sha256 of its name and its bytes, which NumPy's own reader passes over. One
 that differs, or cannot be read, is named in the log and made again; one that cannot be written is
@@ -19,76 +20,86 @@ import io
 import json
 import logging
 import os
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
 from model_factory.files import write_atomically
 
-from .probe.clips import Look
-
 LOG = logging.getLogger("univit")
 ENTRY_FORMAT = 2  # goes up whenever the bytes of an entry change; 1 had no digest
 HEADER_BYTES = 1024  # NumPy writes 128 for arrays of numbers
 DIGEST_BYTES = hashlib.sha256().digest_size
 
+Item = TypeVar("Item", bound=Hashable)
 
-class FeatureCache:
-    """Features [L, C] fp16 by look."""
 
-    def __init__(self, folder: Path | None, key: dict, memory_bytes: int, identity):
-        """key: what all features have in common; identity(look) -> text that changes with what is
-        seen."""
-        text = json.dumps({**key, "entry": ENTRY_FORMAT}, sort_keys=True, default=str)
-        self._folder, self._identity = None, identity
-        self._memory: dict[Look, torch.Tensor] = {}
+class FeatureCache(Generic[Item]):
+    """Features by item: tensors [L, C] of any dtype that NumPy has, on the CPU."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        key: Mapping[str, object],
+        identity: Callable[[Item], str],
+        memory_bytes: int = 0,
+    ) -> None:
+        """key: what all features have in common; identity: text that changes with what an item's
+        features are made of."""
+        self._identity = identity
+        self._memory: dict[Item, torch.Tensor] = {}
         self._room = memory_bytes
-        self._told = False  # whether the log has it that an entry cannot be stored
+        self._warned = False  # whether the log has it that an entry cannot be stored
+        self._folder: Path | None = None
         if folder is not None:
+            text = json.dumps({**key, "entry": ENTRY_FORMAT}, sort_keys=True, default=str)
             self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
             self._folder.mkdir(parents=True, exist_ok=True)
             _describe(self._folder / "key.json", text.encode())
 
-    def get(self, look: Look, comes_again: bool) -> torch.Tensor | None:
-        """Stored features, or None: there are none, or what is there is not as it was written."""
-        if look in self._memory:
-            return self._memory[look]
-        path = self._path(look)
+    def get(self, item: Item, comes_again: bool = False) -> torch.Tensor | None:
+        """Stored features; None where there are none, or where they are damaged."""
+        if item in self._memory:
+            return self._memory[item]
+        path = self._path(item)
         features = None if path is None else _read(path)
         if features is not None and comes_again:
-            self._keep(look, features)
+            self._remember(item, features)
         return features
 
-    def put(self, look: Look, features: torch.Tensor, comes_again: bool) -> None:
-        """Keep features: in memory if they come again and there is room, and in the folder, unless
+    def put(self, item: Item, features: torch.Tensor, comes_again: bool = False) -> None:
+        """Store features: in memory if they come again and there is room, and in the folder, unless
         that cannot be written to, which is logged."""
         if comes_again:
-            self._keep(look, features)
-        path = self._path(look)
-        if path is not None:
-            try:
-                _write(path, features)
-            except OSError as error:
-                if not self._told:  # a full disk would say so of every clip
-                    LOG.warning("%s cannot be stored (%s); said once", path, error.strerror)
-                self._told = True
+            self._remember(item, features)
+        path = self._path(item)
+        if path is None:
+            return
+        try:
+            _write(path, features)
+        except OSError as error:
+            if not self._warned:  # a full disk would be logged for every clip
+                LOG.warning("%s cannot be stored (%s); said once", path, error.strerror)
+            self._warned = True
 
-    def has(self, look: Look) -> bool:
+    def has(self, item: Item) -> bool:
         """Whether `get` has an answer, without reading it."""
-        path = self._path(look)
-        return look in self._memory or (path is not None and path.is_file())
+        path = self._path(item)
+        return item in self._memory or (path is not None and path.is_file())
 
-    def _keep(self, look: Look, features: torch.Tensor) -> None:
+    def _remember(self, item: Item, features: torch.Tensor) -> None:
         size = features.numel() * features.element_size()
         if size <= self._room:
-            self._memory[look] = features
+            self._memory[item] = features
             self._room -= size
 
-    def _path(self, look: Look) -> Path | None:
+    def _path(self, item: Item) -> Path | None:
         if self._folder is None:
             return None
-        digest = hashlib.sha256(self._identity(look).encode()).hexdigest()
+        digest = hashlib.sha256(self._identity(item).encode()).hexdigest()
         return self._folder / digest[:2] / f"{digest[2:34]}.npy"
 
 
@@ -105,8 +116,8 @@ def _describe(path: Path, text: bytes) -> None:
 
 
 def _read(path: Path) -> torch.Tensor | None:
-    """Features of an entry; None where there is none, or one that is not as it was written. That
-    one is removed, so that whoever looks next knows that it has to be made."""
+    """Features of an entry; None where there is none, or a damaged one. That one is removed, so
+    that whoever looks next knows that it has to be made."""
     try:
         data = np.fromfile(path, np.uint8)
         written = data[:-DIGEST_BYTES]
@@ -124,8 +135,8 @@ def _read(path: Path) -> torch.Tensor | None:
 
 
 def _write(path: Path, features: torch.Tensor) -> None:
-    """Write an entry whole or not at all. It is not synced: what a power failure cuts is found by
-    its digest."""
+    """Write an entry whole or not at all. It is not synced, unlike by files.write_atomically: an
+    entry that a power failure cut is found by its digest."""
     buffer = io.BytesIO()
     np.save(buffer, features.contiguous().numpy(), allow_pickle=False)
     path.parent.mkdir(exist_ok=True)
@@ -149,13 +160,14 @@ def _array(written: np.ndarray) -> np.ndarray:
 
 
 def _digest(path: Path, data: memoryview | np.ndarray) -> bytes:
-    """sha256 of KEY/ab/DIGEST.npy and the entry's bytes: one in the place of another is found."""
+    """sha256 of KEY/ab/DIGEST.npy and the entry's bytes, so that a copy of another entry in its
+    place is noticed."""
     digest = hashlib.sha256("/".join(path.parts[-3:]).encode())
     digest.update(data)
     return digest.digest()
 
 
-def weights_sha256(text: str, tensors: dict[str, torch.Tensor]) -> str:
+def weights_sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash of a text and of named tensors, bit for bit."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):

@@ -124,7 +124,7 @@ def _picture(
         left = GAP + number * (SIDE + GAP)
         _text(draw, (left, 8), title, 15, LINES[number] if number else INK, bold=True)
         centers = run[place].centers
-        note = "pushed from all others of its batch, also from its like"
+        note = "pushed from every other sample of its batch, similar ones too"
         if centers is not None:
             note = f"pulled to the centre (ring) of its cluster, one of {len(centers)}"
         _text(draw, (left, 30), note, 11, MUTED)

@@ -11,6 +11,7 @@ Shape legend: B frames, L patch tokens of a frame, D width, p patch size.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .command_line.reading import names_place
-from .model_folder import LOCAL, check_model_folder
+from .model_folder import LOCAL, check_model_folder, json_object, model_type_of
 from .packing import CLIP_MEAN, CLIP_STD, patchify
+from .registry import IMAGE_FAMILIES as FAMILIES
 
 CLIP_NORM = (CLIP_MEAN, CLIP_STD)
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -51,16 +53,6 @@ VISION_MODELS = {
     "dinov3_vit": _VisionModel("DINOv3ViTModel", True, IMAGENET_NORM),
     "aimv2": _VisionModel("Aimv2VisionModel", False, CLIP_NORM),
 }
-# public family name: the model types that its folders come with
-FAMILIES = {
-    "clip": ("clip",),
-    "metaclip": ("clip", "metaclip_2"),
-    "siglip": ("siglip",),
-    "siglip2": ("siglip", "siglip2"),  # fixed sizes are stored as siglip, NaFlex as siglip2
-    "dinov2": ("dinov2", "dinov2_with_registers"),
-    "dinov3": ("dinov3_vit",),
-    "aimv2": ("aimv2",),
-}
 
 
 @dataclass(frozen=True)
@@ -84,8 +76,14 @@ class FrozenImageEncoder(nn.Module):
         self.width: int = model.config.hidden_size
         registers = getattr(model.config, "num_register_tokens", 0)
         self.num_extra_tokens = registers + kind.class_token
-        for name, values in zip(("mean", "std"), preprocessing.norm, strict=True):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        mean, std = preprocessing.norm
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise by another mean and std per channel, of pixels from 0 to 1."""
+        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
+        self.std.copy_(torch.tensor(std).view(3, 1, 1))
 
     def train(self, mode: bool = True) -> "FrozenImageEncoder":
         """Stays in evaluation mode: a frozen model's dropout must not follow its surroundings."""
@@ -151,8 +149,6 @@ def load_image_encoder(
     """
     import transformers
 
-    from .published_folder import model_type_of  # imports transformers too
-
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
     path = Path(folder) / "config.json"
@@ -199,8 +195,6 @@ def naflex_grid(height: int, width: int, max_patches: int) -> tuple[int, int]:
 
 def _preprocessing(folder: Path, kind: _VisionModel, image_size) -> Preprocessing:
     """The folder's own, else the family's."""
-    from .published_folder import json_object
-
     path = folder / "preprocessor_config.json"
     described = json_object(path) if path.is_file() else {}
     norm = tuple(

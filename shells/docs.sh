@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the documentation with its API reference into output/site; every warning is an error.
-#   bash shells/docs.sh            then open output/site/index.html
+#   bash shells/docs.sh            then open output/site/index.html, or, as the search box needs a
+#                                  server, run python3 -m http.server --directory output/site
 # Sources are read, never imported, so an environment of its own with the extra `docs` is enough:
 # .venv-docs, made once. DOCS_PYTHON names another Python that has the extra installed.
 set -euo pipefail
@@ -28,5 +29,5 @@ PY
     fi
 fi
 # silences a notice about the next major version of MkDocs, which the extra leaves out
-NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict --quiet
+NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict
 echo "output/site/index.html"

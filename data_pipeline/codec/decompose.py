@@ -13,42 +13,47 @@ Shape legend: T frames, H, W working size.
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import RejectedInput
 from .decode import decode_video
+from .framing import Framing
 from .motion_compensation import predict_luma
+
+if TYPE_CHECKING:
+    import av
 
 TIME_BASE = 64  # temporal positions run over 0..63 whatever the number of frames
 MOTION_CELL = 8  # side of a motion cell in pixels: the smallest block of the canonical stream
 DECOMPOSITION_VERSION = 3  # goes up whenever equal files would give other frames or fields
 
+# I and P frames only, one reference, one thread: a vector always refers to the frame before, and
+# the same frames give the same bytes on every machine.
 CANONICAL_STRUCTURE = (
     "scenecut=0:bframes=0:ref=1:threads=1:open-gop=0:weightp=0:mbtree=0:rc-lookahead=0:"
     "sync-lookahead=0"
 )
-# Blocks of a P-frame that are coded without reference have no vector. x264 likes them where they
-# save bits; here the prediction is what counts, so small intra blocks are not offered, and bits
-# (entropy coding, deblocking, psychovisual choices) are not cared for. Against the medium preset on
-# real clips: residual 0.28 instead of 0.44 of the frame difference, in half the time.
+# Intra blocks of a P-frame have no vector. x264 chooses them where they save bits; here the
+# prediction is what counts, so small intra blocks are switched off, and with them what only saves
+# bits (entropy coding, deblocking, psychovisual choices). Against the medium preset on real clips:
+# residual 0.28 instead of 0.44 of the frame difference, in half the time.
 CANONICAL_SEARCH = "psy=0:partitions=p8x8:subme=4:me=hex:merange=24:cabac=0:no-deblock=1"
 
 
 @dataclass(frozen=True)
 class CodecClip:
-    """A clip with its codec view. Frame 0 is an I-frame;
-    I-frames carry zero motion and zero residual.
+    """A clip with its codec view. Frame 0 is an I-frame; I-frames carry zero motion and residual.
 
-    frames    uint8   [T, H, W, 3]    RGB, before the canonical encoding
-    is_i_frame bool   [T]
-    motion    float32 [T, H/8, W/8, 2]  displacement (x, y) in pixels of the content since the frame
-              before
-                      (grid rounded up)
-    residual  uint8   [T, H, W]       |luma - motion-compensated prediction|
-    change    float32 [T, H/8, W/8]   mean |luma - luma of the frame before| of each motion cell
-    times     int64   [T]             temporal positions on the 0..63 time base
-    seconds   float64 [T]
+    frames      uint8   [T, H, W, 3]      RGB, before the canonical encoding
+    is_i_frame  bool    [T]
+    motion      float32 [T, H/8, W/8, 2]  displacement (x, y) of the content in pixels since the
+                                          frame before; the grid is rounded up
+    residual    uint8   [T, H, W]         |luma - motion-compensated prediction|
+    change      float32 [T, H/8, W/8]     mean |luma - luma of the frame before| of each motion cell
+    times       int64   [T]               temporal positions on the 0..63 time base
+    seconds     float64 [T]               presentation times
     """
 
     frames: np.ndarray
@@ -63,71 +68,80 @@ class CodecClip:
     notes: tuple[str, ...] = ()
 
 
-def decompose_video(
-    path: Path,
-    num_frames: int = 64,
-    size: int = 224,
-    patch_size: int = 16,
-    gop: int = 16,
-    fit: str = "crop",
-    limits=None,
-    salvage: bool = False,
-    place: float = 0.5,
-) -> CodecClip:
-    """Decode, choose and decompose one video; see decode_video for the frames
-    and the reasons of rejection.
-    """
-    video = decode_video(
-        path,
-        num_frames=num_frames,
-        size=size,
-        patch_size=patch_size,
-        fit=fit,
-        limits=limits,
-        salvage=salvage,
-        place=place,
+def decompose_video(path: Path, framing: Framing, gop: int = 16) -> CodecClip:
+    """Decode, choose and decompose one video; see decode_video for the reasons of rejection."""
+    video = decode_video(path, framing)
+    clip = decompose_frames(video.frames, gop=gop, seconds=video.seconds)
+    return replace(
+        clip,
+        num_source_frames=video.num_source_frames,
+        codec=video.codec,
+        notes=video.notes,
     )
-    clip = decompose_frames(video.frames, gop, video.seconds)
-    facts = dict(num_source_frames=video.num_source_frames, codec=video.codec, notes=video.notes)
-    return replace(clip, **facts)
 
 
 def decompose_frames(frames: np.ndarray, gop: int, seconds: np.ndarray | None = None) -> CodecClip:
-    """Codec view of uint8 frames [T, H, W, 3]; H and W even.
-
-    Temporal positions spread the T frames evenly over 0..63 (round half to even), as the
-    public `interpolate_frame_indices` does, so a short clip keeps its true relative times.
-    """
+    """Codec view of uint8 frames [T, H, W, 3]; H and W even."""
     count = len(frames)
     luma, is_i_frame, vectors = _canonical_stream(frames, gop)
     height, width = luma.shape[1:]
-    motion = np.zeros((count, *_cells(height, width), 2), np.float32)
+    motion = np.zeros((count, *motion_cells(height, width), 2), np.float32)
     residual = np.zeros((count, height, width), np.uint8)
-    change = np.zeros((count, *_cells(height, width)), np.float32)
     for t in range(count):
         if is_i_frame[t]:
             continue
-        quarter_pels = rasterise(vectors[t], height, width)
-        prediction = predict_luma(luma[t - 1], quarter_pels, MOTION_CELL)
-        residual[t] = np.abs(luma[t].astype(np.int16) - prediction).astype(np.uint8)
+        quarter_pels = rasterise(vectors[t], height=height, width=width)
+        residual[t] = residual_of(luma[t], reference=luma[t - 1], quarter_pels=quarter_pels)
+        # a vector points back to where the content was
         motion[t] = -quarter_pels / 4.0
-        change[t] = cell_means(np.abs(luma[t].astype(np.int16) - luma[t - 1]))
-    times = frame_times(count)
-    seconds = np.arange(count, dtype=np.float64) if seconds is None else seconds
-    return CodecClip(frames, is_i_frame, motion, residual, change, times, seconds)
+    return CodecClip(
+        frames=frames,
+        is_i_frame=is_i_frame,
+        motion=motion,
+        residual=residual,
+        change=frame_changes(luma),
+        times=frame_times(count),
+        seconds=np.arange(count, dtype=np.float64) if seconds is None else seconds,
+    )
 
 
-def _canonical_stream(frames, gop):
-    """Encode and decode again: luma uint8 [T, H, W], is_i_frame bool [T],
-    raw motion vectors per frame.
-    """
+def luma_difference(luma: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """|luma - prediction| as uint8, of 8-bit values."""
+    return np.abs(luma.astype(np.int16) - prediction).astype(np.uint8)
+
+
+def residual_of(luma: np.ndarray, reference: np.ndarray, quarter_pels: np.ndarray) -> np.ndarray:
+    """What of a frame uint8 [H, W] the vectors [H/8, W/8, 2] into the reference leave unexplained,
+    uint8 [H, W]."""
+    prediction = predict_luma(reference, vectors=quarter_pels, cell=MOTION_CELL)
+    return luma_difference(luma, prediction)
+
+
+def frame_changes(luma: np.ndarray) -> np.ndarray:
+    """Mean difference of each cell to the frame before, float32 [T, H/8, W/8]; 0 in frame 0."""
+    count, height, width = luma.shape
+    changes = np.zeros((count, *motion_cells(height, width)), np.float32)
+    for t in range(1, count):
+        changes[t] = cell_means(luma_difference(luma[t], luma[t - 1]))
+    return changes
+
+
+def _canonical_stream(
+    frames: np.ndarray, gop: int
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Encode and decode again: luma uint8 [T, H, W], is_i_frame bool [T], and the raw motion
+    vectors of each frame."""
     import av
     from av.codec.context import Flags2
     from av.video.frame import PictureType
 
+    height, width = frames.shape[1:3]
     encoder = av.CodecContext.create("libx264", "w")
-    encoder.height, encoder.width = frames.shape[1:3]
-    encoder.pix_fmt, encoder.time_base, encoder.thread_count = "yuv420p", Fraction(1, 25), 1
+    encoder.height = height
+    encoder.width = width
+    encoder.pix_fmt = "yuv420p"
+    encoder.time_base = Fraction(1, 25)  # any: nothing here depends on the rate
+    encoder.thread_count = 1
     structure = f"keyint={gop}:min-keyint={gop}"
     encoder.options = {
         "preset": "superfast",
@@ -135,9 +149,9 @@ def _canonical_stream(frames, gop):
         "x264-params": f"{structure}:{CANONICAL_STRUCTURE}:{CANONICAL_SEARCH}",
     }
     packets = []
-    for number, picture in enumerate(frames):
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        frame.pts = number
+    for index, image in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+        frame.pts = index
         packets += encoder.encode(frame)
     packets += encoder.encode(None)
 
@@ -150,11 +164,10 @@ def _canonical_stream(frames, gop):
             "canonical",
             f"{len(frames)} frames went into the canonical stream, {len(decoded)} came out",
         )
-    height, width = frames.shape[1:3]
+    # to_ndarray gives yuv420p as one plane, with the luma in its first rows
     luma = np.stack([frame.to_ndarray()[:height, :width] for frame in decoded])
     is_i_frame = np.array([frame.pict_type == PictureType.I for frame in decoded])
-    expected = np.arange(len(frames)) % gop == 0
-    if not np.array_equal(is_i_frame, expected):
+    if not np.array_equal(is_i_frame, np.arange(len(frames)) % gop == 0):
         raise RejectedInput(
             "canonical", f"I-frames at {np.flatnonzero(is_i_frame).tolist()} instead of every {gop}"
         )
@@ -162,28 +175,32 @@ def _canonical_stream(frames, gop):
 
 
 def frame_times(count: int) -> np.ndarray:
-    """Temporal positions int64 [T] of evenly timed frames on the 0..63 time base."""
+    """Temporal positions int64 [T] of evenly timed frames: spread over 0..63 (round half to even),
+    as the public `interpolate_frame_indices` does, so a short clip keeps its relative times."""
     return np.rint(np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)).astype(np.int64)
 
 
-def vectors_of(frame) -> np.ndarray:
+def vectors_of(frame: "av.VideoFrame") -> np.ndarray:
     """FFmpeg's motion vectors of a decoded frame, a structured array; empty when it has none."""
     side = frame.side_data.get("MOTION_VECTORS")
-    return side.to_ndarray() if side is not None else np.zeros(0)
+    return np.zeros(0) if side is None else side.to_ndarray()
 
 
-def _cells(height: int, width: int) -> tuple[int, int]:
+def motion_cells(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of motion cells of a frame, rounded up."""
     return -(-height // MOTION_CELL), -(-width // MOTION_CELL)
 
 
 def cell_means(field: np.ndarray) -> np.ndarray:
     """Means float32 [H/8, W/8] of a field [H, W] over the motion cells."""
-    rows, columns = (np.arange(0, side, MOTION_CELL) for side in field.shape)
+    height, width = field.shape
+    rows = np.arange(0, height, MOTION_CELL)
+    columns = np.arange(0, width, MOTION_CELL)
     sums = np.add.reduceat(np.add.reduceat(field, rows, axis=0, dtype=np.float32), columns, axis=1)
-    sizes = [
-        np.diff(np.append(at, side)) for at, side in zip((rows, columns), field.shape, strict=True)
-    ]
-    return sums / (sizes[0][:, None] * sizes[1])
+    # the last row and column of cells may be smaller
+    heights = np.diff(rows, append=height)
+    widths = np.diff(columns, append=width)
+    return sums / (heights[:, None] * widths)
 
 
 def per_pixel(cells: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -192,29 +209,25 @@ def per_pixel(cells: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Block vectors -> int32 [H/8, W/8, 2] in quarter pixels, pointing into the reference;
-    intra blocks get zero.
+    """Block vectors -> int32 [H/8, W/8, 2] in quarter pixels, pointing into the reference; intra
+    blocks get zero.
     """
-    field = np.zeros((*_cells(height, width), 2), np.int32)
+    field = np.zeros((*motion_cells(height, width), 2), np.int32)
     if len(vectors) == 0:
         return field
-    quarter = (
-        np.stack([vectors["motion_x"], vectors["motion_y"]], -1)
-        * 4
-        // vectors["motion_scale"][:, None]
-    )
-    tops, lefts = vectors["dst_y"] - vectors["h"] // 2, vectors["dst_x"] - vectors["w"] // 2
-    for block_h, block_w in np.unique(np.stack([vectors["h"], vectors["w"]], -1), axis=0):
-        chosen = (vectors["h"] == block_h) & (vectors["w"] == block_w)
-        for dy in range(0, block_h, MOTION_CELL):
-            for dx in range(0, block_w, MOTION_CELL):
-                rows = (tops[chosen] + dy) // MOTION_CELL
-                columns = (lefts[chosen] + dx) // MOTION_CELL
-                inside = (
-                    (rows >= 0)
-                    & (columns >= 0)
-                    & (rows < field.shape[0])
-                    & (columns < field.shape[1])
-                )
-                field[rows[inside], columns[inside]] = quarter[chosen][inside]
+    moves = np.stack([vectors["motion_x"], vectors["motion_y"]], -1)
+    quarter_pels = moves * 4 // vectors["motion_scale"][:, None]
+    sizes = np.stack([vectors["h"], vectors["w"]], -1).astype(int)  # from bytes, which wrap around
+    # FFmpeg gives the centre of a block
+    top = vectors["dst_y"] - vectors["h"] // 2
+    left = vectors["dst_x"] - vectors["w"] // 2
+    corners = np.stack([top, left], -1)
+    # one pass for each block size, 16 x 16 to 8 x 8, and each cell of such a block
+    for size in np.unique(sizes, axis=0):
+        chosen = (sizes == size).all(axis=1)
+        for offset in np.ndindex(*-(-size // MOTION_CELL)):
+            cells = (corners[chosen] + np.array(offset) * MOTION_CELL) // MOTION_CELL
+            inside = ((cells >= 0) & (cells < field.shape[:2])).all(axis=1)
+            rows, columns = cells[inside].T
+            field[rows, columns] = quarter_pels[chosen][inside]
     return field

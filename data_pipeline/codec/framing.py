@@ -1,28 +1,73 @@
-"""Where the working picture lies in a source picture of any shape, and how it is taken out.
+"""What is read of a video, and how a working frame is cut out of a source frame of any shape.
 
-Pictures come out upright (display rotation), with square pixels (sample aspect), in full-range RGB
-by the stream's own colour matrix and range; where a stream does not name its matrix, BT.709 is
-taken for 720 lines and more and BT.601 below, as players do.
+Frames come out upright (display rotation), with square pixels (sample aspect), in full-range RGB by
+the stream's own colour matrix and range; where a stream does not name its matrix, BT.709 is taken
+for 720 lines and more and BT.601 below, as players do.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from ..errors import RejectedInput
+from .open_video import InputLimits
 
-HD_LINES = 720
-MAX_BLOWN_UP = 64  # times the working square that a scaled frame may fill
+if TYPE_CHECKING:
+    import av
+
+HD_LINES = 720  # from here on a stream without a colour matrix is taken for BT.709
+# A long strip whose short side is scaled to the square may have so many times the square's pixels:
+# 3.2 million at 224 px, 10 MB as RGB.
+MAX_SCALED_SQUARES = 64
 MATRIX_UNNAMED = 2  # ITU-T H.273 table 4
 MATRIX_BT709 = 1
 FITS = ("crop", "area")
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless a setting has one of these values."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
 @dataclass(frozen=True)
 class Framing:
-    """Where the working picture lies: scale to (height, width), then cut the box."""
+    """Which frames of a video are read, and which pixels of them.
+
+    num_frames     at even times over the whole video; a shorter video gives the frames it has
+    within         instead of `num_frames`: one frame in each of len(within) equal segments of the
+                   video, at this share of the segment, 0 to 1 (timeline.segment_frames)
+    size           side of the working square in pixels, even and a multiple of `patch_size`
+    fit            crop: the short side is scaled to `size`, and a square cut out of the long one;
+                   area: the aspect ratio stays, with about `size` ** 2 pixels
+    crop_position  crop: where the square lies on the long side: 0 its start, 0.5 the middle, 1 its
+                   end
+    salvage        cut a damaged video to its whole GOPs before the damage, instead of rejecting it
+    """
+
+    num_frames: int = 64
+    size: int = 224
+    patch_size: int = 16
+    fit: str = "crop"
+    crop_position: float = 0.5
+    within: tuple[float, ...] = ()
+    limits: InputLimits = InputLimits()
+    salvage: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size % self.patch_size or self.size % 2:
+            raise ValueError(
+                f"size {self.size} must be even and a multiple of the patch size {self.patch_size}"
+            )
+        check_choice("fit", self.fit, choices=FITS)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Where the working frame lies: scale to (height, width), then cut the box."""
 
     height: int
     width: int
@@ -32,130 +77,128 @@ class Framing:
     out_width: int
     frames_are_fields: bool = False  # each decoded frame is one field already (HEVC)
 
-    def cut(self, picture: np.ndarray) -> np.ndarray:
-        """The working picture [out_height, out_width, 3] of a scaled one."""
-        return picture[
-            self.top : self.top + self.out_height, self.left : self.left + self.out_width
-        ]
+    def cut(self, scaled: np.ndarray) -> np.ndarray:
+        """The working frame [out_height, out_width, 3] of a scaled one."""
+        bottom = self.top + self.out_height
+        right = self.left + self.out_width
+        return scaled[self.top : bottom, self.left : right]
 
-    def scale(self, picture: np.ndarray) -> np.ndarray:
-        """The working picture of one of any size, uint8 [H, W, 3], bicubic. Only what is kept is
-        scaled: a thin strip blown up whole would not fit the memory."""
+    def scale(self, image: np.ndarray) -> np.ndarray:
+        """The working frame of an image of any size, uint8 [H, W, 3], bicubic. Only the box is
+        scaled: a thin strip scaled as a whole would not fit into memory."""
         from PIL import Image
 
         # source pixels per scaled one
-        step_x = picture.shape[1] / self.width
-        step_y = picture.shape[0] / self.height
+        step_x = image.shape[1] / self.width
+        step_y = image.shape[0] / self.height
         left = self.left * step_x
         top = self.top * step_y
         box = (left, top, left + self.out_width * step_x, top + self.out_height * step_y)
         size = (self.out_width, self.out_height)
-        kept = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC, box=box)
-        return np.asarray(kept)
+        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box=box))
 
 
-def frame_to(
-    height: float, width: float, size: int, patch_size: int, fit: str, place: float = 0.5
-) -> Framing:
-    """Choose the working size of a picture of any shape (pixels already square).
+def crop_of(height: float, width: float, framing: Framing, frames_are_fields: bool = False) -> Crop:
+    """Choose the working size and box of frames of any shape (pixels already square).
 
-    crop: short side to `size`, a square of `size` x `size`, at `place` of the long side (0 its
-    start, 0.5 the middle, 1 its end). area: keep the aspect ratio with about `size` ** 2 pixels.
-    Sides are multiples of the patch size. Raises ValueError when `size` is no such multiple.
+    Sides of the box are even multiples of the patch size.
     """
-    if size % patch_size or size % 2:
-        raise ValueError(f"size {size} must be even and a multiple of the patch size {patch_size}")
-    if fit == "crop":
+    size = framing.size
+    if framing.fit == "crop":
         scale = size / min(height, width)
-        out_height = out_width = size
-    elif fit == "area":
-        scale = size / (height * width) ** 0.5
-        step = patch_size if patch_size % 2 == 0 else 2 * patch_size
-        out_height, out_width = (
-            max(step, round(side * scale / step) * step) for side in (height, width)
-        )
-        scale = max(out_height / height, out_width / width)
+        out_height = size
+        out_width = size
     else:
-        raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}")
+        scale = size / (height * width) ** 0.5
+        # a working side must be even for 4:2:0 chroma
+        step = framing.patch_size if framing.patch_size % 2 == 0 else 2 * framing.patch_size
+        out_height = max(step, round(height * scale / step) * step)
+        out_width = max(step, round(width * scale / step) * step)
+        scale = max(out_height / height, out_width / width)
     scaled_height = max(out_height, round(height * scale))
     scaled_width = max(out_width, round(width * scale))
-    return Framing(
+    return Crop(
         height=scaled_height,
         width=scaled_width,
-        top=int(place * (scaled_height - out_height)),
-        left=int(place * (scaled_width - out_width)),
+        top=int(framing.crop_position * (scaled_height - out_height)),
+        left=int(framing.crop_position * (scaled_width - out_width)),
         out_height=out_height,
         out_width=out_width,
+        frames_are_fields=frames_are_fields,
     )
 
 
-def framing_of(
-    path: Path, frame, stream, size: int, patch_size: int, fit: str, place: float
-) -> Framing:
-    """Framing of a stream by its first decoded frame: rotation and sample aspect applied.
+def crop_of_stream(
+    path: Path,
+    frame: "av.VideoFrame",
+    stream: "av.VideoStream",
+    framing: Framing,
+) -> Crop:
+    """Crop of a stream by its first decoded frame: rotation and sample aspect applied.
 
     Raises RejectedInput: rotation (mirrored, or no quarter turn), too_large (a strip).
     """
-    if abs(frame.rotation / 90 - round(frame.rotation / 90)) > 0.01 or _is_mirrored(frame):
-        turned = "mirrored" if _is_mirrored(frame) else f"turned by {frame.rotation:.0f} degrees"
+    quarters = frame.rotation / 90
+    is_mirrored = _is_mirrored(frame)
+    if abs(quarters - round(quarters)) > 0.01 or is_mirrored:
+        turned = "mirrored" if is_mirrored else f"turned by {frame.rotation:.0f} degrees"
         raise RejectedInput(
             "rotation",
             f"{path} is to be shown {turned}: only quarter turns are read, re-encode it upright",
         )
-    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
-    # HEVC codes the fields of interlaced video as pictures of their own, of half the height
+    # HEVC codes the fields of interlaced video as frames of their own, of half the height
     frames_are_fields = frame.interlaced_frame and stream.codec_context.name == "hevc"
-    lines = 2 * frame.height if frames_are_fields else frame.height
-    columns = frame.width * float(aspect or 1)
-    is_turned = frame.rotation % 180 != 0
-    framing = frame_to(
-        height=columns if is_turned else float(lines),
-        width=float(lines) if is_turned else columns,
-        size=size,
-        patch_size=patch_size,
-        fit=fit,
-        place=place,
-    )
-    framing = replace(framing, frames_are_fields=frames_are_fields)
-    if framing.height * framing.width > MAX_BLOWN_UP * size**2:
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
+    height = float(2 * frame.height if frames_are_fields else frame.height)
+    width = frame.width * float(aspect)
+    if frame.rotation % 180 != 0:
+        height, width = width, height
+    crop = crop_of(height, width, framing=framing, frames_are_fields=frames_are_fields)
+    if crop.height * crop.width > MAX_SCALED_SQUARES * framing.size**2:
         raise RejectedInput(
             "too_large",
-            f"{path} is a strip of {frame.width}x{frame.height}: scaled to {size} px it would be "
-            f"{framing.width}x{framing.height}: crop it first",
+            f"{path} is a strip of {frame.width}x{frame.height}: scaled to {framing.size} px it "
+            f"would be {crop.width}x{crop.height}: crop it first",
         )
-    return framing
+    return crop
 
 
-def _is_mirrored(frame) -> bool:
-    """Whether the display matrix (nine 32-bit numbers, row by row) turns left into right."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+def _is_mirrored(frame: "av.VideoFrame") -> bool:
+    """Whether the display matrix (nine 32-bit numbers, row by row) swaps left and right: then the
+    determinant of its upper left 2 x 2 block is negative."""
+    matrix = cast("bytes | None", frame.side_data.get("DISPLAYMATRIX"))
     if matrix is None:
         return False
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
     return a * d - b * c < 0
 
 
-def picture_of(frame, framing: Framing) -> np.ndarray:
-    """Scaled, upright, cut RGB picture uint8 [out_height, out_width, 3] of one decoded frame; of an
+def working_frame(frame: "av.VideoFrame", crop: Crop) -> np.ndarray:
+    """Scaled, upright, cut RGB frame uint8 [out_height, out_width, 3] of a decoded one; of an
     interlaced one its first field in time, since two fields are two moments.
     """
     turns = round(frame.rotation / 90) % 4
-    stored = (framing.height, framing.width)  # before the turn
-    height, width = stored if turns % 2 == 0 else stored[::-1]
-    lines = 2 * frame.height if framing.frames_are_fields else frame.height
+    height = crop.height
+    width = crop.width
+    if turns % 2:  # scaled as stored, turned afterwards
+        height, width = width, height
+    lines = 2 * frame.height if crop.frames_are_fields else frame.height
     if frame.colorspace == MATRIX_UNNAMED and lines >= HD_LINES:
         frame.colorspace = MATRIX_BT709
-    has_two_fields = frame.interlaced_frame and not framing.frames_are_fields
-    shown = _first_field(frame) if has_two_fields else frame
+    shown = frame
+    if frame.interlaced_frame and not crop.frames_are_fields:
+        shown = _first_field(frame)
     scaled = shown.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
-    return np.ascontiguousarray(framing.cut(np.rot90(scaled.to_ndarray(), k=turns)))
+    return np.ascontiguousarray(crop.cut(np.rot90(scaled.to_ndarray(), k=turns)))
 
 
-def _first_field(frame):
-    """The field of an interlaced frame that is shown first, a frame of half the height. A filter
-    takes it, because PyAV does not tell which of the two comes first and FFmpeg's frame knows.
+def _first_field(frame: "av.VideoFrame") -> "av.VideoFrame":
+    """The field of an interlaced frame that is shown first, a frame of half the height.
+
+    A filter takes it, because PyAV does not expose which of the two comes first and FFmpeg's frame
+    knows.
     """
-    import av
+    import av.filter
 
     graph = av.filter.Graph()
     source = graph.add_buffer(
@@ -166,4 +209,4 @@ def _first_field(frame):
     )
     graph.link_nodes(source, graph.add("separatefields"), graph.add("buffersink")).configure()
     graph.push(frame)
-    return graph.pull()
+    return cast("av.VideoFrame", graph.pull())  # a graph of a video source outputs video frames

@@ -24,6 +24,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,12 +34,32 @@ from model_factory.command_line.command import WRITE_FAULTS
 from ..errors import RejectedInput
 
 WALL_SECONDS = 300.0  # of one input by default: an hour of 360x640 decodes in one minute
-MEMORY_LIMIT = 8 << 30
+MEMORY_LIMIT = 8 << 30  # bytes of address space
 CPU_PER_WALL = 4  # processor seconds per second of the wall limit: some decoders run threads
 PACKAGES = Path(__file__).resolve().parents[2]  # folder of the packages that a child imports
 READY = b"ready"
 
-Answer = tuple[dict, list[bytes]]  # a header for JSON, and parts
+Answer = tuple[dict, list[bytes]]  # a header for JSON, and binary parts
+
+
+@dataclass(frozen=True)
+class _Child:
+    """A started child: requests and answers go through `pipe`; it leaves when `stdin` is closed."""
+
+    process: subprocess.Popen
+    pipe: Connection
+
+    def release(self) -> None:
+        """Close this process's ends of the pipes."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.pipe.close()
+
+    def end(self) -> None:
+        """Kill the child and wait for its end."""
+        self.process.kill()
+        self.process.wait()
+        self.release()
 
 
 class GuardedProcess:
@@ -48,34 +69,33 @@ class GuardedProcess:
         self._module = module
         self._opening = json.dumps({"settings": settings, "wall_seconds": wall_seconds}).encode()
         self._wall_seconds = wall_seconds
-        self.process: subprocess.Popen | None = None
-        self._pipe: Connection | None = None
+        self.child: _Child | None = None
         _GUARDED.add(self)
 
     def ask(self, request: dict, name: str) -> Answer:
         """The child's answer to a request about the input `name`: a header and parts.
 
         Raises RejectedInput: what the child raised, or `timeout`, `crash`, `memory`, `internal` (a
-        mistake of ours, with its place in the source). Raises RuntimeError when no child starts,
+        mistake of ours, with its line in the source). Raises RuntimeError when no child starts,
         OSError with the path when a disk has no room for what the child writes.
         """
-        if self.process is None or self.process.poll() is not None:
+        if self.child is None or self.child.process.poll() is not None:
             self.close()
-            self._start()
+            self.child = self._start()
+        child = self.child
         is_late = threading.Event()
-        process = self.process
 
         def give_up() -> None:
             is_late.set()
-            process.kill()
+            child.process.kill()
 
         # a timer instead of waiting for a message: the child may stall in the middle of one
         timer = threading.Timer(self._wall_seconds, give_up)
         timer.start()
         try:
-            self._pipe.send_bytes(json.dumps({"name": name, "request": request}).encode())
-            answer = json.loads(self._pipe.recv_bytes())
-            parts = [self._pipe.recv_bytes() for _ in range(answer["num_parts"])]
+            child.pipe.send_bytes(json.dumps({"name": name, "request": request}).encode())
+            answer = json.loads(child.pipe.recv_bytes())
+            parts = [child.pipe.recv_bytes() for _ in range(answer["num_parts"])]
         except BaseException as error:
             # whatever happened, an answer may be left in the pipe: the next one must not get it
             self.close()
@@ -95,60 +115,52 @@ class GuardedProcess:
 
     def close(self) -> None:
         """End the child process; a thread that waits for its answer gets a `crash`."""
-        process = self.process
-        pipe = self._pipe  # another thread may start the next child before this one is gone
-        self.process = None
-        if process is not None:
-            process.kill()
-            process.wait()
-            process.stdin.close()
-            pipe.close()
+        child = self.child  # another thread may start the next one before this one is gone
+        self.child = None
+        if child is not None:
+            child.end()
 
-    def forget(self) -> None:
-        """Let go of a child that belongs to another process, of which this one is a fork."""
-        process = self.process
-        self.process = None
-        if process is not None:
-            process.stdin.close()
-            self._pipe.close()
-
-    def _start(self) -> None:
-        self._pipe, child_end = Pipe()
+    def _start(self) -> _Child:
+        pipe, child_end = Pipe()
         # the child imports what the parent imports, wherever the parent was started
         paths = [str(PACKAGES), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", self._module, str(child_end.fileno())],
             stdin=subprocess.PIPE,
             pass_fds=[child_end.fileno()],
             env=environment,
             start_new_session=True,
         )
+        child = _Child(process, pipe)
         child_end.close()
         try:
-            self._pipe.send_bytes(self._opening)
-            is_ready = self._pipe.recv_bytes() == READY
+            pipe.send_bytes(self._opening)
+            if pipe.recv_bytes() == READY:
+                return child
         except (EOFError, OSError):
-            is_ready = False
-        if not is_ready:
-            self.close()
-            raise RuntimeError(
-                f"`python -m {self._module}`, which reads files, does not start: its own message "
-                "is above"
-            )
+            pass
+        child.end()
+        raise RuntimeError(
+            f"`python -m {self._module}`, which reads files, does not start: its own message "
+            "is above"
+        )
 
 
-# all that are alive in this process, for its forks to let go of
+# all that exist in this process, for its forks to release
 _GUARDED: weakref.WeakSet[GuardedProcess] = weakref.WeakSet()
 
 
-def _forget_all() -> None:
+def _release_all() -> None:
     """A fork holds copies of its parent's pipes, which would keep the children alive."""
     for guarded in list(_GUARDED):
-        guarded.forget()
+        child = guarded.child
+        guarded.child = None
+        if child is not None:
+            child.release()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(after_in_child=_release_all)
 
 
 class GuardedPool:
@@ -165,7 +177,7 @@ class GuardedPool:
         """As GuardedProcess.ask, by the next process that is free."""
         worker = self._free.get()
         try:
-            if self._is_closed:  # no child is started behind the back of `close`
+            if self._is_closed:  # no child is started after `close` has ended them
                 raise RejectedInput("crash", f"{name} was not read: its reader was closed")
             return worker.ask(request, name)
         finally:
@@ -181,7 +193,7 @@ class GuardedPool:
 def serve(prepare: Callable[[dict], Callable[[dict], Answer]]) -> None:
     """Child: answer requests until the parent goes away.
 
-    `prepare` turns the parent's settings into the function that answers. What that raises is told
+    `prepare` turns the parent's settings into the function that answers. What that raises is sent
     to the parent and ends no child.
     """
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -196,15 +208,15 @@ def serve(prepare: Callable[[dict], Callable[[dict], Answer]]) -> None:
         except (EOFError, OSError):
             return
         limit_cpu(opening["wall_seconds"])
-        reply, parts = _reply(answer, message["request"], message["name"])
+        reply, parts = _reply(answer, request=message["request"], name=message["name"])
         pipe.send_bytes(json.dumps({**reply, "num_parts": len(parts)}).encode())
         for part in parts:
             pipe.send_bytes(part)
 
 
 def limit_cpu(wall_seconds: float) -> None:
-    """Let this process use its share of processor time from now on; the system kills it after."""
-    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    """Limit the processor time of this process from now on; the system kills it after."""
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])  # user and system time
     soft = int(used + CPU_PER_WALL * wall_seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
@@ -219,7 +231,7 @@ def _reply(answer: Callable[[dict], Answer], request: dict, name: str) -> Answer
         detail = f"{name} needs more than {MEMORY_LIMIT >> 30} GB"
         return {"reason": "memory", "detail": detail}, []
     except Exception as error:  # our own mistake: named as such, with the line that made it
-        # a disk without room is no fault of the input, which would be left out for good
+        # a disk without room is no fault of the input, which would be rejected for good
         if isinstance(error, OSError) and error.errno in WRITE_FAULTS:
             return {"errno": error.errno, "path": str(error.filename or tempfile.gettempdir())}, []
         line = traceback.extract_tb(error.__traceback__)[-1]

@@ -9,7 +9,9 @@ core, four filter passes and two gathers.
 import numpy as np
 
 PAD = 8  # the filter reaches 3 samples out; farther out all samples of an edge are equal
-BEFORE, AFTER = 2, 3  # samples the filter needs on either side of the first of its middle pair
+# samples that the filter needs on either side of the first of its middle pair
+BEFORE = 2
+AFTER = 3
 
 
 def predict_luma(reference: np.ndarray, vectors: np.ndarray, cell: int) -> np.ndarray:
@@ -24,12 +26,18 @@ def predict_luma(reference: np.ndarray, vectors: np.ndarray, cell: int) -> np.nd
     shift = shift[:height, :width] + np.int32(4 * PAD)
     x = np.arange(0, 4 * width, 4, dtype=np.int32)[None, :] + shift[..., 0]
     y = np.arange(0, 4 * height, 4, dtype=np.int32)[:, None] + shift[..., 1]
-    x, y = (np.clip(at, 0, 2 * size - 4) for at, size in ((x, plane.shape[1]), (y, plane.shape[0])))
-    left, top, odd_x, odd_y = x >> 1, y >> 1, x & 1, y & 1
+    x = np.clip(x, 0, 2 * plane.shape[1] - 4)
+    y = np.clip(y, 0, 2 * plane.shape[0] - 4)
+    # in quarter pixels: half-pel index, and whether the vector lies between it and the next one
+    left = x >> 1
+    top = y >> 1
+    odd_x = x & 1
+    odd_y = y & 1
     # a sample between two half-pel positions is the mean of the two; when both coordinates lie
     # between, the pair is the diagonal whose ends are half-pel in one direction only
     anti = odd_x & odd_y & ((left + top) & 1 ^ 1)
-    samples, row = plane.ravel(), plane.shape[1]
+    samples = plane.ravel()
+    row = plane.shape[1]
     prediction = samples.take((top + anti) * row + left).astype(np.int16)
     prediction += samples.take((top + (odd_y ^ anti)) * row + left + odd_x)
     prediction += 1
@@ -41,23 +49,28 @@ def _half_pel_plane(reference: np.ndarray) -> np.ndarray:
     """uint8 [2(H+2 PAD), 2(W+2 PAD)]: even indices are whole samples, odd ones half-pel samples."""
     height, width = (side + 2 * PAD for side in reference.shape)
     wide = np.pad(reference, (PAD + BEFORE, PAD + AFTER), mode="edge").astype(np.int16)
-    inner = slice(BEFORE, BEFORE + height), slice(BEFORE, BEFORE + width)
-    horizontal = _six_tap(wide, 1)  # fits 16 bits: -2550 to 10710
+    rows = slice(BEFORE, BEFORE + height)
+    columns = slice(BEFORE, BEFORE + width)
+    horizontal = _six_tap(wide, axis=1)  # fits 16 bits: -2550 to 10710
+    # filtered twice it does not, and carries the factor 32 twice
+    diagonal = _six_tap(horizontal.astype(np.int32), axis=0)
     plane = np.empty((2 * height, 2 * width), np.uint8)
-    plane[::2, ::2] = wide[inner]
-    plane[1::2, 1::2] = _rounded(_six_tap(horizontal.astype(np.int32), 0), 10)
-    plane[::2, 1::2] = _rounded(horizontal[inner[0]], 5)
-    plane[1::2, ::2] = _rounded(_six_tap(wide[:, inner[1]], 0), 5)
+    plane[::2, ::2] = wide[rows, columns]
+    plane[1::2, 1::2] = _rounded(diagonal, bits=10)
+    plane[::2, 1::2] = _rounded(horizontal[rows], bits=5)
+    plane[1::2, ::2] = _rounded(_six_tap(wide[:, columns], axis=0), bits=5)
     return plane
 
 
 def _six_tap(samples: np.ndarray, axis: int) -> np.ndarray:
     """Unscaled filter output halfway between neighbours along an axis, five samples shorter."""
     length = samples.shape[axis] - BEFORE - AFTER
-    a, b, c, d, e, f = (
-        samples[i : i + length] if axis == 0 else samples[:, i : i + length] for i in range(6)
-    )
-    total = c + d  # 20 (c + d) - 5 (b + e) + (a + f), step by step in place
+    if axis == 0:
+        a, b, c, d, e, f = (samples[i : i + length] for i in range(6))
+    else:
+        a, b, c, d, e, f = (samples[:, i : i + length] for i in range(6))
+    # 20 (c + d) - 5 (b + e) + (a + f), step by step in place: no temporary array per term
+    total = c + d
     total *= 4
     total -= b
     total -= e
@@ -68,6 +81,7 @@ def _six_tap(samples: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _rounded(total: np.ndarray, bits: int) -> np.ndarray:
+    """Filter output divided by 2 ** bits, rounded, clipped to 8 bits; in place."""
     total += 1 << (bits - 1)
     total >>= bits
     return np.clip(total, 0, 255, out=total)

@@ -1,83 +1,93 @@
-"""Opening files from strangers: a container white list, local files only,
-limits before any decoding.
+"""Opening untrusted files: a white list of containers, local files only, limits before decoding.
 
 Playlists, network protocols and container formats outside the list never reach a demuxer (an
 ffconcat text named .mp4 would otherwise read other local files). Sizes are checked on headers, so a
-bomb is refused before it unpacks.
+decompression bomb is refused before it unpacks.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import RejectedInput
 
+if TYPE_CHECKING:
+    import av
+
+# demuxers of libavformat that may be probed, by FFmpeg's names
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
-# containers whose duration ends at the last stamp; that of others is the length of what they show
+# containers whose duration ends at the last timestamp; that of others is the length of the video
 DURATION_FROM_ZERO = ("matroska", "asf", "flv")
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .mov .m4v .mkv .webm .avi .ts .mts .m2ts .mpg .mpeg .vob .flv .ogv .wmv .3gp".split()
 )
-# .heic, .heif and .hif are refused when opened: by name, so that nobody misses them unawares.
+# .heic, .heif and .hif are listed although none is readable: `open_image` then rejects them with a
+# remedy, where an unknown suffix would be left out of a folder.
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .heic .heif .hif".split()
 )
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-# Brands in the `ftyp` box (ISO/IEC 23008-12 annex B; AVIF 1.2 section 6). mif1 and msf1 say only
-# "picture" and "sequence", which AVIF files say too: the AVIF brands decide.
+# Brands in the `ftyp` box (ISO/IEC 23008-12 annex B; AVIF 1.2 section 6). mif1 and msf1 mean only
+# "image" and "sequence" and stand in AVIF files too: the AVIF brands decide.
 AVIF_BRANDS = frozenset({b"avif", b"avis"})
 HEIF_BRANDS = frozenset(
     {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 )
+BRAND_BYTES = 256  # of the file's head: room for some sixty brands, more than any file has
 
 
 @dataclass(frozen=True)
 class InputLimits:
-    """What an input may be at most; beyond it the file is rejected as `too_large`."""
+    """Upper limits of one input; a file beyond them is rejected as `too_large`."""
 
     max_bytes: int = 8 << 30
-    max_pixels: int = 7680 * 4320
+    max_pixels: int = 7680 * 4320  # one 8K UHD frame
     max_side: int = 16384
     max_seconds: float = 4 * 3600.0
     max_frames: int = 1_000_000
 
     def forbid(self, width: int, height: int) -> bool:
-        """Whether a picture of this size is too large."""
+        """Whether a frame or image of this size is too large."""
         return width * height > self.max_pixels or max(width, height) > self.max_side
 
 
 def is_video(path: Path) -> bool:
-    """Whether the file's name says video."""
+    """Whether the file has the suffix of a video."""
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def is_image(path: Path) -> bool:
-    """Whether the file's name says image."""
+    """Whether the file has the suffix of an image."""
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def check_file(path: Path, limits: InputLimits) -> None:
-    """Reject what is no regular, non-empty file of bearable size."""
+    """Reject anything but a regular, non-empty file within the size limit."""
     try:
-        status = path.stat()
+        size = path.stat().st_size
     except OSError as error:
         raise RejectedInput("missing", f"{path}: {error.strerror}") from error
     if not path.is_file():
         raise RejectedInput("not_a_file", f"{path} is not a regular file")
-    if status.st_size == 0:
+    if size == 0:
         raise RejectedInput("empty", f"{path} has no bytes")
-    if status.st_size > limits.max_bytes:
+    if size > limits.max_bytes:
         raise RejectedInput(
-            "too_large", f"{path} has {status.st_size} bytes, the limit is {limits.max_bytes}"
+            "too_large", f"{path} has {size} bytes, the limit is {limits.max_bytes}"
         )
 
 
-def open_video(path: Path, limits: InputLimits, follow_edits: bool = True):
+def open_video(
+    path: Path,
+    limits: InputLimits,
+    follow_edits: bool = True,
+) -> "tuple[av.container.InputContainer, av.VideoStream]":
     """Open a local video file; returns (container, stream), the caller closes the container.
-    Without `follow_edits` an edit list is ignored, and stamps are those of the media.
 
-    Raises RejectedInput with reason container, no_video or too_large.
+    Without `follow_edits` an edit list is ignored, and timestamps are those of the media. Raises
+    RejectedInput with reason container, no_video, decode (no frame size) or too_large.
     """
     import av
 
@@ -86,30 +96,42 @@ def open_video(path: Path, limits: InputLimits, follow_edits: bool = True):
     if not follow_edits:
         options["ignore_editlist"] = "1"
     try:
+        # `file:` and an absolute path: a name such as `concat:a|b` is never taken for a protocol
         container = av.open(f"file:{path.resolve()}", options=options)
     except av.FFmpegError as error:
         raise RejectedInput("container", f"{path} does not open: {error.strerror}") from error
+    try:
+        return container, _checked_stream(path, container, limits)
+    except RejectedInput:
+        container.close()
+        raise
+
+
+def _checked_stream(
+    path: Path,
+    container: "av.container.InputContainer",
+    limits: InputLimits,
+) -> "av.VideoStream":
+    """The best video stream of a container, if its header keeps to the limits."""
     stream = _best_stream(container)
     if stream is None:
-        container.close()
         raise RejectedInput("no_video", f"{path} has no video stream that can be decoded")
-    context = stream.codec_context
+    width = stream.codec_context.width
+    height = stream.codec_context.height
     seconds = announced_seconds(container)
-    if context.width <= 0 or context.height <= 0:
-        container.close()
+    if width <= 0 or height <= 0:
         raise RejectedInput("decode", f"{path}: its video stream has no picture size")
-    if limits.forbid(context.width, context.height) or seconds > limits.max_seconds:
-        container.close()
+    if limits.forbid(width, height) or seconds > limits.max_seconds:
         raise RejectedInput(
             "too_large",
-            f"{path} is {context.width}x{context.height}, {seconds:.0f} s; the limits are "
+            f"{path} is {width}x{height}, {seconds:.0f} s; the limits are "
             f"{limits.max_pixels} pixels, {limits.max_side} a side and {limits.max_seconds:.0f} s",
         )
-    return container, stream
+    return stream
 
 
-def announced_seconds(container) -> float:
-    """Duration that a container announces, from its first picture on; 0 where it has none."""
+def announced_seconds(container: "av.container.InputContainer") -> float:
+    """Duration that a container announces, from its first frame on; 0 where it has none."""
     import av
 
     announced = (container.duration or 0) / av.time_base
@@ -118,77 +140,79 @@ def announced_seconds(container) -> float:
     return announced - start if from_zero and 0 < start < announced else announced
 
 
-def _best_stream(container):
-    """The stream of the largest picture, FFmpeg's choice among equals; a song's cover is none, nor
-    is a stream in a codec that this FFmpeg does not know."""
+def _best_stream(container: "av.container.InputContainer") -> "av.VideoStream | None":
+    """The stream with the largest frames, FFmpeg's choice among equals; neither the cover image of
+    a song nor a stream in a codec that this FFmpeg does not know."""
     from av.stream import Disposition
 
-    streams = [
-        stream
-        for stream in container.streams.video
-        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
-    ]
-    chosen = container.streams.best("video")
-    areas = [(s.codec_context.width * s.codec_context.height, s is chosen) for s in streams]
-    return streams[areas.index(max(areas))] if streams else None
+    default = container.streams.best("video")
+    best = None
+    best_rank = (-1, False)
+    for stream in container.streams.video:
+        context = stream.codec_context
+        if context is None or stream.disposition & Disposition.attached_pic:
+            continue
+        rank = (context.width * context.height, stream is default)
+        if rank > best_rank:
+            best = stream
+            best_rank = rank
+    return best
 
 
 def open_image(path: Path, limits: InputLimits) -> np.ndarray:
-    """Read one picture as uint8 RGB [H, W, 3]: EXIF rotation applied, alpha laid on white,
-    first frame of animations.
+    """Read one image as uint8 RGB [H, W, 3]: EXIF rotation applied, alpha laid on white, the first
+    frame of an animation.
 
     Raises RejectedInput with reason image or too_large.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     check_file(path, limits)
     try:
         _refuse_unreadable_kind(path)
-        with Image.open(path, formats=_readable_formats()) as picture:
-            if limits.forbid(picture.width, picture.height):
+        Image.init()
+        # AVIF came with Pillow 11.3, and Image.open raises for a format that it does not know
+        formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+        with Image.open(path, formats=formats) as opened:
+            if limits.forbid(opened.width, opened.height):
+                raise RejectedInput("too_large", f"{path} is {opened.width}x{opened.height} pixels")
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip instead of scaling
+                wide = np.asarray(image, dtype=np.uint32)
+                grey = ((wide + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257, rounded
+                return np.repeat(grey[..., None], 3, axis=2)
+            if image.mode in ("I", "F"):  # no agreed range: Pillow would clip
                 raise RejectedInput(
-                    "too_large", f"{path} is {picture.width}x{picture.height} pixels"
+                    "image", f"{path} has {image.mode} pixels (32 bit): convert it to 8 or 16 bit"
                 )
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I;16"):  # 16-bit gray: Pillow would clip instead of scaling
-                wide = np.asarray(picture, dtype=np.uint32)
-                return np.repeat(((wide + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-            if picture.mode in ("I", "F"):  # no agreed range: Pillow would clip
-                raise RejectedInput(
-                    "image", f"{path} has {picture.mode} pixels (32 bit): convert it to 8 or 16 bit"
-                )
-            if "A" in picture.mode or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                paper = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(paper, picture)
-            return np.asarray(picture.convert("RGB"))
+            if "A" in image.mode or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return np.asarray(image.convert("RGB"))
+    except RejectedInput:
+        raise
     except Image.DecompressionBombError as error:
         raise RejectedInput("too_large", f"{path}: {error}") from error
-    except (
-        UnidentifiedImageError,
-        OSError,
-        RuntimeError,  # libavif's word for damage
-        SyntaxError,
-        ValueError,
-    ) as error:
-        if isinstance(error, RejectedInput):
-            raise
+    # libavif raises RuntimeError for damage; Pillow's UnidentifiedImageError is an OSError
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
         raise RejectedInput("image", f"{path} is not a readable picture: {error}") from error
 
 
-def _readable_formats() -> list[str]:
-    """IMAGE_FORMATS as far as the installed Pillow knows them: AVIF came with release 11.3."""
-    from PIL import Image
-
-    Image.init()
-    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
-
-
 def _refuse_unreadable_kind(path: Path) -> None:
-    """Reject HEIC, whatever the file is called, and AVIF where Pillow has no decoder for it."""
+    """Reject HEIC, whatever the file is called, and AVIF where Pillow has no decoder for it.
+
+    Both begin with an `ftyp` box: its size, its type, the major brand, a minor version, then the
+    compatible brands, four bytes each.
+    """
     from PIL import features
 
-    brands = _container_brands(path)
+    with open(path, "rb") as stream:
+        head = stream.read(BRAND_BYTES)
+    if head[4:8] != b"ftyp":
+        return
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = {head[start : start + 4] for start in (8, *range(16, end - 3, 4))}
     if brands & AVIF_BRANDS:
         if not features.check("avif"):
             raise RejectedInput(
@@ -202,14 +226,3 @@ def _refuse_unreadable_kind(path: Path) -> None:
             f"{path} is HEIC (HEIF), which is not read here: convert it to JPEG or PNG first, "
             "e.g. with heif-convert",
         )
-
-
-def _container_brands(path: Path) -> set[bytes]:
-    """Major and compatible brands of a file that begins with an `ftyp` box; none of any other."""
-    with open(path, "rb") as stream:
-        head = stream.read(256)  # some twenty brands are more than any file has
-    if head[4:8] != b"ftyp":
-        return set()
-    end = min(int.from_bytes(head[:4], "big"), len(head))
-    starts = [8, *range(16, end - 3, 4)]  # at 12 stands the minor version
-    return {head[start : start + 4] for start in starts}

@@ -1,30 +1,46 @@
-"""How much news each patch of each frame carries: motion the camera does not explain,
-and residual that motion does not.
+"""How much news each patch of each frame carries: motion that the camera does not explain, and
+residual that motion does not.
 
-    motion_TP    mean over the patch of |v - v_camera| (codec/camera.py)
+    motion_TP    mean over the patch of |v - v_camera|
     residual_TP  mean over the patch of the luma residual
     saliency     (w_m * motion / p95(motion) + w_r * residual / p95(residual)) / (w_m + w_r), each
                  clipped to 1, times 1 + centre_prior * exp(-d^2 / (2 sigma^2)) where asked
 
 The 95th percentiles are taken over the P-frame patches of the whole clip, with floors: a frame
 where little happens does not compete as an equal with one where much does, and noise of a still
-scene is not blown up to full scale. `normalise="frame"` takes them per frame, as the published rule
-does.
+scene is not scaled up to 1. `normalise="frame"` takes them per frame, as the published rule does.
 
-Shape legend: T frames, h, w patch grid.
+v_camera is one parametric field per frame, fitted robustly:
+
+    median       one translation                      v = t
+    similarity   translation, rotation, zoom          v = [a -b; b a] x + t
+    affine       any linear field                     v = [a b; c d] x + t
+
+x are cell centres on [-1, 1]. The fit is iteratively reweighted least squares with Cauchy weights
+1 / (1 + (r / c) ** 2), c twice the median residual of the round before, started from the median
+vector: cells that follow another motion lose their weight. All cells take part, still ones too, so
+a single moving object before a still camera is not mistaken for the camera. Cost at 224 px and
+64 frames: 2 ms for the median, 25 ms for the others.
+
+Shape legend: T frames, h, w patch grid, P cells of a frame, k parameters of the camera model.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from .camera import CAMERA_MODELS, compensate_camera
 from .decompose import CodecClip, per_pixel
+from .framing import check_choice
 
+CAMERA_MODELS = ("none", "median", "similarity", "affine")
+ROUNDS = 8  # of reweighting
+RIDGE = 1e-9  # keeps the normal equations solvable where few cells cannot separate all parameters
+SMALLEST_SCALE = 0.05  # pixels: a fifth of the quarter pixels in which vectors come
 NORMALISATIONS = ("clip", "frame")
-STILL_CHANGE = 3.0  # luma steps: what noise and recompression of a still scene stay below
+STILL_CHANGE = 3.0  # luma steps: noise and recompression of a still scene stay below
 STILL_SHARE = 0.002  # of all cells of P-frames; more of them changed is news
 CENTRE_WIDTH = 0.35  # sigma of the centre prior in shares of the shorter side
+PERCENTILE = 95  # taken for full scale: a few outliers do not flatten the rest
 
 
 @dataclass(frozen=True)
@@ -41,14 +57,12 @@ class SaliencyConfig:
     normalise: str = "clip"
     centre_prior: float = 0.0
 
-    def __post_init__(self):
-        for name, known in (("camera", CAMERA_MODELS), ("normalise", NORMALISATIONS)):
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+    def __post_init__(self) -> None:
+        check_choice("camera", self.camera, choices=CAMERA_MODELS)
+        check_choice("normalise", self.normalise, choices=NORMALISATIONS)
         weights = (self.motion_weight, self.residual_weight)
-        finite = np.isfinite([*weights, self.centre_prior]).all()
-        if not finite or min(weights) < 0 or sum(weights) <= 0 or self.centre_prior < 0:
+        numbers = np.array([*weights, self.centre_prior])
+        if not np.isfinite(numbers).all() or (numbers < 0).any() or sum(weights) == 0:
             raise ValueError(
                 f"weights {weights} and centre_prior {self.centre_prior} must be finite and not "
                 "negative, and one weight must be positive"
@@ -56,50 +70,107 @@ class SaliencyConfig:
 
 
 def patch_saliency(
-    clip: CodecClip, patch_size: int, config: SaliencyConfig | None = None
+    clip: CodecClip,
+    patch_size: int,
+    config: SaliencyConfig | None = None,
 ) -> np.ndarray:
-    """Saliency float32 [T, h, w] in 0..1; zero on I-frames, which are kept whole anyway."""
+    """Saliency float32 [T, h, w] in 0..1; zero on I-frames, which are selected whole anyway."""
     config = config or SaliencyConfig()
+    _, height, width = clip.residual.shape
     speed = np.linalg.norm(compensate_camera(clip.motion, config.camera), axis=-1)
-    motion = _patch_mean(per_pixel(speed, *clip.residual.shape[1:]), patch_size)
+    motion = _patch_mean(per_pixel(speed, height=height, width=width), patch_size)
     residual = _patch_mean(clip.residual.astype(np.float32), patch_size)
     p_frames = ~clip.is_i_frame
     if not p_frames.any():
         return np.zeros_like(motion)
     per_frame = config.normalise == "frame"
-    motion = _normalised(motion, p_frames, config.motion_floor, per_frame)
-    residual = _normalised(residual, p_frames, config.residual_floor, per_frame)
+    motion = _normalised(motion, p_frames, floor=config.motion_floor, per_frame=per_frame)
+    residual = _normalised(residual, p_frames, floor=config.residual_floor, per_frame=per_frame)
     total = config.motion_weight + config.residual_weight
     saliency = (config.motion_weight * motion + config.residual_weight * residual) / total
     if config.centre_prior:
-        saliency = np.minimum(saliency * _centre(*saliency.shape[1:], config.centre_prior), 1.0)
+        prior = _centre_prior(motion.shape[1], motion.shape[2], strength=config.centre_prior)
+        saliency = np.minimum(saliency * prior, 1.0)
     return (saliency * p_frames[:, None, None]).astype(np.float32)
 
 
 def is_static(clip: CodecClip) -> bool:
     """Whether next to nothing changes from frame to frame, noise and recompression aside.
 
-    Told by plain differences, since an encoder finds vectors in noise too.
+    Measured by plain differences, since an encoder finds vectors in noise too.
     """
     changed = clip.change[~clip.is_i_frame] > STILL_CHANGE
     return changed.size > 0 and float(changed.mean()) < STILL_SHARE
 
 
+def compensate_camera(motion: np.ndarray, camera: str) -> np.ndarray:
+    """Motion float [T, y, x, 2] without the camera's; raises ValueError for an unknown model."""
+    return motion if camera == "none" else motion - camera_motion(motion, camera)
+
+
+def camera_motion(motion: np.ndarray, camera: str) -> np.ndarray:
+    """The camera's part of motion [T, y, x, 2]: the same shape, or [T, 1, 1, 2] for `median`."""
+    check_choice("camera", camera, choices=CAMERA_MODELS[1:])
+    median = np.median(motion, axis=(1, 2), keepdims=True)
+    if camera == "median":
+        return median
+    frames, rows, columns, _ = motion.shape
+    design = _design(rows=rows, columns=columns, camera=camera)  # [P, 2, k]
+    vectors = motion.reshape(frames, rows * columns, 2)
+    fitted = np.broadcast_to(median.reshape(frames, 1, 2), vectors.shape)
+    for _ in range(ROUNDS):
+        residual = np.linalg.norm(vectors - fitted, axis=-1)  # [T, P]
+        scale = np.maximum(2 * np.median(residual, axis=1, keepdims=True), SMALLEST_SCALE)
+        weights = 1 / (1 + (residual / scale) ** 2)
+        normal = np.einsum("tp,pak,pal->tkl", weights, design, design, optimize=True)
+        target = np.einsum("tp,pak,tpa->tk", weights, design, vectors, optimize=True)
+        normal += RIDGE * np.eye(normal.shape[-1])
+        parameters = np.linalg.solve(normal, target[..., None])[..., 0]
+        fitted = np.einsum("pak,tk->tpa", design, parameters)
+    return fitted.reshape(motion.shape)
+
+
+def _design(rows: int, columns: int, camera: str) -> np.ndarray:
+    """[P, 2, k]: how each parameter moves each cell along x and along y."""
+    grid_y, grid_x = np.meshgrid(
+        np.linspace(-1, 1, rows),
+        np.linspace(-1, 1, columns),
+        indexing="ij",
+    )
+    x = grid_x.ravel()
+    y = grid_y.ravel()
+    one = np.ones_like(x)
+    zero = np.zeros_like(x)
+    if camera == "similarity":
+        axes = ([x, -y, one, zero], [y, x, zero, one])
+    else:
+        axes = ([x, y, one, zero, zero, zero], [zero, zero, zero, x, y, one])
+    return np.stack([np.stack(axis, -1) for axis in axes], axis=1)
+
+
 def _patch_mean(field: np.ndarray, patch_size: int) -> np.ndarray:
+    """Means [T, h, w] of a field [T, H, W] over the patches."""
     frames, height, width = field.shape
     grid = field.reshape(frames, height // patch_size, patch_size, width // patch_size, patch_size)
     return grid.mean(axis=(2, 4))
 
 
-def _normalised(values: np.ndarray, p_frames: np.ndarray, floor: float, per_frame: bool):
+def _normalised(
+    values: np.ndarray,
+    p_frames: np.ndarray,
+    floor: float,
+    per_frame: bool,
+) -> np.ndarray:
+    """Values [T, h, w] in 0..1, 1 being the 95th percentile or the floor, if that is more."""
     if per_frame:
-        scale = np.maximum(np.percentile(values, 95, axis=(1, 2), keepdims=True), floor)
-    else:
-        scale = max(float(np.percentile(values[p_frames], 95)), floor)
+        percentile = np.percentile(values, PERCENTILE, axis=(1, 2), keepdims=True)
+        return np.clip(values / np.maximum(percentile, floor), 0.0, 1.0)
+    # as a Python number, so that float32 values stay float32
+    scale = max(float(np.percentile(values[p_frames], PERCENTILE)), floor)
     return np.clip(values / scale, 0.0, 1.0)
 
 
-def _centre(height: int, width: int, strength: float) -> np.ndarray:
+def _centre_prior(height: int, width: int, strength: float) -> np.ndarray:
     """Factor of every patch [h, w]: 1 + strength in the middle, 1 far from it."""
     y = np.arange(height)[:, None] - (height - 1) / 2
     x = np.arange(width)[None, :] - (width - 1) / 2
@@ -108,19 +179,17 @@ def _centre(height: int, width: int, strength: float) -> np.ndarray:
 
 
 def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:
-    """Coarse codec view float16 [T, grid, grid, 3]:
-    mean vector (x, y) in pixels and mean residual of each cell.
+    """Coarse codec view float16 [T, grid, grid, 3]: mean vector (x, y) in pixels and mean residual
+    of each cell.
 
     It goes into the shard, so that clips can be described, clustered and drawn without decoding
     them again.
     """
-    motion = per_pixel(clip.motion, *clip.residual.shape[1:])
+    _, height, width = clip.residual.shape
+    motion = per_pixel(clip.motion, height=height, width=width)
     channels = np.concatenate([motion, clip.residual[..., None].astype(np.float32)], axis=-1)
-    rows = np.linspace(0, channels.shape[1], grid + 1).astype(int)[:-1]
-    columns = np.linspace(0, channels.shape[2], grid + 1).astype(int)[:-1]
-    sums = np.add.reduceat(np.add.reduceat(channels, rows, axis=1), columns, axis=2)
-    areas = (
-        np.diff(np.append(rows, channels.shape[1]))[:, None]
-        * np.diff(np.append(columns, channels.shape[2]))[None]
-    )
+    rows = np.linspace(0, height, grid + 1).astype(int)
+    columns = np.linspace(0, width, grid + 1).astype(int)
+    sums = np.add.reduceat(np.add.reduceat(channels, rows[:-1], axis=1), columns[:-1], axis=2)
+    areas = np.diff(rows)[:, None] * np.diff(columns)
     return (sums / areas[..., None]).astype(np.float16)

@@ -1,4 +1,5 @@
-"""Which patches survive: every I-frame patch, then the best P-frame patches, within a token budget.
+"""Which patches of a clip are selected: every I-frame patch, then the best P-frame patches, within
+a token budget. The same for packing and for the probe.
 
 The order is the contract: I-frame patches first (raster order), then P-frame patches by falling
 saliency, ties by position. So any smaller budget is a prefix of a larger one and nothing has to be
@@ -9,23 +10,56 @@ times are taken instead, and the selection says so.
 
 The published rule, `keep_i_frames=False`, gives I-frame patches no score and so never takes one.
 
-Shape legend: T frames, h, w patch grid, K kept patches.
+Shape legend: T frames, h, w patch grid, K selected patches.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from .decompose import CodecClip
+from .saliency import SaliencyConfig, is_static, patch_saliency
+
 
 @dataclass(frozen=True)
 class Selection:
-    """positions uint16 [K, 3] (t index of the frame, row, column),
-    scores float16 [K] (I-frame patches 1), is_static.
+    """positions uint16 [K, 3] (t index of the frame, row, column), scores float16 [K] (I-frame
+    patches 1), is_static.
     """
 
     positions: np.ndarray
     scores: np.ndarray
     is_static: bool
+
+
+def choose_patches(
+    clip: CodecClip,
+    patch_size: int,
+    budget: int,
+    saliency: SaliencyConfig,
+    keep_i_frames: bool = True,
+    time_buckets: int = 1,
+) -> Selection:
+    """At most `budget` patches of a clip, as select_patches chooses them by saliency."""
+    return select_patches(
+        patch_saliency(clip, patch_size=patch_size, config=saliency),
+        is_i_frame=clip.is_i_frame,
+        budget=budget,
+        keep_i_frames=keep_i_frames,
+        time_buckets=time_buckets,
+        is_static=is_static(clip),
+    )
+
+
+def cut_patches(frames: np.ndarray, positions: np.ndarray, patch_size: int) -> np.ndarray:
+    """Patches uint8 [K, p, p, 3] of frames [T, H, W, 3] at positions [K, 3] (frame, row, column of
+    the patch grid)."""
+    count, height, width, _ = frames.shape
+    rows = height // patch_size
+    columns = width // patch_size
+    grid = frames.reshape(count, rows, patch_size, columns, patch_size, 3)
+    frame, row, column = positions.astype(np.int64).T
+    return np.ascontiguousarray(grid[frame, row, :, column])
 
 
 def select_patches(
@@ -49,25 +83,32 @@ def select_patches(
             "raise it, lower the size, or take a longer GOP"
         )
     linear = np.arange(saliency.size).reshape(frames, per_frame)
+    # indices of patches in the clip, frame by frame
     intra = linear[is_i_frame].ravel() if keep_i_frames else np.zeros(0, int)
     inter = linear[~is_i_frame].ravel()
     scores = saliency.reshape(-1)[inter]
+    # without any saliency no patch is better than another
     is_static = len(inter) > 0 and (is_static or not scores.any())
     if is_static:
         order = _even_frames(frames - num_i_frames, per_frame)
     else:
-        order = _best_first(scores, frames - num_i_frames, time_buckets)
-    kept = np.concatenate([intra, inter[order]])[:budget]
-    kept_scores = np.concatenate([np.ones(len(intra)), scores[order]])[:budget]
-    positions = np.stack([kept // per_frame, kept // width % height, kept % width], axis=-1)
-    return Selection(positions.astype(np.uint16), kept_scores.astype(np.float16), is_static)
+        order = _best_first(scores, num_p_frames=frames - num_i_frames, time_buckets=time_buckets)
+    selected = np.concatenate([intra, inter[order]])[:budget]
+    selected_scores = np.concatenate([np.ones(len(intra)), scores[order]])[:budget]
+    positions = np.stack([selected // per_frame, selected // width % height, selected % width], -1)
+    return Selection(
+        positions=positions.astype(np.uint16),
+        scores=selected_scores.astype(np.float16),
+        is_static=is_static,
+    )
 
 
 def _best_first(scores: np.ndarray, num_p_frames: int, time_buckets: int) -> np.ndarray:
     """Order of P-frame patches by falling score, in turns over the buckets of time."""
-    order = np.argsort(-scores, kind="stable")
+    order = np.argsort(-scores, kind="stable")  # stable: equal scores stay in order of position
     if time_buckets == 1 or num_p_frames == 0:
         return order
+    # rank within its bucket decides first, so that all buckets give their best, then their second
     frame = order // (len(scores) // num_p_frames)
     bucket = frame * min(time_buckets, num_p_frames) // num_p_frames
     turn = np.empty_like(bucket)
@@ -78,8 +119,8 @@ def _best_first(scores: np.ndarray, num_p_frames: int, time_buckets: int) -> np.
 
 
 def _even_frames(num_p_frames: int, per_frame: int) -> np.ndarray:
-    """Order of P-frame patches that takes whole frames,
-    each next one halving the largest gap (bit-reversed times).
+    """Order of P-frame patches that takes whole frames, each next one halving the largest gap:
+    frame indices with their bits reversed (van der Corput order).
     """
     bits = max(1, (num_p_frames - 1).bit_length())
     reversed_times = [int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits)]

@@ -261,10 +261,10 @@ def _colour_key(width: int) -> Image.Image:
     """Swatches with what they mean, in as many lines as the width asks for."""
     ramp = np.linspace(0, 1, 90)[None].repeat(16, axis=0)
     entries = [
-        (_wheel_swatch(), "direction of motion; dark is still"),
-        (_ramp("magma", ramp), "residual: none to full brightness"),
-        (_swatch(INTRA), "I-frame patch, selected first"),
-        (_ramp("viridis", 0.15 + 0.85 * ramp[:, ::-1]), "P-frame patch: first to last selected"),
+        (_wheel_swatch(), "direction of motion"),
+        (_ramp("magma", ramp), "residual, none to full"),
+        (_swatch(INTRA), "I-frame patch, before all others"),
+        (_ramp("viridis", 0.15 + 0.85 * ramp[:, ::-1]), "P-frame patch, first to last"),
         (_swatch(UNSELECTED), "not selected"),
     ]
     places, left, top = [], MARGIN, 10

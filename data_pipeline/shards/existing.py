@@ -7,7 +7,7 @@ of shards with a name of ours. Whatever else lies in the folder is neither read 
 import hashlib
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,18 +27,22 @@ from .tasks import shard_number
 from .writer import SHARD_SUFFIXES
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{6,}")  # no separator: a manifest names files beside it
-# what a record of before held, which has no digest; those of long ago lack `inputs`
+MEMBER_NAME = re.compile(r"\d{6,}_\d{6,}\.[a-z.]+")
+# fields of records that were written before they had a digest; the oldest lack `inputs`
 UNSEALED_KEYS = frozenset({"schema_version", "inputs_sha256", "inputs", *RECORD_FIELDS})
 
 
 @dataclass(frozen=True)
 class Existing:
-    """Shards of a folder. `bound` holds the manifest's entries in their order, `records` what every
-    readable record says of inputs and settings, by shard name, `settings` what the manifest, or
-    else the first record, states. `loose` holds names of tars that have neither.
+    """Shards of a folder.
 
-    `damaged` holds bound shards whose record has no digest and is not the one that the manifest
-    binds: it counts as none. `damage` says what is wrong with a manifest that counts as none.
+    settings   as the manifest, or else the first record, states them
+    bound      the manifest's entries in their order
+    records    by shard name, what every readable record states about inputs and settings
+    loose      names of tars that have neither
+    damaged    bound shards whose record has no digest and is not the one that the manifest binds:
+               it counts as none
+    damage     what is wrong with a manifest that counts as none
     """
 
     directory: Path
@@ -60,11 +64,6 @@ class Existing:
         """Names of all shards."""
         return [entry["name"] for entry in self.bound] + self.unbound
 
-    def is_whole(self, name: str) -> bool:
-        """Whether the tar of a recorded shard has its size."""
-        tar = self.directory / f"{name}.tar"
-        return tar.is_file() and tar.stat().st_size == self.records[name]["size"]
-
 
 def read_existing(directory: Path) -> Existing:
     """Shards that lie in a folder.
@@ -72,39 +71,45 @@ def read_existing(directory: Path) -> Existing:
     Raises DataPipelineError where manifest.json is there and is not one of ours.
     """
     manifest, damage = _readable_manifest(directory)
-    entries = () if manifest is None else _entries(manifest, directory)
-    hashes = {entry["name"]: entry["record_sha256"] for entry in entries}
+    bound = {} if manifest is None else {entry["name"]: entry for entry in manifest["shards"]}
     records = {}
     damaged = set()
     for path in sorted(directory.glob("*.json")):
         record = read_shard_record(path)
         if record is None:
             continue
-        if DIGEST_KEY in record or _is_bound(path, hashes):
-            records[path.stem] = _slim(record)
-        else:
-            damaged.add(path.stem)
+        name = path.stem
+        if DIGEST_KEY not in record and name in bound:
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            if sha256 != bound[name]["record_sha256"]:
+                damaged.add(name)
+                continue
+        # a folder may have thousands of records, and the positions of members are most of each
+        samples = []
+        if "inputs" not in record:
+            fields = ("key", "source", "source_sha256")
+            samples = [{key: sample.get(key) for key in fields} for sample in record["samples"]]
+        records[name] = {**record, "samples": samples}
+    # a damaged manifest can be written anew only from records
     if damage is not None and not records:
         raise _foreign_manifest(directory)
-    first = min(records, key=shard_number, default=None)
-    stated = manifest if manifest is not None else records.get(first, {})
-    known = records.keys() | hashes.keys()
-    tars = [path.stem for path in sorted(directory.glob("*.tar"))]
+    stated = manifest
+    if stated is None:
+        stated = records[min(records, key=shard_number)] if records else {}
+    loose = []
+    for path in sorted(directory.glob("*.tar")):
+        name = path.stem
+        if SHARD_NAME.fullmatch(name) and name not in records and name not in bound:
+            loose.append(name)
     return Existing(
         directory=directory,
         settings=stated.get("settings", {}),
-        bound=entries,
+        bound=tuple(bound.values()),
         records=records,
-        loose=tuple(name for name in tars if SHARD_NAME.fullmatch(name) and name not in known),
+        loose=tuple(loose),
         damaged=frozenset(damaged),
         damage=damage,
     )
-
-
-def _is_bound(path: Path, hashes: Mapping[str, str]) -> bool:
-    """Whether a record is the one that the manifest binds, or the manifest names none."""
-    bound = hashes.get(path.stem)
-    return bound is None or hashlib.sha256(path.read_bytes()).hexdigest() == bound
 
 
 def read_shard_record(path: Path) -> dict | None:
@@ -119,6 +124,7 @@ def read_shard_record(path: Path) -> dict | None:
             open_seal(record, data=data, name=str(path))
         check_fields(record, fields=RECORD_FIELDS, name=str(path))
         known_inputs(record)
+    # any JSON may lie in a folder: what does not read as a record is none
     except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError):
         return None
     return record if record["name"] == path.stem else None
@@ -129,12 +135,13 @@ def remove_packing(existing: Existing) -> None:
 
     A removal that is killed leaves shards without a manifest, as a packing that is killed does.
     """
-    (existing.directory / MANIFEST_NAME).unlink(missing_ok=True)
-    remove_shards(existing.directory, existing.names)
-    tars = {name: existing.directory / f"{name}.tar" for name in existing.loose}
-    remove_shards(
-        existing.directory, [n for n, tar in tars.items() if tar_sources(tar) is not None]
-    )
+    directory = existing.directory
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
+    remove_shards(directory, existing.names)
+    # a tar without a record may be the user's own
+    for name in existing.loose:
+        if tar_sources(directory / f"{name}.tar") is not None:
+            remove_shards(directory, [name])
 
 
 def remove_shards(directory: Path, names: Iterable[str]) -> None:
@@ -159,24 +166,17 @@ def tar_sources(path: Path) -> list[str] | None:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if re.fullmatch(r"\d{6,}_\d{6,}\.json", member.name) and member.isreg():
-                    stream = archive.extractfile(member)
-                    assert stream is not None  # a regular file has one
-                    info = stream.read(MAX_INFO_BYTES + 1)
-                    values = parse_json(info, member.name, max_bytes=MAX_INFO_BYTES)
-                    sources.append(values["source"])
-                elif not re.fullmatch(r"\d{6,}_\d{6,}\.[a-z.]+", member.name):
+                if not MEMBER_NAME.fullmatch(member.name):
                     return None
+                # None for whatever is no file
+                stream = archive.extractfile(member)
+                if stream is not None and member.name.endswith(".json"):
+                    data = stream.read(MAX_INFO_BYTES + 1)
+                    info = parse_json(data, name=member.name, max_bytes=MAX_INFO_BYTES)
+                    sources.append(info["source"])
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError):
         return None
     return sources
-
-
-def _slim(record: dict) -> dict:
-    """A record without the places of its members, which are most of it: a folder has thousands."""
-    kept = ("key", "source", "source_sha256")
-    samples = [{name: sample.get(name) for name in kept} for sample in record["samples"]]
-    return {**record, "samples": [] if "inputs" in record else samples}
 
 
 def _readable_manifest(directory: Path) -> tuple[dict | None, str | None]:
@@ -187,29 +187,27 @@ def _readable_manifest(directory: Path) -> tuple[dict | None, str | None]:
     except FileNotFoundError:
         return None, None
     try:
-        return parse_manifest(data, str(path)), None
+        manifest = parse_manifest(data, str(path))
     except DamagedFile as error:
         if not _looks_ours(data):
             raise _foreign_manifest(directory) from error
         return None, str(error)
+    # names and counts are acted upon: files are removed by the one, inputs dealt out by the other
+    for entry in manifest["shards"]:
+        if not SHARD_NAME.fullmatch(entry["name"]):
+            raise _foreign_manifest(directory)
+        if entry["num_samples"] + entry["num_rejected"] < 0:
+            raise _foreign_manifest(directory)
+    return manifest, None
 
 
 def _looks_ours(data: bytes) -> bool:
-    """Whether a damaged manifest is one of ours: it is no JSON any more, or has most keys."""
+    """Whether a damaged manifest is one of ours: it is no JSON any more, or has most fields."""
     try:
         content = parse_json(data, MANIFEST_NAME)
     except DamagedFile:
         return True
     return len(MANIFEST_FIELDS.keys() & content.keys()) >= len(MANIFEST_FIELDS) - 1
-
-
-def _entries(manifest: dict, directory: Path) -> tuple[dict, ...]:
-    entries = tuple(manifest["shards"])
-    counts = [entry["num_samples"] + entry["num_rejected"] for entry in entries]
-    ours = all(SHARD_NAME.fullmatch(entry["name"]) for entry in entries)
-    if not ours or any(count < 0 for count in counts):
-        raise _foreign_manifest(directory)
-    return entries
 
 
 def _foreign_manifest(directory: Path) -> DataPipelineError:

@@ -1,4 +1,4 @@
-"""What the user named -> a fixed list of inputs, each a place and the name stored in the shard.
+"""What the user named -> a fixed list of inputs, each a location and the name stored in the shard.
 
 Local files are named by path. Anything with a scheme (`s3://`, `gs://`, `zip://a.mp4::x.zip`, ...)
 is remote: fsspec, where installed, lists it here and fetches one file at a time for the decoder,
@@ -11,8 +11,10 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from model_factory.command_line.command import WRITE_FAULTS
 from model_factory.command_line.plain_text import printable, show
@@ -22,24 +24,28 @@ from ..errors import MissingData, RejectedInput
 from ..folders import files_below, is_hidden
 from ..text_lists import csv_rows, list_lines, settled_name
 
+# how fsspec's file systems name the version of a file: S3, HTTP, Azure, local, zip, GCS
 VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "CRC", "md5Hash")
 LIST_SUFFIXES = (".txt", ".csv")
+MAX_SHOWN_KINDS = 10  # of files that are left out: a line of a log
+
+Report = Callable[[str], object]  # takes one line at a time
 
 
 @dataclass(frozen=True)
 class Input:
     """One file to pack: where it is (a path or URL) and the name stored in the shard."""
 
-    place: str
+    location: str
     source: str
 
     @property
     def is_remote(self) -> bool:
-        """Whether the place is a URL."""
-        return "://" in self.place
+        """Whether the location is a URL."""
+        return "://" in self.location
 
 
-def list_inputs(arguments: list[str | Path], report=show) -> list[Input]:
+def list_inputs(arguments: Sequence[str | Path], report: Report = show) -> list[Input]:
     """Expand files, folders, lists and URLs into inputs, in a stable order, each file once and each
     under a name of its own.
 
@@ -65,22 +71,16 @@ def list_inputs(arguments: list[str | Path], report=show) -> list[Input]:
             )
     if not inputs:
         raise MissingData(f"no video or image in {', '.join(map(str, arguments))}")
-    return _with_distinct_sources(_each_once(inputs, report), report)
-
-
-def _each_once(inputs: list[Input], report) -> list[Input]:
-    """The inputs without those whose file was named before."""
     first: dict[str, Input] = {}
     for item in inputs:
-        key = item.place if item.is_remote else os.path.abspath(item.place)
-        first.setdefault(key, item)
+        first.setdefault(item.location if item.is_remote else os.path.abspath(item.location), item)
     repeated = len(inputs) - len(first)
     if repeated:
         report(f"{repeated} inputs are named more than once: each is packed once")
-    return list(first.values())
+    return _with_distinct_sources(list(first.values()), report)
 
 
-def _with_distinct_sources(inputs: list[Input], report) -> list[Input]:
+def _with_distinct_sources(inputs: list[Input], report: Report) -> list[Input]:
     """The inputs; those that share a source are named with as many of their folders as it takes.
 
     Labels find their sample by its source, so two samples of one source could not be labelled.
@@ -105,8 +105,8 @@ def _with_distinct_sources(inputs: list[Input], report) -> list[Input]:
 def _longer_source(item: Input) -> Input:
     """The input, named with one more folder of its path; a URL as a whole."""
     if item.is_remote:
-        return replace(item, source=item.place)
-    parts = Path(os.path.abspath(item.place)).parts[1:]
+        return replace(item, source=item.location)
+    parts = Path(os.path.abspath(item.location)).parts[1:]
     length = len(PurePosixPath(item.source).parts) + 1
     return replace(item, source="/".join(parts[-length:]))
 
@@ -115,72 +115,70 @@ def input_stamp(item: Input) -> list:
     """What changes when a file is written anew, found without reading it: [size, modification time
     in ns], of a URL [size, versions by its file system], [None, None] for what is not there.
     """
-    if item.is_remote:
-        return list(_remote_stamp(item.place))
     try:
-        status = Path(item.place).stat()
-    except OSError:
+        if item.is_remote:
+            system, name = _filesystem(item.location)
+            info = system.info(name)
+            return [info.get("size"), json.dumps([str(info.get(key)) for key in VERSION_KEYS])]
+        status = Path(item.location).stat()
+        return [status.st_size, status.st_mtime_ns]
+    # each file system has errors of its own; reading the input fails later, and names it
+    except Exception:
         return [None, None]
-    return [status.st_size, status.st_mtime_ns]
 
 
-def inputs_sha256(inputs: list[Input]) -> str:
+def inputs_sha256(inputs: Sequence[Input]) -> str:
     """Identity of a task: names, sizes and modification times of its inputs."""
     lines = [[item.source, *input_stamp(item)] for item in inputs]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
-def _remote_stamp(place: str) -> tuple[int | None, str | None]:
-    try:
-        system, name = _filesystem(place)
-        info = system.info(name)
-        return info.get("size"), json.dumps([str(info.get(key)) for key in VERSION_KEYS])
-    except Exception:  # unreachable: the decoder's turn will say so, and name the input
-        return None, None
-
-
 @contextlib.contextmanager
-def local_copy(place: str, limits: InputLimits):
+def local_copy(location: str, limits: InputLimits) -> Iterator[Path]:
     """Path of an input on this machine: its own, or a temporary copy of a remote one.
 
     Raises RejectedInput: too_large before anything is fetched, missing when it cannot be. Raises
     OSError with the folder when the temporary disk has no room.
     """
-    if "://" not in place:
-        yield Path(place)
+    if "://" not in location:
+        yield Path(location)
         return
-    try:
-        system, name = _filesystem(place)
-    except MissingData as error:
-        raise RejectedInput("missing", str(error)) from error
     with tempfile.TemporaryDirectory(prefix="univit-") as folder:
-        path = Path(folder) / f"input{PurePosixPath(name).suffix}"
         try:
+            system, name = _filesystem(location)
+            path = Path(folder) / f"input{PurePosixPath(name).suffix}"
             size = system.size(name) or 0
             if size > limits.max_bytes:
                 raise RejectedInput(
-                    "too_large", f"{place} has {size} bytes, the limit is {limits.max_bytes}"
+                    "too_large", f"{location} has {size} bytes, the limit is {limits.max_bytes}"
                 )
             system.get_file(name, str(path))
         except RejectedInput:
             raise
+        except MissingData as error:
+            raise RejectedInput("missing", str(error)) from error
         except Exception as error:  # every file system has its own errors
             if isinstance(error, OSError) and error.errno in WRITE_FAULTS:
                 raise OSError(error.errno, os.strerror(error.errno), folder) from error
-            raise RejectedInput("missing", f"{place} cannot be fetched: {error}") from error
+            raise RejectedInput("missing", f"{location} cannot be fetched: {error}") from error
         yield path
 
 
-def _folder_inputs(folder: Path, report) -> list[Input]:
-    files = files_below(folder, report)
-    known = [name for name in files if _is_input(name)]
-    if len(known) < len(files):
-        kinds = {_kind(name) for name in files if not _is_input(name)}
+def _folder_inputs(folder: Path, report: Report) -> list[Input]:
+    inputs = []
+    others = []
+    for name in files_below(folder, report):
+        if _is_input(name):
+            inputs.append(Input(str(folder / name), name))
+        else:
+            others.append(Path(name).suffix or Path(name).name)
+    if others:
+        kinds = sorted(set(others))[:MAX_SHOWN_KINDS]
         report(
-            f"{len(files) - len(known)} files of {folder} are neither videos nor images by name "
-            f"and are left out: {', '.join(map(printable, sorted(kinds)[:10]))}"
+            f"{len(others)} files of {folder} are neither videos nor images by name "
+            f"and are left out: {', '.join(map(printable, kinds))}"
         )
-    return [Input(str(folder / name), name) for name in known]
+    return inputs
 
 
 def _is_input(name: str) -> bool:
@@ -188,22 +186,17 @@ def _is_input(name: str) -> bool:
     return is_video(path) or is_image(path)
 
 
-def _kind(name: str) -> str:
-    """What a file's name says of its kind: the ending, or the whole name without one."""
-    return Path(name).suffix or Path(name).name
-
-
 def _listed_inputs(path: Path) -> list[Input]:
     """Inputs of a list: whole lines of a .txt, the first column of a .csv."""
     if path.suffix.lower() == ".csv":
-        rows = [(row.place, row.cells[0].strip()) for row in csv_rows(path)]
+        lines = [(row.place, row.cells[0]) for row in csv_rows(path)]
     else:
-        rows = [(place, line.strip()) for place, line in list_lines(path)]
+        lines = list(list_lines(path))
     folder = path.parent
     inputs = []
-    for place, text in rows:
-        if text:
-            name = settled_name(text, lambda name: (folder / name).exists(), place)
+    for line_of_file, text in lines:
+        if text.strip():
+            name = settled_name(text.strip(), lambda name: (folder / name).exists(), line_of_file)
             inputs.append(Input(name if "://" in name else str(folder / name), name))
     return inputs
 
@@ -214,19 +207,20 @@ def _remote_inputs(url: str) -> list[Input]:
         raise MissingData(f"{url} does not exist")
     if not system.isdir(name):
         return [Input(url, PurePosixPath(name).name)]
-    root = name.rstrip("/") + "/" if name.strip("/") else ""
-    found = [(path, path.removeprefix(root)) for path in sorted(system.find(name))]
+    # a chained URL names the folder first and then what it lies in: zip://FOLDER::s3://x.zip
     head, chain, rest = url.partition("::")
     scheme = head.split("://")[0]
-    return [
-        Input(f"{scheme}://{path}{chain}{rest}", source)
-        for path, source in found
-        if _is_input(source) and not is_hidden(source)
-    ]
+    root = name.rstrip("/") + "/" if name.strip("/") else ""
+    inputs = []
+    for path in sorted(system.find(name)):
+        source = path.removeprefix(root)
+        if _is_input(source) and not is_hidden(source):
+            inputs.append(Input(f"{scheme}://{path}{chain}{rest}", source))
+    return inputs
 
 
-def _filesystem(url: str):
-    """fsspec's (file system, name in it); MissingData says what to install."""
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's (file system, name in it); MissingData names what to install."""
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:

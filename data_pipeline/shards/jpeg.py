@@ -1,9 +1,9 @@
-"""What a JPEG member's header says, read before any decoder sees the bytes.
+"""The header of a JPEG member, read before any decoder sees the bytes.
 
 A decoder allocates what the header states: 2 MB of file may claim 65500 x 65500 pixels. Members
 are written by the packer, so whatever is not the plain file that it writes is damaged or hostile.
-The walk is strict, because decoders disagree about what is not: no bytes between segments, one
-frame header, and it stands before the first scan. Cost: 10 us a picture.
+The parser is strict, because decoders disagree about what is not: no bytes between segments, one
+frame header, and it stands before the first scan. Cost: 10 us an image.
 
 Source: ITU-T T.81, annex B.
 """
@@ -25,7 +25,7 @@ PLAIN_SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 # The largest strip that the packer writes has 65500 rows, the most of a JPEG, of 4088 px: 0.8 GB as
 # RGB. A strip of 16 frames of 224 px has a 300th of it.
 MAX_PIXELS = 1 << 28
-# Scans of a progressive file: libjpeg writes 10. Each is a pass over the picture, and takes a few
+# Scans of a progressive file: libjpeg writes 10. Each is a pass over the image, and takes a few
 # bytes of file, so that without a limit a small file takes minutes.
 MAX_SCANS = 64
 
@@ -44,50 +44,44 @@ def read_jpeg_header(data: bytes, name: str) -> JpegHeader:
     if data[:2] != SOI:
         raise CorruptShard(f"{name} is no JPEG")
     header = None
-    place = 2
+    is_progressive = False
+    start = 2
     while True:
-        marker, length = _segment(data, place, name)
-        if marker == SOS:
+        # a segment: 0xff, its kind, then its length, which counts its own two bytes
+        head = data[start : start + 4]
+        end = start + 2 + int.from_bytes(head[2:], "big")
+        if len(head) < 4 or head[0] != 0xFF or not start + 4 <= end <= len(data):
+            raise CorruptShard(f"{name} is no whole JPEG: byte {start} begins no segment")
+        kind = head[1]
+        if kind == SOS:
             break
-        if marker in (BASELINE, EXTENDED, PROGRESSIVE):
+        if kind in (BASELINE, EXTENDED, PROGRESSIVE):
             if header is not None:
                 raise CorruptShard(f"{name} is a JPEG with two frame headers")
-            header = _frame_header(data[place + 4 : place + 2 + length], name)
-            is_progressive = marker == PROGRESSIVE
-        elif marker not in PLAIN_SEGMENTS:
-            kind = "frame" if marker in OTHER_FRAMES else "segment"
-            raise CorruptShard(f"{name} is a JPEG with a {kind} of kind {marker:#x}")
-        place += 2 + length
+            header = _frame_header(data[start + 4 : end], name)
+            is_progressive = kind == PROGRESSIVE
+        elif kind not in PLAIN_SEGMENTS:
+            what = "frame" if kind in OTHER_FRAMES else "segment"
+            raise CorruptShard(f"{name} is a JPEG with a {what} of kind {kind:#x}")
+        start = end
     if header is None:
         raise CorruptShard(f"{name} is a JPEG without a frame header")
     # in entropy-coded data 0xff is followed by 0 or a restart mark
-    if is_progressive and data.count(b"\xff\xda", place) > MAX_SCANS:
+    if is_progressive and data.count(b"\xff\xda", start) > MAX_SCANS:
         raise CorruptShard(f"{name} is a JPEG of more than {MAX_SCANS} scans")
     return header
 
 
-def check_jpeg(data: bytes, size: tuple[int, int], name: str) -> None:
-    """CorruptShard unless a picture has `size` (rows, columns) by its header, and bearably many
-    pixels."""
+def check_jpeg(data: bytes, size: tuple[int, int], name: str) -> JpegHeader:
+    """The header; CorruptShard unless the image has `size` (rows, columns) by it, and no more
+    pixels than the limit."""
     header = read_jpeg_header(data, name)
+    stated = f"{name} is a picture of {header.height}x{header.width}"
     if (header.height, header.width) != size:
-        raise CorruptShard(
-            f"{name} is a picture of {header.height}x{header.width}, its metadata says "
-            f"{size[0]}x{size[1]}"
-        )
+        raise CorruptShard(f"{stated}, its metadata says {size[0]}x{size[1]}")
     if header.height * header.width > MAX_PIXELS:
-        raise CorruptShard(
-            f"{name} is a picture of {header.height}x{header.width}, more than {MAX_PIXELS} pixels"
-        )
-
-
-def _segment(data: bytes, place: int, name: str) -> tuple[int, int]:
-    """(marker, length of what follows it) of the segment at a place."""
-    head = data[place : place + 4]
-    length = int.from_bytes(head[2:], "big")
-    if len(head) < 4 or head[0] != 0xFF or length < 2 or place + 2 + length > len(data):
-        raise CorruptShard(f"{name} is no whole JPEG: byte {place} begins no segment")
-    return head[1], length
+        raise CorruptShard(f"{stated}, more than {MAX_PIXELS} pixels")
+    return header
 
 
 def _frame_header(body: bytes, name: str) -> JpegHeader:
@@ -100,6 +94,8 @@ def _frame_header(body: bytes, name: str) -> JpegHeader:
         raise CorruptShard(
             f"{name} is a JPEG of {components} components of {precision} bits, expected 1 or 3 of 8"
         )
-    height = int.from_bytes(body[1:3], "big")
-    width = int.from_bytes(body[3:5], "big")
-    return JpegHeader(height, width, components)
+    return JpegHeader(
+        height=int.from_bytes(body[1:3], "big"),
+        width=int.from_bytes(body[3:5], "big"),
+        components=components,
+    )

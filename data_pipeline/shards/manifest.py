@@ -1,11 +1,11 @@
-"""manifest.json: the one file that says which shards make a dataset, and binds every byte of them.
+"""manifest.json: the one file that names the shards of a dataset, and binds every byte of them.
 
     manifest.json   schema version, settings, shards in order with size, sha256 of the tar and of
                     its record; its own digest
     NAME.json       one record per shard (see writer): members with offset, size and crc32
 
-Version 1, of folders packed before, has no digest and just the other keys. It is read, and written
-again for records of that time, so that labels stay bound to it.
+Version 1, of older packings, has no digest and just the other keys. It is read, and written again
+for records without a digest, so that labels stay bound to it.
 
 Sample ids are counted through the shards in manifest order; labels.npy has one row per id. The
 manifest's own sha256 names the dataset: labels and training plans are bound to it.
@@ -63,7 +63,7 @@ RECORD_FIELDS = {
     "samples": list,
     "rejected": list,
 }
-MOST_LOOKED_AT = 10_000  # files of a folder, to find out whether it holds videos: for a message
+MOST_SEARCHED = 10_000  # files of a folder, to find out whether it holds videos: for a message
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A packed dataset as its files say it is."""
+    """A packed dataset as its files describe it."""
 
     directory: Path
     sha256: str
     settings: dict
     shards: tuple[dict, ...]  # records of writer.write_shard, in order
-    absent: frozenset[int] = frozenset()  # places of shards whose bytes are missing
+    absent: frozenset[int] = frozenset()  # indices of shards whose bytes are missing
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -96,34 +96,32 @@ class Manifest:
 
     def locate(self, sample_id: int) -> tuple[dict, dict]:
         """(shard record, sample record) of a sample id."""
-        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
-        return self.shards[shard], self.shards[shard]["samples"][
-            sample_id - int(self.starts[shard])
-        ]
+        index = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        shard = self.shards[index]
+        return shard, shard["samples"][sample_id - int(self.starts[index])]
 
     def member(self, sample_id: int, extension: str) -> Member:
-        """Place of one member; MissingData names sample and extension when it has none."""
+        """Where one member is; MissingData names sample and extension when it has none."""
         shard, sample = self.locate(sample_id)
+        tar = f"{shard['name']}.tar"
         if extension not in sample["members"]:
-            raise MissingData(
-                f"sample {sample['key']} of {shard['name']}.tar has no member .{extension}"
-            )
+            raise MissingData(f"sample {sample['key']} of {tar} has no member .{extension}")
         try:
-            offset, size, crc = (operator.index(value) for value in sample["members"][extension])
+            offset, size, crc32 = map(operator.index, sample["members"][extension])
         except (TypeError, ValueError):
-            offset = size = crc = -1
+            offset = size = crc32 = -1
         if offset < 0 or size < 0 or offset + size > shard["size"]:
             raise CorruptShard(
-                f"sample {sample['key']} of {shard['name']}.tar: member .{extension} lies outside "
-                f"of the file by its record; {how_to_repack(shard['name'])}"
+                f"sample {sample['key']} of {tar}: member .{extension} lies outside of the file by "
+                f"its record; {how_to_repack(shard['name'])}"
             )
-        return Member(self.directory / f"{shard['name']}.tar", offset, size, crc)
+        return Member(self.directory / tar, offset=offset, size=size, crc32=crc32)
 
     def sources(self) -> list[str]:
         """Names of the inputs, one per sample id."""
         return [sample["source"] for shard in self.shards for sample in shard["samples"]]
 
-    def rejected_by_reason(self) -> Counter:
+    def rejected_by_reason(self) -> Counter[str]:
         """How many inputs were rejected, by reason code."""
         return Counter(entry["reason"] for shard in self.shards for entry in shard["rejected"])
 
@@ -138,11 +136,12 @@ def how_to_repack(shard: str) -> str:
 
 def write_manifest(directory: Path, records: list[dict], settings: dict) -> None:
     """Bind the shards of a folder, in the order given."""
-    write_atomically(directory / MANIFEST_NAME, manifest_bytes(directory, records, settings))
+    data = manifest_bytes(directory, records, settings=settings)
+    write_atomically(directory / MANIFEST_NAME, data)
 
 
 def manifest_bytes(directory: Path, records: list[dict], settings: dict) -> bytes:
-    """What manifest.json holds for these records."""
+    """Content of manifest.json for these records."""
     shards = [
         {
             "name": record["name"],
@@ -211,20 +210,36 @@ def load_manifest(directory: str | Path, allow_missing: bool = False) -> Manifes
         content = parse_manifest(data, str(path))
     except DamagedFile as error:
         raise CorruptShard(f"{error}: the same `pack` command writes it anew") from error
-    shards = content["shards"]
     settings = content["settings"]
     if type(settings.get("patch_size")) is not int or settings["patch_size"] < 1:
         raise CorruptShard(f"{path} states no patch size: run its `pack` command with --replace")
-    tars = [directory / f"{shard['name']}.tar" for shard in shards]
-    absent = {i for i, tar in enumerate(tars) if allow_missing and not tar.exists()}
-    problems, records = _bound_records(directory, shards, absent)
+    records = []
+    absent = set()
+    problems = []
+    for index, shard in enumerate(content["shards"]):
+        tar = directory / f"{shard['name']}.tar"
+        size = tar.stat().st_size if tar.is_file() else None
+        if allow_missing and not tar.exists():
+            absent.add(index)
+        elif size != shard["size"]:
+            actual = "no file" if size is None else size
+            problems.append(f"{tar}: {actual}, the manifest says {shard['size']} bytes")
+        try:
+            records.append(_bound_record(tar.with_suffix(".json"), shard))
+        except (DamagedFile, OSError) as error:
+            problems.append(str(error))
     if problems:
         head = f"{len(problems)} files of {directory} are wrong; its `pack` command mends them:"
         raise CorruptShard("\n  ".join([head, *problems]))
-    if absent and len(absent) == len(shards):
-        raise MissingData(f"none of the {len(shards)} shards that {path} names is there")
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Manifest(directory, sha256, settings, tuple(records), frozenset(absent))
+    if records and len(absent) == len(records):
+        raise MissingData(f"none of the {len(records)} shards that {path} names is there")
+    return Manifest(
+        directory=directory,
+        sha256=hashlib.sha256(data).hexdigest(),
+        settings=settings,
+        shards=tuple(records),
+        absent=frozenset(absent),
+    )
 
 
 def _how_to_pack(directory: Path) -> str:
@@ -237,48 +252,25 @@ def _how_to_pack(directory: Path) -> str:
             f"{path} does not exist, {directory} holds shards of a packing that was stopped: run "
             "its `python -m data_pipeline pack` command again, it goes on"
         )
-    below = itertools.islice(directory.rglob("*"), MOST_LOOKED_AT)
-    if not any(is_video(file) or is_image(file) for file in below):
+    folder = shlex.quote(str(directory))
+    files = itertools.islice(directory.rglob("*"), MOST_SEARCHED)
+    if not any(is_video(file) or is_image(file) for file in files):
         return (
             f"{path} does not exist: make it with `python -m data_pipeline pack INPUT --output "
-            f"{shlex.quote(str(directory))}`"
+            f"{folder}`"
         )
-    # `.` and `..` have no name of their own to put an ending to
+    # `.` and `..` have no name of their own to append an ending to
     named = directory.resolve() if directory.name in ("", "..") else directory
     shards = shlex.quote(f"{named}_packed")
     centroids = shlex.quote(f"{named}_packed_centroids")
-    commands = [
-        f"pack {shlex.quote(str(directory))} --output {shards}",
-        f"cluster {shards} --num-centroids K --output {centroids}",
-        f"label {shards} --centroids {centroids}",
-    ]
-    lines = [f"  python -m data_pipeline {command}" for command in commands]
-    return "\n".join(
-        [
-            f"{directory} holds videos or images, not shards. Pack, cluster and label them (with "
-            "`pack --model NAME` for the encoder that shall learn from them), then name the packed "
-            "folder:",
-            *lines,
-        ]
+    return (
+        f"{directory} holds videos or images, not shards. Pack, cluster and label them (with "
+        "`pack --model NAME` for the encoder that shall learn from them), then name the packed "
+        "folder:\n"
+        f"  python -m data_pipeline pack {folder} --output {shards}\n"
+        f"  python -m data_pipeline cluster {shards} --num-centroids K --output {centroids}\n"
+        f"  python -m data_pipeline label {shards} --centroids {centroids}"
     )
-
-
-def _bound_records(
-    directory: Path, shards: list[dict], absent: set[int]
-) -> tuple[list[str], list[dict]]:
-    """(what is wrong with the files of the shards, their records)."""
-    problems, records = [], []
-    for place, shard in enumerate(shards):
-        tar = directory / f"{shard['name']}.tar"
-        path = directory / f"{shard['name']}.json"
-        if place not in absent and (not tar.is_file() or tar.stat().st_size != shard["size"]):
-            actual = tar.stat().st_size if tar.is_file() else "no file"
-            problems.append(f"{tar}: {actual}, the manifest says {shard['size']} bytes")
-        try:
-            records.append(_bound_record(path, shard))
-        except (DamagedFile, OSError) as error:
-            problems.append(str(error))
-    return problems, records
 
 
 def _bound_record(path: Path, shard: dict) -> dict:
@@ -288,10 +280,13 @@ def _bound_record(path: Path, shard: dict) -> dict:
         raise DamagedFile(f"{path}: missing or not the record that the manifest binds")
     record = parse_json(data, str(path))
     check_fields(record, fields=RECORD_FIELDS, name=str(path))
-    # files are found by these, and ids counted by the samples
-    for key, stated in (("name", record["name"]), ("size", record["size"])):
-        if stated != shard[key]:
-            raise DamagedFile(f"{path}: {key} is {stated!r:.80}, the manifest says {shard[key]!r}")
+    # a record may state another name or size than the manifest: files are found by these
+    for key in ("name", "size"):
+        if record[key] != shard[key]:
+            raise DamagedFile(
+                f"{path}: {key} is {record[key]!r:.80}, the manifest says {shard[key]!r}"
+            )
+    # sample ids are counted by them
     if not all(isinstance(sample, dict) for sample in record["samples"]):
         raise DamagedFile(f"{path}: a sample is not an object")
     return record

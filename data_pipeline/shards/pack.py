@@ -3,9 +3,9 @@
 Inputs become a fixed list of tasks; one task is one shard of `samples_per_shard` inputs, and
 `pack_task` is all there is to it. Drivers only decide who runs which task:
 
-    pack                  all of them here, or every n-th for `--task-id i --num-tasks n` (Slurm
-                          array, Kubernetes indexed job); `workers` child processes build samples
-    ray_driver.pack_ray   a Ray cluster, one task per worker
+    pack       all of them here, or every n-th for `--task-id i --num-tasks n` (Slurm array,
+               Kubernetes indexed job); `workers` child processes build samples
+    pack_ray   a Ray cluster, one task per worker
 
 A task whose record names the same inputs and settings, and whose bytes are as recorded, is done and
 is skipped, so a killed run just runs again and a damaged shard is repaired. What a folder holds
@@ -14,6 +14,7 @@ them into the manifest. Unusable inputs are rejected with a reason code, counted
 record. Cost: 0.56 s per 224 px clip of 64 frames and core (benchmarks/bench_decompose.py).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from model_factory.command_line.plain_text import show
@@ -21,23 +22,23 @@ from model_factory.files import DIGEST_KEY, file_sha256, writing_into
 
 from ..errors import DataPipelineError
 from .existing import read_shard_record, remove_temporary
-from .inputs import Input, input_stamp, inputs_sha256
-from .isolation import SamplePool
-from .known_inputs import input_entry, known_inputs, rejected_digest
+from .inputs import Input, Report, input_stamp, inputs_sha256
+from .known_inputs import known_inputs, rejected_digest
 from .manifest import Manifest, load_manifest, write_manifest
 from .pack_plan import PackPlan, plan_packing
 from .pack_progress import PackProgress
-from .tasks import PackConfig, Task
-from .writer import SHORT_DIGEST, index_text, only_here, write_shard
+from .sample_builder import SamplePool
+from .tasks import PackConfig, Task, shard_number
+from .writer import SHORT_DIGEST, Sample, index_text, only_here, write_shard
 
-PLAN_LOCK = ".pack.lock"
+RAY_JOBS = 64  # a cluster may grow while we run: by default as many shards as keep 64 cores busy
 
 
 def pack(
     inputs: list[Input],
     output: Path,
     config: PackConfig,
-    report=show,
+    report: Report = show,
     task_id: int = 0,
     num_tasks: int = 1,
     mode: str = "refuse",
@@ -50,9 +51,9 @@ def pack(
     """
     if not 0 <= task_id < num_tasks:
         raise ValueError(f"--task-id {task_id} must be 0 to {num_tasks - 1} with {num_tasks} tasks")
-    plan = locked_plan(
-        inputs=inputs,
-        output=output,
+    plan = plan_packing(
+        inputs,
+        output,
         config=config,
         num_jobs=num_tasks,
         mode=mode,
@@ -60,61 +61,86 @@ def pack(
         is_array=num_tasks > 1,
     )
     mine = plan.tasks[task_id::num_tasks]
-    total = sum(len(task.inputs) for task in mine)
-    samples = rejected = 0
+    samples = 0
+    rejected = 0
     with (
         writing_into(output),
         SamplePool(config.sample, config.workers, config.wall_seconds) as pool,
-        PackProgress(total, report) as progress,
+        PackProgress(sum(len(task.inputs) for task in mine), report) as progress,
     ):
         for done, task in enumerate(mine, 1):
-            record = pack_task(task, output, pool, progress)
+            record = pack_task(task, output, pool=pool, progress=progress)
             samples += len(record["samples"])
             rejected += len(record["rejected"])
-            progress.say(f"packed shard {done}/{len(mine)}: {samples} samples, {rejected} rejected")
+            progress.report(
+                f"packed shard {done}/{len(mine)}: {samples} samples, {rejected} rejected"
+            )
+    # after all of ours: whoever finishes last finds all records and writes the manifest
     with writing_into(output):
         return bind(plan, output, report)
 
 
-def locked_plan(
+def pack_ray(
     inputs: list[Input],
     output: Path,
     config: PackConfig,
-    num_jobs: int,
-    mode: str,
-    report=show,
-    is_array: bool = False,
-) -> PackPlan:
-    """Make the folder and the plan; jobs that start at the same time wait for each other, so that
-    one that replaces shards never removes what another has just written.
+    report: Report = show,
+    mode: str = "refuse",
+) -> Manifest | None:
+    """Pack all tasks on a Ray cluster: one task, one shard, one core. Joins the cluster of
+    RAY_ADDRESS, or starts Ray on this machine. `mode` as of pack.
+
+    Ray only carries out tasks: what is done, skipped and bound is decided as by every other driver,
+    so a cluster that dies loses at most the shards in work. Output and local inputs must lie on
+    storage that every node sees. Raises ValueError with what to install where Ray is absent,
+    DataPipelineError for another packing in the folder.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    with only_here(output / PLAN_LOCK):
-        return plan_packing(
-            inputs=inputs,
-            output=output,
-            config=config,
-            num_jobs=num_jobs,
-            mode=mode,
-            report=report,
-            is_array=is_array,
-        )
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("--executor ray needs Ray: pip install -e .[ray]") from error
+
+    plan = plan_packing(inputs, output, config=config, num_jobs=RAY_JOBS, mode=mode, report=report)
+    ray.init(ignore_reinit_error=True, include_dashboard=False, num_cpus=None)
+
+    # a worker that dies is replaced three times; what it had finished is skipped then
+    @ray.remote(num_cpus=1, max_retries=3)
+    def work(task: Task) -> tuple[int, int, int]:
+        silent = PackProgress(len(task.inputs))
+        with SamplePool(config.sample, 1, config.wall_seconds) as pool:
+            record = pack_task(task, output, pool=pool, progress=silent)
+        return len(task.inputs), len(record["samples"]), len(record["rejected"])
+
+    waiting = [work.remote(task) for task in plan.tasks]
+    with PackProgress(sum(len(task.inputs) for task in plan.tasks), report) as progress:
+        while waiting:
+            (done, *_), waiting = ray.wait(waiting)
+            count, samples, rejected = ray.get(done)
+            progress.packed(count, rejected)
+            left = len(waiting)
+            progress.report(
+                f"packed a shard: {samples} samples, {rejected} rejected; {left} shards to go"
+            )
+    return bind(plan, output, report)
 
 
-def bind(plan: PackPlan, output: Path, report=show) -> Manifest | None:
-    """Write the manifest when all tasks have their record; else say which are missing."""
-    records = [finished_record(task, output, thorough=False) for task in plan.tasks]
-    missing = [
-        task.number for task, record in zip(plan.tasks, records, strict=True) if record is None
-    ]
+def bind(plan: PackPlan, output: Path, report: Report = show) -> Manifest | None:
+    """Write the manifest when all tasks have their record; else report which are missing."""
+    records = list(plan.kept)
+    missing = []
+    for task in plan.tasks:
+        record = finished_record(task, output, thorough=False)
+        if record is None:
+            missing.append(shard_number(task.name))
+        else:
+            records.append(record)
     if missing:
         report(
             f"{len(missing)} of {len(plan.tasks)} shards are still to be packed by other tasks, "
             f"number {missing[0]} first; the last task to finish writes the manifest"
         )
         return None
-    whole = [*plan.kept, *records]
-    write_manifest(output, whole, whole[0]["settings"])
+    write_manifest(output, records, settings=records[0]["settings"])
     return load_manifest(output)
 
 
@@ -123,43 +149,46 @@ def pack_task(task: Task, output: Path, pool: SamplePool, progress: PackProgress
     with only_here(output / f".{task.name}.lock"):  # a second job of the same number waits
         record = finished_record(task, output, thorough=True)
         if record is not None:
-            progress.kept(len(task.inputs))
+            progress.skipped(len(task.inputs))
             return record
-        return _write_task(task, output, pool, progress)
+        remove_temporary(output, task.name)
+        # before the files are read: one that changes from here on differs from its record
+        statement = {
+            "settings": task.settings,
+            "inputs_sha256": inputs_sha256(task.inputs),
+            "inputs": [],
+            "rejected": [],
+        }
+        samples = _samples(task, pool=pool, progress=progress, statement=statement)
+        return write_shard(output, task.name, samples=samples, statement=statement)
 
 
-def _write_task(task: Task, output: Path, pool: SamplePool, progress: PackProgress) -> dict:
-    remove_temporary(output, task.name)
-    rejected: list[dict] = []
-    entries: list[list] = []
-    # before the files are read: one that changes from here on differs from its record
-    identity = inputs_sha256(list(task.inputs))
+def _samples(
+    task: Task,
+    pool: SamplePool,
+    progress: PackProgress,
+    statement: dict,
+) -> Iterator[Sample]:
+    """The samples of a task, in order; entries of all its inputs, and of rejected ones, go into
+    `statement` by the way."""
     stamps = [input_stamp(item) for item in task.inputs]
-
-    def samples():
-        results = zip(task.inputs, stamps, pool.build_all(task.inputs), strict=True)
-        for number, (item, stamp, result) in enumerate(results):
-            result = task.superseded.get(item.source, result)
-            if isinstance(result, dict):
-                digest = rejected_digest(item, task.settings["limits"]["max_bytes"])
-                rejected.append(result)
-                progress.warn(
-                    f"rejected {result['source']}: {result['reason']}: {result['detail']}"
-                )
-            else:
-                digest = result[1].source_sha256[:SHORT_DIGEST]
-            entries.append(input_entry(item.source, stamp, digest))
-            progress.packed(1, int(isinstance(result, dict)))
-            if not isinstance(result, dict):
-                yield f"{task.number:06d}_{number:06d}", *result
-
-    statement = {
-        "settings": task.settings,
-        "inputs_sha256": identity,
-        "inputs": entries,
-        "rejected": rejected,
-    }
-    return write_shard(output, task.name, samples(), statement)
+    number = shard_number(task.name)
+    results = zip(task.inputs, stamps, pool.build_all(task.inputs), strict=True)
+    for index, (item, stamp, result) in enumerate(results):
+        rejection = task.superseded.get(item.source, result)
+        if isinstance(rejection, dict):
+            digest = rejected_digest(item, max_bytes=task.settings["limits"]["max_bytes"])
+            statement["rejected"].append(rejection)
+            progress.warn(
+                f"rejected {rejection['source']}: {rejection['reason']}: {rejection['detail']}"
+            )
+        else:
+            members, info = rejection
+            digest = info.source_sha256[:SHORT_DIGEST]
+        statement["inputs"].append([item.source, stamp, digest])
+        progress.packed(1, rejected=int(isinstance(rejection, dict)))
+        if not isinstance(rejection, dict):
+            yield f"{number:06d}_{index:06d}", members, info
 
 
 def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:
@@ -170,6 +199,7 @@ def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:
     another command writes into this folder at the same time.
     """
     record = read_shard_record(output / f"{task.name}.json")
+    # without a digest only the manifest can tell whether a record is as it was written
     if record is None or (task.distrusts_record and DIGEST_KEY not in record):
         return None
     sources = [known.source for known in known_inputs(record)]
@@ -178,13 +208,13 @@ def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:
             f"{output / task.name}.json holds other inputs or settings than this command's: "
             "another one packs into the same folder; wait for it, or name another --output"
         )
-    tar_path = output / f"{task.name}.tar"
-    if not tar_path.is_file() or tar_path.stat().st_size != record["size"]:
+    tar = output / f"{task.name}.tar"
+    if not tar.is_file() or tar.stat().st_size != record["size"]:
         return None
-    index = output / f"{task.name}.tar.idx"
-    whole = not thorough or (
-        index.is_file()
-        and index.read_bytes() == index_text(record).encode()
-        and file_sha256(tar_path) == record["sha256"]
-    )
-    return record if whole else None
+    if thorough:
+        index = output / f"{task.name}.tar.idx"
+        if not index.is_file() or index.read_bytes() != index_text(record).encode():
+            return None
+        if file_sha256(tar) != record["sha256"]:
+            return None
+    return record

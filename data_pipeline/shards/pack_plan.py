@@ -2,7 +2,7 @@
 
     nothing there              the inputs are cut into tasks
     the same packing           its own shards are the tasks: done ones are kept, others written
-    another, by default        an error that says what differs; nothing is touched
+    another, by default        an error that lists what differs; nothing is touched
     another, with "append"     its shards stay in front, new inputs become shards behind them
     another, with "replace"    its shards are removed and the inputs are packed anew
 
@@ -10,15 +10,15 @@ A packing is identified by its inputs (source names and bytes) and its settings.
 manifest holds a packing that was killed: what its records name must be a part of what is asked for.
 """
 
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from model_factory.command_line.plain_text import show
 
+from ..codec.framing import check_choice
 from ..errors import DataPipelineError
-from .differences import Differences, refusal, setting_differences
 from .existing import (
     Existing,
     read_existing,
@@ -27,13 +27,21 @@ from .existing import (
     remove_shards,
     tar_sources,
 )
-from .inputs import Input
-from .known_inputs import KnownInput, known_inputs
+from .inputs import Input, Report
+from .known_inputs import (
+    Differences,
+    KnownInput,
+    known_inputs,
+    refusal,
+    setting_differences,
+)
 from .manifest import load_manifest
 from .tasks import PackConfig, Task, default_samples_per_shard, list_tasks, shard_number
+from .writer import only_here
 
 MODES = ("refuse", "append", "replace")
 CUT = "samples_per_shard"  # the one setting that decides no byte of a sample
+PLAN_LOCK = ".pack.lock"
 
 
 @dataclass(frozen=True)
@@ -50,167 +58,246 @@ def plan_packing(
     config: PackConfig,
     num_jobs: int = 1,
     mode: str = "refuse",
-    report=show,
+    report: Report = show,
     is_array: bool = False,
 ) -> PackPlan:
-    """Plan of packing these inputs into a folder; with mode "replace" the old shards are removed.
+    """Plan of packing these inputs into a folder, which is made; with mode "replace" the old shards
+    are removed.
 
-    With `is_array`, other jobs make the same plan at other times, so it does not depend on what any
-    of them has finished. Raises DataPipelineError, with nothing changed, when the folder holds
-    another packing.
+    Jobs that start at the same time wait for each other, so that one that replaces shards never
+    removes what another has just written. With `is_array`, other jobs make the same plan at other
+    times, so it does not depend on what any of them has finished. Raises DataPipelineError, with
+    nothing changed, when the folder holds another packing.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
-    found = read_existing(output)
-    if found.damage is not None:
-        report(f"{found.damage}: it is written anew from the records of the shards")
-    if mode == "append":
-        return _appended(
+    check_choice("mode", mode, choices=MODES)
+    output.mkdir(parents=True, exist_ok=True)
+    with only_here(output / PLAN_LOCK):
+        planner = _Planner(
             inputs=inputs,
-            found=found,
+            found=read_existing(output),
             config=config,
             num_jobs=num_jobs,
-            is_array=is_array,
             report=report,
         )
-    plan, differences = _continued(inputs, found, config, num_jobs)
-    if not differences:
-        _leftovers(found, plan, mode, report)
-        return plan
-    if mode == "refuse":
-        raise refusal(output, differences, "holds another packing")
-    plan = _fresh(inputs, config, num_jobs)
-    _loose_sources(found, plan)  # whose errors come before anything is removed
-    remove_packing(found)
-    report(f"removed the {len(found.names)} shards that {output} held")
-    return plan
+        if planner.found.damage is not None:
+            report(f"{planner.found.damage}: it is written anew from the records of the shards")
+        return planner.appended(is_array) if mode == "append" else planner.continued(mode)
 
 
-def _loose_sources(found: Existing, plan: PackPlan) -> list[str]:
-    """Inputs in tars without a record that the plan will write over: a run was killed between the
-    two. Raises DataPipelineError for a tar that the packer never wrote.
-    """
-    sources: list[str] = []
-    for name in sorted({task.name for task in plan.tasks}.intersection(found.loose)):
-        held = tar_sources(found.directory / f"{name}.tar")
-        if held is None:
-            raise DataPipelineError(
-                f"{found.directory / name}.tar was not written by this command, or is damaged, and "
-                "would be overwritten: name another --output, or move that file away"
+@dataclass(frozen=True)
+class _Planner:
+    """Makes the plan of packing `inputs` into the folder where `found` lies."""
+
+    inputs: list[Input]
+    found: Existing
+    config: PackConfig
+    num_jobs: int
+    report: Report
+
+    def continued(self, mode: str) -> PackPlan:
+        """The plan of the same packing; of another, an error or the plan of a fresh one."""
+        found = self.found
+        # as the folder was cut, unless the user names another number
+        size = self.config.samples_per_shard or found.settings.get(CUT)
+        if type(size) is not int or size < 1:
+            size = self._default_size(self.inputs)
+        differences = Differences(settings=self._other_settings(size))
+        if found.bound:
+            settings = self.config.settings(size)
+            tasks = _recorded_tasks(self.inputs, found, settings=settings, differences=differences)
+        else:
+            tasks = list_tasks(self.inputs, self.config, samples_per_shard=size)
+            _compare_unbound(self.inputs, tasks, found=found, differences=differences)
+        differences.gone += self._lost_sources(tasks)
+        if differences:
+            if mode == "refuse":
+                raise refusal(found.directory, differences, what="holds another packing")
+            tasks = list_tasks(
+                self.inputs,
+                self.config,
+                samples_per_shard=self.config.samples_per_shard or self._default_size(self.inputs),
             )
-        sources += held
-    return sources
+            self._lost_sources(tasks)  # whose errors come before anything is removed
+            remove_packing(found)
+            self.report(f"removed the {len(found.names)} shards that {found.directory} held")
+            return PackPlan((), tuple(tasks))
+        # shards of an append that was killed, beside a whole packing that is asked for once more
+        names = {task.name for task in tasks}
+        left = [name for name in found.unbound if name not in names]
+        if left and mode == "replace":
+            remove_shards(found.directory, left)
+        elif left:
+            self.report(
+                f"{len(left)} finished shards of an --append that was stopped are not part of the "
+                f"set, {left[0]} first: the same --append finishes it, --replace removes them"
+            )
+        return PackPlan((), tuple(tasks))
 
+    def appended(self, is_array: bool) -> PackPlan:
+        """The plan that keeps the shards of the folder and packs new inputs behind them."""
+        found = self.found
+        other = self._other_settings(found.settings.get(CUT, 1))
+        if other:
+            what = "was packed with other settings"
+            raise refusal(found.directory, Differences(settings=other), what=what)
+        # read again with all checks: these shards are bound once more without being packed
+        kept = load_manifest(found.directory).shards if found.bound else ()
+        new = self._not_packed(kept)
+        size = self.config.samples_per_shard or self._default_size(new)
+        # an append that was stopped is gone on with as it was cut
+        if found.unbound and self.config.samples_per_shard is None:
+            size = found.records[found.unbound[0]]["settings"][CUT]
+        tasks = self._tasks_behind(kept, new, size=size)
+        differences = Differences()
+        _compare_unbound(new, tasks, found=found, differences=differences)
+        # adopting depends on which shards are finished, which jobs of an array see differently
+        if differences and is_array:
+            what = "holds shards of another --append that was stopped"
+            raise refusal(found.directory, differences, what=what)
+        if differences:
+            kept = (*kept, *self._adopted())
+            new = self._not_packed(kept)
+            tasks = self._tasks_behind(kept, new, size=size)
+        lost = self._lost_sources(tasks)
+        if lost:
+            what = "holds a tar without its record"
+            raise refusal(found.directory, Differences(gone=lost), what=what)
+        if kept:
+            self.report(
+                f"{found.directory} holds {len(kept)} shards: {len(new)} new inputs go behind "
+                f"them, {len(self.inputs) - len(new)} are packed already"
+            )
+        return PackPlan(kept, tuple(tasks))
 
-def _fresh(inputs: list[Input], config: PackConfig, num_jobs: int) -> PackPlan:
-    size = config.samples_per_shard or default_samples_per_shard(len(inputs), num_jobs)
-    return PackPlan((), tuple(list_tasks(inputs, config, size)))
+    def _default_size(self, inputs: Sequence[Input]) -> int:
+        return default_samples_per_shard(len(inputs), num_jobs=self.num_jobs)
 
+    def _other_settings(self, samples_per_shard: int) -> list[str]:
+        if not self.found.names:
+            return []
+        return setting_differences(self.found.settings, self.config.settings(samples_per_shard))
 
-def _leftovers(found: Existing, plan: PackPlan, mode: str, report) -> None:
-    """Shards of an append that was killed, beside a whole packing that is asked for once more."""
-    names = {task.name for task in plan.tasks}
-    left = [name for name in found.unbound if name not in names]
-    if left and mode == "replace":
-        remove_shards(found.directory, left)
-    elif left:
-        report(
-            f"{len(left)} finished shards of an --append that was stopped are not part of the set, "
-            f"{left[0]} first: the same --append finishes it, --replace removes them"
+    def _lost_sources(self, tasks: list[Task]) -> list[str]:
+        """Inputs that are not asked for and lie in tars without a record that the tasks will write
+        over: a run was killed between the two. Raises DataPipelineError for a tar that the packer
+        never wrote.
+        """
+        given = {item.source for item in self.inputs}
+        lost = []
+        for name in sorted({task.name for task in tasks}.intersection(self.found.loose)):
+            path = self.found.directory / f"{name}.tar"
+            sources = tar_sources(path)
+            if sources is None:
+                raise DataPipelineError(
+                    f"{path} was not written by this command, or is damaged, and would be "
+                    "overwritten: name another --output, or move that file away"
+                )
+            lost += [source for source in sources if source not in given]
+        return lost
+
+    def _tasks_behind(self, kept: Sequence[dict], new: list[Input], size: int) -> list[Task]:
+        last = max((shard_number(record["name"]) for record in kept), default=-1)
+        return list_tasks(new, self.config, samples_per_shard=size, first=last + 1)
+
+    def _not_packed(self, kept: Sequence[dict]) -> list[Input]:
+        """Inputs that made no sample yet: those that no shard names, and rejected ones whose file
+        is another one by now.
+        """
+        # a later shard may hold what an earlier one rejected
+        latest = {known.source: known for record in kept for known in known_inputs(record)}
+        new = []
+        differences = Differences()
+        for item in self.inputs:
+            known = latest.get(item.source)
+            if known is None:
+                new.append(item)
+            elif not known.is_now(item):
+                if known.rejected is None:
+                    differences.changed.append(item.source)
+                else:
+                    new.append(item)
+        if differences:
+            what = "holds other samples of these names"
+            raise refusal(self.found.directory, differences, what=what)
+        return new
+
+    def _adopted(self) -> list[dict]:
+        """Records of shards that an append of other inputs finished before it was stopped."""
+        directory = self.found.directory
+        names = self.found.unbound
+        for name in names:
+            tar = directory / f"{name}.tar"
+            if not tar.is_file() or tar.stat().st_size != self.found.records[name]["size"]:
+                raise DataPipelineError(
+                    f"{tar} is not what its record says, and no manifest names it: remove "
+                    f"{name}.json, and start again"
+                )
+        self.report(
+            f"{len(names)} finished shards of an --append that was stopped are kept, "
+            f"{names[0]} first"
         )
-
-
-def _continued(
-    inputs: list[Input], found: Existing, config: PackConfig, num_jobs: int
-) -> tuple[PackPlan, Differences]:
-    size = config.samples_per_shard or found.settings.get(CUT)
-    if type(size) is not int or size < 1:
-        size = default_samples_per_shard(len(inputs), num_jobs)
-    differences = Differences(_other_settings(found, config.settings(size)))
-    if found.bound:
-        tasks = _recorded_tasks(inputs, found, config.settings(size), differences)
-    else:
-        tasks = list_tasks(inputs, config, size)
-        _compare_unbound(inputs, tasks, found, differences)
-    plan = PackPlan((), tuple(tasks))
-    given = {item.source for item in inputs}
-    differences.gone += [name for name in _loose_sources(found, plan) if name not in given]
-    return plan, differences
-
-
-def _other_settings(found: Existing, asked: dict) -> list[str]:
-    return setting_differences(found.settings, asked) if found.names else []
-
-
-class _Waiting:
-    """Given inputs by source name, taken by the shards that hold them."""
-
-    def __init__(self, inputs: Iterable[Input]):
-        self._items: dict[str, deque[Input]] = defaultdict(deque)
-        self._order = list(inputs)
-        for item in self._order:
-            self._items[item.source].append(item)
-
-    def first(self, source: str) -> Input | None:
-        """The next input of a name, left where it is."""
-        items = self._items.get(source)
-        return items[0] if items else None
-
-    def count(self, source: str) -> int:
-        """How many inputs of a name nobody took."""
-        return len(self._items.get(source, ()))
-
-    def take(self, source: str) -> Input | None:
-        """The next input of a name, which nobody else gets."""
-        items = self._items.get(source)
-        return items.popleft() if items else None
-
-    def rest(self) -> list[Input]:
-        """What nobody took, in the order given."""
-        left = {id(item) for items in self._items.values() for item in items}
-        return [item for item in self._order if id(item) in left]
+        # read again, as `found` has no members in its records
+        records = [read_shard_record(directory / f"{name}.json") for name in names]
+        return [record for record in records if record is not None]
 
 
 def _recorded_tasks(
-    inputs: list[Input], found: Existing, settings: dict, differences: Differences
+    inputs: list[Input],
+    found: Existing,
+    settings: dict,
+    differences: Differences,
 ) -> list[Task]:
     """A task for each shard of the manifest, with the inputs that its record names.
 
     A shard whose record is damaged takes the inputs that no other shard claims: the manifest knows
     how many they are.
     """
-    waiting = _Waiting(inputs)
-    records = [found.records.get(entry["name"]) for entry in found.bound]
+    waiting = {item.source: item for item in inputs}
     stated = Counter(
-        known.source for record in records if record is not None for known in known_inputs(record)
+        known.source
+        for entry in found.bound
+        for known in known_inputs(found.records.get(entry["name"], {"inputs": (), "rejected": ()}))
     )
-    tasks: list[Task | None] = []
-    for record in records:
-        if record is None:
-            tasks.append(None)
-        else:
-            tasks.append(_claim(record, waiting, stated, differences))
-    rest = waiting.rest()
-    filled = []
-    for entry, task in zip(found.bound, tasks, strict=True):
-        if task is None:
-            count = entry["num_samples"] + entry["num_rejected"]
-            task = Task(
-                name=entry["name"],
-                inputs=tuple(rest[:count]),
-                settings=settings,
-                distrusts_record=entry["name"] in found.damaged,
+    claimed = {}
+    for entry in found.bound:
+        record = found.records.get(entry["name"])
+        if record is not None:
+            claimed[entry["name"]] = _claim(
+                record,
+                waiting=waiting,
+                stated=stated,
+                differences=differences,
             )
-            if len(task.inputs) < count:
-                differences.gone.append(f"one of {entry['name']}, whose record is damaged,")
-            rest = rest[count:]
-        filled.append(task)
+    rest = [item for item in inputs if item.source in waiting]
+    tasks = []
+    for entry in found.bound:
+        name = entry["name"]
+        if name in claimed:
+            tasks.append(claimed[name])
+            continue
+        count = entry["num_samples"] + entry["num_rejected"]
+        if len(rest) < count:
+            differences.gone.append(f"one of {name}, whose record is damaged,")
+        task = Task(
+            name=name,
+            inputs=tuple(rest[:count]),
+            settings=settings,
+            distrusts_record=name in found.damaged,
+        )
+        tasks.append(task)
+        rest = rest[count:]
     differences.new += [item.source for item in rest]
-    return filled
+    return tasks
 
 
-def _claim(record: dict, waiting: _Waiting, stated: Counter[str], differences: Differences) -> Task:
-    """Task of a recorded shard; what it lacks or what changed goes to `differences`.
+def _claim(
+    record: dict,
+    waiting: dict[str, Input],
+    stated: Counter[str],
+    differences: Differences,
+) -> Task:
+    """Task of a recorded shard, whose inputs are taken out of `waiting`; what it lacks or what
+    changed goes to `differences`.
 
     `stated` counts, for each source, the records from this one on that state it.
     """
@@ -218,123 +305,49 @@ def _claim(record: dict, waiting: _Waiting, stated: Counter[str], differences: D
     superseded = {}
     pairs: list[tuple[KnownInput, Input]] = []
     for known in known_inputs(record):
-        later = stated[known.source] - 1
-        stated[known.source] = later
-        if known.rejected is not None and 0 < waiting.count(known.source) <= later:
+        source = known.source
+        stated[source] -= 1
+        if source not in waiting:
+            differences.gone.append(source)
+        elif known.rejected is not None and stated[source]:
             # rejected here, and appended once the file was another one: that shard takes it
-            superseded[known.source] = known.rejected
-            item = waiting.first(known.source)
+            superseded[source] = known.rejected
+            items.append(waiting[source])
         else:
-            item = waiting.take(known.source)
-            if item is None:
-                differences.gone.append(known.source)
-            else:
-                pairs.append((known, item))
-        if item is not None:
+            item = waiting.pop(source)
             items.append(item)
+            pairs.append((known, item))
     differences.compare(record, pairs)
-    return Task(record["name"], tuple(items), record["settings"], superseded)
+    return Task(
+        name=record["name"],
+        inputs=tuple(items),
+        settings=record["settings"],
+        superseded=superseded,
+    )
 
 
 def _compare_unbound(
-    inputs: list[Input], tasks: list[Task], found: Existing, differences: Differences
+    inputs: list[Input],
+    tasks: list[Task],
+    found: Existing,
+    differences: Differences,
 ) -> None:
     """Compare the records of a packing that was stopped with the tasks of the same numbers."""
     given = {item.source for item in inputs}
     by_name = {task.name: task for task in tasks}
     stated = {name: known_inputs(record) for name, record in found.records.items()}
-    everything = {known.source for shard in stated.values() for known in shard}
+    recorded = {known.source for shard in stated.values() for known in shard}
     for name in found.unbound:
-        differences.gone += [known.source for known in stated[name] if known.source not in given]
-        items = by_name[name].inputs if name in by_name else ()
-        differences.new += [item.source for item in items if item.source not in everything]
-        if [item.source for item in items] == [known.source for known in stated[name]]:
-            pairs = list(zip(stated[name], items, strict=True))
-            differences.compare(found.records[name], pairs)
-            asked = by_name[name].settings
-            other = setting_differences(found.records[name]["settings"], asked)
-            differences.settings = differences.settings or other
-        else:
+        sources = [known.source for known in stated[name]]
+        differences.gone += [source for source in sources if source not in given]
+        task = by_name.get(name)
+        asked = [] if task is None else [item.source for item in task.inputs]
+        differences.new += [source for source in asked if source not in recorded]
+        if task is None or asked != sources:
             differences.moved += [f"those of {name}"]
-
-
-def _appended(
-    inputs: list[Input],
-    found: Existing,
-    config: PackConfig,
-    num_jobs: int,
-    is_array: bool,
-    report,
-) -> PackPlan:
-    other = _other_settings(found, config.settings(found.settings.get(CUT, 1)))
-    if other:
-        raise refusal(found.directory, Differences(other), "was packed with other settings")
-    kept = load_manifest(found.directory).shards if found.bound else ()
-    new = _not_packed(inputs, kept, found)
-    size = config.samples_per_shard or default_samples_per_shard(len(new), num_jobs)
-    if found.unbound and config.samples_per_shard is None:
-        size = found.records[found.unbound[0]]["settings"][CUT]
-    tasks = list_tasks(new, config, size, first=_next_number(kept))
-    differences = Differences()
-    _compare_unbound(new, tasks, found, differences)
-    if differences and is_array:
-        what = "holds shards of another --append that was stopped"
-        raise refusal(found.directory, differences, what)
-    if differences:
-        kept = (*kept, *_adopted(found, report))
-        new = _not_packed(inputs, kept, found)
-        tasks = list_tasks(new, config, size, first=_next_number(kept))
-    plan = PackPlan(tuple(kept), tuple(tasks))
-    given = {item.source for item in inputs}
-    lost = [name for name in _loose_sources(found, plan) if name not in given]
-    if lost:
-        raise refusal(found.directory, Differences(gone=lost), "holds a tar without its record")
-    if kept:
-        report(
-            f"{found.directory} holds {len(kept)} shards: {len(new)} new inputs go behind them, "
-            f"{len(inputs) - len(new)} are packed already"
-        )
-    return plan
-
-
-def _next_number(kept: Iterable[dict]) -> int:
-    return 1 + max((shard_number(record["name"]) for record in kept), default=-1)
-
-
-def _not_packed(inputs: list[Input], kept: Iterable[dict], found: Existing) -> list[Input]:
-    """Inputs that made no sample yet: those that no shard names, and rejected ones whose file is
-    another one by now.
-    """
-    latest: dict[str, KnownInput] = {}
-    for record in kept:
-        latest |= {known.source: known for known in known_inputs(record)}
-    new = []
-    differences = Differences()
-    for item in inputs:
-        known = latest.get(item.source)
-        if known is None:
-            new.append(item)
-        elif not known.is_now(item):
-            if known.rejected is None:
-                differences.changed.append(item.source)
-            else:
-                new.append(item)
-    if differences:
-        raise refusal(found.directory, differences, "holds other samples of these names")
-    return new
-
-
-def _adopted(found: Existing, report) -> list[dict]:
-    """Records of shards that an append of other inputs finished before it was stopped."""
-    broken = [name for name in found.unbound if not found.is_whole(name)]
-    if broken:
-        raise DataPipelineError(
-            f"{found.directory / broken[0]}.tar is not what its record says, and no manifest names "
-            f"it: remove {broken[0]}.json, and start again"
-        )
-    report(
-        f"{len(found.unbound)} finished shards of an --append that was stopped are kept, "
-        f"{found.unbound[0]} first"
-    )
-    paths = [found.directory / f"{name}.json" for name in found.unbound]
-    return [record for record in map(read_shard_record, paths) if record is not None]
+            continue
+        record = found.records[name]
+        differences.compare(record, list(zip(stated[name], task.inputs, strict=True)))
+        # all shards of a packing have the same settings: one list of them is enough
+        if not differences.settings:
+            differences.settings = setting_differences(record["settings"], task.settings)

@@ -4,8 +4,15 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from model_factory.command_line.plain_text import show
+
+from .inputs import Report
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LINE_EVERY_S = 30.0
 
@@ -14,15 +21,15 @@ class PackProgress:
     """Counts inputs; a context manager that shows them until it is left.
 
     `report` takes one line at a time. Off a terminal a thread reports every `every` seconds, also
-    while a long input is in work, so that a log tells slow from stuck.
+    while a long input is in work, so that a log shows whether the run is slow or stuck.
     """
 
     def __init__(
         self,
         total: int,
-        report=show,
+        report: Report = show,
         terminal: bool | None = None,
-        clock=time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
         every: float = LINE_EVERY_S,
     ):
         self._total = total
@@ -30,11 +37,11 @@ class PackProgress:
         self._clock = clock
         self._every = every
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
-        self._bar = None
+        self._bar: tqdm | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._report_often, daemon=True)
         self._packed = 0
-        self._kept = 0
+        self._skipped = 0
         self._rejected = 0
 
     def __enter__(self) -> "PackProgress":
@@ -47,7 +54,7 @@ class PackProgress:
             self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         if self._bar is not None:
             self._bar.close()
@@ -60,12 +67,12 @@ class PackProgress:
         self._rejected += rejected
         self._move(count)
 
-    def kept(self, count: int) -> None:
+    def skipped(self, count: int) -> None:
         """`count` inputs lie in a shard that an earlier run finished."""
-        self._kept += count
+        self._skipped += count
         self._move(count)
 
-    def say(self, line: str) -> None:
+    def report(self, line: str) -> None:
         """Report a line without breaking the bar."""
         with self._beside_bar():
             self._report(line)
@@ -77,16 +84,24 @@ class PackProgress:
 
     def line(self) -> str:
         """Where the run is: inputs done, rejected ones, rate, time left."""
-        done = self._packed + self._kept
+        done = self._packed + self._skipped
         share = done / self._total if self._total else 1.0
-        seconds = self._clock() - self._start
         text = f"{done} of {self._total} inputs done ({share:.0%}), {self._rejected} rejected"
+        seconds = self._clock() - self._start
         if not self._packed or seconds <= 0:
             return text
+        # without those of earlier runs, which took no time
         rate = self._packed / seconds
-        return f"{text}, {rate:.2f} inputs/s, {_span((self._total - done) / rate)} left"
+        left = (self._total - done) / rate
+        if left < 90:
+            span = f"{left:.0f} s"
+        elif left < 90 * 60:
+            span = f"{left / 60:.0f} min"
+        else:
+            span = f"{left / 3600:.1f} h"
+        return f"{text}, {rate:.2f} inputs/s, {span} left"
 
-    def _beside_bar(self):
+    def _beside_bar(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._bar is None else self._bar.external_write_mode()
 
     def _move(self, count: int) -> None:
@@ -96,12 +111,3 @@ class PackProgress:
     def _report_often(self) -> None:
         while not self._over.wait(self._every):
             self._report(self.line())
-
-
-def _span(seconds: float) -> str:
-    """Seconds as a reader wants them: 40 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -1,9 +1,15 @@
 """One input file -> the members of one sample: decompose, score, select, cut, encode.
 
-This is the readable path from mp4 to shard; `pack` runs it in child processes.
+Samples are built in child processes (codec/guard.py), so that no input can hang or kill the packer:
+
+    parent   SamplePool.build_all(inputs)                   members and metadata of every input
+    child    python -m data_pipeline.shards.sample_builder  build_sample of one input at a time
 """
 
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +17,30 @@ import numpy as np
 from model_factory.files import file_sha256
 
 from ..codec.decompose import TIME_BASE, CodecClip, decompose_video
-from ..codec.framing import frame_to
+from ..codec.framing import Framing, check_choice, crop_of
+from ..codec.guard import Answer, GuardedPool, serve
 from ..codec.native import decompose_native
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
-from ..codec.patches import choose_patches, cut_patches
 from ..codec.saliency import SaliencyConfig, motion_summary
+from ..codec.selection import choose_patches, cut_patches
 from ..errors import RejectedInput
+from .inputs import Input, local_copy
 from .schema import SampleInfo, encode_clip, encode_image, strip_rows
 
-MOTION_GRID = 8
-MAX_JPEG_SIDE = 65500
+MODULE = "data_pipeline.shards.sample_builder"
+NICENESS = 5  # children decode all the time; the parent, which writes, goes first
+MOTION_GRID = 8  # cells of KEY.motion.npy per side: 24.7 KB for 64 frames
+MAX_JPEG_SIDE = 65500  # of libjpeg; the format itself ends at 65535
 VECTORS = ("canonical", "native")
 RULES = ("i_frames_first", "published")
+
+Built = tuple[dict[str, bytes], SampleInfo]  # members by extension, metadata
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How inputs become samples. `budget` is the number of kept patches of a full clip,
-    by default an eighth.
+    """How inputs become samples. `budget` is the number of selected patches of a full clip, by
+    default an eighth of all.
     """
 
     size: int = 224
@@ -42,10 +54,10 @@ class SampleConfig:
     vectors: str = "canonical"
     rule: str = "i_frames_first"
     time_buckets: int = 1
-    saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
-    limits: InputLimits = field(default_factory=InputLimits)
+    saliency: SaliencyConfig = SaliencyConfig()
+    limits: InputLimits = InputLimits()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = ("size", "patch_size", "num_frames", "gop", "num_full_frames", "time_buckets")
         for name in counts if self.budget is None else (*counts, "budget"):
             if getattr(self, name) < 1:
@@ -64,11 +76,9 @@ class SampleConfig:
                 f"{self.num_full_frames} full frames of {self.size} px make a strip higher than "
                 f"the {MAX_JPEG_SIDE} px of a JPEG: lower --full-frames or --size"
             )
-        for name, known in (("rule", RULES), ("vectors", VECTORS)):
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
-        intra = -(-self.num_frames // self.gop) * (self.size // self.patch_size) ** 2
+        check_choice("rule", self.rule, choices=RULES)
+        check_choice("vectors", self.vectors, choices=VECTORS)
+        intra = -(-self.num_frames // self.gop) * self.frame_tokens
         if self.keeps_i_frames and self.tokens < intra:
             raise ValueError(
                 f"a budget of {self.tokens} patches cannot hold the {intra} of all I-frames: raise "
@@ -76,78 +86,152 @@ class SampleConfig:
             )
 
     @property
+    def framing(self) -> Framing:
+        """What is read of an input."""
+        return Framing(
+            num_frames=self.num_frames,
+            size=self.size,
+            patch_size=self.patch_size,
+            fit=self.fit,
+            limits=self.limits,
+            salvage=self.salvage,
+        )
+
+    @property
     def keeps_i_frames(self) -> bool:
-        """Whether every I-frame patch is kept; the published rule keeps none."""
+        """Whether every I-frame patch is selected; the published rule selects none."""
         return self.rule != "published"
 
     @property
+    def frame_tokens(self) -> int:
+        """Patches of one square frame."""
+        return (self.size // self.patch_size) ** 2
+
+    @property
     def tokens(self) -> int:
-        """Patches kept of a clip."""
-        return self.budget or self.num_frames * (self.size // self.patch_size) ** 2 // 8
+        """Patches selected of a clip."""
+        return self.budget or self.num_frames * self.frame_tokens // 8
 
 
-def build_sample(
-    path: Path, source: str, config: SampleConfig
-) -> tuple[dict[str, bytes], SampleInfo]:
-    """Members and metadata of one input; `source` is the name stored in the shard.
-    Raises RejectedInput.
+class SamplePool:
+    """Child processes that build samples; a context manager that ends them."""
+
+    def __init__(self, config: SampleConfig, num_workers: int, wall_seconds: float):
+        self._num_workers = num_workers
+        self._pool = GuardedPool(
+            MODULE,
+            settings=asdict(config),
+            num_workers=num_workers,
+            wall_seconds=wall_seconds,
+        )
+
+    def build(self, item: Input) -> Built:
+        """As build_sample, with the reasons of guard.GuardedProcess.ask besides."""
+        header, parts = self._pool.ask(asdict(item), name=item.location)
+        members = dict(zip(header["members"], parts, strict=True))
+        return members, SampleInfo.from_bytes(members["json"], name=item.source)
+
+    def build_all(self, inputs: Iterable[Input]) -> Iterator[Built | dict]:
+        """For each input, in order: (members, info), or a dict source, reason, detail when
+        rejected.
+        """
+        return self._threads.map(self._build, inputs)
+
+    def _build(self, item: Input) -> Built | dict:
+        try:
+            return self.build(item)
+        except RejectedInput as rejection:
+            # the record names inputs as the user did, not by this machine's folders
+            detail = rejection.detail.replace(item.location, item.source)
+            return {"source": item.source, "reason": rejection.reason, "detail": detail}
+
+    def __enter__(self) -> "SamplePool":
+        self._threads = ThreadPoolExecutor(self._num_workers)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:  # do not wait for inputs whose samples nobody will write
+            self._pool.close()
+        self._threads.shutdown(cancel_futures=True)
+        self._pool.close()
+
+
+def _prepare(settings: dict) -> Callable[[dict], Answer]:
+    """Child: the function that builds samples by the parent's configuration."""
+    saliency = SaliencyConfig(**settings.pop("saliency"))
+    limits = InputLimits(**settings.pop("limits"))
+    config = SampleConfig(saliency=saliency, limits=limits, **settings)
+    os.nice(NICENESS)
+
+    def answer(request: dict) -> Answer:
+        location = request["location"]
+        with local_copy(location, limits) as path:
+            try:
+                members, _ = build_sample(path, source=request["source"], config=config)
+            except RejectedInput as rejection:
+                detail = rejection.detail.replace(str(path), location)
+                raise RejectedInput(rejection.reason, detail) from rejection
+        return {"members": list(members)}, list(members.values())
+
+    return answer
+
+
+def build_sample(path: Path, source: str, config: SampleConfig) -> Built:
+    """Members and metadata of one input; `source` is the name stored in the shard. Raises
+    RejectedInput.
     """
     check_file(path, config.limits)
     before = _fingerprint(path)
+    image = None
     if is_image(path):
-        members, info = _image_sample(open_image(path, config.limits), source, before[0], config)
+        image = open_image(path, config.limits)
+    elif config.vectors == "native":
+        clip = decompose_native(path, config.framing)
     else:
-        clip = _decompose(path, config)
-        if len(clip.frames) == 1:
-            members, info = _image_sample(clip.frames[0], source, before[0], config)
-        else:
-            members, info = _clip_sample(clip, source, before[0], config)
+        clip = decompose_video(path, config.framing, gop=config.gop)
+    if image is None and len(clip.frames) == 1:
+        image = clip.frames[0]
+    if image is None:
+        built = _clip_sample(clip, source=source, sha256=before[0], config=config)
+    else:
+        built = _image_sample(image, source=source, sha256=before[0], config=config)
     if _fingerprint(path) != before:
         raise RejectedInput("changed", f"{path} changed while it was packed")
-    return members, info
-
-
-def _decompose(path: Path, config: SampleConfig) -> CodecClip:
-    """A clip by the canonical stream's vectors, or by its own."""
-    options = {
-        "num_frames": config.num_frames,
-        "size": config.size,
-        "patch_size": config.patch_size,
-        "fit": config.fit,
-        "limits": config.limits,
-        "salvage": config.salvage,
-    }
-    if config.vectors == "native":
-        return decompose_native(path, **options)
-    return decompose_video(path, gop=config.gop, **options)
+    return built
 
 
 def _fingerprint(path: Path) -> tuple[str, int, int]:
+    """What changes when a file is written while it is read: sha256, size, modification time."""
     try:
         status = path.stat()
-        digest = file_sha256(path)
+        return file_sha256(path), status.st_size, status.st_mtime_ns
     except OSError as error:
         raise RejectedInput("missing", f"{path}: {error.strerror}") from error
-    return digest, status.st_size, status.st_mtime_ns
 
 
-def _image_sample(picture: np.ndarray, source: str, sha256: str, config: SampleConfig):
-    framing = frame_to(
-        picture.shape[0], picture.shape[1], config.size, config.patch_size, config.fit
-    )
-    picture = framing.scale(picture)
-    height, width = picture.shape[:2]
-    patches = (height // config.patch_size) * (width // config.patch_size)
+def _image_sample(image: np.ndarray, source: str, sha256: str, config: SampleConfig) -> Built:
+    crop = crop_of(image.shape[0], image.shape[1], framing=config.framing)
+    image = crop.scale(image)
+    height, width = image.shape[:2]
     info = SampleInfo(
-        "image", source, sha256, height, width, config.patch_size, num_patches=patches
+        kind="image",
+        source=source,
+        source_sha256=sha256,
+        height=height,
+        width=width,
+        patch_size=config.patch_size,
+        num_patches=(height // config.patch_size) * (width // config.patch_size),
     )
-    return encode_image(info, picture), info
+    return encode_image(info, image), info
 
 
-def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig):
+def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig) -> Built:
     import av
 
-    intra = clip.frames[clip.is_i_frame, :, :, 0].size // config.patch_size**2
+    count, height, width, _ = clip.frames.shape
+    # more than the configuration checked: with fit "area" a frame is no square, and native vectors
+    # come with the I-frames of the source
+    intra = int(clip.is_i_frame.sum()) * height * width // config.patch_size**2
     if config.keeps_i_frames and intra > config.tokens:
         raise RejectedInput(
             "budget", f"{source}: its I-frames are {intra} patches, the budget is {config.tokens}"
@@ -160,23 +244,22 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
         keep_i_frames=config.keeps_i_frames,
         time_buckets=config.time_buckets,
     )
-    patches = cut_patches(clip.frames, selection.positions, config.patch_size)
-    stored = np.unique(
-        np.rint(np.linspace(0, len(clip.frames) - 1, config.num_full_frames)).astype(int)
-    )
+    patches = cut_patches(clip.frames, selection.positions, patch_size=config.patch_size)
+    # a short clip has fewer frames than are to be stored
+    stored = np.unique(np.rint(np.linspace(0, count - 1, config.num_full_frames)).astype(int))
     info = SampleInfo(
         kind="video",
         source=source,
         source_sha256=sha256,
-        height=clip.frames.shape[1],
-        width=clip.frames.shape[2],
+        height=height,
+        width=width,
         patch_size=config.patch_size,
         num_patches=len(patches),
-        num_frames=len(clip.frames),
+        num_frames=count,
         gop=config.gop,
-        frame_times=tuple(int(t) for t in clip.times[stored]),
-        i_frame_times=tuple(int(t) for t in clip.times[clip.is_i_frame]),
-        seconds=tuple(round(float(s), 6) for s in clip.seconds),
+        frame_times=tuple(clip.times[stored].tolist()),
+        i_frame_times=tuple(clip.times[clip.is_i_frame].tolist()),
+        seconds=tuple(round(second, 6) for second in clip.seconds.tolist()),
         is_static=selection.is_static,
         mean_motion=_p_frame_mean(np.linalg.norm(clip.motion, axis=-1), clip),
         mean_residual=_p_frame_mean(clip.residual, clip),
@@ -185,14 +268,24 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
         codec=clip.codec,
         decoder=f"av {av.__version__}",
     )
+    # a shard stores times on the 0..63 base, which every clip length shares, not frame indices
     positions = selection.positions.astype(np.int64)
     positions[:, 0] = clip.times[positions[:, 0]]
-    motion = motion_summary(clip, MOTION_GRID)
-    return encode_clip(
-        info, patches, positions, selection.scores, motion, clip.frames[stored]
-    ), info
+    members = encode_clip(
+        info,
+        patches=patches,
+        positions=positions,
+        scores=selection.scores,
+        motion=motion_summary(clip, MOTION_GRID),
+        frames=clip.frames[stored],
+    )
+    return members, info
 
 
 def _p_frame_mean(field: np.ndarray, clip: CodecClip) -> float:
     p_frames = ~clip.is_i_frame
     return round(float(field[p_frames].mean()), 3) if p_frames.any() else 0.0
+
+
+if __name__ == "__main__":
+    serve(_prepare)

@@ -1,26 +1,24 @@
-"""THE on-disk contract, version 1: which members a sample has, their dtypes,
-and how to read them back.
+"""THE on-disk contract, version 1: which members a sample has, their dtypes, and how to read them.
 
     KEY.json           metadata, see `SampleInfo`
-    KEY.tiles.jpg      the K kept patches as a mosaic of tiles, TILE_COLUMNS wide, JPEG 4:4:4; each
-                       tile is the patch, edge-padded to a multiple of 8 px, so that no JPEG block
-                       holds pixels of two patches
+    KEY.tiles.jpg      the K selected patches as a mosaic of tiles, TILE_COLUMNS wide, JPEG 4:4:4;
+                       each tile is the patch, edge-padded to a multiple of 8 px, so that no JPEG
+                       block holds pixels of two patches
     KEY.positions.npy  uint16 [K, 3] (t, h, w) in tile order: I-frame patches first, then by falling
                        score
     KEY.scores.npy     float16 [K]
     KEY.motion.npy     float16 [T, G, G, 3] coarse mean motion (x, y) in pixels and residual, see
                        codec.saliency
     KEY.frames.jpg     M full frames as a vertical strip, each padded to a multiple of 8 rows
-    KEY.jpg            image samples: the picture; they have KEY.json and KEY.jpg only
+    KEY.jpg            image samples: the image; they have KEY.json and KEY.jpg only
 
-Labels never live in a shard. Shape legend: K kept patches, T frames, M stored frames, H, W working
-size, p patch.
+Labels never live in a shard. Shape legend: K selected patches, T frames, M stored frames, H, W
+working size, p patch.
 """
 
 import io
-import itertools
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +32,8 @@ SCHEMA_VERSION = 1
 TILE_COLUMNS = 32
 JPEG_QUALITY = 90
 BLOCK = 8  # a JPEG block's side; with 4:4:4 chroma the same for colour
+# Bounds of what hostile members may claim, each far above what a packer writes: what they size is
+# allocated by the reader.
 MAX_ARRAY_BYTES = 1 << 28
 MAX_INFO_BYTES = 1 << 22
 MAX_SIDE = 1 << 20
@@ -48,7 +48,7 @@ ARRAYS: dict[str, tuple[type, tuple[int | None, ...]]] = {  # dtype and shape, N
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """What KEY.json says. `frame_times` are the stored frames' positions on the 0..63 time base."""
+    """Content of KEY.json. `frame_times` are the stored frames' positions on the time base."""
 
     kind: str  # "video" or "image"
     source: str  # name of the input, relative to the packed folder
@@ -77,7 +77,7 @@ class SampleInfo:
         return self.height // self.patch_size, self.width // self.patch_size
 
     def _check(self) -> None:
-        """ValueError for numbers that no writer writes; what they size is allocated later."""
+        """ValueError for numbers that no writer writes."""
         sizes = (self.height, self.width, self.patch_size, self.num_frames)
         if not all(type(value) is int and 0 <= value < MAX_SIDE for value in sizes):
             raise ValueError(f"sizes {sizes} are not all integers in 0..{MAX_SIDE}")
@@ -90,7 +90,7 @@ class SampleInfo:
         times = self.frame_times
         if not times or not all(type(time) is int and 0 <= time < TIME_BASE for time in times):
             raise ValueError(f"frame times {times} are not integers in 0..{TIME_BASE - 1}")
-        if any(before >= after for before, after in itertools.pairwise(times)):
+        if sorted(set(times)) != list(times):
             raise ValueError(f"frame times {times} do not rise")
         if not isinstance(self.source, str) or self.kind not in ("video", "image"):
             raise ValueError(f"kind {self.kind!r} of source {self.source!r}")
@@ -109,9 +109,11 @@ class SampleInfo:
                     f"{name} has schema version {values['schema_version']}, this code reads "
                     f"{SCHEMA_VERSION}: pack the source again"
                 )
-            known = {field.name for field in fields(cls)} & values.keys()
-            given: dict[str, Any] = {name: values[name] for name in known}
-            given.update({k: tuple(v) for k, v in given.items() if isinstance(v, list)})
+            given: dict[str, Any] = {}
+            # a later writer of this version may add fields: they are ignored
+            for name_of_field in cls.__dataclass_fields__.keys() & values.keys():
+                value = values[name_of_field]
+                given[name_of_field] = tuple(value) if isinstance(value, list) else value
             info = cls(**given)
             info._check()
             return info
@@ -122,15 +124,13 @@ class SampleInfo:
 
 
 def tile_side(patch_size: int) -> int:
-    """Edge of a stored tile in pixels: the patch size rounded up to
-    whole JPEG blocks (14 -> 16).
-    """
+    """Edge of a stored tile in pixels: the patch size in whole JPEG blocks (14 -> 16)."""
     return -(-patch_size // BLOCK) * BLOCK
 
 
 def strip_rows(height: int) -> int:
-    """Rows that one frame takes in the strip."""
-    return -(-height // BLOCK) * BLOCK
+    """Rows that one frame takes in the strip, whole JPEG blocks too."""
+    return tile_side(height)
 
 
 def mosaic_size(num_patches: int, patch_size: int) -> tuple[int, int]:
@@ -145,25 +145,48 @@ def strip_size(info: SampleInfo) -> tuple[int, int]:
 
 
 def encode_clip(
-    info: SampleInfo, patches: np.ndarray, positions, scores, motion, frames
+    info: SampleInfo,
+    patches: np.ndarray,
+    positions: np.ndarray,
+    scores: np.ndarray,
+    motion: np.ndarray,
+    frames: np.ndarray,
 ) -> dict[str, bytes]:
     """Members of a video sample.
 
     patches: uint8 [K, p, p, 3] in the order of positions [K, 3]; frames: uint8 [M, H, W, 3].
     """
+    count, patch_size = patches.shape[:2]
+    side = tile_side(patch_size)
+    rows = -(-count // TILE_COLUMNS)
+    missing = rows * TILE_COLUMNS - count
+    pad = side - patch_size
+    tiles = np.pad(patches, ((0, missing), (0, pad), (0, pad), (0, 0)), mode="edge")
+    grid = tiles.reshape(rows, TILE_COLUMNS, side, side, 3).swapaxes(1, 2)
+    pad = strip_rows(info.height) - info.height
+    strip = np.pad(frames, ((0, 0), (0, pad), (0, 0), (0, 0)), mode="edge")
     return {
         "json": info.to_bytes(),
-        "tiles.jpg": _jpeg(_mosaic(patches)),
+        "tiles.jpg": _jpeg(grid.reshape(rows * side, TILE_COLUMNS * side, 3)),
         "positions.npy": array_bytes(positions.astype(np.uint16)),
         "scores.npy": array_bytes(scores.astype(np.float16)),
         "motion.npy": array_bytes(motion.astype(np.float16)),
-        "frames.jpg": _jpeg(_strip(frames)),
+        "frames.jpg": _jpeg(strip.reshape(-1, info.width, 3)),
     }
 
 
-def encode_image(info: SampleInfo, picture: np.ndarray) -> dict[str, bytes]:
-    """Members of an image sample; picture uint8 [H, W, 3]."""
-    return {"json": info.to_bytes(), "jpg": _jpeg(picture)}
+def encode_image(info: SampleInfo, image: np.ndarray) -> dict[str, bytes]:
+    """Members of an image sample; image uint8 [H, W, 3]."""
+    return {"json": info.to_bytes(), "jpg": _jpeg(image)}
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    # full chroma: at 4:2:0 a chroma sample would hold pixels of two tiles
+    Image.fromarray(image).save(stream, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
+    return stream.getvalue()
 
 
 def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
@@ -180,104 +203,61 @@ def decode_array(data: bytes, member: str, name: str) -> np.ndarray:
 
 
 def check_positions(positions: np.ndarray, count: int, grid: tuple[int, int], name: str) -> None:
-    """CorruptShard unless positions uint16 [K, 3] are `count` different places (t, h, w) of the
+    """CorruptShard unless positions uint16 [K, 3] are `count` different patches (t, h, w) of the
     time base and a grid of (rows, columns). 40 us for 2048 of them."""
     if positions.shape != (count, 3):
         raise CorruptShard(f"{name}: positions {positions.shape} for {count} patches")
+    bounds = (TIME_BASE, *grid)
     rows, columns = grid
     t, h, w = np.ascontiguousarray(positions.T)
     if t.max() >= TIME_BASE or h.max() >= rows or w.max() >= columns:
-        bounds = (TIME_BASE, rows, columns)
         worst = positions[(positions >= bounds).any(axis=1)][0].tolist()
         raise CorruptShard(
             f"{name}: a patch stands at (t, h, w) = {tuple(worst)}, the sample has {bounds}"
         )
-    # sorted, not marked in an array of the grid: its size is only what a record says
-    places = (t.astype(np.int64) * rows + h) * columns + w
-    places.sort()
-    if (places[1:] == places[:-1]).any():
+    # sorted, not marked in an array of the grid: its size is only what a record claims
+    indices = (t.astype(np.int64) * rows + h) * columns + w
+    indices.sort()
+    if (indices[1:] == indices[:-1]).any():
         raise CorruptShard(f"{name}: two patches stand at one place")
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], name: str) -> np.ndarray:
     """uint8 RGB [H, W, 3] of a JPEG member of `size` (H, W), by Pillow (tools and tests; training
-    decodes with DALI). CorruptShard names a picture that is another one or cannot be decoded.
+    decodes with DALI). CorruptShard names an image that is another one or cannot be decoded.
     """
     from PIL import Image
 
     check_jpeg(data, size=size, name=name)
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-            return np.asarray(picture.convert("RGB"))
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise CorruptShard(f"{name} cannot be decoded ({error})") from error
 
 
 def decode_patches(info: SampleInfo, mosaic: bytes, name: str) -> np.ndarray:
-    """uint8 [K, p, p, 3], the kept patches of a clip from its KEY.tiles.jpg; errors as of
+    """uint8 [K, p, p, 3], the selected patches of a clip from its KEY.tiles.jpg; errors as of
     decode_jpeg."""
     size = mosaic_size(info.num_patches, info.patch_size)
-    picture = decode_jpeg(mosaic, size=size, name=f"{name}.tiles.jpg")
-    return tiles_from_mosaic(picture, info.num_patches, info.patch_size)
+    image = decode_jpeg(mosaic, size=size, name=f"{name}.tiles.jpg")
+    side = tile_side(info.patch_size)
+    rows = image.shape[0] // side
+    tiles = image.reshape(rows, side, TILE_COLUMNS, side, 3).swapaxes(1, 2)
+    tiles = tiles.reshape(-1, side, side, 3)[: info.num_patches]
+    return tiles[:, : info.patch_size, : info.patch_size]
 
 
-def decode_frames(info: SampleInfo, picture: bytes, name: str) -> np.ndarray:
-    """uint8 [M, H, W, 3], the whole frames of a clip from its KEY.frames.jpg, or the one picture of
-    an image from its KEY.jpg (see frames_member); errors as of decode_jpeg."""
+def decode_frames(info: SampleInfo, member: bytes, name: str) -> np.ndarray:
+    """uint8 [M, H, W, 3], the whole frames of a clip from its KEY.frames.jpg, or the one image of
+    an image sample from its KEY.jpg (see frames_member); errors as of decode_jpeg."""
     label = f"{name}.{frames_member(info.kind)}"
     if info.kind == "image":
-        return decode_jpeg(picture, size=(info.height, info.width), name=label)[None]
-    strip = decode_jpeg(picture, size=strip_size(info), name=label)
-    return frames_from_strip(strip, info.height)
+        return decode_jpeg(member, size=(info.height, info.width), name=label)[None]
+    strip = decode_jpeg(member, size=strip_size(info), name=label)
+    return strip.reshape(-1, strip_rows(info.height), info.width, 3)[:, : info.height]
 
 
 def frames_member(kind: str) -> str:
     """The member that holds whole frames of a sample of this kind."""
     return "jpg" if kind == "image" else "frames.jpg"
-
-
-def tiles_from_mosaic(mosaic: np.ndarray, count: int, patch_size: int) -> np.ndarray:
-    """First `count` patches [count, p, p, C] of a mosaic [rows*side, 32*side, C] of any dtype,
-    padding cut off.
-    """
-    side = tile_side(patch_size)
-    rows, columns = mosaic.shape[0] // side, mosaic.shape[1] // side
-    tiles = (
-        mosaic.reshape(rows, side, columns, side, -1)
-        .swapaxes(1, 2)
-        .reshape(rows * columns, side, side, -1)
-    )
-    return tiles[:count, :patch_size, :patch_size]
-
-
-def frames_from_strip(strip: np.ndarray, height: int) -> np.ndarray:
-    """Frames [M, height, W, C] of a strip, padding rows cut off."""
-    rows = strip_rows(height)
-    return strip.reshape(-1, rows, *strip.shape[1:])[:, :height]
-
-
-def _mosaic(patches: np.ndarray) -> np.ndarray:
-    count, patch_size = patches.shape[:2]
-    side = tile_side(patch_size)
-    rows = -(-count // TILE_COLUMNS)
-    pad = side - patch_size
-    tiles = np.pad(
-        patches, ((0, rows * TILE_COLUMNS - count), (0, pad), (0, pad), (0, 0)), mode="edge"
-    )
-    grid = tiles.reshape(rows, TILE_COLUMNS, side, side, 3).swapaxes(1, 2)
-    return grid.reshape(rows * side, TILE_COLUMNS * side, 3)
-
-
-def _strip(frames: np.ndarray) -> np.ndarray:
-    pad = strip_rows(frames.shape[1]) - frames.shape[1]
-    return np.pad(frames, ((0, 0), (0, pad), (0, 0), (0, 0)), mode="edge").reshape(
-        -1, *frames.shape[2:]
-    )
-
-
-def _jpeg(picture: np.ndarray) -> bytes:
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
-    return stream.getvalue()

@@ -10,8 +10,6 @@ import numpy as np
 
 from .manifest import Manifest
 
-QUANTILES = (0.05, 0.5, 0.95)
-
 
 def statistics(manifest: Manifest) -> dict:
     """Counts, sizes, token budgets, motion, static share and rejects of a packed folder."""
@@ -19,6 +17,10 @@ def statistics(manifest: Manifest) -> dict:
     videos = [sample for sample in samples if sample["kind"] == "video"]
     static = sum(sample["is_static"] for sample in videos)
     size = sum(shard["size"] for shard in manifest.shards)
+    # absent in records of older packings
+    digests = [sample["source_sha256"] for sample in samples if sample.get("source_sha256")]
+    # a note without its numbers: "salvaged 60 of 90 frames" is one kind
+    notes = Counter(note.split()[0] for sample in samples for note in sample.get("notes", ()))
     return {
         "shards": len(manifest.shards),
         "samples": len(samples),
@@ -29,10 +31,10 @@ def statistics(manifest: Manifest) -> dict:
         "tokens": _spread([sample["num_patches"] for sample in samples]),
         "mean_motion": _spread([sample.get("mean_motion", 0.0) for sample in videos]),
         "mean_residual": _spread([sample.get("mean_residual", 0.0) for sample in videos]),
-        "duplicate_sources": _repeated([s.get("source_sha256") for s in samples]),
+        "duplicate_sources": len(digests) - len(set(digests)),
         "static_videos": static,
         "static_share": round(static / max(len(videos), 1), 4),
-        "notes": dict(Counter(_kind(note) for s in samples for note in s.get("notes", ()))),
+        "notes": dict(notes),
         "rejected": dict(manifest.rejected_by_reason()),
         "settings": manifest.settings,
     }
@@ -42,38 +44,31 @@ def _spread(values: list[float]) -> dict[str, float]:
     """Smallest, 5 %, median, mean, 95 % and largest of a list; empty for an empty one."""
     if not values:
         return {}
-    low, middle, high = np.quantile(values, QUANTILES)
-    named = (min(values), low, middle, np.mean(values), high, max(values))
-    return {
-        name: round(float(value), 3)
-        for name, value in zip(("min", "p5", "median", "mean", "p95", "max"), named, strict=True)
+    low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
+    spread = {
+        "min": min(values),
+        "p5": low,
+        "median": middle,
+        "mean": np.mean(values),
+        "p95": high,
+        "max": max(values),
     }
-
-
-def _repeated(digests: list[str | None]) -> int:
-    """Samples whose source has the bytes of an earlier one."""
-    known = [digest for digest in digests if digest]
-    return len(known) - len(set(known))
-
-
-def _kind(note: str) -> str:
-    """A note without its numbers: "salvaged 60 of 90 frames" is one kind."""
-    return note.split()[0]
+    return {name: round(float(value), 3) for name, value in spread.items()}
 
 
 def statistics_table(stats: dict) -> str:
     """The same as lines of text."""
     lines = []
     for key, value in stats.items():
+        below: list[str] = []
         if key in ("notes", "rejected"):
-            lines.append(f"{key:>16}  {sum(value.values())}")
-            counts = Counter(value).most_common()
-            lines += [f"{'':>16}  {name}: {count}" for name, count in counts]
+            text = sum(value.values())
+            below = [f"{'':>16}  {name}: {count}" for name, count in Counter(value).most_common()]
         elif key == "settings":
-            lines.append(f"{key:>16}  {json.dumps(value)}")
+            text = json.dumps(value)
         elif isinstance(value, dict):
-            cells = "  ".join(f"{name} {number:g}" for name, number in value.items())
-            lines.append(f"{key:>16}  {cells or '-'}")
+            text = "  ".join(f"{name} {number:g}" for name, number in value.items()) or "-"
         else:
-            lines.append(f"{key:>16}  {value}")
+            text = value
+        lines += [f"{key:>16}  {text}", *below]
     return "\n".join(lines)

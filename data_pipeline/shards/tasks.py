@@ -2,9 +2,11 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from ..codec.decompose import DECOMPOSITION_VERSION
+from ..codec.guard import WALL_SECONDS
 from .inputs import Input
 from .sample_builder import SampleConfig
 from .schema import SCHEMA_VERSION
@@ -22,18 +24,18 @@ class PackConfig:
     default as default_samples_per_shard says; `wall_seconds` is the limit of one input.
     """
 
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SampleConfig = SampleConfig()
     samples_per_shard: int | None = None
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    wall_seconds: float = 300.0
+    wall_seconds: float = WALL_SECONDS
     name: str = "video"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("samples_per_shard", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, must be at least 1")
-        if not self.wall_seconds > 0:
+        if not self.wall_seconds > 0:  # also for NaN
             raise ValueError(f"wall_seconds is {self.wall_seconds}, must be greater than 0")
 
     def settings(self, samples_per_shard: int) -> dict:
@@ -44,6 +46,7 @@ class PackConfig:
             **asdict(self.sample),
             "samples_per_shard": samples_per_shard,
         }
+        # tuples become lists, so that the settings equal those that were read back
         return json.loads(json.dumps(settings))
 
 
@@ -62,16 +65,6 @@ class Task:
     superseded: dict[str, dict] = field(default_factory=dict)
     distrusts_record: bool = False
 
-    @property
-    def number(self) -> int:
-        """Number of the shard, which begins the keys of its samples."""
-        return shard_number(self.name)
-
-
-def shard_name(prefix: str, number: int) -> str:
-    """File name of a shard, without suffix."""
-    return f"{prefix}-{number:06d}"
-
 
 def shard_number(name: str) -> int:
     """Number in a shard's name."""
@@ -89,16 +82,18 @@ def default_samples_per_shard(num_inputs: int, num_jobs: int) -> int:
 
 
 def list_tasks(
-    inputs: list[Input], config: PackConfig, samples_per_shard: int, first: int = 0
+    inputs: Sequence[Input],
+    config: PackConfig,
+    samples_per_shard: int,
+    first: int = 0,
 ) -> list[Task]:
     """Cut the inputs into tasks, in order; `first` is the number of the first shard."""
     settings = config.settings(samples_per_shard)
-    starts = range(0, len(inputs), samples_per_shard)
     return [
         Task(
-            name=shard_name(config.name, first + place),
+            name=f"{config.name}-{number:06d}",
             inputs=tuple(inputs[start : start + samples_per_shard]),
             settings=settings,
         )
-        for place, start in enumerate(starts)
+        for number, start in enumerate(range(0, len(inputs), samples_per_shard), first)
     ]

@@ -21,7 +21,9 @@ All: one epoch, AdamW, cosine to zero after 3 % warm-up, no weight decay, bf16 o
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from model_factory.command_line.flags import add_flags, flag, flags_of
 from model_factory.command_line.local_output import local_output
 
 _COMMON = {
@@ -33,6 +35,8 @@ _COMMON = {
     "gradient_checkpointing": True,
     "logging_steps": 1,
 }
+# on eight GPUs these batches make the global batch without accumulation; elsewhere the accumulation
+# follows from the global batch (stage.training_arguments)
 _ALIGN = {"tune_mm_mlp_adapter": True, "per_device_train_batch_size": 32, "global_batch_size": 256}
 _TUNE = {
     "version": "v1",
@@ -42,13 +46,21 @@ _TUNE = {
     "per_device_train_batch_size": 16,
     "global_batch_size": 128,
 }
-_CONV = {"version": "v1", "image_aspect_ratio": "pad", "group_by_modality_length": True}
-_CONV |= {"mm_vision_select_layer": -1, "mm_vision_resolution": 768}
-_VITSPLIT = {"mm_projector_type": "vitsplit", "mm_frozen_select_layer": -2}
-_VITSPLIT |= {"mm_tuned_layers_num": 1}
+_CONVLLAVA = {
+    "version": "v1",
+    "image_aspect_ratio": "pad",
+    "group_by_modality_length": True,
+    "mm_vision_select_layer": -1,
+    "mm_vision_resolution": 768,
+}
+_VITSPLIT = {
+    "mm_projector_type": "vitsplit",
+    "mm_frozen_select_layer": -2,
+    "mm_tuned_layers_num": 1,
+}
 _PLAIN = {"version": "plain", "image_aspect_ratio": "square"}
 
-RECIPES: dict[str, list[dict]] = {
+RECIPES: dict[str, list[dict[str, object]]] = {
     "llava15": [{**_ALIGN, **_PLAIN, "learning_rate": 1e-3}, _TUNE],
     "vitsplit": [
         {**_ALIGN, **_PLAIN, **_VITSPLIT, "learning_rate": 5e-4},
@@ -56,82 +68,27 @@ RECIPES: dict[str, list[dict]] = {
     ],
     "crossget": [{**_TUNE, "mm_reduction_r": 13, "alignment_weight": 1e-3, "data_fraction": 0.1}],
     "convllava": [
-        {**_ALIGN, **_CONV, "learning_rate": 3e-4, "tune_vit_from_layer": 5}
-        | {"vision_add_five_stage": 6, "vision_five_stage_width": 3072},
-        {**_CONV, "learning_rate": 2e-5, "tune_vit_from_layer": 3}
-        | {"per_device_train_batch_size": 32, "global_batch_size": 256},
-        {**_TUNE, **_CONV},
+        {
+            **_ALIGN,
+            **_CONVLLAVA,
+            "learning_rate": 3e-4,
+            "tune_vit_from_layer": 5,
+            "vision_add_five_stage": 6,
+            "vision_five_stage_width": 3072,
+        },
+        {
+            **_CONVLLAVA,
+            "learning_rate": 2e-5,
+            "tune_vit_from_layer": 3,
+            "per_device_train_batch_size": 32,
+            "global_batch_size": 256,
+        },
+        {**_TUNE, **_CONVLLAVA},
     ],
 }
-# flags of other releases of transformers, by their present name
+# what LLaVA's scripts, written for older releases of transformers, call flags of TrainingArguments;
+# a warm-up below 1 is a share of all steps under the new name too
 RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
-
-
-@dataclass(frozen=True)
-class LmmArguments:
-    """Flags beside those of TrainingArguments; names, defaults and help in FLAGS."""
-
-    recipe: str | None
-    stage: int
-    model_name_or_path: str
-    vision_tower: str | None
-    pretrain_mm_mlp_adapter: str | None
-    version: str
-    data_path: str
-    image_folder: str
-    data_fraction: float
-    image_aspect_ratio: str
-    video_view: str
-    video_size: int | None
-    num_frames: int
-    K_keep: int
-    blind: bool
-    feature_cache: str | None
-    tune_mm_mlp_adapter: bool
-    freeze_mm_mlp_adapter: bool
-    freeze_backbone: bool
-    tune_vit_from_layer: int | None
-    mm_projector_type: str
-    mm_vision_select_layer: list[int]
-    mm_vision_select_feature: str
-    mm_frozen_num: int
-    mm_frozen_select_layer: list[int]
-    mm_tuned_layers_num: int
-    keep_extra_tokens: bool
-    mm_reduction_r: list[int] | None
-    mm_reduction_rule: str
-    mm_reduction_weights: str
-    mask_cross_token: bool
-    alignment_weight: float
-    alignment_direction: str
-    vision_add_five_stage: int
-    vision_five_stage_width: int
-    mm_vision_resolution: int | None
-    mm_projector_lr: float | None
-    vision_tower_lr: float | None
-    group_by_modality_length: bool
-    global_batch_size: int | None
-    model_max_length: int
-    bits: int
-    double_quant: bool
-    quant_type: str
-    lora_enable: bool
-    lora_r: int
-    lora_alpha: int
-    lora_dropout: float
-    lora_bias: str
-    mm_use_im_start_end: bool
-    mm_use_im_patch_token: bool
-    mm_patch_merge_type: str
-    lazy_preprocess: bool
-    is_multimodal: bool
-    cache_dir: str | None
-    typed: frozenset[str] = frozenset()  # names of flags in the command line or the recipe
-
-    @property
-    def trains_language_model(self) -> bool:
-        """Whether the language model learns; LoRA's additions count."""
-        return not (self.tune_mm_mlp_adapter or self.freeze_backbone)
 
 
 def truth(text: str) -> bool:
@@ -142,96 +99,154 @@ def truth(text: str) -> bool:
     return known[text.lower()]
 
 
-# name: (type, default, help); a list of numbers has the type [int]
-FLAGS: dict[str, tuple] = {
-    "recipe": (str, None, f"preset: {', '.join(RECIPES)}"),
-    "stage": (int, 1, "stage of the recipe, from 1"),
-    "model_name_or_path": (str, None, "folder of a language model, or of a model this probe wrote"),
-    "vision_tower": (
-        str,
-        None,
-        "run, export, or folder of a transformers vision model (default: the model's own)",
-    ),
-    "pretrain_mm_mlp_adapter": (str, None, "mm_projector.bin of an earlier stage"),
-    "version": (str, "v1", "conversation template: plain, v1, llava_v1"),
-    "data_path": (str, None, "conversations: JSON list or JSONL"),
-    "image_folder": (str, ".", "folder that paths in the list begin at"),
-    "data_fraction": (float, 1.0, "share of the list, evenly spread"),
-    "image_aspect_ratio": (str, "square", "pad: to a square with the mean colour; square: crop"),
-    "video_view": (str, "frame", "what is seen of clips: frame or codec"),
-    "video_size": (int, None, "side of clips in pixels (default: that of pictures)"),
-    "num_frames": (int, 8, "frames of a clip"),
-    "K_keep": (int, 1568, "patches of a clip with --video_view codec"),
-    "blind": (bool, False, "take all pictures and clips away: the text-only baseline"),
-    "feature_cache": (local_output, None, "folder where a frozen tower's features are kept"),
-    "tune_mm_mlp_adapter": (bool, False, "stage 1: only the projector learns"),
-    "freeze_mm_mlp_adapter": (bool, False, "the projector does not learn"),
-    "freeze_backbone": (bool, False, "the language model and its head do not learn"),
-    "tune_vit_from_layer": (
-        int,
-        None,
-        "first stage of a ConvNeXt that learns, counted from 1 (published scripts count from 0)",
-    ),
-    "mm_projector_type": (str, "mlp2x_gelu", "linear, mlp{n}x_gelu, identity, spatial_merge, ..."),
-    "mm_vision_select_layer": ([int], [-2], "hidden state that the projector reads (not vitsplit)"),
-    "mm_vision_select_feature": (str, "patch", "patch: without class and register tokens"),
-    "mm_frozen_num": (int, 4, "accepted, no effect: the list of frozen layers counts"),
-    "mm_frozen_select_layer": ([int], [-2], "vitsplit: hidden states of the prior head"),
-    "mm_tuned_layers_num": (int, 1, "vitsplit: copied blocks of the task head"),
-    "keep_extra_tokens": (bool, True, "vitsplit: copied blocks see class and register tokens"),
-    "mm_reduction_r": (
-        [int],
-        None,
-        "crossget: tokens taken away in every layer of the tower, or one number per layer",
-    ),
-    "mm_reduction_rule": (str, "complete_graph", "crossget: complete_graph, or bipartite (ToMe)"),
-    "mm_reduction_weights": (str, "guided_normalised", "guided, guided_normalised or size"),
-    "mask_cross_token": (bool, False, "crossget: nobody but itself sees the cross token"),
-    "alignment_weight": (float, 0.0, "crossget: weight of the alignment loss"),
-    "alignment_direction": (str, "published", "published or jensen_shannon"),
-    "vision_add_five_stage": (int, 0, "convllava: blocks of a stage that is added (0: none)"),
-    "vision_five_stage_width": (int, 3072, "convllava: its channels"),
-    "mm_vision_resolution": (int, None, "side of pictures in pixels (default: the tower's)"),
-    "mm_projector_lr": (float, None, "learning rate of the projector (default: --learning_rate)"),
-    "vision_tower_lr": (float, None, "learning rate of the tower, likewise"),
-    "group_by_modality_length": (bool, False, "like kinds and lengths in one batch"),
-    "global_batch_size": (int, None, "samples of a step over all ranks; sets the accumulation"),
-    "model_max_length": (int, 2048, "tokens of a sample, visuals included"),
-    "bits": (int, 16, "4 or 8: language model quantised by bitsandbytes"),
-    "double_quant": (bool, True, "with --bits 4: quantise the constants too"),
-    "quant_type": (str, "nf4", "with --bits 4: nf4 or fp4"),
-    "lora_enable": (bool, False, "learn low-rank additions to the language model only"),
-    "lora_r": (int, 64, "their rank"),
-    "lora_alpha": (int, 16, "their scale"),
-    "lora_dropout": (float, 0.05, "their dropout"),
-    "lora_bias": (str, "none", "must stay none: biases do not learn with it"),
-    "mm_use_im_start_end": (bool, False, "must stay False: adds nothing but two tokens"),
-    "mm_use_im_patch_token": (bool, False, "must stay False: adds a token that is never used"),
-    "mm_patch_merge_type": (str, "flat", "must stay flat: tiles of one picture are not supported"),
-    "lazy_preprocess": (bool, True, "accepted, no effect: samples are always read when needed"),
-    "is_multimodal": (bool, True, "accepted, no effect"),
-    "cache_dir": (str, None, "accepted, no effect: nothing is downloaded"),
-}
-REQUIRED = ("model_name_or_path", "data_path")
+def truth_flag(default: bool, help: str) -> Any:
+    """A field whose flag takes True or False; the flag alone stands for True."""
+    return flag(default=default, help=help, parse=truth, nargs="?", const=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmmArguments:
+    """Flags beside those of TrainingArguments, under LLaVA's names."""
+
+    recipe: str | None = flag(default=None, help=f"preset: {', '.join(RECIPES)}")
+    stage: int = flag(default=1, help="stage of the recipe, from 1")
+    model_name_or_path: str = flag(
+        help="folder of a language model, or of a model this probe wrote"
+    )
+    vision_tower: str | None = flag(
+        default=None,
+        help="run, export, or folder of a transformers vision model (default: the model's own)",
+    )
+    pretrain_mm_mlp_adapter: str | None = flag(
+        default=None, help="mm_projector.bin of an earlier stage"
+    )
+    version: str = flag(default="v1", help="conversation template: plain, v1, llava_v1")
+    data_path: str = flag(help="conversations: JSON list or JSONL")
+    image_folder: str = flag(default=".", help="folder that paths in the list begin at")
+    data_fraction: float = flag(default=1.0, help="share of the list, evenly spread")
+    image_aspect_ratio: str = flag(
+        default="square", help="pad: to a square with the mean colour; square: crop"
+    )
+    video_view: str = flag(default="frame", help="what is seen of clips: frame or codec")
+    video_size: int | None = flag(
+        default=None, help="side of clips in pixels (default: that of images)"
+    )
+    num_frames: int = flag(default=8, help="frames of a clip")
+    K_keep: int = flag(default=1568, help="patches of a clip with --video_view codec")
+    blind: bool = truth_flag(
+        default=False, help="take all images and clips away: the text-only baseline"
+    )
+    feature_cache: str | None = flag(
+        default=None, help="folder where a frozen tower's features are kept", parse=local_output
+    )
+    tune_mm_mlp_adapter: bool = truth_flag(default=False, help="stage 1: only the projector learns")
+    freeze_mm_mlp_adapter: bool = truth_flag(default=False, help="the projector does not learn")
+    freeze_backbone: bool = truth_flag(
+        default=False, help="the language model and its head do not learn"
+    )
+    tune_vit_from_layer: int | None = flag(
+        default=None,
+        help="first stage of a ConvNeXt that learns, from 1 (published scripts count from 0)",
+    )
+    mm_projector_type: str = flag(
+        default="mlp2x_gelu", help="linear, mlp{n}x_gelu, identity, spatial_merge, ..."
+    )
+    mm_vision_select_layer: list[int] = flag(
+        default=(-2,), help="hidden state that the projector reads (not vitsplit)", nargs="*"
+    )
+    mm_vision_select_feature: str = flag(
+        default="patch", help="patch: without class and register tokens"
+    )
+    mm_frozen_num: int = flag(
+        default=4, help="accepted, no effect: the list of frozen layers counts"
+    )
+    mm_frozen_select_layer: list[int] = flag(
+        default=(-2,), help="vitsplit: hidden states of the prior head", nargs="*"
+    )
+    mm_tuned_layers_num: int = flag(default=1, help="vitsplit: copied blocks of the task head")
+    keep_extra_tokens: bool = truth_flag(
+        default=True, help="vitsplit: copied blocks see class and register tokens"
+    )
+    mm_reduction_r: list[int] | None = flag(
+        default=None,
+        help="crossget: tokens taken away in every layer of the tower, or one number per layer",
+        nargs="*",
+    )
+    mm_reduction_rule: str = flag(
+        default="complete_graph", help="crossget: complete_graph, or bipartite (ToMe)"
+    )
+    mm_reduction_weights: str = flag(
+        default="guided_normalised", help="guided, guided_normalised or size"
+    )
+    mask_cross_token: bool = truth_flag(
+        default=False, help="crossget: nobody but itself sees the cross token"
+    )
+    alignment_weight: float = flag(default=0.0, help="crossget: weight of the alignment loss")
+    alignment_direction: str = flag(default="published", help="published or jensen_shannon")
+    vision_add_five_stage: int = flag(
+        default=0, help="convllava: blocks of a stage that is added (0: none)"
+    )
+    vision_five_stage_width: int = flag(default=3072, help="convllava: its channels")
+    mm_vision_resolution: int | None = flag(
+        default=None, help="side of images in pixels (default: the tower's)"
+    )
+    mm_projector_lr: float | None = flag(
+        default=None, help="learning rate of the projector (default: --learning_rate)"
+    )
+    vision_tower_lr: float | None = flag(default=None, help="learning rate of the tower, likewise")
+    group_by_modality_length: bool = truth_flag(
+        default=False, help="like kinds and lengths in one batch"
+    )
+    global_batch_size: int | None = flag(
+        default=None, help="samples of a step over all ranks; sets the accumulation"
+    )
+    model_max_length: int = flag(default=2048, help="tokens of a sample, visuals included")
+    bits: int = flag(default=16, help="4 or 8: language model quantised by bitsandbytes")
+    double_quant: bool = truth_flag(default=True, help="with --bits 4: quantise the constants too")
+    quant_type: str = flag(default="nf4", help="with --bits 4: nf4 or fp4")
+    lora_enable: bool = truth_flag(
+        default=False, help="learn low-rank additions to the language model only"
+    )
+    lora_r: int = flag(default=64, help="their rank")
+    lora_alpha: int = flag(default=16, help="their scale")
+    lora_dropout: float = flag(default=0.05, help="their dropout")
+    lora_bias: str = flag(default="none", help="must stay none: biases do not learn with it")
+    mm_use_im_start_end: bool = truth_flag(
+        default=False, help="must stay False: adds nothing but two tokens"
+    )
+    mm_use_im_patch_token: bool = truth_flag(
+        default=False, help="must stay False: adds a token that is never used"
+    )
+    mm_patch_merge_type: str = flag(
+        default="flat", help="must stay flat: tiles of one image are not supported"
+    )
+    lazy_preprocess: bool = truth_flag(
+        default=True, help="accepted, no effect: samples are always read when needed"
+    )
+    is_multimodal: bool = truth_flag(default=True, help="accepted, no effect")
+    cache_dir: str | None = flag(default=None, help="accepted, no effect: nothing is downloaded")
+    # names of flags that stand in the command line or the recipe, whatever their values
+    typed: frozenset[str] = frozenset()
+
+    @property
+    def trains_language_model(self) -> bool:
+        """Whether the language model learns; LoRA's additions count."""
+        return not (self.tune_mm_mlp_adapter or self.freeze_backbone)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Appends defaults, but for flags that have none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of lmm_probe.py, without TrainingArguments."""
     parser = argparse.ArgumentParser(
-        prog="lmm_probe.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="lmm_probe.py", description=__doc__, formatter_class=_HelpFormatter, allow_abbrev=False
     )
-    for name, (kind, default, text) in FLAGS.items():
-        shown = text if default is None else f"{text} (default: {default})"
-        options = {"help": shown.replace("%", "%%"), "default": default}
-        if isinstance(kind, list):
-            parser.add_argument(f"--{name}", type=kind[0], nargs="*", **options)
-        elif kind is bool:
-            parser.add_argument(f"--{name}", type=truth, nargs="?", const=True, **options)
-        else:
-            parser.add_argument(f"--{name}", type=kind, required=name in REQUIRED, **options)
+    add_flags(parser, LmmArguments)
     return parser
 
 
@@ -240,23 +255,33 @@ def parse_arguments(argv: Sequence[str]) -> tuple[LmmArguments, list[str]]:
 
     Raises ValueError for an unknown recipe or stage and for values that cannot be served.
     """
-    argv = [part for text in argv for part in _apart(text)]
+    words = _without_equals(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--stage", type=int, default=1)
-    chosen, _ = first.parse_known_args(argv)
-    given = [*recipe_flags(chosen), *argv]
-    known, others = build_parser().parse_known_args(given)
-    typed = frozenset(name for name in FLAGS if f"--{name}" in given)
-    arguments = LmmArguments(**{name: getattr(known, name) for name in FLAGS}, typed=typed)
+    chosen, _ = first.parse_known_args(words)
+    # argparse takes the last of two equal flags, so a typed one wins over the recipe's
+    words = [*recipe_flags(chosen), *words]
+    parsed, others = build_parser().parse_known_args(words)
+    values: dict[str, Any] = {}
+    for declared in flags_of(LmmArguments):
+        value = getattr(parsed, declared.destination)
+        # defaults are tuples, as a dataclass has it; configurations of transformers hold lists
+        values[declared.path] = list(value) if isinstance(value, tuple) else value
+    typed = frozenset(name for name in values if f"--{name}" in words)
+    arguments = LmmArguments(**values, typed=typed)
     _check(arguments)
-    return arguments, _present_names(others)
+    renamed = {f"--{old}": f"--{new}" for old, new in RENAMED.items()}
+    return arguments, [renamed.get(word, word) for word in others]
 
 
-def _apart(text: str) -> list[str]:
-    """--name=value as two words."""
-    name, equals, value = text.partition("=")
-    return [name, value] if equals and name.startswith("--") else [text]
+def _without_equals(argv: Sequence[str]) -> list[str]:
+    """The same words, with `--name=value` as two."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words += [name, value] if equals and name.startswith("--") else [word]
+    return words
 
 
 def recipe_flags(chosen: argparse.Namespace) -> list[str]:
@@ -268,20 +293,21 @@ def recipe_flags(chosen: argparse.Namespace) -> list[str]:
     stages = RECIPES[chosen.recipe]
     if not 1 <= chosen.stage <= len(stages):
         raise ValueError(f"--recipe {chosen.recipe} has the stages 1 to {len(stages)}")
-    flags = {**_COMMON, **stages[chosen.stage - 1]}
-    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-
-
-def _present_names(others: list[str]) -> list[str]:
-    """--old value -> --new value, for flags that transformers has renamed."""
-    renamed = {f"--{old}": f"--{new}" for old, new in RENAMED.items()}
-    return [renamed.get(part, part) for part in others]
+    words = []
+    for name, value in {**_COMMON, **stages[chosen.stage - 1]}.items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
 def _check(arguments: LmmArguments) -> None:
-    fixed = {"mm_use_im_start_end": False, "mm_use_im_patch_token": False}
-    fixed |= {"mm_patch_merge_type": "flat", "mm_vision_select_feature": "patch"}
-    fixed |= {"lora_bias": "none"}
+    # flags of LLaVA's scripts for what this model does not have: no other value is supported
+    fixed = {
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "mm_patch_merge_type": "flat",
+        "mm_vision_select_feature": "patch",
+        "lora_bias": "none",
+    }
     for name, value in fixed.items():
         if getattr(arguments, name) != value:
             raise ValueError(f"--{name} {getattr(arguments, name)} is not supported: {value} is")

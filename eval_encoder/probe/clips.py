@@ -1,148 +1,219 @@
-"""One file of a benchmark -> a view: whole frames, patches chosen by the codec, or a picture.
+"""Labelled clips -> packs for the encoder, in the order that is asked for.
 
-    validation   frames from the middle of S equal segments of the clip, centre square
-    crops        T samplings shifted within the segments, S squares along the long side
-    versions     of training clips: a uniform place in every segment, other colours; drawn from
-                 (seed, clip, version), so a version can be stored and met again
+    look   at a clip of the list  ->  view of its file (clip_views.py)  ->  several in one pack
 
-Pixels come from a child process (probe_reader.py).
+Files are decoded by a few child processes (clip_reader.py), some clips ahead of the encoder, and no
+file can hang or kill the probe. Packed shards of a split are read instead where they exist; they
+hold one version of each clip. A file that cannot be read is noted, with its reason, and left out.
 """
 
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from data_pipeline.codec.open_video import InputLimits, is_image
-from data_pipeline.codec.patches import cut_patches
-from data_pipeline.loading.views import View, image_view, still_view
-from data_pipeline.random import counter_rng
-from model_factory.packing import interpolate_frame_indices
+from data_pipeline.errors import RejectedInput
+from data_pipeline.labelled_lists import ids_of_sources
+from data_pipeline.loading.config import ViewConfig
+from data_pipeline.loading.packing import PackedBatch, pack_views
+from data_pipeline.loading.samples import sequential_batches
+from data_pipeline.loading.views import View
+from data_pipeline.shards.manifest import Manifest, load_manifest
 
-from .augment import recolour
-from .config import InputConfig
-from .reader import PixelReader, PixelRequest, check_decoder, segment_frames, shared_reader
+from ..clip_input import IMAGE_FAMILIES, InputConfig
+from ..clip_reader import PixelReader
+from ..clip_views import Look, chosen_decoder, chosen_gop, view_of_file
+from ..feature_cache import file_identity
+from .benchmarks import LabelledList
 
-GOPS = (16, 32, 64)
-
-
-@dataclass(frozen=True, order=True)
-class Look:
-    """What of a clip is looked at. `version` 0 is plain, others are drawn; `within` is the place of
-    the frames in their segments, `across` that of the square along the long side, both 0 to 1."""
-
-    clip: int
-    version: int = 0
-    within: float = 0.5
-    across: float = 0.5
+Packs = Iterator[tuple[list[Look], PackedBatch]]
 
 
-def view_of_file(
-    path: Path,
-    look: Look,
-    config: InputConfig,
-    size: int,
-    patch_size: int,
-    reader: PixelReader | None = None,
-    limits: InputLimits | None = None,
-) -> View:
-    """The view of a video or picture; without a `reader`, by the one that this process shares.
+def open_clips(
+    clips: LabelledList, config: InputConfig, size: int, patch_size: int
+) -> "RawClips | PackedClips":
+    """The reader of a split. Raises ValueError for more than packed shards hold."""
+    if clips.shards is not None:
+        return PackedClips(clips, clips.shards, config=config, patch_size=patch_size)
+    return RawClips(clips, config, size=size, patch_size=patch_size)
 
-    Raises RejectedInput for a file that cannot be read.
-    """
-    reader = reader or shared_reader()
-    request = _request(path, look, config, size, patch_size)
-    if limits is not None:
-        request = replace(request, limits=limits)
-    pixels = reader.read(request)
-    pictures = _coloured(pixels.pictures, look, config)
-    if request.kind == "image":
-        return image_view(torch.from_numpy(pictures[0]), patch_size)
-    if request.kind == "patches":
-        patches = torch.from_numpy(cut_patches(pictures, pixels.positions, patch_size))
-        positions = pixels.positions.copy()
-        positions[:, 0] = pixels.times[positions[:, 0]]
-        return View((patches.movedim(-1, 1),), torch.from_numpy(positions), (1, 1, len(patches)))
-    times = interpolate_frame_indices(
-        torch.from_numpy(pixels.numbers)[None],
-        torch.tensor([pixels.total]),
-        config.target_frames,
+
+class RawClips:
+    """Files of a list; `unreadable` fills up with names and reasons."""
+
+    several_versions = True  # clips can be looked at in other ways than the plain one
+
+    def __init__(
+        self, clips: LabelledList, config: InputConfig, size: int, patch_size: int
+    ) -> None:
+        if size % patch_size or size % 2:
+            raise ValueError(
+                f"--input_size {size} must be even and a multiple of the encoder's patch size "
+                f"{patch_size}"
+            )
+        if config.view == "codec":
+            # refuses a budget that is too small before anything is decoded
+            chosen_gop(config, frame_tokens=(size // patch_size) ** 2)
+        self._clips = clips
+        self._config = config
+        self._size = size
+        self._patch_size = patch_size
+        self._reader: PixelReader | None = None  # its processes start with the first clip
+        self.unreadable: dict[str, str] = {}
+        self.read_from = f"files, read by {chosen_decoder(config)}"
+
+    def identity(self, index: int) -> str:
+        """Text that changes with the file."""
+        return file_identity(self._clips.folder / self._clips.names[index])
+
+    def find_missing(self, indices: Iterable[int]) -> None:
+        """Note the files among `indices` that are not there."""
+        for index in indices:
+            name = self._clips.names[index]
+            if not (self._clips.folder / name).is_file():
+                self.unreadable[name] = "missing"
+
+    def packs(self, looks: list[Look], batch_size: int) -> Packs:
+        """(looks, pack) of readable clips in order, at most batch_size each."""
+        ready: list[Look] = []
+        views: list[View] = []
+        # two batches ahead: reading goes on while the encoder works
+        for look, view in self._views(looks, ahead=2 * batch_size):
+            if view is not None:
+                ready.append(look)
+                views.append(view)
+            if len(views) == batch_size:
+                yield ready, _packed(ready, views)
+                ready = []
+                views = []
+        if views:
+            yield ready, _packed(ready, views)
+
+    def _views(self, looks: list[Look], ahead: int) -> Iterator[tuple[Look, View | None]]:
+        """(look, its view or None) in order, `ahead` clips being read at a time."""
+        reader = self._reader or PixelReader(self._config.workers, self._config.wall_seconds)
+        self._reader = reader
+        pool = ThreadPoolExecutor(self._config.workers, thread_name_prefix="probe")
+        waiting: deque[tuple[Look, Future[View | None]]] = deque()
+        try:
+            for look in looks:
+                waiting.append((look, pool.submit(self._view, look, reader)))
+                if len(waiting) > ahead:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        except BaseException:
+            # Ctrl-C: nobody waits for clips that nobody will see. Threads of the pool wait for
+            # children, so that the children have to end first.
+            reader.close()
+            self._reader = None
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _view(self, look: Look, reader: PixelReader) -> View | None:
+        name = self._clips.names[look.clip]
+        try:
+            return view_of_file(
+                self._clips.folder / name,
+                look,
+                self._config,
+                size=self._size,
+                patch_size=self._patch_size,
+                reader=reader,
+            )
+        except RejectedInput as rejection:
+            self.unreadable[name] = f"{rejection.reason} ({rejection.detail})"
+            return None
+
+
+class PackedClips:
+    """Clips of packed shards; names that are not in them are unreadable."""
+
+    several_versions = False
+
+    def __init__(
+        self, clips: LabelledList, shards: Path, config: InputConfig, patch_size: int
+    ) -> None:
+        self._config = config
+        self._manifest = load_manifest(shards)
+        _check_stored(self._manifest, shards, config=config, patch_size=patch_size)
+        settings = self._manifest.settings
+        self.read_from = (
+            f"packed shards of {settings['size']} px, patch {settings['patch_size']}; flags of raw "
+            "videos have no effect"
+        )
+        ids = ids_of_sources(self._manifest)
+        self._sample_ids = [ids.get(name) for name in clips.names]
+        absent = [name for name in clips.names if name not in ids]
+        self.unreadable = dict.fromkeys(absent, "not in the packed shards")
+
+    def identity(self, index: int) -> str:
+        """Text that changes with the shards."""
+        return f"{self._manifest.sha256} {self._sample_ids[index]}"
+
+    def find_missing(self, indices: Iterable[int]) -> None:
+        """Do nothing: `unreadable` is complete, by the manifest."""
+
+    def packs(self, looks: list[Look], batch_size: int) -> Packs:
+        """(looks, pack) of clips in order, batch_size each."""
+        # The reader of shards takes a missing sample for an error, so those are left out before.
+        pairs = [(look, self._sample_ids[look.clip]) for look in looks]
+        stored = [(look, sample_id) for look, sample_id in pairs if sample_id is not None]
+        config = self._config
+        max_tokens = config.num_tokens
+        if config.view == "frame":
+            # num_frames whole frames, also of the sample with the largest grid
+            grids = [s["grid"] for shard in self._manifest.shards for s in shard["samples"]]
+            max_tokens = config.num_frames * max(grid[0] * grid[1] for grid in grids)
+        batches = sequential_batches(
+            self._manifest,
+            sample_ids=[sample_id for _, sample_id in stored],
+            batch_size=batch_size,
+            view=config.view,
+            view_config=ViewConfig(max_tokens=max_tokens, max_frames=config.num_frames),
+        )
+        for number, batch in enumerate(batches):
+            first = number * batch_size
+            yield [look for look, _ in stored[first : first + batch_size]], batch
+
+
+def _packed(looks: list[Look], views: list[View]) -> PackedBatch:
+    """A pack of views; it has no labels, since the encoder is frozen."""
+    return pack_views(
+        views,
+        torch.tensor([look.clip for look in looks]),
+        torch.zeros(len(views), 0, dtype=torch.int64),
+        torch.ones(len(views)),
     )
-    return still_view([torch.from_numpy(picture) for picture in pictures], patch_size, times)
 
 
-def frame_numbers(total: int, look: Look, config: InputConfig) -> np.ndarray:
-    """Frames of a clip of `total` frames, int64 [num_frames]; those of a short clip repeat."""
-    return segment_frames(total, _places(look, config))
-
-
-def chosen_decoder(config: InputConfig) -> str:
-    """The reader of whole frames: av, the packer's own, unless another one is asked for. ValueError
-    when it is not installed."""
-    if config.view == "codec" or config.decoder == "auto":
-        return "av"
-    check_decoder(config.decoder)
-    return config.decoder
-
-
-def chosen_gop(config: InputConfig, frame_tokens: int) -> int:
-    """Frames between I-frames of raw codec input: as asked for, else the smallest of 16, 32 and 64
-    that leaves half of the budget to P-frames, whole frames having `frame_tokens` patches.
-
-    Raises ValueError for a budget that cannot hold the I-frames.
-    """
-    frames, budget = config.target_frames, config.num_tokens
-
-    def needed(gop: int) -> int:
-        return -(-frames // gop) * frame_tokens
-
-    fitting = [gop for gop in GOPS if needed(gop) <= budget // 2]
-    gop = config.gop or (fitting[0] if fitting else GOPS[-1])
-    if needed(gop) > budget:
+def _check_stored(manifest: Manifest, shards: Path, config: InputConfig, patch_size: int) -> None:
+    """Raise ValueError where packed shards do not hold what the encoder takes: a budget beyond what
+    is stored would silently be a smaller one."""
+    packed = manifest.settings["patch_size"]
+    if config.family not in IMAGE_FAMILIES and packed != patch_size:
         raise ValueError(
-            f"--K_keep {budget} cannot hold the I-frames of {frames} frames, {needed(gop)} patches "
-            f"with --gop {gop}: raise it, take a longer --gop, or a smaller --input_size"
+            f"{shards} was packed with patch size {packed}, the encoder takes {patch_size}: "
+            f"pack again with --patch-size {patch_size}, or move the packed folder away"
         )
-    return gop
-
-
-def _request(
-    path: Path, look: Look, config: InputConfig, size: int, patch_size: int
-) -> PixelRequest:
-    """What a look asks of a file."""
-    shape = {"path": str(path), "size": size, "patch_size": patch_size, "place": look.across}
-    if is_image(path):
-        return PixelRequest(kind="image", **shape)
-    if config.view == "codec":
-        return PixelRequest(
-            kind="patches",
-            num_frames=config.target_frames,
-            gop=chosen_gop(config, (size // patch_size) ** 2),
-            num_patches=config.num_tokens,
-            camera=config.camera,
-            centre_prior=config.centre_prior,
-            **shape,
+    stored = max(s["num_patches"] for shard in manifest.shards for s in shard["samples"])
+    if config.view == "codec" and config.num_tokens > stored:
+        raise ValueError(
+            f"--K_keep {config.num_tokens}: {shards} keeps {stored} patches a clip; "
+            f"pass --K_keep {stored} or pack with a larger --budget"
         )
-    return PixelRequest(
-        kind="frames",
-        within=_places(look, config),
-        decoder=chosen_decoder(config),
-        decoder_threads=config.decoder_threads,
-        **shape,
-    )
-
-
-def _places(look: Look, config: InputConfig) -> tuple[float, ...]:
-    """Place of each frame in its segment."""
-    if look.version and "jitter" in config.augmentations:
-        draw = counter_rng(config.seed, "probe jitter", look.clip, look.version)
-        return tuple(draw.random(config.num_frames).tolist())
-    return (look.within,) * config.num_frames
-
-
-def _coloured(frames: np.ndarray, look: Look, config: InputConfig) -> np.ndarray:
-    if not look.version:
-        return frames
-    draw = counter_rng(config.seed, "probe colours", look.clip, look.version)
-    return recolour(frames, draw, config.augmentations)
+    frames = manifest.settings["num_full_frames"]
+    if config.view == "frame" and config.num_frames > frames:
+        raise ValueError(
+            f"--num_frames {config.num_frames}: {shards} stores {frames} frames "
+            f"a clip; pass --num_frames {frames} or pack with more --full-frames"
+        )
+    if config.temporal_crops > 1 or config.spatial_crops > 1:
+        raise ValueError(
+            f"{shards} holds one square and one sampling of every clip: crops need the raw "
+            "videos, so move the packed folder away"
+        )

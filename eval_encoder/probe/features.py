@@ -8,45 +8,78 @@ cache is neither read nor encoded.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 
 from data_pipeline.codec.decompose import DECOMPOSITION_VERSION
-from training.distributed import all_gather_json
+from training.distributed import Ranks, all_gather_json
 
+from ..clip_views import Look, chosen_decoder
 from ..feature_cache import FeatureCache
 from .benchmarks import LabelledList
-from .clips import Look, chosen_decoder
+from .clips import open_clips
 from .config import ProbeConfig
 from .encoders import ProbeEncoder
-from .loader import open_clips
 
 FEATURES_VERSION = 2  # goes up whenever equal files and settings would give other features
+MAX_LISTED = 50  # unreadable clips in a message, so that a wrong folder still fits a screen
+
+# readable looks of a batch, and their features fp32 [L_i, C] on the device
+FeatureBatch = tuple[list[Look], list[torch.Tensor]]
 
 
 class UnreadableClips(ValueError):
-    """Clips that cannot be judged, so that there is no accuracy."""
+    """Clips that cannot be evaluated, so that there is no accuracy."""
 
 
 class ClipFeatures:
-    """Features of one split. `unreadable`: {name: reason} so far; `encode_s`: seconds inside of
-    the encoder; `passes`: looks encoded so far."""
+    """Features of one split.
+
+    unreadable   {name: reason} so far
+    read_from    where clips come from, in words
+    encode_s     seconds inside of the encoder
+    passes       looks encoded so far
+    """
 
     def __init__(
-        self, clips: LabelledList, config: ProbeConfig, encoder: ProbeEncoder, device: torch.device
-    ):
-        self.clips, self._config, self._encoder, self._device = clips, config, encoder, device
-        size = encoder.size or config.input.size
-        self._reader = open_clips(clips, config.input, size, encoder.patch_size)
-        self.unreadable, self.about = self._reader.unreadable, self._reader.about
+        self,
+        clips: LabelledList,
+        config: ProbeConfig,
+        encoder: ProbeEncoder,
+        device: torch.device,
+    ) -> None:
+        self.clips = clips
+        self.encode_s = 0.0
+        self.passes = 0
+        self._num_tokens = 0
+        self._config = config
+        self._encoder = encoder
+        self._device = device
         self._pooled = config.heads.kind != "attentive"
-        self.encode_s, self.passes, self._tokens = 0.0, 0, 0
-        key = {"encoder": encoder.sha256, "pooled": self._pooled, "size": size}
-        key |= {"decoder": chosen_decoder(config.input), "input": config.input.identity()}
-        key |= {"device": device.type, "versions": [FEATURES_VERSION, DECOMPOSITION_VERSION]}
-        room = int(config.cache_gb * (1 << 30))
-        self._cache = FeatureCache(config.cache_dir, key, room, self._identity)
+        size = encoder.size or config.input.size
+        self._reader = open_clips(
+            clips, config=config.input, size=size, patch_size=encoder.patch_size
+        )
+        self.unreadable = self._reader.unreadable
+        self.read_from = self._reader.read_from
+        key = {
+            "encoder": encoder.sha256,
+            "pooled": self._pooled,
+            "size": size,
+            "decoder": chosen_decoder(config.input),
+            "input": config.input.identity(),
+            # last bits depend on it: bf16 on CUDA, fp32 on a CPU
+            "device": device.type,
+            "versions": [FEATURES_VERSION, DECOMPOSITION_VERSION],
+        }
+        self._cache: FeatureCache[Look] = FeatureCache(
+            config.cache_dir,
+            key=key,
+            identity=self._identity,
+            memory_bytes=int(config.cache_gb * (1 << 30)),
+        )
 
     def find_missing(self, rank: int, world_size: int) -> None:
         """Note files that are not there, of this rank's share, before anything is decoded."""
@@ -54,79 +87,93 @@ class ClipFeatures:
 
     def tokens_per_clip(self) -> float:
         """Mean number of tokens of a clip's crops together over all ranks, which all call this;
-        encodes a clip where all was stored."""
+        encodes a clip where all features were stored."""
         config = self._config.input
-        seen = all_gather_json([self._tokens, self.passes])
-        if not any(passes for _, passes in seen):
+        counts = all_gather_json([self._num_tokens, self.passes])
+        if not any(passes for _, passes in counts):
+            # Nothing was encoded on any rank, so the first clip that can be read speaks for all.
             for index in range(len(self.clips)):
-                if next(self._encoded([Look(index)]))[1] is not None:
+                if next(self._encoded([Look(index)])) is not None:
                     break
-            seen = [[self._tokens, self.passes]]
-        tokens, passes = (sum(values) for values in zip(*seen, strict=True))
-        return tokens / max(1, passes) * config.temporal_crops * config.spatial_crops
+            counts = [[self._num_tokens, self.passes]]
+        num_tokens = sum(tokens for tokens, _ in counts)
+        passes = sum(passes for _, passes in counts)
+        return num_tokens / max(1, passes) * config.temporal_crops * config.spatial_crops
 
-    def plain_looks(self, indices) -> list[Look]:
-        """The one look at each clip that chooses nothing by chance."""
-        return [Look(int(i)) for i in indices]
-
-    def drawn_looks(self, indices, epoch: int) -> list[Look]:
-        """Training looks of an epoch (from 1): drawn versions where the clips have several."""
+    def drawn_looks(self, indices: Iterable[int], epoch: int) -> list[Look]:
+        """Training looks of an epoch (from 1): drawn versions where the clips have several, else
+        version 0, of which nothing is random."""
         views = self._config.input.train_views
         if views == 1 or not self._reader.several_versions:
-            return self.plain_looks(indices)
-        version = 1 + (epoch - 1) % views if views else epoch
-        return [Look(int(i), version) for i in indices]
+            version = 0
+        else:
+            version = 1 + (epoch - 1) % views if views else epoch
+        return [Look(int(index), version) for index in indices]
 
-    def crops(self, indices) -> list[Look]:
+    def crops(self, indices: Iterable[int]) -> list[Look]:
         """All crops of each clip, one clip after the other."""
-        times, squares = self._config.input.temporal_crops, self._config.input.spatial_crops
+        times = self._config.input.temporal_crops
+        squares = self._config.input.spatial_crops
         within = [(t + 0.5) / times for t in range(times)]
         across = [0.5] if squares == 1 else [s / (squares - 1) for s in range(squares)]
-        return [Look(int(i), 0, t, s) for i in indices for t in within for s in across]
+        return [
+            Look(int(index), within=time, across=place)
+            for index in indices
+            for time in within
+            for place in across
+        ]
+
+    def batches(self, batches: list[list[Look]]) -> Iterator[FeatureBatch]:
+        """Features of every batch of looks, without the looks that cannot be read."""
+        missing = [look for batch in batches for look in batch if not self._cache.has(look)]
+        absent = set(missing)
+        # Encoded in the order of the batches, so that reading runs ahead over their borders.
+        fresh = self._encoded(missing)
+        for batch in batches:
+            looks = []
+            features = []
+            for look in batch:
+                if look in absent:
+                    found = next(fresh)
+                else:
+                    found = self._cache.get(look, comes_again=self._comes_again(look))
+                    if found is None:  # stored, but damaged
+                        found = next(self._encoded([look]))
+                if found is not None:
+                    looks.append(look)
+                    features.append(found.to(self._device).float())
+            yield looks, features
 
     def _identity(self, look: Look) -> str:
-        """Text that changes with what is seen: the clip's content, the place, and the draw."""
-        place = f"{self._reader.identity(look.clip)} {look.within} {look.across}"
+        """Text that changes with what is seen: the clip's content, the crop, and the draw."""
+        seen = f"{self._reader.identity(look.clip)} {look.within} {look.across}"
+        if look.version == 0:
+            return seen
         config = self._config.input
-        draw = f" {look.clip} {look.version} {config.seed} {config.augmentations}"
-        return place + draw * (look.version > 0)
-
-    def batches(self, batches: list[list[Look]]) -> Iterator[tuple[list[Look], list[torch.Tensor]]]:
-        """(readable looks, their features fp32 [L_i, C] on the device) of every batch of looks."""
-        wanted = [look for batch in batches for look in batch]
-        missing = [look for look in wanted if not self._cache.has(look)]
-        fresh, absent = self._encoded(missing), set(missing)
-        for batch in batches:
-            found = []
-            for look in batch:
-                features = next(fresh)[1] if look in absent else self._stored(look)
-                if features is None and look not in absent:  # stored, but damaged
-                    features = next(self._encoded([look]))[1]
-                if features is not None:
-                    found.append((look, features.to(self._device).float()))
-            yield [look for look, _ in found], [features for _, features in found]
-
-    def _stored(self, look: Look) -> torch.Tensor | None:
-        return self._cache.get(look, self._comes_again(look))
+        return f"{seen} {look.clip} {look.version} {config.seed} {config.augmentations}"
 
     def _comes_again(self, look: Look) -> bool:
         """Whether a later epoch will look the same way."""
         return look.version == 0 or self._config.input.train_views > 0
 
-    def _encoded(self, looks: list[Look]) -> Iterator[tuple[Look, torch.Tensor | None]]:
-        """(look, features) of every look in order; None for clips that cannot be read."""
-        names, order = self.clips.names, deque(looks)
+    def _encoded(self, looks: list[Look]) -> Iterator[torch.Tensor | None]:
+        """Features of every look in order; None for clips that cannot be read."""
+        names = self.clips.names
         readable = [look for look in looks if names[look.clip] not in self.unreadable]
-        for found, pieces in self._packs(readable):
-            for look, piece in zip(found, pieces, strict=True):
-                while order[0] != look:
-                    yield order.popleft(), None
-                yield order.popleft(), piece
-        for look in order:
-            yield look, None
+        waiting = deque(looks)
+        for encoded, pieces in self._packs(readable):
+            for look, piece in zip(encoded, pieces, strict=True):
+                while waiting[0] != look:  # turned out to be unreadable
+                    waiting.popleft()
+                    yield None
+                waiting.popleft()
+                yield piece
+        for _ in waiting:
+            yield None
 
-    def _packs(self, looks: list[Look]) -> Iterator[tuple[list[Look], list[torch.Tensor]]]:
-        """(looks, their features) of what can be read, a pack at a time, kept in the cache."""
+    def _packs(self, looks: list[Look]) -> Iterator[FeatureBatch]:
+        """(looks, their features in fp16) of what can be read, a pack at a time; put into the
+        cache. Raises ValueError for features that are not finite."""
         for found, batch in self._reader.packs(looks, self._config.heads.batch_size):
             started = time.perf_counter()
             encoded = self._encoder(batch.to(self._device))
@@ -134,41 +181,55 @@ class ClipFeatures:
                 pieces = encoded.pooled.half().cpu().split(1)
             else:
                 pieces = encoded.tokens.half().cpu().split(encoded.lengths.tolist())
+            # `.cpu()` has waited for the device, so these are seconds of the encoder.
             self.encode_s += time.perf_counter() - started
-            self._tokens += int(encoded.lengths.sum())
+            self._num_tokens += int(encoded.lengths.sum())
             self.passes += len(found)
-            pieces = [piece.clone() for piece in pieces]
-            for look, piece in zip(found, pieces, strict=True):
-                self._check_finite(look, piece)
-                self._cache.put(look, piece, self._comes_again(look))
-            yield found, pieces
+            # copies: a piece is a view, and one kept in memory would hold its whole pack
+            features = [piece.clone() for piece in pieces]
+            for look, piece in zip(found, features, strict=True):
+                if not torch.isfinite(piece).all():
+                    raise ValueError(
+                        f"{self.clips.names[look.clip]}: the encoder's features are not finite, or "
+                        "beyond what fp16 holds (65504): its weights are damaged, or not "
+                        "normalised at their end"
+                    )
+                self._cache.put(look, piece, comes_again=self._comes_again(look))
+            yield found, features
 
-    def _check_finite(self, look: Look, features: torch.Tensor) -> None:
-        if not torch.isfinite(features).all():
-            raise ValueError(
-                f"{self.clips.names[look.clip]}: the encoder's features are not finite, or beyond "
-                "what fp16 holds (65504): its weights are damaged, or not normalised at their end"
-            )
+
+def crop_batches(
+    features: ClipFeatures, indices: np.ndarray, batch_size: int, ranks: Ranks
+) -> Iterator[FeatureBatch]:
+    """Features of all crops of the clips `indices` that fall to this rank, batch_size clips at a
+    time. The crops of a clip are in one batch."""
+    mine = indices[ranks.rank :: ranks.world_size]
+    chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return features.batches([features.crops(chunk) for chunk in chunks])
 
 
 def refuse_unreadable(train: ClipFeatures, val: ClipFeatures, allow_partial: bool) -> None:
-    """All ranks learn what any of them could not read, and raise UnreadableClips unless a part of
-    the clips is good enough. Called by all ranks."""
+    """Let all ranks know what any of them could not read. Raises UnreadableClips for any such
+    clip, or with allow_partial for a list of such clips alone. Called by all ranks."""
+    # Exchanged before anything is raised: all ranks raise together, and none waits for another.
     for features in (train, val):
         for part in all_gather_json(features.unreadable):
             features.unreadable.update(part)
     unreadable = train.unreadable | val.unreadable
     if unreadable and not allow_partial:
-        raise UnreadableClips(refusal(unreadable))
+        raise UnreadableClips(_refusal(unreadable))
     for features in (train, val):
         if all(name in features.unreadable for name in features.clips.names):
             raise UnreadableClips(f"no clip of {features.clips.split} can be read: repair the data")
 
 
-def refusal(unreadable: dict[str, str], most: int = 50) -> str:
+def _refusal(unreadable: dict[str, str]) -> str:
     """Why there is no accuracy."""
-    lines = [f"{name}: {reason}" for name, reason in sorted(unreadable.items())]
-    more = [f"and {len(lines) - most} more"] * (len(lines) > most)
-    return "\n  ".join(
-        [f"{len(lines)} clips cannot be judged, so there is no accuracy:", *lines[:most], *more]
-    ) + ("\nrepair or remove them, or accept the rest with --allow-partial")
+    clips = [f"{name}: {reason}" for name, reason in sorted(unreadable.items())]
+    lines = [
+        f"{len(clips)} clips cannot be evaluated, so there is no accuracy:",
+        *clips[:MAX_LISTED],
+    ]
+    if len(clips) > MAX_LISTED:
+        lines.append(f"and {len(clips) - MAX_LISTED} more")
+    return "\n  ".join(lines) + "\nrepair or remove them, or accept the rest with --allow-partial"

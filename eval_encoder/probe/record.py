@@ -11,7 +11,9 @@ import csv
 import json
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +21,25 @@ import numpy as np
 from model_factory.command_line.plain_text import printable
 from model_factory.files import json_line
 
+from ..intervals import seed_half_width
+from ..tables import table_head, table_row
 from .benchmarks import BENCHMARKS
-from .compare import draw_confusion, table_head, table_row
+from .compare import COLUMNS, cells_of, draw_confusion
 from .config import ProbeConfig
-from .metrics import seed_interval
+from .metrics import Evaluation
+from .trainer import EpochFigures, History
+
+DIGITS = 4  # of figures in percent: one of a million clips would still be seen
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one probe: seconds in all and inside of the encoder (rank 0), tokens of a clip (of all its
-    crops), encoder passes of rank 0, ranks and device."""
+    """What one probe cost.
+
+    wall_s, encoder_s   seconds in all, and inside of the encoder on rank 0
+    tokens_per_clip     of all crops of a clip together, mean over the clips
+    encoder_passes      looks that rank 0 encoded
+    """
 
     wall_s: float
     encoder_s: float
@@ -38,50 +49,72 @@ class Costs:
     device: str
 
 
-def summarise(config: ProbeConfig, history, num_clips: dict[str, int]) -> dict:
+def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) -> dict:
     """The record of a bank of heads: figures of the setting that the held-out part of train chose,
     mean over its seeds. See docs/evaluation.md for every field."""
-    chosen, held = _chosen(history)
-    heads = heads_of(history, chosen)
+    assert history.last is not None  # the trainer evaluates its last epoch
+    last_epoch = history.epochs[-1]
+    held_out = last_epoch.held
+    setting = _chosen_setting(history, held_out)
+    heads = _heads_of(history, setting)
     metric = history.last.metric
-    record = _facts(config, num_clips) | {
-        "metric": metric,
-        "chosen": {"lr": chosen[0], "weight_decay": chosen[1], "held_out": held},
-        "last_epoch": _figures(history, heads, len(history.epochs) - 1, metric),
-        "best_epoch": None,
-        "best_epoch_on_validation": _flattering(history, metric),
-        "per_class": history.last.per_class(heads),
-        "grid": _grid(history, metric),
-    }
-    if len(history.held) == len(history.epochs):  # held-out clips could be read in every epoch
-        means = [np.mean(values[heads]) for values in history.held]
-        best = int(np.argmax(means))
-        record["best_epoch"] = _figures(history, heads, best, metric)
-    return record
-
-
-def heads_of(history, chosen: tuple[float, float]) -> list[int]:
-    """The heads of a setting (lr, weight decay) that did not go astray."""
-    return [
-        i
-        for i, s in enumerate(history.settings)
-        if (s.lr, s.weight_decay) == chosen and i not in history.astray
-    ]
-
-
-def summarise_neighbours(config: ProbeConfig, k: int, held, judged, num_clips) -> dict:
-    """The record of nearest neighbours."""
-    main, top5 = float(judged.main()[0]), judged.top5()
+    # The best epoch, too, is chosen on held-out clips: the validation list chooses nothing.
+    held_means = [np.mean(e.held[heads]) for e in history.epochs if e.held is not None]
+    best_epoch = None
+    if len(held_means) == len(history.epochs):
+        best_epoch = _figures(history, heads, history.epochs[int(np.argmax(held_means))])
     return _facts(config, num_clips) | {
-        "metric": judged.metric,
-        "chosen": {"k": k, "held_out": None if held is None else round(float(held.main()[0]), 4)},
+        "metric": metric,
+        "chosen": {
+            "lr": setting[0],
+            "weight_decay": setting[1],
+            "held_out": None if held_out is None else _rounded(np.mean(held_out[heads])),
+        },
+        "last_epoch": _figures(history, heads, last_epoch),
+        "best_epoch": best_epoch,
+        "best_epoch_on_validation": _best_on_validation(history),
+        "per_class": history.last.per_class(heads),
+        "grid": [
+            asdict(tried)
+            | {
+                metric: _rounded(last_epoch.main[head]),
+                "held_out": None if held_out is None else _rounded(held_out[head]),
+                "astray": head in history.diverged,
+            }
+            for head, tried in enumerate(history.settings)
+        ],
+    }
+
+
+def chosen_confusion(history: History, record: dict) -> np.ndarray | None:
+    """Confusion matrix at the last epoch of the setting that `summarise` chose."""
+    assert history.last is not None
+    chosen = record["chosen"]
+    return history.last.confusion(_heads_of(history, (chosen["lr"], chosen["weight_decay"])))
+
+
+def summarise_neighbours(
+    config: ProbeConfig,
+    k: int,
+    held_out: Evaluation | None,
+    evaluation: Evaluation,
+    num_clips: dict[str, int],
+) -> dict:
+    """The record of nearest neighbours."""
+    top5 = evaluation.top5()
+    return _facts(config, num_clips) | {
+        "metric": evaluation.metric,
+        "chosen": {
+            "k": k,
+            "held_out": None if held_out is None else _rounded(held_out.main()[0]),
+        },
         "last_epoch": {
-            judged.metric: round(main, 4),
-            "top5": None if top5 is None else round(float(top5[0]), 4),
-            "ci95_clips": round(judged.clip_interval([0]), 4),
+            evaluation.metric: _rounded(evaluation.main()[0]),
+            "top5": None if top5 is None else _rounded(top5[0]),
+            "ci95_clips": _rounded(evaluation.clip_interval([0])),
         },
         "best_epoch": None,
-        "per_class": judged.per_class([0]),
+        "per_class": evaluation.per_class([0]),
     }
 
 
@@ -90,40 +123,47 @@ def write_results(
     record: dict,
     confusion: np.ndarray | None,
     costs: Costs,
-    facts: dict,
+    facts: Mapping[str, object],
     classes: tuple[str, ...] = (),
 ) -> dict:
-    """Append to the files of the report folder; returns the whole record. facts: what else to
-    note, `unreadable` {split: {name: reason}} among it. classes: names in the order of their
-    numbers, if classes have names."""
-    from importlib.metadata import version
+    """Append to the files of the report folder; returns the whole record.
 
+    facts: further entries, among them `unreadable` {split: {name: reason}}. classes: names in the
+    order of their numbers, if classes have names.
+    """
     folder = config.report_dir
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.jsonl"
     number = len(results.read_text().splitlines()) if results.is_file() else 0
     software = {name: version(name) for name in ("torch", "av", "transformers")}
-    record |= {**facts, "costs": asdict(costs)}
-    record |= {"software": {"python": platform.python_version(), **software}}
+    record |= {
+        **facts,
+        "costs": asdict(costs),
+        "software": {"python": platform.python_version(), **software},
+    }
+
+    # Files of several probes lie in one folder: the line of the record tells them apart.
+    prefix = f"{number:03d}_{record['dataset']}"
     if confusion is not None:
-        name = f"{number:03d}_{record['dataset']}_confusion.png"
-        record["confusion"] = name
-        draw_confusion(confusion, folder / name)
+        record["confusion"] = f"{prefix}_confusion.png"
+        draw_confusion(confusion, folder / record["confusion"])
     if classes:
-        name = f"{number:03d}_{record['dataset']}_classes.csv"
-        record["classes"] = name
-        _write_classes(folder / name, classes)
+        record["classes"] = f"{prefix}_classes.csv"
+        # A class folder's name may hold bytes that are no UTF-8: they are written as they are.
+        path = folder / record["classes"]
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            csv.writer(stream).writerows(enumerate(classes))
+
     with open(results, "ab") as stream:
-        stream.write(json_line(_without_nan(record)))
+        stream.write(json_line({key: _without_nan(value) for key, value in record.items()}))
     table = folder / "table.md"
-    header = "" if table.is_file() else table_head()
+    head = "" if table.is_file() else table_head(COLUMNS)
     with open(table, "a") as stream:
-        stream.write(header + table_row(record) + "\n")
+        stream.write(head + table_row(cells_of(record)))
     weights = Path(config.model_weight).name
     with open(folder / f"report_attentive_probe_{weights}.txt", "a") as stream:
-        stream.write(
-            f"{printable(record['dataset'])} {record['last_epoch'][record['metric']]:.2f}\n"
-        )
+        figure = record["last_epoch"][record["metric"]]
+        stream.write(f"{printable(record['dataset'])} {figure:.2f}\n")
     return record
 
 
@@ -133,16 +173,14 @@ def _without_nan(value: object) -> object:
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_classes(path: Path, classes: tuple[str, ...]) -> None:
-    # A class folder's name may hold bytes that are no UTF-8: they are written as they are.
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        csv.writer(stream).writerows(enumerate(classes))
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _facts(config: ProbeConfig, num_clips: dict[str, int]) -> dict:
+    """Entries of any record: what was probed, of which clips, under which configuration."""
+    # A folder of one's own is known by its last part, as a benchmark is by its name.
     is_benchmark = config.dataset.lower() in BENCHMARKS
     return {
         "dataset": config.dataset.lower() if is_benchmark else Path(config.dataset).resolve().name,
@@ -161,54 +199,57 @@ def _facts(config: ProbeConfig, num_clips: dict[str, int]) -> dict:
     }
 
 
-def _chosen(history) -> tuple[tuple[float, float], float | None]:
-    """((lr, weight decay), its figure) of the largest mean over the seeds on the held-out clips at
-    the last epoch; heads that went astray are out."""
-    found = history.held[-1] if history.held else np.zeros(len(history.settings))
-    settings = dict.fromkeys((s.lr, s.weight_decay) for s in history.settings)
-    heads = {setting: heads_of(history, setting) for setting in settings}
-    means = {setting: float(np.mean(found[own])) for setting, own in heads.items() if own}
-    chosen = max(means, key=means.get)
-    return chosen, round(means[chosen], 4) if history.held else None
+def _chosen_setting(history: History, held_out: np.ndarray | None) -> tuple[float, float]:
+    """(lr, weight decay) of the largest mean over the seeds on the held-out clips at the last
+    epoch, or the first setting without held-out clips. Diverged heads do not count."""
+    means = {}
+    for head in history.settings:
+        setting = (head.lr, head.weight_decay)
+        heads = _heads_of(history, setting)
+        if heads:
+            means[setting] = 0.0 if held_out is None else float(np.mean(held_out[heads]))
+    return max(means, key=means.__getitem__)
 
 
-def _figures(history, heads: list[int], place: int, metric: str) -> dict:
-    values = history.main[place][heads]
-    interval = seed_interval(values) if history.seeds_matter else None
-    top5 = history.top5[place]
+def _heads_of(history: History, setting: tuple[float, float]) -> list[int]:
+    """Indices of the heads of a setting (lr, weight decay) that did not diverge."""
+    return [
+        index
+        for index, head in enumerate(history.settings)
+        if (head.lr, head.weight_decay) == setting and index not in history.diverged
+    ]
+
+
+def _figures(history: History, heads: list[int], epoch: EpochFigures) -> dict:
+    """Figures of some heads at an evaluated epoch: means over their seeds."""
+    assert history.last is not None
+    values = epoch.main[heads]
+    half_width = seed_half_width(values) if history.seeds_matter else None
     figures = {
-        metric: round(float(values.mean()), 4),
-        "top5": None if top5 is None else round(float(top5[heads].mean()), 4),
-        "epoch": history.epochs[place],
-        "seeds": [round(float(value), 4) for value in values],
-        "ci95_seeds": None if interval is None else round(interval, 4),
+        history.last.metric: _rounded(values.mean()),
+        "top5": None if epoch.top5 is None else _rounded(epoch.top5[heads].mean()),
+        "epoch": epoch.epoch,
+        "seeds": [_rounded(value) for value in values],
+        "ci95_seeds": None if half_width is None else _rounded(half_width),
     }
-    if place == len(history.epochs) - 1:
-        figures["ci95_clips"] = round(history.last.clip_interval(heads), 4)
+    if epoch is history.epochs[-1]:  # results clip by clip are kept of the last epoch alone
+        figures["ci95_clips"] = _rounded(history.last.clip_interval(heads))
     return figures
 
 
-def _flattering(history, metric: str) -> dict:
-    """The largest figure of any head at any epoch, as published protocols report it."""
-    values = np.array(history.main)
-    values[:, sorted(history.astray)] = -np.inf
-    epoch, head = np.unravel_index(np.argmax(values), values.shape)
-    setting = history.settings[head]
+def _best_on_validation(history: History) -> dict:
+    """The largest figure of any head at any epoch, as published protocols report it. It is chosen
+    on the validation list, so it flatters; it is there to compare with published figures."""
+    assert history.last is not None
+    values = np.array([epoch.main for epoch in history.epochs])
+    values[:, sorted(history.diverged)] = -np.inf
+    index, head = np.unravel_index(np.argmax(values), values.shape)
     return {
-        metric: round(float(values[epoch, head]), 4),
-        "epoch": history.epochs[epoch],
-        "lr": setting.lr,
+        history.last.metric: _rounded(values[index, head]),
+        "epoch": history.epochs[index].epoch,
+        "lr": history.settings[head].lr,
     }
 
 
-def _grid(history, metric: str) -> list[dict]:
-    """Every head at the last epoch."""
-    return [
-        asdict(setting)
-        | {
-            metric: round(float(history.main[-1][i]), 4),
-            "held_out": round(float(history.held[-1][i]), 4) if history.held else None,
-            "astray": i in history.astray,
-        }
-        for i, setting in enumerate(history.settings)
-    ]
+def _rounded(value: float) -> float:
+    return round(float(value), DIGITS)

@@ -1,19 +1,22 @@
-"""Training and judging the bank of heads on frozen features.
+"""Training and evaluation of the bank of heads on frozen features.
 
     order of an epoch   drawn from (seed, epoch), the same on any number of ranks
     seeds               attentive heads differ in their initial weights and share every batch; a
-                        linear head's problem is convex, so that initial weights move nothing, and
-                        each seed has an order of its own
+                        linear head's problem is convex, so initial weights change nothing, and each
+                        seed has an order of its own instead
     global batch        batch_size clips per rank; the loss is the mean over all of its clips
-    judging             the held-out part of train (to choose with) and the validation list
+    evaluation          the held-out part of train (to choose with) and the validation list
 
-A head whose gradient is not finite is left as it was and takes no further part.
+A head whose gradient is not finite has diverged: it is left as it was and takes no further part.
+
+Shape legend: B heads of the bank, n clips, m crops, K classes, L tokens, C width.
 """
 
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,8 +29,11 @@ from training.distributed import Ranks
 from .bank import HeadBank, HeadSetting
 from .benchmarks import hold_out
 from .config import HeadsConfig, ProbeConfig
-from .features import ClipFeatures, refuse_unreadable
-from .metrics import Judgement, JudgementBuilder
+from .features import ClipFeatures, FeatureBatch, crop_batches, refuse_unreadable
+from .metrics import Evaluation, EvaluationBuilder
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class NonFiniteProbe(ValueError):
@@ -38,41 +44,51 @@ class NonFiniteProbe(ValueError):
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """What some heads of the bank learn from in one step, on this rank: their numbers in the bank,
-    clips, and the features [L_i, C] of those."""
+    """What some heads of the bank learn from in one step, on this rank.
+
+    heads     indices of the heads in the bank
+    clips     indices of the clips in the training list
+    features  [L_i, C] of each clip
+    """
 
     heads: list[int]
     clips: list[int]
     features: list[torch.Tensor]
 
 
+@dataclass(frozen=True)
+class EpochFigures:
+    """Figures of every head at an evaluated epoch, float64 [B], in percent.
+
+    main, top5  of the validation clips; top5 None where it carries no information
+    held        main figure of the held-out clips; None where none of them could be read
+    loss        mean training loss
+    seconds     since the start of the trainer
+    """
+
+    epoch: int
+    main: np.ndarray
+    top5: np.ndarray | None
+    held: np.ndarray | None
+    loss: np.ndarray
+    seconds: float = 0.0
+
+
 @dataclass
 class History:
-    """Figures per judged epoch, float64 [B] each, when each was judged (seconds from the start),
-    the last judgement of the validation list, which heads went astray, and whether anything that
-    their seeds decide can change a result."""
+    """Results of a bank.
+
+    epochs        figures of the evaluated epochs, in order
+    last          the last evaluation of the validation list, clip by clip
+    diverged      indices of heads that diverged
+    seeds_matter  whether anything that their seeds decide can change a result
+    """
 
     settings: list[HeadSetting]
-    epochs: list[int] = field(default_factory=list)
-    held: list[np.ndarray] = field(default_factory=list)
-    main: list[np.ndarray] = field(default_factory=list)
-    top5: list[np.ndarray] = field(default_factory=list)
-    loss: list[np.ndarray] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    last: Judgement | None = None
-    astray: set[int] = field(default_factory=set)
+    epochs: list[EpochFigures] = field(default_factory=list)
+    last: Evaluation | None = None
+    diverged: set[int] = field(default_factory=set)
     seeds_matter: bool = True
-
-
-def settings_of(config: HeadsConfig) -> list[HeadSetting]:
-    """Every combination of learning rate, weight decay and seed."""
-    seeds = range(config.seed, config.seed + config.num_seeds)
-    return [
-        HeadSetting(lr, decay, seed)
-        for lr in config.lrs
-        for decay in config.weight_decays
-        for seed in seeds
-    ]
 
 
 class ProbeTrainer:
@@ -86,66 +102,82 @@ class ProbeTrainer:
         val: ClipFeatures,
         ranks: Ranks,
         log: logging.Logger,
-        board=None,
-    ):
-        """board: TensorBoard writer of rank 0."""
-        self._config, self._heads_config = config, config.heads
-        self._train, self._val, self._ranks = train, val, ranks
-        self._log, self._board = log, board
-        self._num_classes = val.clips.num_classes
+        board: "SummaryWriter | None" = None,
+    ) -> None:
+        """width of the features; board: TensorBoard writer of rank 0."""
+        self._config = config
+        self._heads_config = config.heads
+        self._train = train
+        self._val = val
+        self._ranks = ranks
+        self._log = log
+        self._board = board
+
         settings = settings_of(config.heads)
-        self.bank = HeadBank(config.heads.kind, width, self._num_classes, settings)
-        self.bank.to(ranks.device)
-        self._seeds = [setting.seed for setting in settings]
+        num_classes = val.clips.num_classes
+        self.bank = HeadBank(config.heads.kind, width, num_classes, settings).to(ranks.device)
         groups = [
             {"params": list(head.parameters()), "peak": s.lr, "weight_decay": s.weight_decay}
             for head, s in zip(self.bank.heads, settings, strict=True)
         ]
+        # `_step` sets the learning rate of every group before it is used.
         self._optimizer = torch.optim.AdamW(groups, lr=1.0)
-        self.history, self._started = History(settings), time.perf_counter()
+        self.history = History(settings)
+        self._started = time.perf_counter()
 
     def run(self) -> History:
-        """All epochs. Raises UnreadableClips at the first judging after a clip could not be read,
-        ValueError when nothing is left to choose settings with, NonFiniteProbe when no head is."""
+        """Train and evaluate all epochs.
+
+        Raises UnreadableClips at the first evaluation after a clip could not be read, ValueError
+        when nothing is left to choose settings with, NonFiniteProbe when all heads diverged.
+        """
         config = self._heads_config
         keep, held = hold_out(self._train.clips, config.holdout)
         size = config.batch_size * self._ranks.world_size
-        steps = -(-len(keep) // size)
-        self._look_at_seeds(steps)
+        steps = -(-len(keep) // size)  # the last batch of an epoch may be smaller
+        self._check_seeds(steps)
         for epoch in range(1, config.epochs + 1):
-            sums, count = np.zeros(len(self.bank.heads)), 0
-            for number, batches in enumerate(self._head_batches(epoch, keep, size)):
-                progress = ((epoch - 1) * steps + number) / (config.epochs * steps)
+            sums = np.zeros(len(self.bank.heads))
+            num_clips = 0
+            for step, batches in enumerate(self._head_batches(epoch, keep, size)):
+                # 0 at the first step; the step after the last one would have 1
+                progress = ((epoch - 1) * steps + step) / (config.epochs * steps)
                 sums += self._step(batches, progress)
-                count += len(batches[0].clips)  # over an epoch, all seeds have the same clips
-            last = epoch == config.epochs
-            if epoch == 1 or last or epoch % config.eval_every == 0:
-                totals = torch.tensor([*sums, count], dtype=torch.float64)
+                num_clips += len(batches[0].clips)  # over an epoch, all seeds have the same clips
+            is_last = epoch == config.epochs
+            if epoch == 1 or is_last or epoch % config.eval_every == 0:
+                totals = torch.tensor([*sums, num_clips], dtype=torch.float64)
                 dist.all_reduce(totals)
-                self._judge(epoch, held, (totals[:-1] / totals[-1].clamp(min=1)).numpy())
-                if last or epoch % config.log_every < config.eval_every:
-                    self._say(epoch)
+                losses = (totals[:-1] / totals[-1].clamp(min=1)).numpy()
+                self._evaluate_epoch(epoch, held, losses)
+                # the first evaluated epoch at or after a multiple of log_every
+                if is_last or epoch % config.log_every < config.eval_every:
+                    self._log_epoch(epoch)
         return self.history
 
-    def judge(self, features: ClipFeatures, indices: np.ndarray) -> Judgement:
-        """Scores of the clips `indices` by all heads: the mean over the crops of the shares that
-        the softmax gives (multi-label: of the logits)."""
-        clips, config = features.clips, self._heads_config
-        builder = JudgementBuilder(clips.labels, indices, len(self.bank.heads), clips.num_classes)
-        mine = indices[self._ranks.rank :: self._ranks.world_size]
-        chunks = [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
-        looks = [features.crops(chunk) for chunk in chunks]
+    def evaluate(self, features: ClipFeatures, indices: np.ndarray) -> Evaluation:
+        """Evaluate the clips `indices` with all heads. A clip's scores are the mean over its crops
+        of the softmax (multi-label: of the logits)."""
+        clips = features.clips
+        builder = EvaluationBuilder(
+            labels=clips.labels,
+            indices=indices,
+            num_heads=len(self.bank.heads),
+            num_classes=clips.num_classes,
+        )
+        batch_size = self._heads_config.batch_size
         with torch.no_grad():
-            for found, tokens in features.batches(looks):
-                if found:
+            for looks, tokens in crop_batches(features, indices, batch_size, ranks=self._ranks):
+                if looks:  # a batch may hold nothing that can be read
                     logits = self.bank(tokens).double()
                     scores = logits if clips.is_multi_label else logits.softmax(dim=-1)
-                    builder.add(*_mean_over_crops([look.clip for look in found], scores))
+                    once, means = _mean_over_crops([look.clip for look in looks], scores)
+                    builder.add(once, means)
         return builder.gather()
 
-    def _look_at_seeds(self, steps: int) -> None:
-        """Note seeds that can decide nothing: a linear head with all clips in one batch is the
-        same whatever its order."""
+    def _check_seeds(self, steps: int) -> None:
+        """Note, and warn of, seeds that can change nothing: a linear head with all clips in one
+        batch is the same whatever their order."""
         config = self._heads_config
         self.history.seeds_matter = config.kind != "linear" or steps > 1
         if config.num_seeds > 1 and not self.history.seeds_matter:
@@ -157,83 +189,98 @@ class ProbeTrainer:
             )
 
     def _head_batches(self, epoch: int, keep: np.ndarray, size: int) -> Iterator[list[HeadBatch]]:
-        """What is learned from in every step of an epoch, for all heads of the bank once. Clips are
-        read once, in the order of the first seed."""
+        """For every step of an epoch, what each head of the bank learns from. Clips are read once,
+        in the order of the first seed.
+
+        keep: indices of the clips to learn from; size of a global batch.
+        """
         config = self._heads_config
         ranks = self._ranks
-        shared = _chunks(config.seed, epoch, keep, size)
+        # Every rank draws the order of all ranks and takes its share, so nothing is exchanged.
+        shared = _chunks(config.seed, epoch, clips=keep, size=size)
         mine = [chunk[ranks.rank :: ranks.world_size] for chunk in shared]
         read = self._train.batches([self._train.drawn_looks(chunk, epoch) for chunk in mine])
         if config.kind == "linear" and config.num_seeds > 1:
-            seeds = dict.fromkeys(self._seeds)
-            yield from self._batches_by_seed(
-                read, {seed: _chunks(seed, epoch, keep, size) for seed in seeds}
-            )
+            yield from self._batches_by_seed(read, epoch, keep, size)
             return
-        everyone = list(range(len(self.bank.heads)))
-        for found, features in read:
-            yield [HeadBatch(everyone, [look.clip for look in found], features)]
+        all_heads = list(range(len(self.bank.heads)))
+        for looks, features in read:
+            clips = [look.clip for look in looks]
+            yield [HeadBatch(heads=all_heads, clips=clips, features=features)]
 
     def _batches_by_seed(
-        self, read: Iterator, orders: dict[int, list[np.ndarray]]
+        self, read: Iterator[FeatureBatch], epoch: int, keep: np.ndarray, size: int
     ) -> Iterator[list[HeadBatch]]:
         """One batch per seed and step, each in the seed's own order, after all of the epoch was
-        read: a pooled feature is one row, so that those of all clips fit into memory (fp16, as
-        they are stored). A step's clips of a seed lie on several ranks; each rank takes those that
-        it has read, since gradients are summed over the ranks anyway."""
+        read: a pooled feature is one row, so those of all clips fit into memory (fp16, as they are
+        stored). The clips of a step and a seed lie on several ranks. Each rank takes those that it
+        has read, since gradients are summed over the ranks anyway."""
         rows = {}
-        for found, features in read:
-            for look, feature in zip(found, features, strict=True):
+        for looks, features in read:
+            for look, feature in zip(looks, features, strict=True):
                 rows[look.clip] = feature.half()
+
+        heads_of_seed: dict[int, list[int]] = {}
+        for head, setting in enumerate(self.bank.settings):
+            heads_of_seed.setdefault(setting.seed, []).append(head)
+        orders = {seed: _chunks(seed, epoch, clips=keep, size=size) for seed in heads_of_seed}
         for step in range(len(orders[self._heads_config.seed])):
             batches = []
-            for seed, chunks in orders.items():
-                heads = [number for number, own in enumerate(self._seeds) if own == seed]
-                clips = [clip for clip in chunks[step].tolist() if clip in rows]
-                batches.append(HeadBatch(heads, clips, [rows[clip].float() for clip in clips]))
+            for seed, heads in heads_of_seed.items():
+                clips = [clip for clip in orders[seed][step].tolist() if clip in rows]
+                features = [rows[clip].float() for clip in clips]
+                batches.append(HeadBatch(heads=heads, clips=clips, features=features))
             yield batches
 
-    def _judge(self, epoch: int, held: np.ndarray, losses: np.ndarray) -> None:
-        history = self.history
-        judged = self.judge(self._val, np.arange(len(self._val.clips)))
-        chosen_with = self.judge(self._train, held) if len(held) else None
-        if chosen_with is not None and chosen_with.judged.any():
-            history.held.append(chosen_with.main())
-        refuse_unreadable(self._train, self._val, self._config.allow_partial)
+    def _evaluate_epoch(self, epoch: int, held: np.ndarray, losses: np.ndarray) -> None:
+        """Evaluate both lists and note the figures. held: indices of the held-out clips."""
+        evaluation = self.evaluate(self._val, np.arange(len(self._val.clips)))
+        held_figures = None
+        if len(held):
+            held_evaluation = self.evaluate(self._train, held)
+            if held_evaluation.evaluated.any():
+                held_figures = held_evaluation.main()
+        # after both lists were looked at, so that one message names all that cannot be read
+        refuse_unreadable(self._train, self._val, allow_partial=self._config.allow_partial)
         self._check_choice(held)
-        history.epochs.append(epoch)
-        history.main.append(judged.main())
-        history.top5.append(judged.top5())
-        history.loss.append(losses)
-        history.last = judged
-        history.seconds.append(time.perf_counter() - self._started)
+
+        figures = EpochFigures(
+            epoch=epoch,
+            main=evaluation.main(),
+            top5=evaluation.top5(),
+            held=held_figures,
+            loss=losses,
+            seconds=time.perf_counter() - self._started,
+        )
+        self.history.epochs.append(figures)
+        self.history.last = evaluation
         if self._board is not None:
-            for number, s in enumerate(self.bank.settings):
-                name = f"lr{s.lr:g}_wd{s.weight_decay:g}_seed{s.seed}"
-                self._board.add_scalar(f"loss/{name}", losses[number], epoch)
-                self._board.add_scalar(f"{judged.metric}/{name}", history.main[-1][number], epoch)
-                if history.held:
-                    value = history.held[-1][number]
-                    self._board.add_scalar(f"held_out_{judged.metric}/{name}", value, epoch)
+            for head, setting in enumerate(self.bank.settings):
+                name = f"lr{setting.lr:g}_wd{setting.weight_decay:g}_seed{setting.seed}"
+                self._board.add_scalar(f"loss/{name}", losses[head], epoch)
+                self._board.add_scalar(f"{evaluation.metric}/{name}", figures.main[head], epoch)
+                if held_figures is not None:
+                    tag = f"held_out_{evaluation.metric}/{name}"
+                    self._board.add_scalar(tag, held_figures[head], epoch)
 
     def _check_choice(self, held: np.ndarray) -> None:
-        """Several settings need held-out clips that can be read."""
-        names, unreadable = self._train.clips.names, self._train.unreadable
+        """Raise ValueError for several settings without held-out clips that can be read."""
+        names = self._train.clips.names
         settings = {(s.lr, s.weight_decay) for s in self.bank.settings}
-        if len(settings) > 1 and all(names[i] in unreadable for i in held):
+        if len(settings) > 1 and all(names[index] in self._train.unreadable for index in held):
             raise ValueError(
                 f"{len(settings)} settings but no held-out training clip to choose with: give more "
                 "training clips, a larger --holdout, or one setting"
             )
 
-    def _labels(self, indices: list[int]) -> torch.Tensor:
-        return torch.from_numpy(self._train.clips.labels[indices]).to(self._ranks.device)
-
     def _step(self, batches: list[HeadBatch], progress: float) -> np.ndarray:
-        """One step of every head; returns the sums of this rank's losses [B]."""
+        """Take one step with every head; returns the sums of this rank's losses [B]. progress of
+        the linear schedule, 0 to 1."""
         config = self._heads_config
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] + (config.min_lr - group["peak"]) * progress
+        # A rank's share of a batch may be smaller than another's, or lack clips that cannot be
+        # read: the loss is the mean over what all ranks have.
         counts = torch.tensor([float(len(batch.clips)) for batch in batches])
         counts = counts.to(self._ranks.device)
         dist.all_reduce(counts)
@@ -241,57 +288,77 @@ class ProbeTrainer:
         losses = torch.zeros(len(self.bank.heads))
         for batch, count in zip(batches, counts, strict=True):
             if batch.clips:
+                labels = torch.from_numpy(self._train.clips.labels[batch.clips])
                 logits = self.bank(batch.features, batch.heads)
-                sums = _losses(logits, self._labels(batch.clips), config.smoothing)
+                sums = _losses(logits, labels.to(logits.device), config.smoothing)
+                # Heads share no weights: the gradient of the sum is that of every head's own loss.
                 (sums.sum() / count.clamp(min=1)).backward()
                 losses[batch.heads] = sums.detach().cpu()
         self._sum_gradients()
-        self._clip()
+        self._clip_gradients()
         self._optimizer.step()
         return losses.double().numpy()
 
     def _sum_gradients(self) -> None:
-        """Over the ranks, in one collective."""
+        """Sum gradients over the ranks, in one collective."""
         if self._ranks.world_size == 1:
             return
         parameters = list(self.bank.parameters())
+        gradients = []
         for parameter in parameters:
-            if parameter.grad is None:
+            if parameter.grad is None:  # before the first backward pass, and after a divergence
                 parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+            gradients.append(parameter.grad)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        pieces = flat.split([parameter.numel() for parameter in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad.copy_(piece.view_as(parameter))
+        pieces = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, piece in zip(gradients, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
 
-    def _clip(self) -> None:
-        """Bound every head's gradient; a head without a finite one is left where it is."""
-        config, astray = self._heads_config, self.history.astray
+    def _clip_gradients(self) -> None:
+        """Bound every head's gradient norm; a head without a finite gradient has diverged, and
+        takes no step. Raises NonFiniteProbe when none is left."""
+        diverged = self.history.diverged
         for number, head in enumerate(self.bank.heads):
-            norm = torch.nn.utils.clip_grad_norm_(head.parameters(), config.clip_grad)
-            if number not in astray and not torch.isfinite(norm):
-                astray.add(number)
-                self._log.warning("head %s went astray", self.bank.settings[number])
-            if number in astray:
+            # One norm for each head: a common one would let a large head's gradient shrink all.
+            norm = torch.nn.utils.clip_grad_norm_(head.parameters(), self._heads_config.clip_grad)
+            if number not in diverged and not torch.isfinite(norm):
+                diverged.add(number)
+                self._log.warning("head %s diverged", self.bank.settings[number])
+            if number in diverged:
+                # AdamW passes over parameters without a gradient; zeros would still decay weights
                 for parameter in head.parameters():
                     parameter.grad = None
-        if len(astray) == len(self.bank.heads):
+        if len(diverged) == len(self.bank.heads):
             raise NonFiniteProbe(
-                f"the gradients of all heads are not finite: lower --default_lr_list {config.lrs}"
+                "the gradients of all heads are not finite: lower --default_lr_list "
+                f"{self._heads_config.lrs}"
             )
 
-    def _say(self, epoch: int) -> None:
-        history = self.history
-        sound = [i for i in range(len(self.bank.heads)) if i not in history.astray]
+    def _log_epoch(self, epoch: int) -> None:
+        assert self.history.last is not None
+        diverged = self.history.diverged
+        heads = [head for head in range(len(self.bank.heads)) if head not in diverged]
+        figures = self.history.epochs[-1]
         self._log.info(
             "epoch %d/%d | loss %.4f | %s of the heads %.2f to %.2f",
             epoch,
             self._heads_config.epochs,
-            history.loss[-1][sound].mean(),
-            history.last.metric,
-            history.main[-1][sound].min(),
-            history.main[-1][sound].max(),
+            figures.loss[heads].mean(),
+            self.history.last.metric,
+            figures.main[heads].min(),
+            figures.main[heads].max(),
         )
+
+
+def settings_of(config: HeadsConfig) -> list[HeadSetting]:
+    """Every combination of learning rate, weight decay and seed."""
+    return [
+        HeadSetting(lr, decay, seed)
+        for lr in config.lrs
+        for decay in config.weight_decays
+        for seed in range(config.seed, config.seed + config.num_seeds)
+    ]
 
 
 def _chunks(seed: int, epoch: int, clips: np.ndarray, size: int) -> list[np.ndarray]:
@@ -301,8 +368,8 @@ def _chunks(seed: int, epoch: int, clips: np.ndarray, size: int) -> list[np.ndar
 
 
 def _losses(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Sum over the clips of every head's loss [B]: cross entropy, or for several labels the mean
-    over the classes of binary cross entropies."""
+    """Sum over the clips of every head's loss [B], of logits [B, n, K]: cross entropy, or for
+    several labels [n, K] the mean over the classes of binary cross entropies."""
     if labels.ndim == 2:
         targets = labels.float().expand_as(logits)
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1).sum(1)
@@ -316,7 +383,7 @@ def _losses(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> tor
 def _mean_over_crops(clips: list[int], scores: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     """(clips once each, mean scores [B, n, K]) of scores of crops [B, m, K]."""
     once = list(dict.fromkeys(clips))
-    number = {clip: row for row, clip in enumerate(once)}
-    rows = torch.tensor([number[clip] for clip in clips], device=scores.device)
+    row_of = {clip: row for row, clip in enumerate(once)}
+    rows = torch.tensor([row_of[clip] for clip in clips], device=scores.device)
     total = scores.new_zeros(len(scores), len(once), scores.shape[-1]).index_add_(1, rows, scores)
     return once, total / rows.bincount()[:, None]

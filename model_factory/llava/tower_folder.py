@@ -40,13 +40,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..backbone import load_backbone
 from ..export_folder import image_processor_json
 from ..hf_image_encoders import FAMILIES, load_image_encoder
 from ..llava_vision_tower import LlavaViTVisionModel
-from ..model_folder import LOCAL, check_model_folder, seal_folder
+from ..model_folder import LOCAL, check_model_folder, model_type_of, seal_folder
+from ..open_encoder import Kind, locate_encoder, open_encoder
 from ..packing import patchify
-from ..published_folder import MODEL_TYPES, model_type_of
+from ..published_folder import MODEL_TYPES
 from ..vit_preview_v0_packing_hf import LlavaViTPackingConfig, LlavaViTPackingModel
 from .tower_card import LEGACY_TYPES, tower_card
 from .tower_check import FOUND, TOWERS, selected
@@ -140,28 +140,25 @@ def read_eye(source: Path, post_norm: bool = True) -> Eye:
     Raises ValueError for a source that is missing, damaged, incomplete or of a type that cannot be
     an eye, for register tokens, and for `post_norm` False with a public model.
     """
-    if source.is_file():
-        if not source.with_suffix(".json").is_file():
-            raise ValueError(
-                f"{source.with_suffix('.json')} does not exist: without its configuration beside "
-                f"it, convert {source.name} with convert_llava_vit_packing_to_hf.py first"
-            )
-        return _our_eye(load_backbone(source, None), post_norm)
-    model_type = str(model_type_of(source))
-    if not (source / "config.json").is_file():
+    location = locate_encoder(source)
+    if location.kind is Kind.NOTHING:
         raise ValueError(
             f"{source / 'config.json'} does not exist: give RUN/hf, a backbone.pt, or a local "
             "folder of a public vision model"
         )
+    if location.kind is Kind.WEIGHTS and not location.is_described:
+        raise ValueError(
+            f"{source.with_suffix('.json')} does not exist: without its configuration beside it, "
+            f"convert {source.name} with convert_llava_vit_packing_to_hf.py first"
+        )
+    is_public = location.kind is Kind.FOLDER and location.model_type not in OUR_TYPES
+    if not is_public:
+        return _our_eye(open_encoder(location), post_norm)
+    model_type = str(location.model_type)
     try:
-        if model_type in OUR_TYPES:
-            encoder = LlavaViTPackingModel.from_pretrained(
-                source, dtype=torch.float32, local_files_only=True
-            )
-            return _our_eye(encoder, post_norm)
-        return _native_eye(source, model_type, post_norm)
+        return _native_eye(location.path, model_type, post_norm)
     except (SafetensorError, RuntimeError) as error:  # unreadable file, tensors of other shapes
-        raise ValueError(f"{source} cannot be read as a {model_type}: {error}") from error
+        raise ValueError(f"{location.path} cannot be read as a {model_type}: {error}") from error
 
 
 def read_language(folder: Path | None):

@@ -187,7 +187,7 @@ def test_random_weights_never_pass(legacy, tmp_path, monkeypatch):
         convert("llava_vit_tiny_ln", tmp_path / "backbone.pt", tmp_path / "hf")
     monkeypatch.undo()
     random = create_model("hf_llava_vit_packing_tiny_ln").eval()
-    monkeypatch.setattr(conversion, "load_backbone", lambda *_: random)
+    monkeypatch.setattr(conversion, "load_backbone", lambda *_, **__: random)
     monkeypatch.setattr(
         conversion.LlavaViTEncoder,
         "load_state_dict",

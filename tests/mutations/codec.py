@@ -38,8 +38,8 @@ CODEC = (
     Mutant(
         name="times-midpoint",
         file="data_pipeline/codec/timeline.py",
-        old="targets - known[right - 1] <= known[right] - targets",
-        new="targets - known[right - 1] < known[right] - targets",
+        old="targets - times[right - 1] <= times[right] - targets",
+        new="targets - times[right - 1] < times[right] - targets",
         why="where a time lies half way, the later picture is taken",
         tests=("data_pipeline/codec/test_timeline.py",),
     ),
@@ -54,24 +54,24 @@ CODEC = (
     Mutant(
         name="times-overflow",
         file="data_pipeline/codec/timeline.py",
-        old="np.arange(len(known) - num_frames, len(known))",
-        new="np.full(num_frames, len(known) - 1)",
+        old="np.arange(len(times) - num_frames, len(times))",
+        new="np.full(num_frames, len(times) - 1)",
         why="the last frames repeat where pictures crowd at the end",
         tests=("data_pipeline/codec/test_timeline.py",),
     ),
     Mutant(
         name="damage-keeps-its-gop",
         file="data_pipeline/codec/timeline.py",
-        old="if starts and stamp < max(starts)]",
-        new="if starts and stamp <= max(starts)]",
+        old="if starts and time < max(starts)]",
+        new="if starts and time <= max(starts)]",
         why="the key frame of the damaged GOP is kept",
         tests=("data_pipeline/codec/test_timeline.py",),
     ),
     Mutant(
         name="stamps-before-the-first",
         file="data_pipeline/codec/timeline.py",
-        old="filled += step * np.minimum(numbers - known[0], 0)",
-        new="filled -= step * np.minimum(numbers - known[0], 0)",
+        old="filled += step * np.minimum(frames - indices[0], 0)",
+        new="filled -= step * np.minimum(frames - indices[0], 0)",
         why="pictures without a stamp at the start come after those that follow them",
         tests=("data_pipeline/codec/test_timeline.py",),
     ),
@@ -140,8 +140,8 @@ CODEC = (
     Mutant(
         name="percentile-counts-i-frames",
         file="data_pipeline/codec/saliency.py",
-        old="np.percentile(values[p_frames], 95)",
-        new="np.percentile(values, 95)",
+        old="np.percentile(values[p_frames], PERCENTILE)",
+        new="np.percentile(values, PERCENTILE)",
         why="the scale depends on the length of the GOP",
         tests=("data_pipeline/codec/test_camera.py",),
     ),
@@ -163,7 +163,7 @@ CODEC = (
     ),
     Mutant(
         name="rotation-sign",
-        file="data_pipeline/codec/camera.py",
+        file="data_pipeline/codec/saliency.py",
         old="[x, -y, one, zero], [y, x, zero, one]",
         new="[x, y, one, zero], [y, x, zero, one]",
         why="a turning camera is not recognised",
@@ -171,7 +171,7 @@ CODEC = (
     ),
     Mutant(
         name="cauchy-weights",
-        file="data_pipeline/codec/camera.py",
+        file="data_pipeline/codec/saliency.py",
         old="weights = 1 / (1 + (residual / scale) ** 2)",
         new="weights = np.ones_like(residual)",
         why="one large object bends the camera's field",
@@ -180,7 +180,7 @@ CODEC = (
     Mutant(
         name="crop-place-across",
         file="data_pipeline/codec/framing.py",
-        old="left=int(place * (scaled_width - out_width)),",
+        old="left=int(framing.crop_position * (scaled_width - out_width)),",
         new="left=int(0.5 * (scaled_width - out_width)),",
         why="all crops of a wide clip are the middle one",
         tests=(
@@ -190,8 +190,8 @@ CODEC = (
     Mutant(
         name="turned-the-other-way",
         file="data_pipeline/codec/framing.py",
-        old="framing.cut(np.rot90(scaled.to_ndarray(), k=turns))",
-        new="framing.cut(np.rot90(scaled.to_ndarray(), k=-turns))",
+        old="crop.cut(np.rot90(scaled.to_ndarray(), k=turns))",
+        new="crop.cut(np.rot90(scaled.to_ndarray(), k=-turns))",
         why="portrait videos stand on their heads",
         tests=(
             "data_pipeline/codec/test_decompose.py::test_quarter_turns_go_the_way_that_the_matrix_says",

@@ -64,7 +64,7 @@ EVAL_ENCODER = (
     Mutant(
         name="figures-of-this-rank",
         file="eval_encoder/probe/metrics.py",
-        old="        dist.all_reduce(self._found)\n",
+        old="        dist.all_reduce(self._results)\n",
         new="",
         why="accuracies are those of the clips of rank 0",
         tests=(HEADS,),
@@ -88,24 +88,24 @@ EVAL_ENCODER = (
     Mutant(
         name="ties-in-favour",
         file="eval_encoder/probe/metrics.py",
-        old="place = 1 + ((scores > own) | before).sum(dim=-1).int()",
-        new="place = 1 + (scores > own).sum(dim=-1).int()",
+        old="true_rank = 1 + ((scores > own) | before).sum(dim=-1).int()",
+        new="true_rank = 1 + (scores > own).sum(dim=-1).int()",
         why="a head that says the same of all classes is always right",
         tests=(HEADS,),
     ),
     Mutant(
         name="top-k-less-one",
         file="eval_encoder/probe/metrics.py",
-        old="(self.place[:, self.judged] <= k)",
-        new="(self.place[:, self.judged] < k)",
+        old="(self.true_rank[:, self.evaluated] <= k)",
+        new="(self.true_rank[:, self.evaluated] < k)",
         why="top-5 is top-4",
         tests=(HEADS,),
     ),
     Mutant(
         name="top-k-counts-unreadable",
         file="eval_encoder/probe/metrics.py",
-        old="return 100 * (self.place[:, self.judged] <= k).mean(axis=1)",
-        new="return 100 * (self.place <= k).mean(axis=1)",
+        old="return 100 * (self.true_rank[:, self.evaluated] <= k).mean(axis=1)",
+        new="return 100 * (self.true_rank <= k).mean(axis=1)",
         why="clips that nobody could read count, as right ones",
         tests=(HEADS,),
     ),
@@ -128,14 +128,14 @@ EVAL_ENCODER = (
     Mutant(
         name="confusion-transposed",
         file="eval_encoder/probe/metrics.py",
-        old="(self.labels[self.judged], self.predicted[head, self.judged]), 1)",
-        new="(self.predicted[head, self.judged], self.labels[self.judged]), 1)",
+        old="cells = (self.labels[self.evaluated], self.predicted[head, self.evaluated])",
+        new="cells = (self.predicted[head, self.evaluated], self.labels[self.evaluated])",
         why="true and predicted classes are exchanged in the picture",
         tests=(HEADS,),
     ),
     Mutant(
         name="interval-of-the-population",
-        file="eval_encoder/probe/metrics.py",
+        file="eval_encoder/intervals.py",
         old="np.std(values, ddof=1)",
         new="np.std(values)",
         why="intervals over three seeds are too narrow",
@@ -143,7 +143,7 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="interval-quantile",
-        file="eval_encoder/probe/metrics.py",
+        file="eval_encoder/intervals.py",
         old="quantile = T975[count - 2] if",
         new="quantile = T975[count - 1] if",
         why="intervals over seeds take one degree of freedom too many",
@@ -152,8 +152,14 @@ EVAL_ENCODER = (
     Mutant(
         name="per-class-counts-unreadable",
         file="eval_encoder/probe/metrics.py",
-        old="right, labels = self._right(heads), self.labels[self.judged]",
-        new="right, labels = self._right(heads), self.labels[: self.judged.sum()]",
+        old=(
+            "labels = self.labels[self.evaluated]\n"
+            "        if self.scores is not None:\n            values"
+        ),
+        new=(
+            "labels = self.labels[: self.evaluated.sum()]\n"
+            "        if self.scores is not None:\n            values"
+        ),
         why="figures of classes are those of other clips where some could not be read",
         tests=(HEADS,),
     ),
@@ -212,8 +218,8 @@ EVAL_ENCODER = (
     Mutant(
         name="features-keyed-without-the-draw",
         file="eval_encoder/probe/features.py",
-        old="return place + draw * (look.version > 0)",
-        new="return place",
+        old="if look.version == 0:\n            return seen",
+        new="if look.version >= 0:\n            return seen",
         why="every drawn version of a clip is the first one, from the cache",
         tests=("eval_encoder/probe/test_probe_looks.py",),
     ),
@@ -227,7 +233,7 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="segments-over-all-frames",
-        file="eval_encoder/probe/reader.py",
+        file="data_pipeline/codec/timeline.py",
         old="* (total - 1) / count).astype(np.int64)",
         new="* total / count).astype(np.int64)",
         why="frames differ from those of the published protocol",
@@ -235,7 +241,7 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="codec-times-by-number",
-        file="eval_encoder/probe/clips.py",
+        file="eval_encoder/clip_views.py",
         old="positions[:, 0] = pixels.times[positions[:, 0]]",
         new="positions[:, 0] = positions[:, 0]",
         why="patches of short clips stand at frame numbers, not at times",
@@ -245,9 +251,9 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="gop-of-the-whole-budget",
-        file="eval_encoder/probe/clips.py",
-        old="if needed(gop) <= budget // 2]",
-        new="if needed(gop) <= budget]",
+        file="eval_encoder/clip_views.py",
+        old="if i_frame_tokens(gop) <= budget // 2]",
+        new="if i_frame_tokens(gop) <= budget]",
         why="I-frames take the whole budget",
         tests=(
             "eval_encoder/probe/test_probe_inputs.py::test_a_smaller_budget_has_fewer_whole_frames",
@@ -333,9 +339,9 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="interval-too-wide",
-        file="eval_encoder/lmm/scoring/scorers.py",
-        old="np.percentile(v, (2.5, 97.5))",
-        new="np.percentile(v, (5, 95))",
+        file="eval_encoder/intervals.py",
+        old="np.percentile(values, (2.5, 97.5))",
+        new="np.percentile(values, (5, 95))",
         why="95 % intervals are 90 % ones",
         tests=("eval_encoder/lmm/test_lmm_scorers.py",),
     ),
@@ -397,7 +403,7 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="interval-the-smaller",
-        file="eval_encoder/probe/compare.py",
+        file="eval_encoder/intervals.py",
         old='return max(figures["ci95_clips"], figures.get("ci95_seeds") or 0.0)',
         new='return min(figures["ci95_clips"], figures.get("ci95_seeds") or 0.0)',
         why="results look surer than they are",
@@ -405,9 +411,9 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="augmentations-move-each-other",
-        file="eval_encoder/probe/augment.py",
-        old="chance, factor = draw.random(4), ",
-        new="chance, factor = draw.random(len(parts) + 4)[:4], ",
+        file="eval_encoder/clip_reader.py",
+        old="chance = draw.random(4)\n",
+        new="chance = draw.random(len(parts) + 4)[:4]\n",
         why="switching one part off changes the others",
         tests=("eval_encoder/probe/test_probe_looks.py",),
     ),

@@ -1,7 +1,7 @@
 """Cases 42-71 of the reliability list: whatever ends a run, the next start goes on from a whole
 checkpoint, bitwise, and exit.json says what happened.
 
-Runs use synthetic patches and named fault points (training/fault_points.py).
+Runs use synthetic patches and named fault points (tests/faulty.py).
 """
 
 import fcntl
@@ -13,6 +13,7 @@ import socket
 import time
 from pathlib import Path
 
+import faulty
 import pytest
 from conftest import (
     NUM_THREADS,
@@ -31,7 +32,6 @@ from forked import (
     start_forked_ranks,
 )
 
-from training import fault_points
 from training.checkpoint.folder import verify_checkpoint
 
 STEPS, BATCH = 40, 8  # samples of a step, on one rank or on two
@@ -40,7 +40,8 @@ STEPS, BATCH = 40, 8  # samples of a step, on one rank or on two
 def command(output: Path, *extra) -> tuple:
     """Forty small steps, a checkpoint every ten."""
     return (
-        *("-m", "training.train_univit", "--preset", "debug", "--output", output),
+        *("tests/faulty.py", "-m", "training.train_univit", "--preset", "debug"),
+        *("--output", output),
         *("--list_batch_size", BATCH // 2, "--num_sampled_data", STEPS * BATCH, *extra),
     )
 
@@ -120,7 +121,8 @@ def test_one_rank_asked_to_stop_ends_all_after_a_save(straight_of_two, tmp_path)
 
 @pytest.mark.e2e
 def test_a_stop_before_the_first_step_ends_at_once(tmp_path):
-    flags = ("-m", "training.train_univit", "--preset", "demo", "--output", tmp_path)
+    flags = ("tests/faulty.py", "-m", "training.train_univit", "--preset", "demo")
+    flags += ("--output", tmp_path)
     done = forked(*flags, check=False, FAULT="prepare:term")
     assert done.returncode == 3 and exit_record(tmp_path)["outcome"] == "stopped"
 
@@ -258,7 +260,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_commit_whole(tmp_path
         "from training.train_univit import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    _, _, *flags = command(tmp_path, "--list_batch_size", BATCH)
+    flags = command(tmp_path, "--list_batch_size", BATCH)[3:]
     done = forked("-c", small_files, *flags, check=False)
     assert done.returncode == 8, done.stderr
     assert done.stderr.count("FAILED, the training goes on") == 3
@@ -344,7 +346,7 @@ def test_a_killed_rank_is_noticed_before_a_time_out_and_the_launcher_goes_on(
         "from training.train_univit import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    forked_torchrun(*restarts, script, *command(tmp_path)[2:], **fault)
+    forked_torchrun(*restarts, "tests/faulty.py", script, *command(tmp_path)[3:], **fault)
     assert records(tmp_path) == records(straight_of_two)
     assert exit_record(tmp_path)["code"] == 0
 
@@ -392,7 +394,7 @@ def test_a_resume_on_other_arithmetic_names_every_difference_and_goes_on(straigh
         "from training.train_univit import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    _, _, *flags = command(output, "--list_batch_size", BATCH)
+    flags = command(output, "--list_batch_size", BATCH)[3:]
     again = forked("-c", alike, *flags, UNIVIT_NUM_THREADS=other)
     assert "last bits" not in again.stderr, "nothing has changed since"
 
@@ -451,7 +453,7 @@ def test_a_meeting_point_that_is_taken_is_named(tmp_path):
 def test_want_of_memory_is_an_outcome_with_advice():
     import torch
 
-    from training.outcomes import outcome_of
+    from training.run_folder import outcome_of
 
     for error in (
         MemoryError("no room"),
@@ -465,8 +467,8 @@ def test_want_of_memory_is_an_outcome_with_advice():
 
 def test_a_stop_that_comes_while_a_lost_peer_is_handled_is_a_lost_peer():
     """The launcher stops the ranks that are left as soon as it sees one die."""
-    from training.outcomes import outcome_of
-    from training.stop_signals import Preempted
+    from training.errors import Preempted
+    from training.run_folder import outcome_of
 
     try:
         try:
@@ -499,5 +501,4 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(straight, tmp_path):
 @pytest.mark.parametrize("text", ["step:kill", "step.begin:explode", "step.begin@x:kill"])
 def test_a_fault_that_means_nothing_is_refused(text):
     with pytest.raises(ValueError):
-        fault_points.arm(text, 0)
-    fault_points.arm(None, 0)
+        faulty.parse(text)

@@ -55,6 +55,7 @@ def start_node(output: Path, port: int, **environment: str) -> subprocess.Popen:
         "NPROC": "1",
         "LOCAL_ADDR": "127.0.0.1",
         "CUDA_VISIBLE_DEVICES": "",
+        "PYTHON_EXEC": str(ROOT / "tests" / "faulty.py"),  # of the ranks, for FAULT
         **environment,
     }
     flags = [*map(str, DEBUG), "--output", str(output), "--set", "collective_timeout_s=120"]

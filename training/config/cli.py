@@ -1,74 +1,201 @@
-"""The command line: the public trainer's flags, frozen, turned into a TrainConfig once.
+"""The command line of the trainer: the public trainer's flags, frozen, turned into a TrainConfig.
 
-`build_parser` needs no torch, so `--help` is instant. Lists take one value for all heads or one per
-head. Flags that have no effect here are accepted and say so once.
+Classes of flags mirror the classes of training/config/schema.py, so that the path of a flag is the
+path of the field that it sets: ComponentFlags.optimizer.lr is --lr and TrainConfig.optimizer.lr. A
+flag that is not given leaves the preset's value. Nothing here imports torch, so `--help` is
+instant.
 """
 
 import argparse
 import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from model_factory.command_line.flags import add_flags, flag, flags_of, values_of
 
 from .. import __doc__ as PACKAGE_SUMMARY
 
-# flag names -> (type, help). Every one is laid over the preset only when it is given.
-RUN_FLAGS = {
-    ("--output",): (str, "folder of checkpoints, logs and exports (default: output)"),
-    ("--preset",): (
-        str,
-        "complete configuration to start from, one of training/config/presets.py (baseline)",
-    ),
-    ("--resume",): (
-        str,
-        "auto (newest checkpoint of --output, if any), never, or the path of a checkpoint",
-    ),
-    ("--resume_allow",): (str, "field that may differ from the checkpoint's, e.g. optimizer.lr"),
-    ("--rounds",): (int, "rounds of training, clustered again by the trained encoder in between"),
-    ("--seed",): (int, "seed of every random draw (default: 0)"),
-    ("--model_name",): (str, "registered encoder, e.g. llava_vit_base_ln"),
-    ("--embedding_size",): (int, "width of the encoder's output; checked, not chosen"),
-    ("--init_backbone",): (str, "Hugging Face folder or backbone.pt to start from; NULL: random"),
-    ("--finetune_backbone",): (int, "0 freezes the encoder"),
-    ("--lr",): (float, "base learning rate of AdamW"),
-    ("--opt",): (str, "optimizer; only adamw"),
-    ("--weight_decay",): (float, "of the encoder's matrices"),
-    ("--weight_decay_pfc",): (float, "of the class centres"),
-    ("--warmup_ratio",): (float, "share of all steps"),
-    ("--backward_passes_per_step",): (int, "gradient accumulation"),
-    ("--num_sampled_data",): (int, "samples of the whole run over all heads"),
-    ("--num_frames",): (int, "most whole frames of one clip"),
-    ("--target_num",): (int, "most tokens of one clip"),
-    ("--residual_ratio",): (float, "share of clips seen through the codec view"),
-    ("--frame_sampling_ratio",): (
-        float,
-        "share of clips seen as whole frames; the rest is collage",
-    ),
-    ("--frequent",): (int, "steps between log lines"),
-    ("--ckpt_interval",): (int, "steps between checkpoints"),
-    ("--workers",): (int, "decoding threads per head"),
-    ("--random_diff",): (int, "width of the label lists that are used"),
-    ("--gradient_checkpoint",): (int, "1: blocks keep their input only and run again in backward"),
-    ("--fsdp",): (bool, "shard the encoder over the ranks (FSDP2) instead of copying it (DDP)"),
-    ("--compile",): (bool, "torch.compile every block"),
-    ("--max_skipped_steps",): (int, "steps to leave out for non-finite gradients (default: 0)"),
-    ("--profile",): (int, "steps that OUTPUT/trace.json shows"),
-    ("--use_synthetic_data",): (bool, "random patches instead of files"),
-    ("--debug",): (int, "1: as --use_synthetic_data"),
-}
-LIST_FLAGS = {
-    ("--list_datasets",): (
-        str,
-        "registered names or packed folders, one per head (default: the embedded set)",
-    ),
-    ("--list_batch_sizes", "--list_batch_size"): (int, "samples per process and head"),
-    ("--list_sample_rates",): (float, "share of negative classes per step"),
-    ("--list_margins",): (float, "cosine margin"),
-    ("--list_filters",): (float, "inter-class filter threshold, 0: off"),
-    ("--list_lr_pfc_weights",): (float, "learning-rate factor of the centres"),
-    ("--list_loss_weights",): (float, "weight of the head's loss"),
-    ("--list_init_partial_fc_paths",): (
-        str,
-        ".npy of starting centres [classes, width]; NULL: random",
-    ),
-}
+if TYPE_CHECKING:
+    from .schema import TrainConfig
+
+
+def _path(text: str) -> str | None:
+    """A path; the public scripts write NULL for none."""
+    return None if text in ("NULL", "None", "") else text
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _is_zero(text: str) -> bool:
+    return int(text) == 0
+
+
+def _is_one(text: str) -> bool:
+    return int(text) != 0
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    name: str = flag("--model_name", help="registered encoder, e.g. llava_vit_base_ln")
+    embedding_dim: int = flag(
+        "--embedding_size", help="width of the encoder's output; checked, not chosen"
+    )
+    init_from: str | None = flag(
+        "--init_backbone",
+        help="Hugging Face folder or backbone.pt to start from; NULL: random",
+        parse=_path,
+    )
+    frozen: bool = flag("--finetune_backbone", help="0 freezes the encoder", parse=_is_zero)
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    lr: float = flag("--lr", help="base learning rate of AdamW")
+    weight_decay: float = flag("--weight_decay", help="of the encoder's matrices")
+    weight_decay_centers: float = flag("--weight_decay_pfc", help="of the class centres")
+
+
+@dataclass(frozen=True)
+class ScheduleFlags:
+    total_samples: int = flag("--num_sampled_data", help="samples of the whole run over all heads")
+    warmup_ratio: float = flag("--warmup_ratio", help="share of all steps")
+
+
+@dataclass(frozen=True)
+class CheckpointFlags:
+    every: int = flag("--ckpt_interval", help="steps between checkpoints")
+
+
+@dataclass(frozen=True)
+class ParallelFlags:
+    compile_blocks: bool = flag("--compile", help="torch.compile every block")
+    activation_checkpointing: bool = flag(
+        "--gradient_checkpoint",
+        help="1: blocks keep their input only and run again in backward",
+        parse=_is_one,
+    )
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Flags that set fields of TrainConfig itself."""
+
+    output: str = flag("--output", help="folder of checkpoints, logs and exports (default: output)")
+    resume: str = flag(
+        "--resume",
+        help="auto (newest checkpoint of --output, if any), never, or the path of a checkpoint",
+    )
+    resume_allow: tuple[str, ...] = flag(
+        "--resume_allow",
+        help="field that may differ from the checkpoint's, e.g. optimizer.lr",
+        parse=_names,
+        nargs=None,  # one word, whose names are parted by commas
+    )
+    rounds: int = flag(
+        "--rounds",
+        help="rounds of training, clustered again by the trained encoder in between",
+    )
+    seed: int = flag("--seed", help="seed of every random draw (default: 0)")
+    grad_accum_steps: int = flag("--backward_passes_per_step", help="gradient accumulation")
+    log_every: int = flag("--frequent", help="steps between log lines")
+    max_skipped_steps: int = flag(
+        "--max_skipped_steps", help="steps to leave out for non-finite gradients (default: 0)"
+    )
+    profile_steps: int = flag("--profile", help="steps that OUTPUT/trace.json shows")
+    synthetic_data: bool = flag("--use_synthetic_data", help="random patches instead of files")
+
+
+@dataclass(frozen=True)
+class ComponentFlags:
+    """Flags that set fields of the components' configurations."""
+
+    model: ModelFlags
+    optimizer: OptimizerFlags
+    schedule: ScheduleFlags
+    checkpoint: CheckpointFlags
+    parallel: ParallelFlags
+
+
+@dataclass(frozen=True)
+class ViewFlags:
+    max_frames: int = flag("--num_frames", help="most whole frames of one clip")
+    max_tokens: int = flag("--target_num", help="most tokens of one clip")
+    codec_ratio: float = flag("--residual_ratio", help="share of clips seen through the codec view")
+    frame_ratio: float = flag(
+        "--frame_sampling_ratio", help="share of clips seen as whole frames; the rest is collage"
+    )
+
+
+@dataclass(frozen=True)
+class StreamFlags:
+    view: ViewFlags
+    batch_size: tuple[int, ...] = flag(
+        "--list_batch_sizes", "--list_batch_size", help="samples per process and head"
+    )
+    label_width: int = flag("--random_diff", help="width of the label lists that are used")
+    dali_num_threads: int = flag("--workers", help="decoding threads per head")
+
+
+@dataclass(frozen=True)
+class LossFlags:
+    sample_rate: tuple[float, ...] = flag(
+        "--list_sample_rates", help="share of negative classes per step"
+    )
+    margin: tuple[float, ...] = flag("--list_margins", help="cosine margin")
+    filter_threshold: tuple[float, ...] = flag(
+        "--list_filters", help="inter-class filter threshold, 0: off"
+    )
+
+
+@dataclass(frozen=True)
+class HeadFlags:
+    """Flags that set fields of HeadConfig: a tuple has a value per head, or one for all of them;
+    what is no tuple is the same for every head."""
+
+    stream: StreamFlags
+    loss: LossFlags
+    dataset: tuple[str, ...] = flag(
+        "--list_datasets",
+        help="registered names or packed folders, one per head (default: the embedded set)",
+    )
+    lr_scale: tuple[float, ...] = flag(
+        "--list_lr_pfc_weights", help="learning-rate factor of the centres"
+    )
+    loss_weight: tuple[float, ...] = flag("--list_loss_weights", help="weight of the head's loss")
+    init_from: tuple[str, ...] = flag(
+        "--list_init_partial_fc_paths",
+        help=".npy of starting centres [classes, width]; NULL: random",
+        parse=_path,
+    )
+
+
+@dataclass(frozen=True)
+class StartFlags:
+    """Flags that stand for more than one field, or for none."""
+
+    preset: str = flag(
+        "--preset",
+        help="complete configuration to start from, one of training/config/presets.py (baseline)",
+    )
+    opt: str = flag("--opt", help="optimizer; only adamw")
+    fsdp: bool = flag(
+        "--fsdp", help="shard the encoder over the ranks (FSDP2) instead of copying it (DDP)"
+    )
+    debug: int = flag("--debug", help="1: as --use_synthetic_data")
+    print_config: bool = flag(
+        "--print-config",
+        "--print_config",
+        help="print the configuration and exit",
+    )
+    dry_run: bool = flag(
+        "--dry-run",
+        "--dry_run",
+        help="build everything, train one step, leave nothing but data, exit",
+    )
+
+
 # accepted for old scripts, without effect: flag -> why
 IDLE_FLAGS = {
     "--image_size": "the picture size is a property of packed shards",
@@ -80,14 +207,13 @@ IDLE_FLAGS = {
     "--multi_frame_list": "clips of any length share a pack",
     "--base_num_frames": "clips of any length share a pack",
     "--use_fastpfc": "there is one Partial FC",
-    **{
-        flag: "it had no effect in the public trainer either"
-        for flag in (
+    **dict.fromkeys(
+        (
             "--dataloader-type", "--dali_is_training", "--input_gray", "--model_weight", "--mask",
-            "--repeat_pfc",
-            "--save_pfc", "--visualize", "--vis_samples", "--vis_interval",
-        )
-    },
+            "--repeat_pfc", "--save_pfc", "--visualize", "--vis_samples", "--vis_interval",
+        ),
+        "it had no effect in the public trainer either",
+    ),
 }  # fmt: skip
 
 
@@ -97,9 +223,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="torchrun -m training.train_univit", description=PACKAGE_SUMMARY, allow_abbrev=False
     )
     run = parser.add_argument_group("run")
-    for names, (kind, text) in RUN_FLAGS.items():
-        extra = {"action": "store_true", "default": None} if kind is bool else {"type": kind}
-        run.add_argument(*names, help=text, **extra)
+    add_flags(run, RunFlags, only_given=True)
+    add_flags(run, ComponentFlags, only_given=True)
+    add_flags(run, StartFlags, only_given=True)
     run.add_argument(
         "--set",
         action="append",
@@ -107,46 +233,43 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="override any config field",
     )
-    for name, text in {
-        "print_config": "print the configuration and exit",
-        "dry_run": "build everything, train one step, leave nothing but data, exit",
-    }.items():
-        dashed = name.replace("_", "-")
-        run.add_argument(f"--{dashed}", f"--{name}", action="store_true", help=text)
-    heads = parser.add_argument_group("heads, one value for all or one per head")
-    for aliases, (kind, text) in LIST_FLAGS.items():
-        heads.add_argument(*aliases, dest=aliases[0].lstrip("-"), type=kind, nargs="+", help=text)
+    heads = parser.add_argument_group("heads, lists with one value for all or one per head")
+    add_flags(heads, HeadFlags, only_given=True)
     idle = parser.add_argument_group("accepted without effect")
     for name in IDLE_FLAGS:
         idle.add_argument(name, nargs="*", help=argparse.SUPPRESS)
     return parser
 
 
-def build_config(args: argparse.Namespace):
+def build_config(args: argparse.Namespace) -> "TrainConfig":
     """TrainConfig of parsed flags: the preset, over it flags, over these each --set.
 
-    What is valid only together may come in any order: the whole is checked once, at its end.
-    ValueError names the flag that is wrong.
+    Values that are valid only together may come in any order: the whole is checked once, at its
+    end. ValueError names the flag that is wrong.
     """
     from .override import Draft
     from .presets import preset
 
-    embedded = (
-        args.list_datasets is None
-        and args.preset is None
-        and not (args.use_synthetic_data or args.debug)
-    )
-    config = preset(args.preset or ("demo" if embedded else "baseline"))
     if args.opt not in (None, "adamw"):
         raise ValueError(f"--opt {args.opt!r}: only adamw")
-    rows = _head_rows(args, config.heads)
+    synthetic = bool(args.use_synthetic_data or args.debug)
+    embedded = args.list_datasets is None and args.preset is None and not synthetic
+    config = preset(args.preset or ("demo" if embedded else "baseline"))
+
+    changes = values_of(RunFlags, args) | values_of(ComponentFlags, args)
+    if synthetic:
+        changes["synthetic_data"] = True
+    if args.fsdp:
+        changes["parallel.strategy"] = "fsdp"
+
     draft = Draft(config)
-    if len(rows) != len(config.heads):
-        draft.repeat("heads", len(rows))
-    changes = _run_changes(args)
-    for index, row in enumerate(rows):
-        given = _head_changes(args, row)
-        changes |= {f"heads.{index}.{path}": value for path, value in given.items()}
+    num_heads = _num_heads(args, [head.dataset for head in config.heads])
+    if num_heads != len(config.heads):
+        draft.repeat("heads", num_heads)
+    for path, value in values_of(HeadFlags, args).items():
+        for index in range(num_heads):
+            own = value[index if len(value) > 1 else 0] if isinstance(value, tuple) else value
+            changes[f"heads.{index}.{path}"] = own
     for path, value in changes.items():
         if value is not None:
             draft.put(path, value)
@@ -155,90 +278,29 @@ def build_config(args: argparse.Namespace):
     return draft.build()
 
 
+def _num_heads(args: argparse.Namespace, templates: list[str]) -> int:
+    """Number of heads of a run: one per dataset that is named, else those of the preset.
+
+    `templates` are the datasets of the preset's heads. ValueError where lists do not fit.
+    """
+    num_heads = len(args.list_datasets or templates)
+    if len(templates) > 1 and num_heads != len(templates):
+        raise ValueError(
+            f"--list_datasets names {num_heads} data sets, the preset has {len(templates)} heads "
+            f"with settings of their own, in the order of {', '.join(templates)}: name as many"
+        )
+    for declared in flags_of(HeadFlags):
+        values = getattr(args, declared.destination)
+        if isinstance(values, list) and len(values) not in (1, num_heads):
+            raise ValueError(
+                f"{declared.names[0]} has {len(values)} values for {num_heads} heads: give one, "
+                "or one per head"
+            )
+    return num_heads
+
+
 def warn_idle(args: argparse.Namespace, logger: logging.Logger) -> None:
-    """Say once for each given flag that does nothing that it does nothing, and why."""
+    """Log one warning per given flag that has no effect, with the reason."""
     for name, reason in IDLE_FLAGS.items():
         if getattr(args, name.lstrip("-").replace("-", "_")) is not None:
             logger.warning("%s has no effect: %s", name, reason)
-
-
-def _run_changes(args: argparse.Namespace) -> dict[str, object]:
-    """{path of a field: value of its flag, None where it is not given}."""
-    synthetic = args.use_synthetic_data or args.debug
-    recompute = args.gradient_checkpoint
-    tuned = args.finetune_backbone
-    allow = args.resume_allow
-    return {
-        "output": args.output,
-        "resume": args.resume,
-        "resume_allow": None if allow is None else tuple(allow.split(",")),
-        "seed": args.seed,
-        "rounds": args.rounds,
-        "grad_accum_steps": args.backward_passes_per_step,
-        "log_every": args.frequent,
-        "max_skipped_steps": args.max_skipped_steps,
-        "profile_steps": args.profile,
-        "synthetic_data": True if synthetic else None,
-        "model.name": args.model_name,
-        "model.init_from": _path(args.init_backbone),
-        "model.embedding_dim": args.embedding_size,
-        "model.frozen": None if tuned is None else not tuned,
-        "optimizer.lr": args.lr,
-        "optimizer.weight_decay": args.weight_decay,
-        "optimizer.weight_decay_centers": args.weight_decay_pfc,
-        "checkpoint.every": args.ckpt_interval,
-        "parallel.strategy": "fsdp" if args.fsdp else None,
-        "parallel.compile_blocks": args.compile,
-        "parallel.activation_checkpointing": None if recompute is None else bool(recompute),
-        "schedule.total_samples": args.num_sampled_data,
-        "schedule.warmup_ratio": args.warmup_ratio,
-    }
-
-
-def _head_rows(args: argparse.Namespace, templates: tuple) -> list[dict]:
-    """Values of the list flags for each head, the preset's heads or as many as data sets are named;
-    the only place where lists become heads."""
-    lists = {names[0].lstrip("-"): getattr(args, names[0].lstrip("-")) for names in LIST_FLAGS}
-    given = {name: values for name, values in lists.items() if values is not None}
-    num_heads = len(lists["list_datasets"]) if lists["list_datasets"] else len(templates)
-    if len(templates) > 1 and num_heads != len(templates):
-        names = ", ".join(template.dataset for template in templates)
-        raise ValueError(
-            f"--list_datasets names {num_heads} data sets, the preset has {len(templates)} heads "
-            f"with settings of their own, in the order of {names}: name as many"
-        )
-    for name, values in given.items():
-        if len(values) not in (1, num_heads):
-            raise ValueError(
-                f"--{name} has {len(values)} values for {num_heads} heads: give one, or one per "
-                "head"
-            )
-    return [
-        {name: values[i if len(values) > 1 else 0] for name, values in given.items()}
-        for i in range(num_heads)
-    ]
-
-
-def _head_changes(args: argparse.Namespace, row: dict) -> dict[str, object]:
-    """The same as _run_changes of one head, paths from the head on."""
-    return {
-        "dataset": row.get("list_datasets"),
-        "lr_scale": row.get("list_lr_pfc_weights"),
-        "loss_weight": row.get("list_loss_weights"),
-        "init_from": _path(row.get("list_init_partial_fc_paths")),
-        "stream.batch_size": row.get("list_batch_sizes"),
-        "stream.label_width": args.random_diff,
-        "stream.dali_num_threads": args.workers,
-        "stream.view.codec_ratio": args.residual_ratio,
-        "stream.view.frame_ratio": args.frame_sampling_ratio,
-        "stream.view.max_tokens": args.target_num,
-        "stream.view.max_frames": args.num_frames,
-        "loss.sample_rate": row.get("list_sample_rates"),
-        "loss.margin": row.get("list_margins"),
-        "loss.filter_threshold": row.get("list_filters"),
-    }
-
-
-def _path(text: str | None) -> str | None:
-    """The public scripts' "NULL" is nothing."""
-    return None if text in (None, "NULL", "None", "") else text

@@ -8,13 +8,11 @@ defaults.
 import difflib
 from dataclasses import replace
 
-from data_pipeline.loading.choices import Stage, ViewConfig
-from data_pipeline.loading.stream_config import StreamConfig
+from data_pipeline.loading.config import Stage, StreamConfig, ViewConfig
 
 from ..checkpoint.checkpointer import CheckpointConfig
 from ..losses.partial_fc import PartialFCConfig
-from ..lr_scheduler import ScheduleConfig
-from ..optimizer import OptimizerConfig
+from ..optimizer import OptimizerConfig, ScheduleConfig
 from ..parallel import ParallelConfig
 from .schema import HeadConfig, ModelConfig, TrainConfig
 

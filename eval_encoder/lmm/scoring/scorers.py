@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from eval_encoder.lmm.scoring.answers import (
     QUESTION,
@@ -45,6 +46,9 @@ from eval_encoder.lmm.scoring.answers import (
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.plain_text import printable
+
+if TYPE_CHECKING:
+    import numpy as np
 
 POPE_FILES = ("random", "popular", "adversarial")
 OPTIONS = "ABCDE"
@@ -282,20 +286,21 @@ def _percent(values: Iterable[float]) -> float:
     return 100 * fmean(values)
 
 
-def _intervals(summarise, outcomes: Outcomes) -> dict[str, tuple[float, float]]:
-    """2.5 and 97.5 % quantiles of each figure when questions are drawn anew within their groups."""
-    import numpy as np
+def _intervals(
+    summarise: Callable[[Outcomes], Figures], outcomes: Outcomes
+) -> dict[str, tuple[float, float]]:
+    """95 % bounds of each figure when questions are drawn anew within their groups."""
+    # numpy takes longer to import than figures without intervals take in all
+    from eval_encoder.intervals import bootstrap_bounds
 
-    from data_pipeline.random import counter_rng
-
-    drawn: dict[str, list[float]] = {}
-    for number in range(RESAMPLINGS):
-        rng, draw = counter_rng(0, "lmm interval", number), {}
+    def resampled(draw: "np.random.Generator") -> Figures:
+        drawn = {}
         for group, values in outcomes.items():
-            draw[group] = [values[i] for i in rng.integers(0, len(values), len(values)).tolist()]
-        for name, value in summarise(draw).items():
-            drawn.setdefault(name, []).append(value)
-    return {name: tuple(np.percentile(v, (2.5, 97.5)).tolist()) for name, v in drawn.items()}
+            indices = draw.integers(0, len(values), len(values)).tolist()
+            drawn[group] = [values[index] for index in indices]
+        return summarise(drawn)
+
+    return bootstrap_bounds(resampled, purpose="lmm interval", resamplings=RESAMPLINGS)
 
 
 # how answers are compared with annotations, and how what was found becomes figures

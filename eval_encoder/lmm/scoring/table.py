@@ -14,9 +14,9 @@ import math
 import sys
 from pathlib import Path
 
+from eval_encoder.tables import markdown_table
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
-from model_factory.command_line.plain_text import in_markdown
 from model_factory.files import read_json
 
 # what the table shows of record.json
@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def rows_of(models: dict[str, Path], labels: Path, seconds: dict[str, float]) -> list[dict]:
     """One row per model. Raises ValueError for a folder without record or answers."""
+    from eval_encoder.intervals import normal_half_width, with_half_width
     from eval_encoder.lmm.demo.question_set import score
 
     rows = []
@@ -52,6 +53,9 @@ def rows_of(models: dict[str, Path], labels: Path, seconds: dict[str, float]) ->
             raise ValueError(f"{path} does not exist: train {name} with lmm_probe.py first")
         record = read_json(path, RECORD)
         accuracy = score(folder / "answers.jsonl", labels)
+        share = accuracy["overall"] / 100
+        num_questions = len(labels.read_text().splitlines())
+        half_width = normal_half_width(math.sqrt(share * (1 - share)), num_questions)
         tokens = 0 if record["arguments"]["blind"] else record["tokens_per_picture"]
         rows.append(
             {
@@ -61,25 +65,15 @@ def rows_of(models: dict[str, Path], labels: Path, seconds: dict[str, float]) ->
                 "learning": f"{record['learning'] / 1e6:.2f} M",
                 "seconds": f"{seconds.get(name, record['seconds']):.0f}",
                 **{kind: f"{value:.1f}" for kind, value in accuracy.items() if kind != "overall"},
-                "overall": _with_interval(
-                    accuracy["overall"], len(labels.read_text().splitlines())
-                ),
+                "overall": with_half_width(accuracy["overall"], half_width),
             }
         )
     return rows
 
 
-def _with_interval(percent: float, count: int) -> str:
-    half = 196 * math.sqrt(percent / 100 * (1 - percent / 100) / max(count, 1))
-    return f"{percent:.1f} ± {half:.1f}"
-
-
 def markdown(rows: list[dict]) -> str:
     """The rows as a table."""
-    names = list(rows[0])
-    lines = [" | ".join(names), " | ".join("---" for _ in names)]
-    lines += [" | ".join(in_markdown(row[name]) for name in names) for row in rows]
-    return "".join(f"| {line} |\n" for line in lines)
+    return markdown_table(list(rows[0]), [row.values() for row in rows])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -210,10 +210,11 @@ def write_numbered(
 def verdict(case: Case, path: Path) -> str:
     """`right`, `refused`, or what the packer's reader gets wrong of a case."""
     from data_pipeline.codec.decode import decode_video
+    from data_pipeline.codec.framing import Framing
     from data_pipeline.errors import RejectedInput
 
     try:
-        video = decode_video(path, num_frames=1000, size=SIDE, patch_size=16)
+        video = decode_video(path, Framing(num_frames=1000, size=SIDE, patch_size=16))
     except RejectedInput as rejection:
         return "refused" if case.may_be_refused else f"refused: {rejection}"
     numbers = [number_of(pixels) for pixels in video.frames]
@@ -237,11 +238,14 @@ def verdict(case: Case, path: Path) -> str:
 
 def _is_same_when_others_are_skipped(case: Case, path: Path, video) -> bool:
     from data_pipeline.codec.decode import decode_video
+    from data_pipeline.codec.framing import Framing
 
     draw = np.random.default_rng(zlib.crc32(str(case).encode()))
     some = np.sort(draw.choice(len(video.frames), 5, replace=False))
-    options = {"num_frames": lambda total: some, "size": SIDE, "patch_size": 16}
-    lazy = decode_video(path, thorough=False, **options)
+    # the share of its segment at which each of these frames lies
+    within = (some + 0.5) * len(some) / (len(video.frames) - 1) - np.arange(len(some))
+    framing = Framing(size=SIDE, patch_size=16, within=tuple(within))
+    lazy = decode_video(path, framing, thorough=False)
     return np.array_equal(lazy.frames, video.frames[some])
 
 

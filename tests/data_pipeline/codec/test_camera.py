@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from conftest import write_video as write
 
-from data_pipeline.codec.camera import camera_motion, compensate_camera
 from data_pipeline.codec.decompose import CodecClip, decompose_frames, decompose_video
-from data_pipeline.codec.saliency import SaliencyConfig, is_static, patch_saliency
+from data_pipeline.codec.framing import Framing
+from data_pipeline.codec.saliency import (
+    SaliencyConfig,
+    camera_motion,
+    compensate_camera,
+    is_static,
+    patch_saliency,
+)
 
 SIDE = 28
 
@@ -143,10 +149,10 @@ def test_a_still_scene_is_static_through_noise_and_recompression(tmp_path, noise
     path = write(
         tmp_path / "still.mp4", list(np.clip(frames, 0, 255).astype(np.uint8)), crf=str(crf)
     )
-    clip = decompose_video(path, 32, 112, 16)
+    clip = decompose_video(path, Framing(32, 112, 16))
     assert is_static(clip)
     moving = np.clip(frames, 0, 255).astype(np.uint8)
     for t in range(32):
         moving[t, 40:56, 20 + t : 36 + t] = 255  # one small thing crosses it
     path = write(tmp_path / "moving.mp4", list(moving), crf=str(crf))
-    assert not is_static(decompose_video(path, 32, 112, 16))
+    assert not is_static(decompose_video(path, Framing(32, 112, 16)))

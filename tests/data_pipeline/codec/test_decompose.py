@@ -9,7 +9,7 @@ from conftest import write_video
 
 from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.decompose import decompose_frames, decompose_video, rasterise
-from data_pipeline.codec.framing import frame_to
+from data_pipeline.codec.framing import Framing, crop_of
 from data_pipeline.codec.open_video import InputLimits, open_image
 from data_pipeline.codec.saliency import SaliencyConfig, motion_summary, patch_saliency
 from data_pipeline.errors import RejectedInput
@@ -61,7 +61,7 @@ def test_same_frames_decompose_to_the_same_bytes():
 
 
 def test_prediction_is_closer_to_a_real_frame_than_the_frame_before(shared):
-    video = decode_video(shared / "videos" / "h264_340x256_a.mp4", 64, 224, 16)
+    video = decode_video(shared / "videos" / "h264_340x256_a.mp4", Framing(64, 224, 16))
     clip = decompose_frames(video.frames, gop=16)
     p_frames = np.flatnonzero(~clip.is_i_frame)
     luma = video.frames @ np.array([0.257, 0.504, 0.098]) + 16
@@ -82,7 +82,7 @@ def test_prediction_is_closer_to_a_real_frame_than_the_frame_before(shared):
     ],
 )
 def test_real_video_of_any_codec_decodes_in_time_order(shared, name, frames):
-    clip = decompose_video(shared / "videos" / name, 64, 112, 16)
+    clip = decompose_video(shared / "videos" / name, Framing(64, 112, 16))
     assert clip.frames.shape == (frames, 112, 112, 3)
     assert (np.diff(clip.seconds) > 0).all()
     assert clip.times[0] == 0 and clip.times[-1] == 63
@@ -98,7 +98,7 @@ def test_rotation_in_the_metadata_is_applied_once(shared):
         raw = stored.reformat(
             width=200, height=112, format="rgb24", interpolation="AREA"
         ).to_ndarray()
-    upright = decode_video(path, 3, 112, 16).frames[0].astype(int)
+    upright = decode_video(path, Framing(3, 112, 16)).frames[0].astype(int)
     centre = raw[:, 44:156].astype(int)
     turned, straight = (np.abs(upright - c).mean() for c in (centre[::-1, ::-1], centre))
     assert turned < 0.5 * straight
@@ -122,7 +122,7 @@ def test_quarter_turns_go_the_way_that_the_matrix_says(tmp_path, right_goes, sho
     matrix = data.index(b"tkhd") + 4 + 40  # behind the name and the fields of version 0
     struct.pack_into(">9i", data, matrix, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-    shown = decode_video(path, 3, 64, 16, fit="area").frames[0].mean(axis=-1)
+    shown = decode_video(path, Framing(3, 64, 16, fit="area")).frames[0].mean(axis=-1)
     rows, columns = (side // 2 for side in shown.shape)
     quarters = shown.reshape(2, rows, 2, columns).mean(axis=(1, 3))
     assert (shown.shape[0] > shown.shape[1]) == (right_goes != "left")
@@ -131,7 +131,7 @@ def test_quarter_turns_go_the_way_that_the_matrix_says(tmp_path, right_goes, sho
 
 
 def test_timestamps_out_of_order_give_frames_in_time_order(shared):
-    video = decode_video(shared / "videos" / "unordered_pts_4frames.mov", 64, 112, 16)
+    video = decode_video(shared / "videos" / "unordered_pts_4frames.mov", Framing(64, 112, 16))
     assert len(video.frames) == 4 and (np.diff(video.seconds) > 0).all()
 
 
@@ -151,7 +151,7 @@ def test_streams_without_an_index_give_all_their_frames(tmp_path, suffix, contai
         for picture in frames:
             output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         output.mux(stream.encode(None))
-    video = decode_video(path, 64, 112, 16)
+    video = decode_video(path, Framing(64, 112, 16))
     assert len(video.frames) == 50
     for place in (0, 20, 49):
         errors = np.abs(video.frames[place].astype(int) - frames).mean(axis=(1, 2, 3))
@@ -160,7 +160,9 @@ def test_streams_without_an_index_give_all_their_frames(tmp_path, suffix, contai
 
 @pytest.mark.parametrize("num_frames", [16, 64, 100])
 def test_times_run_over_the_64_frame_base_whatever_the_number_of_frames(clips, num_frames):
-    clip = decompose_video(clips / "clips" / "train_00000.mp4", num_frames, 112, 16, gop=100)
+    clip = decompose_video(
+        clips / "clips" / "train_00000.mp4", Framing(num_frames, 112, 16), gop=100
+    )
     assert clip.times[0] == 0 and clip.times[-1] == 63 == TARGET_FRAMES - 1
 
 
@@ -178,7 +180,7 @@ def test_what_is_no_video_is_rejected_with_its_reason(tmp_path, make, reason):
     path = tmp_path / "clip.mp4"
     make(path)
     with pytest.raises(RejectedInput) as rejection:
-        decode_video(path, 8, 112, 16)
+        decode_video(path, Framing(8, 112, 16))
     assert rejection.value.reason == reason
 
 
@@ -188,20 +190,21 @@ def test_a_truncated_video_is_rejected(clips, tmp_path, share):
     path = tmp_path / "cut.mp4"
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(RejectedInput) as rejection:
-        decode_video(path, 64, 112, 16)
+        decode_video(path, Framing(64, 112, 16))
     assert rejection.value.reason in ("container", "decode", "truncated")
 
 
 def test_corrupted_video_is_rejected_not_concealed(shared):
     with pytest.raises(RejectedInput) as rejection:
-        decode_video(shared / "videos" / "corrupted.mp4", 64, 112, 16)
+        decode_video(shared / "videos" / "corrupted.mp4", Framing(64, 112, 16))
     assert rejection.value.reason == "decode"
 
 
 def test_too_large_a_picture_is_refused_before_decoding(clips):
     with pytest.raises(RejectedInput, match="too_large"):
         decode_video(
-            clips / "clips" / "train_00000.mp4", 8, 112, 16, limits=InputLimits(max_pixels=100)
+            clips / "clips" / "train_00000.mp4",
+            Framing(8, 112, 16, limits=InputLimits(max_pixels=100)),
         )
 
 
@@ -230,18 +233,19 @@ def test_images_are_upright_opaque_and_eight_bit(tmp_path):
 @pytest.mark.parametrize("fit", ["crop", "area"])
 @pytest.mark.parametrize("shape", [(256, 340), (640, 360), (100, 1000), (32, 32)])
 def test_working_size_is_a_multiple_of_the_patch_inside_the_scaled_picture(fit, shape):
-    framing = frame_to(*shape, size=112, patch_size=14, fit=fit)
-    assert framing.out_height % 14 == 0 and framing.out_width % 14 == 0
-    assert framing.top + framing.out_height <= framing.height
-    assert framing.left + framing.out_width <= framing.width
+    crop = crop_of(*shape, framing=Framing(size=112, patch_size=14, fit=fit))
+    assert crop.out_height % 14 == 0 and crop.out_width % 14 == 0
+    assert crop.top + crop.out_height <= crop.height
+    assert crop.left + crop.out_width <= crop.width
     if fit == "crop":
-        assert (framing.out_height, framing.out_width) == (112, 112)
+        assert (crop.out_height, crop.out_width) == (112, 112)
 
 
 @pytest.mark.parametrize(("place", "offset"), [(0.0, 0), (0.5, 56), (1.0, 112)])
 def test_a_square_lies_at_its_place_along_the_longer_side(place, offset):
-    wide = frame_to(100, 200, size=112, patch_size=14, fit="crop", place=place)
-    tall = frame_to(200, 100, size=112, patch_size=14, fit="crop", place=place)
+    framing = Framing(size=112, patch_size=14, crop_position=place)
+    wide = crop_of(100, 200, framing)
+    tall = crop_of(200, 100, framing)
     assert (wide.height, wide.width, wide.top, wide.left) == (112, 224, 0, offset)
     assert (tall.height, tall.width, tall.top, tall.left) == (224, 112, offset, 0)
 

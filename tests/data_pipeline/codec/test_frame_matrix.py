@@ -23,13 +23,15 @@ from frame_matrix import (
 from data_pipeline.codec import decode
 from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.decompose import decompose_video
+from data_pipeline.codec.framing import Framing
 from data_pipeline.codec.native import decompose_native
+from data_pipeline.codec.timeline import segment_frames
 from data_pipeline.errors import RejectedInput
 
 
 def numbers_in(path, **options):
     """Numbers of all pictures that the reader gives."""
-    video = decode_video(path, num_frames=1000, size=64, patch_size=16, **options)
+    video = decode_video(path, Framing(num_frames=1000, size=64, patch_size=16, **options))
     return [number_of(pixels) for pixels in video.frames]
 
 
@@ -84,7 +86,9 @@ def test_an_edit_list_hides_what_is_before_it_and_nothing_else(
         options={f"{name}-params": gops + (":log-level=none" if name == "x265" else "")},
     )
     cut_copy(whole, tmp_path / f"cut.{suffix}", cut)
-    video = decode_video(tmp_path / f"cut.{suffix}", num_frames=1000, size=64, patch_size=16)
+    video = decode_video(
+        tmp_path / f"cut.{suffix}", Framing(num_frames=1000, size=64, patch_size=16)
+    )
     assert [number_of(pixels) for pixels in video.frames] == list(range(cut, 90))
     assert np.allclose(video.seconds, np.arange(90 - cut) / RATE, atol=1e-3)
 
@@ -121,11 +125,11 @@ def test_a_recording_that_begins_in_an_open_gop_gives_all_that_can_be_decoded(
         gop=24,
         b_frames=2 if encoder == "mpeg2video" else 0,
     )
-    complete = decode_video(whole, num_frames=1000, size=64, patch_size=16)
+    complete = decode_video(whole, Framing(num_frames=1000, size=64, patch_size=16))
     for count in (5, 30):
         late = tmp_path / f"late{count}.{suffix}"
         drop_packets(whole, late, count)
-        video = decode_video(late, num_frames=1000, size=64, patch_size=16)
+        video = decode_video(late, Framing(num_frames=1000, size=64, patch_size=16))
         found = [number_of(pixels) for pixels in video.frames]
         assert found == list(range(first_key(whole, count), 90))
         assert np.array_equal(video.frames, complete.frames[found])
@@ -156,7 +160,7 @@ def test_recordings_joined_without_remuxing_are_refused(tmp_path, suffix, rates,
     ]
     joined.write_bytes(b"".join(part.read_bytes() for part in parts))
     with pytest.raises(RejectedInput) as rejection:
-        decode_video(joined, num_frames=8, size=64, patch_size=16)
+        decode_video(joined, Framing(num_frames=8, size=64, patch_size=16))
     assert rejection.value.reason == "timestamps"
 
 
@@ -193,7 +197,7 @@ def test_packed_b_frames_come_in_the_order_of_showing(tmp_path):
         b_frames=1,
     )
     pack_b_frames(plain, tmp_path / "packed.avi")
-    video = decode_video(tmp_path / "packed.avi", num_frames=1000, size=64, patch_size=16)
+    video = decode_video(tmp_path / "packed.avi", Framing(num_frames=1000, size=64, patch_size=16))
     assert [number_of(pixels) for pixels in video.frames] == list(range(41))
     assert np.allclose(np.diff(video.seconds), 1 / RATE)
     assert "timestamps sorted" in video.notes
@@ -201,28 +205,26 @@ def test_packed_b_frames_come_in_the_order_of_showing(tmp_path):
 
 def test_frames_are_the_same_when_others_are_left_undecoded(tmp_path, monkeypatch):
     decoded = []
-    number_after = decode._Choice.number_after
+    index_after = decode._Choice.index_after
 
     def spy(choice, last, frame):
         decoded.append(frame.pts)
-        return number_after(choice, last, frame)
+        return index_after(choice, last, frame)
 
-    monkeypatch.setattr(decode._Choice, "number_after", spy)
+    monkeypatch.setattr(decode._Choice, "index_after", spy)
     gops = "keyint=60:min-keyint=60:scenecut=0:bframes=3:b-adapt=0"
     for suffix in ("mp4", "mkv", "ts", "avi"):
         path = tmp_path / f"clip.{suffix}"
         write_numbered(path, times=range(200), options={"x264-params": gops})
-
-        def wanted(total):
-            return np.linspace(0, total - 1, 9).astype(int)[1:-1]
-
-        options = {"num_frames": wanted, "size": 64, "patch_size": 16}
+        framing = Framing(size=64, patch_size=16, within=(0.2,) * 7)
         decoded.clear()
-        ours = decode_video(path, thorough=False, **options)
+        ours = decode_video(path, framing, thorough=False)
         num_decoded = len(decoded)
-        assert (num_decoded < 150) == (suffix in ("mp4", "mkv")), "of 175 up to the last wanted"
-        whole = decode_video(path, **options)
-        assert [number_of(pixels) for pixels in ours.frames] == wanted(200).tolist()
+        assert (num_decoded < 150) == (suffix in ("mp4", "mkv")), "of 177 up to the last wanted"
+        whole = decode_video(path, framing)
+        wanted = segment_frames(200, framing.within).tolist()
+        assert ours.indices.tolist() == wanted
+        assert [number_of(pixels) for pixels in ours.frames] == wanted
         assert np.array_equal(ours.frames, whole.frames)
         assert np.array_equal(ours.seconds, whole.seconds)
 
@@ -230,9 +232,9 @@ def test_frames_are_the_same_when_others_are_left_undecoded(tmp_path, monkeypatc
 def test_the_sample_notes_that_timestamps_were_sorted(tmp_path):
     case = Case("avi", "mpeg4", has_b_frames=True)
     case.write(tmp_path / "clip.avi")
-    options = {"num_frames": COUNT, "size": 64, "patch_size": 16}
-    assert "timestamps sorted" in decompose_video(tmp_path / "clip.avi", **options).notes
-    clip = decompose_native(tmp_path / "clip.avi", **options)
+    framing = Framing(num_frames=COUNT, size=64, patch_size=16)
+    assert "timestamps sorted" in decompose_video(tmp_path / "clip.avi", framing).notes
+    clip = decompose_native(tmp_path / "clip.avi", framing)
     assert [number_of(pixels) for pixels in clip.frames] == list(range(COUNT))
 
 
@@ -286,9 +288,9 @@ def test_an_edit_list_is_followed_or_refused(tmp_path, encoder, name):
     rewrite_edit_list(whole, tmp_path / "edited.mp4", segments)
     if expected == "timestamps":
         with pytest.raises(RejectedInput, match="timestamps: .*several segments"):
-            decode_video(tmp_path / "edited.mp4", num_frames=8, size=64, patch_size=16)
+            decode_video(tmp_path / "edited.mp4", Framing(num_frames=8, size=64, patch_size=16))
         return
-    video = decode_video(tmp_path / "edited.mp4", num_frames=1000, size=64, patch_size=16)
+    video = decode_video(tmp_path / "edited.mp4", Framing(num_frames=1000, size=64, patch_size=16))
     assert [number_of(pixels) for pixels in video.frames] == list(expected)
     assert np.allclose(video.seconds - video.seconds[0], np.arange(len(expected)) / RATE, atol=1e-3)
 
@@ -366,10 +368,10 @@ SHARED_CASES = {
 def test_files_that_went_wrong_once(shared, name):
     expected = SHARED_CASES[name]
     path = shared / "cases" / "video" / name
-    options = {"num_frames": 1000, "size": 128, "patch_size": 16, "fit": "area"}
+    framing = Framing(num_frames=1000, size=128, patch_size=16, fit="area")
     if isinstance(expected, str):
         with pytest.raises(RejectedInput, match=f"^{expected}: "):
-            decode_video(path, **options)
+            decode_video(path, framing)
         return
-    found = [number_of(pixels) for pixels in decode_video(path, **options).frames]
+    found = [number_of(pixels) for pixels in decode_video(path, framing).frames]
     assert found == list(expected)

@@ -134,7 +134,7 @@ def test_a_fork_keeps_no_child_of_its_parent_alive(module):
         finally:
             os._exit(0)
     try:
-        process.process.stdin.close()  # as the end of this process would
+        process.child.process.stdin.close()  # as the end of this process would
         wait_until(lambda: child.status() == psutil.STATUS_ZOMBIE, what="the end of the child")
     finally:
         os.kill(fork, signal.SIGKILL)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.codec.timeline import Timeline, _check_end, _filled, even_numbers
+from data_pipeline.codec.timeline import Timeline, _check_end, _filled, even_frames
 from data_pipeline.errors import RejectedInput
 
 
@@ -23,7 +23,7 @@ from data_pipeline.errors import RejectedInput
     ],
 )
 def test_pictures_nearest_to_even_times_are_chosen_once_each(stamps, count, wanted):
-    assert even_numbers(stamps, count) == wanted
+    assert even_frames(stamps, count) == wanted
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,8 @@ def test_pictures_nearest_to_even_times_are_chosen_once_each(stamps, count, want
 )
 def test_damage_takes_the_gop_that_it_lies_in(num_good, whole, num_cut):
     """Where damage follows the fourth picture, it may have begun in the GOP of that one."""
-    cut = Timeline(stamps=list(range(8)), key_stamps=[0, 4]).before_damage(num_good)
-    assert (cut.stamps, cut.num_cut) == (whole, num_cut)
+    cut = Timeline(pts=list(range(8)), key_pts=[0, 4]).before_damage(num_good)
+    assert (cut.pts, cut.num_cut) == (whole, num_cut)
 
 
 def test_pictures_without_a_stamp_lie_between_their_neighbours_and_a_step_apart_at_the_ends():

@@ -26,13 +26,11 @@ from data_pipeline.arrays import array_bytes
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
 from data_pipeline.errors import BudgetExceeded, DataPipelineError, DataTimeout
-from data_pipeline.loading.choices import ViewConfig
+from data_pipeline.loading.choices import SampleTable
+from data_pipeline.loading.config import ErrorBudget, StreamConfig, ViewConfig
 from data_pipeline.loading.loader import MixtureLoader
-from data_pipeline.loading.quarantine import ErrorBudget
 from data_pipeline.loading.shard_reader import ShardReader
 from data_pipeline.loading.stream import HeadStream
-from data_pipeline.loading.stream_config import StreamConfig
-from data_pipeline.loading.table import SampleTable
 from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest, write_manifest
 from data_pipeline.shards.pack import PackConfig, pack
@@ -494,7 +492,7 @@ def arrays_that_are_not_finite(folder, packed):
 
 def pack_pictures(folder: Path, pictures: dict) -> dict:
     """{file name: uint8 picture, or the reason it was rejected for}."""
-    from data_pipeline.loading.sequential import sequential_batches
+    from data_pipeline.loading.samples import sequential_batches
 
     source = folder.with_name("pictures")
     source.mkdir()

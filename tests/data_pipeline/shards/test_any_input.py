@@ -9,6 +9,7 @@ import pytest
 from conftest import write_video as write
 
 from data_pipeline.codec.decode import decode_video
+from data_pipeline.codec.framing import Framing
 from data_pipeline.codec.open_video import InputLimits, open_image
 from data_pipeline.errors import RejectedInput
 
@@ -59,14 +60,16 @@ def test_colours_follow_the_streams_matrix_and_range(tmp_path, matrix, full_rang
 
     frames = flat_frames(yuv_of(RED, matrix, full_range))
     path = write(tmp_path / "clip.mp4", frames, setup=tag, crf="1")
-    picture = decode_video(path, 3, 32, 16).frames[0]
+    picture = decode_video(path, Framing(3, 32, 16)).frames[0]
     assert np.abs(picture.astype(int) - RED).max() <= 4
 
 
 @pytest.mark.parametrize(("height", "matrix"), [(480, "601"), (720, "709")])
 def test_an_unnamed_matrix_is_taken_by_the_number_of_lines(tmp_path, height, matrix):
     frames = flat_frames(yuv_of(RED, matrix, False), height, height)
-    picture = decode_video(write(tmp_path / "clip.mp4", frames, crf="1"), 3, 32, 16).frames[0]
+    picture = decode_video(
+        write(tmp_path / "clip.mp4", frames, crf="1"), Framing(3, 32, 16)
+    ).frames[0]
     assert np.abs(picture.astype(int) - RED).max() <= 4
 
 
@@ -98,7 +101,7 @@ def test_every_codec_and_container_gives_its_frames_in_order(tmp_path, name):
         pytest.skip(f"this PyAV has no encoder {codec}")
     frames = numbered(20)
     video = decode_video(
-        write(tmp_path / f"clip.{suffix}", frames, codec, pix_fmt=pix_fmt), 8, 32, 16
+        write(tmp_path / f"clip.{suffix}", frames, codec, pix_fmt=pix_fmt), Framing(8, 32, 16)
     )
     centre = video.frames[:, 16:, 16:].mean(axis=(1, 2, 3))
     chosen = np.rint(np.linspace(0, 19, 8)).astype(int)
@@ -110,19 +113,19 @@ def test_every_codec_and_container_gives_its_frames_in_order(tmp_path, name):
 def test_b_frames_and_open_gops_come_in_the_order_of_showing(tmp_path):
     options = {"x264-params": "bframes=3:b-adapt=0:open-gop=1:keyint=8:min-keyint=8:scenecut=0"}
     path = write(tmp_path / "clip.mp4", numbered(40), **options)
-    centre = decode_video(path, 40, 32, 16).frames[:, 16:, 16:].mean(axis=(1, 2, 3))
+    centre = decode_video(path, Framing(40, 32, 16)).frames[:, 16:, 16:].mean(axis=(1, 2, 3))
     assert len(centre) == 40 and (np.diff(centre) > 0).all()
 
 
 def test_a_variable_frame_rate_is_sampled_by_time_not_by_number(tmp_path):
     times = [*range(0, 20), *range(30, 130, 10)]  # 20 fast frames, then 10 slow ones
     path = write(tmp_path / "clip.mkv", numbered(30), times=times, bf="0")
-    video = decode_video(path, 5, 32, 16)
+    video = decode_video(path, Framing(5, 32, 16))
     assert np.allclose(video.seconds - video.seconds[0], [0, 1, 2, 3, 4], atol=0.1)
 
 
 def test_fewer_frames_than_asked_keep_their_true_times(tmp_path):
-    video = decode_video(write(tmp_path / "clip.mp4", numbered(5)), 64, 32, 16)
+    video = decode_video(write(tmp_path / "clip.mp4", numbered(5)), Framing(64, 32, 16))
     assert len(video.frames) == 5
     assert np.allclose(np.diff(video.seconds), 1 / 30, atol=1e-3)
 
@@ -134,7 +137,7 @@ def test_the_sample_aspect_is_applied_once(tmp_path):
     frames = np.full((3, 64, 64, 3), 30, np.uint8)
     frames[:, :, 28:36] = 220  # 8 of 64 columns: 16 of 128 once the pixels are square
     path = write(tmp_path / "clip.mp4", frames, setup=stretch)
-    picture = decode_video(path, 3, 64, 16).frames[0].mean(axis=(0, 2))
+    picture = decode_video(path, Framing(3, 64, 16)).frames[0].mean(axis=(0, 2))
     assert 14 <= (picture > 125).sum() <= 18
 
 
@@ -157,8 +160,7 @@ def test_of_several_streams_the_best_is_taken_and_a_cover_is_no_video(tmp_path):
                 container.mux(stream.encode(frame))
         for stream in streams:
             container.mux(stream.encode(None))
-    video = decode_video(path, 4, 32, 16)
-    assert (video.source_height, video.source_width) == (128, 128)
+    video = decode_video(path, Framing(4, 32, 16))
     assert abs(int(video.frames[0].mean()) - 128) < 4
 
 
@@ -194,7 +196,9 @@ def test_of_an_interlaced_frame_the_first_field_in_time_is_taken(
     tmp_path, suffix, codec, options, first, is_bright
 ):
     path = tmp_path / f"clip.{suffix}"
-    video = decode_video(write(path, interlaced_frames(first), codec, **options), 4, 32, 16)
+    video = decode_video(
+        write(path, interlaced_frames(first), codec, **options), Framing(4, 32, 16)
+    )
     assert "interlaced" in video.notes
     assert (video.frames.mean() > 180) if is_bright else (video.frames.mean() < 20)
 
@@ -205,7 +209,7 @@ def test_high_dynamic_range_is_refused_by_name(tmp_path):
 
     path = write(tmp_path / "clip.mp4", numbered(3), setup=tag)
     with pytest.raises(RejectedInput, match="hdr: .*PQ"):
-        decode_video(path, 3, 32, 16)
+        decode_video(path, Framing(3, 32, 16))
 
 
 @pytest.mark.parametrize("share", [0.4, 0.8])
@@ -220,11 +224,11 @@ def test_salvage_keeps_the_whole_gops_before_a_cut(tmp_path, suffix, share):
     cut.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
     if suffix != "ts":  # a transport stream announces no length: its cut end is only less video
         with pytest.raises(RejectedInput) as rejection:
-            decode_video(cut, 90, 32, 16)
+            decode_video(cut, Framing(90, 32, 16))
         assert rejection.value.reason in ("decode", "truncated")
-    video = decode_video(cut, 90, 32, 16, salvage=True)
+    video = decode_video(cut, Framing(90, 32, 16, salvage=True))
     assert 0.5 * share * 90 <= len(video.frames) <= share * 90 + 10
-    complete = decode_video(whole, 90, 32, 16)
+    complete = decode_video(whole, Framing(90, 32, 16))
     assert np.array_equal(video.frames[:10], complete.frames[:10])
 
 
@@ -236,7 +240,7 @@ def test_a_recording_that_starts_inside_a_gop_begins_at_its_first_key_frame(tmp_
     data = whole.read_bytes()
     late = tmp_path / "late.ts"
     late.write_bytes(data[: 188 * 3] + data[len(data) // 188 * 188 // 3 // 188 * 188 :])
-    ours, theirs = (decode_video(path, 80, 32, 16) for path in (late, whole))
+    ours, theirs = (decode_video(path, Framing(80, 32, 16)) for path in (late, whole))
     assert 20 <= len(ours.frames) < 60
     assert np.array_equal(ours.frames[-20:], theirs.frames[-20:])
 
@@ -271,7 +275,7 @@ def write_two_sizes(path):
 def test_a_picture_that_changes_its_size_is_refused(tmp_path):
     path = write_two_sizes(tmp_path / "clip.ts")
     with pytest.raises(RejectedInput) as rejection:
-        decode_video(path, 20, 32, 16)
+        decode_video(path, Framing(20, 32, 16))
     assert rejection.value.reason == "varying"
 
 
@@ -279,7 +283,7 @@ def test_files_joined_without_remuxing_are_refused(tmp_path):
     part = write(tmp_path / "part.ts", numbered(10)).read_bytes()
     (tmp_path / "twice.ts").write_bytes(part + part)
     with pytest.raises(RejectedInput, match="timestamps: .*times jump back"):
-        decode_video(tmp_path / "twice.ts", 8, 32, 16)
+        decode_video(tmp_path / "twice.ts", Framing(8, 32, 16))
 
 
 def picture(mode):
@@ -370,7 +374,7 @@ def test_a_codec_that_is_not_known_is_named(tmp_path, suffix, codec, mark):
     path = write(tmp_path / f"clip.{suffix}", numbered(10), codec)
     path.write_bytes(path.read_bytes().replace(mark, b"zzzz"))
     with pytest.raises(RejectedInput, match="no_video: .*no video stream that can be decoded"):
-        decode_video(path, 4, 32, 16)
+        decode_video(path, Framing(4, 32, 16))
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts"])
@@ -378,14 +382,14 @@ def test_a_limit_of_seconds_is_on_what_is_shown_not_on_when_it_starts(tmp_path, 
     start = 30 * 3600
     path = write(tmp_path / f"clip.{suffix}", numbered(60), times=range(start, start + 60))
     limits = InputLimits(max_seconds=10)
-    assert len(decode_video(path, 100, 32, 16, limits=limits).frames) == 60
+    assert len(decode_video(path, Framing(100, 32, 16, limits=limits)).frames) == 60
 
 
 def test_the_note_of_salvage_counts_what_was_lost(tmp_path):
     options = {"x264-params": "keyint=10:min-keyint=10:scenecut=0", "crf": "5"}
     path = write(tmp_path / "clip.mkv", numbered(90), **options)
     path.write_bytes(path.read_bytes()[: int(0.6 * path.stat().st_size)])
-    video = decode_video(path, 90, 32, 16, salvage=True)
+    video = decode_video(path, Framing(90, 32, 16, salvage=True))
     (note,) = [note for note in video.notes if "salvaged" in note]
     kept, total = (int(word) for word in note.split() if word.isdigit())
     assert kept == len(video.frames) < total <= 90

@@ -85,7 +85,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(clips, tmp_path, w
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_a_ray_cluster_gives_the_same_folder(clips, tmp_path, whole):
-    from data_pipeline.shards.ray_driver import pack_ray
+    from data_pipeline.shards.pack import pack_ray
 
     manifest = pack_ray(list_inputs([clips / "val.csv"]), tmp_path, CONFIG)
     assert manifest.sha256 == whole.sha256
@@ -93,7 +93,7 @@ def test_a_ray_cluster_gives_the_same_folder(clips, tmp_path, whole):
 
 def test_the_ray_driver_carries_out_the_plan(clips, tmp_path, whole, monkeypatch):
     """With a stand-in that runs each task where it is asked for: Ray itself is not always there."""
-    from data_pipeline.shards.ray_driver import pack_ray
+    from data_pipeline.shards.pack import pack_ray
 
     ray = ModuleType("ray")
     ray.init = lambda **options: None

@@ -23,12 +23,11 @@ from conftest import ROOT, run, write_video
 from data_pipeline.codec.guard import GuardedProcess
 from data_pipeline.codec.open_video import InputLimits
 from data_pipeline.errors import CorruptShard, RejectedInput
-from data_pipeline.shards import isolation, sample_builder
+from data_pipeline.shards import sample_builder
 from data_pipeline.shards.inputs import Input, list_inputs
-from data_pipeline.shards.isolation import SamplePool
 from data_pipeline.shards.manifest import MANIFEST_NAME, load_manifest
 from data_pipeline.shards.pack import PackConfig, pack
-from data_pipeline.shards.sample_builder import SampleConfig, build_sample
+from data_pipeline.shards.sample_builder import SampleConfig, SamplePool, build_sample
 from data_pipeline.shards.schema import SampleInfo
 from data_pipeline.shards.statistics import statistics
 from data_pipeline.shards.verify import verify
@@ -213,7 +212,7 @@ def children_that_build():
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it ended while we looked
-            if isolation.MODULE in child.cmdline():
+            if sample_builder.MODULE in child.cmdline():
                 found.append(child)
     return found
 
@@ -230,15 +229,14 @@ def test_c17_a_decoder_that_never_returns_is_killed_at_its_limit(tmp_path):
         process = GuardedProcess("waits", settings={}, wall_seconds=1.5)
         with pytest.raises(RejectedInput, match="timeout: endless.mp4 took longer than 1.5 s"):
             process.ask({"path": str(tmp_path / "endless.mp4")}, "endless.mp4")
-    assert process.process is None
+    assert process.child is None
 
 
 def test_children_go_with_a_parent_that_is_killed(tmp_path):
     good(tmp_path / "a.mp4")
     code = (
-        "from data_pipeline.shards.isolation import SamplePool\n"
         "from data_pipeline.shards.inputs import Input\n"
-        "from data_pipeline.shards.sample_builder import SampleConfig\n"
+        "from data_pipeline.shards.sample_builder import SampleConfig, SamplePool\n"
         "pool = SamplePool(SampleConfig(size=32, gop=64, budget=64), 2, 60)\n"
         f"pool.build(Input({str(tmp_path / 'a.mp4')!r}, 'a.mp4'))\n"
         "print('built', flush=True)\n"

@@ -379,7 +379,7 @@ def test_progress_counts_the_whole_run_with_its_rate_and_time_left():
     progress = PackProgress(total=1000, terminal=False, clock=lambda: now[0], every=3600.0)
     with progress:
         assert progress.line() == "0 of 1000 inputs done (0%), 0 rejected"
-        progress.kept(200)
+        progress.skipped(200)
         progress.packed(count=100, rejected=3)
         now[0] = 50.0
         line = "300 of 1000 inputs done (30%), 3 rejected, 2.00 inputs/s, 6 min left"
@@ -403,9 +403,9 @@ def test_progress_is_reported_while_one_input_takes_long():
 def test_a_bar_shows_the_whole_run_on_a_terminal(capsys):
     lines = []
     with PackProgress(total=40, report=lines.append, terminal=True) as progress:
-        progress.kept(16)
+        progress.skipped(16)
         progress.packed(count=4, rejected=1)
-        progress.say("packed shard 1/3")
+        progress.report("packed shard 1/3")
         progress.warn("rejected x.png")
     assert lines == ["packed shard 1/3"]
     shown = capsys.readouterr().err

@@ -8,7 +8,8 @@ import pytest
 from forked import forked
 
 from data_pipeline.codec.decompose import decompose_video
-from data_pipeline.codec.patches import cut_patches
+from data_pipeline.codec.framing import Framing
+from data_pipeline.codec.selection import cut_patches
 from data_pipeline.errors import CorruptShard, MissingData
 from data_pipeline.loading.shard_reader import ShardReader
 from data_pipeline.shards.inputs import list_inputs
@@ -44,7 +45,7 @@ def test_stored_patches_are_the_clips_own(clips, patch_size):
     assert SampleInfo.from_bytes(members["json"], "a") == info
     positions = decode_array(members["positions.npy"], "positions.npy", "a").astype(int)
     tiles = decode_patches(info, members["tiles.jpg"], "a")
-    clip = decompose_video(path, 64, 112, patch_size, 32)
+    clip = decompose_video(path, Framing(64, 112, patch_size), gop=32)
     want = cut_patches(clip.frames, positions, patch_size)
     error = ((tiles.astype(float) - want) ** 2).mean()
     assert 10 * np.log10(255**2 / error) > 33

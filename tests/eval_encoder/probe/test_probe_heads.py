@@ -1,4 +1,4 @@
-"""Heads and figures: a bank computes the function that one head defines, and judgements agree with
+"""Heads and figures: a bank computes the function that one head defines, and evaluations agree with
 their definitions.
 """
 
@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from test_probe_lists import clip_list
 
+from eval_encoder.intervals import seed_half_width
 from eval_encoder.probe.bank import HeadBank, HeadSetting
 from eval_encoder.probe.benchmarks import hold_out
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.metrics import (
-    Judgement,
-    JudgementBuilder,
+    Evaluation,
+    EvaluationBuilder,
     average_precision,
-    seed_interval,
 )
 from eval_encoder.probe.record import summarise
 from eval_encoder.probe.trainer import (
+    EpochFigures,
     HeadBatch,
     History,
     NonFiniteProbe,
@@ -87,7 +88,7 @@ class StoredFeatures:
 
 
 def clip_look(index):
-    from eval_encoder.probe.clips import Look
+    from eval_encoder.clip_views import Look
 
     return Look(int(index))
 
@@ -125,9 +126,10 @@ def test_seeds_differ_are_drawn_again_alike_and_leave_the_first_one_as_it_is(kin
             assert (weights[one] - weights[other]).abs().max() > 1e-3
     # a bank is one matrix product: beside other heads, the first one has other last bits
     torch.testing.assert_close(weights[0], alone.bank.heads[0].classifier.weight, rtol=0, atol=1e-4)
-    losses = np.array(several.history.loss)
+    losses = np.array([epoch.loss for epoch in several.history.epochs])
+    alone_losses = np.array([epoch.loss for epoch in alone.history.epochs])
     assert losses.shape == (3, 3) and len(set(losses[-1])) == 3
-    np.testing.assert_allclose(losses[:, 0], np.array(alone.history.loss)[:, 0], atol=1e-3)
+    np.testing.assert_allclose(losses[:, 0], alone_losses[:, 0], atol=1e-3)
     second = probe_of(*flags, "--seed", "2")
     same = torch.allclose(second.bank.heads[0].classifier.weight, weights[1], atol=1e-4)
     assert same == (kind == "linear"), "a linear head's seed decides all that it sees"
@@ -244,17 +246,19 @@ def test_held_out_clips_choose_even_against_the_validation_list():
     labels, judged = np.arange(10) % 5, np.ones(10, bool)
     place = np.ones((2, 10), np.int32)
     place[1, :5] = 3
-    last = Judgement(labels, judged, place, np.tile(labels, (2, 1)), 6)
-    history = History([HeadSetting(1e-3, 0.0, 1), HeadSetting(1e-2, 0.0, 1)], [1], last=last)
-    history.held, history.main = [np.array([40.0, 90.0])], [last.main()]
-    history.top5, history.loss = [last.top5()], [np.zeros(2)]
+    last = Evaluation(labels, judged, place, np.tile(labels, (2, 1)), 6)
+    figures = EpochFigures(
+        1, main=last.main(), top5=last.top5(), held=np.array([40.0, 90.0]), loss=np.zeros(2)
+    )
+    settings = [HeadSetting(1e-3, 0.0, 1), HeadSetting(1e-2, 0.0, 1)]
+    history = History(settings, [figures], last=last)
     record = summarise(trainer()[0], history, {"train": 9, "val": 10})
     assert record["chosen"] == {"lr": 1e-2, "weight_decay": 0.0, "held_out": 90.0}
     assert record["last_epoch"]["top1"] == 50 and record["last_epoch"]["top5"] == 100
     assert record["best_epoch_on_validation"]["top1"] == 100
 
 
-def test_a_head_that_goes_astray_is_left_out_and_all_of_them_are_an_error():
+def test_a_head_that_diverges_is_left_out_and_all_of_them_are_an_error():
     config, (train, val) = trainer("--default_lr_list", "1e-3", "1e-2", "--default_epoch", "2")
     with process_group() as ranks:
         probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
@@ -262,7 +266,7 @@ def test_a_head_that_goes_astray_is_left_out_and_all_of_them_are_an_error():
             probe.bank.heads[1].classifier.weight.fill_(torch.nan)
         history = probe.run()
         record = summarise(config, history, {"train": 40, "val": 40})
-        assert history.astray == {1} and record["chosen"]["lr"] == 1e-3
+        assert history.diverged == {1} and record["chosen"]["lr"] == 1e-3
         assert [row["astray"] for row in record["grid"]] == [False, True]
         history.settings[1] = history.settings[0]  # as if of another seed
         record = summarise(config, history, {"train": 40, "val": 40})
@@ -275,45 +279,45 @@ def test_a_head_that_goes_astray_is_left_out_and_all_of_them_are_an_error():
             probe.run()
 
 
-def test_judgements_count_places_as_sorting_does():
+def test_evaluations_count_ranks_as_sorting_does():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 7, 30)
     scores = torch.from_numpy(rng.integers(0, 5, (2, 30, 7)).astype(np.float32))  # with ties
-    builder = JudgementBuilder(labels, np.arange(30), 2, 7)
+    builder = EvaluationBuilder(labels, np.arange(30), 2, 7)
     for rows in np.array_split(rng.permutation(30), 4):
         builder.add(rows.tolist(), scores[:, rows])
-    judged = builder.judgement()
+    judged = builder.evaluation()
     order = np.argsort(-scores.numpy(), axis=-1, kind="stable")
     wanted = 1 + np.argmax(order == labels[None, :, None], axis=-1)
-    assert np.array_equal(judged.place, wanted)
+    assert np.array_equal(judged.true_rank, wanted)
     assert np.array_equal(judged.predicted, scores.argmax(-1))
     assert np.array_equal(judged.main(), 100 * (judged.predicted == labels).mean(axis=1))
     confusion = judged.confusion([0, 1])
     assert confusion.sum() == 60 and np.trace(confusion) == (judged.predicted == labels).sum()
-    lost = JudgementBuilder(labels, np.arange(30), 1, 7)
+    lost = EvaluationBuilder(labels, np.arange(30), 1, 7)
     lost.add(list(range(30)), torch.full((1, 30, 7), torch.nan))
-    assert lost.judgement().main()[0] == 0, "no number is no right answer"
-    some = replace(judged, judged=np.arange(30) < 20)
+    assert lost.evaluation().main()[0] == 0, "no number is no right answer"
+    some = replace(judged, evaluated=np.arange(30) < 20)
     assert some.top(7).tolist() == [100, 100] and some.confusion([0]).sum() == 20
 
 
-def test_a_gathered_judgement_holds_the_clips_of_all_ranks(monkeypatch):
+def test_a_gathered_evaluation_holds_the_clips_of_all_ranks(monkeypatch):
     labels, scores = np.array([0, 1, 2, 1]), torch.eye(3)[[0, 0, 2, 1]][None]
-    ours, theirs = (JudgementBuilder(labels, np.arange(4), 1, 3) for _ in range(2))
+    ours, theirs = (EvaluationBuilder(labels, np.arange(4), 1, 3) for _ in range(2))
     ours.add([0, 2], scores[:, [0, 2]])
     theirs.add([1, 3], scores[:, [1, 3]])
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda found: found.add_(theirs._found))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda found: found.add_(theirs._results))
     judged = ours.gather()
-    assert judged.judged.all() and judged.predicted.tolist() == [[0, 0, 2, 1]]
+    assert judged.evaluated.all() and judged.predicted.tolist() == [[0, 0, 2, 1]]
     assert judged.main().tolist() == [75]
 
 
 def test_clips_that_could_not_be_read_are_in_no_figure():
     """Four clips, of which the second was not read: its places are zeros, as nobody filled them."""
-    judged = Judgement(
+    judged = Evaluation(
         labels=np.array([0, 1, 1, 2]),
-        judged=np.array([True, False, True, True]),
-        place=np.array([[1, 0, 2, 1]]),
+        evaluated=np.array([True, False, True, True]),
+        true_rank=np.array([[1, 0, 2, 1]]),
         predicted=np.array([[0, 0, 0, 2]]),
         num_classes=4,
     )
@@ -335,11 +339,11 @@ def test_average_precision_is_the_mean_precision_at_the_positives():
 
 
 def test_intervals_follow_their_formulas():
-    assert seed_interval([70.0]) is None
-    assert seed_interval([70.0, 72.0]) == pytest.approx(12.706 * 2**0.5 / 2**0.5)
-    assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
+    assert seed_half_width([70.0]) is None
+    assert seed_half_width([70.0, 72.0]) == pytest.approx(12.706 * 2**0.5 / 2**0.5)
+    assert seed_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
     labels = np.zeros(100, np.int64)
     place = np.where(np.arange(100) < 80, 1, 2)[None].astype(np.int32)
-    judged = Judgement(labels, np.ones(100, bool), place, place - 1, 2)
+    judged = Evaluation(labels, np.ones(100, bool), place, place - 1, 2)
     assert judged.top5() is None
     assert judged.clip_interval([0]) == pytest.approx(1.96 * 100 * (0.8 * 0.2 / 100) ** 0.5)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from test_probe_lists import clip_list
 
-from eval_encoder.probe.clips import Look
-from eval_encoder.probe.neighbors import TEMPERATURE, _all_features, _judge, judge_neighbours
+from eval_encoder.clip_views import Look
+from eval_encoder.probe.neighbors import TEMPERATURE, _all_features, _evaluate, evaluate_neighbours
 from training.distributed import process_group
 
 WIDTH, CLASSES = 6, 4
@@ -43,7 +43,7 @@ def test_scores_are_the_weighted_shares_of_the_k_nearest(ranked):
     known, asked = F.normalize(draw(0, 12, WIDTH)), F.normalize(draw(1, 7, WIDTH))
     labels, listed = several_labels(12), several_labels(7)
     features = Stored(listed, draw(1, 7, 1, WIDTH))
-    judged = _judge(features, np.arange(7), asked, known, labels, list(ranked))
+    judged = _evaluate(features, np.arange(7), asked, known, labels, list(ranked))
     for row, k in enumerate(ranked):
         for clip in range(7):
             cosines = (known @ asked[clip]).double().numpy()
@@ -69,6 +69,6 @@ def test_k_is_chosen_on_held_out_clips_and_all_of_train_is_asked():
     vectors[np.arange(40), 0, labels] += 1.0
     features = Stored(labels, vectors)
     with process_group() as ranks:
-        k, held, judged = judge_neighbours(features, features, 0.25, batch_size=8, ranks=ranks)
-    assert k in (5, 10, 20) and held.judged.sum() == 10
-    assert judged.judged.all() and judged.main()[0] > 80
+        k, held, judged = evaluate_neighbours(features, features, 0.25, batch_size=8, ranks=ranks)
+    assert k in (5, 10, 20) and held.evaluated.sum() == 10
+    assert judged.evaluated.all() and judged.main()[0] > 80

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import call
 
-from data_pipeline.codec.camera import CAMERA_MODELS
+from data_pipeline.codec.saliency import CAMERA_MODELS
 from eval_encoder.probe import prepare as probe_prepare
 from eval_encoder.probe.benchmarks import (
     BENCHMARKS,

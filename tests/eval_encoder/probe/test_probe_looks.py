@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval_encoder.probe.augment import RARE, recolour
+from eval_encoder.clip_reader import RARE, recolour
+from eval_encoder.clip_views import Look
+from eval_encoder.intervals import half_interval
 from eval_encoder.probe.benchmarks import LabelledList
-from eval_encoder.probe.clips import Look
-from eval_encoder.probe.compare import half_interval
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.features import ClipFeatures
 

@@ -10,6 +10,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import faulty
 import numpy as np
 import pytest
 import torch
@@ -19,11 +20,9 @@ from safetensors.torch import load_file
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
 from data_pipeline.shards.manifest import load_manifest
-from training import fault_points
-from training.checkpoint.folder import BadCheckpoint, StorageError
-from training.checkpoint.resume import ConfigMismatch
 from training.config.cli import build_config, build_parser
 from training.distributed import process_group
+from training.errors import BadCheckpoint, ConfigMismatch, StorageError
 from training.stop_signals import StopSignals
 from training.trainer import Trainer
 
@@ -226,30 +225,22 @@ def test_after_a_full_disk_the_same_command_goes_on_as_advised(noise, tmp_path):
     shutil.copytree(noise, output)
     shutil.rmtree(output / "checkpoints" / "step_00000006")
     shutil.rmtree(output / "checkpoints" / "step_00000004")
-    fault_points.arm("checkpoint.write:disk_full", 0)
-    try:
+    with faulty.armed("checkpoint.write:disk_full"):
         with pytest.raises(StorageError, match="start again, the newest commit there is whole"):
             train(output, *NOISE, "--set", "checkpoint.background=false")
-    finally:
-        fault_points.arm(None, 0)
     train(output, *NOISE)
     assert same_end(output, noise)
 
 
-def test_after_a_record_was_removed_the_same_command_goes_on_as_advised(
-    noise, tmp_path, monkeypatch
-):
+def test_after_a_record_was_removed_the_same_command_goes_on_as_advised(noise, tmp_path):
+    from training.train_step import TrainStep
+
     output = without_newest(noise, tmp_path / "run")
-
-    def remove(place: str, step: int) -> bool:
-        if place == "step.begin":
-            (output / "metrics.jsonl").unlink(missing_ok=True)
-        return False
-
-    with monkeypatch.context() as patch:
-        patch.setattr("training.train_step.reach", remove)
-        with pytest.raises(StorageError, match="metrics.jsonl was removed .* same command"):
-            train(output, *NOISE)
+    wrappers = faulty.Wrappers()
+    wrappers.before(TrainStep, "run", lambda _: (output / "metrics.jsonl").unlink(missing_ok=True))
+    with pytest.raises(StorageError, match="metrics.jsonl was removed .* same command"):
+        train(output, *NOISE)
+    wrappers.take_off()
     train(output, *NOISE)
     ours, theirs = tensors(output), tensors(noise)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -259,15 +250,11 @@ def test_a_loss_that_is_not_finite_goes_on_with_each_of_the_advised_flags(noise,
     from training.train_step import NonFiniteLoss
 
     output = without_newest(noise, tmp_path / "run")
-    fault_points.arm("step.backward@5:nan", 0)
-    try:
-        with pytest.raises(
-            NonFiniteLoss, match="--resume_allow optimizer.lr .*--max_skipped_steps"
-        ):
+    advice = "--resume_allow optimizer.lr .*--max_skipped_steps"
+    with faulty.armed("step.backward@5:nan"):
+        with pytest.raises(NonFiniteLoss, match=advice):
             train(output, *NOISE)
         train(without_newest(noise, tmp_path / "b"), *NOISE, "--max_skipped_steps", 1)
-    finally:
-        fault_points.arm(None, 0)
     older = output / "checkpoints" / "step_00000002"
     train(output, *NOISE, "--resume", older)
     assert same_end(output, noise)
