@@ -121,7 +121,7 @@ def _lines() -> Iterator[str]:
     prompt = ""
     if sys.stdin.isatty():
         prompt = "> "
-        print("/reset forgets the turns, /quit ends")
+        print("/reset forgets what was said, /quit ends")
     while True:
         try:
             line = input(prompt).strip()

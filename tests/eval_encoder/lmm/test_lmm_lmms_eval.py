@@ -30,8 +30,8 @@ from eval_encoder.lmm.scoring.lmms_eval import (
     answer_until,
     cut,
     decoding_of,
-    rate_answers,
     model_manifest,
+    rate_answers,
     stop_strings,
 )
 from model_factory.configuration import LlavaViTPackingConfig
