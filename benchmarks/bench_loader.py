@@ -29,14 +29,13 @@ import torch
 
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import Dataset
-from data_pipeline.loading.choices import ViewConfig
+from data_pipeline.loading.config import StreamConfig, ViewConfig
 from data_pipeline.loading.dali_pipeline import PictureDecoder
 from data_pipeline.loading.loader import MixtureLoader
 from data_pipeline.loading.plan import EpochPlan, SampleOrder
 from data_pipeline.loading.samples import MEMBER_OF_VIEW
 from data_pipeline.loading.shard_reader import ShardReader
 from data_pipeline.loading.stream import HeadStream
-from data_pipeline.loading.stream_config import StreamConfig
 from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.pack import PackConfig, pack

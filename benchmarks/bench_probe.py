@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.motion_shapes import write_motion_shapes
+from eval_encoder.clip_views import Look, RawClips
 from eval_encoder.probe.benchmarks import LabelledList, read_lists
-from eval_encoder.probe.clips import Look, RawClips
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.encoders import build_encoder
 from eval_encoder.probe.features import ClipFeatures
@@ -54,7 +54,7 @@ class Bench:
         probe = ProbeTrainer(
             config, self.encoder.width, train, val, self._ranks, logging.getLogger("bench")
         )
-        ends = [0.0, *probe.run().seconds]
+        ends = [0.0, *(epoch.seconds for epoch in probe.run().epochs)]
         return [end - start for start, end in zip(ends, ends[1:], strict=False)]
 
 

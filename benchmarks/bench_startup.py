@@ -101,8 +101,8 @@ def make(folder: Path, args) -> None:
 def measure(folder: Path) -> float:
     """Processor seconds of one start."""
     from data_pipeline.clustering.labels import load_labels
+    from data_pipeline.loading.choices import SampleTable
     from data_pipeline.loading.plan import EpochPlan, SampleOrder
-    from data_pipeline.loading.table import SampleTable
     from data_pipeline.shards.manifest import load_manifest
 
     started = time.process_time()

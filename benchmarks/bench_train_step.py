@@ -54,7 +54,7 @@ def bench_step(folder: Path) -> dict:
     products that one thread has before the run, while nothing else computes."""
     import torch
 
-    from training.record.flops import product_flops
+    from training.record.speed import product_flops
 
     torch.set_num_threads(1)
     peak = 2 * product_flops(torch.device("cpu"), seconds=2.0)
@@ -76,7 +76,7 @@ def bench_step(folder: Path) -> dict:
 
 def bench_checkpoint(folder: Path, rounds: int = 3) -> dict:
     """What the loop waits for a save in the background, beside a step of the same model."""
-    from data_pipeline.loading.synthetic import SyntheticStream
+    from data_pipeline.loading.loader import SyntheticStream
     from training.checkpoint.checkpointer import CheckpointConfig, Checkpointer
     from training.config.schema import ModelConfig
     from training.distributed import process_group
@@ -164,8 +164,8 @@ def last_step(output: Path) -> int:
 
 def bench_gpu(rounds: int, compiled: bool) -> dict:
     """Whole steps of large on one GPU."""
+    from data_pipeline.loading.loader import SyntheticStream
     from data_pipeline.loading.packing import joined_inputs
-    from data_pipeline.loading.synthetic import SyntheticStream
     from training.config.schema import ModelConfig
     from training.distributed import process_group
     from training.encoder import build_encoder
@@ -177,7 +177,7 @@ def bench_gpu(rounds: int, compiled: bool) -> dict:
         global_grad_norm,
     )
     from training.parallel import ParallelConfig, ParallelEncoder
-    from training.record.flops import encoder_flops, peak_flops, softmax_flops
+    from training.record.speed import encoder_flops, peak_flops, softmax_flops
 
     with process_group() as ranks:
         model = build_encoder(ModelConfig(name="llava_vit_large_ln"), 0)

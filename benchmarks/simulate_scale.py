@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 
 from model_factory.registry import packing_config
-from training.record.flops import encoder_flops, softmax_flops
+from training.record.speed import encoder_flops, softmax_flops
 
 GPU_HOURS_PER_FAILURE = 54 * 24 * 16384 / 419  # Llama 3 405B: 419 interruptions in 54 days
 SHARD_BYTES_PER_CLIP = 160e3  # 2048 patches of 14 px, measured 142 to 172 KB

@@ -12,6 +12,8 @@ Shape legend: S packed tokens, N sequences, H heads, d head_dim.
 """
 
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,16 +25,8 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 _FLASH_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 
 
-def _flash_function():
-    try:  # an optional library, and one that imports with an error where its build does not fit
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise ValueError(f"flash-attn is installed but does not import: {error}") from error
-    return flash_attn_varlen_func
-
-
 def available_backends(q: torch.Tensor) -> list[str]:
-    """Back ends that can run on the device and dtype of `q`, best first."""
+    """Back ends that can run on the device and dtype of `q`, fastest first."""
     fast = []
     if q.is_cuda and q.dtype in HALF_PRECISION:
         fast = ["varlen"]
@@ -56,9 +50,9 @@ def varlen_attention(
 
     q, k, v: [S, H, d]; cu_seqlens: int32 [N+1] boundaries of k and v; max_seqlen: longest sequence,
     a host integer so that no kernel launch waits for the device. `cu_seqlens_q` and `max_seqlen_q`
-    describe q when its lengths differ (pooling asks with one query per sequence). Scores are scaled
-    by d ** -0.5. `backend` overrides the choice. Returns [S_q, H, d]. Raises ValueError for a back
-    end that cannot run here.
+    describe q where its lengths differ (pooling has one query per sequence). Scores are scaled by
+    d ** -0.5. `backend` overrides the choice. Returns [S_q, H, d]. Raises ValueError for a back end
+    that cannot run on this device and dtype.
     """
     bounds_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     longest_q = max_seqlen if max_seqlen_q is None else max_seqlen_q
@@ -69,11 +63,19 @@ def varlen_attention(
             f"attention back end {chosen!r} cannot run on {q.device.type} {q.dtype}; available: "
             f"{', '.join(choices)}"
         )
+    if chosen == "eager":
+        return grouped_eager(q, k, v, bounds_q=bounds_q, bounds_k=cu_seqlens)
+    if chosen == "sdpa":
+        return grouped_sdpa(q, k, v, bounds_q=bounds_q, bounds_k=cu_seqlens)
+    # both fast kernels take the same arguments in the same order
     if chosen == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(q, k, v, bounds_q, cu_seqlens, longest_q, max_seqlen)
-    if chosen == "flash":
-        return _flash_function()(q, k, v, bounds_q, cu_seqlens, longest_q, max_seqlen)
-    grouped = grouped_eager if chosen == "eager" else grouped_sdpa
-    return grouped(q, k, v, bounds_q, cu_seqlens)
+        kernel: Callable[..., Any] = varlen_attn
+    else:
+        try:  # its build may not fit the installed torch, which shows when it is imported
+            from flash_attn import flash_attn_varlen_func
+        except ImportError as error:
+            raise ValueError(f"flash-attn is installed but does not import: {error}") from error
+        kernel = flash_attn_varlen_func
+    return kernel(q, k, v, bounds_q, cu_seqlens, longest_q, max_seqlen)

@@ -1,13 +1,14 @@
 """Shape of the packed encoder: every field that config.json stores, checked when it is set."""
 
 import inspect
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from .rope import ROPE_PAIRINGS
 
 NORM_TYPES = ("layer_norm", "rms_norm")
-_OTHERS = ("self", "kwargs")
+_NO_FIELDS = ("self", "kwargs")  # parameters of the constructor
 _POSITIVE = (
     "hidden_size",
     "intermediate_size",
@@ -47,7 +48,7 @@ class LlavaViTPackingConfig(PretrainedConfig):
         rope_position_scale: float = 1.0,
         use_head: bool = True,
         initializer_range: float = 0.02,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -69,22 +70,24 @@ class LlavaViTPackingConfig(PretrainedConfig):
 
     def _check(self) -> None:
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
+            if not getattr(self, name) > 0:  # NaN fails too
                 raise ValueError(f"{name} is {getattr(self, name)}, must be greater than 0")
         if self.hidden_size % (32 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} over num_attention_heads "
                 f"{self.num_attention_heads} must be a multiple of 32: the rotary split is 4:6:6"
             )
-        for name, known in (("rope_pairing", ROPE_PAIRINGS), ("layer_norm_type", NORM_TYPES)):
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        for name, choices in (("rope_pairing", ROPE_PAIRINGS), ("layer_norm_type", NORM_TYPES)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
     @classmethod
     def own_fields(cls) -> list[str]:
         """Names of the fields that this class adds to those of every transformers model."""
-        return [name for name in inspect.signature(cls.__init__).parameters if name not in _OTHERS]
+        return [
+            name for name in inspect.signature(cls.__init__).parameters if name not in _NO_FIELDS
+        ]
 
     @property
     def patch_dim(self) -> int:

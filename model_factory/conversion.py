@@ -1,14 +1,15 @@
-"""From a backbone.pt to a Hugging Face folder of the packing model,
-checked before and after it is written.
+"""Conversion of a backbone.pt to a Hugging Face folder of the packing model, verified before and
+after it is written.
 
 Every input goes, in fp32, through the dense source model and through the packing model: images of
 several resolutions, moving videos at interpolated times, and one mixed pack of them all; once
-before saving and once with the reloaded folder, whose tensors must also be those of the file bit
+before saving and once with the reloaded folder, whose tensors must also equal those of the file bit
 for bit, so that no random start can pass for a weight. Cost: some 17,000 tokens through the
 encoder.
 """
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,10 +28,22 @@ from .state_dict_adapter import first_keys
 from .vit_preview_v0 import LlavaViTEncoder
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
-TOLERANCE = 1e-4  # absolute, fp32
-NUM_FRAMES = 8
-IMAGE_GRIDS = ((14, 14), (10, 20), (24, 18))  # rows and columns of patches
+TOLERANCE = 1e-4  # absolute, fp32: both models add in different orders
+NUM_FRAMES = 8  # fewer than the 64 of the time base, so that times are interpolated
+# rows and columns of patches: a square, wide, and high, as mixed up axes pass on squares
+IMAGE_GRIDS = ((14, 14), (10, 20), (24, 18))
 VIDEO_GRIDS = ((14, 14), (6, 9))
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One input, dense and as an item of a pack: rows [S, P], grid [1, 3], positions [S, 3]."""
+
+    name: str
+    pixels: torch.Tensor
+    rows: torch.Tensor
+    grid: torch.Tensor
+    positions: torch.Tensor
 
 
 class ConversionError(ValueError):
@@ -46,17 +59,21 @@ def convert(
     registered one with `rope_pairing` (the public weights' rule is "legacy"); the norm eps of the
     source are kept, so that the folder is the same function.
     """
-    target = load_backbone(weight_path, model_name, rope_pairing).eval()
+    target = load_backbone(
+        weight_path,
+        model_name=model_name,
+        rope_pairing=rope_pairing,
+    ).eval()
     source = LlavaViTEncoder(target.config)
     source.load_state_dict(read_weights(weight_path))
     lines = [f"before saving: {line}" for line in _verify(source.eval(), target)]
-    origin = {"converted from": f"{weight_path.name} ({model_name})"}
+    origin: dict[str, object] = {"converted from": f"{weight_path.name} ({model_name})"}
     if output_dir.exists() and not output_dir.is_dir():
         raise ConversionError(f"{output_dir} is a file: give a folder as --output_dir")
     # a folder appears under its name only when it has passed
     unproven = output_dir.with_name(f".{output_dir.name}.unproven")
     try:
-        save_encoder_folder(target, unproven, origin)
+        save_encoder_folder(target, folder=unproven, run=origin)
         reloaded = LlavaViTPackingModel.from_pretrained(unproven, dtype=torch.float32).eval()
         lines.append(_same_tensors(read_weights(weight_path), reloaded))
         lines += [f"after reloading: {line}" for line in _verify(source, reloaded)]
@@ -84,66 +101,78 @@ def _same_tensors(weights: dict[str, torch.Tensor], reloaded: LlavaViTPackingMod
 def _verify(source: LlavaViTEncoder, target: LlavaViTPackingModel) -> list[str]:
     """Compare both models input by input; ConversionError names the first one that differs."""
     p = target.config.patch_size
-    cases = {}
-    for number, (height, width) in enumerate(IMAGE_GRIDS):
-        generator = torch.Generator().manual_seed(number)
-        image = torch.rand(1, 3, height * p, width * p, generator=generator) * 4 - 2
-        cases[f"image {height * p}x{width * p}"] = image, _packed_image(image, p)
-    for height, width in VIDEO_GRIDS:
-        video = _moving_video(height * p, width * p)
-        cases[f"moving video {height * p}x{width * p}"] = video, _packed_video(video, p)
+    cases = [_image_case(number, *grid, p) for number, grid in enumerate(IMAGE_GRIDS)]
+    cases += [_video_case(*grid, p) for grid in VIDEO_GRIDS]
     with torch.inference_mode():
-        dense = {
-            name: source(pixels) if pixels.ndim == 4 else _dense_video(source, pixels)
-            for name, (pixels, _) in cases.items()
-        }
-        lines = [_compare(name, target, [cases[name][1]], [dense[name]]) for name in cases]
-        names = sorted(cases)  # mixes images and videos
-        packed = [cases[name][1] for name in names]
-        lines.append(_compare("mixed pack", target, packed, [dense[name] for name in names]))
+        dense = [_dense(source, case.pixels) for case in cases]
+        lines = [
+            _compare(case.name, target, cases=[case], dense=[result])
+            for case, result in zip(cases, dense, strict=True)
+        ]
+        lines.append(_compare("mixed pack", target, cases=cases, dense=dense))
     return lines
 
 
-def _moving_video(height: int, width: int) -> torch.Tensor:
-    """A texture that moves from frame to frame, [1, 3, T, H, W]:
-    a wrong frame order cannot go unnoticed.
-    """
-    texture = torch.randn(3, height, width, generator=torch.Generator().manual_seed(1))
+def _image_case(seed: int, height: int, width: int, p: int) -> _Case:
+    """Noise of the range that normalised pixels have; height and width in patches of p pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(1, 3, height * p, width * p, generator=generator) * 4 - 2
+    grid = torch.tensor([[1, height, width]])
+    return _Case(
+        name=f"image {height * p}x{width * p}",
+        pixels=image,
+        rows=patchify(image, p)[0],
+        grid=grid,
+        positions=compute_patch_positions_from_grid_thw(grid),
+    )
+
+
+def _video_case(height: int, width: int, p: int) -> _Case:
+    """A texture that moves from frame to frame, so that a wrong frame order shows."""
+    texture = torch.randn(3, height * p, width * p, generator=torch.Generator().manual_seed(1))
     frames = [texture.roll((5 * t, 11 * t), dims=(1, 2)) for t in range(NUM_FRAMES)]
-    return torch.stack(frames, dim=1)[None]
+    video = torch.stack(frames)  # [T, 3, H, W]
+    return _Case(
+        name=f"moving video {height * p}x{width * p}",
+        pixels=video.transpose(0, 1)[None],
+        rows=patchify(video, p).flatten(0, 1),
+        grid=torch.tensor([[NUM_FRAMES, height, width]]),
+        positions=compute_patch_positions_with_interpolated_temporal(_times(), height, width),
+    )
 
 
-def _frame_times() -> torch.Tensor:
-    indices = torch.arange(NUM_FRAMES)[None]
-    return interpolate_frame_indices(indices, torch.tensor([NUM_FRAMES]), TARGET_FRAMES)
+def _times() -> torch.Tensor:
+    """Times [1, T] of the frames of a video."""
+    return interpolate_frame_indices(torch.arange(NUM_FRAMES)[None], torch.tensor([NUM_FRAMES]))
 
 
-def _dense_video(source: LlavaViTEncoder, video: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The public way: frames scattered into an empty 64-frame clip, only their patches visible."""
-    times = _frame_times()[0]
-    clip = torch.zeros(1, 3, TARGET_FRAMES, *video.shape[-2:])
-    clip[:, :, times] = video
-    per_frame = video.shape[-2] * video.shape[-1] // source.config.patch_size**2
+def _dense(source: LlavaViTEncoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output of the source for an image [1, 3, H, W] or a video [1, 3, T, H, W]. A video is encoded
+    the public way: its frames lie in an empty 64-frame clip, and only their patches are visible."""
+    if pixels.ndim == 4:
+        return source(pixels)
+    height, width = pixels.shape[-2:]
+    times = _times()[0]
+    clip = torch.zeros(1, 3, TARGET_FRAMES, height, width)
+    clip[:, :, times] = pixels
+    per_frame = height * width // source.config.patch_size**2
     visible = (times[:, None] * per_frame + torch.arange(per_frame)).reshape(1, -1)
     return source(clip, visible_indices=visible)
 
 
-def _packed_image(image: torch.Tensor, patch_size: int):
-    rows = patchify(image, patch_size)[0]
-    grid = torch.tensor([[1, image.shape[-2] // patch_size, image.shape[-1] // patch_size]])
-    return rows, grid, compute_patch_positions_from_grid_thw(grid)
-
-
-def _packed_video(video: torch.Tensor, patch_size: int):
-    rows = patchify(video[0].transpose(0, 1), patch_size).flatten(0, 1)
-    height, width = video.shape[-2] // patch_size, video.shape[-1] // patch_size
-    positions = compute_patch_positions_with_interpolated_temporal(_frame_times(), height, width)
-    return rows, torch.tensor([[NUM_FRAMES, height, width]]), positions
-
-
-def _compare(name: str, target: LlavaViTPackingModel, cases, dense) -> str:
-    rows, grids, positions = (torch.cat(parts) for parts in zip(*cases, strict=True))
-    out = target(rows, grid_thw=grids, patch_positions=positions)
+def _compare(
+    name: str,
+    target: LlavaViTPackingModel,
+    cases: list[_Case],
+    dense: list[dict[str, torch.Tensor]],
+) -> str:
+    """The line of a pack of these inputs; ConversionError where it differs from the dense
+    outputs."""
+    out = target(
+        torch.cat([case.rows for case in cases]),
+        grid_thw=torch.cat([case.grid for case in cases]),
+        patch_positions=torch.cat([case.positions for case in cases]),
+    )
     tokens = torch.cat([result["visible_embeddings"][0] for result in dense])
     if out.last_hidden_state.shape != tokens.shape:
         raise ConversionError(

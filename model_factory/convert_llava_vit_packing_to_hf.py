@@ -12,6 +12,7 @@ use so that `--help` needs no torch.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
@@ -25,7 +26,7 @@ _HELPERS = (
 )
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HELPERS:
         from model_factory import packing
 

@@ -16,7 +16,9 @@ Shape legend: S packed tokens, N sequences, H heads, d head_dim, L length of one
 
 import functools
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,85 +29,97 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 @dataclass(frozen=True)
-class _Groups:
-    """Sequences sorted by length: per group (sequences, query length, key length), and the row
-    orders that bring them side by side with the way back (None where they already are).
+class _Side:
+    """How the rows of queries, or those of keys and values, are grouped by length.
+
+    shapes   (sequences, length) of each group
+    order    index of the row that comes to each place; None where groups already lie together
+    inverse  the way back
     """
 
-    shapes: tuple[tuple[int, int, int], ...]
-    order_q: torch.Tensor | None
-    order_k: torch.Tensor | None
-    back_q: torch.Tensor | None
-    back_k: torch.Tensor | None
+    shapes: list[tuple[int, int]]
+    order: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
+
+    def batches(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Rows [S, ...] as a view [sequences, H, L, ...] per group, for the batched kernels."""
+        if self.order is not None:
+            rows = rows.index_select(0, self.order)
+        pieces = rows.split([count * length for count, length in self.shapes])
+        return [
+            piece.unflatten(0, shape).transpose(1, 2)
+            for piece, shape in zip(pieces, self.shapes, strict=True)
+        ]
+
+    def rows(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Inverse of `batches`, contiguous."""
+        pieces = [batch.transpose(1, 2).flatten(0, 1) for batch in batches]
+        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if self.inverse is not None:
+            rows = rows.index_select(0, self.inverse)
+        return rows.contiguous()
 
 
-def _row_order(lengths: tuple[int, ...], items: list[int], device: str):
-    """Row numbers of `items` in that order, and its inverse; None, None when nothing moves."""
+def _side(lengths: tuple[int, ...], groups: list[list[int]], device: str) -> _Side:
+    """Grouping of rows by groups of sequences of one length each."""
+    shapes = [(len(members), lengths[members[0]]) for members in groups]
+    items = [item for members in groups for item in members]
     if items == sorted(items):
-        return None, None
+        return _Side(shapes)
     starts = np.cumsum((0, *lengths[:-1]))
     order = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in items])
-    return tuple(torch.from_numpy(rows).to(device) for rows in (order, order.argsort()))
+    return _Side(
+        shapes,
+        order=torch.from_numpy(order).to(device),
+        inverse=torch.from_numpy(order.argsort()).to(device),
+    )
 
 
+# every layer of a step looks up the same few packs, forward and backward; older ones may go
 @functools.lru_cache(maxsize=64)
-def _group(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], device: str) -> _Groups:
+def _group(
+    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], device: str
+) -> tuple[_Side, _Side]:
     groups: dict[tuple[int, int], list[int]] = {}
     for item, key in enumerate(zip(lengths_q, lengths_k, strict=True)):
         groups.setdefault(key, []).append(item)
-    items = [item for members in groups.values() for item in members]
-    with torch.inference_mode(False):  # what is remembered must also serve a backward pass
-        order_q, back_q = _row_order(lengths_q, items, device)
-        order_k, back_k = _row_order(lengths_k, items, device)
-    shapes = tuple((len(members), *key) for key, members in groups.items())
-    return _Groups(shapes, order_q, order_k, back_q, back_k)
+    members = list(groups.values())
+    # cached tensors must serve a backward pass too, which inference tensors cannot
+    with torch.inference_mode(False):
+        return _side(lengths_q, members, device), _side(lengths_k, members, device)
 
 
-def _groups_of(bounds_q: torch.Tensor, bounds_k: torch.Tensor) -> _Groups:
-    """Groups of a pack; waits for the device where the boundaries are not on the host."""
+def _groups_of(bounds_q: torch.Tensor, bounds_k: torch.Tensor) -> tuple[_Side, _Side]:
+    """Grouping of queries and of keys; waits for the device where boundaries are not on the
+    host."""
     lengths_q = tuple(np.diff(bounds_q.cpu().numpy()).tolist())
-    lengths_k = (
-        lengths_q if bounds_k is bounds_q else tuple(np.diff(bounds_k.cpu().numpy()).tolist())
-    )
-    return _group(lengths_q, lengths_k, str(bounds_k.device))
+    lengths_k = lengths_q
+    if bounds_k is not bounds_q:
+        lengths_k = tuple(np.diff(bounds_k.cpu().numpy()).tolist())
+    return _group(lengths_q, lengths_k, device=str(bounds_k.device))
 
 
-def _reorder(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    return x if order is None else x.index_select(0, order)
+def _batched(
+    queries: _Side, keys: _Side, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Queries, keys and values [sequences, H, L, d] of each group."""
+    return zip(queries.batches(q), keys.batches(k), keys.batches(v), strict=True)
 
 
-def _batches(x: torch.Tensor, order: torch.Tensor | None, counts: list[tuple[int, int]]):
-    """Rows [S, ...] -> per group a view [sequences, H, L, ...] for the batched kernels."""
-    pieces = _reorder(x, order).split([count * length for count, length in counts])
-    return [
-        piece.unflatten(0, shape).transpose(1, 2)
-        for piece, shape in zip(pieces, counts, strict=True)
-    ]
-
-
-def _rows(batches: list[torch.Tensor], back: torch.Tensor | None) -> torch.Tensor:
-    """Inverse of `_batches`."""
-    rows = [batch.transpose(1, 2).flatten(0, 1) for batch in batches]
-    return _reorder(rows[0] if len(rows) == 1 else torch.cat(rows), back)
-
-
-def _split(groups: _Groups, rows_q: tuple, rows_k: tuple):
-    """Yield per group the batched views of the query-sided and the key-sided tensors."""
-    counts_q = [(count, length_q) for count, length_q, _ in groups.shapes]
-    counts_k = [(count, length_k) for count, _, length_k in groups.shapes]
-    sides = [_batches(x, groups.order_q, counts_q) for x in rows_q]
-    sides += [_batches(x, groups.order_k, counts_k) for x in rows_k]
-    return zip(*sides, strict=True)
-
-
-def grouped_eager(q, k, v, bounds_q, bounds_k) -> torch.Tensor:
+def grouped_eager(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds_q: torch.Tensor,
+    bounds_k: torch.Tensor,
+) -> torch.Tensor:
     """Attention with materialised scores, softmax in fp32: memory and time of sum(L ** 2) * H."""
-    groups = _groups_of(bounds_q, bounds_k)
-    batches = []
-    for q_g, k_g, v_g in _split(groups, (q,), (k, v)):
+    queries, keys = _groups_of(bounds_q, bounds_k)
+    outputs = []
+    for q_g, k_g, v_g in _batched(queries, keys, q, k, v):
         scores = q_g @ k_g.transpose(-1, -2) * q.shape[-1] ** -0.5
-        batches.append(scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v_g)
-    return _rows(batches, groups.back_q)
+        outputs.append(scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v_g)
+    return queries.rows(outputs)
 
 
 # the exported modelling folder holds a second copy of this module: each copy owns a namespace
@@ -121,25 +135,31 @@ def _grouped_sdpa(
     bounds_k: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows out [S_q, H, d] and log-sum-exp of the scores [S_q, H] (empty off the CPU)."""
-    groups = _groups_of(bounds_q, bounds_k)
-    outputs, sums = [], []
-    for q_g, k_g, v_g in _split(groups, (q,), (k, v)):
+    queries, keys = _groups_of(bounds_q, bounds_k)
+    outputs = []
+    sums = []
+    for q_g, k_g, v_g in _batched(queries, keys, q, k, v):
         if q.device.type == "cpu":
             out, lse = _flash_forward(q_g, k_g, v_g)
             sums.append(lse)
         else:
             out = F.scaled_dot_product_attention(q_g, k_g, v_g)
         outputs.append(out)
-    lse = _rows(sums, groups.back_q) if sums else q.new_empty(0, dtype=torch.float32)
-    return _rows(outputs, groups.back_q).contiguous(), lse.contiguous()
+    lse = queries.rows(sums) if sums else q.new_empty(0, dtype=torch.float32)
+    return queries.rows(outputs), lse
 
 
 @_grouped_sdpa.register_fake
-def _(q, k, v, bounds_q, bounds_k):
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds_q: torch.Tensor,
+    bounds_k: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse_shape = q.shape[:2] if q.device.type == "cpu" else (0,)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        lse_shape, dtype=torch.float32
-    )
+    return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::grouped_sdpa_backward", mutates_args=())
@@ -154,43 +174,67 @@ def _grouped_sdpa_backward(
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, in their shapes."""
-    groups = _groups_of(bounds_q, bounds_k)
-    rows_q = (grad, q, out, lse) if q.device.type == "cpu" else (grad, q)
-    parts = []
-    for grad_g, q_g, *saved, k_g, v_g in _split(groups, rows_q, (k, v)):
-        if saved:
-            out_g, lse_g = saved
-            parts.append(_flash_backward(grad_g, q_g, k_g, v_g, out_g, lse_g, 0.0, False))
+    queries, keys = _groups_of(bounds_q, bounds_k)
+    on_cpu = q.device.type == "cpu"
+    unsaved = [None] * len(queries.shapes)
+    groups = zip(
+        queries.batches(grad),
+        queries.batches(q),
+        keys.batches(k),
+        keys.batches(v),
+        queries.batches(out) if on_cpu else unsaved,
+        queries.batches(lse) if on_cpu else unsaved,
+        strict=True,
+    )
+    gradients = []
+    for grad_g, q_g, k_g, v_g, out_g, lse_g in groups:
+        if on_cpu:
+            # no dropout, not causal
+            gradients.append(_flash_backward(grad_g, q_g, k_g, v_g, out_g, lse_g, 0.0, False))
         else:
             inputs = [x.detach().requires_grad_() for x in (q_g, k_g, v_g)]
             with torch.enable_grad():
                 again = F.scaled_dot_product_attention(*inputs)
-            parts.append(torch.autograd.grad(again, inputs, grad_g))
-    backs = (groups.back_q, groups.back_k, groups.back_k)
-    grads = [_rows(list(g), back) for g, back in zip(zip(*parts, strict=True), backs, strict=True)]
-    return tuple(g.contiguous() for g in grads)
+            gradients.append(torch.autograd.grad(again, inputs, grad_g))
+    grads_q, grads_k, grads_v = zip(*gradients, strict=True)
+    return queries.rows(grads_q), keys.rows(grads_k), keys.rows(grads_v)
 
 
 @_grouped_sdpa_backward.register_fake
-def _(grad, q, k, v, bounds_q, bounds_k, out, lse):
+def _(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *rest: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs, *output)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _grad_lse):
+def _backward(
+    ctx: Any, grad: torch.Tensor | None, _grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     if grad is None:
         return None, None, None, None, None
-    return *_grouped_sdpa_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+    grads = _grouped_sdpa_backward(grad.contiguous(), *ctx.saved_tensors)
+    return *grads, None, None  # boundaries have none
 
 
 _grouped_sdpa.register_autograd(_backward, setup_context=_save)
 
 
-def grouped_sdpa(q, k, v, bounds_q, bounds_k) -> torch.Tensor:
+def grouped_sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds_q: torch.Tensor,
+    bounds_k: torch.Tensor,
+) -> torch.Tensor:
     """Attention by batched fused kernels; any device and dtype they support, differentiable once.
 
     q: [S_q, H, d], k and v: [S, H, d], boundaries int32 [N + 1] each. Returns [S_q, H, d].

@@ -38,7 +38,7 @@ class PackContext:
         return self.longest.shape[1]
 
 
-def build_norm(norm_type: str, width: int, eps: float | None) -> nn.Module:
+def build_norm(norm_type: str, width: int, eps: float) -> nn.Module:
     """LayerNorm or RMSNorm over the last dimension; raises ValueError for another name."""
     if norm_type == "layer_norm":
         return nn.LayerNorm(width, eps=eps)
@@ -48,9 +48,8 @@ def build_norm(norm_type: str, width: int, eps: float | None) -> nn.Module:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of patch rows [S, 3*p*p] -> [S, D];
-    the weight is kept in Conv2d form for the public key layout.
-    """
+    """Linear map of patch rows [S, 3*p*p] to [S, D]; the weight has the shape of a Conv2d, as in
+    the public key layout."""
 
     def __init__(self, patch_size: int, width: int, channels: int = 3):
         super().__init__()
@@ -73,9 +72,8 @@ class MLP(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """Multi-head self-attention inside each item of the pack,
-    rotary positions on queries and keys.
-    """
+    """Multi-head self-attention inside each item of the pack, rotary positions on queries and
+    keys."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -85,9 +83,15 @@ class PackedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: PackContext) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # each [S, H, d]
-        q, k = (apply_rope(part, context.rope) for part in (q, k))
+        q = apply_rope(q, context.rope)
+        k = apply_rope(k, context.rope)
         mixed = varlen_attention(
-            q, k, v, context.cu_seqlens, context.max_seqlen, backend=context.backend
+            q,
+            k,
+            v,
+            cu_seqlens=context.cu_seqlens,
+            max_seqlen=context.max_seqlen,
+            backend=context.backend,
         )
         return self.proj(mixed.flatten(1))
 
@@ -108,11 +112,11 @@ class EncoderLayer(nn.Module):
 
 
 class ProbeAttention(nn.Module):
-    """One learned query per item over the item's tokens;
-    parameter names of torch's MultiheadAttention.
+    """One learned query over the tokens of each item. Parameter names are those of torch's
+    MultiheadAttention.
 
-    The query is the same for all items, so the whole pack is pooled by one varlen call with query
-    length 1.
+    The query is the same for all items, so one varlen call with query length 1 pools the whole
+    pack.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -140,15 +144,21 @@ class ProbeAttention(nn.Module):
         q = query.expand(num_items, -1).unflatten(-1, (self.num_heads, -1))
         one_each = torch.arange(num_items + 1, dtype=torch.int32, device=tokens.device)
         pooled = varlen_attention(
-            q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=one_each, max_seqlen_q=1, backend=backend
+            q,
+            k,
+            v,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            cu_seqlens_q=one_each,
+            max_seqlen_q=1,
+            backend=backend,
         )
         return self.out_proj(pooled.flatten(1))
 
 
 class AttentionPoolingHead(nn.Module):
-    """Pooled vector of each item: y = attention(probe, tokens); y + MLP(RMSNorm(y)).
-    No residual with the probe.
-    """
+    """Pooled vector of each item: y + MLP(RMSNorm(y)) with y = attention(probe, tokens). The probe
+    itself is not added."""
 
     def __init__(self, width: int, hidden: int, num_heads: int, norm_eps: float | None):
         super().__init__()

@@ -1,6 +1,6 @@
-"""The encoder as an eye of LLaVA, in two shapes over the same weights.
+"""The encoder as a vision tower of LLaVA, in two classes over the same weights.
 
-    LlavaViTVisionModel   a transformers vision model (pictures in, all hidden states out),
+    LlavaViTVisionModel   a transformers vision model (images in, all hidden states out),
                           registered as `llava_vit_vision`, so that it can be the vision_config of
                           LlavaForConditionalGeneration; import this module before loading one
     LlavaViTVisionTower   the vision-tower contract of the original LLaVA and LLaVA-NeXT
@@ -15,11 +15,12 @@ There is no class token: `patch` and `cls_patch` are the same, a processor adds 
 (vision_feature_select_strategy "full", num_additional_image_tokens 0). Hidden state -1 is the
 last block's output, or, with `post_norm`, what the pooling head was trained on: the normed one.
 
-Shape legend: B pictures, N patches of each, D width, K kept patches of a clip, p patch size.
+Shape legend: B images, N patches of each, D width, K selected patches of a clip, p patch size.
 """
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,9 +28,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration import LlavaViTPackingConfig
-from .model_folder import LOCAL, check_model_folder
+from .model_folder import LOCAL, check_model_folder, model_type_of
 from .packing import patchify
-from .published_folder import model_type_of
 from .state_dict_adapter import raise_problems
 from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
@@ -42,7 +42,7 @@ class LlavaViTVisionConfig(LlavaViTPackingConfig):
     model_type = "llava_vit_vision"
     _auto_class = None  # the encoder's code travels with its folder; a tower's type is registered
 
-    def __init__(self, post_norm: bool = True, **kwargs):
+    def __init__(self, post_norm: bool = True, **kwargs: Any):
         self.post_norm = post_norm
         super().__init__(**kwargs)
 
@@ -53,8 +53,8 @@ class LlavaViTVisionConfig(LlavaViTPackingConfig):
 
 
 class LlavaViTVisionModel(PreTrainedModel):
-    """Pictures [B, 3, H, W], already normalised, to hidden states [B, N, D]; sides are multiples of
-    the patch size."""
+    """Hidden states [B, N, D] of normalised images [B, 3, H, W] whose sides are multiples of the
+    patch size."""
 
     config_class = LlavaViTVisionConfig
     base_model_prefix = "vision"
@@ -65,26 +65,28 @@ class LlavaViTVisionModel(PreTrainedModel):
 
     def __init__(self, config: LlavaViTVisionConfig):
         super().__init__(config)
-        shape = LlavaViTPackingConfig(**{n: getattr(config, n) for n in shape_fields()})
+        names = LlavaViTPackingConfig.own_fields()
+        shape = LlavaViTPackingConfig(**{name: getattr(config, name) for name in names})
         self.packing = LlavaViTPackingModel(shape)
         self.post_init()
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
-        """hidden_states has num_hidden_layers + 1 entries; all of them, whatever is asked for, as
-        some callers name layers where others say yes or no. Raises ValueError for sides that are no
-        multiples of the patch size."""
-        batch, (rows, columns) = len(pixel_values), self.grid(*pixel_values.shape[-2:])
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
+        """hidden_states has num_hidden_layers + 1 entries, all of them whatever is requested: the
+        type of `output_hidden_states` (a bool, or layer numbers) differs between callers. Raises
+        ValueError for sides that are no multiples of the patch size."""
+        batch = len(pixel_values)
+        rows, columns = self.grid(*pixel_values.shape[-2:])
         patches = patchify(pixel_values, self.config.patch_size).flatten(0, 1)
         grid = torch.tensor([[1, rows, columns]] * batch)
         out = self.packing(patches, grid.to(patches.device), output_hidden_states=True)
         states = list(out.hidden_states)
         if self.config.post_norm:
             states[-1] = out.last_hidden_state
-        states = tuple(state.unflatten(0, (batch, -1)) for state in states)
-        return BaseModelOutput(last_hidden_state=states[-1], hidden_states=states)
+        images = tuple(state.unflatten(0, (batch, -1)) for state in states)
+        return BaseModelOutput(last_hidden_state=images[-1], hidden_states=images)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of a picture."""
+        """Rows and columns of patches of an image of height x width pixels."""
         side = self.config.patch_size
         if height % side or width % side:
             raise ValueError(
@@ -94,7 +96,9 @@ class LlavaViTVisionModel(PreTrainedModel):
         return height // side, width // side
 
     @classmethod
-    def from_encoder(cls, encoder: LlavaViTPackingModel, post_norm: bool = True):
+    def from_encoder(
+        cls, encoder: LlavaViTPackingModel, post_norm: bool = True
+    ) -> "LlavaViTVisionModel":
         """A vision model around an encoder, sharing its weights."""
         with torch.device("meta"):
             model = cls(LlavaViTVisionConfig.of(encoder.config, post_norm))
@@ -102,10 +106,12 @@ class LlavaViTVisionModel(PreTrainedModel):
         return model
 
 
-def load_whole(model_class, folder, **options) -> PreTrainedModel:
-    """model_class.from_pretrained of a local folder in fp32. Raises ValueError that names every
-    tensor that is missing, left over or of another shape: none stays at its random start; and for
-    what model_folder.py refuses."""
+def load_whole(model_class: Any, folder: str | Path, **options: Any) -> PreTrainedModel:
+    """Model of a local folder in fp32, read by `model_class.from_pretrained`.
+
+    Raises ValueError that names every tensor that is missing, left over or of another shape, as
+    none may stay at its random start, and for what model_folder.py refuses.
+    """
     check_model_folder(Path(folder), own_classes=model_class is LlavaViTVisionModel)
     model, info = model_class.from_pretrained(
         folder,
@@ -120,21 +126,18 @@ def load_whole(model_class, folder, **options) -> PreTrainedModel:
     return model
 
 
-def shape_fields() -> list[str]:
-    """Names of the configuration's fields that describe the encoder."""
-    return LlavaViTPackingConfig.own_fields()
-
-
 AutoConfig.register(LlavaViTVisionConfig.model_type, LlavaViTVisionConfig)
 AutoModel.register(LlavaViTVisionConfig, LlavaViTVisionModel)
 
 
 class LlavaViTVisionTower(nn.Module):
-    """What LLaVA asks of a tower; `vision_tower_name` is a folder as a training run or
-    `convert_llava_vit_packing_to_hf.py` writes it, or `tower/` of `export_llava_tower.py`. Frozen;
-    `video` adds packed clips."""
+    """The vision-tower contract of LLaVA, frozen; `video` adds packed clips. `vision_tower_name` is
+    a folder as a training run or `convert_llava_vit_packing_to_hf.py` writes it, or `tower/` of
+    `export_llava_tower.py`."""
 
-    def __init__(self, vision_tower_name: str, args, delay_load: bool = False):
+    vision_tower: LlavaViTVisionModel
+
+    def __init__(self, vision_tower_name: str, args: Any, delay_load: bool = False):
         """args: mm_vision_select_layer (an integer) and, where given, mm_vision_select_feature and
         unfreeze_mm_vision_tower. Raises ValueError for another feature, and for a folder that
         model_folder.py refuses."""
@@ -146,7 +149,10 @@ class LlavaViTVisionTower(nn.Module):
             raise ValueError(
                 f"mm_vision_select_feature {self.select_feature!r}: choose {' or '.join(FEATURES)}"
             )
-        self.is_loaded, self.vision_tower, self.image_processor = False, None, None
+        self.is_loaded = False
+        # LLaVA's builder looks at it before load_model
+        self.vision_tower = None  # type: ignore[assignment]
+        self.image_processor = None
         # the weights are compared with their checksums when they are read
         check_model_folder(Path(vision_tower_name), weights=False, own_classes=True)
         config_class = LlavaViTVisionConfig if self._is_exported() else LlavaViTPackingConfig
@@ -154,11 +160,18 @@ class LlavaViTVisionTower(nn.Module):
         if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):
             self.load_model()
 
-    def load_model(self, device_map=None) -> None:
+    def load_model(self, device_map: str | dict[str, Any] | None = None) -> None:
         """Read weights and image processor; a second call does nothing."""
         if self.is_loaded:
             return
-        model = self._read_model().eval()
+        if self._is_exported():
+            model = load_whole(LlavaViTVisionModel, self.vision_tower_name)
+        else:
+            encoder = LlavaViTPackingModel.from_pretrained(
+                self.vision_tower_name, dtype=torch.float32, local_files_only=True
+            )
+            model = LlavaViTVisionModel.from_encoder(encoder)
+        model = model.eval()
         if device_map is not None:
             model = model.to(device_map if isinstance(device_map, str) else device_map[""])
         self.image_processor = AutoImageProcessor.from_pretrained(self.vision_tower_name, **LOCAL)
@@ -166,21 +179,15 @@ class LlavaViTVisionTower(nn.Module):
         self.is_loaded = True
 
     def _is_exported(self) -> bool:
+        """Whether the folder was written by export_llava_tower.py, not by a training run."""
         return model_type_of(self.vision_tower_name) == LlavaViTVisionConfig.model_type
 
-    def _read_model(self) -> LlavaViTVisionModel:
-        """Every tensor out of the folder, or ValueError."""
-        if self._is_exported():
-            return load_whole(LlavaViTVisionModel, self.vision_tower_name)
-        encoder = LlavaViTPackingModel.from_pretrained(
-            self.vision_tower_name, dtype=torch.float32, local_files_only=True
-        )
-        return LlavaViTVisionModel.from_encoder(encoder)
-
     @torch.no_grad()
-    def forward(self, images: torch.Tensor | list[torch.Tensor]):
-        """Features [B, N, D] of pictures [B, 3, H, W]; of a list of [3, H, W], a list of [1, N, D].
-        In the dtype of the pictures."""
+    def forward(
+        self, images: torch.Tensor | list[torch.Tensor]
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Features [B, N, D] of images [B, 3, H, W]; of a list of [3, H, W], a list of [1, N, D].
+        In the dtype of the images."""
         if isinstance(images, list):
             return [self(image[None]) for image in images]
         states = self.vision_tower(images.to(self.device, self.dtype)).hidden_states
@@ -190,9 +197,11 @@ class LlavaViTVisionTower(nn.Module):
     def video(
         self, patches: torch.Tensor, patch_positions: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Normed features [K_i, D] of every clip of a pack: normalised patch rows [S, 3*p*p] of
-        whole frames or of codec patches, with positions int64 [S, 3] and boundaries int32
-        [N + 1]."""
+        """Normed features [K_i, D] of every clip of a pack.
+
+        patches: normalised rows [S, 3*p*p] of whole frames or of codec patches, with positions
+        int64 [S, 3] and boundaries int32 [N + 1].
+        """
         out = self.vision_tower.packing(
             patches.to(self.device, self.dtype),
             patch_positions=patch_positions.to(self.device),
@@ -229,17 +238,17 @@ class LlavaViTVisionTower(nn.Module):
 
     @property
     def num_patches_per_side(self) -> int:
-        """Of a square picture of the processor's size."""
+        """Of a square image of the processor's size."""
         return self.config.image_size // self.config.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Tokens of such a picture."""
+        """Tokens of such an image."""
         return self.num_patches_per_side**2
 
 
-def tower_or_none(name: str, args: SimpleNamespace, **kwargs) -> LlavaViTVisionTower | None:
-    """The tower of a folder of ours, None for any other name: for a LLaVA builder."""
+def tower_or_none(name: str, args: SimpleNamespace, **kwargs: Any) -> LlavaViTVisionTower | None:
+    """The tower of a folder of ours, None for any other name; for LLaVA's builder."""
     ours = (LlavaViTPackingConfig.model_type, LlavaViTVisionConfig.model_type)
     if model_type_of(name) not in ours:
         return None

@@ -85,6 +85,17 @@ def check_model_folder(
         _refuse_weights(folder, present, allows_pickles)
 
 
+def json_object(path: Path) -> dict:
+    """Content of a JSON file; ValueError names it when it is damaged or no object."""
+    return parse_json(path.read_bytes(), name=str(path))
+
+
+def model_type_of(folder: str | Path) -> str | None:
+    """Model type that a local folder's config.json names; None where there is no such file."""
+    path = Path(folder) / "config.json"
+    return json_object(path).get("model_type") if path.is_file() else None
+
+
 def pickled_weights(folder: Path) -> list[Path]:
     """The .bin files that transformers reads where a folder, checked before, has no safetensors."""
     if any((folder / name).is_file() for name in SAFE_WEIGHTS):

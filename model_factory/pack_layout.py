@@ -1,4 +1,4 @@
-"""What a caller says about a pack, checked and completed before anything is computed.
+"""The description of a pack, checked and completed before anything is computed.
 
 A pack is described by any sufficient mixture of `grid_thw`, `cu_seqlens`, `patch_positions` and
 `max_seqlen`. Checks read host memory: they cost microseconds on a CPU. On another device they need
@@ -43,19 +43,27 @@ def resolve_layout(
     Raises ValueError that names the argument and both numbers when anything disagrees.
     """
     _check_rows(hidden_states, patch_dim)
-    num_rows, device = len(hidden_states), hidden_states.device
-    _check_sufficient(grid_thw, patch_positions, cu_seqlens, max_seqlen)
+    num_rows = len(hidden_states)
+    device = hidden_states.device
+    if max_seqlen is not None and max_seqlen < 1:
+        raise ValueError(f"max_seqlen is {max_seqlen}, the longest item has at least 1 patch")
     if patch_positions is not None:
         patch_positions = _checked_positions(patch_positions, num_rows)
     if cu_seqlens is not None:
-        cu_seqlens = _checked_shape(cu_seqlens, "cu_seqlens", "[N + 1]")
+        cu_seqlens = _checked_shape(cu_seqlens, name="cu_seqlens", shape="[N + 1]")
     if grid_thw is not None:
-        grid_thw = _checked_shape(grid_thw, "grid_thw", "[N, 3]")
-    given = all(part is not None for part in (patch_positions, cu_seqlens, max_seqlen))
-    if given and cu_seqlens.device.type != "cpu":
-        return PackLayout(patch_positions.to(device), cu_seqlens.to(device).int(), max_seqlen)
+        grid_thw = _checked_shape(grid_thw, name="grid_thw", shape="[N, 3]")
+    # the fast path on a GPU: reading a value there would wait for all kernels before it
+    if patch_positions is not None and cu_seqlens is not None and max_seqlen is not None:
+        if cu_seqlens.device.type != "cpu":
+            return PackLayout(patch_positions.to(device), cu_seqlens.to(device).int(), max_seqlen)
+    if grid_thw is None and cu_seqlens is not None and patch_positions is None:
+        raise ValueError(
+            "cu_seqlens alone places no patch: give patch_positions [S, 3] or grid_thw [N, 3] too"
+        )
     lengths = _item_lengths(grid_thw, cu_seqlens, num_rows, exact=patch_positions is None)
     if patch_positions is None:
+        assert grid_thw is not None  # or the error above
         patch_positions = compute_patch_positions_from_grid_thw(grid_thw.cpu())
     longest = int(lengths.max())
     if max_seqlen is not None and max_seqlen < longest:
@@ -64,27 +72,20 @@ def resolve_layout(
     return PackLayout(patch_positions.to(device), bounds.to(device), max_seqlen or longest)
 
 
-def _check_sufficient(grid_thw, patch_positions, cu_seqlens, max_seqlen) -> None:
-    if grid_thw is None and cu_seqlens is None:
-        raise ValueError(
-            "give grid_thw [N, 3] or cu_seqlens [N + 1]: neither names the items of the pack"
-        )
-    if grid_thw is None and patch_positions is None:
-        raise ValueError(
-            "cu_seqlens alone places no patch: give patch_positions [S, 3] or grid_thw [N, 3] too"
-        )
-    if max_seqlen is not None and max_seqlen < 1:
-        raise ValueError(f"max_seqlen is {max_seqlen}, the longest item has at least 1 patch")
-
-
-def _item_lengths(grid_thw, cu_seqlens, num_rows: int, exact: bool) -> np.ndarray:
+def _item_lengths(
+    grid_thw: torch.Tensor | None, cu_seqlens: torch.Tensor | None, num_rows: int, exact: bool
+) -> np.ndarray:
     """Patches of every item, int64 [N], from whichever of the two is given; both must agree."""
     grid = None if grid_thw is None else _checked_grid(grid_thw)
     if cu_seqlens is not None:
         lengths = _checked_lengths(cu_seqlens, num_rows)
         if grid is not None:
-            _check_agreement(grid, lengths, exact)
+            _check_agreement(grid, lengths, exact=exact)
         return lengths
+    if grid is None:
+        raise ValueError(
+            "give grid_thw [N, 3] or cu_seqlens [N + 1]: neither names the items of the pack"
+        )
     lengths = grid.prod(axis=1)
     if lengths.sum() != num_rows:
         raise ValueError(
@@ -95,11 +96,11 @@ def _item_lengths(grid_thw, cu_seqlens, num_rows: int, exact: bool) -> np.ndarra
 
 
 def host_array(tensor: torch.Tensor) -> np.ndarray:
-    """Numbers of a tensor in host memory: no copy from a CPU tensor, one wait on other devices."""
+    """Values of a tensor in host memory: no copy of a CPU tensor, one wait on other devices."""
     return tensor.detach().cpu().numpy()
 
 
-def _check_rows(hidden_states, patch_dim):
+def _check_rows(hidden_states: torch.Tensor, patch_dim: int) -> None:
     shape = list(hidden_states.shape)
     if len(shape) != 2 or shape[1] != patch_dim or shape[0] == 0:
         raise ValueError(
@@ -113,7 +114,7 @@ def _check_rows(hidden_states, patch_dim):
         )
 
 
-def _checked_positions(patch_positions, num_rows):
+def _checked_positions(patch_positions: torch.Tensor, num_rows: int) -> torch.Tensor:
     positions = torch.as_tensor(patch_positions)
     if tuple(positions.shape) != (num_rows, 3):
         raise ValueError(
@@ -125,8 +126,8 @@ def _checked_positions(patch_positions, num_rows):
     return positions
 
 
-def _checked_shape(tensor, name: str, shape: str) -> torch.Tensor:
-    """Integers of the shape "[N + 1]" or "[N, 3]"; reads no value."""
+def _checked_shape(tensor: torch.Tensor, name: str, shape: str) -> torch.Tensor:
+    """Integers of the shape "[N + 1]" or "[N, 3]"; reads no value, so a GPU is not waited for."""
     tensor = torch.as_tensor(tensor)
     if shape == "[N, 3]":
         fits = tensor.ndim == 2 and tensor.shape[1] == 3 and len(tensor) >= 1
@@ -147,7 +148,7 @@ def _checked_grid(grid_thw: torch.Tensor) -> np.ndarray:
     return grid
 
 
-def _checked_lengths(cu_seqlens, num_rows: int) -> np.ndarray:
+def _checked_lengths(cu_seqlens: torch.Tensor, num_rows: int) -> np.ndarray:
     bounds = host_array(cu_seqlens).astype(np.int64)
     lengths = np.diff(bounds)
     if bounds[0] != 0 or (lengths <= 0).any():
@@ -163,7 +164,8 @@ def _checked_lengths(cu_seqlens, num_rows: int) -> np.ndarray:
 
 
 def _check_agreement(grid: np.ndarray, lengths: np.ndarray, exact: bool) -> None:
-    """With explicit positions a grid is only a description and may be larger than its item."""
+    """Raise ValueError where grid and boundaries differ. With explicit positions (not `exact`) a
+    grid may be larger than its item: a sparse selection fills a part of it."""
     if len(grid) != len(lengths):
         raise ValueError(
             f"grid_thw has {len(grid)} items, cu_seqlens has {len(lengths)} (N + 1 boundaries)"

@@ -4,13 +4,14 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .configuration import LlavaViTPackingConfig
-from .files import parse_json
+from .model_folder import json_object, model_type_of
 from .state_dict_adapter import to_packing
 
 MODEL_TYPES = ("llava_vit", "onevision_encoder")
@@ -25,25 +26,19 @@ DEFAULTS = {  # what the published configuration class assumes for a field that 
 }
 
 
-def published_model_type(folder) -> str | None:
+def published_model_type(folder: str | Path) -> str | None:
     """Model type of a local published folder; None for any other folder, name or file."""
     model_type = model_type_of(folder)
     return model_type if model_type in MODEL_TYPES else None
 
 
-def model_type_of(folder) -> str | None:
-    """Model type that a local folder's config.json names; None where there is no such file."""
-    path = Path(str(folder)) / "config.json"
-    return json_object(path).get("model_type") if path.is_file() else None
-
-
-def read_published_folder(folder) -> tuple[dict, dict[str, torch.Tensor]]:
+def read_published_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Fields of LlavaViTPackingConfig and weights in the packing layout, in the folder's dtype.
 
     The folder was checked (model_folder.py), so an index names shards beside it. Raises ValueError
     for an activation other than GELU, a folder without safetensors, and names that fit no rule.
     """
-    folder = Path(str(folder))
+    folder = Path(folder)
     published = json_object(folder / "config.json")
     if published.get("hidden_act", "gelu") != "gelu":
         raise ValueError(
@@ -76,8 +71,3 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
     return tensors
-
-
-def json_object(path: Path) -> dict:
-    """Content of a JSON file; ValueError names it when it is damaged or no object."""
-    return parse_json(path.read_bytes(), name=str(path))

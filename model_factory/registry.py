@@ -9,8 +9,16 @@
 `packing_config` alone needs no weights, so counting parameters on the meta device is cheap.
 """
 
+from __future__ import annotations
+
 import difflib
 import fnmatch
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration import LlavaViTPackingConfig
+    from .vit_preview_v0 import LlavaViTEncoder
+    from .vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 SOURCE_PREFIX = "llava_vit_"
 PACKING_PREFIX = "hf_llava_vit_packing_"
@@ -29,6 +37,16 @@ SIZES = (*(f"{shape}_ln" for shape in SHAPES), "base_rms", "large_rms")
 PUBLISHED_SIZES = ("base", "large", "huge")
 PUBLISHED_PATCH = 14
 CLIP_SIZE = 224  # of all published recipes and encoders; a multiple of 14 and of 16
+# public image encoders, by family: the model types that their folders come with
+IMAGE_FAMILIES = {
+    "clip": ("clip",),
+    "metaclip": ("clip", "metaclip_2"),
+    "siglip": ("siglip",),
+    "siglip2": ("siglip", "siglip2"),  # fixed sizes are stored as siglip, NaFlex as siglip2
+    "dinov2": ("dinov2", "dinov2_with_registers"),
+    "dinov3": ("dinov3_vit",),
+    "aimv2": ("aimv2",),
+}
 NORMS = {"ln": "layer_norm", "rms": "rms_norm"}
 
 
@@ -69,7 +87,7 @@ def clip_shape(name: str) -> tuple[int, int]:
     return CLIP_SIZE, patch
 
 
-def packing_config(name: str, **overrides):
+def packing_config(name: str, **overrides: Any) -> LlavaViTPackingConfig:
     """LlavaViTPackingConfig of a registered name; `overrides` are config fields.
 
     ValueError for an unknown name or field, with the nearest known ones.
@@ -100,7 +118,7 @@ def packing_config(name: str, **overrides):
     return LlavaViTPackingConfig(**{**fields, **overrides})
 
 
-def create_model(name: str, **overrides):
+def create_model(name: str, **overrides: Any) -> LlavaViTEncoder | LlavaViTPackingModel:
     """Randomly initialised model of a registered name; `overrides` are config fields.
 
     ValueError for an unknown name, with the nearest known ones.

@@ -2,8 +2,8 @@
 
 Every token carries integer patch coordinates. Half of a head's channels are split 4:6:6 between
 time, row and column; each axis spans its own full frequency range. Tables are computed in fp32 from
-the positions of the pack, once per forward and shared by all layers: S * head_dim multiplications,
-nothing is ever stored in a checkpoint.
+the positions of the pack, once per forward, and shared by all layers: S * head_dim
+multiplications. Nothing of them is stored in a checkpoint.
 
 Two pairings exist because public weights were trained with a rule that is not a rotation:
 
@@ -21,11 +21,14 @@ from dataclasses import dataclass
 
 import torch
 
-AXIS_SHARES = (4, 6, 6)  # sixteenths of half a head for t, h, w
+# sixteenths of half a head for t, h, w: the split that the public weights were trained with
+AXIS_SHARES = (4, 6, 6)
 ROPE_PAIRINGS = ("legacy", "rotary")
 
 
-def axis_frequencies(head_dim: int, theta: float = 10000.0, device=None) -> list[torch.Tensor]:
+def axis_frequencies(
+    head_dim: int, theta: float = 10000.0, device: torch.device | None = None
+) -> list[torch.Tensor]:
     """Inverse frequencies of the three axes, fp32, lengths 4u, 6u, 6u with u = head_dim / 32.
 
     inv_freq[i] = theta ** (-i / n) for an axis with n channels. Raises ValueError when the 4:6:6
@@ -73,16 +76,18 @@ def rope_tables(
     scales = (1.0, position_scale, position_scale)
     coordinates = positions.to(torch.float32)
     frequencies = axis_frequencies(head_dim, theta, positions.device)
-    angles = torch.cat(
-        [coordinates[:, axis, None] * scales[axis] * frequencies[axis] for axis in range(3)], dim=-1
-    )[:, None]  # [S, 1, d/2]
+    by_axis = [coordinates[:, axis, None] * scales[axis] * frequencies[axis] for axis in range(3)]
+    angles = torch.cat(by_axis, dim=-1)[:, None]  # [S, 1, d/2]
     legacy = pairing == "legacy"
     angles = torch.cat([angles, angles], -1) if legacy else angles.repeat_interleave(2, -1)
-    cos, sin = angles.cos(), angles.sin()
-    (cos_a, cos_b), (sin_a, sin_b) = (x.unflatten(-1, (-1, 2)).unbind(-1) for x in (cos, sin))
+    cos = angles.cos()
+    sin = angles.sin()
+    # a pair (a, b) as the number z = a + ib: the map of its two angles is linear in z and conj(z)
+    cos_a, cos_b = cos.unflatten(-1, (-1, 2)).unbind(-1)
+    sin_a, sin_b = sin.unflatten(-1, (-1, 2)).unbind(-1)
     turn = torch.complex((cos_a + cos_b) / 2, (sin_a + sin_b) / 2)
     skew = torch.complex((cos_a - cos_b) / 2, (sin_b - sin_a) / 2) if legacy else None
-    return RopeTables(cos, sin, turn, skew)
+    return RopeTables(cos=cos, sin=sin, turn=turn, skew=skew)
 
 
 def apply_rope(x: torch.Tensor, tables: RopeTables) -> torch.Tensor:

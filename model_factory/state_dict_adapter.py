@@ -1,17 +1,20 @@
-"""Key layouts as data: one table, every direction.
+"""Key layouts of the encoder's weights, as one table that is read in every direction.
 
     packing   our Hugging Face folders and the packed model
     source    a backbone.pt and the dense source model
     split     published Hugging Face folders (model types llava_vit, onevision_encoder), where
               queries, keys and values are three tensors
 
-Only the split layout changes tensors: q, k and v are joined on the way in and parted on the way
-out, bit for bit. A name that fits no rule is an error that lists it, never dropped.
+Only the split layout changes tensors: q, k and v are joined when it is read and parted when it is
+written, bit for bit. A name that fits no rule is an error that lists it; none is dropped.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 
 import torch
+
+Weights = dict[str, torch.Tensor]
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
 
@@ -45,15 +48,15 @@ KEY_TABLE = (
     ("head.", "head.", "head."),
 )
 LAYOUTS = {"packing": 0, "source": 1, "split": 2}
-MOST_KEYS = 20  # named in one message: a wrong model differs in hundreds
+MOST_KEYS = 20  # named in one message; a wrong model differs in hundreds
 _PARTED = re.compile(r"^(.*\.)([qkv])_proj\.(weight|bias)$")
 
 
-def strip_wrappers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names without `module.` in front and without `_orig_mod.` anywhere; ValueError when that
-    makes two tensors one.
+def strip_wrappers(state_dict: Mapping[str, torch.Tensor]) -> Weights:
+    """Weights without `module.` in front of names and without `_orig_mod.` anywhere; ValueError
+    when that gives two tensors one name.
     """
-    stripped = {}
+    stripped: Weights = {}
     for key, tensor in state_dict.items():
         while key.startswith(WRAPPERS):
             key = key.split(".", 1)[1]
@@ -64,27 +67,24 @@ def strip_wrappers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return stripped
 
 
-def detect_layout(keys) -> str:
+def detect_layout(keys: Iterable[str]) -> str:
     """Layout whose rules fit the most of these names; ValueError when no name fits any rule."""
-    keys = [re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", key) for key in keys]
-    fits = {
-        layout: sum(
-            any(pattern.match(key) for pattern, _ in _rules(column, column)) for key in keys
-        )
-        for layout, column in LAYOUTS.items()
-    }
-    best = max(fits, key=fits.get)
-    if fits[best] == 0:
+    joined = [re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", key) for key in keys]
+    counts = {}
+    for layout, column in LAYOUTS.items():
+        patterns = [pattern for pattern, _ in _rules(column, column)]
+        fitting = [key for key in joined if any(pattern.match(key) for pattern in patterns)]
+        counts[layout] = len(fitting)
+    best = max(counts, key=lambda layout: counts[layout])
+    if counts[best] == 0:
         raise ValueError(
-            f"no known key layout among {len(keys)} names, is this another model's checkpoint? "
-            f"They are: {first_keys(sorted(keys))}"
+            f"no known key layout among {len(joined)} names, is this another model's checkpoint? "
+            f"They are: {first_keys(sorted(joined))}"
         )
     return best
 
 
-def to_packing(
-    state_dict: dict[str, torch.Tensor], layout: str | None = None
-) -> dict[str, torch.Tensor]:
+def to_packing(state_dict: Mapping[str, torch.Tensor], layout: str | None = None) -> Weights:
     """Weights of any layout (None: detected), wrapped or not, in the packing layout.
 
     Raises ValueError that lists names of no rule and incomplete q, k, v triples.
@@ -93,40 +93,39 @@ def to_packing(
     layout = layout or detect_layout(weights)
     if layout == "split":
         weights = _join_qkv(weights)
-    return _rename(weights, LAYOUTS[layout], LAYOUTS["packing"])
+    return _rename(weights, old=LAYOUTS[layout], new=LAYOUTS["packing"])
 
 
-def from_packing(state_dict: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+def from_packing(state_dict: Weights, layout: str) -> Weights:
     """Weights of the packing layout in another one; ValueError lists names of no rule."""
-    renamed = _rename(state_dict, LAYOUTS["packing"], LAYOUTS[layout])
+    renamed = _rename(state_dict, old=LAYOUTS["packing"], new=LAYOUTS[layout])
     return _part_qkv(renamed) if layout == "split" else renamed
 
 
-def _join_qkv(weights):
-    joined, triples = {}, {}
+def _join_qkv(weights: Weights) -> Weights:
+    joined: Weights = {}
+    triples: dict[str, Weights] = {}
     for key, tensor in weights.items():
-        found = _PARTED.match(key)
-        if found:
-            triples.setdefault(f"{found[1]}qkv_proj.{found[3]}", {})[found[2]] = tensor
+        match = _PARTED.match(key)
+        if match:
+            triples.setdefault(f"{match[1]}qkv_proj.{match[3]}", {})[match[2]] = tensor
         else:
             joined[key] = tensor
-    missing = [
-        key.replace("qkv_proj", f"{part}_proj")
-        for key, parts in triples.items()
-        for part in "qkv"
-        if part not in parts
-    ]
+    missing = []
+    for key, parts in triples.items():
+        missing += [key.replace("qkv_proj", f"{part}_proj") for part in "qkv" if part not in parts]
     if missing:
         raise ValueError(f"missing of a q, k, v triple: {first_keys(missing)}")
     for key, parts in triples.items():
         shapes = [list(parts[part].shape) for part in "qkv"]
         if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
             raise ValueError(f"{key}: q, k and v have the shapes {shapes}, they must be equal")
-    return joined | {key: torch.cat([parts[p] for p in "qkv"]) for key, parts in triples.items()}
+        joined[key] = torch.cat([parts[part] for part in "qkv"])
+    return joined
 
 
-def _part_qkv(weights):
-    parted = {}
+def _part_qkv(weights: Weights) -> Weights:
+    parted: Weights = {}
     for key, tensor in weights.items():
         if ".qkv_proj." in key:
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
@@ -136,10 +135,8 @@ def _part_qkv(weights):
     return parted
 
 
-def check_fits(
-    weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], origin: str
-) -> None:
-    """ValueError that lists missing and unexpected names and tensors of another shape."""
+def check_fits(weights: Weights, expected: Weights, origin: str) -> None:
+    """Raise ValueError that lists missing and unexpected names and tensors of another shape."""
     shapes = [
         f"{key} {list(weights[key].shape)} instead of {list(expected[key].shape)}"
         for key in sorted(expected.keys() & weights.keys())
@@ -155,11 +152,11 @@ def check_fits(
 
 
 def raise_problems(problems: dict[str, list[str]], origin: str) -> None:
-    """ValueError that lists every named problem, nothing when all lists are empty."""
-    found = {name: keys for name, keys in problems.items() if keys}
-    if found:
-        most = max(1, MOST_KEYS // len(found))
-        listed = "; ".join(f"{name}: {first_keys(keys, most)}" for name, keys in found.items())
+    """Raise ValueError that lists every named problem; nothing where all lists are empty."""
+    present = {name: keys for name, keys in problems.items() if keys}
+    if present:
+        most = max(1, MOST_KEYS // len(present))
+        listed = "; ".join(f"{name}: {first_keys(keys, most)}" for name, keys in present.items())
         raise ValueError(
             f"{origin} does not hold this model's tensors, is the model name right? {listed}"
         )
@@ -172,7 +169,7 @@ def first_keys(keys: list[str], most: int = MOST_KEYS) -> str:
 
 
 def _rules(old: int, new: int) -> list[tuple[re.Pattern, str]]:
-    """(pattern of a prefix, replacement) of every table row."""
+    """(pattern of a prefix, replacement) of every table row; `old` and `new` are its columns."""
     rules = []
     for row in KEY_TABLE:
         pattern = re.escape(row[old]).replace(re.escape("{i}"), r"(\d+)")
@@ -180,9 +177,10 @@ def _rules(old: int, new: int) -> list[tuple[re.Pattern, str]]:
     return rules
 
 
-def _rename(state_dict, old: int, new: int):
+def _rename(state_dict: Weights, old: int, new: int) -> Weights:
     rules = _rules(old, new)
-    renamed, unknown = {}, []
+    renamed: Weights = {}
+    unknown = []
     for key, tensor in state_dict.items():
         for pattern, replacement in rules:
             if pattern.match(key):

@@ -1,12 +1,15 @@
 """The source encoder: dense pictures and clips in, the same trunk and the source key layout.
 
-`LlavaViTEncoder` cuts pixels into patch rows, keeps the visible ones and runs the packed trunk;
-only the chosen patches are ever embedded. Its `state_dict` speaks the source layout
-(`conv1.weight`, `transformer.layers.0...`), what a `backbone.pt` holds: the key map of
-`state_dict_adapter` is applied on the way in and out.
+`LlavaViTEncoder` cuts pixels into patch rows, selects the visible ones and runs the packed trunk;
+only visible patches are embedded. Its `state_dict` has the source layout (`conv1.weight`,
+`transformer.layers.0...`) of a `backbone.pt`: the key map of `state_dict_adapter` is applied when
+one is written or read.
 
 Shape legend: B batch, T frames, K visible patches, L patches of one clip, D width, p patch size.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +39,7 @@ class LlavaViTEncoder(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Encode pictures [B, 3, H, W] or clips [B, 3, T, H, W].
 
-        visible_indices: integer [B, K] linear patch numbers t*gh*gw + row*gw + column; default all,
+        visible_indices: integer [B, K] patch indices t*gh*gw + row*gw + column; default all,
         ignored for pictures. patch_positions: [L, 3] for the whole batch or [B, L, 3], replaces the
         grid's own positions. Returns visible_embeddings [B, K, D] (post-normed) and head_output
         [B, D], None without a head. Raises ValueError, naming the argument and both numbers, for
@@ -44,27 +47,29 @@ class LlavaViTEncoder(nn.Module):
         """
         rows, grid = self._rows(pixel_values)
         batch, total = rows.shape[:2]
-        positions = self._positions(patch_positions, grid, batch, total).to(rows.device)
+        positions = self._positions(patch_positions, grid, batch=batch, total=total)
+        positions = positions.to(rows.device)
         if visible_indices is not None and grid[0] > 1:
-            _check_indices(visible_indices, batch, total)
+            _check_indices(visible_indices, batch=batch, total=total)
             pick = visible_indices.to(rows.device).long().unsqueeze(-1)
             rows = rows.gather(1, pick.expand(-1, -1, rows.shape[-1]))
             positions = positions.gather(1, pick.expand(-1, -1, 3))
-        kept = rows.shape[1]
+        num_visible = rows.shape[1]
         out = self.trunk(
             rows.flatten(0, 1),
             patch_positions=positions.flatten(0, 1),
-            cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * kept,
-            max_seqlen=kept,
+            cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * num_visible,
+            max_seqlen=num_visible,
         )
         return {
-            "visible_embeddings": out.last_hidden_state.unflatten(0, (batch, kept)),
+            "visible_embeddings": out.last_hidden_state.unflatten(0, (batch, num_visible)),
             "head_output": out.pooler_output,
         }
 
     def _rows(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Patch rows [B, L, P] and the grid (T, gh, gw) of every clip."""
-        shape, config = list(pixel_values.shape), self.config
+        shape = list(pixel_values.shape)
+        config = self.config
         if len(shape) not in (4, 5) or shape[1] != config.num_channels or 0 in shape:
             raise ValueError(
                 f"pixel_values must have shape [B, {config.num_channels}, H, W] or "
@@ -80,8 +85,14 @@ class LlavaViTEncoder(nn.Module):
         height, width = (side // config.patch_size for side in shape[-2:])
         return rows.flatten(1, 2), (rows.shape[1], height, width)
 
-    def _positions(self, patch_positions, grid, batch: int, total: int) -> torch.Tensor:
-        """Positions [B, L, 3]."""
+    def _positions(
+        self,
+        patch_positions: torch.Tensor | None,
+        grid: tuple[int, int, int],
+        batch: int,
+        total: int,
+    ) -> torch.Tensor:
+        """Positions [B, L, 3]: the given ones, else the grid's own."""
         if patch_positions is None:
             patch_positions = compute_patch_positions_from_grid_thw(torch.tensor([grid]))
         if list(patch_positions.shape) not in ([total, 3], [batch, total, 3]):
@@ -91,7 +102,9 @@ class LlavaViTEncoder(nn.Module):
             )
         return patch_positions.expand(batch, -1, -1)
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load weights of any key layout, `module.` and `_orig_mod.` prefixes allowed.
 
         With `strict`, ValueError lists every missing, unexpected or misshapen tensor by its source
@@ -99,12 +112,14 @@ class LlavaViTEncoder(nn.Module):
         """
         if strict:
             state_dict = from_packing(to_packing(state_dict), "source")
-            check_fits(state_dict, self.state_dict(), "the state_dict")
+            check_fits(state_dict, self.state_dict(), origin="the state_dict")
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
-def _to_source_names(encoder, state_dict, prefix: str, _metadata) -> None:
-    """Rename the trunk's tensors on their way out."""
+def _to_source_names(
+    _encoder: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, _metadata: object
+) -> None:
+    """Rename the trunk's tensors in a state_dict that is written."""
     inside = prefix + "trunk."
     names = [name for name in state_dict if name.startswith(inside)]
     weights = {name.removeprefix(inside): state_dict.pop(name) for name in names}
@@ -112,17 +127,20 @@ def _to_source_names(encoder, state_dict, prefix: str, _metadata) -> None:
         state_dict[prefix + name] = tensor
 
 
-def _from_source_names(encoder, state_dict, prefix: str, *_) -> None:
-    """Rename tensors on their way in; a name of no rule stays, and torch reports it."""
+def _from_source_names(
+    _encoder: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: object
+) -> None:
+    """Rename tensors in a state_dict that is read; a name of no rule stays, and torch reports
+    it."""
     for name in [name for name in state_dict if name.startswith(prefix)]:
-        tensor, inner = state_dict[name], name.removeprefix(prefix)
-        if not inner.startswith("trunk."):
-            try:
-                (renamed,) = to_packing({inner: tensor})
-            except ValueError:
-                continue
-            del state_dict[name]
-            state_dict[f"{prefix}trunk.{renamed}"] = tensor
+        inner = name.removeprefix(prefix)
+        if inner.startswith("trunk."):
+            continue
+        try:
+            (renamed,) = to_packing({inner: state_dict[name]})
+        except ValueError:
+            continue
+        state_dict[f"{prefix}trunk.{renamed}"] = state_dict.pop(name)
 
 
 def _check_indices(visible_indices: torch.Tensor, batch: int, total: int) -> None:

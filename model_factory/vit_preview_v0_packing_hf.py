@@ -1,15 +1,17 @@
-"""The packed ViT: any mixture of images, clips and sparse codec selections
-in one sequence of patch rows.
+"""The packed ViT: any mixture of images, clips and sparse codec selections in one sequence of patch
+rows.
 
-`hidden_states` are raw pixel rows [S, 3*p*p]; each item attends to itself only; positions enter
-through 3-D RoPE. An item may be a full (t, h, w) grid or any subset of patches with explicit
+`hidden_states` are normalised pixel rows [S, 3*p*p]. Each item attends to itself only; positions
+enter through 3-D RoPE. An item may be a full (t, h, w) grid or any subset of patches with explicit
 positions; boundaries are `cu_seqlens`. Cost per forward: linear in S for the matmuls, sum over
 items of length^2 for attention.
 
 Shape legend: S packed tokens, N items, D width.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,16 +53,19 @@ class PackedEncoder(nn.Module):
     only its input for the backward pass and runs again there.
     """
 
+    # set by transformers together with `gradient_checkpointing`
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
+
     def __init__(self, config: LlavaViTPackingConfig):
         super().__init__()
         self.gradient_checkpointing = False
         self.layers = nn.ModuleList(
             EncoderLayer(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                config.layer_norm_type,
-                config.layer_norm_eps,
+                width=config.hidden_size,
+                hidden=config.intermediate_size,
+                num_heads=config.num_attention_heads,
+                norm_type=config.layer_norm_type,
+                eps=config.layer_norm_eps,
             )
             for _ in range(config.num_hidden_layers)
         )
@@ -69,14 +74,15 @@ class PackedEncoder(nn.Module):
         self, x: torch.Tensor, context: PackContext, output_hidden_states: bool = False
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """Tokens [S, D] after the last block, and on request those before and after every block."""
-        states = (x,) if output_hidden_states else None
+        states = [x]
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(layer.__call__, x, context)
             else:
                 x = layer(x, context)
-            states = (*states, x) if output_hidden_states else None
-        return x, states
+            if output_hidden_states:
+                states.append(x)
+        return x, tuple(states) if output_hidden_states else None
 
 
 class LlavaViTPackingModel(PreTrainedModel):
@@ -102,31 +108,34 @@ class LlavaViTPackingModel(PreTrainedModel):
             config.layer_norm_type, config.hidden_size, config.layer_norm_eps
         )
         self.encoder = PackedEncoder(config)
-        self.layernorm_post = self.head = None
+        self.layernorm_post: nn.Module | None = None
+        self.head: AttentionPoolingHead | None = None
         if config.use_head:
             self.layernorm_post = build_norm(
                 config.layer_norm_type, config.hidden_size, config.layer_norm_eps
             )
             self.head = AttentionPoolingHead(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                config.head_norm_eps,
+                width=config.hidden_size,
+                hidden=config.intermediate_size,
+                num_heads=config.num_attention_heads,
+                norm_eps=config.head_norm_eps,
             )
         self.attention_backend: str | None = None  # see choose_attention
         self._blocks_compiled = False
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a folder of ours, or a published one in the split-qkv layout (model types
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """Model of a folder of ours, or of a published one in the split-qkv layout (model types
         llava_vit and onevision_encoder: config.json and safetensors).
 
-        Keyword arguments are those of transformers. ValueError lists every missing, unexpected or
-        misshapen tensor: a weight is never left at its random start. ValueError also for a folder
-        that differs from its SHA256SUMS, or holds what could run code (model_folder.py).
+        Keyword arguments are those of transformers. Raises ValueError that lists every missing,
+        unexpected or misshapen tensor, as no weight may stay at its random start, and for a folder
+        that differs from its SHA256SUMS or holds what could run code (model_folder.py).
         """
-        folder = pretrained_model_name_or_path
+        folder: str | Path | None = pretrained_model_name_or_path
         inside = Path(str(folder)) / (kwargs.get("subfolder") or "")
         check_model_folder(inside, own_classes=True)
         kwargs.setdefault("use_safetensors", True)
@@ -140,7 +149,7 @@ class LlavaViTPackingModel(PreTrainedModel):
                 )
             kwargs.update(config=config, state_dict=weights)
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
-            folder = None
+            folder = None  # transformers then reads no file, as the weights are given
         want_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("ignore_mismatched_sizes", True)  # listed below with all other problems
         model, info = super().from_pretrained(
@@ -153,24 +162,25 @@ class LlavaViTPackingModel(PreTrainedModel):
         """The patch embedding, where adapters hook in."""
         return self.patch_embed
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
-        """Recompute blocks in the backward pass; non-reentrant unless asked otherwise, so that it
-        also works with a frozen patch embedding.
-        """
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None
+    ) -> None:
+        """Recompute blocks in the backward pass; non-reentrant unless asked otherwise, as the
+        reentrant kind gives no gradients behind a frozen patch embedding."""
         super().gradient_checkpointing_enable(
             gradient_checkpointing_kwargs or {"use_reentrant": False}
         )
 
     def choose_attention(self, backend: str | None) -> None:
-        """Override the choice of kernel: one of attention.BACKENDS, None for the best present.
+        """Override the choice of kernel: one of attention.BACKENDS, None for the fastest one here.
 
-        ValueError for another name; whether it can run shows at the next forward pass.
+        Raises ValueError for another name; whether it can run shows at the next forward pass.
         """
         if backend not in (None, *BACKENDS):
             raise ValueError(f"attention back end {backend!r}; choose one of {', '.join(BACKENDS)}")
         self.attention_backend = backend
 
-    def compile_blocks(self, **options) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         """torch.compile every block in place; all share one graph per token count S.
 
         Parameter names do not change. `options` go to torch.compile. Costs some 20 s at the first
@@ -187,8 +197,9 @@ class LlavaViTPackingModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)  # RMSNorm has none
+            if bias is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, ProbeAttention):
             nn.init.xavier_uniform_(module.in_proj_weight)
             nn.init.zeros_(module.in_proj_bias)
@@ -204,7 +215,7 @@ class LlavaViTPackingModel(PreTrainedModel):
         max_seqlen: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ):
+    ) -> BaseModelOutputWithPooling | tuple:
         """Encode one pack.
 
         hidden_states: float [S, 3*p*p] patch rows; grid_thw: integer [N, 3]; patch_positions: [S,
@@ -218,7 +229,12 @@ class LlavaViTPackingModel(PreTrainedModel):
         """
         config = self.config
         layout = resolve_layout(
-            hidden_states, config.patch_dim, grid_thw, patch_positions, cu_seqlens, max_seqlen
+            hidden_states,
+            patch_dim=config.patch_dim,
+            grid_thw=grid_thw,
+            patch_positions=patch_positions,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
         )
         context = self.pack_context(layout)
         if output_hidden_states is None:
@@ -226,7 +242,7 @@ class LlavaViTPackingModel(PreTrainedModel):
         x = self.layernorm_pre(self.patch_embed(hidden_states))
         x, states = self.encoder(x, context, output_hidden_states)
         pooled = None
-        if self.head is not None:
+        if self.head is not None and self.layernorm_post is not None:
             x = self.layernorm_post(x)
             pooled = self.head(x, context.cu_seqlens, context.max_seqlen, context.backend)
         if return_dict is None:
@@ -242,21 +258,28 @@ class LlavaViTPackingModel(PreTrainedModel):
         config = self.config
         rope = rope_tables(
             layout.positions,
-            config.hidden_size // config.num_attention_heads,
-            config.rope_pairing,
-            config.rope_theta,
-            config.rope_position_scale,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            pairing=config.rope_pairing,
+            theta=config.rope_theta,
+            position_scale=config.rope_position_scale,
         )
         asked = {"eager": "eager", "flash_attention_2": "flash"}.get(config._attn_implementation)
         longest = torch.empty(0, layout.max_seqlen)
         if self._blocks_compiled:
+            # sizes that change from pack to pack: one graph for all of them
             torch._dynamo.maybe_mark_dynamic(layout.cu_seqlens, 0)
             torch._dynamo.maybe_mark_dynamic(longest, 1)
-        return PackContext(layout.cu_seqlens, longest, rope, self.attention_backend or asked)
+        return PackContext(
+            cu_seqlens=layout.cu_seqlens,
+            longest=longest,
+            rope=rope,
+            backend=self.attention_backend or asked,
+        )
 
 
 def _check_complete(info: dict, config: LlavaViTPackingConfig, origin: str) -> None:
-    """ValueError unless a folder held exactly the model's tensors; a head may be left out."""
+    """Raise ValueError unless a folder held exactly the model's tensors. A model without a head
+    may leave out the folder's."""
     unexpected = [
         key
         for key in info["unexpected_keys"]
@@ -265,6 +288,7 @@ def _check_complete(info: dict, config: LlavaViTPackingConfig, origin: str) -> N
     problems = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(unexpected),
+        # names, or (name, shape, shape), by the release of transformers
         "of another shape": sorted(
             entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]
         ),

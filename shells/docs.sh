@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the documentation with its API reference into output/site; every warning is an error.
-#   bash shells/docs.sh            then open output/site/index.html
+#   bash shells/docs.sh            then open output/site/index.html, or, as the search box needs a
+#                                  server, run python3 -m http.server --directory output/site
 # Sources are read, never imported, so an environment of its own with the extra `docs` is enough:
 # .venv-docs, made once. DOCS_PYTHON names another Python that has the extra installed.
 set -euo pipefail

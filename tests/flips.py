@@ -101,7 +101,7 @@ def files_below(folder: Path, *patterns: str) -> list[Path]:
 
 def shards(places: dict[str, Path]) -> list[Kind]:
     """A packed folder: as training reads it, and as `verify` does."""
-    from data_pipeline.loading.sequential import sequential_batches
+    from data_pipeline.loading.samples import sequential_batches
     from data_pipeline.shards.manifest import load_manifest
     from data_pipeline.shards.verify import verify
 

@@ -300,11 +300,13 @@ def test_each_kind_of_end_has_its_code_and_one_line(capsys):
 
 def test_errors_of_ours_have_the_codes_of_a_run_in_every_command(capsys):
     from data_pipeline.errors import BudgetExceeded, DataTimeout
-    from training.checkpoint.files import BadCheckpoint
-    from training.checkpoint.folder import StorageError
-    from training.checkpoint.resume import ConfigMismatch
-    from training.distributed import PeerFailed
-    from training.train_step import NonFiniteLoss
+    from training.errors import (
+        BadCheckpoint,
+        ConfigMismatch,
+        NonFiniteLoss,
+        PeerFailed,
+        StorageError,
+    )
 
     codes = {BudgetExceeded: 4, NonFiniteLoss: 5, BadCheckpoint: 6, ConfigMismatch: 7}
     codes |= {DataTimeout: 8, StorageError: 8, PeerFailed: 9}

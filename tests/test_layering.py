@@ -19,14 +19,10 @@ ALLOWED = {
 # optional heavy libraries and the only modules that may name them
 HOMES = {
     "nvidia": {"data_pipeline.loading.dali_pipeline"},
-    "faiss": {
-        "data_pipeline.clustering.kmeans",
-        "data_pipeline.clustering.search",
-        "data_pipeline.clustering.near_duplicates",
-    },
+    "faiss": {"data_pipeline.clustering.kmeans", "data_pipeline.clustering.search"},
     "flash_attn": {"model_factory.attention"},
-    "decord": {"eval_encoder.probe.reader"},
-    "torchcodec": {"eval_encoder.probe.reader"},
+    "decord": {"eval_encoder.clip_reader"},
+    "torchcodec": {"eval_encoder.clip_reader"},
     "webdataset": {"data_pipeline.shards.writer"},
     "wandb": {"training.record.metrics"},
     "ray": {"data_pipeline.shards.pack"},
@@ -78,6 +74,10 @@ def test_module_imports_only_what_its_layer_may(name):
         if package == "eval_encoder" and root == "training":
             allowed = ("training.distributed", "training.log", "training.export")
             assert target.startswith(allowed), f"{name}: {target}"
+        if name.startswith("eval_encoder.probe"):
+            assert not target.startswith("eval_encoder.lmm"), f"{name} imports {target}"
+        if name.startswith("eval_encoder.lmm"):
+            assert not target.startswith("eval_encoder.probe"), f"{name} imports {target}"
         if name.startswith("data_pipeline.loading"):
             assert not target.startswith("data_pipeline.codec"), (
                 f"a training node needs no PyAV: {name}"

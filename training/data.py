@@ -1,40 +1,42 @@
 """The trainer's side of the loader: streams, positions, and one decision for all ranks.
 
-What goes wrong with data is seen by one rank: a sample too many that is bad, a read that hangs. All
-ranks learn of it at the same step and stop together. Cost: one collective of a few integers per
-micro step, on the CPU and beside the optimizer's work of the step before, and one more for steps in
-which a sample was replaced.
+A fault of data is met by one rank: one bad sample too many, a read that hangs. All ranks learn of
+it at the same step and stop together. Cost: one collective of a few integers per micro step, on the
+CPU and beside the optimizer's work of the step before, and one more for steps in which a sample was
+replaced.
 """
 
 import logging
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.datasets import Dataset
 from data_pipeline.errors import BudgetExceeded, DataPipelineError, DataTimeout
-from data_pipeline.loading.loader import MixtureLoader
+from data_pipeline.loading.choices import samples_per_batch
+from data_pipeline.loading.loader import MixtureLoader, SyntheticStream
 from data_pipeline.loading.packing import PackedBatch
 from data_pipeline.loading.stream import HeadStream
-from data_pipeline.loading.stream_config import samples_per_batch
-from data_pipeline.loading.synthetic import SyntheticStream
 
 from .config.schema import HeadConfig, TrainConfig
 from .distributed import Ranks, all_gather_json
-from .record.step_clock import StepClock
+from .record.speed import StepClock
 
 SYNTHETIC_CLASSES = 16
+# errors that other ranks raise as the rank that met them
 DATA_ERRORS = {error.__name__: error for error in (BudgetExceeded, DataTimeout)}
+Wishes = Callable[[], tuple[bool, bool]]  # () -> (stop, save)
 
 
 @dataclass(frozen=True)
 class DataCounts:
     """Of all heads and ranks in one micro step: samples that count, their tokens and the squares of
-    their lengths, the token budgets; the bad samples of the running epochs so far; how many ranks
-    wish to stop and to save."""
+    their lengths, the token budgets; how many ranks wish to stop and to save; the bad samples of
+    the running epochs so far."""
 
     samples: int = 0
     tokens: int = 0
@@ -45,15 +47,21 @@ class DataCounts:
     bad_samples: int = 0
 
     def __add__(self, other: "DataCounts") -> "DataCounts":
-        names = ("samples", "tokens", "squares", "room", "stop", "save")
-        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return DataCounts(**sums, bad_samples=other.bad_samples)
+        return DataCounts(
+            samples=self.samples + other.samples,
+            tokens=self.tokens + other.tokens,
+            squares=self.squares + other.squares,
+            room=self.room + other.room,
+            stop=self.stop + other.stop,
+            save=self.save + other.save,
+            bad_samples=other.bad_samples,  # a running total already
+        )
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Batches of this rank, or why there are none; the position after them; and the sums over all
-    ranks, which are there when `work` is done."""
+    """Batches of this rank, or the error in their place; the position after them; and the sums over
+    all ranks, which are there when `work` is done."""
 
     batches: dict[str, PackedBatch]
     failure: Exception | None
@@ -70,11 +78,12 @@ def _totals(batches: dict[str, PackedBatch]) -> list[int]:
         int(batch.cu_seqlens[: batch.num_samples + 1].diff().long().square().sum())
         for batch in batches.values()
     )
-    return [samples, tokens, squares, sum(len(batch.pixels) for batch in batches.values())]
+    room = sum(len(batch.pixels) for batch in batches.values())
+    return [samples, tokens, squares, room]
 
 
 class TrainingData:
-    """The streams of a run and where they are."""
+    """The streams of a run and their positions."""
 
     def __init__(
         self,
@@ -84,19 +93,24 @@ class TrainingData:
         ranks: Ranks,
         logger: logging.Logger,
     ):
-        self._config, self._ranks, self._logger = config, ranks, logger
-        self._datasets, self._patch_size = datasets, patch_size
+        self._config = config
+        self._datasets = datasets
+        self._patch_size = patch_size
+        self._ranks = ranks
+        self._logger = logger
         counts = {head.name: self._samples_per_batch(head) for head in config.heads}
         self.samples_per_step = sum(counts.values()) * config.grad_accum_steps
-        total = config.schedule.total_samples / sum(counts.values())
-        self.streams = {
-            head.name: self._build(head, max(1, int(total * counts[head.name])))
+        # heads advance together, so each sees its share of the run's samples
+        num_batches = config.schedule.total_samples / sum(counts.values())
+        # HeadStream or SyntheticStream
+        self.streams: dict[str, Any] = {
+            head.name: self._build(head, max(1, int(num_batches * counts[head.name])))
             for head in config.heads
         }
         self._position = {name: {"epoch": 0, "next_batch": 0} for name in self.streams}
         self._drawn: _Drawn | None = None
-        self._bad = dict.fromkeys(self.streams, 0)
-        # {head: (epoch, bad samples of it that all ranks have met)}
+        self._num_bad = dict.fromkeys(self.streams, 0)
+        # {head: (epoch, ids of its bad samples that any rank has met)}
         self._met: dict[str, tuple[int, list[int]]] = {}
         self._compare_plans()
 
@@ -123,68 +137,88 @@ class TrainingData:
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Go on where a state was saved. Bad samples that were met before count against the error
         budget."""
-        for name, stream in self.streams.items():
+        for name in self.streams:
             saved = state[name]
-            place = {key: saved[key] for key in ("epoch", "next_batch")}
-            stream.seek(**place)
-            self._position[name] = place
+            epoch = saved["epoch"]
+            self._seek(name, epoch=epoch, next_batch=saved["next_batch"])
             # checkpoints of earlier versions hold none
-            bad = saved.get("bad", {"epoch": place["epoch"], "samples": []})
+            bad = saved.get("bad", {"epoch": epoch, "samples": []})
             self._met[name] = (bad["epoch"], bad["samples"])
-            self._bad[name] = len(bad["samples"]) if bad["epoch"] == place["epoch"] else 0
+            self._num_bad[name] = len(bad["samples"]) if bad["epoch"] == epoch else 0
 
     def start_next_epoch(self, state: dict[str, dict]) -> None:
         """Start the epoch after that of a saved state, whose plan was another."""
-        for name, stream in self.streams.items():
-            place = {"epoch": state.get(name, {"epoch": -1})["epoch"] + 1, "next_batch": 0}
-            stream.seek(**place)
-            self._position[name] = place
+        for name in self.streams:
+            last_epoch = state.get(name, {"epoch": -1})["epoch"]
+            self._seek(name, epoch=last_epoch + 1, next_batch=0)
+
+    def _seek(self, name: str, epoch: int, next_batch: int) -> None:
+        self.streams[name].seek(epoch=epoch, next_batch=next_batch)
+        self._position[name] = {"epoch": epoch, "next_batch": next_batch}
 
     def loader(self) -> MixtureLoader:
         """Start reading ahead; to be used as a context manager."""
-        config = self._config
         return MixtureLoader(
-            self.streams,
-            config.prefetch_bytes,
-            config.data_warning_s,
-            config.data_timeout_s,
-            self._logger,
+            streams=self.streams,
+            prefetch_bytes=self._config.prefetch_bytes,
+            warn_s=self._config.data_warning_s,
+            timeout_s=self._config.data_timeout_s,
+            logger=self._logger,
         )
 
-    def draw(self, loader: MixtureLoader, clock: StepClock, wishes: Callable) -> None:
-        """Take the next batches and tell the other ranks, without waiting for them.
+    def draw(self, loader: MixtureLoader, clock: StepClock, wishes: Wishes) -> None:
+        """Take the next batches and start to sum their counts over the ranks, without waiting.
 
-        wishes() -> (stop, save): what this rank wishes, of which all learn in the counts.
+        wishes() returns whether this rank wishes to stop and to save: all ranks learn of it in the
+        counts.
         """
-        batches, failure = {}, None
+        self._drawn = self._draw(loader, clock, wishes)
+
+    def _draw(self, loader: MixtureLoader, clock: StepClock, wishes: Wishes) -> _Drawn:
+        batches: dict[str, PackedBatch] = {}
+        failure = None
         with clock.section("data"):
             try:
                 batches = next(loader)
-            except Exception as error:
+            except Exception as error:  # raised by `next_batches`, on all ranks at the same step
                 failure = error
         replaced = sum(len(batch.replaced) for batch in batches.values())
         counts = [failure is not None, replaced, *_totals(batches), *wishes()]
+        # on the CPU, so that gloo sums them beside the kernels of the device
         sums = torch.tensor(counts, dtype=torch.int64)
-        work = dist.all_reduce(sums, async_op=True)
-        self._drawn = _Drawn(batches, failure, loader.state_dict(), sums, work)
+        return _Drawn(
+            batches=batches,
+            failure=failure,
+            position=loader.state_dict(),
+            sums=sums,
+            work=dist.all_reduce(sums, async_op=True),
+        )
 
     def next_batches(
-        self, loader: MixtureLoader, clock: StepClock, wishes: Callable
+        self, loader: MixtureLoader, clock: StepClock, wishes: Wishes
     ) -> tuple[dict[str, PackedBatch], DataCounts]:
-        """({head: batch of this rank}, counts of all ranks) of what was drawn, or is now. Raises on
-        all ranks alike what any of them met."""
-        if self._drawn is None:
-            self.draw(loader, clock, wishes)
-        drawn, self._drawn = self._drawn, None
+        """({head: batch of this rank}, counts of all ranks) of what was drawn, or is now. An error
+        that any rank met is raised on all of them."""
+        drawn = self._drawn or self._draw(loader, clock, wishes)
+        self._drawn = None
         with clock.section("agree"):
             drawn.work.wait()
-        failed, replaced, *totals = drawn.sums.tolist()
+        failed, replaced, samples, tokens, squares, room, stop, save = drawn.sums.tolist()
         if failed:
             self._stop(drawn.failure)
-        bad = self._count_bad(drawn.batches) if replaced else self._bad
-        self._bad = bad
+        if replaced:
+            self._num_bad = self._count_bad(drawn.batches)
         self._position.update(drawn.position)
-        return drawn.batches, DataCounts(*totals, bad_samples=sum(bad.values()))
+        counts = DataCounts(
+            samples=samples,
+            tokens=tokens,
+            squares=squares,
+            room=room,
+            stop=stop,
+            save=save,
+            bad_samples=sum(self._num_bad.values()),
+        )
+        return drawn.batches, counts
 
     def _count_bad(self, batches: dict[str, PackedBatch]) -> dict[str, int]:
         """{head: bad samples of its epoch}, counted alike on all ranks."""
@@ -192,26 +226,27 @@ class TrainingData:
             name: [[bad, self.streams[name].reason(bad)] for bad, _ in batch.replaced]
             for name, batch in batches.items()
         }
-        counts = dict(self._bad)
-        for name in self.streams:
-            met = {bad: text for part in all_gather_json(mine[name]) for bad, text in part}
+        counts = {}
+        for name, stream in self.streams.items():
             epoch = batches[name].epoch
-            known_epoch, known = self._met.get(name, (epoch, []))
-            bad = sorted({*met, *(known if known_epoch == epoch else [])})
+            reasons = dict(pair for of_rank in all_gather_json(mine[name]) for pair in of_rank)
+            last_epoch, earlier = self._met.get(name, (epoch, []))
+            bad = sorted({*reasons, *earlier} if last_epoch == epoch else reasons)
             self._met[name] = (epoch, bad)
-            counts[name] = self.streams[name].count_bad(epoch, bad, met)
+            counts[name] = stream.count_bad(epoch, bad=bad, reasons=reasons)
         return counts
 
     def _stop(self, failure: Exception | None) -> None:
-        """Raise this rank's failure, or in its absence what the first failing rank says."""
+        """Raise this rank's failure, or in its absence that of the first rank that has one."""
         mine = None if failure is None else [type(failure).__name__, str(failure)]
         reports = [report for report in all_gather_json(mine) if report]
+        # an error of this rank alone keeps its type and traceback
         if failure is not None and type(failure).__name__ not in DATA_ERRORS:
             raise failure
         kind, text = reports[0]
-        raise DATA_ERRORS.get(kind, DataPipelineError)(
-            text if kind in DATA_ERRORS else f"another rank stopped: {kind}: {text}"
-        )
+        if kind in DATA_ERRORS:
+            raise DATA_ERRORS[kind](text)
+        raise DataPipelineError(f"another rank stopped: {kind}: {text}")
 
     def _compare_plans(self) -> None:
         """All ranks must see the same shards, labels and settings."""
@@ -224,23 +259,37 @@ class TrainingData:
             )
 
     def _samples_per_batch(self, head: HeadConfig) -> float:
-        dataset, units = self._datasets[head.name], head.stream.batch_size * self._ranks.world_size
-        pack = self._config.pack_tokens_of(head)
+        """Samples of a global batch of a head; of packs, their mean number."""
+        dataset = self._datasets[head.name]
+        units = head.stream.batch_size * self._ranks.world_size
         if dataset is None:
-            return units * self._noise_per_unit(head)
-        return samples_per_batch(dataset, head.stream, self._config.seed, units, pack)
+            return units * self._synthetic_per_unit(head)
+        return samples_per_batch(
+            dataset=dataset,
+            config=head.stream,
+            seed=self._config.seed,
+            units=units,
+            pack_tokens=self._config.pack_tokens_of(head),
+        )
 
-    def _noise_per_unit(self, head: HeadConfig) -> int:
-        pack = self._config.pack_tokens_of(head)
-        return pack // head.stream.view.max_tokens if pack else 1
+    def _synthetic_per_unit(self, head: HeadConfig) -> int:
+        """Synthetic samples, all of `max_tokens` tokens, that a unit of the batch holds."""
+        pack_tokens = self._config.pack_tokens_of(head)
+        return pack_tokens // head.stream.view.max_tokens if pack_tokens else 1
 
-    def _build(self, head: HeadConfig, total_samples: int):
-        dataset, stream, ranks = self._datasets[head.name], head.stream, self._ranks
+    def _build(self, head: HeadConfig, total_samples: int) -> HeadStream | SyntheticStream:
+        dataset = self._datasets[head.name]
+        stream = head.stream
         if dataset is None:
-            batch = stream.batch_size * self._noise_per_unit(head)
-            shape = (batch, stream.view.max_tokens, self._patch_size)
-            targets = (SYNTHETIC_CLASSES, stream.labels_per_step)
-            return SyntheticStream(*shape, *targets, self._config.seed, ranks.rank)
+            return SyntheticStream(
+                batch_size=stream.batch_size * self._synthetic_per_unit(head),
+                tokens=stream.view.max_tokens,
+                patch_size=self._patch_size,
+                num_classes=SYNTHETIC_CLASSES,
+                num_labels=stream.labels_per_step,
+                seed=self._config.seed,
+                rank=self._ranks.rank,
+            )
         packed_size = dataset.manifest.settings["patch_size"]
         if packed_size != self._patch_size:
             raise ValueError(
@@ -251,18 +300,18 @@ class TrainingData:
                     wanted=self._patch_size,
                 )
             )
-        if dataset.manifest.absent and ranks.is_main:
+        if dataset.manifest.absent and self._ranks.is_main:
             names = [dataset.manifest.shards[i]["name"] for i in sorted(dataset.manifest.absent)]
             self._logger.warning("%s: training without missing shards %s", head.dataset, names)
         return HeadStream(
-            dataset,
-            stream,
-            self._config.seed,
-            ranks.rank,
-            ranks.world_size,
-            total_samples,
-            self._config.pack_tokens_of(head),
-            self._logger,
+            dataset=dataset,
+            config=stream,
+            seed=self._config.seed,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            total_samples=total_samples,
+            pack_tokens=self._config.pack_tokens_of(head),
+            logger=self._logger,
         )
 
 

@@ -15,29 +15,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from model_factory.command_line.launcher_watch import LauncherWatch, watched_launcher
 
-JOIN_TIMEOUT = timedelta(minutes=5)
+from .errors import PeerFailed
+
+JOIN_TIMEOUT = timedelta(minutes=5)  # for all ranks of a start to appear
 NUM_THREADS = "UNIVIT_NUM_THREADS"
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 DONE = "done"
-POLL_S = 0.1
+POLL_S = 0.1  # between two looks into the store of a rank that waits, maybe for hours
+JOIN_POLL_S = 0.01  # the same while ranks meet, which is a matter of moments
 _CALLS = itertools.count()  # of on_main, the same on every rank
-
-
-class PeerFailed(RuntimeError):
-    """Another rank stopped while this one waited for it."""
-
-    outcome = "peer lost"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is, and the device it computes on."""
+    """Rank of this process, and the device it computes on."""
 
     rank: int
     world_size: int
@@ -49,7 +47,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process is the one that writes files and logs."""
         return self.rank == 0
 
 
@@ -62,9 +60,11 @@ def process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
     Raises PeerFailed when the meeting point cannot be reached, ValueError for UNIVIT_NUM_THREADS
     that is no number.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # a GPU of its own for every process of this node, or none for any
     cuda = torch.cuda.device_count() >= local_world
     if torch.cuda.is_available() and not cuda and rank == 0:
         warnings.warn(
@@ -79,7 +79,7 @@ def process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
     with watched_launcher() as launcher:
         store = _meeting_point(rank, world_size)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=store,
             rank=rank,
             world_size=world_size,
@@ -117,42 +117,44 @@ def _meeting_point(rank: int, world_size: int) -> dist.Store:
         store = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))[0]
         return dist.PrefixStore(_session(store, rank, world_size), store)
     except (dist.DistNetworkError, dist.DistStoreError, OSError, ValueError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '?')}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '?')}"
         raise PeerFailed(
-            f"rank {rank} could not meet the others at {place}: {error}; check "
+            f"rank {rank} could not meet the others at {address}: {error}; check "
             "that the name resolves on every node, that the port is free on the first and open to "
             "the others, or use --standalone on one node"
         ) from error
 
 
 def _session(store: dist.Store, rank: int, world_size: int) -> str:
-    """A name for this start that rank 0 gives to processes that are alive now. torchrun keeps its
-    store over restarts, with the addresses of processes that are gone.
+    """A prefix for this start's keys that only processes alive now know.
 
-    Every other rank leaves a word of its own and waits for an answer to just that word; rank 0
-    answers whatever words it finds until all ranks have thanked.
+    torchrun keeps its store over restarts, with the addresses of processes that are gone. So every
+    other rank writes a token of its own and waits for an answer to just that token; rank 0 answers
+    all tokens that it finds, old ones included, until all ranks have acknowledged the session.
     """
     if rank:
-        word = uuid.uuid4().hex
-        store.set(f"hello/{rank}", word)
-        session = _await(store, f"welcome/{word}", JOIN_TIMEOUT.total_seconds())
+        token = uuid.uuid4().hex
+        store.set(f"hello/{rank}", token)
+        session = _await(store, f"welcome/{token}", JOIN_TIMEOUT.total_seconds())
         store.set(f"thanks/{session}/{rank}", DONE)
         return session
-    session, answered = uuid.uuid4().hex, set()
-    missing, until = set(range(1, world_size)), time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    session = uuid.uuid4().hex
+    answered = set()
+    missing = set(range(1, world_size))
+    until = time.monotonic() + JOIN_TIMEOUT.total_seconds()
     while missing:
         for other in sorted(missing):
             if store.check([f"thanks/{session}/{other}"]):
                 missing.discard(other)
             elif store.check([f"hello/{other}"]):
-                word = store.get(f"hello/{other}").decode()
-                if word not in answered:
-                    store.set(f"welcome/{word}", session)
-                    answered.add(word)
+                token = store.get(f"hello/{other}").decode()
+                if token not in answered:
+                    store.set(f"welcome/{token}", session)
+                    answered.add(token)
         if missing and time.monotonic() > until:
             raise dist.DistStoreError(f"ranks {sorted(missing)} did not come")
         if missing:
-            time.sleep(POLL_S / 10)
+            time.sleep(JOIN_POLL_S)
     return session
 
 
@@ -160,13 +162,14 @@ def is_peer_loss(error: BaseException) -> bool:
     """Whether an error says that another rank is gone, or did not come to a collective."""
     if isinstance(error, (PeerFailed, dist.DistBackendError, dist.DistNetworkError)):
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("gloo" in said or "NCCL" in said)
+    # gloo's and some of NCCL's errors are plain RuntimeErrors that name their library
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
 
 
 @contextmanager
 def naming_peers() -> Iterator[None]:
-    """Raise PeerFailed, with what to do, for what a collective says when another rank is gone."""
+    """Raise PeerFailed, with what to do, for the error of a collective whose peer is gone."""
     try:
         yield
     except Exception as error:
@@ -180,32 +183,36 @@ def naming_peers() -> Iterator[None]:
 
 def _restarted() -> bool:
     """Whether any rank of this start is not the job's first."""
-    counts = (os.environ.get(name, "0") for name in RESTART_COUNTS)
-    restarted = torch.tensor(int(any(int(count) > 0 for count in counts)))
-    dist.all_reduce(restarted)
-    return bool(restarted)
+    restarts = torch.tensor(sum(int(os.environ.get(name, "0")) for name in RESTART_COUNTS))
+    dist.all_reduce(restarts)
+    return bool(restarts)
 
 
-def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
-    """Once all ranks are here, rank 0 works while the others wait, for hours if need be: no
-    collective is open meanwhile, so none can time out. A failure of rank 0 ends the others with
-    its text.
+def on_main(ranks: Ranks, work: Callable[[], object]) -> None:
+    """Once all ranks are here, run `work` on rank 0 while the others wait, for hours if need be: no
+    collective is open meanwhile, so none can time out.
+
+    Raises PeerFailed with rank 0's error on the others where it fails.
     """
+    store = ranks.store
+    if store is None:
+        raise RuntimeError("on_main needs the store that process_group makes")
+    # ranks make the same calls in the same order, so a counter names each of them
     key = f"on_main/{next(_CALLS)}"
     if not ranks.is_main:
-        ranks.store.set(f"{key}/{ranks.rank}", DONE)
-        outcome = _await(ranks.store, key)
+        store.set(f"{key}/{ranks.rank}", DONE)
+        outcome = _await(store, key)
         if outcome != DONE:
             raise PeerFailed(f"rank 0 stopped: {outcome}")
         return
     for rank in range(1, ranks.world_size):
-        _await(ranks.store, f"{key}/{rank}")
+        _await(store, f"{key}/{rank}")
     try:
         work()
     except BaseException as error:
-        ranks.store.set(key, f"{type(error).__name__}: {error}")
+        store.set(key, f"{type(error).__name__}: {error}")
         raise
-    ranks.store.set(key, DONE)
+    store.set(key, DONE)
 
 
 def _await(store: dist.Store, key: str, at_most_s: float = math.inf) -> str:
@@ -239,13 +246,13 @@ def reduce_scatter_rows(rows: torch.Tensor) -> Callable[[], torch.Tensor]:
     return wait
 
 
-def _single(name: str):
+def _single(name: str) -> Callable:
     """A collective on one tensor, under its newer name where torch has it."""
     older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
     return getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
 
 
-def broadcast_object(value):
+def broadcast_object(value: Any) -> Any:
     """Rank 0's JSON-like value on every rank. It travels as JSON text, so nothing is unpickled."""
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     length = torch.tensor([len(data)])
@@ -256,10 +263,9 @@ def broadcast_object(value):
     return json.loads(bytes(data.tolist()))
 
 
-def all_gather_json(value, group: dist.ProcessGroup | None = None) -> list:
-    """Every rank's JSON-like value, in rank order, on every rank;
-    as JSON text padded to equal length.
-    """
+def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's JSON-like value, in rank order, on every rank."""
+    # collectives move equal shapes, and JSON may be padded with blanks
     data = json.dumps(value).encode()
     lengths = all_gather_rows(torch.tensor([len(data)]), group)
     padded = torch.frombuffer(bytearray(data.ljust(int(lengths.max()))), dtype=torch.uint8)

@@ -1,10 +1,9 @@
-"""What is wrong with this machine, before a run finds out: python -m training.doctor --output DIR.
+"""Problems of this machine, before a run meets them: python -m training.doctor --output DIR.
 
     ok     nothing to do        note   worth knowing        FIX    a run would fail or crawl
 
-Alone it looks at one process's view of the machine; under torchrun, with the launcher's flags of
-the run to come, also at whether all ranks meet, agree on versions and clocks, and how fast they
-exchange, which one rank alone does not.
+Alone it checks the machine as one process sees it; under torchrun, with the launcher's flags of the
+run to come, also whether all ranks meet, agree on versions and clocks, and how fast they exchange.
 Exit code 1 when anything needs fixing. Cost: seconds.
 """
 
@@ -19,18 +18,24 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 
 from .log import is_first_to_say
 
-OK, NOTE, FIX = "ok", "note", "FIX"
+if TYPE_CHECKING:
+    from .distributed import Ranks
+
+OK = "ok"
+NOTE = "note"
+FIX = "FIX"
 GIB = 1 << 30
 SHM_PER_PROCESS = GIB // 4  # NCCL's and DALI's shared memory
-EXCHANGED = 64 << 20  # bytes of the measured all-reduce
-SLOW_DISK = 100e6  # bytes a second
-SKEW_S = 5.0
+EXCHANGED = 64 << 20  # bytes of the measured all-reduce, and of the file that is written
+SLOW_DISK = 100e6  # bytes a second, of a spinning disk
+SKEW_S = 5.0  # of clocks: more makes lines of several ranks' logs hard to order
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,10 @@ class Finding:
 
 def check_python() -> Iterator[Finding]:
     """Versions of what a run imports, and what is missing."""
-    from .arithmetic import versions
+    from .run_folder import versions
 
-    known = versions()
-    yield Finding(OK, "versions", ", ".join(f"{name} {v}" for name, v in known.items()))
+    installed = ", ".join(f"{name} {version}" for name, version in versions().items())
+    yield Finding(OK, "versions", installed)
     needed = {
         "nvidia.dali": "pip install -e .[cpu], or .[gpu] with a GPU: training reads through it",
         "faiss": "pip install -e .[cpu], or .[gpu] with a GPU: clustering needs it",
@@ -74,7 +79,7 @@ def check_gpus() -> Iterator[Finding]:
         busy = free < 0.9 * total
         text = f"{facts.name}, {total / GIB:.0f} GiB, {free / GIB:.0f} GiB free"
         yield Finding(NOTE if busy else OK, f"GPU {number}", text)
-        if facts.major < 8:
+        if facts.major < 8:  # Ampere was the first with bf16
             text = (
                 f"compute capability {facts.major}.{facts.minor}: no bf16 kernels, use 8.0 or newer"
             )
@@ -87,13 +92,16 @@ def check_memory() -> Iterator[Finding]:
     shm = Path("/dev/shm")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if shm.is_dir():
-        free, need = shutil.disk_usage(shm).free, SHM_PER_PROCESS * local
+        free = shutil.disk_usage(shm).free
+        need = SHM_PER_PROCESS * local
         text = f"{free / GIB:.1f} GiB free for {local} processes"
         cure = "; start the container with --shm-size 32g, or mount a larger one"
         yield Finding(OK if free >= need else FIX, "/dev/shm", text + (cure if free < need else ""))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    cure = "" if soft >= 4096 else ": raise it with `ulimit -n 65536`"
-    yield Finding(OK if soft >= 4096 else NOTE, "open files", f"at most {soft}{cure}")
+    if soft >= 4096:
+        yield Finding(OK, "open files", f"at most {soft}")
+    else:
+        yield Finding(NOTE, "open files", f"at most {soft}: raise it with `ulimit -n 65536`")
     cores = len(os.sched_getaffinity(0))
     text = f"{cores} for {local} processes"
     yield Finding(OK if cores >= local else FIX, "CPU cores", text)
@@ -127,21 +135,24 @@ def check_clock() -> Iterator[Finding]:
     yield Finding(level, "clock", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
 
-def check_ranks(ranks) -> Iterator[Finding]:
+def check_ranks(ranks: "Ranks") -> Iterator[Finding]:
     """Whether all ranks see the same versions and time, and how fast they exchange."""
     import torch
     import torch.distributed as dist
 
-    from .arithmetic import versions
     from .distributed import all_gather_json
+    from .run_folder import versions
 
     dist.barrier()
-    times = all_gather_json([time.time(), platform.node(), versions()])
-    skew = max(t for t, _, _ in times) - min(t for t, _, _ in times)
-    nodes = len({node for _, node, _ in times})
+    facts = {"time": time.time(), "node": platform.node(), "versions": versions()}
+    everywhere = all_gather_json(facts)
+    times = [of_rank["time"] for of_rank in everywhere]
+    skew = max(times) - min(times)
+    nodes = len({of_rank["node"] for of_rank in everywhere})
     text = f"{ranks.world_size} on {nodes} nodes, clocks within {skew:.2f} s"
     yield Finding(NOTE if skew > SKEW_S else OK, "ranks", text)
-    odd = [rank for rank, (_, _, found) in enumerate(times) if found != times[0][2]]
+    first = everywhere[0]["versions"]
+    odd = [rank for rank, of_rank in enumerate(everywhere) if of_rank["versions"] != first]
     if odd:
         text = f"ranks {odd} have other versions than rank 0: install the same image everywhere"
         yield Finding(FIX, "versions", text)
@@ -154,14 +165,14 @@ def check_ranks(ranks) -> Iterator[Finding]:
     started = time.monotonic()
     for _ in range(5):
         dist.all_reduce(data)
-    data.sum().item()
+    data.sum().item()  # waits for the device
     seconds = (time.monotonic() - started) / 5
     text = f"{EXCHANGED >> 20} MB summed over all ranks in {1e3 * seconds:.1f} ms"
     yield Finding(OK, "exchange", f"{text}, {EXCHANGED / seconds / 1e9:.2f} GB/s")
 
 
-def examine(output: Path, ranks) -> list[Finding]:
-    """All findings of this rank; a check that breaks is a finding itself. Called by all ranks."""
+def examine(output: Path, ranks: "Ranks") -> list[Finding]:
+    """All findings of this rank; a check that fails is a finding itself. Called by all ranks."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         check_python,
         check_gpus,
@@ -170,7 +181,7 @@ def examine(output: Path, ranks) -> list[Finding]:
         lambda: check_output(output),
         lambda: check_ranks(ranks),
     ]
-    findings = []
+    findings: list[Finding] = []
     for check in checks:
         try:
             findings += check()
@@ -196,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what was found on rank 0, and what other ranks found to be fixed; returns the exit
+    """Print the findings of rank 0, and what needs fixing on other ranks; returns the exit
     code."""
     return run_command(
         parse=build_parser().parse_args, work=_diagnose, argv=argv, is_heard=is_first_to_say
@@ -207,18 +218,16 @@ def _diagnose(args: argparse.Namespace) -> int:
     from .distributed import all_gather_json, naming_peers, process_group
 
     with naming_peers(), process_group(60.0) as ranks:
-        found = examine(args.output, ranks)
-        everything = all_gather_json([[f.level, f.subject, f.text] for f in found])
-    broken = [
-        (rank, line) for rank, lines in enumerate(everything) for line in lines if line[0] == FIX
-    ]
+        findings = examine(args.output, ranks)
+        everywhere = all_gather_json([str(finding) for finding in findings if finding.level == FIX])
+    num_broken = sum(len(lines) for lines in everywhere)
     if ranks.is_main:
-        print("\n".join(map(str, found)))
-        for rank, line in broken:
-            if rank:
-                print(f"{Finding(*line)} (rank {rank})")
-        print("nothing needs fixing" if not broken else f"{len(broken)} to fix, see FIX above")
-    return 1 if broken else 0
+        print("\n".join(map(str, findings)))
+        for rank, lines in enumerate(everywhere[1:], 1):
+            for line in lines:
+                print(f"{line} (rank {rank})")
+        print(f"{num_broken} to fix, see FIX above" if num_broken else "nothing needs fixing")
+    return 1 if num_broken else 0
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ OUTPUT/hf/                          Hugging Face folder: config, safetensors, im
 
 from pathlib import Path
 
-import torch
-
-from model_factory.backbone import check_is_model, load_backbone, save_backbone
-from model_factory.command_line.reading import reading
+from model_factory.backbone import check_is_model, save_backbone
+from model_factory.configuration import LlavaViTPackingConfig
 from model_factory.export_folder import save_encoder_folder
-from model_factory.registry import packing_config, packing_name
+from model_factory.open_encoder import locate_encoder, open_encoder
 from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 from .config.schema import ModelConfig
@@ -21,27 +19,21 @@ from .config.schema import ModelConfig
 def build_encoder(config: ModelConfig, seed: int) -> LlavaViTPackingModel:
     """Packing model in fp32 with seeded random weights, or with those of `init_from`.
 
-    Raises ValueError when `init_from` is neither a Hugging Face folder nor a weights file, or does
-    not fit.
+    Raises ValueError when `init_from` holds no encoder of ours (model_factory/open_encoder.py), or
+    one of another size, width or rotary rule than the configuration.
     """
-    if config.init_from is None:
-        torch.manual_seed(seed)
-        encoder = LlavaViTPackingModel(
-            packing_config(packing_name(config.name), rope_pairing=config.rope_pairing)
-        )
-    elif Path(config.init_from).is_dir():
-        with reading(config.init_from):
-            encoder = LlavaViTPackingModel.from_pretrained(
-                config.init_from, dtype=torch.float32, local_files_only=True
-            )
-    else:
-        encoder = load_backbone(Path(config.init_from), config.name, config.rope_pairing)
-    _check(encoder.config, config)
+    encoder = open_encoder(
+        locate_encoder(config.init_from),
+        model_name=config.name,
+        rope_pairing=config.rope_pairing,
+        seed=seed,
+    )
+    _check_matches(encoder.config, config)
     return encoder.requires_grad_(not config.frozen)
 
 
-def _check(built, config: ModelConfig) -> None:
-    """What was loaded must be what was named."""
+def _check_matches(built: LlavaViTPackingConfig, config: ModelConfig) -> None:
+    """Raise ValueError unless the loaded encoder is the one that the configuration names."""
     check_is_model(built, config.name, config.init_from or "")
     if built.rope_pairing != config.rope_pairing:
         raise ValueError(
@@ -55,6 +47,6 @@ def _check(built, config: ModelConfig) -> None:
 
 
 def export_encoder(encoder: LlavaViTPackingModel, output: Path, run: dict[str, object]) -> None:
-    """Write both exports (layout above); `run` are the facts for the model card."""
+    """Write backbone.pt and hf/; `run` are rows of the model card: where the weights come from."""
     save_backbone(encoder, output / "backbone.pt")
     save_encoder_folder(encoder, output / "hf", run)

@@ -9,10 +9,16 @@ checked. Nothing beside the checkpoint is needed.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.quiet import quiet_libraries
+
+from .errors import BadCheckpoint
+
+if TYPE_CHECKING:
+    from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,27 +45,33 @@ def export_checkpoint(checkpoint: Path, output: Path) -> int:
     return step
 
 
-def read_encoder(checkpoint: Path):
+def read_encoder(checkpoint: Path) -> "tuple[LlavaViTPackingModel, Path, int]":
     """(encoder, checkpoint folder, step) of a checkpoint, or of the newest in a run's folder.
 
     Raises BadCheckpoint for a damaged or missing one.
     """
     from .checkpoint.files import read_tensors
-    from .checkpoint.folder import BadCheckpoint, read_state, verify_checkpoint
+    from .checkpoint.folder import CheckpointFolder, read_state, verify_checkpoint
     from .config.schema import ModelConfig
     from .encoder import build_encoder
 
     path = newest_commit(checkpoint)
     problems = verify_checkpoint(path)
     if problems:
+        beside = CheckpointFolder(path.parent).commits()
+        intact = [str(other) for other in beside if not verify_checkpoint(other)]
         raise BadCheckpoint(
-            f"{path}: {'; '.join(problems)}; name an intact one: {_others(path) or 'none is left'}"
+            f"{path}: {'; '.join(problems)}; name an intact one: "
+            f"{', '.join(intact) or 'none is left'}"
         )
     state = read_state(path)
     # of the checkpoint, which is bound byte by byte, and not of config.json beside it
     prefix = "model."
-    recorded = state["fingerprint"].items()
-    fields = {key.removeprefix(prefix): v for key, v in recorded if key.startswith(prefix)}
+    fields = {
+        key.removeprefix(prefix): value
+        for key, value in state["fingerprint"].items()
+        if key.startswith(prefix)
+    }
     encoder = build_encoder(ModelConfig(**fields), seed=0)
     tensors = {f"encoder.{name}": p.data for name, p in encoder.named_parameters()}
     read_tensors(tensors, path, alone=True)
@@ -69,7 +81,7 @@ def read_encoder(checkpoint: Path):
 
 def newest_commit(path: Path) -> Path:
     """A checkpoint as named, or the newest of a run's folder; BadCheckpoint where there is none."""
-    from .checkpoint.folder import FOLDER_NAME, MANIFEST_NAME, BadCheckpoint, CheckpointFolder
+    from .checkpoint.folder import FOLDER_NAME, MANIFEST_NAME, CheckpointFolder
 
     if (path / MANIFEST_NAME).is_file():
         return path.resolve()
@@ -77,14 +89,6 @@ def newest_commit(path: Path) -> Path:
     if not commits:
         raise BadCheckpoint(f"{path} is no checkpoint, and holds none under {FOLDER_NAME}/")
     return commits[0]
-
-
-def _others(damaged: Path) -> str:
-    """Commits beside a damaged one whose bytes are as saved, newest first."""
-    from .checkpoint.folder import CheckpointFolder, verify_checkpoint
-
-    commits = CheckpointFolder(damaged.parent).commits()
-    return ", ".join(str(path) for path in commits if not verify_checkpoint(path))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,5 @@
-"""Logging: one format, rank 0 on the console at INFO, other ranks from WARNING on; what all ranks
-would say of one mistake is said once. Names that came with data are shown, never obeyed
+"""Logging: one format, rank 0 on the console at INFO, other ranks from WARNING on; a message that
+all ranks have is logged by one. Names that came with data are made safe to show
 (model_factory.command_line.plain_text)."""
 
 import hashlib
@@ -9,7 +9,8 @@ from datetime import timedelta
 
 from model_factory.command_line.plain_text import PlainFormatter
 
-ASKED = timedelta(seconds=5)  # that torchrun's store may take; its host is this one or a neighbour
+# the store of torchrun runs on this host or a neighbour, and answers within milliseconds
+STORE_TIMEOUT = timedelta(seconds=5)
 
 
 def setup_logging(rank: int = 0) -> logging.Logger:
@@ -25,10 +26,10 @@ def setup_logging(rank: int = 0) -> logging.Logger:
 
 
 def is_first_to_say(text: str) -> bool:
-    """Whether no other rank of this start has said the same; True where nobody can tell.
+    """Whether no other rank of this start has logged the same; True where no store can be asked.
 
-    The ranks may have met already, or never will: torchrun's own store is asked, which outlives
-    them, and a restart asks anew.
+    torchrun's own store is asked, since ranks may need this before they have a process group, or
+    after it is gone. A restart asks anew.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
@@ -41,7 +42,7 @@ def is_first_to_say(text: str) -> bool:
             host_name=os.environ["MASTER_ADDR"],
             port=int(os.environ["MASTER_PORT"]),
             is_master=False,
-            timeout=ASKED,
+            timeout=STORE_TIMEOUT,
         )
         return store.add(f"univit/said/{start}/{digest}", 1) == 1
     # torch's own errors of a store are RuntimeErrors

@@ -1,4 +1,9 @@
-"""One AdamW over encoder and centres, its parameter groups by role, and one global gradient norm.
+"""Learning-rate schedule, one AdamW over encoder and centres, and one global gradient norm.
+
+    factor(step) = (step + 1) / warmup_steps                               step < warmup_steps
+                   (1 - (step - warmup) / (total - warmup)) ** power       after that
+
+The factor is a pure function of the step: nothing is stored, so a resume cannot drift.
 
 Centres of classes that were not sampled in a step have no gradient. Their rows then stay as they
 are, moments and weight decay included, and every row counts its own steps, so that its bias
@@ -7,7 +12,9 @@ The cost of a step follows the sampled rows. Dense gradients take torch's AdamW.
 """
 
 import mmap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,14 +25,19 @@ from .losses.partial_fc import PartialFC
 from .parallel import local
 
 MEAN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ROWS_AT_ONCE = 8192  # of centres, to bound the memory of a lazy step
+# Rows of centres that one round of a lazy step updates. A step has several temporaries of as many
+# rows, 34 MB each at width 1024; without a bound they would grow with the sampled classes.
+ROWS_AT_ONCE = 8192
+NORM_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. `clip_norm` bounds the norm over encoder and all centres of all ranks together;
-    0 switches it off. `centers_mean` bfloat16 halves the memory of the first moments of sampled
-    centres; they forget within some ten steps, so that its three digits do.
+    """Settings of AdamW.
+
+    `clip_norm` bounds the norm over encoder and all centres of all ranks together; 0 switches it
+    off. `centers_mean` bfloat16 halves the memory of the first moments of sampled centres: beta1
+    0.9 forgets within about ten steps, so the rounding of three digits does not add up.
     """
 
     lr: float = 1e-3
@@ -36,7 +48,7 @@ class OptimizerConfig:
     clip_norm: float = 5.0
     centers_mean: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (0 <= min(self.betas) and max(self.betas) < 1 and self.eps > 0 <= self.clip_norm):
             raise ValueError(
                 f"optimizer.betas {self.betas} must lie in [0, 1), eps {self.eps} be positive, "
@@ -50,23 +62,56 @@ class OptimizerConfig:
         if self.lr <= 0 or self.weight_decay < 0 or self.weight_decay_centers < 0:
             raise ValueError(
                 f"--lr {self.lr} must be positive, --weight_decay {self.weight_decay} and "
-                "--weight_decay_pfc "
-                f"{self.weight_decay_centers} not negative"
+                f"--weight_decay_pfc {self.weight_decay_centers} not negative"
             )
 
 
-def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether an encoder weight decays: matrices do, norms, biases and the pooling probe do not."""
-    return parameter.ndim >= 2 and not name.endswith("probe")
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length of a run and course of its learning rate.
+
+    `total_samples` over all heads decides the number of steps; `warmup_ratio` is a share of them.
+    """
+
+    total_samples: int = 60_000_000
+    warmup_ratio: float = 0.1
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.total_samples < 1 or not 0 <= self.warmup_ratio < 1:
+            raise ValueError(
+                f"--num_sampled_data {self.total_samples} must be positive, --warmup_ratio "
+                f"{self.warmup_ratio} in [0, 1)"
+            )
+
+    def total_steps(self, samples_per_step: float) -> int:
+        """Optimizer steps of the run, at least one."""
+        return max(1, int(self.total_samples // samples_per_step))
+
+
+def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
+    """Factor on the base learning rate at optimizer step `step`, counted from 0."""
+    warmup_steps = int(total_steps * config.warmup_ratio)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    remaining = 1 - (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return max(0.0, remaining) ** config.power
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, base_lr: float, factor: float) -> None:
+    """Give every group base_lr * lr_scale * factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = base_lr * group["lr_scale"] * factor
 
 
 class RowAdamW(torch.optim.AdamW):
     """AdamW whose groups with `lazy` set take sparse gradients over the rows of a matrix."""
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None) -> Any:
         """One step of every group; sparse gradients must be coalesced."""
         groups = self.param_groups
+        # torch's AdamW refuses sparse gradients, so it is shown the other groups alone
         self.param_groups = [group for group in groups if not group["lazy"]]
         try:
             loss = super().step(closure)
@@ -75,40 +120,55 @@ class RowAdamW(torch.optim.AdamW):
         for group in groups:
             for parameter in group["params"]:
                 if group["lazy"] and parameter.grad is not None:
-                    self._step_rows(parameter, group)
+                    self._step_rows(parameter, gradient=parameter.grad, group=group)
         return loss
 
-    def _step_rows(self, parameter: torch.Tensor, group: dict) -> None:
-        state, (beta1, beta2) = self._state_of(parameter, group), group["betas"]
-        rows, grads = parameter.grad.indices()[0], parameter.grad.values()
+    def _step_rows(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict) -> None:
+        """One step of AdamW on the rows that the gradient has, each with its own step count."""
+        state = self._state_of(parameter, group)
+        beta1, beta2 = group["betas"]
+        rows = gradient.indices()[0]
+        grads = gradient.values()
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            index, grad = rows[start : start + ROWS_AT_ONCE], grads[start : start + ROWS_AT_ONCE]
+            index = rows[start : start + ROWS_AT_ONCE]
+            grad = grads[start : start + ROWS_AT_ONCE]
             steps = state["step"][index] + 1
             mean = state["exp_avg"][index].float().lerp_(grad, 1 - beta1)
             square = state["exp_avg_sq"][index].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+
+            # bias corrections by each row's own number of steps
             scale = (group["lr"] / (1 - beta1**steps))[:, None]
             denominator = (square / (1 - beta2**steps)[:, None]).sqrt_().add_(group["eps"])
-            kept = parameter[index].mul_(1 - group["lr"] * group["weight_decay"])
-            parameter[index] = kept.sub_(mean.div(denominator).mul_(scale))
+            # decoupled weight decay, before the update, as in torch's AdamW
+            decayed = parameter[index].mul_(1 - group["lr"] * group["weight_decay"])
+            parameter[index] = decayed.sub_(mean.div(denominator).mul_(scale))
+
             state["step"][index] = steps
             state["exp_avg"][index] = mean.to(state["exp_avg"].dtype)
             state["exp_avg_sq"][index] = square
 
-    def _state_of(self, parameter: torch.Tensor, group: dict) -> dict:
+    def _state_of(self, parameter: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
         """State of a parameter; as AdamW starts it where it took no step yet."""
-        state, lazy = self.state[parameter], group["lazy"]
-        if not state:
-            state["step"] = torch.zeros(len(parameter) if lazy else ())
-            state["step"] = state["step"].to(parameter.device if lazy else "cpu")
-            for moment, dtype in (("exp_avg", group["mean"]), ("exp_avg_sq", torch.float32)):
-                zeros = _zeros_like(parameter, dtype) if lazy else torch.zeros_like(parameter)
-                state[moment] = zeros
+        state = self.state[parameter]
+        if state:
+            return state
+        if group["lazy"]:
+            state["step"] = torch.zeros(len(parameter), device=parameter.device)
+            state["exp_avg"] = _zeros_like(parameter, group["mean"])
+            state["exp_avg_sq"] = _zeros_like(parameter, torch.float32)
+        else:
+            state["step"] = torch.zeros(())  # on the CPU, where torch's AdamW has it
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
 
 
 def _zeros_like(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory on a CPU only where they are written to: fresh pages of the system,
-    small ones, where torch would write all of them and numpy ask for pages of 2 MB."""
+    """Zeros that take memory on a CPU only where they are written to.
+
+    Anonymous pages of the system are zero until they are touched, and small; torch would write all
+    of them, and numpy ask for pages of 2 MB.
+    """
     if parameter.is_cuda or not parameter.numel():
         return torch.zeros_like(parameter, dtype=dtype)
     pages = mmap.mmap(-1, parameter.numel() * dtype.itemsize)
@@ -116,10 +176,16 @@ def _zeros_like(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def ensure_moments(optimizer: RowAdamW) -> None:
-    """Give parameters that took no step yet the state that they would start with."""
+    """Give parameters that took no step yet the state that they would start with, so that a
+    checkpoint has the same tensors at every step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer._state_of(parameter, group)
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether an encoder weight decays: matrices do, norms, biases and the pooling probe do not."""
+    return parameter.ndim >= 2 and not name.endswith("probe")
 
 
 def build_optimizer(
@@ -128,27 +194,26 @@ def build_optimizer(
     """AdamW with one group per role, each carrying `name` and `lr_scale`; heads:
     name -> (module, lr scale).
     """
-    named = [
-        (name, parameter)
-        for name, parameter in encoder.named_parameters()
-        if parameter.requires_grad
-    ]
-    groups = [
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            role = decayed if is_decayed(name, parameter) else others
+            role.append(parameter)
+    # of the encoder, and of heads below where they say nothing else
+    common = {"lr_scale": 1.0, "lazy": False, "mean": torch.float32}
+    groups: list[dict[str, Any]] = [
         {
+            **common,
             "name": "encoder, decayed",
-            "params": [parameter for name, parameter in named if is_decayed(name, parameter)],
+            "params": decayed,
             "weight_decay": config.weight_decay,
-            "lr_scale": 1.0,
-            "lazy": False,
-            "mean": torch.float32,
         },
         {
+            **common,
             "name": "encoder, norms, biases, probe",
-            "params": [parameter for name, parameter in named if not is_decayed(name, parameter)],
+            "params": others,
             "weight_decay": 0.0,
-            "lr_scale": 1.0,
-            "lazy": False,
-            "mean": torch.float32,
         },
     ]
     for name, (head, lr_scale) in heads.items():
@@ -162,45 +227,49 @@ def build_optimizer(
                 "mean": MEAN_DTYPES[config.centers_mean],
             }
         )
-    groups = [group for group in groups if group["params"]]
-    return RowAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, base_lr: float, factor: float) -> None:
-    """Give every group base_lr * lr_scale * factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = base_lr * group["lr_scale"] * factor
+    filled = [group for group in groups if group["params"]]
+    return RowAdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def global_grad_norm(encoder: nn.Module, heads: list[nn.Module]) -> torch.Tensor:
-    """Norm of all gradients: those that every rank holds counted once, those of centres and of
-    sharded weights over all ranks. A scalar tensor, the same on every rank.
+    """Norm of all gradients, a scalar tensor that is the same on every rank.
+
+    Gradients that every rank holds (DDP) count once; those of centres and of sharded weights are
+    summed over the ranks. Called by all ranks.
     """
-    whole = [p for p in encoder.parameters() if not isinstance(p, DTensor)]
-    parts = [p for p in encoder.parameters() if isinstance(p, DTensor)]
-    parts += [parameter for head in heads for parameter in head.parameters()]
+    whole: list[nn.Parameter] = []
+    parts: list[nn.Parameter] = []
+    for parameter in encoder.parameters():
+        role = parts if isinstance(parameter, DTensor) else whole
+        role.append(parameter)
+    for head in heads:
+        parts += head.parameters()
     sharded = _squared_norm(parts)
     dist.all_reduce(sharded)
     return (_squared_norm(whole).to(sharded.device) + sharded).sqrt()
 
 
-def clip_gradients(parameters, norm: torch.Tensor, clip_norm: float) -> None:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], norm: torch.Tensor, clip_norm: float
+) -> None:
     """Scale all gradients by min(1, clip_norm / norm), without waiting for the device."""
     if clip_norm <= 0:
         return
-    factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = (clip_norm / (norm + NORM_EPS)).clamp(max=1.0)
     torch._foreach_mul_(_gradients(parameters), factor)
 
 
-def _gradients(parameters) -> list[torch.Tensor]:
-    """This rank's part of the gradients that are there; of sparse ones, which are coalesced in
-    place, the values."""
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    """This rank's part of the gradients that exist; of sparse ones, which are coalesced in place,
+    the values."""
     grads = []
     for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.is_sparse:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
             grads.append(parameter.grad.values())
-        elif parameter.grad is not None:
+        else:
             grads.append(local(parameter.grad))
     return grads
 

@@ -1,4 +1,4 @@
-"""How the encoder is spread over the ranks; the only module that knows of DDP and FSDP2.
+"""How the encoder is distributed over the ranks; the only module that knows of DDP and FSDP2.
 
     ddp    every rank holds all weights and moments; gradients are averaged during backward
     fsdp   every rank holds 1/W of weights, gradients and moments; a block's weights are gathered
@@ -10,7 +10,9 @@ one tensor per block; compiling costs 18 s at the first step (debug preset, 2 CP
 """
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,8 +31,10 @@ STRATEGIES = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """`strategy` ddp or fsdp; `forward_tokens`: packs of several heads run in one forward pass
-    while they hold at most so many tokens together (0: each head its own).
+    """How a step is distributed and computed.
+
+    `strategy` is ddp or fsdp. Packs of several heads run in one forward pass while they hold at
+    most `forward_tokens` together (0: each head has its own).
     """
 
     strategy: str = "ddp"
@@ -38,7 +42,7 @@ class ParallelConfig:
     activation_checkpointing: bool = False
     forward_tokens: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(
                 f"parallel.strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}"
@@ -53,7 +57,6 @@ class ParallelEncoder:
     def __init__(self, encoder: LlavaViTPackingModel, config: ParallelConfig, ranks: Ranks):
         self.module = encoder.to(ranks.device)
         self._ranks = ranks
-        self._trained = any(p.requires_grad for p in encoder.parameters())
         if config.activation_checkpointing:
             encoder.gradient_checkpointing_enable()
         if config.compile_blocks:
@@ -61,27 +64,30 @@ class ParallelEncoder:
         self._forward: nn.Module = encoder
         if config.strategy == "fsdp":
             self._shard()
-        elif self._trained:
+        elif any(p.requires_grad for p in encoder.parameters()):  # DDP refuses a frozen encoder
             devices = [ranks.device] if ranks.device.type == "cuda" else None
             self._forward = DistributedDataParallel(encoder, device_ids=devices)
 
-    def __call__(self, **inputs) -> torch.Tensor:
+    def __call__(self, **inputs: Any) -> torch.Tensor:
         """Pooled vectors fp32 [N, D] of one pack."""
+        # whatever the blocks compute in, the loss computes in fp32
         device = self._ranks.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             return self._forward(**inputs).pooler_output.float()
 
     @contextlib.contextmanager
-    def accumulation(self, last: bool):
-        """Around one micro step: gradients travel between ranks after the last one only."""
+    def accumulation(self, last: bool) -> Iterator[None]:
+        """Around one micro step: ranks exchange gradients after the last one only."""
         if isinstance(self._forward, FSDPModule):
             self._forward.set_requires_gradient_sync(last)
-        waits = isinstance(self._forward, DistributedDataParallel) and not last
-        with self._forward.no_sync() if waits else contextlib.nullcontext():
+        if isinstance(self._forward, DistributedDataParallel) and not last:
+            with self._forward.no_sync():
+                yield
+        else:
             yield
 
     def whole(self) -> LlavaViTPackingModel | None:
-        """The model with all of its weights, for exports: on rank 0, None on others. Called by all
+        """The model with all of its weights, for exports, on rank 0; None on others. Called by all
         ranks."""
         if not isinstance(self._forward, FSDPModule):
             return self.module if self._ranks.is_main else None
@@ -96,16 +102,17 @@ class ParallelEncoder:
         return model
 
     def _shard(self) -> None:
-        mesh = init_device_mesh(self._ranks.device.type, (dist.get_world_size(),))
-        options = {"mesh": mesh}
-        if self._ranks.device.type == "cuda":
-            precision = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-            options["mp_policy"] = MixedPrecisionPolicy(**precision)
+        """FSDP2 of every block, and of what is outside of blocks."""
+        device = self._ranks.device.type
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
+        precision = MixedPrecisionPolicy()
+        if device == "cuda":
+            precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in self.module.encoder.layers:
-            fully_shard(layer, **options)
-        fully_shard(self.module, **options)
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fully_shard(self.module, mesh=mesh, mp_policy=precision)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, sharing its memory."""
+    """This rank's part of a tensor, sharing its memory; all of it where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

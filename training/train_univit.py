@@ -11,16 +11,25 @@ configuration, 8 storage, 9 another rank is gone, 10 out of memory, 11 the launc
 import argparse
 import contextlib
 import dataclasses
+import logging
 import shutil
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model_factory.command_line.command import run_command
 from model_factory.command_line.quiet import quiet_libraries
 
 from .config.cli import build_config, build_parser, warn_idle
 from .log import is_first_to_say, setup_logging
+
+if TYPE_CHECKING:  # imported where they are used, so that `--help` needs no torch
+    from data_pipeline.datasets import Dataset
+
+    from .config.schema import TrainConfig
+    from .distributed import Ranks
+    from .stop_signals import StopSignals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,20 +50,21 @@ def _start(args: argparse.Namespace) -> None:
     from .distributed import process_group
 
     with process_group(config.collective_timeout_s) as ranks:
-        code = _run(args, config, ranks)
+        code = _run(args, config=config, ranks=ranks)
         if code:
             sys.exit(code)  # from inside, so that no rank waits for a peer that still works
 
 
-def _run(args, config, ranks) -> int:
-    from .outcomes import outcome_of
-    from .run_folder import RunFolder
+def _run(args: argparse.Namespace, config: "TrainConfig", ranks: "Ranks") -> int:
+    """Train in a claimed folder and write how it ended; returns the exit code."""
+    from .run_folder import RunFolder, outcome_of
     from .stop_signals import StopSignals
 
     logger = setup_logging(ranks.rank)
     signals = StopSignals()
     signals.install()
     if args.dry_run:
+        # a folder of its own, which is removed, so that no run's records or commits are touched
         folder = Path(config.output) / "dry_run"
         config = dataclasses.replace(config, output=str(folder), resume="never", rounds=1)
     run = RunFolder(config, ranks)
@@ -62,7 +72,7 @@ def _run(args, config, ranks) -> int:
         run.claim(sys.argv[1:])
         if ranks.is_main:
             warn_idle(args, logger)
-        _train(args, config, ranks, signals, logger)
+        _train(args, config=config, ranks=ranks, signals=signals, logger=logger)
     except BaseException as error:
         # a launcher signals the ranks that are left within a tenth of a second of a lost one: the
         # record of what ended this one is still to be written
@@ -70,13 +80,14 @@ def _run(args, config, ranks) -> int:
         outcome, message = outcome_of(error, written=run.path)
         trace = traceback.format_exc()
         if outcome is None:
-            run.leave("error", f"{type(error).__name__}: {error}", trace)
+            run.leave("error", message=f"{type(error).__name__}: {error}", trace=trace)
             raise
-        # StorageError comes to all ranks alike, what the system refuses to one of them
+        # all ranks raise the other errors together, so rank 0 reports them; a StorageError comes to
+        # all ranks, an OSError of the system to one
         is_own = outcome in ("error", "peer lost") or isinstance(error, OSError)
         if (ranks.is_main or is_own) and is_first_to_say(message):
             logger.error("%s", message)
-        return run.leave(outcome, message, trace)
+        return run.leave(outcome, message=message, trace=trace)
     finally:
         if args.dry_run and ranks.is_main:
             shutil.rmtree(run.path, ignore_errors=True)
@@ -85,29 +96,36 @@ def _run(args, config, ranks) -> int:
     return run.leave("done", "done") if ranks.is_main else 0
 
 
-def _train(args, config, ranks, signals, logger) -> None:
+def _train(
+    args: argparse.Namespace,
+    config: "TrainConfig",
+    ranks: "Ranks",
+    signals: "StopSignals",
+    logger: logging.Logger,
+) -> None:
     from .record.report import write_report
     from .rounds import train_rounds
     from .trainer import Trainer
 
-    datasets = _load_datasets(args, config, ranks, logger)
+    datasets = _load_datasets(args, config=config, ranks=ranks, logger=logger)
     if args.dry_run:
-        trainer = Trainer(config, datasets, ranks, signals, logger)
+        trainer = Trainer(config, datasets, ranks=ranks, signals=signals, logger=logger)
         trainer.train(last_step=1)
         logger.info("dry run: built everything and trained one step; nothing was kept")
         return
-    train_rounds(config, datasets, ranks, signals, logger)
+    train_rounds(config, datasets, ranks=ranks, signals=signals, logger=logger)
     if ranks.is_main:
         try:
             write_report(Path(config.output))
-        except Exception as error:  # the run is done and whole; a picture must not say otherwise
+        except Exception as error:  # the run is done and whole, whatever a plot meets
             logger.warning("report.md could not be written: %s: %s", type(error).__name__, error)
 
 
-def _load_datasets(args, config, ranks, logger) -> dict:
-    """Dataset of every head by name (None: synthetic);
-    the embedded set is made under the output folder first.
-    """
+def _load_datasets(
+    args: argparse.Namespace, config: "TrainConfig", ranks: "Ranks", logger: logging.Logger
+) -> "dict[str, Dataset | None]":
+    """{head: its dataset}, None for synthetic patches; the embedded set is made under the output
+    folder first."""
     from data_pipeline.datasets import (
         EMBEDDED,
         embedded_spec,
@@ -131,11 +149,8 @@ def _load_datasets(args, config, ranks, logger) -> dict:
                 EMBEDDED,
                 folder,
             )
-
-        def prepare() -> None:
-            prepare_embedded(folder, *config.embedded_clips, report=logger.info)
-
-        on_main(ranks, prepare)
+        num_train, num_val = config.embedded_clips
+        on_main(ranks, lambda: prepare_embedded(folder, num_train, num_val, report=logger.info))
         register_dataset(EMBEDDED, lambda: embedded_spec(folder))
     return {
         head.name: resolve_dataset(head.dataset).load(config.allow_missing_shards)

@@ -7,12 +7,12 @@ Vectors are as they come; `normalise` and the projection of clustering come afte
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import numpy as np
 
 from model_factory.command_line.quiet import quiet_libraries
 from model_factory.files import check_fields, file_sha256
+from model_factory.open_encoder import EncoderLocation, Kind, locate_encoder, open_encoder
 
 from ..errors import DataPipelineError, MissingData
 from ..loading.shard_reader import ShardReader
@@ -40,8 +40,7 @@ class FeatureConfig:
         """Hash of the encoder's weight files; MissingData when there are none."""
         if self.encoder is None:
             return None
-        folder = Path(self.encoder.partition(":")[2] or self.encoder)
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(locate_encoder(self.encoder).path.glob("*.safetensors"))
         if not files:
             raise MissingData(
                 f"--encoder {self.encoder} has no .safetensors file: give a run's hf/, or "
@@ -53,8 +52,7 @@ class FeatureConfig:
         """What decides the vectors: a folder counts by its weights, not by its path."""
         values = asdict(self)
         if self.encoder is not None:
-            family, separator, _ = self.encoder.partition(":")
-            values["encoder"] = family if separator else "ours"
+            values["encoder"] = locate_encoder(self.encoder).family or "ours"
         return {**values, "weights_sha256": weights_sha256}
 
     def flags(self) -> str:
@@ -70,7 +68,7 @@ class FeatureConfig:
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
-CONFIG_FIELDS = {
+CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
     "encoder": (str, type(None)),
     "num_frames": int,
     "concat": bool,
@@ -83,10 +81,10 @@ def source_of(manifest: Manifest, config: FeatureConfig) -> Callable[[range], np
     if config.encoder is None:
         return lambda ids: descriptor_rows(manifest, ids)
     quiet_libraries()
-    family, separator, folder = config.encoder.partition(":")
-    if separator and not Path(config.encoder).exists():
-        return _image_encoder_rows(manifest, config, family, folder)
-    return _packing_model_rows(manifest, config.encoder)
+    location = locate_encoder(config.encoder)
+    if location.kind is Kind.IMAGE:
+        return _image_encoder_rows(manifest, config, location)
+    return _packing_model_rows(manifest, location)
 
 
 def descriptor_rows(manifest: Manifest, ids) -> np.ndarray:
@@ -111,19 +109,17 @@ def _frames(reader: ShardReader, manifest: Manifest, sample_id: int, with_motion
     return frames, decode_array(data, "motion.npy", name)
 
 
-def _packing_model_rows(manifest: Manifest, folder: str) -> Callable[[range], np.ndarray]:
+def _packing_model_rows(
+    manifest: Manifest, location: EncoderLocation
+) -> Callable[[range], np.ndarray]:
     import torch
 
-    from model_factory.command_line.reading import reading
-    from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
+    from ..loading.samples import sequential_batches
 
-    from ..loading.sequential import sequential_batches
-
-    with reading(folder):
-        model = LlavaViTPackingModel.from_pretrained(folder, local_files_only=True).eval()
+    model = open_encoder(location, dtype="auto").eval()
     if manifest.settings["patch_size"] != model.config.patch_size:
         raise DataPipelineError(
-            f"{folder} takes patches of {model.config.patch_size}, {manifest.directory} "
+            f"{location.path} takes patches of {model.config.patch_size}, {manifest.directory} "
             f"was packed with {manifest.settings['patch_size']}: pack again with --patch-size "
             f"{model.config.patch_size} into another --output"
         )
@@ -142,7 +138,7 @@ def _packing_model_rows(manifest: Manifest, folder: str) -> Callable[[range], np
 
 
 def _image_encoder_rows(
-    manifest: Manifest, config: FeatureConfig, family: str, folder: str
+    manifest: Manifest, config: FeatureConfig, location: EncoderLocation
 ) -> Callable[[range], np.ndarray]:
     import torch
 
@@ -151,7 +147,7 @@ def _image_encoder_rows(
     from ..loading.views import choose_frames
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = load_image_encoder(family, folder).to(device)
+    encoder = load_image_encoder(str(location.family), location.path).to(device)
 
     @torch.inference_mode()
     def vector(frames: np.ndarray) -> np.ndarray:

@@ -60,7 +60,10 @@ class _TimelineMismatch(Exception):
 
 
 def decode_video(
-    path: Path, framing: Framing, watcher: "VectorWatcher | None" = None, thorough: bool = True
+    path: Path,
+    framing: Framing,
+    watcher: "VectorWatcher | None" = None,
+    thorough: bool = True,
 ) -> DecodedVideo:
     """Decode the frames that `framing` asks for; none of them twice.
 
@@ -138,7 +141,10 @@ class _Choice:
 
 
 def _decode(
-    path: Path, choice: _Choice, framing: Framing, watcher: "VectorWatcher | None"
+    path: Path,
+    choice: _Choice,
+    framing: Framing,
+    watcher: "VectorWatcher | None",
 ) -> DecodedVideo:
     """The chosen frames of a timeline. Raises _TimelineMismatch where it is not the video's."""
     timeline = choice.timeline

@@ -85,25 +85,21 @@ def decompose_frames(frames: np.ndarray, gop: int, seconds: np.ndarray | None = 
     count = len(frames)
     luma, is_i_frame, vectors = _canonical_stream(frames, gop)
     height, width = luma.shape[1:]
-    cells = motion_cells(height, width)
-    motion = np.zeros((count, *cells, 2), np.float32)
+    motion = np.zeros((count, *motion_cells(height, width), 2), np.float32)
     residual = np.zeros((count, height, width), np.uint8)
-    change = np.zeros((count, *cells), np.float32)
     for t in range(count):
         if is_i_frame[t]:
             continue
         quarter_pels = rasterise(vectors[t], height=height, width=width)
-        prediction = predict_luma(luma[t - 1], vectors=quarter_pels, cell=MOTION_CELL)
-        residual[t] = luma_difference(luma[t], prediction)
+        residual[t] = residual_of(luma[t], reference=luma[t - 1], quarter_pels=quarter_pels)
         # a vector points back to where the content was
         motion[t] = -quarter_pels / 4.0
-        change[t] = cell_means(luma_difference(luma[t], luma[t - 1]))
     return CodecClip(
         frames=frames,
         is_i_frame=is_i_frame,
         motion=motion,
         residual=residual,
-        change=change,
+        change=frame_changes(luma),
         times=frame_times(count),
         seconds=np.arange(count, dtype=np.float64) if seconds is None else seconds,
     )
@@ -112,6 +108,22 @@ def decompose_frames(frames: np.ndarray, gop: int, seconds: np.ndarray | None = 
 def luma_difference(luma: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """|luma - prediction| as uint8, of 8-bit values."""
     return np.abs(luma.astype(np.int16) - prediction).astype(np.uint8)
+
+
+def residual_of(luma: np.ndarray, reference: np.ndarray, quarter_pels: np.ndarray) -> np.ndarray:
+    """What of a frame uint8 [H, W] the vectors [H/8, W/8, 2] into the reference leave unexplained,
+    uint8 [H, W]."""
+    prediction = predict_luma(reference, vectors=quarter_pels, cell=MOTION_CELL)
+    return luma_difference(luma, prediction)
+
+
+def frame_changes(luma: np.ndarray) -> np.ndarray:
+    """Mean difference of each cell to the frame before, float32 [T, H/8, W/8]; 0 in frame 0."""
+    count, height, width = luma.shape
+    changes = np.zeros((count, *motion_cells(height, width)), np.float32)
+    for t in range(1, count):
+        changes[t] = cell_means(luma_difference(luma[t], luma[t - 1]))
+    return changes
 
 
 def _canonical_stream(

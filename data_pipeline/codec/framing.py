@@ -5,7 +5,7 @@ the stream's own colour matrix and range; where a stream does not name its matri
 for 720 lines and more and BT.601 below, as players do.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -25,6 +25,12 @@ MAX_SCALED_SQUARES = 64
 MATRIX_UNNAMED = 2  # ITU-T H.273 table 4
 MATRIX_BT709 = 1
 FITS = ("crop", "area")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless a setting has one of these values."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Framing:
     fit: str = "crop"
     crop_position: float = 0.5
     within: tuple[float, ...] = ()
-    limits: InputLimits = field(default_factory=InputLimits)
+    limits: InputLimits = InputLimits()
     salvage: bool = False
 
     def __post_init__(self) -> None:
@@ -56,8 +62,7 @@ class Framing:
             raise ValueError(
                 f"size {self.size} must be even and a multiple of the patch size {self.patch_size}"
             )
-        if self.fit not in FITS:
-            raise ValueError(f"fit is {self.fit!r}; choose one of {', '.join(FITS)}")
+        check_choice("fit", self.fit, choices=FITS)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,10 @@ def crop_of(height: float, width: float, framing: Framing, frames_are_fields: bo
 
 
 def crop_of_stream(
-    path: Path, frame: "av.VideoFrame", stream: "av.VideoStream", framing: Framing
+    path: Path,
+    frame: "av.VideoFrame",
+    stream: "av.VideoStream",
+    framing: Framing,
 ) -> Crop:
     """Crop of a stream by its first decoded frame: rotation and sample aspect applied.
 

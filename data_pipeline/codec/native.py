@@ -29,15 +29,15 @@ from .decode import decode_video
 from .decompose import (
     MOTION_CELL,
     CodecClip,
-    cell_means,
+    frame_changes,
     frame_times,
     luma_difference,
     motion_cells,
     rasterise,
+    residual_of,
     vectors_of,
 )
 from .framing import Crop, Framing, working_frame
-from .motion_compensation import predict_luma
 
 if TYPE_CHECKING:
     import av
@@ -131,13 +131,10 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
     chosen = watcher.chosen
     luma = _luma(video.frames)
     count, height, width = luma.shape
-    cells = motion_cells(height, width)
-    motion = np.zeros((count, *cells, 2), np.float32)
+    motion = np.zeros((count, *motion_cells(height, width), 2), np.float32)
     residual = np.zeros((count, height, width), np.uint8)
-    change = np.zeros((count, *cells), np.float32)
     unpredicted = []  # mean difference of each P-frame to its reference, without any vector
     for t in range(1, count):
-        change[t] = cell_means(luma_difference(luma[t], luma[t - 1]))
         frame = chosen[t]
         # no vectors: a B-frame with nothing after it
         if frame.is_i_frame or frame.vectors is None or frame.reference_luma is None:
@@ -145,10 +142,11 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
         distance = max(frame.index - frame.reference, 1)
         motion[t] = -frame.vectors / distance * (frame.index - chosen[t - 1].index)
         quarter_pels = np.clip(np.rint(4 * frame.vectors), -MAX_QUARTER_PELS, MAX_QUARTER_PELS)
-        prediction = predict_luma(
-            frame.reference_luma, vectors=quarter_pels.astype(np.int32), cell=MOTION_CELL
+        residual[t] = residual_of(
+            luma[t],
+            reference=frame.reference_luma,
+            quarter_pels=quarter_pels.astype(np.int32),
         )
-        residual[t] = luma_difference(luma[t], prediction)
         unpredicted.append(luma_difference(luma[t], frame.reference_luma).mean())
     _check_useful(path, residual=residual, unpredicted=unpredicted)
     return CodecClip(
@@ -156,7 +154,7 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
         is_i_frame=np.array([frame.is_i_frame or t == 0 for t, frame in enumerate(chosen)]),
         motion=motion,
         residual=residual,
-        change=change,
+        change=frame_changes(luma),
         times=frame_times(count),
         seconds=video.seconds,
         num_source_frames=video.num_source_frames,

@@ -80,7 +80,9 @@ def check_file(path: Path, limits: InputLimits) -> None:
 
 
 def open_video(
-    path: Path, limits: InputLimits, follow_edits: bool = True
+    path: Path,
+    limits: InputLimits,
+    follow_edits: bool = True,
 ) -> "tuple[av.container.InputContainer, av.VideoStream]":
     """Open a local video file; returns (container, stream), the caller closes the container.
 
@@ -106,7 +108,9 @@ def open_video(
 
 
 def _checked_stream(
-    path: Path, container: "av.container.InputContainer", limits: InputLimits
+    path: Path,
+    container: "av.container.InputContainer",
+    limits: InputLimits,
 ) -> "av.VideoStream":
     """The best video stream of a container, if its header keeps to the limits."""
     stream = _best_stream(container)

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .decompose import CodecClip, per_pixel
+from .framing import check_choice
 
 CAMERA_MODELS = ("none", "median", "similarity", "affine")
 ROUNDS = 8  # of reweighting
@@ -57,13 +58,11 @@ class SaliencyConfig:
     centre_prior: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, choices in (("camera", CAMERA_MODELS), ("normalise", NORMALISATIONS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        check_choice("camera", self.camera, choices=CAMERA_MODELS)
+        check_choice("normalise", self.normalise, choices=NORMALISATIONS)
         weights = (self.motion_weight, self.residual_weight)
-        is_finite = np.isfinite([*weights, self.centre_prior]).all()
-        if not is_finite or min(*weights, self.centre_prior) < 0 or sum(weights) == 0:
+        numbers = np.array([*weights, self.centre_prior])
+        if not np.isfinite(numbers).all() or (numbers < 0).any() or sum(weights) == 0:
             raise ValueError(
                 f"weights {weights} and centre_prior {self.centre_prior} must be finite and not "
                 "negative, and one weight must be positive"
@@ -71,7 +70,9 @@ class SaliencyConfig:
 
 
 def patch_saliency(
-    clip: CodecClip, patch_size: int, config: SaliencyConfig | None = None
+    clip: CodecClip,
+    patch_size: int,
+    config: SaliencyConfig | None = None,
 ) -> np.ndarray:
     """Saliency float32 [T, h, w] in 0..1; zero on I-frames, which are selected whole anyway."""
     config = config or SaliencyConfig()
@@ -109,8 +110,7 @@ def compensate_camera(motion: np.ndarray, camera: str) -> np.ndarray:
 
 def camera_motion(motion: np.ndarray, camera: str) -> np.ndarray:
     """The camera's part of motion [T, y, x, 2]: the same shape, or [T, 1, 1, 2] for `median`."""
-    if camera not in CAMERA_MODELS[1:]:
-        raise ValueError(f"camera is {camera!r}; choose one of {', '.join(CAMERA_MODELS[1:])}")
+    check_choice("camera", camera, choices=CAMERA_MODELS[1:])
     median = np.median(motion, axis=(1, 2), keepdims=True)
     if camera == "median":
         return median
@@ -133,7 +133,9 @@ def camera_motion(motion: np.ndarray, camera: str) -> np.ndarray:
 def _design(rows: int, columns: int, camera: str) -> np.ndarray:
     """[P, 2, k]: how each parameter moves each cell along x and along y."""
     grid_y, grid_x = np.meshgrid(
-        np.linspace(-1, 1, rows), np.linspace(-1, 1, columns), indexing="ij"
+        np.linspace(-1, 1, rows),
+        np.linspace(-1, 1, columns),
+        indexing="ij",
     )
     x = grid_x.ravel()
     y = grid_y.ravel()
@@ -154,14 +156,19 @@ def _patch_mean(field: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def _normalised(
-    values: np.ndarray, p_frames: np.ndarray, floor: float, per_frame: bool
+    values: np.ndarray,
+    p_frames: np.ndarray,
+    floor: float,
+    per_frame: bool,
 ) -> np.ndarray:
     """Values [T, h, w] in 0..1, 1 being the 95th percentile or the floor, if that is more."""
+    scale: np.ndarray | float
     if per_frame:
-        percentile = np.percentile(values, PERCENTILE, axis=(1, 2), keepdims=True)
-        return np.clip(values / np.maximum(percentile, floor), 0.0, 1.0)
-    # as a Python number, so that float32 values stay float32
-    scale = max(float(np.percentile(values[p_frames], PERCENTILE)), floor)
+        percentiles = np.percentile(values, PERCENTILE, axis=(1, 2), keepdims=True)
+        scale = np.maximum(percentiles, floor)
+    else:
+        # a Python number, by which float32 values stay float32
+        scale = max(float(np.percentile(values[p_frames], PERCENTILE)), floor)
     return np.clip(values / scale, 0.0, 1.0)
 
 

@@ -87,6 +87,7 @@ def select_patches(
     intra = linear[is_i_frame].ravel() if keep_i_frames else np.zeros(0, int)
     inter = linear[~is_i_frame].ravel()
     scores = saliency.reshape(-1)[inter]
+    # without any saliency no patch is better than another
     is_static = len(inter) > 0 and (is_static or not scores.any())
     if is_static:
         order = _even_frames(frames - num_i_frames, per_frame)

@@ -301,7 +301,11 @@ def _check_end(path: Path, last: int, announced: list[int], unit: Fraction) -> N
 
 
 def _ordered(
-    path: Path, pts: list[int | None], keys: list[int], step: float, can_sort: bool
+    path: Path,
+    pts: list[int | None],
+    keys: list[int],
+    step: float,
+    can_sort: bool,
 ) -> Timeline:
     """Timeline of frames with these PTS, in presentation order; `keys` are indices of key frames,
     `step` is the usual distance of two PTS.

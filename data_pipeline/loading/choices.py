@@ -1,145 +1,195 @@
 """Every random choice about a sample, and how many tokens it leads to, before anything is read.
 
+    table      kind, grid and stored patches and frames of every sample, from the manifest
     views      codec, frame or collage by ratio; images are images
     tokens     exact length of the item, so that packs can be planned
     draws      uniform numbers for flip, colours and frames
     labels     which of a sample's labels are drawn
 
-All depend on (seed, epoch, sample id) and never on the place in a batch, the rank or the worker.
+All depend on (seed, epoch, sample id) and never on the index in a batch, the rank or the worker.
 Vectorised over samples: 0.1 microseconds a sample for view and tokens, 3 for the draws.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ..datasets import Dataset
+from ..errors import CorruptShard, MissingData
 from ..random import counter_uniform
-from ..shards.schema import TIME_BASE
-from .table import SampleTable
+from ..shards.manifest import Manifest, how_to_repack
+from ..shards.schema import MAX_PATCHES
+from .config import MAX_FRAMES, StreamConfig, ViewConfig
 
 VIEWS = ("codec", "frame", "collage", "image")
 CODEC, FRAME, COLLAGE, IMAGE = range(4)
-MAX_FRAMES = TIME_BASE  # no clip stores more
+# Columns of the draws: one for the flip, nine for colours (views.jitter_colours), the rest of the
+# sixteen unused, then one for each whole frame.
+FRAME_DRAWS = 16
+_ABSENT = 1e-9  # a ratio below is what rounding leaves of 1 - 0.7 - 0.3
 
 
 @dataclass(frozen=True)
-class ViewConfig:
-    """How samples are looked at.
+class SampleTable:
+    """What the plan must know of every sample without reading it, 17 bytes a sample.
 
-    The rest of the two ratios is collage. `max_tokens` bounds every item, `max_frames` the whole
-    frames of a clip; `scale` shrinks frames and pictures (0.5: a quarter of the tokens; the codec
-    view, whose patches are stored, follows `max_tokens` alone). `flip` is the probability of a
-    mirrored item, `colour_jitter` the strength of views.jitter_colours.
+    Columns over sample ids: is_image bool, and int32 patch rows and columns of one frame, selected
+    patches, stored whole frames.
     """
 
-    codec_ratio: float = 0.4
-    frame_ratio: float = 0.4
-    max_tokens: int = 2048
-    max_frames: int = 8
-    scale: float = 1.0
-    flip: float = 0.0
-    colour_jitter: float = 0.0
+    is_image: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    num_patches: np.ndarray
+    num_frames: np.ndarray
 
-    def __post_init__(self):
-        if not 0 <= self.colour_jitter < 1:
-            raise ValueError(f"colour_jitter {self.colour_jitter} must lie in [0, 1)")
-        if not 0 <= self.flip <= 1 or not 0 < self.scale <= 1:
-            raise ValueError(f"flip {self.flip} must lie in [0, 1], scale {self.scale} in (0, 1]")
-        if (
-            min(self.codec_ratio, self.frame_ratio) < 0
-            or self.codec_ratio + self.frame_ratio > 1 + 1e-9
-        ):
-            raise ValueError(
-                f"--residual_ratio {self.codec_ratio} and --frame_sampling_ratio "
-                f"{self.frame_ratio} must not be "
-                "negative nor exceed 1 together (the rest is collage)"
-            )
-        if self.max_tokens < 1 or not 1 <= self.max_frames <= MAX_FRAMES:
-            raise ValueError(
-                f"--target_num {self.max_tokens} must be positive, --num_frames {self.max_frames} "
-                f"in 1..{MAX_FRAMES}"
-            )
+    @classmethod
+    def of(cls, manifest: Manifest) -> "SampleTable":
+        """Read off the shards' records; CorruptShard for records of an older writer."""
+        if not len(manifest):
+            raise MissingData(f"{manifest.directory} holds no sample: see `stats` on it")
+        # no pairs in between: new objects by the hundred thousand wake the garbage collector
+        records = [
+            _checked_record(sample, shard, manifest)
+            for shard in manifest.shards
+            for sample in shard["samples"]
+        ]
+        kinds = (sample["kind"] for shard in manifest.shards for sample in shard["samples"])
+        rows, columns, num_patches, num_frames = np.array(records, np.int32).T
+        return cls(
+            is_image=np.fromiter((kind == "image" for kind in kinds), bool, len(manifest)),
+            rows=rows,
+            columns=columns,
+            num_patches=num_patches,
+            num_frames=num_frames,
+        )
 
-
-@dataclass(frozen=True)
-class Stage:
-    """Part of a progressive schedule: from the share `start` of the run on, these bounds replace
-    the view's."""
-
-    start: float
-    max_tokens: int
-    max_frames: int
-    scale: float = 1.0
-
-    def of(self, view: ViewConfig) -> ViewConfig:
-        """The view in this stage."""
-        bounds = {"max_tokens": self.max_tokens, "max_frames": self.max_frames, "scale": self.scale}
-        return replace(view, **bounds)
+    def frame_tokens(self, ids: np.ndarray | slice | int, scale: float) -> np.ndarray:
+        """Tokens of one frame of samples after shrinking, int64."""
+        rows, columns = scaled_grid(self.rows[ids], self.columns[ids], scale)
+        return rows * columns
 
 
-def choose_views(table: SampleTable, view: ViewConfig, seed: int, epoch: int, ids) -> np.ndarray:
+def _checked_record(sample: dict, shard: dict, manifest: Manifest) -> tuple[int, int, int, int]:
+    """(rows, columns, patches, stored frames) of a sample's record."""
+    try:
+        rows, columns = sample["grid"]
+        numbers = (rows, columns, sample["num_patches"], sample["num_stored_frames"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptShard(
+            f"{manifest.directory}: the record of {sample.get('source')} lacks {error}; an older "
+            f"version wrote it; {how_to_repack(shard['name'])}"
+        ) from error
+    if not all(type(number) is int and 0 < number < MAX_PATCHES for number in numbers):
+        raise CorruptShard(
+            f"{manifest.directory}: the record of {sample['source']} says grid {rows}x{columns}, "
+            f"{numbers[2]} patches, {numbers[3]} frames: no sample is like that; "
+            f"{how_to_repack(shard['name'])}"
+        )
+    return numbers
+
+
+def scaled_grid(
+    rows: np.ndarray | int, columns: np.ndarray | int, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patch rows and columns of a frame after shrinking to whole patches, at least one."""
+    return _scaled(rows, scale), _scaled(columns, scale)
+
+
+def _scaled(side: np.ndarray | int, scale: float) -> np.ndarray:
+    # halves are rounded up; np.rint would round them to even
+    return np.maximum(np.floor(np.asarray(side) * scale + 0.5).astype(np.int64), 1)
+
+
+def choose_views(
+    table: SampleTable, view: ViewConfig, seed: int, epoch: int, ids: np.ndarray
+) -> np.ndarray:
     """Index into VIEWS of each sample, int64 [n]."""
     draw = counter_uniform(torch.from_numpy(ids), seed, "view", epoch).numpy()
-    chosen = np.searchsorted([view.codec_ratio, view.codec_ratio + view.frame_ratio], draw, "right")
+    bounds = [view.codec_ratio, view.codec_ratio + view.frame_ratio]
+    chosen = np.searchsorted(bounds, draw, side="right")
     return np.where(table.is_image[ids], IMAGE, chosen)
 
 
-def num_tokens(table: SampleTable, view: ViewConfig, views: np.ndarray, ids) -> np.ndarray:
+def num_tokens(
+    table: SampleTable, view: ViewConfig, views: np.ndarray, ids: np.ndarray
+) -> np.ndarray:
     """Tokens of each sample under its view, int64 [n]."""
-    rows, columns = table.scaled_grid(ids, view.scale)
-    whole = rows * columns
-    frames = num_frames(whole, table.num_frames[ids], view)
-    counts = [np.minimum(table.num_patches[ids], view.max_tokens), frames * whole, frames * whole]
-    return np.select([views == CODEC, views == FRAME, views == COLLAGE], counts, whole)
+    per_frame = table.frame_tokens(ids, view.scale)
+    of_frames = per_frame * num_frames(per_frame, table.num_frames[ids], view)
+    of_patches = np.minimum(table.num_patches[ids], view.max_tokens)
+    of_clips = np.where(views == CODEC, of_patches, of_frames)
+    return np.where(views == IMAGE, per_frame, of_clips)
 
 
-def num_frames(frame_tokens, num_stored, view: ViewConfig):
+def num_frames(
+    frame_tokens: np.ndarray, num_stored: np.ndarray | int, view: ViewConfig
+) -> np.ndarray:
     """Whole frames that fit max_tokens and max_frames, at least one."""
     fitting = np.minimum(view.max_frames, view.max_tokens // frame_tokens)
     return np.maximum(1, np.minimum(fitting, num_stored))
 
 
-def longest_item(table: SampleTable, view: ViewConfig) -> tuple[int, int]:
-    """(sample id, tokens) of the longest item of the dataset under any view that may be chosen."""
-    lengths = np.max(_possible_lengths(table, view), axis=0)
-    worst = int(lengths.argmax())
-    return worst, int(lengths[worst])
-
-
-def shortest_item(table: SampleTable, view: ViewConfig) -> int:
-    """Tokens of the shortest item of the dataset under any view that may be chosen."""
-    return int(np.min(_possible_lengths(table, view)))
-
-
-def _possible_lengths(table: SampleTable, view: ViewConfig) -> np.ndarray:
+def possible_lengths(table: SampleTable, view: ViewConfig) -> np.ndarray:
     """Tokens of every sample under each view of a ratio above 0, int64 [views, N]."""
-    ratios = (view.codec_ratio, view.frame_ratio, 1 - view.codec_ratio - view.frame_ratio)
+    ratios = {
+        CODEC: view.codec_ratio,
+        FRAME: view.frame_ratio,
+        COLLAGE: 1 - view.codec_ratio - view.frame_ratio,
+    }
     ids = np.arange(len(table.rows))
-    return np.stack(
-        [
-            num_tokens(table, view, np.where(table.is_image, IMAGE, chosen), ids)
-            for chosen, ratio in zip((CODEC, FRAME, COLLAGE), ratios, strict=True)
-            if ratio > 1e-9
-        ]
-    )
+    lengths = []
+    for chosen, ratio in ratios.items():
+        if ratio > _ABSENT:
+            views = np.where(table.is_image, IMAGE, chosen)
+            lengths.append(num_tokens(table, view, views, ids))
+    return np.stack(lengths)
 
 
 def draws(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
-    """Uniform numbers of each sample, float32 [n, 16 + MAX_FRAMES]: flip, colours, then frames."""
-    width = 16 + MAX_FRAMES
-    words = torch.from_numpy(ids)[:, None] * width + torch.arange(width)
+    """Uniform numbers of each sample, float32 [n, FRAME_DRAWS + MAX_FRAMES]."""
+    words = _words(ids, FRAME_DRAWS + MAX_FRAMES)
     return counter_uniform(words, seed, "pixels", epoch).numpy()
 
 
-def choose_labels(labels: np.ndarray, count: int, seed: int, epoch: int, ids) -> np.ndarray:
+def _words(ids: np.ndarray, width: int) -> torch.Tensor:
+    """`width` numbers of each id that no other id has, int64 [n, width]."""
+    return torch.from_numpy(ids)[:, None] * width + torch.arange(width)
+
+
+def choose_labels(
+    labels: np.ndarray, count: int, seed: int, epoch: int, ids: np.ndarray
+) -> np.ndarray:
     """int64 [n, count] of labels [n, L]: drawn without replacement among those that are not -1, in
     their order; -1 where there are fewer.
     """
     labels = labels.astype(np.int64)
-    if count >= labels.shape[1]:
+    width = labels.shape[1]
+    if count >= width:
         return labels
-    words = torch.from_numpy(ids)[:, None] * labels.shape[1] + torch.arange(labels.shape[1])
+    # the labels of the smallest keys are drawn; absent ones have keys above 1, so they come last
+    words = _words(ids, width)
     keys = counter_uniform(words, seed, "labels", epoch).numpy() + (labels < 0)
     picks = np.sort(np.argsort(keys, axis=1, kind="stable")[:, :count], axis=1)
     return np.take_along_axis(labels, picks, axis=1)
+
+
+def samples_per_batch(
+    dataset: Dataset, config: StreamConfig, seed: int, units: int, pack_tokens: int | None
+) -> float:
+    """Samples of the mean global batch of a run: the units, or for packs what their tokens hold of
+    the mean item, estimated from up to 10,000 samples in every stage.
+    """
+    if pack_tokens is None:
+        return units
+    table = SampleTable.of(dataset.manifest)
+    ids = np.unique(np.linspace(0, len(table.rows) - 1, 10_000).astype(np.int64))
+    starts = [0.0, *(stage.start for stage in config.stages[1:])]
+    ends = [*starts[1:], 1.0]
+    batches = 0.0  # per sample of the run: stages are shares of its samples
+    for start, end, view in zip(starts, ends, config.views(), strict=True):
+        views = choose_views(table, view, seed, epoch=0, ids=ids)
+        tokens = float(num_tokens(table, view, views, ids).mean())
+        batches += (end - start) * tokens / (units * pack_tokens)
+    return 1 / batches

@@ -1,4 +1,4 @@
-"""The only DALI module: encoded pictures in, decoded pictures out, on the CPU or the GPU.
+"""The only DALI module: encoded images in, decoded images out, on the CPU or the GPU.
 
 DALI decodes in its own threads, a few batches ahead; which bytes it gets is decided by our plan
 through an `external_source` callback that is a pure function of the batch number. Normalising is
@@ -6,6 +6,7 @@ left to the device that trains: pixels stay bytes until then, a quarter of the m
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +15,13 @@ from ..errors import MissingLibrary
 
 
 class DecodeFailed(Exception):
-    """DALI could not decode some picture; its pipeline is dead and does not say which."""
+    """DALI could not decode some image; its pipeline is dead and does not report which."""
 
 
 class PictureDecoder:
-    """Iterates over batches of pictures: each a list of uint8 [H, W, 3] tensors of any sizes.
+    """Iterates over batches of images: each a list of uint8 [H, W, 3] tensors of any sizes.
 
-    fetch(i) returns the encoded pictures of batch i as uint8 arrays, at most `max_batch` of them,
+    fetch(i) returns the encoded images of batch i as uint8 arrays, at most `max_batch` of them,
     or raises StopIteration; i counts from `start`. The tensors of a batch are views of DALI's
     buffers: use or copy them before asking for the next batch. Raises DecodeFailed, after which
     only a new decoder goes on; what fetch raises passes through.
@@ -47,7 +48,13 @@ class PictureDecoder:
                 self._error = error  # DALI would hand on its text only
                 raise
 
-        self._pipeline = _decoding_pipeline(source, max_batch, num_threads, prefetch, self._device)
+        self._pipeline = _decoding_pipeline(
+            source,
+            max_batch=max_batch,
+            num_threads=num_threads,
+            prefetch=prefetch,
+            device=self._device,
+        )
 
     def __iter__(self) -> "PictureDecoder":
         return self
@@ -63,28 +70,35 @@ class PictureDecoder:
             if self._error is not None:
                 raise self._error from None
             raise DecodeFailed(_last_line(error)) from error
-        return [self._tensor(pictures[i]) for i in range(len(pictures))]
-
-    def _tensor(self, picture) -> torch.Tensor:
+        images = [pictures[i] for i in range(len(pictures))]
         if self._device.type == "cpu":
-            return torch.from_numpy(np.asarray(picture))
-        return torch.from_dlpack(picture)
+            return [torch.from_numpy(np.asarray(image)) for image in images]
+        return [torch.from_dlpack(image) for image in images]
 
 
 def undecodable(pictures: Iterable[np.ndarray], device: torch.device) -> dict[int, str]:
-    """Which of some encoded pictures DALI cannot decode, each tried alone: place -> reason.
-    0.6 ms a picture of 224 px, and 2 ms for each bad one, after which the pipeline is made anew.
+    """Which of some encoded images DALI cannot decode, each tried alone: {index: reason}.
+    0.6 ms an image of 224 px, and 2 ms for each bad one, after which the pipeline is made anew.
     """
-    remaining, reasons, decoder = list(enumerate(pictures)), {}, None
-    while remaining:
+    encoded = list(pictures)
+
+    def fetch(i: int) -> list[np.ndarray]:
+        if i >= len(encoded):
+            raise StopIteration
+        return [encoded[i]]
+
+    reasons = {}
+    decoder = None
+    for i in range(len(encoded)):
         if decoder is None:
-            waiting = iter([[encoded] for _, encoded in remaining])
-            decoder = PictureDecoder(lambda _, w=waiting: next(w), 1, 1, prefetch=1, device=device)
-        place, _ = remaining.pop(0)
+            # prefetch 1: with two under way a failure would not name its image
+            decoder = PictureDecoder(
+                fetch, max_batch=1, num_threads=1, prefetch=1, start=i, device=device
+            )
         try:
             next(decoder)
         except DecodeFailed as error:
-            reasons[place] = f"cannot be decoded ({error})"
+            reasons[i] = f"cannot be decoded ({error})"
             decoder = None
     return reasons
 
@@ -100,24 +114,33 @@ def require_dali() -> None:
         ) from error
 
 
-def _decoding_pipeline(source, max_batch: int, num_threads: int, prefetch: int, device):
+def _decoding_pipeline(
+    source: Callable[[int], list[np.ndarray]],
+    max_batch: int,
+    num_threads: int,
+    prefetch: int,
+    device: torch.device,
+) -> Any:
     require_dali()
     from nvidia.dali import fn, pipeline_def, types
 
     on_gpu = device.type == "cuda"
+    constants: Any = types  # they are made at import, where no type checker sees them
+    device_id: Any = (device.index or 0) if on_gpu else None
 
     @pipeline_def(
         batch_size=max_batch,
         num_threads=num_threads,
-        device_id=device.index or 0 if on_gpu else None,
+        device_id=device_id,
         prefetch_queue_depth=prefetch,
     )
-    def decode():
-        encoded = fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1)
+    def decode() -> Any:
+        encoded = fn.external_source(source=source, batch=True, dtype=constants.UINT8, ndim=1)
         return fn.decoders.image(
             encoded,
             device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
+            output_type=constants.RGB,
+            # packed images are upright, and positions of patches are those of the stored pixels
             adjust_orientation=False,
         )
 
@@ -127,5 +150,6 @@ def _decoding_pipeline(source, max_batch: int, num_threads: int, prefetch: int, 
 
 
 def _last_line(error: Exception) -> str:
+    # DALI's text is a stack of its frames; the line with "Error" or "error" holds the cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "rror" in line), lines[0] if lines else "no reason")

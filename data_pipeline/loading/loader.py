@@ -4,20 +4,36 @@ slower than training.
 One thread per loader runs the streams in turn; decoding uses DALI's threads. There are no worker
 processes, so none can be killed, orphaned or reached by a signal before the trainer is. What waits
 in memory is bounded by bytes. A read that hangs cannot be interrupted, but it is noticed: after a
-time without a batch the trainer is told what the loader was doing, and on which file.
+time without a batch the trainer gets an error that names what the loader was doing, and the file.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from typing import Protocol
+
+import torch
 
 from ..errors import DataTimeout
-from .packing import PackedBatch
+from ..random import counter_rng
+from .packing import PackBuffers, PackedBatch, pack_views
+from .views import View
 
 MAX_AHEAD = 16  # steps that may wait, however small they are
 CLOSE_SECONDS = 5.0  # a thread inside a hanging read is left behind after so long
+
+
+class Stream(Protocol):
+    """Endless packed batches of one head."""
+
+    @property
+    def activity(self) -> str:
+        """What the stream is doing, for whoever waits for it."""
+
+    def __next__(self) -> PackedBatch: ...
+
+    def close(self) -> None: ...
 
 
 class MixtureLoader:
@@ -25,7 +41,7 @@ class MixtureLoader:
 
     def __init__(
         self,
-        streams: dict[str, Iterator[PackedBatch]],
+        streams: dict[str, Stream],
         prefetch_bytes: int = 1 << 30,
         warn_s: float = 30.0,
         timeout_s: float = 120.0,
@@ -34,31 +50,38 @@ class MixtureLoader:
         """prefetch_bytes: memory of the batches that may wait; one step's may always. Beside them
         DALI holds three decoded batches of each head.
         """
-        self._streams, self._prefetch_bytes = streams, prefetch_bytes
-        self._warn_s, self._timeout_s, self._logger = warn_s, timeout_s, logger
-        self._ready: deque = deque()  # (batches or an exception, bytes)
-        self._waiting_bytes, self._stopped = 0, False
-        self._changed = threading.Condition()
-        self._position: dict[str, dict] = {}
+        self.wait_s = 0.0  # what the consumer waited in all
+        self._streams = streams
+        self._prefetch_bytes = prefetch_bytes
+        self._warn_s = warn_s
+        self._timeout_s = timeout_s
+        self._logger = logger
+        # (batches or the error that ended the thread, bytes)
+        self._ready: deque[tuple[dict[str, PackedBatch] | BaseException, int]] = deque()
+        self._waiting_bytes = 0
+        self._stopped = False
+        self._changed = threading.Condition()  # guards the three above
+        self._position: dict[str, dict[str, int]] = {}
         self._current = next(iter(streams), "")  # the head that the thread works on
         self._failure: BaseException | None = None
-        self.wait_s = 0.0  # what the consumer waited in all
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
         self._thread.start()
 
     def __next__(self) -> dict[str, PackedBatch]:
         """Raises what went wrong in a stream, or DataTimeout."""
+        if self._failure is not None:
+            raise self._failure
         started = time.monotonic()
-        item = self._failure or self._take(started)
+        item = self._take(started)
         self.wait_s += time.monotonic() - started
         if isinstance(item, BaseException):
-            self._failure = item  # the thread has ended: whoever asks again is told the same
+            self._failure = item  # the thread has ended: whoever asks again gets the same error
             raise item
         for name, batch in item.items():
             self._position[name] = {"epoch": batch.epoch, "next_batch": batch.index + 1}
         return item
 
-    def state_dict(self) -> dict[str, dict]:
+    def state_dict(self) -> dict[str, dict[str, int]]:
         """{head: epoch and next batch} after the batches handed out so far; empty before any."""
         return dict(self._position)
 
@@ -75,7 +98,7 @@ class MixtureLoader:
     def __enter__(self) -> "MixtureLoader":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _produce(self) -> None:
@@ -89,33 +112,31 @@ class MixtureLoader:
         except BaseException as error:  # handed to the trainer, which raises it
             self._offer(error, 0)
 
-    def _offer(self, item, size: int) -> None:
+    def _offer(self, item: dict[str, PackedBatch] | BaseException, size: int) -> None:
+        def may_go_on() -> bool:
+            if self._stopped or not self._ready:
+                return True
+            fits = self._waiting_bytes + size <= self._prefetch_bytes
+            return fits and len(self._ready) < MAX_AHEAD
+
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._has_room(size))
+            self._changed.wait_for(may_go_on)
             self._ready.append((item, size))
             self._waiting_bytes += size
             self._changed.notify_all()
 
-    def _has_room(self, size: int) -> bool:
-        if not self._ready:
-            return True
-        return len(self._ready) < MAX_AHEAD and self._waiting_bytes + size <= self._prefetch_bytes
-
-    def _take(self, started: float):
-        warned = False
+    def _take(self, started: float) -> dict[str, PackedBatch] | BaseException:
         with self._changed:
-            while not self._ready:
-                waited = time.monotonic() - started
-                if waited >= self._timeout_s:
-                    raise DataTimeout(
-                        f"no batch for {waited:.0f} s, head {self._doing()}: check that storage, "
-                        "or raise data_timeout_s"
-                    )
-                if waited >= self._warn_s and not warned and self._logger:
-                    warned = True
+            if not self._changed.wait_for(lambda: self._ready, min(self._warn_s, self._timeout_s)):
+                if self._logger is not None and self._warn_s < self._timeout_s:
+                    waited = time.monotonic() - started
                     self._logger.warning("waiting for data for %.0f s: %s", waited, self._doing())
-                limit = self._timeout_s if warned else min(self._warn_s, self._timeout_s)
-                self._changed.wait(max(0.0, limit - waited) + 1e-3)
+                self._changed.wait_for(lambda: self._ready, self._timeout_s - self._warn_s)
+            if not self._ready:
+                raise DataTimeout(
+                    f"no batch for {time.monotonic() - started:.0f} s, head {self._doing()}: check "
+                    "that storage, or raise data_timeout_s"
+                )
             item, size = self._ready.popleft()
             self._waiting_bytes -= size
             self._changed.notify_all()
@@ -123,3 +144,71 @@ class MixtureLoader:
 
     def _doing(self) -> str:
         return f"{self._current}: {self._streams[self._current].activity}"
+
+
+class SyntheticStream:
+    """The stream's contract without files: noise around one pattern per class, for smoke runs and
+    the throughput ceiling.
+
+    Batch i is a pure function of (seed, rank, i); the first label names the pattern.
+    """
+
+    activity = "making noise"
+
+    def __init__(
+        self,
+        batch_size: int,
+        tokens: int,
+        patch_size: int,
+        num_classes: int,
+        num_labels: int,
+        seed: int,
+        rank: int,
+    ):
+        self._batch_size = batch_size
+        self._tokens = tokens
+        self._patch_size = patch_size
+        self._num_classes = num_classes
+        self._num_labels = num_labels
+        self._seed = seed
+        self._rank = rank
+        self._next = 0
+        shape = (batch_size, tokens, patch_size)
+        self.plan_sha256 = f"noise {shape} {num_classes} {num_labels} {seed}"
+        self._buffers = PackBuffers(torch.device("cpu"))
+
+    def seek(self, epoch: int, next_batch: int) -> None:
+        """Go on with this batch; noise has one epoch."""
+        self._next = next_batch
+
+    def __next__(self) -> PackedBatch:
+        rng = counter_rng(self._seed, "synthetic", self._rank, self._next)
+        shape = (3, self._patch_size, self._patch_size)
+        # any positions inside the time base and a grid of eight columns
+        token = torch.arange(self._tokens)
+        positions = torch.stack([token % 64, token // 8, token % 8], dim=-1)
+        labels = rng.integers(0, self._num_classes, (self._batch_size, self._num_labels))
+        views = []
+        for label in labels[:, 0]:
+            # pattern and noise stay inside 0..255 together
+            pattern = counter_rng(self._seed, "pattern", int(label)).integers(64, 192, shape)
+            pixels = pattern + rng.integers(-64, 64, (self._tokens, *shape))
+            patches = torch.from_numpy(pixels.astype("uint8"))
+            views.append(View((patches,), positions=positions, grid=(1, 1, self._tokens)))
+        batch = pack_views(
+            views,
+            sample_ids=torch.arange(self._batch_size) + self._batch_size * self._rank,
+            labels=torch.from_numpy(labels),
+            weights=torch.ones(self._batch_size),
+            buffers=self._buffers,
+            index=self._next,
+        )
+        self._next += 1
+        return batch
+
+    def count_bad(self, epoch: int, bad: list[int], reasons: dict[int, str] | None = None) -> int:
+        """Noise is never bad."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing to close."""

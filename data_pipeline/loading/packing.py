@@ -5,15 +5,52 @@ is filled with items of zeros, no longer than the longest real one, that carry s
 stay bytes until the device that trains normalises them. Cost: one copy of the bytes.
 """
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import DataPipelineError
-from .buffers import PackBuffers
 from .views import View
 
 CHUNK_ROWS = 256  # normalised at a time on a CPU, so that a chunk stays in its cache
+
+
+class PackBuffers:
+    """Host memory that packs are written into, for several threads.
+
+    Fresh pages cost more than the copy into them: a pack of 16 clips of 2048 tokens has 19 MB, and
+    memory just mapped is cleared page by page by the system. So a block is handed out again, but
+    only after the last tensor that shows it is gone. On a CUDA machine torch's cache of pinned
+    memory does the same and makes copies to the device asynchronous.
+    """
+
+    def __init__(self, device: torch.device):
+        """device: where the rows are wanted; on a CPU beside a CUDA device they are pinned."""
+        self._device = device
+        self._pinned = device.type == "cpu" and torch.cuda.is_available()
+        self._free: dict[int, list[np.ndarray]] = {}  # bytes -> blocks of that size
+
+    def rows(self, count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """[count, width] of undefined content."""
+        if self._pinned or self._device.type != "cpu":
+            return torch.empty(
+                count, width, dtype=dtype, device=self._device, pin_memory=self._pinned
+            )
+        size = count * width * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        try:
+            block = free.pop()  # one step for the interpreter, so no two threads get one block
+        except IndexError:
+            block = np.empty(size, np.uint8)
+        # A view of its own: tensors refer to it, and it dies with the last of them.
+        lease = block[:]
+        # no lock: a finalizer may run inside any allocation, also in the thread that would hold it
+        weakref.finalize(lease, free.append, block).atexit = False
+        return torch.from_numpy(lease).view(dtype).view(count, width)
 
 
 @dataclass(frozen=True)
@@ -51,9 +88,9 @@ class PackedBatch:
 
     def hidden_states(self) -> torch.Tensor:
         """Normalised patch rows float32 [S, P], on the device of the pixels."""
-        rows = (self.buffers or PackBuffers(self.pixels.device)).rows(
-            *self.pixels.shape, torch.float32
-        )
+        buffers = self.buffers or PackBuffers(self.pixels.device)
+        count, width = self.pixels.shape
+        rows = buffers.rows(count, width, dtype=torch.float32)
         lengths = self.cu_seqlens.diff().long()
         item = torch.repeat_interleave(lengths, output_size=len(rows))
         channels = self.pixels.unflatten(1, (3, -1))
@@ -65,7 +102,7 @@ class PackedBatch:
             out.mul_(gain[..., None]).add_(offset[..., None])
         return rows
 
-    def model_inputs(self) -> dict:
+    def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of LlavaViTPackingModel.forward."""
         return {
             "hidden_states": self.hidden_states(),
@@ -77,22 +114,31 @@ class PackedBatch:
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on a device; copies from pinned memory do not wait."""
         moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-        return moved if moved.pixels.device == self.pixels.device else replace(moved, buffers=None)
+        if moved.pixels.device == self.pixels.device:
+            return moved
+        # these buffers give memory of the device that the batch came from
+        return replace(moved, buffers=None)
 
     def pinned(self) -> "PackedBatch":
         """The same batch in pinned host memory, if there is a CUDA device to copy it to."""
         if not torch.cuda.is_available():
             return self
-        return self._with_tensors(lambda t: t if t.is_cuda or t.is_pinned() else t.pin_memory())
+
+        def pin(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()
+
+        return self._with_tensors(pin)
 
     def num_bytes(self) -> int:
         """Memory of all tensors."""
-        tensors = [v for v in vars(self).values() if isinstance(v, torch.Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self._tensors().values())
 
-    def _with_tensors(self, change) -> "PackedBatch":
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
+        changed: dict[str, Any] = {name: change(t) for name, t in self._tensors().items()}
+        return replace(self, **changed)
 
 
 def pack_views(
@@ -102,7 +148,7 @@ def pack_views(
     weights: torch.Tensor,
     token_budget: int | None = None,
     buffers: PackBuffers | None = None,
-    **facts,
+    **facts: Any,
 ) -> PackedBatch:
     """Concatenate views in order and fill up to `token_budget` (None: no filling). labels and
     weights may have more rows than there are views; `facts` are further fields of PackedBatch.
@@ -110,7 +156,8 @@ def pack_views(
     Raises DataPipelineError when the views do not fit.
     """
     lengths = [len(view) for view in views]
-    used, longest = sum(lengths), max(lengths)
+    used = sum(lengths)
+    longest = max(lengths)
     budget = used if token_budget is None else token_budget
     if used > budget:
         raise DataPipelineError(
@@ -118,22 +165,27 @@ def pack_views(
         )
     fill = [min(longest, budget - start) for start in range(used, budget, longest)]
     device = views[0].pieces[0].device
-    pixels = (buffers or PackBuffers(device)).rows(budget, views[0].patch_dim, torch.uint8)
+    buffers_here = buffers or PackBuffers(device)
+    pixels = buffers_here.rows(budget, width=views[0].patch_dim, dtype=torch.uint8)
     for view, rows in zip(views, pixels[:used].split(lengths), strict=True):
         view.write(rows)
     pixels[used:] = 0
     positions = torch.zeros(budget, 3, dtype=torch.int64)
     torch.cat([view.positions for view in views], out=positions[:used])
     bounds = torch.tensor([0, *lengths, *fill]).cumsum(0).to(torch.int32)
-    colours = torch.stack([view.colour for view in views])
+    colours = [view.colour for view in views]
+    colours += [torch.zeros(2, 3)] * len(fill)
+    grids = [view.grid for view in views]
+    grids += [(1, 1, length) for length in fill]
+    no_ids = torch.full((len(fill),), -1, dtype=torch.int64)
     return PackedBatch(
         pixels=pixels,
-        colours=torch.cat([colours, torch.zeros(len(fill), 2, 3)]).to(device),
+        colours=torch.stack(colours).to(device),
         patch_positions=positions.to(device),
         cu_seqlens=bounds.to(device),
         max_seqlen=longest,
-        grid_thw=torch.tensor([view.grid for view in views] + [(1, 1, n) for n in fill]),
-        sample_ids=torch.cat([sample_ids, torch.full((len(fill),), -1, dtype=torch.int64)]),
+        grid_thw=torch.tensor(grids),
+        sample_ids=torch.cat([sample_ids, no_ids]),
         labels=labels,
         weights=weights,
         num_samples=len(views),
@@ -143,16 +195,19 @@ def pack_views(
     )
 
 
-def joined_inputs(batches: list[PackedBatch]) -> dict:
+def joined_inputs(batches: list[PackedBatch]) -> dict[str, Any]:
     """Keyword arguments of one forward pass over several batches, one after the other; their items
     stay apart, fillings included."""
     if len(batches) == 1:
         return batches[0].model_inputs()
-    starts = torch.tensor([0] + [len(batch.pixels) for batch in batches]).cumsum(0).tolist()
-    bounds = [b.cu_seqlens[1:] + start for b, start in zip(batches, starts, strict=False)]
+    bounds = [batches[0].cu_seqlens[:1]]
+    start = 0
+    for batch in batches:
+        bounds.append(batch.cu_seqlens[1:] + start)
+        start += len(batch.pixels)
     return {
         "hidden_states": torch.cat([batch.hidden_states() for batch in batches]),
         "patch_positions": torch.cat([batch.patch_positions for batch in batches]),
-        "cu_seqlens": torch.cat([batches[0].cu_seqlens[:1], *bounds]),
+        "cu_seqlens": torch.cat(bounds),
         "max_seqlen": max(batch.max_seqlen for batch in batches),
     }

@@ -14,6 +14,7 @@ past, a minute for 100 million samples.
 """
 
 import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -23,8 +24,11 @@ import torch
 from ..errors import DataPipelineError
 from ..random import counter_rng, counter_uniform
 
-LOOK_AHEAD = 64
+LOOK_AHEAD = 64  # samples that a pack may pass over; part of the plan's identity
 RESERVES = 64  # replacements that are tried for one bad sample
+
+# (sample ids, stages, epoch) -> tokens of each sample
+TokensOf = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,7 @@ class PlannedBatch:
 
     def share(self, rank: int, world_size: int) -> "PlannedBatch":
         """The piece of one rank; the units must divide by the world size."""
-        per_rank = len(self.unit_sizes) // world_size
-        sizes = self.unit_sizes.reshape(world_size, per_rank)
+        sizes = self.unit_sizes.reshape(world_size, -1)
         bounds = np.concatenate([[0], sizes.sum(axis=1).cumsum()])
         piece = slice(bounds[rank], bounds[rank + 1])
         return replace(
@@ -63,27 +66,36 @@ class PlannedBatch:
 class SampleOrder:
     """Two-level shuffle of an epoch: shards, then samples inside windows of shards."""
 
-    def __init__(self, shard_sizes: np.ndarray, seed: int, shuffle_shards: int, absent=()):
+    def __init__(
+        self,
+        shard_sizes: np.ndarray,
+        seed: int,
+        shuffle_shards: int,
+        absent: Iterable[int] = (),
+    ):
         """shard_sizes: samples per shard; `absent` are shards that take no part, though their
         sample ids stay taken."""
+        self.seed = seed
+        self._shuffle_shards = shuffle_shards
         self._starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
         self._present = np.setdiff1d(
             np.arange(len(shard_sizes)), np.array(sorted(absent), np.int64)
         )
-        self.seed, self._shuffle_shards = seed, shuffle_shards
         self.num_samples = int(np.asarray(shard_sizes)[self._present].sum())
+        # caches of this object, so that they go with it: @lru_cache would keep it alive.
+        # Consecutive batches share a window or touch two; at an epoch's end two epochs are in use
         self._layout = lru_cache(maxsize=2)(self._shuffle)
         self.window = lru_cache(maxsize=4)(self._window)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(shards in their order, int64 [windows + 1] places where windows start)."""
+        """(shards in their order, int64 [windows + 1] positions where windows start)."""
         shards = counter_rng(self.seed, "shards", epoch).permutation(self._present)
         sizes = np.diff(self._starts)[shards]
         cuts = np.arange(0, len(shards), self._shuffle_shards)
         return shards, np.concatenate([[0], np.add.reduceat(sizes, cuts).cumsum()])
 
     def bounds(self, epoch: int) -> np.ndarray:
-        """int64 [windows + 1]: places in the epoch at which its windows start, and its length."""
+        """int64 [windows + 1]: where the epoch's windows start, and its length at the end."""
         return self._layout(epoch)[1]
 
     def _window(self, epoch: int, window: int) -> np.ndarray:
@@ -94,7 +106,7 @@ class SampleOrder:
         return counter_rng(self.seed, "window", epoch, window).permutation(ids)
 
     def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Sample ids at places start..stop of the epoch."""
+        """Sample ids at positions start..stop of the epoch."""
         bounds = self.bounds(epoch)
         first, last = np.searchsorted(bounds, [start, stop - 1], side="right") - 1
         joined = np.concatenate([self.window(epoch, int(w)) for w in range(first, last + 1)])
@@ -107,10 +119,15 @@ def first_fit(lengths: list[int], budget: int, look_ahead: int = LOOK_AHEAD) -> 
     A pack takes, in order, every waiting item that still fits, until `look_ahead` items have been
     passed over; those come first in the next pack, so none waits for long.
     """
-    packs, waiting, ahead = [], [], iter(range(len(lengths)))
+    packs: list[list[int]] = []
+    waiting: list[int] = []
+    ahead = iter(range(len(lengths)))
     shortest = min(lengths, default=0)
     while True:
-        pack, passed, free, earlier = [], [], budget, iter(waiting)
+        pack = []
+        passed = []
+        free = budget
+        earlier = iter(waiting)
         for item in itertools.chain(earlier, ahead):
             if lengths[item] <= free:
                 pack.append(item)
@@ -123,6 +140,7 @@ def first_fit(lengths: list[int], budget: int, look_ahead: int = LOOK_AHEAD) -> 
             assert not passed, "an item is longer than the budget"
             return packs
         packs.append(pack)
+        # `earlier` holds what the loop did not reach
         waiting = passed + list(earlier)
 
 
@@ -130,7 +148,12 @@ class EpochPlan:
     """Batches of one dataset, counted in samples (`pack_tokens` None) or in packs."""
 
     def __init__(
-        self, order: SampleOrder, units: int, tokens_of=None, pack_tokens=None, stages=(0,)
+        self,
+        order: SampleOrder,
+        units: int,
+        tokens_of: TokensOf | None = None,
+        pack_tokens: int | None = None,
+        stages: Sequence[int] = (0,),
     ):
         """
         units: samples or packs of one global batch. tokens_of(ids, stages, epoch) gives the tokens
@@ -139,42 +162,55 @@ class EpochPlan:
 
         Raises DataPipelineError when the dataset cannot fill one global batch.
         """
-        self.order, self.units, self.pack_tokens = order, units, pack_tokens
-        self._tokens_of, self._stages = tokens_of, np.asarray(stages)
+        self.order = order
+        self.units = units
+        self.pack_tokens = pack_tokens
+        self._tokens_of = tokens_of
+        self._stages = np.asarray(stages)
         self._packs = lru_cache(maxsize=4)(self._pack_window)
         self._pack_counts: dict[int, list[int]] = {}  # epoch -> packs before each window so far
-        if order.num_samples < (1 if pack_tokens else units):
-            self._refuse(order.num_samples, "samples")
-        if pack_tokens and self._count_packs(0, units) < units:
-            self._refuse(self._pack_counts[0][-1], f"packs of {pack_tokens} tokens")
+        if pack_tokens is None:
+            if order.num_samples < units:
+                raise self._too_small(order.num_samples, "samples")
+        elif order.num_samples < 1:
+            raise self._too_small(0, "samples")
+        elif self._count_packs(0, units) < units:
+            raise self._too_small(self._pack_counts[0][-1], f"packs of {pack_tokens} tokens")
 
-    def _refuse(self, count: int, what: str):
-        raise DataPipelineError(
+    def _too_small(self, count: int, what: str) -> DataPipelineError:
+        return DataPipelineError(
             f"the dataset has {count} {what}, one global batch takes {self.units}: lower the batch "
             "size (--list_batch_size times the number of processes) or pack more data"
         )
 
     def batch(self, epoch: int, index: int) -> PlannedBatch | None:
         """Global batch `index` of an epoch, counted from 0; None beyond the epoch's end."""
-        make = self._batch_of_packs if self.pack_tokens else self._batch_of_samples
-        return make(epoch, index)
+        if self.pack_tokens is None:
+            return self._batch_of_samples(epoch, index)
+        return self._batch_of_packs(epoch, index)
 
     def _batch_of_samples(self, epoch: int, index: int) -> PlannedBatch | None:
-        total, start = self.order.num_samples, index * self.units
-        if start >= total:
+        start = index * self.units
+        stop = min(start + self.units, self.order.num_samples)
+        if start >= stop:
             return None
-        stop = min(start + self.units, total)
-        places = np.arange(start, stop)
+        positions = np.arange(start, stop)
         ids = self.order.ids(epoch, start, stop)
+        weights = np.ones(self.units, np.float32)
         missing = self.units - len(ids)
         if missing:
             ids = np.concatenate([ids, self.order.ids(epoch, 0, missing)])
-            places = np.concatenate([places, np.full(missing, stop - 1)])
-        weights = np.ones(self.units, np.float32)
-        weights[self.units - missing :] = 0.0
-        ones = np.ones(self.units, np.int64)
+            # padding is seen in the stage of the batch, not in that of the epoch's start
+            positions = np.concatenate([positions, np.full(missing, stop - 1)])
+            weights[-missing:] = 0.0
         return PlannedBatch(
-            epoch, index, ids, weights, self._stage(epoch, places), ones, self.units
+            epoch=epoch,
+            index=index,
+            sample_ids=ids,
+            weights=weights,
+            stages=self._stage(epoch, positions),
+            unit_sizes=np.ones(self.units, np.int64),
+            rows=self.units,
         )
 
     def _batch_of_packs(self, epoch: int, index: int) -> PlannedBatch | None:
@@ -182,31 +218,37 @@ class EpochPlan:
         available = min(self._count_packs(epoch, start + self.units) - start, self.units)
         if available <= 0:
             return None
-        packs = [self._pack(epoch, start + n) for n in range(available)]
-        weights = [np.ones(len(ids), np.float32) for ids, _ in packs]
         total = self._pack_counts[epoch][-1]
-        padding = [self._pack(epoch, n % total) for n in range(self.units - available)]
-        packs += padding
-        weights += [np.zeros(len(ids), np.float32) for ids, _ in padding]
+        # a count below the units means that all of the epoch is packed: its first packs fill up
+        packs = [self._pack(epoch, start + n) for n in range(available)]
+        packs += [self._pack(epoch, n % total) for n in range(self.units - available)]
         sizes = np.array([len(ids) for ids, _ in packs])
-        ids, stages = (np.concatenate(parts) for parts in zip(*packs, strict=True))
+        is_padding = np.arange(self.units) >= available
         return PlannedBatch(
-            epoch, index, ids, np.concatenate(weights), stages, sizes, int(sizes.sum())
+            epoch=epoch,
+            index=index,
+            sample_ids=np.concatenate([ids for ids, _ in packs]),
+            weights=np.repeat(np.where(is_padding, 0.0, 1.0).astype(np.float32), sizes),
+            stages=np.concatenate([stages for _, stages in packs]),
+            unit_sizes=sizes,
+            rows=int(sizes.sum()),
         )
 
     def reserve(self, epoch: int, sample_id: int, attempt: int) -> int:
         """The attempt-th sample that stands in for a bad one: any of the epoch, at random."""
         word = torch.tensor([sample_id * RESERVES + attempt])
-        place = int(counter_uniform(word, self.order.seed, "reserve", epoch).item() * 2**24)
-        place = place * self.order.num_samples >> 24
-        return int(self.order.ids(epoch, place, place + 1)[0])
+        # a uniform float32 is a multiple of 2 ** -24: whole numbers from here on, so no rounding
+        position = int(counter_uniform(word, self.order.seed, "reserve", epoch).item() * 2**24)
+        position = position * self.order.num_samples >> 24
+        return int(self.order.ids(epoch, position, position + 1)[0])
 
-    def _stage(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        seen = epoch * self.order.num_samples + places
+    def _stage(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        seen = epoch * self.order.num_samples + positions
         return np.searchsorted(self._stages, seen, side="right") - 1
 
     def _pack_window(self, epoch: int, window: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(sample ids, stages) of each pack of a window, which lies in one stage as a whole."""
+        assert self._tokens_of is not None and self.pack_tokens is not None
         ids = self.order.window(epoch, window)
         stages = self._stage(epoch, np.full(len(ids), self.order.bounds(epoch)[window]))
         lengths = self._tokens_of(ids, stages, epoch).tolist()
@@ -218,8 +260,8 @@ class EpochPlan:
         windows = len(self.order.bounds(epoch)) - 1
         while counts[-1] < needed and len(counts) <= windows:
             counts.append(counts[-1] + len(self._packs(epoch, len(counts) - 1)))
-        for old in [e for e in self._pack_counts if e < epoch - 1 and e != 0]:
-            del self._pack_counts[old]
+        # a stream only goes on: earlier epochs are forgotten
+        self._pack_counts = {e: c for e, c in self._pack_counts.items() if e >= epoch - 1}
         return counts[-1]
 
     def _pack(self, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -228,10 +270,13 @@ class EpochPlan:
         return self._packs(epoch, window)[number - counts[window]]
 
 
-def batches_from(plan: EpochPlan, epoch: int, index: int):
+def batches_from(plan: EpochPlan, epoch: int, index: int) -> Iterator[PlannedBatch]:
     """Endless batches from a position on; beyond an epoch's end is the next one's start."""
-    for number in itertools.count(epoch):
-        while (batch := plan.batch(number, index)) is not None:
+    while True:
+        batch = plan.batch(epoch, index)
+        if batch is None:
+            epoch += 1
+            index = 0
+        else:
             yield batch
             index += 1
-        index = 0

@@ -1,34 +1,21 @@
 """Bad samples at training time: named, replaced by the plan's reserve, counted, and too many stop.
 
-A damaged sample is never trained on and never replaced in silence: the batch says who stands in for
-whom, the ledger records it. What is bad is judged by the bytes that are read, every time anew, and
-never by what a process met before: so a resumed run and any number of ranks replace alike. Only
-what cannot be told from the bytes, that the decoder died of a picture, is remembered.
+A damaged sample is never trained on and never replaced in silence: the batch names who stands in
+for whom, the ledger records it. A sample is checked by the bytes that are read, every time anew,
+and never by what a process met before: so a resumed run and any number of ranks replace alike. Only
+what cannot be seen in the bytes, that the decoder died of an image, is remembered.
 """
 
 import logging
 import shlex
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from ..errors import BudgetExceeded
 from ..shards.manifest import Manifest, how_to_repack
+from .config import ErrorBudget
 
-MAX_LISTED = 50
-
-
-@dataclass(frozen=True)
-class ErrorBudget:
-    """Shares of an epoch's and of one shard's samples that may be bad; one sample always may,
-    unless the share is 0."""
-
-    share: float = 0.001
-    shard_share: float = 0.05
-
-    def __post_init__(self):
-        if not (0 <= self.share <= 1 and 0 <= self.shard_share <= 1):
-            raise ValueError(f"error budget {self.share}, {self.shard_share}: shares lie in [0, 1]")
+MAX_LISTED = 50  # lines of an error message: a screenful
 
 
 def allowed(share: float, count: int) -> int:
@@ -40,25 +27,28 @@ class Quarantine:
     """Bad samples of one dataset: why, and how many of an epoch."""
 
     def __init__(self, manifest: Manifest, budget: ErrorBudget, logger: logging.Logger | None):
-        self._manifest, self._budget, self._logger = manifest, budget, logger
+        self._manifest = manifest
+        self._budget = budget
+        self._logger = logger
         self._reasons: dict[int, str] = {}
-        self._undecodable: dict[tuple[int, int], str] = {}  # (sample, view) -> reason
-        self._epoch, self._met = -1, set()
+        self._undecodable: set[tuple[int, int]] = set()  # (sample, view)
+        self._epoch = -1
+        self._bad: set[int] = set()  # of this epoch
 
     def note(self, sample_id: int, reason: str) -> None:
-        """Keep a bad sample's reason for messages, and say it once."""
+        """Keep a bad sample's reason for messages, and log it once."""
         if sample_id not in self._reasons:
             self._reasons[sample_id] = reason
-            if self._logger:
+            if self._logger is not None:
                 self._logger.warning("quarantined sample %d: %s", sample_id, reason)
 
     def add_undecodable(self, sample_id: int, view: int, reason: str) -> None:
-        """Remember a picture that must not reach the decoder again."""
-        self._undecodable[sample_id, view] = reason
+        """Remember an image that must not reach the decoder again."""
+        self._undecodable.add((sample_id, view))
         self.note(sample_id, reason)
 
     def is_undecodable(self, sample_id: int, view: int) -> bool:
-        """Whether the picture of a sample under a view must not reach the decoder."""
+        """Whether the image of a sample under a view must not reach the decoder."""
         return (sample_id, view) in self._undecodable
 
     def reason(self, sample_id: int) -> str:
@@ -70,24 +60,25 @@ class Quarantine:
         many the epoch has so far. Raises BudgetExceeded with the list.
         """
         if epoch != self._epoch:
-            self._epoch, self._met = epoch, set()
-        self._met |= set(bad)
+            self._epoch = epoch
+            self._bad = set()
+        self._bad.update(bad)
         self._reasons = {**(reasons or {}), **self._reasons}
         limit = allowed(self._budget.share, len(self._manifest))
-        if len(self._met) > limit:
+        if len(self._bad) > limit:
             raise BudgetExceeded(
-                f"{len(self._met)} bad samples in epoch {epoch} of {self._manifest.directory}, "
+                f"{len(self._bad)} bad samples in epoch {epoch} of {self._manifest.directory}, "
                 f"{limit} are allowed ({self._budget.share:.2%}); `python -m data_pipeline verify "
                 f"{shlex.quote(str(self._manifest.directory))}` names the damaged shards, which "
                 "the folder's `pack` command writes anew; or allow more with `--set "
-                "heads.0.stream.error_budget.share=SHARE` (0: the head's place)\n"
+                "heads.0.stream.error_budget.share=SHARE` (0: the head's index)\n"
                 f"{self._listing()}"
             )
         self._check_shards()
-        return len(self._met)
+        return len(self._bad)
 
     def _check_shards(self) -> None:
-        shards = [self._manifest.locate(sample)[0] for sample in self._met]
+        shards = [self._manifest.locate(sample)[0] for sample in self._bad]
         sizes = {shard["name"]: len(shard["samples"]) for shard in shards}
         for name, count in Counter(shard["name"] for shard in shards).items():
             if count > allowed(self._budget.shard_share, sizes[name]):
@@ -98,6 +89,8 @@ class Quarantine:
 
     def _listing(self) -> str:
         """The epoch's bad samples and why, one line each, at most MAX_LISTED."""
-        lines = [f"  sample {bad}: {self.reason(bad)}" for bad in sorted(self._met)]
-        more = [f"  and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-        return "\n".join(lines[:MAX_LISTED] + more)
+        lines = [f"  sample {bad}: {self.reason(bad)}" for bad in sorted(self._bad)]
+        unlisted = len(lines) - MAX_LISTED
+        if unlisted > 0:
+            lines[MAX_LISTED:] = [f"  and {unlisted} more"]
+        return "\n".join(lines)

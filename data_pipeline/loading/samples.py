@@ -1,5 +1,9 @@
-"""One sample: its bytes and metadata read and checked, its decoded picture turned into a view."""
+"""One sample: its bytes and metadata read and checked, its decoded image turned into a view.
 
+`sequential_batches` reads given samples in order, for evaluation and feature extraction.
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +13,11 @@ from ..errors import CorruptShard
 from ..shards.jpeg import check_jpeg
 from ..shards.manifest import Manifest
 from ..shards.schema import SampleInfo, check_positions, decode_array, mosaic_size, strip_size
-from .choices import CODEC, COLLAGE, IMAGE, ViewConfig, num_frames
+from .choices import CODEC, COLLAGE, FRAME_DRAWS, IMAGE, VIEWS, SampleTable, num_frames
+from .config import ViewConfig
+from .dali_pipeline import DecodeFailed, PictureDecoder, undecodable
+from .packing import PackedBatch, pack_views
 from .shard_reader import ShardReader
-from .table import SampleTable
 from .views import (
     View,
     choose_frames,
@@ -28,8 +34,9 @@ MEMBER_OF_VIEW = ("tiles.jpg", "frames.jpg", "frames.jpg", "jpg")  # in the orde
 
 @dataclass(frozen=True)
 class Request:
-    """One sample of a batch: who, seen how, what was read of it and the size its picture must have
-    (pixel rows and columns).
+    """One sample of a batch: which, under which view, what was read of it, and the size (pixel rows
+    and columns) that its image must have. `info` is there for whole frames, `positions` for codec
+    patches.
     """
 
     sample_id: int
@@ -45,22 +52,14 @@ class SampleReader:
     """Reads the samples of one packed dataset; `close` it at the end."""
 
     def __init__(self, manifest: Manifest, table: SampleTable):
-        self._manifest, self._table = manifest, table
+        self._manifest = manifest
+        self._table = table
         self._patch_size = manifest.settings["patch_size"]
-        self._reader = ShardReader(manifest)
-
-    @property
-    def reading(self) -> str:
-        """The file that is being read right now; empty between reads."""
-        return str(self._reader.reading or "")
-
-    def first_and_last(self) -> list[str]:
-        """As ShardReader.first_and_last."""
-        return self._reader.first_and_last()
+        self.shards = ShardReader(manifest)
 
     def close(self) -> None:
         """Close the shards."""
-        self._reader.close()
+        self.shards.close()
 
     def name(self, sample_id: int) -> str:
         """Shard, key and source of a sample, for messages."""
@@ -70,22 +69,25 @@ class SampleReader:
         )
 
     def read(self, sample_id: int, view: int, config: ViewConfig) -> Request:
-        """Encoded picture and metadata of one sample under a view: crc, the picture's header and
-        the places of patches checked. Raises CorruptShard or MissingData.
+        """Encoded image and metadata of one sample under a view: crc, the image's header and the
+        positions of patches checked. Raises CorruptShard or MissingData.
         """
         member = MEMBER_OF_VIEW[view]
-        data = self._reader.read(sample_id, member)
+        data = self.shards.read(sample_id, member)
         name = self.name(sample_id)
-        rows = int(self._table.rows[sample_id])
-        columns = int(self._table.columns[sample_id])
-        info = positions = None
+        grid = (int(self._table.rows[sample_id]), int(self._table.columns[sample_id]))
+        info = None
+        positions = None
         if view == IMAGE:
-            size = (rows * self._patch_size, columns * self._patch_size)
+            size = (grid[0] * self._patch_size, grid[1] * self._patch_size)
         elif view == CODEC:
-            positions = self._read_positions(sample_id, (rows, columns), name)
+            stored = self.shards.read(sample_id, "positions.npy")
+            positions = decode_array(stored, "positions.npy", name)
+            count = int(self._table.num_patches[sample_id])
+            check_positions(positions, count=count, grid=grid, name=name)
             size = mosaic_size(len(positions), self._patch_size)
         else:
-            info = self._read_info(sample_id, (rows, columns), name)
+            info = self._read_info(sample_id, grid=grid, name=name)
             size = strip_size(info)
         check_jpeg(data, size=size, name=f"{name}: .{member}")
         return Request(
@@ -99,7 +101,7 @@ class SampleReader:
         )
 
     def _read_info(self, sample_id: int, grid: tuple[int, int], name: str) -> SampleInfo:
-        info = SampleInfo.from_bytes(self._reader.read(sample_id, "json"), name)
+        info = SampleInfo.from_bytes(self.shards.read(sample_id, "json"), name)
         stored = int(self._table.num_frames[sample_id])
         if (info.grid, len(info.frame_times), info.patch_size) != (grid, stored, self._patch_size):
             raise CorruptShard(
@@ -108,44 +110,120 @@ class SampleReader:
             )
         return info
 
-    def _read_positions(self, sample_id: int, grid: tuple[int, int], name: str) -> np.ndarray:
-        data = self._reader.read(sample_id, "positions.npy")
-        positions = decode_array(data, "positions.npy", name)
-        count = int(self._table.num_patches[sample_id])
-        check_positions(positions, count=count, grid=grid, name=name)
-        return positions
-
     def view(self, request: Request, picture: torch.Tensor, draw: np.ndarray | None) -> View:
-        """Patches of a decoded picture uint8 [H, W, 3]. `draw` is the sample's row of
-        choices.draws; without one nothing is random: frames from the middle, colours as they are.
+        """Patches of a decoded image uint8 [H, W, 3]. `draw` is the sample's row of choices.draws;
+        without one nothing is random: frames from the middle, colours as they are.
         """
-        config, patch_size, columns = request.config, self._patch_size, None
+        config = request.config
         if request.view == CODEC:
-            view = codec_view(picture, request.positions, patch_size, config.max_tokens)
+            assert request.positions is not None
+            view = codec_view(
+                picture,
+                positions=request.positions,
+                patch_size=self._patch_size,
+                max_tokens=config.max_tokens,
+            )
+            # a sparse item has no grid of its own: it is mirrored in the clip's
             columns = int(self._table.columns[request.sample_id])
-        elif request.view == IMAGE:
-            view = image_view(picture, patch_size, config.scale)
         else:
-            view = self._frames(request, picture, None if draw is None else draw[16:])
+            if request.view == IMAGE:
+                view = image_view(picture, patch_size=self._patch_size, scale=config.scale)
+            else:
+                frame_draws = None if draw is None else draw[FRAME_DRAWS:]
+                view = self._frames(request, strip=picture, draw=frame_draws)
+            columns = view.grid[2]
         if draw is not None and draw[0] < config.flip:
-            view = flip(view, columns or view.grid[2])
+            view = flip(view, columns)
+        # after the flip, which mirrors each frame
         if request.view == COLLAGE:
             view = collage_view(view)
         if draw is not None and config.colour_jitter:
-            view = jitter_colours(view, config.colour_jitter, draw[1:10])
+            view = jitter_colours(view, strength=config.colour_jitter, draw=draw[1:10])
         return view
 
     def _frames(self, request: Request, strip: torch.Tensor, draw: np.ndarray | None) -> View:
-        info, config = request.info, request.config
-        rows, columns = self._table.scaled_grid(request.sample_id, config.scale)
-        stored = len(info.frame_times)
-        count = int(num_frames(rows * columns, stored, config))
-        return frame_view(strip, info, choose_frames(stored, count, draw), config.scale)
+        assert request.info is not None
+        config = request.config
+        stored = len(request.info.frame_times)
+        per_frame = self._table.frame_tokens(request.sample_id, config.scale)
+        count = int(num_frames(per_frame, num_stored=stored, view=config))
+        chosen = choose_frames(stored, count=count, draw=draw)
+        return frame_view(strip, info=request.info, chosen=chosen, scale=config.scale)
 
 
-def wrong_size(request: Request, picture: torch.Tensor) -> str | None:
-    """Why a decoded picture cannot be the sample's; None when its size is right."""
-    if tuple(picture.shape[:2]) == request.size:
-        return None
-    height, width = picture.shape[:2]
-    return f"its picture is {height}x{width}, its metadata says {request.size[0]}x{request.size[1]}"
+def wrong_sizes(requests: list[Request], pictures: list[torch.Tensor]) -> dict[int, str]:
+    """Why decoded images cannot be those of their samples: {index: reason} of such alone."""
+    reasons = {}
+    for i, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
+        height, width = picture.shape[:2]
+        if (height, width) != request.size:
+            rows, columns = request.size
+            reasons[i] = f"its picture is {height}x{width}, its metadata says {rows}x{columns}"
+    return reasons
+
+
+def sequential_batches(
+    manifest: Manifest,
+    sample_ids: Iterable[int],
+    batch_size: int,
+    view: str,
+    view_config: ViewConfig | None = None,
+) -> Iterator[PackedBatch]:
+    """Packs of `batch_size` samples in order, each once, the last pack may be smaller.
+
+    No filling, no labels, nothing random: frames are taken from the middles. A bad sample is an
+    error and not replaced: CorruptShard with the names of samples that cannot be read or decoded.
+    """
+    table = SampleTable.of(manifest)
+    config = view_config or ViewConfig()
+    samples = SampleReader(manifest, table)
+    ids = [int(i) for i in sample_ids]
+    chunks = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    pending: dict[int, list[Request]] = {}
+
+    def fetch(number: int) -> list[np.ndarray]:
+        if number >= len(chunks):
+            raise StopIteration
+        requests = []
+        for sample_id in chunks[number]:
+            chosen = IMAGE if table.is_image[sample_id] else VIEWS.index(view)
+            requests.append(samples.read(sample_id, view=chosen, config=config))
+        pending[number] = requests
+        return [request.encoded for request in requests]
+
+    try:
+        decoder = PictureDecoder(fetch, batch_size)
+        for number, chunk in enumerate(chunks):
+            pictures = _decode(decoder, pending=pending, samples=samples)
+            pairs = zip(pending.pop(number), pictures, strict=True)
+            yield pack_views(
+                [samples.view(request, picture, draw=None) for request, picture in pairs],
+                sample_ids=torch.tensor(chunk),
+                labels=torch.zeros(len(chunk), 0, dtype=torch.int64),
+                weights=torch.ones(len(chunk)),
+                index=number,
+            )
+    finally:
+        samples.close()
+
+
+def _decode(
+    decoder: PictureDecoder, pending: dict[int, list[Request]], samples: SampleReader
+) -> list[torch.Tensor]:
+    """Images of the next batch, each of its right size."""
+    try:
+        pictures = next(decoder)
+        requests = pending[min(pending)]
+        bad = wrong_sizes(requests, pictures)
+    except DecodeFailed as error:
+        requests = [request for batch in pending.values() for request in batch]
+        bad = undecodable([request.encoded for request in requests], torch.device("cpu"))
+        if not bad:
+            raise CorruptShard(f"decoding failed, every picture alone decodes: {error}") from error
+    if bad:
+        lines = [f"{samples.name(requests[i].sample_id)}: {reason}" for i, reason in bad.items()]
+        raise CorruptShard(
+            "samples that cannot be used; to pack them again, remove their shards' .json and"
+            " run the `pack` command of the folder again:\n" + "\n".join(lines)
+        )
+    return pictures

@@ -14,19 +14,20 @@ from pathlib import Path
 from ..errors import CorruptShard, DataPipelineError
 from ..shards.manifest import Manifest, Member, how_to_repack
 
-MAX_OPEN_FILES = 256
-ATTEMPTS, PAUSE_S = 3, 0.1
+MAX_OPEN_FILES = 256  # of the 1024 that a process may have by default
+ATTEMPTS = 3
+PAUSE_S = 0.1  # before the second attempt, twice as long before the third
 
 
 class ShardReader:
-    """Reads members of one packed dataset; keeps the most recently used shards open.
-    Use as a context manager.
+    """Reads members of one packed dataset; keeps the most recently used shards open. Use it as a
+    context manager, or `close` it.
     """
 
     def __init__(self, manifest: Manifest):
         self._manifest = manifest
         self._files: OrderedDict[Path, int] = OrderedDict()
-        self.reading: Path | None = None  # while a read is under way, for who waits for it
+        self.reading: Path | None = None  # the file of the read under way, for whoever waits for it
 
     def read(self, sample_id: int, extension: str) -> bytes:
         """Bytes of one member.
@@ -35,6 +36,7 @@ class ShardReader:
         that cannot be read, which is tried ATTEMPTS times.
         """
         member = self._manifest.member(sample_id, extension)
+        repack = how_to_repack(member.path.stem)
         self.reading = member.path
         try:
             data = self._pread(member, sample_id)
@@ -43,15 +45,13 @@ class ShardReader:
         if len(data) != member.size:
             raise CorruptShard(
                 f"{member.path} ends before byte {member.offset + member.size}, where sample "
-                f"{sample_id} ends by the manifest: it was cut or replaced; "
-                f"{how_to_repack(member.path.stem)}"
+                f"{sample_id} ends by the manifest: it was cut or replaced; {repack}"
             )
         if zlib.crc32(data) != member.crc32:
             raise CorruptShard(
                 f"{member.path}: member .{extension} of sample {sample_id} at byte {member.offset} "
                 "is damaged (crc32 differs): `python -m data_pipeline verify "
-                f"{shlex.quote(str(member.path.parent))}` looks for more; "
-                f"{how_to_repack(member.path.stem)}"
+                f"{shlex.quote(str(member.path.parent))}` looks for more; {repack}"
             )
         return data
 
@@ -73,11 +73,12 @@ class ShardReader:
         """Shards whose first or last member is not what the manifest binds, one line each: the
         cheap look at every shard before a run, two reads each.
         """
-        problems, starts = [], self._manifest.starts
-        for place, shard in enumerate(self._manifest.shards):
-            if place in self._manifest.absent or not shard["samples"]:
+        problems = []
+        starts = self._manifest.starts
+        for i, shard in enumerate(self._manifest.shards):
+            if i in self._manifest.absent or not shard["samples"]:
                 continue
-            for sample in {int(starts[place]), int(starts[place + 1]) - 1}:
+            for sample in {int(starts[i]), int(starts[i + 1]) - 1}:
                 try:
                     self.read(sample, "json")
                 except DataPipelineError as error:
@@ -107,5 +108,5 @@ class ShardReader:
     def __enter__(self) -> "ShardReader":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,10 +1,10 @@
 """One head's endless stream of packed batches.
 
     plan.batch(epoch, index).share(rank, world)    which samples
-    choices                                        seen how, how many tokens
+    choices                                        under which view, how many tokens
     samples.read(sample, view)                     bytes, crc checked; bad ones give way to reserves
-    dali_pipeline                                  pictures, decoded ahead
-    pack_views([samples.view(picture) ...])        batch
+    dali_pipeline                                  images, decoded ahead
+    pack_views([samples.view(image) ...])          batch
 
 A stream is a pure function of (dataset, config, position); its position is the epoch and the number
 of the next global batch in it.
@@ -20,32 +20,29 @@ import torch
 
 from ..datasets import Dataset
 from ..errors import CorruptShard, DataPipelineError
-from .buffers import PackBuffers
 from .choices import (
-    ViewConfig,
+    SampleTable,
     choose_labels,
     choose_views,
     draws,
-    longest_item,
     num_tokens,
-    shortest_item,
+    possible_lengths,
 )
+from .config import StreamConfig, ViewConfig
 from .dali_pipeline import DecodeFailed, PictureDecoder, undecodable
-from .packing import PackedBatch, pack_views
+from .packing import PackBuffers, PackedBatch, pack_views
 from .plan import LOOK_AHEAD, RESERVES, EpochPlan, PlannedBatch, SampleOrder, batches_from
 from .quarantine import Quarantine
-from .samples import Request, SampleReader, wrong_size
-from .stream_config import StreamConfig
-from .table import SampleTable
+from .samples import Request, SampleReader, wrong_sizes
 
 PLAN_VERSION = 1  # raised when the same arguments would give other batches
-MAX_REBUILDS = 3  # of a decoding pipeline that dies without a picture to blame
+MAX_REBUILDS = 3  # of a decoding pipeline that dies although every image alone decodes
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """What a batch under way holds: the plan's share, what was read, who stands in for whom, and
-    the token budget.
+    """A batch under way: the plan's share, what was read for it, pairs of (bad sample, its
+    reserve), and the token budget.
     """
 
     share: PlannedBatch
@@ -74,35 +71,54 @@ class HeadStream:
 
         Raises DataPipelineError for an item that no pack can hold and for too small a dataset.
         """
-        self._dataset, self._config, self._seed = dataset, config, seed
-        self._rank, self._world_size, self._pack_tokens = rank, world_size, pack_tokens
+        manifest = dataset.manifest
+        self._dataset = dataset
+        self._config = config
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._pack_tokens = pack_tokens
         self._views = config.views()
-        self._table = SampleTable.of(dataset.manifest)
+        self._table = SampleTable.of(manifest)
         self._longest = [self._check_items(view) for view in self._views]
-        sizes = np.diff(dataset.manifest.starts)
-        order = SampleOrder(sizes, seed, config.shuffle_shards, dataset.manifest.absent)
         starts = config.stage_starts(total_samples)
         units = config.batch_size * world_size
-        self.plan = EpochPlan(order, units, self._tokens, pack_tokens, starts)
+        order = SampleOrder(
+            np.diff(manifest.starts),
+            seed=seed,
+            shuffle_shards=config.shuffle_shards,
+            absent=manifest.absent,
+        )
+        self.plan = EpochPlan(
+            order,
+            units=units,
+            tokens_of=lambda ids, stages, epoch: self._choose(ids, stages, epoch)[1],
+            pack_tokens=pack_tokens,
+            stages=starts,
+        )
         self.plan_sha256 = self._identity(units, starts)
-        self._samples = SampleReader(dataset.manifest, self._table)
-        problems = self._samples.first_and_last()
+        self._samples = SampleReader(manifest, self._table)
+        problems = self._samples.shards.first_and_last()
         if problems:
             raise CorruptShard("\n  ".join(["shards changed since they were packed:", *problems]))
-        self._quarantine = Quarantine(dataset.manifest, config.error_budget, logger)
-        on_gpu = config.decode_on_gpu and torch.cuda.is_available()
-        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
-        self._buffers = PackBuffers(self._device or torch.device("cpu"))
+        self._quarantine = Quarantine(manifest, config.error_budget, logger)
+        self._device = torch.device("cpu")
+        if config.decode_on_gpu and torch.cuda.is_available():
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._buffers = PackBuffers(self._device)
+        # Both by number of the batch. Plans outlive a decoder that dies: the next one reads the
+        # same batches again, where the plan itself only goes on.
         self._planned: dict[int, PlannedBatch] = {}
         self._read: dict[int, _Slot] = {}
-        self._next, self._rebuilds = 0, 0
-        self._pictures: PictureDecoder | None = None
+        self._next = 0
+        self._rebuilds = 0
+        self._decoder: PictureDecoder | None = None
         self.seek(0, 0)
 
     def seek(self, epoch: int, next_batch: int) -> None:
         """Go on with this global batch of this epoch; one beyond its end is the next epoch's first.
         Only before the first batch is taken."""
-        assert self._pictures is None
+        assert self._decoder is None
         self.plan.batch(epoch, next_batch)  # packs the epoch's past now, before anyone waits
         self._batches = batches_from(self.plan, epoch, next_batch)
 
@@ -111,22 +127,25 @@ class HeadStream:
         slot = self._read.pop(self._next)
         self._planned.pop(self._next)
         self._next += 1
-        share, ids = slot.share, np.array([request.sample_id for request in slot.requests])
+        share = slot.share
+        ids = np.array([request.sample_id for request in slot.requests])
         rows = zip(slot.requests, pictures, draws(self._seed, share.epoch, ids), strict=True)
         views = [self._samples.view(request, picture, draw) for request, picture, draw in rows]
-        labels = np.full((share.rows, self._label_count()), -1, np.int64)
-        labels[: len(ids)] = self._labels(ids, share.epoch)
+        # rows beyond this rank's samples: absent labels at weight 0
+        drawn = self._labels(ids, share.epoch)
+        labels = np.full((share.rows, drawn.shape[1]), -1, np.int64)
+        labels[: len(ids)] = drawn
         weights = np.zeros(share.rows, np.float32)
         weights[: len(ids)] = slot.weights
         if self._world_size == 1:  # else who joins the ranks counts what all of them met
             self.count_bad(share.epoch, [bad for bad, _ in slot.replaced])
         return pack_views(
             views,
-            torch.from_numpy(ids),
-            torch.from_numpy(labels),
-            torch.from_numpy(weights),
-            slot.budget,
-            self._buffers,
+            sample_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(labels),
+            weights=torch.from_numpy(weights),
+            token_budget=slot.budget,
+            buffers=self._buffers,
             epoch=share.epoch,
             index=share.index,
             replaced=slot.replaced,
@@ -135,7 +154,7 @@ class HeadStream:
     @property
     def activity(self) -> str:
         """What the stream is doing, for whoever waits for it."""
-        reading = self._samples.reading
+        reading = self._samples.shards.reading
         return f"reading {reading}" if reading else f"decoding {self._dataset.manifest.directory}"
 
     def count_bad(self, epoch: int, bad: list[int], reasons: dict[int, str] | None = None) -> int:
@@ -163,26 +182,31 @@ class HeadStream:
 
     def _check_items(self, view: ViewConfig) -> int:
         """Tokens of the longest item under a view; names the sample that no pack can hold."""
-        table, manifest = self._table, self._dataset.manifest
-        whole = table.scaled_tokens(view.scale)
-        worst = int(whole.argmax())
-        if whole[worst] > view.max_tokens:
+        manifest = self._dataset.manifest
+        per_frame = self._table.frame_tokens(slice(None), view.scale)
+        largest = int(per_frame.argmax())
+        if per_frame[largest] > view.max_tokens:
             raise DataPipelineError(
-                f"one frame of {manifest.locate(worst)[1]['source']} is {whole[worst]} tokens, "
-                f"--target_num allows {view.max_tokens}: raise it or pack at a smaller size"
+                f"one frame of {manifest.locate(largest)[1]['source']} is {per_frame[largest]} "
+                f"tokens, --target_num allows {view.max_tokens}: raise it or pack at a smaller size"
             )
-        worst, tokens = longest_item(table, view)
+        lengths = possible_lengths(self._table, view).max(axis=0)
+        longest = int(lengths.argmax())
+        tokens = int(lengths[longest])
         if self._pack_tokens is not None and tokens > self._pack_tokens:
             raise DataPipelineError(
-                f"{manifest.locate(worst)[1]['source']} may take {tokens} tokens, a pack holds "
+                f"{manifest.locate(longest)[1]['source']} may take {tokens} tokens, a pack holds "
                 f"{self._pack_tokens}: raise pack_tokens or the head's token_share, or lower "
                 "--target_num"
             )
         return tokens
 
-    def _choose(self, ids: np.ndarray, stages: np.ndarray, epoch: int):
+    def _choose(
+        self, ids: np.ndarray, stages: np.ndarray, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(view, tokens) of each sample, int64 [n] each."""
-        chosen, tokens = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
+        chosen = np.zeros(len(ids), np.int64)
+        tokens = np.zeros(len(ids), np.int64)
         for stage in np.unique(stages):
             here = stages == stage
             view = self._views[stage]
@@ -190,33 +214,39 @@ class HeadStream:
             tokens[here] = num_tokens(self._table, view, chosen[here], ids[here])
         return chosen, tokens
 
-    def _tokens(self, ids: np.ndarray, stages: np.ndarray, epoch: int) -> np.ndarray:
-        return self._choose(ids, stages, epoch)[1]
-
-    def _decoder(self) -> PictureDecoder:
+    def _make_decoder(self) -> PictureDecoder:
         """Decodes from the next batch on."""
-        config = self._config
-        largest = config.batch_size
+        max_batch = self._config.batch_size
         if self._pack_tokens is not None:
-            shortest = min(shortest_item(self._table, view) for view in self._views)
-            largest *= self._pack_tokens // shortest
-        threads, start = config.dali_num_threads, self._next
-        return PictureDecoder(self._fetch, largest, threads, start=start, device=self._device)
+            shortest = min(int(possible_lengths(self._table, view).min()) for view in self._views)
+            max_batch *= self._pack_tokens // shortest
+        return PictureDecoder(
+            self._fetch,
+            max_batch=max_batch,
+            num_threads=self._config.dali_num_threads,
+            start=self._next,
+            device=self._device,
+        )
 
     def _fetch(self, iteration: int) -> list[np.ndarray]:
+        """Encoded images of a batch; what else belongs to it waits in `self._read`."""
         if iteration not in self._planned:
             self._planned[iteration] = next(self._batches)
         batch = self._planned[iteration]
         share = batch.share(self._rank, self._world_size)
+        # tokens of a unit: all ranks' budgets are equal, so the longest item of any stage in it
         unit = self._pack_tokens or max(self._longest[stage] for stage in np.unique(batch.stages))
         chosen, tokens = self._choose(share.sample_ids, share.stages, share.epoch)
-        room = tokens if self._pack_tokens else np.full(len(tokens), unit)
-        requests, weights, replaced = [], [], []
+        requests = []
+        weights = []
+        replaced = []
         for i, planned in enumerate(share.sample_ids.tolist()):
             stage = int(share.stages[i])
-            request = self._try(planned, int(chosen[i]), stage)
+            request = self._try(planned, view=int(chosen[i]), stage=stage)
             if request is None:
-                request = self._reserve(planned, stage, share.epoch, int(room[i]))
+                # in a pack a reserve may take the tokens of the bad sample, else a unit of its own
+                room = int(tokens[i]) if self._pack_tokens else unit
+                request = self._reserve(planned, stage=stage, epoch=share.epoch, room=room)
                 if share.weights[i]:  # the tail's padding is no sample of the epoch
                     replaced.append((planned, -1 if request is None else request.sample_id))
             if request is not None:
@@ -227,8 +257,13 @@ class HeadStream:
                 f"no sample of a whole batch can be read, nor any reserve: {share.sample_ids}; "
                 f"the first: {self._quarantine.reason(int(share.sample_ids[0]))}"
             )
-        budget = self._config.batch_size * unit
-        self._read[iteration] = _Slot(share, requests, np.array(weights), tuple(replaced), budget)
+        self._read[iteration] = _Slot(
+            share=share,
+            requests=requests,
+            weights=np.array(weights),
+            replaced=tuple(replaced),
+            budget=self._config.batch_size * unit,
+        )
         return [request.encoded for request in requests]
 
     def _reserve(self, planned: int, stage: int, epoch: int, room: int) -> Request | None:
@@ -236,49 +271,50 @@ class HeadStream:
         for attempt in range(RESERVES):
             reserve = self.plan.reserve(epoch, planned, attempt)
             chosen, tokens = self._choose(np.array([reserve]), np.array([stage]), epoch)
-            if tokens[0] > room:
-                continue
-            request = self._try(reserve, int(chosen[0]), stage)
-            if request is not None:
-                return request
+            if tokens[0] <= room:
+                request = self._try(reserve, view=int(chosen[0]), stage=stage)
+                if request is not None:
+                    return request
         return None
 
     def _try(self, sample_id: int, view: int, stage: int) -> Request | None:
+        """A sample as read, None for a bad one, which is noted."""
         if self._quarantine.is_undecodable(sample_id, view):
             return None
         try:
-            return self._samples.read(sample_id, view, self._views[stage])
+            return self._samples.read(sample_id, view=view, config=self._views[stage])
         except DataPipelineError as error:
             self._quarantine.note(sample_id, str(error))
         return None
 
     def _decoded(self) -> list[torch.Tensor]:
-        """Pictures of the next batch; culprits are quarantined and the pipeline built again."""
+        """Images of the next batch. Culprits are quarantined, and a new decoder reads all batches
+        ahead again, with their reserves."""
         while True:
-            if self._pictures is None:
-                self._pictures = self._decoder()
+            if self._decoder is None:
+                self._decoder = self._make_decoder()
             try:
-                pictures = next(self._pictures)
+                pictures = next(self._decoder)
             except DecodeFailed as error:
-                self._blame(error)
+                self._quarantine_culprits(error)
             else:
                 requests = self._read[self._next].requests
-                reasons = [wrong_size(*pair) for pair in zip(requests, pictures, strict=True)]
-                wrong = [pair for pair in zip(requests, reasons, strict=True) if pair[1]]
+                wrong = wrong_sizes(requests, pictures)
                 if not wrong:
                     self._rebuilds = 0
                     return pictures
-                self._exclude(wrong)
+                self._exclude(requests, wrong)
             self._read.clear()
-            self._pictures = None
+            self._decoder = None
 
-    def _blame(self, error: DecodeFailed) -> None:
-        """Find what cannot be decoded among all that was read ahead."""
+    def _quarantine_culprits(self, error: DecodeFailed) -> None:
+        """Find what cannot be decoded among all that was read ahead: DALI does not report it."""
         requests = [request for slot in self._read.values() for request in slot.requests]
-        device = self._device or torch.device("cpu")
-        found = undecodable([request.encoded for request in requests], device)
-        self._exclude([(requests[place], reason) for place, reason in found.items()])
-        self._rebuilds += not found
+        culprits = undecodable([request.encoded for request in requests], self._device)
+        self._exclude(requests, culprits)
+        if culprits:
+            return
+        self._rebuilds += 1
         if self._rebuilds > MAX_REBUILDS:
             names = ", ".join(self._samples.name(request.sample_id) for request in requests[:8])
             raise DataPipelineError(
@@ -286,15 +322,13 @@ class HeadStream:
                 f"{error}; first samples of the batches: {names}"
             ) from error
 
-    def _exclude(self, bad: list[tuple[Request, str]]) -> None:
-        for request, reason in bad:
+    def _exclude(self, requests: list[Request], reasons: dict[int, str]) -> None:
+        for i, reason in reasons.items():
+            request = requests[i]
             text = f"{self._samples.name(request.sample_id)}: {reason}"
             self._quarantine.add_undecodable(request.sample_id, request.view, text)
 
-    def _label_count(self) -> int:
-        config, stored = self._config, self._dataset.labels.shape[1]
-        return min(config.labels_per_step, config.label_width, stored)
-
     def _labels(self, ids: np.ndarray, epoch: int) -> np.ndarray:
+        """int64 [n, at most labels_per_step] of samples."""
         table = self._dataset.labels[ids, : self._config.label_width]
         return choose_labels(table, self._config.labels_per_step, self._seed, epoch, ids)

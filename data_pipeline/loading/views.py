@@ -1,14 +1,14 @@
-"""Four ways to look at a decoded sample; pure functions from pixels to patches with positions.
+"""Four views of a decoded sample; pure functions from pixels to patches with positions.
 
     codec    the stored patches with their true (t, h, w), a prefix of any length
     frame    F whole frames, one from each of F bins of the stored frames
-    collage  the same frames stacked into one tall picture: t = 0, rows go on counting
-    image    one picture, t = 0
+    collage  the same frames stacked into one tall image: t = 0, rows go on counting
+    image    one image, t = 0
 
 Nothing is copied here unless pixels change (flip, shrinking, exchanged channels): a view holds
-strided windows into the decoded picture, and packing writes them where they belong.
+strided windows into the decoded image, and packing writes them into the rows of the pack.
 
-Shape legend: K tokens of the item, P patch dim, M stored frames, F chosen frames, H, W picture, p
+Shape legend: K tokens of the item, P patch dim, M stored frames, F chosen frames, H, W image, p
 patch size.
 """
 
@@ -26,11 +26,12 @@ from model_factory.packing import (
 )
 
 from ..shards.schema import TILE_COLUMNS, SampleInfo, strip_rows, tile_side
-from .table import scaled_grid
+from .choices import scaled_grid
 
-NORMALISATION = torch.tensor(
-    [[1 / (255 * s) for s in CLIP_STD], [-m / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]]
-)
+# gain and offset that make (byte / 255 - mean) / std of a byte
+_GAIN = [1 / (255 * s) for s in CLIP_STD]
+_OFFSET = [-m / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]
+NORMALISATION = torch.tensor([_GAIN, _OFFSET])
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,19 @@ def codec_view(
     """Stored patches of a mosaic uint8 [h, w, 3]; the first `max_tokens` of them.
     The grid of a sparse item is (1, 1, K).
     """
+    # the order of stored patches is the contract: any prefix holds the best ones
     count = min(len(positions), max_tokens)
+    # a tile is a patch padded to whole JPEG blocks
     tiles = _windows(mosaic, tile_side(patch_size))[..., :patch_size, :patch_size]
-    whole, rest = divmod(count, TILE_COLUMNS)
-    pieces = (tiles[:whole],) + ((tiles[whole, :rest],) if rest else ())
-    where = torch.from_numpy(positions[:count].astype(np.int64))
-    return View(pieces, where, (1, 1, count))
+    whole_rows, rest = divmod(count, TILE_COLUMNS)
+    pieces = [tiles[:whole_rows]]
+    if rest:
+        pieces.append(tiles[whole_rows, :rest])
+    return View(
+        pieces=tuple(pieces),
+        positions=torch.from_numpy(positions[:count].astype(np.int64)),
+        grid=(1, 1, count),
+    )
 
 
 def frame_view(
@@ -86,53 +94,60 @@ def frame_view(
     at their true times.
     """
     stored = strip.unflatten(0, (-1, strip_rows(info.height)))
-    frames = [shrink(stored[int(i), : info.height], info.patch_size, scale) for i in chosen]
+    frames = []
+    for i in chosen:
+        frame = stored[int(i), : info.height]  # a strip's rows are padded to whole JPEG blocks
+        frames.append(shrink(frame, patch_size=info.patch_size, scale=scale))
     times = torch.tensor([info.frame_times[i] for i in chosen])
-    return still_view(frames, info.patch_size, times)
+    return still_view(frames, patch_size=info.patch_size, times=times)
 
 
 def still_view(frames: list[torch.Tensor], patch_size: int, times: torch.Tensor) -> View:
-    """Whole pictures uint8 [H, W, 3] of one size at the given times [F] of the time base."""
+    """Whole images uint8 [H, W, 3] of one size at the given times [F] of the time base."""
     pieces = tuple(_windows(frame, patch_size) for frame in frames)
-    grid = tuple(pieces[0].shape[:2])
-    positions = _grid_positions(tuple(times.flatten().tolist()), *grid)
-    return View(pieces, positions, (len(frames), *grid))
+    rows, columns = pieces[0].shape[:2]
+    positions = _grid_positions(tuple(times.flatten().tolist()), rows, columns)
+    return View(pieces, positions=positions, grid=(len(frames), rows, columns))
 
 
 def collage_view(view: View) -> View:
-    """The frames of a frame view as one picture of F * H rows."""
+    """The frames of a frame view as one image of F * H rows."""
     times, rows, columns = view.grid
     positions = _grid_positions((0,), times * rows, columns)
     return replace(view, positions=positions, grid=(1, times * rows, columns))
 
 
 def image_view(picture: torch.Tensor, patch_size: int, scale: float = 1.0) -> View:
-    """All patches of a picture uint8 [H, W, 3]."""
-    return still_view([shrink(picture, patch_size, scale)], patch_size, torch.zeros(1))
+    """All patches of an image uint8 [H, W, 3]."""
+    small = shrink(picture, patch_size=patch_size, scale=scale)
+    return still_view([small], patch_size=patch_size, times=torch.zeros(1))
 
 
 def shrink(picture: torch.Tensor, patch_size: int, scale: float) -> torch.Tensor:
     """uint8 [H, W, 3] resized to `scale` of its patch grid, bilinear with antialiasing."""
     if scale == 1.0:
         return picture
-    rows, columns = scaled_grid(
-        picture.shape[0] // patch_size, picture.shape[1] // patch_size, scale
-    )
+    height, width = picture.shape[:2]
+    rows, columns = scaled_grid(height // patch_size, width // patch_size, scale)
     size = (int(rows) * patch_size, int(columns) * patch_size)
     pixels = picture.movedim(-1, 0)[None]
-    if pixels.is_cuda:  # the kernel for bytes is the CPU's
-        small = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True)
-        return small.round_().clamp_(0, 255).to(torch.uint8)[0].movedim(0, -1)
-    return F.interpolate(pixels, size, mode="bilinear", antialias=True)[0].movedim(0, -1)
+    # only a CPU has a kernel for bytes
+    source = pixels.float() if pixels.is_cuda else pixels
+    small = F.interpolate(source, size, mode="bilinear", antialias=True)
+    if pixels.is_cuda:
+        small = small.round_().clamp_(0, 255).to(torch.uint8)
+    return small[0].movedim(0, -1)
 
 
 def flip(view: View, columns: int) -> View:
     """The item mirrored left to right; `columns` patches are a whole frame's width."""
-    if view.grid[0] == 1 and view.grid[1] == 1:  # patches of their own: mirror each, and its place
-        positions = view.positions.clone()
-        positions[:, 2] = columns - 1 - positions[:, 2]
-        return replace(view, pieces=tuple(p.flip(-1) for p in view.pieces), positions=positions)
-    return replace(view, pieces=tuple(piece.flip(-1, -4) for piece in view.pieces))
+    if view.grid[:2] != (1, 1):
+        # pixels in each patch, and the columns of patches: positions stay as they are
+        return replace(view, pieces=tuple(piece.flip(-1, -4) for piece in view.pieces))
+    # sparse patches have no columns to exchange: each is mirrored, and its position moves
+    positions = view.positions.clone()
+    positions[:, 2] = columns - 1 - positions[:, 2]
+    return replace(view, pieces=tuple(p.flip(-1) for p in view.pieces), positions=positions)
 
 
 def jitter_colours(view: View, strength: float, draw: np.ndarray) -> View:
@@ -140,6 +155,7 @@ def jitter_colours(view: View, strength: float, draw: np.ndarray) -> View:
     scaled by 1 +- strength and shifted by +- strength in units of the normalised pixels. Motion and
     shape stay as they are.
     """
+    # three numbers order the channels, three scale them, three shift them
     order = torch.from_numpy(np.argsort(draw[:3]).copy())
     gain, shift = torch.from_numpy(strength * (2 * draw[3:9] - 1)).float().view(2, 3)
     colour = view.colour[:, order] * (1 + gain)
@@ -149,12 +165,13 @@ def jitter_colours(view: View, strength: float, draw: np.ndarray) -> View:
 
 
 def choose_frames(num_stored: int, count: int, draw: np.ndarray | None) -> np.ndarray:
-    """One stored frame from each of `count` equal bins: the place inside from a uniform number
-    each, or the middle one without.
+    """Indices of one stored frame from each of `count` equal bins: drawn by a uniform number each,
+    or the middle ones without.
     """
     edges = np.linspace(0, num_stored, count + 1)
     inside = np.full(count, 0.5) if draw is None else draw[:count]
-    return np.minimum((edges[:-1] + inside * np.diff(edges)).astype(int), num_stored - 1)
+    chosen = (edges[:-1] + inside * np.diff(edges)).astype(int)
+    return np.minimum(chosen, num_stored - 1)  # rounding may reach the end of the last bin
 
 
 @lru_cache(maxsize=4096)
@@ -164,7 +181,7 @@ def _grid_positions(times: tuple[int, ...], rows: int, columns: int) -> torch.Te
 
 
 def _windows(picture: torch.Tensor, side: int) -> torch.Tensor:
-    """Strided view of a picture [H, W, 3] as squares [H / side, W / side, 3, side, side]."""
+    """Strided view of an image [H, W, 3] as squares [H / side, W / side, 3, side, side]."""
     height, width, channels = picture.shape
     squares = picture.view(height // side, side, width // side, side, channels)
     return squares.permute(0, 2, 4, 1, 3)

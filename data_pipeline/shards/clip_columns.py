@@ -12,9 +12,9 @@ from ..loading.shard_reader import ShardReader
 from .manifest import Manifest
 from .schema import TIME_BASE, SampleInfo, decode_array, decode_frames, decode_patches
 
-# full brightness is the 99th percentile of what is shown, and at least the floors of
-# codec.saliency, so that the noise of a still scene stays dark
-BRIGHT_PERCENTILE = 99
+# full brightness is what three of four columns stay below, so that a scene cut does not darken the
+# others, and at least the floors of codec.saliency, so that the noise of a still scene stays dark
+BRIGHT_PERCENTILE = 75
 MOTION_FLOOR = 0.25
 RESIDUAL_FLOOR = 1.0
 
@@ -105,8 +105,8 @@ def _clip_view(info: SampleInfo, members: dict[str, bytes], columns: int | None)
                 **_selected_maps(tiles, positions, intra, np.flatnonzero(inside), info),
             )
         )
-    speeds = np.stack([np.linalg.norm(column.motion, axis=-1) for column in made])
-    residuals = np.stack([column.residual for column in made])
+    speeds = [np.linalg.norm(column.motion, axis=-1).max() for column in made]
+    residuals = [column.residual.max() for column in made]
     return ClipView(
         info=info,
         columns=made,

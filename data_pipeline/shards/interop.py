@@ -37,10 +37,9 @@ from model_factory.files import (
     write_json,
 )
 
-from ..arrays import write_array
 from ..errors import CorruptShard
 from ..loading.shard_reader import ShardReader
-from ..picture_files import write_picture
+from ..side_files import write_array, write_picture
 from .inputs import Report
 from .manifest import Manifest, how_to_repack
 from .schema import MAX_SIDE, SampleInfo, check_positions, decode_array, decode_patches
@@ -48,6 +47,7 @@ from .schema import MAX_SIDE, SampleInfo, check_positions, decode_array, decode_
 NUM_MOSAICS = 8  # of the public layout
 JPEG_QUALITY = 95
 PUBLIC_FIELDS = {"grid": list, "patch_size": int, "valid": int}
+# what our own export adds: which source a clip was made of, and the hashes of its files
 META_FIELDS = {
     **PUBLIC_FIELDS,
     "source_sha256": str,
@@ -70,7 +70,10 @@ class MosaicClip:
 
 
 def export_mosaics(
-    manifest: Manifest, output: Path, image_format: str = "png", report: Report = show
+    manifest: Manifest,
+    output: Path,
+    image_format: str = "png",
+    report: Report = show,
 ) -> int:
     """Write every clip of a packed folder; returns their number.
 
@@ -159,6 +162,7 @@ def _read_clip(reader: ShardReader, sample_id: int, info: SampleInfo) -> MosaicC
     patches = decode_patches(info, reader.read(sample_id, "tiles.jpg"), name=name)
     # the best ones come first in a shard; in a mosaic patches lie by time, row and column
     order = np.lexsort(positions[:wanted].T[::-1])
+    # the layout has a fixed number of patches: the last one fills what is missing
     order = np.append(order, np.full(wanted - len(order), order[-1]))
     return MosaicClip(
         patches=patches[order],
@@ -171,12 +175,14 @@ def _write_clip(folder: Path, clip: MosaicClip, info: SampleInfo, image_format: 
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
+    # removed first and written last: a clip that is killed half-way is written again
     (folder / "meta.json").unlink(missing_ok=True)
     # those of another format too
     for stale in (*folder.glob("mosaic_*.png"), *folder.glob("mosaic_*.jpg")):
         stale.unlink()
     rows, columns = info.grid
     p = info.patch_size
+    # patch rows and pixel rows are adjacent in an image: [row, column, y, x] -> [row, y, column, x]
     mosaics = clip.patches.reshape(NUM_MOSAICS, rows, columns, p, p, 3).swapaxes(2, 3)
     options = {"quality": JPEG_QUALITY, "subsampling": "4:4:4"} if image_format == "jpg" else {}
     names = _mosaic_names(image_format)
@@ -283,4 +289,5 @@ def read_visidx(path: Path, grid: tuple[int, int], num_frames: int = 64) -> np.n
             f"{path} has indices {indices.min()} to {indices.max()}, the grid "
             f"{' x '.join(map(str, shape))} has 0 to {total - 1}"
         )
+    # row-major, as write_visidx counts
     return np.stack(np.unravel_index(indices, shape), axis=-1).astype(np.int32)

@@ -21,9 +21,8 @@ from model_factory.command_line.plain_text import show
 from model_factory.files import DIGEST_KEY, file_sha256, writing_into
 
 from ..errors import DataPipelineError
-from .existing import read_shard_record, remove_temporary
+from .existing import known_inputs, read_shard_record, rejected_digest, remove_temporary
 from .inputs import Input, Report, input_stamp, inputs_sha256
-from .known_inputs import known_inputs, rejected_digest
 from .manifest import Manifest, load_manifest, write_manifest
 from .pack_plan import PackPlan, plan_packing
 from .pack_progress import PackProgress
@@ -75,6 +74,7 @@ def pack(
             progress.report(
                 f"packed shard {done}/{len(mine)}: {samples} samples, {rejected} rejected"
             )
+    # after all of ours: whoever finishes last finds all records and writes the manifest
     with writing_into(output):
         return bind(plan, output, report)
 
@@ -102,6 +102,7 @@ def pack_ray(
     plan = plan_packing(inputs, output, config=config, num_jobs=RAY_JOBS, mode=mode, report=report)
     ray.init(ignore_reinit_error=True, include_dashboard=False, num_cpus=None)
 
+    # a worker that dies is replaced three times; what it had finished is skipped then
     @ray.remote(num_cpus=1, max_retries=3)
     def work(task: Task) -> tuple[int, int, int]:
         silent = PackProgress(len(task.inputs))
@@ -162,28 +163,30 @@ def pack_task(task: Task, output: Path, pool: SamplePool, progress: PackProgress
 
 
 def _samples(
-    task: Task, pool: SamplePool, progress: PackProgress, statement: dict
+    task: Task,
+    pool: SamplePool,
+    progress: PackProgress,
+    statement: dict,
 ) -> Iterator[Sample]:
     """The samples of a task, in order; entries of all its inputs, and of rejected ones, go into
     `statement` by the way."""
     stamps = [input_stamp(item) for item in task.inputs]
     number = shard_number(task.name)
     results = zip(task.inputs, stamps, pool.build_all(task.inputs), strict=True)
-    for index, (item, stamp, result) in enumerate(results):
-        rejection = task.superseded.get(item.source, result)
-        if isinstance(rejection, dict):
+    for index, (item, stamp, built) in enumerate(results):
+        # a later shard holds it as a sample: here it stays rejected
+        built = task.superseded.get(item.source, built)
+        if isinstance(built, dict):
             digest = rejected_digest(item, max_bytes=task.settings["limits"]["max_bytes"])
-            statement["rejected"].append(rejection)
-            progress.warn(
-                f"rejected {rejection['source']}: {rejection['reason']}: {rejection['detail']}"
-            )
-        else:
-            members, info = rejection
-            digest = info.source_sha256[:SHORT_DIGEST]
-        statement["inputs"].append([item.source, stamp, digest])
-        progress.packed(1, rejected=int(isinstance(rejection, dict)))
-        if not isinstance(rejection, dict):
-            yield f"{number:06d}_{index:06d}", members, info
+            statement["rejected"].append(built)
+            statement["inputs"].append([item.source, stamp, digest])
+            progress.warn(f"rejected {built['source']}: {built['reason']}: {built['detail']}")
+            progress.packed(1, rejected=1)
+            continue
+        members, info = built
+        statement["inputs"].append([item.source, stamp, info.source_sha256[:SHORT_DIGEST]])
+        progress.packed(1, rejected=0)
+        yield f"{number:06d}_{index:06d}", members, info
 
 
 def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:
@@ -194,6 +197,7 @@ def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:
     another command writes into this folder at the same time.
     """
     record = read_shard_record(output / f"{task.name}.json")
+    # without a digest only the manifest can tell whether a record is as it was written
     if record is None or (task.distrusts_record and DIGEST_KEY not in record):
         return None
     sources = [known.source for known in known_inputs(record)]

@@ -17,23 +17,22 @@ from pathlib import Path
 
 from model_factory.command_line.plain_text import show
 
+from ..codec.framing import check_choice
 from ..errors import DataPipelineError
 from .existing import (
+    Differences,
     Existing,
+    KnownInput,
+    known_inputs,
     read_existing,
     read_shard_record,
+    refusal,
     remove_packing,
     remove_shards,
+    setting_differences,
     tar_sources,
 )
 from .inputs import Input, Report
-from .known_inputs import (
-    Differences,
-    KnownInput,
-    known_inputs,
-    refusal,
-    setting_differences,
-)
 from .manifest import load_manifest
 from .tasks import PackConfig, Task, default_samples_per_shard, list_tasks, shard_number
 from .writer import only_here
@@ -68,8 +67,7 @@ def plan_packing(
     times, so it does not depend on what any of them has finished. Raises DataPipelineError, with
     nothing changed, when the folder holds another packing.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+    check_choice("mode", mode, choices=MODES)
     output.mkdir(parents=True, exist_ok=True)
     with only_here(output / PLAN_LOCK):
         planner = _Planner(
@@ -97,6 +95,7 @@ class _Planner:
     def continued(self, mode: str) -> PackPlan:
         """The plan of the same packing; of another, an error or the plan of a fresh one."""
         found = self.found
+        # as the folder was cut, unless the user names another number
         size = self.config.samples_per_shard or found.settings.get(CUT)
         if type(size) is not int or size < 1:
             size = self._default_size(self.inputs)
@@ -139,14 +138,17 @@ class _Planner:
         if other:
             what = "was packed with other settings"
             raise refusal(found.directory, Differences(settings=other), what=what)
+        # read again with all checks: these shards are bound once more without being packed
         kept = load_manifest(found.directory).shards if found.bound else ()
         new = self._not_packed(kept)
         size = self.config.samples_per_shard or self._default_size(new)
+        # an append that was stopped is gone on with as it was cut
         if found.unbound and self.config.samples_per_shard is None:
             size = found.records[found.unbound[0]]["settings"][CUT]
         tasks = self._tasks_behind(kept, new, size=size)
         differences = Differences()
         _compare_unbound(new, tasks, found=found, differences=differences)
+        # adopting depends on which shards are finished, which jobs of an array see differently
         if differences and is_array:
             what = "holds shards of another --append that was stopped"
             raise refusal(found.directory, differences, what=what)
@@ -238,7 +240,10 @@ class _Planner:
 
 
 def _recorded_tasks(
-    inputs: list[Input], found: Existing, settings: dict, differences: Differences
+    inputs: list[Input],
+    found: Existing,
+    settings: dict,
+    differences: Differences,
 ) -> list[Task]:
     """A task for each shard of the manifest, with the inputs that its record names.
 
@@ -256,7 +261,10 @@ def _recorded_tasks(
         record = found.records.get(entry["name"])
         if record is not None:
             claimed[entry["name"]] = _claim(
-                record, waiting=waiting, stated=stated, differences=differences
+                record,
+                waiting=waiting,
+                stated=stated,
+                differences=differences,
             )
     rest = [item for item in inputs if item.source in waiting]
     tasks = []
@@ -281,7 +289,10 @@ def _recorded_tasks(
 
 
 def _claim(
-    record: dict, waiting: dict[str, Input], stated: Counter[str], differences: Differences
+    record: dict,
+    waiting: dict[str, Input],
+    stated: Counter[str],
+    differences: Differences,
 ) -> Task:
     """Task of a recorded shard, whose inputs are taken out of `waiting`; what it lacks or what
     changed goes to `differences`.
@@ -314,7 +325,10 @@ def _claim(
 
 
 def _compare_unbound(
-    inputs: list[Input], tasks: list[Task], found: Existing, differences: Differences
+    inputs: list[Input],
+    tasks: list[Task],
+    found: Existing,
+    differences: Differences,
 ) -> None:
     """Compare the records of a packing that was stopped with the tasks of the same numbers."""
     given = {item.source for item in inputs}

@@ -9,7 +9,7 @@ Samples are built in child processes (codec/guard.py), so that no input can hang
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from model_factory.files import file_sha256
 
 from ..codec.decompose import TIME_BASE, CodecClip, decompose_video
-from ..codec.framing import Framing, crop_of
+from ..codec.framing import Framing, check_choice, crop_of
 from ..codec.guard import Answer, GuardedPool, serve
 from ..codec.native import decompose_native
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
@@ -54,8 +54,8 @@ class SampleConfig:
     vectors: str = "canonical"
     rule: str = "i_frames_first"
     time_buckets: int = 1
-    saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
-    limits: InputLimits = field(default_factory=InputLimits)
+    saliency: SaliencyConfig = SaliencyConfig()
+    limits: InputLimits = InputLimits()
 
     def __post_init__(self) -> None:
         counts = ("size", "patch_size", "num_frames", "gop", "num_full_frames", "time_buckets")
@@ -76,10 +76,8 @@ class SampleConfig:
                 f"{self.num_full_frames} full frames of {self.size} px make a strip higher than "
                 f"the {MAX_JPEG_SIDE} px of a JPEG: lower --full-frames or --size"
             )
-        for name, choices in (("rule", RULES), ("vectors", VECTORS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        check_choice("rule", self.rule, choices=RULES)
+        check_choice("vectors", self.vectors, choices=VECTORS)
         intra = -(-self.num_frames // self.gop) * self.frame_tokens
         if self.keeps_i_frames and self.tokens < intra:
             raise ValueError(
@@ -121,7 +119,10 @@ class SamplePool:
     def __init__(self, config: SampleConfig, num_workers: int, wall_seconds: float):
         self._num_workers = num_workers
         self._pool = GuardedPool(
-            MODULE, settings=asdict(config), num_workers=num_workers, wall_seconds=wall_seconds
+            MODULE,
+            settings=asdict(config),
+            num_workers=num_workers,
+            wall_seconds=wall_seconds,
         )
 
     def build(self, item: Input) -> Built:

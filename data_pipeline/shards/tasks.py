@@ -24,7 +24,7 @@ class PackConfig:
     default as default_samples_per_shard says; `wall_seconds` is the limit of one input.
     """
 
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SampleConfig = SampleConfig()
     samples_per_shard: int | None = None
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     wall_seconds: float = WALL_SECONDS
@@ -82,7 +82,10 @@ def default_samples_per_shard(num_inputs: int, num_jobs: int) -> int:
 
 
 def list_tasks(
-    inputs: Sequence[Input], config: PackConfig, samples_per_shard: int, first: int = 0
+    inputs: Sequence[Input],
+    config: PackConfig,
+    samples_per_shard: int,
+    first: int = 0,
 ) -> list[Task]:
     """Cut the inputs into tasks, in order; `first` is the number of the first shard."""
     settings = config.settings(samples_per_shard)

@@ -8,9 +8,9 @@ import numpy as np
 
 from model_factory.files import DIGEST_KEY, file_sha256
 
-from ..arrays import check_array
 from ..errors import CorruptShard, DataPipelineError
 from ..loading.shard_reader import ShardReader
+from ..side_files import check_array
 from .existing import read_shard_record
 from .jpeg import check_jpeg
 from .manifest import MANIFEST_NAME, Manifest, manifest_bytes
@@ -33,6 +33,7 @@ def verify(manifest: Manifest) -> list[str]:
         tar = manifest.directory / f"{shard['name']}.tar"
         if file_sha256(tar) != shard["sha256"]:
             problems.append(f"{tar.name}: bytes changed since it was written (sha256 differs)")
+        # older records have no digest, but the manifest's hash of their bytes was checked already
         if DIGEST_KEY in shard and read_shard_record(tar.with_suffix(".json")) is None:
             problems.append(f"{shard['name']}.json: its digest is not that of its content")
         index = tar.with_suffix(".tar.idx")
@@ -55,6 +56,7 @@ def verify(manifest: Manifest) -> list[str]:
 def _manifest_problems(manifest: Manifest) -> list[str]:
     """The manifest must be what its records make, and no other shard may lie beside them."""
     problems = []
+    # `pack` writes the settings of the first shard into the manifest
     settings = manifest.shards[0]["settings"] if manifest.shards else manifest.settings
     written = manifest_bytes(manifest.directory, list(manifest.shards), settings=settings)
     if (manifest.directory / MANIFEST_NAME).read_bytes() != written:
@@ -71,6 +73,7 @@ def _manifest_problems(manifest: Manifest) -> list[str]:
 def _tar_problems(tar: Path, shard: dict) -> list[str]:
     """What a tar holds that the writer never writes: foreign, linked, sparse or repeated members,
     names that other readers split differently."""
+    # offset and size by member name, as recorded
     places = {
         f"{sample['key']}.{extension}": tuple(place[:2])
         for sample in shard["samples"]
@@ -91,6 +94,7 @@ def _tar_problems(tar: Path, shard: dict) -> list[str]:
 
 
 def _member_problem(member: tarfile.TarInfo, places: dict, seen: set[str]) -> str | None:
+    # a sparse member's bytes are not those at its offset, a link has none
     if not member.isreg() or member.issparse():
         return "is no regular file"
     if member.name in seen:

@@ -77,7 +77,12 @@ def _write_tar(path: Path, samples: Iterable[Sample]) -> list[dict]:
     with naming(path), open(path, "wb") as stream:
         # closed also when a signal ends the run: tarfile would complain at exit about a closed file
         with webdataset.TarWriter(
-            stream, user="univit", group="univit", mode=0o644, encoder=False, mtime=0
+            stream,
+            user="univit",
+            group="univit",
+            mode=0o644,
+            encoder=False,
+            mtime=0,
         ) as writer:
             for key, members, info in samples:
                 writer.write({"__key__": key, **members})

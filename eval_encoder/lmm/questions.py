@@ -24,7 +24,7 @@ from model_factory.command_line.quiet import quiet_libraries
 from model_factory.files import DamagedFile, check_fields, parse_json
 
 from .data.conversation import IMAGE, VIDEO, Turn, Visual, check_below
-from .scoring.answers import checked
+from .scoring.answers import QUESTION, checked, numbered_rows
 
 if TYPE_CHECKING:  # imports torch, which --help must not
     from .generate import Request, Speaker
@@ -127,11 +127,8 @@ def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a JSONL of questions")
     questions = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        name = f"{path} line {number}"
-        question = _question(parse_json(line, name), name)
+    for name, row in numbered_rows(path):
+        question = _question(row, name)
         for visual in question.visuals:
             try:
                 check_below(visual, folder)
@@ -149,7 +146,7 @@ def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
 
 def _question(row: dict, name: str) -> Question:
     """ValueError with `name`, the line, for a row of another form."""
-    row = checked(row, kinds={"question_id": (str, int), "text": str}, place=name)
+    row = checked(row, kinds=QUESTION | {"text": str}, location=name)
     visuals = []
     kinds: tuple[Literal["image", "video"], ...] = ("image", "video")
     for kind in kinds:
@@ -214,7 +211,7 @@ def _answered(path: Path, model: Path) -> set[str | int]:
     for number, line in enumerate(lines, start=1):
         name = f"{path} line {number}"
         row = parse_json(line, name=name)
-        check_fields(row, fields={"model_id": str, "question_id": (str, int)}, name=name)
+        check_fields(row, fields=QUESTION | {"model_id": str}, name=name)
         rows.append(row)
     others = sorted({row["model_id"] for row in rows} - {model.name})
     if others:

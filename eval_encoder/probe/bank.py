@@ -16,6 +16,7 @@ each.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,12 @@ from torch import nn
 
 from model_factory.layers import AttentionPoolingHead
 
-HEAD_WIDTH = 64
+HEAD_WIDTH = 64  # channels of an attention head, as in ViT-B and ViT-L
 
 
 @dataclass(frozen=True)
 class HeadSetting:
-    """What tells the heads of a bank apart."""
+    """What the heads of a bank differ in."""
 
     lr: float
     weight_decay: float
@@ -36,15 +37,12 @@ class HeadSetting:
 
 
 class AttentiveClassifier(nn.Module):
-    """Attention pooling (MLP 4C, RMSNorm), LayerNorm, Linear;
-    the classifier starts almost at zero.
-    """
+    """Attention pooling (MLP 4C, RMSNorm), LayerNorm, Linear."""
 
-    def __init__(self, width: int, num_classes: int):
+    def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
-        self.pool = AttentionPoolingHead(
-            width, 4 * width, max(1, width // HEAD_WIDTH), norm_eps=1e-6
-        )
+        num_heads = max(1, width // HEAD_WIDTH)
+        self.pool = AttentionPoolingHead(width, 4 * width, num_heads, norm_eps=1e-6)
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, num_classes)
         for module in self.modules():
@@ -52,32 +50,33 @@ class AttentiveClassifier(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pool.attention.in_proj_weight, std=0.02)
+        # The classifier starts almost at zero, so that all classes start out equally likely.
         with torch.no_grad():
             self.classifier.weight.mul_(1e-3)
 
     def forward(
         self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
     ) -> torch.Tensor:
-        """tokens [S, C] of a pack -> logits [N, classes]; the definition, which banks compute in
-        another order."""
+        """Logits [N, classes] of the tokens [S, C] of a pack. This is the definition; a bank
+        computes the same function by `queries` and `classify`."""
         return self.classifier(self.norm(self.pool(tokens, cu_seqlens, max_seqlen)))
 
     def queries(self) -> torch.Tensor:
         """Rows [A, C] whose products with the tokens are the attention scores."""
         attention = self.pool.attention
-        key, _ = self._keys_values()
+        keys, _ = self._keys_values()
         width = attention.in_proj_weight.shape[1]
-        query = F.linear(
-            self.pool.probe[0, 0], attention.in_proj_weight[:width], attention.in_proj_bias[:width]
-        )
-        query = query.view(attention.num_heads, 1, -1)
-        return (query @ key).squeeze(1) / query.shape[-1] ** 0.5
+        weight = attention.in_proj_weight[:width]
+        bias = attention.in_proj_bias[:width]
+        query = F.linear(self.pool.probe[0, 0], weight, bias).view(attention.num_heads, 1, -1)
+        return (query @ keys).squeeze(1) / query.shape[-1] ** 0.5
 
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Weighted means of tokens [N, A, C], by the head's queries -> logits [N, classes]."""
+        """Logits [N, classes] of tokens that were pooled by the head's queries, [N, A, C]."""
         attention = self.pool.attention
-        _, value = self._keys_values()
-        mixed = torch.einsum("nac,adc->nad", pooled, value).flatten(1)
+        _, values = self._keys_values()
+        mixed = torch.einsum("nac,adc->nad", pooled, values).flatten(1)
+        # in_proj_bias has three parts, of queries, keys and values; that of the keys cancels
         mixed = attention.out_proj(mixed + attention.in_proj_bias[2 * pooled.shape[-1] :])
         mixed = mixed + self.pool.mlp(self.pool.norm(mixed))
         return self.classifier(self.norm(mixed))
@@ -86,14 +85,15 @@ class AttentiveClassifier(nn.Module):
         """Weights [A, d, C] of keys and of values."""
         attention = self.pool.attention
         width = attention.in_proj_weight.shape[1]
-        key, value = attention.in_proj_weight[width:].split(width)
-        return tuple(part.unflatten(0, (attention.num_heads, -1)) for part in (key, value))
+        per_head = (attention.num_heads, -1)
+        keys, values = attention.in_proj_weight[width:].split(width)
+        return keys.unflatten(0, per_head), values.unflatten(0, per_head)
 
 
 class LinearClassifier(nn.Module):
     """LayerNorm without weights, so that no scale of the features is favoured, and Linear."""
 
-    def __init__(self, width: int, num_classes: int):
+    def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.classifier = nn.Linear(width, num_classes)
@@ -108,32 +108,34 @@ class LinearClassifier(nn.Module):
 class HeadBank(nn.Module):
     """One head per setting; heads of one seed start alike."""
 
-    def __init__(self, kind: str, width: int, num_classes: int, settings: list[HeadSetting]):
+    def __init__(
+        self, kind: str, width: int, num_classes: int, settings: list[HeadSetting]
+    ) -> None:
         """kind: attentive or linear."""
         super().__init__()
         self.settings = settings
-        build = {"attentive": AttentiveClassifier, "linear": LinearClassifier}[kind]
-        heads = []
+        self.heads = nn.ModuleList()
+        self._is_attentive = kind == "attentive"
         for setting in settings:
             torch.manual_seed(setting.seed)
-            heads.append(build(width, num_classes))
-        self.heads = nn.ModuleList(heads)
-        self._attentive = kind == "attentive"
+            head = AttentiveClassifier if self._is_attentive else LinearClassifier
+            self.heads.append(head(width, num_classes))
 
     def forward(
         self, features: list[torch.Tensor], numbers: list[int] | None = None
     ) -> torch.Tensor:
         """Features [L_i, C] of N clips -> logits [B, N, classes] of all heads, or of those with the
         given numbers in their order."""
-        heads = self.heads if numbers is None else [self.heads[number] for number in numbers]
-        if not self._attentive:
+        chosen = list(self.heads) if numbers is None else [self.heads[n] for n in numbers]
+        if not self._is_attentive:
             rows = torch.cat(features)
-            return torch.stack([head(rows) for head in heads])
+            return torch.stack([head(rows) for head in chosen])
+        # a ModuleList knows of no class but Module
+        heads = [cast(AttentiveClassifier, head) for head in chosen]
         queries = [head.queries() for head in heads]
-        pooled = pool_by_queries(features, torch.cat(queries)).split(
-            [len(rows) for rows in queries], dim=1
-        )
-        return torch.stack([h.classify(p) for h, p in zip(heads, pooled, strict=True)])
+        pooled = pool_by_queries(features, torch.cat(queries))
+        parts = pooled.split([len(rows) for rows in queries], dim=1)
+        return torch.stack([head.classify(p) for head, p in zip(heads, parts, strict=True)])
 
 
 def pool_by_queries(features: list[torch.Tensor], queries: torch.Tensor) -> torch.Tensor:
@@ -142,6 +144,6 @@ def pool_by_queries(features: list[torch.Tensor], queries: torch.Tensor) -> torc
     tokens = nn.utils.rnn.pad_sequence(features, batch_first=True)
     scores = tokens @ queries.T  # [N, L, Q]
     if int(lengths.min()) < tokens.shape[1]:
-        beyond = torch.arange(tokens.shape[1], device=queries.device) >= lengths[:, None]
-        scores = scores.masked_fill(beyond[..., None], -torch.inf)
+        is_padding = torch.arange(tokens.shape[1], device=queries.device) >= lengths[:, None]
+        scores = scores.masked_fill(is_padding[..., None], -torch.inf)
     return scores.softmax(dim=1).transpose(1, 2) @ tokens

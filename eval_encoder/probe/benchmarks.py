@@ -1,34 +1,49 @@
 """The benchmarks as data: one row each, their lists, and what to do when files are not there.
 
-A benchmark is a folder with two lists of `relative path,label` lines and the videos (or pictures)
+A benchmark is a folder with two lists of `relative path,label` lines and the videos (or images)
 they name. Several labels of a clip are separated by spaces, and it may have none:
 
     DATA_ROOT/NAME/train.csv   DATA_ROOT/NAME/val.csv   DATA_ROOT/NAME/<videos>
 
 Any other folder of that form is evaluated with `--dataset PATH`, where labels may be words; so is
-one of class folders (probe_class_folders). Packed shards of the two lists may stand beside them as
-train/ and val/ (`python -m data_pipeline pack`).
+one of class folders: train/CLASS/... and val/CLASS/..., or CLASS/... split here. A class is the
+first folder below the split, and files may lie at any depth below it. Classes with names are
+numbered by name over both lists. Packed shards of the two lists may stand beside them as train/ and
+val/ (`python -m data_pipeline pack`).
 """
 
 import difflib
+import hashlib
+import os
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.labelled_lists import LabelledRow, read_labelled_csv, refuse_repeats
+from data_pipeline.codec.open_video import is_image, is_video
+from data_pipeline.folders import files_below
+from data_pipeline.lists import LabelledRow, read_labelled_csv, refuse_repeats
 from data_pipeline.random import counter_rng
 
-from .class_folders import SPLITS, class_folder_rows
-
+SPLITS = ("train", "val")
+VALIDATION_SHARE = 0.2  # of a folder that has no train/ and val/
 PREPARE = "python -m eval_encoder.probe.prepare"
+
+Report = Callable[[str], object]  # takes a line for what is left out or chosen
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Number of classes (0: read off the labels), file names of the lists, the command that makes
-    them, and whether they name a clip once per label, as published lists of several labels do."""
+    """One row of BENCHMARKS.
+
+    num_classes         0: read off the labels
+    train_csv, val_csv  file names of the lists
+    prepare             the command that makes them, if there is one; {folder} stands for theirs
+    repeats_clips       whether they name a clip once per label, as published lists of several
+                        labels do
+    """
 
     num_classes: int
     train_csv: str = "train_new.csv"
@@ -37,21 +52,19 @@ class Benchmark:
     repeats_clips: bool = False
 
 
-def _splits(name: str) -> str:
-    return f"{PREPARE} {name} --splits DIR_OF_THE_SPLIT_LISTS --videos DIR --output {{folder}}"
-
-
 _SSV2 = f"{PREPARE} ssv2 --annotations DIR_OF_THE_JSON_FILES --videos DIR --output {{folder}}"
+_UCF101 = f"{PREPARE} ucf101 --splits DIR_OF_THE_SPLIT_LISTS --videos DIR --output {{folder}}"
+_HMDB51 = f"{PREPARE} hmdb51 --splits DIR_OF_THE_SPLIT_LISTS --videos DIR --output {{folder}}"
 _KINETICS = f"{PREPARE} kinetics --train TRAIN.csv --val VAL.csv --videos DIR --output {{folder}}"
 
 BENCHMARKS = {
-    "ssv2": Benchmark(174, "ssv2_train_new.csv", "ssv2_val_new.csv", _SSV2),
+    "ssv2": Benchmark(174, "ssv2_train_new.csv", "ssv2_val_new.csv", prepare=_SSV2),
     "diving48": Benchmark(48, "diving48_train_new.csv", "diving48_val_new.csv"),
     "perception_test": Benchmark(63),
     "epic_verb": Benchmark(97),
     "epic_noun": Benchmark(300),
-    "ucf101": Benchmark(101, prepare=_splits("ucf101")),
-    "hmdb51": Benchmark(51, prepare=_splits("hmdb51")),
+    "ucf101": Benchmark(101, prepare=_UCF101),
+    "hmdb51": Benchmark(51, prepare=_HMDB51),
     "k400": Benchmark(400, prepare=_KINETICS),
     "k600": Benchmark(600, prepare=_KINETICS),
     "k700": Benchmark(700, prepare=_KINETICS),
@@ -65,22 +78,23 @@ BENCHMARKS = {
     "rareact": Benchmark(149),
     "drone_action": Benchmark(13),
     "motion_shapes": Benchmark(
-        8, "train.csv", "val.csv", "python -m data_pipeline motion-shapes {folder}"
+        8, "train.csv", "val.csv", prepare="python -m data_pipeline motion-shapes {folder}"
     ),
 }
 
 
 class MissingBenchmark(ValueError):
-    """A benchmark whose files are not on disk; the message shows the expected
-    tree and the command that makes it.
-    """
+    """A benchmark whose files are not on disk; the message shows the expected tree and the command
+    that makes it."""
 
 
 @dataclass(frozen=True)
 class LabelledList:
-    """One split: names relative to `folder`, labels int64 [N] or, where clips have several, 0/1
-    uint8 [N, classes]; names of the classes where labels are words; and the packed shards beside
-    the list, if any.
+    """One split.
+
+    names    of the clips, relative to `folder`
+    labels   int64 [N] or, where clips have several, 0/1 uint8 [N, classes]
+    classes  names of the classes in the order of their numbers, where labels are words
     """
 
     folder: Path
@@ -100,7 +114,7 @@ class LabelledList:
 
     @property
     def shards(self) -> Path | None:
-        """Folder of packed shards of this split."""
+        """Folder of packed shards of this split, beside the list, if there is one."""
         packed = self.folder / self.split
         return packed if (packed / "manifest.json").is_file() else None
 
@@ -117,15 +131,6 @@ def find_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[key]
 
 
-@dataclass(frozen=True)
-class _Clip:
-    """One clip of a list: where it is listed, its name, and the numbers of its classes."""
-
-    place: str
-    name: str
-    labels: list[int]
-
-
 def read_lists(
     name: str,
     data_root: Path,
@@ -133,46 +138,50 @@ def read_lists(
     val_csv: str | None = None,
     num_classes: int = 0,
     protocol: str | None = None,
-    report: Callable[[str], object] = print,
+    report: Report = print,
 ) -> tuple[LabelledList, LabelledList]:
-    """Training and validation list of a benchmark, or of a folder. `report` takes a line for what
-    is left out or chosen here.
+    """Training and validation list of a benchmark, or of a folder.
 
     Raises MissingBenchmark without the files, ValueError with file and line for what is no
     `path,label`, a label that is no integer (in a list of one's own: or word) or out of range, a
     clip in two lines, or several labels under the single-label protocol.
     """
+    # The name of a benchmark comes before a folder that happens to be called so.
     is_own = name.lower() not in BENCHMARKS and Path(name).is_dir()
-    if is_own:
-        benchmark = Benchmark(0, "train.csv", "val.csv")
-        folder = Path(name)
-    else:
-        benchmark = find_benchmark(name)
-        folder = data_root / name.lower()
-    files = (folder / (train_csv or benchmark.train_csv), folder / (val_csv or benchmark.val_csv))
-    rows = None
-    classes: tuple[str, ...] = ()
+    benchmark = Benchmark(0, "train.csv", "val.csv") if is_own else find_benchmark(name)
+    folder = Path(name) if is_own else data_root / name.lower()
+    files = [folder / (train_csv or benchmark.train_csv), folder / (val_csv or benchmark.val_csv)]
     several = protocol == "multi_label"
+
+    splits = None
+    classes: tuple[str, ...] = ()
     if all(file.is_file() for file in files):
-        rows = [read_labelled_csv(file, lambda clip: (folder / clip).exists()) for file in files]
+        splits = [read_labelled_csv(file, lambda clip: (folder / clip).exists()) for file in files]
         if is_own:
-            classes = _words(rows, several)
+            classes = _words(splits, several)
     elif not (train_csv or val_csv) and not any(file.is_file() for file in files):
-        rows = class_folder_rows(folder, may_split=is_own, report=report)
-        classes = tuple(sorted({row.label for split in rows or () for row in split}))
-    if rows is None:
-        raise MissingBenchmark(_instructions(name, benchmark, folder, files))
-    clips = [_numbered(split, classes, several, name) for split in rows]
+        splits = _class_folder_rows(folder, may_split=is_own, report=report)
+        classes = tuple(sorted({row.label for rows in splits or () for row in rows}))
+    if splits is None:
+        raise MissingBenchmark(_instructions(name, folder=folder, files=files))
+
+    numbers = [_numbers(rows, classes, several=several, name=name) for rows in splits]
     if not several and not benchmark.repeats_clips:
-        for split in rows:
-            refuse_repeats(split, "keep one line, or evaluate with --protocol multi_label")
-    if several:
-        clips = [_merged(split) for split in clips]
-    largest = max((i for split in clips for clip in split for i in clip.labels), default=0)
+        for rows in splits:
+            refuse_repeats(rows, "keep one line, or evaluate with --protocol multi_label")
+    # A class may lack clips, or have them in one list alone, so the largest number of both counts.
+    largest = max((i for split in numbers for own in split for i in own), default=0)
     count = num_classes or benchmark.num_classes or len(classes) or largest + 1
     train, val = (
-        _labelled(folder, split, found, count, classes, several)
-        for split, found in zip(SPLITS, clips, strict=True)
+        _labelled(
+            folder / split,
+            rows,
+            numbers=own,
+            several=several,
+            num_classes=count,
+            classes=classes,
+        )
+        for split, rows, own in zip(SPLITS, splits, numbers, strict=True)
     )
     return train, val
 
@@ -181,6 +190,7 @@ def hold_out(clips: LabelledList, share: float) -> tuple[np.ndarray, np.ndarray]
     """(indices to train on, indices held out to choose with), the same for every seed of heads. A
     file that is listed twice is on one side."""
     files = list(dict.fromkeys(clips.names))
+    # at least one file on either side
     count = min(max(1, round(share * len(files))), len(files) - 1) if share else 0
     order = counter_rng(0, "probe holdout").permutation(len(files))
     held = {files[i] for i in order[:count]}
@@ -189,24 +199,24 @@ def hold_out(clips: LabelledList, share: float) -> tuple[np.ndarray, np.ndarray]
 
 
 def shared_files(train: LabelledList, val: LabelledList) -> list[str]:
-    """Names that both lists hold: clips that are judged although they were learned."""
+    """Names that both lists hold: clips that are evaluated although they were learned."""
     return sorted(set(train.names) & set(val.names))
 
 
 def unseen_classes(train: LabelledList, val: LabelledList) -> list[int]:
     """Classes of the validation list that no training clip shows."""
-    known, asked = (
-        set(np.flatnonzero(c.labels.any(axis=0)) if c.is_multi_label else c.labels)
-        for c in (train, val)
+    learned, asked = (
+        np.flatnonzero(clips.labels.any(axis=0)) if clips.is_multi_label else clips.labels
+        for clips in (train, val)
     )
-    return sorted(int(label) for label in asked - known)
+    return np.setdiff1d(asked, learned).tolist()
 
 
 def _words(rows: list[list[LabelledRow]], several: bool) -> tuple[str, ...]:
     """Classes of two lists in the order of their numbers, which is that of the words; none where
     labels are numbers. ValueError where one list has both."""
     labelled = [row for split in rows for row in split if row.label]
-    if not labelled or all(row.numbers is not None for row in labelled):
+    if all(row.numbers is not None for row in labelled):
         return ()
     has_words = labelled[0].numbers is None
     words: set[str] = set()
@@ -223,64 +233,65 @@ def _words(rows: list[list[LabelledRow]], several: bool) -> tuple[str, ...]:
     return tuple(sorted(words))
 
 
-def _numbered(
+def _numbers(
     rows: list[LabelledRow], classes: tuple[str, ...], several: bool, name: str
-) -> list[_Clip]:
-    """Clips of a list; `classes` are its words, if it has words."""
+) -> list[list[int]]:
+    """Numbers of each row's classes; `classes` are the words of the lists, if they have words."""
     number = {word: i for i, word in enumerate(classes)}
-    clips = []
+    numbers = []
     for row in rows:
-        labels = row.numbers
+        own = row.numbers
         if row.label in number:
-            labels = [number[row.label]]
+            own = [number[row.label]]
         elif classes:
-            labels = [number[word] for word in row.label.split()]
-        if labels is None:
+            own = [number[word] for word in row.label.split()]
+        if own is None:
             raise ValueError(
                 f"{row.place}: label {row.label!r} is no integer: classes of {name} are numbers"
             )
-        if not several and len(labels) != 1:
+        if not several and len(own) != 1:
             raise ValueError(
-                f"{row.place}: {len(labels)} labels; evaluate {name} with --protocol multi_label, "
+                f"{row.place}: {len(own)} labels; evaluate {name} with --protocol multi_label, "
                 "or write lists with one label per clip"
             )
-        clips.append(_Clip(row.place, row.name, labels))
-    return clips
-
-
-def _merged(clips: list[_Clip]) -> list[_Clip]:
-    """One clip for every file, with all of its labels."""
-    merged: dict[str, _Clip] = {}
-    for clip in clips:
-        found = merged.setdefault(clip.name, _Clip(clip.place, clip.name, []))
-        found.labels.extend(clip.labels)
-    return list(merged.values())
+        numbers.append(own)
+    return numbers
 
 
 def _labelled(
-    folder: Path,
-    split: str,
-    clips: list[_Clip],
+    path: Path,
+    rows: list[LabelledRow],
+    numbers: list[list[int]],
+    several: bool,
     num_classes: int,
     classes: tuple[str, ...],
-    several: bool,
 ) -> LabelledList:
-    for clip in clips:
-        if clip.labels and max(clip.labels) >= num_classes:
-            raise ValueError(
-                f"{clip.place}: label {max(clip.labels)}, but there are {num_classes} classes"
-            )
+    """The list of the split FOLDER/SPLIT. With several labels, lines that name one file are one
+    clip. Raises ValueError for a label that is out of range."""
+    for row, own in zip(rows, numbers, strict=True):
+        if own and max(own) >= num_classes:
+            raise ValueError(f"{row.place}: label {max(own)}, but there are {num_classes} classes")
+    names = [row.name for row in rows]
     if several:
-        labels = np.zeros((len(clips), num_classes), np.uint8)
-        for row, clip in zip(labels, clips, strict=True):
-            row[clip.labels] = 1
+        clip_of = {name: clip for clip, name in enumerate(dict.fromkeys(names))}
+        labels = np.zeros((len(clip_of), num_classes), np.uint8)
+        for name, own in zip(names, numbers, strict=True):
+            labels[clip_of[name], own] = 1
+        names = list(clip_of)
     else:
-        labels = np.array([clip.labels[0] for clip in clips])
-    names = [clip.name for clip in clips]
-    return LabelledList(folder, split, names, labels, num_classes, classes)
+        labels = np.array([own[0] for own in numbers])
+    return LabelledList(
+        folder=path.parent,
+        split=path.name,
+        names=names,
+        labels=labels,
+        num_classes=num_classes,
+        classes=classes,
+    )
 
 
-def _instructions(name: str, benchmark: Benchmark, folder: Path, files) -> str:
+def _instructions(name: str, folder: Path, files: list[Path]) -> str:
+    """What to do for a benchmark, or a folder, whose files are not there."""
     missing = ", ".join(str(file) for file in files if not file.is_file())
     if Path(name).is_dir():
         return (
@@ -288,17 +299,92 @@ def _instructions(name: str, benchmark: Benchmark, folder: Path, files) -> str:
             "folders train/CLASS/ and val/CLASS/ of videos or pictures, nor two or more CLASS/ "
             "folders alone"
         )
-    tree = (
-        f"  {folder}/\n    {files[0].name}      lines of `relative path,label`\n"
-        f"    {files[1].name}\n    <the videos>"
-    )
-    prepare = benchmark.prepare.format(folder=folder)
-    command = (
-        f"make the lists with\n  {prepare}"
-        if prepare
-        else "write the two lists from the benchmark's own split files"
-    )
+    prepare = find_benchmark(name).prepare.format(folder=folder)
+    command = "write the two lists from the benchmark's own split files"
+    if prepare:
+        command = f"make the lists with\n  {prepare}"
     return (
-        f"benchmark {name} is not on disk: {missing} is missing. Expected:\n{tree}\n{command}\n"
+        f"benchmark {name} is not on disk: {missing} is missing. Expected:\n"
+        f"  {folder}/\n    {files[0].name}      lines of `relative path,label`\n"
+        f"    {files[1].name}\n    <the videos>\n{command}\n"
         f"or point --data_root at the folder that holds {name.lower()}/, or --dataset at a folder"
     )
+
+
+def _class_folder_rows(
+    folder: Path, may_split: bool, report: Report
+) -> list[list[LabelledRow]] | None:
+    """Rows of the training and the validation list of class folders, labels being names of classes;
+    None where the folder holds no class folders.
+
+    may_split: whether CLASS/ folders without train/ and val/ are split by hash, which is reported
+    with the share. Raises ValueError for a split without any file of a class.
+    """
+    splits = [folder / split for split in SPLITS]
+    if any((path / "manifest.json").is_file() for path in (folder, *splits)):
+        return None  # packed shards without the lists that they were packed from
+    if all(split.is_dir() for split in splits):
+        lists = [_rows_in_classes(split, report, prefix=f"{split.name}/") for split in splits]
+        for split, rows in zip(splits, lists, strict=True):
+            if not rows:
+                raise ValueError(f"{split} holds no CLASS/ folders with pictures or videos")
+        return lists
+    if any(split.is_dir() for split in splits) or not may_split:
+        return None
+    rows = _rows_in_classes(folder, report)
+    # One folder of files is a folder of videos without labels, not a set of one class.
+    if len({row.label for row in rows}) < 2:
+        return None
+    return _split_by_hash(folder, rows, report=report)
+
+
+def _rows_in_classes(folder: Path, report: Report, prefix: str = "") -> list[LabelledRow]:
+    """Images and videos of the class folders. prefix: what stands before their names in lists."""
+    # Links out are followed: sets are often put together from links to where the files are.
+    clips = [
+        name
+        for name in files_below(folder, report, leave_folder=True)
+        if is_image(Path(name)) or is_video(Path(name))
+    ]
+    stray = [name for name in clips if "/" not in name]
+    if stray:
+        report(
+            f"{len(stray)} files of {folder} lie in no class folder and are left out, {min(stray)} "
+            "first"
+        )
+    return [
+        LabelledRow(place=str(folder / name), name=prefix + name, label=name.split("/", 1)[0])
+        for name in clips
+        if "/" in name
+    ]
+
+
+def _split_by_hash(
+    folder: Path, rows: list[LabelledRow], report: Report
+) -> list[list[LabelledRow]]:
+    """Both lists; a class of two files or more is in both."""
+    classes = defaultdict(list)
+    for row in rows:
+        classes[row.label].append(row.name)
+    held: set[str] = set()
+    for members in classes.values():
+        ordered = sorted(members, key=_hash)
+        # The hash of a path decides, not its rank: a file that is added moves no other.
+        below = sum(_hash(name) < VALIDATION_SHARE for name in ordered)
+        count = min(max(below, 1), len(ordered) - 1)
+        held.update(ordered[:count])
+    train = [row for row in rows if row.name not in held]
+    val = [row for row in rows if row.name in held]
+    report(
+        f"{folder} has no train/ and val/: its {len(classes)} class folders are split by a hash of "
+        f"the paths, {VALIDATION_SHARE:.0%} for validation: {len(train)} files to train on, "
+        f"{len(val)} to validate on. Clips cut from one recording may be in both: make train/ and "
+        "val/ for figures to compare"
+    )
+    return [train, val]
+
+
+def _hash(name: str) -> float:
+    """A number in [0, 1) that depends on the relative path alone."""
+    digest = hashlib.sha256(os.fsencode(name)).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,179 +1,34 @@
 """Labelled clips -> packs for the encoder, in the order that is asked for.
 
-    look     validation   frames from the middle of S equal segments of the clip, centre crop
-             crops        T samplings shifted within the segments, S crops along the long side
-             versions     of training clips: a uniform position in every segment, other colours;
-                          drawn from (seed, clip, version), so a version can be stored and met again
-    view     whole frames, patches selected by the codec, or an image, of one file
-    pack     several views in one sequence
+    look   at a clip of the list  ->  view of its file (clip_views.py)  ->  several in one pack
 
-Files are decoded by a few child processes (reader.py), some clips ahead of the encoder, and no file
-can hang or kill the probe. Packed shards of a split are read instead where they exist; they hold
-one version of each clip. A file that cannot be read is noted, with its reason, and left out.
+Files are decoded by a few child processes (clip_reader.py), some clips ahead of the encoder, and no
+file can hang or kill the probe. Packed shards of a split are read instead where they exist; they
+hold one version of each clip. A file that cannot be read is noted, with its reason, and left out.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from data_pipeline.codec.open_video import InputLimits, is_image
-from data_pipeline.codec.selection import cut_patches
-from data_pipeline.codec.timeline import segment_frames
 from data_pipeline.errors import RejectedInput
-from data_pipeline.labelled_lists import ids_of_sources
-from data_pipeline.loading.choices import ViewConfig
+from data_pipeline.lists import ids_of_sources
+from data_pipeline.loading.config import ViewConfig
 from data_pipeline.loading.packing import PackedBatch, pack_views
-from data_pipeline.loading.sequential import sequential_batches
-from data_pipeline.loading.views import View, image_view, still_view
-from data_pipeline.random import counter_rng
+from data_pipeline.loading.samples import sequential_batches
+from data_pipeline.loading.views import View
 from data_pipeline.shards.manifest import Manifest, load_manifest
-from model_factory.packing import interpolate_frame_indices
 
+from ..clip_input import IMAGE_FAMILIES, InputConfig
+from ..clip_reader import PixelReader
+from ..clip_views import Look, chosen_decoder, chosen_gop, view_of_file
 from ..feature_cache import file_identity
 from .benchmarks import LabelledList
-from .config import IMAGE_FAMILIES, InputConfig
-from .reader import (
-    PixelReader,
-    PixelRequest,
-    check_decoder,
-    recolour,
-    shared_reader,
-)
-
-GOPS = (16, 32, 64)  # packing's default, and what smaller budgets need
-
-
-@dataclass(frozen=True, order=True)
-class Look:
-    """One way to look at a clip, given by its index in a list.
-
-    version   0 is plain, others are drawn
-    within    position of the frames in their segments, 0 to 1
-    across    position of the crop along the long side, 0 to 1
-    """
-
-    clip: int
-    version: int = 0
-    within: float = 0.5
-    across: float = 0.5
-
 
 Packs = Iterator[tuple[list[Look], PackedBatch]]
-
-
-def view_of_file(
-    path: Path,
-    look: Look,
-    config: InputConfig,
-    size: int,
-    patch_size: int,
-    reader: PixelReader | None = None,
-    limits: InputLimits | None = None,
-) -> View:
-    """The view of a video or image; without a `reader`, by the one that this process shares.
-
-    Raises RejectedInput for a file that cannot be read.
-    """
-    request = _request(path, look, config=config, size=size, patch_size=patch_size)
-    if limits is not None:
-        request = replace(request, limits=limits)
-    pixels = (reader or shared_reader()).read(request)
-    frames = pixels.frames
-    if look.version:
-        draw = counter_rng(config.seed, "probe colours", look.clip, look.version)
-        frames = recolour(frames, draw, parts=config.augmentations)
-    if request.kind == "image":
-        return image_view(torch.from_numpy(frames[0]), patch_size)
-    if pixels.positions is not None and pixels.times is not None:
-        patches = torch.from_numpy(cut_patches(frames, pixels.positions, patch_size=patch_size))
-        positions = pixels.positions.copy()
-        # A short clip has fewer frames than instants: frame numbers are no temporal positions.
-        positions[:, 0] = pixels.times[positions[:, 0]]
-        return View((patches.movedim(-1, 1),), torch.from_numpy(positions), (1, 1, len(patches)))
-    times = interpolate_frame_indices(
-        torch.from_numpy(pixels.numbers)[None],
-        torch.tensor([pixels.total]),
-        config.target_frames,
-    )
-    return still_view(list(torch.from_numpy(frames)), patch_size=patch_size, times=times)
-
-
-def frame_numbers(total: int, look: Look, config: InputConfig) -> np.ndarray:
-    """Frames of a clip of `total` frames, int64 [num_frames]; those of a short clip repeat."""
-    return segment_frames(total, _positions_within(look, config))
-
-
-def chosen_decoder(config: InputConfig) -> str:
-    """The reader of whole frames: av, the packer's own, unless another one is asked for. Raises
-    ValueError when it is not installed."""
-    if config.view == "codec" or config.decoder == "auto":
-        return "av"
-    check_decoder(config.decoder)
-    return config.decoder
-
-
-def chosen_gop(config: InputConfig, frame_tokens: int) -> int:
-    """Frames between I-frames of raw codec input: as asked for, else the smallest of 16, 32 and 64
-    that leaves half of the budget to P-frames, whole frames having `frame_tokens` patches.
-
-    Raises ValueError for a budget that cannot hold the I-frames.
-    """
-    frames = config.target_frames
-    budget = config.num_tokens
-
-    def i_frame_tokens(gop: int) -> int:
-        return -(-frames // gop) * frame_tokens
-
-    fitting = [gop for gop in GOPS if i_frame_tokens(gop) <= budget // 2]
-    gop = config.gop or (fitting or GOPS[-1:])[0]
-    needed = i_frame_tokens(gop)
-    if needed > budget:
-        raise ValueError(
-            f"--K_keep {budget} cannot hold the I-frames of {frames} frames, {needed} patches "
-            f"with --gop {gop}: raise it, take a longer --gop, or a smaller --input_size"
-        )
-    return gop
-
-
-def _request(
-    path: Path, look: Look, config: InputConfig, size: int, patch_size: int
-) -> PixelRequest:
-    """What a look asks of a file."""
-    shared = PixelRequest(
-        path=str(path), kind="image", size=size, patch_size=patch_size, place=look.across
-    )
-    if is_image(path):
-        return shared
-    if config.view == "codec":
-        return replace(
-            shared,
-            kind="patches",
-            num_frames=config.target_frames,
-            gop=chosen_gop(config, frame_tokens=(size // patch_size) ** 2),
-            num_patches=config.num_tokens,
-            camera=config.camera,
-            centre_prior=config.centre_prior,
-        )
-    return replace(
-        shared,
-        kind="frames",
-        within=_positions_within(look, config),
-        decoder=chosen_decoder(config),
-        decoder_threads=config.decoder_threads,
-    )
-
-
-def _positions_within(look: Look, config: InputConfig) -> tuple[float, ...]:
-    """Position of each frame in its segment, 0 to 1."""
-    if look.version and "jitter" in config.augmentations:
-        draw = counter_rng(config.seed, "probe jitter", look.clip, look.version)
-        return tuple(draw.random(config.num_frames).tolist())
-    return (look.within,) * config.num_frames
 
 
 def open_clips(
@@ -224,7 +79,7 @@ class RawClips:
         """(looks, pack) of readable clips in order, at most batch_size each."""
         ready: list[Look] = []
         views: list[View] = []
-        # two batches ahead: one is encoded while the next one is decoded
+        # two batches ahead: reading goes on while the encoder works
         for look, view in self._views(looks, ahead=2 * batch_size):
             if view is not None:
                 ready.append(look)
@@ -251,8 +106,8 @@ class RawClips:
             for first, future in waiting:
                 yield first, future.result()
         except BaseException:
-            # Ctrl-C: nobody waits for clips that nobody will see. Threads of the pool wait for
-            # children, so that the children have to end first.
+            # After Ctrl-C nothing waits for clips that will not be encoded. Threads of the pool
+            # wait for children, so the children have to end first.
             reader.close()
             self._reader = None
             raise
@@ -264,8 +119,8 @@ class RawClips:
         try:
             return view_of_file(
                 self._clips.folder / name,
-                look,
-                self._config,
+                look=look,
+                config=self._config,
                 size=self._size,
                 patch_size=self._patch_size,
                 reader=reader,
@@ -305,11 +160,13 @@ class PackedClips:
 
     def packs(self, looks: list[Look], batch_size: int) -> Packs:
         """(looks, pack) of clips in order, batch_size each."""
+        # The reader of shards takes a missing sample for an error, so those are left out before.
         pairs = [(look, self._sample_ids[look.clip]) for look in looks]
         stored = [(look, sample_id) for look, sample_id in pairs if sample_id is not None]
         config = self._config
         max_tokens = config.num_tokens
         if config.view == "frame":
+            # num_frames whole frames, also of the sample with the largest grid
             grids = [s["grid"] for shard in self._manifest.shards for s in shard["samples"]]
             max_tokens = config.num_frames * max(grid[0] * grid[1] for grid in grids)
         batches = sequential_batches(
@@ -328,9 +185,9 @@ def _packed(looks: list[Look], views: list[View]) -> PackedBatch:
     """A pack of views; it has no labels, since the encoder is frozen."""
     return pack_views(
         views,
-        torch.tensor([look.clip for look in looks]),
-        torch.zeros(len(views), 0, dtype=torch.int64),
-        torch.ones(len(views)),
+        sample_ids=torch.tensor([look.clip for look in looks]),
+        labels=torch.zeros(len(views), 0, dtype=torch.int64),
+        weights=torch.ones(len(views)),
     )
 
 

@@ -11,25 +11,21 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eval_encoder.intervals import half_interval, with_half_width
 from eval_encoder.probe.config import VIDEO_FAMILIES
-from eval_encoder.probe.published import SOURCE, Anchor, anchors_of
+from eval_encoder.probe.published import SOURCE, Anchor, anchors
 from eval_encoder.tables import markdown_table
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.plain_text import in_markdown, in_plot
 from model_factory.files import parse_json_line
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 COLUMNS = ("dataset", "encoder", "input", "tokens", "head", "figure", "last epoch", "best epoch",
            "seeds", "clips")  # fmt: skip
-# Names of files that people give to any weights, so that the folder's name has to say which.
+# Names that weights of any encoder have: the name of the folder around them goes before.
 GENERAL_NAMES = ("hf", "backbone.pt", "model.safetensors", "checkpoints")
 MAX_NUMBERED_CLASSES = 20  # beyond it, numbers in the cells of a confusion matrix overlap
 
@@ -115,18 +111,25 @@ def compare(folders: list[Path], output: Path) -> Path:
     sections = ["# Probes compared"]
     for (dataset, metric), group in sorted(groups.items()):
         group.sort(key=lambda r: (encoder_name(r), r["view"], r["costs"]["tokens_per_clip"]))
+        # A folder of one's own may have a benchmark's name, and mAP is another figure.
         comparable = metric == "top1" and group[0]["is_benchmark"]
-        anchors = anchors_of(dataset) if comparable else []
+        published = [a for a in anchors() if comparable and dataset in a.values]
         # A name of any characters becomes one that names a file here and needs no escape in a link.
         plot = output / f"compare_{re.sub(r'[^A-Za-z0-9.-]', '_', dataset)}_{metric}.png"
-        _draw(group, anchors, plot)
+        _draw(group, published, path=plot)
         sections += [
             f"\n## {in_markdown(dataset)}\n",
             markdown_table(COLUMNS, map(cells_of, group)).rstrip("\n"),
             f"\n![accuracy against tokens per clip]({plot.name})",
         ]
-        if anchors:
-            sections += _published(anchors)
+        if published:
+            columns = ("encoder", "input", "tokens", "top-1")
+            rows = [(a.encoder, a.input, a.tokens, a.values[dataset]) for a in published]
+            sections += [
+                f"\nPublished by others ({SOURCE}), best epoch on the validation set, one seed, "
+                "another part of the set; not measured here:\n",
+                markdown_table(columns, rows, right_aligned=("tokens", "top-1")).rstrip("\n"),
+            ]
     sections.append(
         "\n± is half of a 95 % interval, the larger of that which the choice of validation clips "
         "leaves and that over the seeds. The setting "
@@ -156,17 +159,7 @@ def read_results(folder: Path) -> list[dict]:
     return list(records.values())
 
 
-def _published(anchors: list[tuple[Anchor, float]]) -> list[str]:
-    columns = ("encoder", "input", "tokens", "top-1")
-    rows = [(anchor.encoder, anchor.input, anchor.tokens, value) for anchor, value in anchors]
-    return [
-        f"\nPublished by others ({SOURCE}), best epoch on the validation set, one seed, another "
-        "part of the set; not measured here:\n",
-        markdown_table(columns, rows, right_aligned=("tokens", "top-1")).rstrip("\n"),
-    ]
-
-
-def _draw(records: list[dict], anchors: list[tuple[Anchor, float]], path: Path) -> None:
+def _draw(records: list[dict], published: list[Anchor], path: Path) -> None:
     """Plot accuracy against tokens per clip, a curve for each encoder, view and head."""
     from matplotlib.figure import Figure
 
@@ -176,28 +169,25 @@ def _draw(records: list[dict], anchors: list[tuple[Anchor, float]], path: Path) 
     for record in records:
         name = f"{encoder_name(record)}, {record['view']}, {record['head']}"
         curves.setdefault(name, []).append(record)
+    # `compare` has sorted the records by their tokens
     for name, curve in curves.items():
-        _draw_curve(axes, name, curve)
-    for anchor, value in anchors:
+        axes.errorbar(
+            [record["costs"]["tokens_per_clip"] for record in curve],
+            [record["last_epoch"][record["metric"]] for record in curve],
+            yerr=[half_interval(record["last_epoch"]) for record in curve],
+            marker="o",
+            capsize=3,
+            label=in_plot(name),
+        )
+    for anchor in published:
         label = f"published: {anchor.encoder}, {anchor.input}"
+        value = anchor.values[records[0]["dataset"]]
         axes.plot(anchor.tokens, value, "x", alpha=0.6, label=label)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens per clip", ylabel=f"{records[0]['metric']}, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
-
-
-def _draw_curve(axes: "Axes", name: str, records: list[dict]) -> None:
-    """Plot records of one encoder, which come in the order of their tokens."""
-    axes.errorbar(
-        [record["costs"]["tokens_per_clip"] for record in records],
-        [record["last_epoch"][record["metric"]] for record in records],
-        yerr=[half_interval(record["last_epoch"]) for record in records],
-        marker="o",
-        capsize=3,
-        label=in_plot(name),
-    )
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,23 +2,22 @@
 
 import argparse
 import difflib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from eval_encoder.clip_input import (
+    AUGMENTATIONS,
+    CAMERAS,
+    DECODERS,
+    IMAGE_FAMILIES,
+    VIDEO_FAMILIES,
+    InputConfig,
+    seed_flag,
+)
 from model_factory.command_line.flags import add_flags, flag, flags_of, from_flags
 from model_factory.command_line.local_output import local_output, output_path
 
-VIDEO_FAMILIES = {  # public name -> view of the packed encoder
-    "llava_vit_sampling": "frame",
-    "chunk_wise_sampling": "frame",
-    "llava_vit_codec": "codec",
-    "ov_encoder_codec": "codec",
-}
-IMAGE_FAMILIES = ("clip", "metaclip", "siglip", "siglip2", "dinov2", "dinov3", "aimv2")
 HEADS = ("attentive", "linear", "knn")
-DECODERS = ("auto", "decord", "av", "torchcodec")
-AUGMENTATIONS = ("jitter", "brightness", "saturation", "hue", "channels")
-CAMERAS = ("none", "median", "similarity", "affine")
 CODEC_FRAMES = 64  # temporal positions of the codec's time base (data_pipeline/codec/decompose.py)
 
 REPORT_DIR = Path("fewshot_video_report/ActionRecognition")
@@ -35,104 +34,6 @@ IDLE_FLAGS = (
 def _cache_dir(text: str) -> Path | None:
     """Type of --cache_dir; old scripts write None for no folder."""
     return None if text == "None" else Path(local_output(text))
-
-
-def _seed() -> int:
-    """The field of --seed, which fills several."""
-    return flag("--seed", default=1, help="of the first head, the order and the drawn versions")
-
-
-@dataclass(frozen=True)
-class InputConfig:
-    """How a clip becomes what the encoder sees."""
-
-    family: str = flag(
-        "--model_family",
-        default="llava_vit_sampling",
-        help=f"{', '.join(VIDEO_FAMILIES)} (ours, whole frames or codec patches), or frame by "
-        f"frame {', '.join(IMAGE_FAMILIES)}",
-    )
-    num_frames: int = flag("--num_frames", default=8, help="whole frames of a clip")
-    target_frames: int = flag(
-        "--target_frames",
-        default=64,
-        help="time base of positions, and frames the codec selects from",
-    )
-    num_tokens: int = flag("--K_keep", default=2048, help="patches of a clip under codec input")
-    gop: int = flag(
-        "--gop", default=0, help="frames between I-frames of raw codec input; 0: by the budget"
-    )
-    camera: str = flag(
-        "--mv_compensate",
-        default="median",
-        help=f"camera model of codec input: {', '.join(CAMERAS)}",
-    )
-    centre_prior: float = flag(
-        "--center_prior",
-        default=0.0,
-        help="preference of codec input for the middle of the picture",
-    )
-    size: int = flag(
-        "--input_size",
-        default=224,
-        help="side of raw videos' pictures; image encoders have their own",
-    )
-    temporal_crops: int = flag(
-        "--num_temporal_crops",
-        default=1,
-        help="shifted samplings of a validation clip, scores averaged",
-    )
-    spatial_crops: int = flag(
-        "--num_spatial_crops",
-        default=1,
-        help="squares along the long side of a validation clip, averaged",
-    )
-    train_views: int = flag(
-        "--train_views",
-        default=0,
-        help="drawn versions of a raw training clip; 0: one per epoch, 1: plain",
-    )
-    augmentations: tuple[str, ...] = flag(
-        "--augment", default=AUGMENTATIONS, help="of drawn versions; `none` for none"
-    )
-    mean: tuple[float, ...] | None = flag(
-        "--mean",
-        default=None,
-        help="of the normalisation; default: what the encoder was trained with",
-    )
-    std: tuple[float, ...] | None = flag("--std", default=None, help="of the normalisation")
-    decoder: str = flag(
-        "--decoder",
-        default="auto",
-        help=f"raw video reader: {', '.join(DECODERS)} (auto: av, the packer's)",
-    )
-    decoder_threads: int = flag(
-        "--decord_num_threads", default=2, help="threads of one decord reader"
-    )
-    wall_seconds: float = flag(
-        "--wall_seconds",
-        default=300.0,
-        help="limit of reading one raw clip; beyond it is unreadable",
-    )
-    workers: int = flag("--dali_py_num_workers", default=4, help="raw videos decoded at a time")
-    seed: int = _seed()
-
-    @property
-    def view(self) -> str:
-        """frame or codec."""
-        return VIDEO_FAMILIES.get(self.family, "frame")
-
-    def identity(self) -> dict:
-        """What decides on the pixels of any look, for the key of stored features."""
-        # how fast clips are read, and what differs between looks (features.ClipFeatures._identity)
-        ignored = ["workers", "decoder_threads", "wall_seconds", "train_views", "family"]
-        ignored += ["temporal_crops", "spatial_crops", "seed", "augmentations"]
-        if self.view == "codec":
-            ignored += ["num_frames", "decoder"]
-        else:
-            ignored += ["num_tokens", "gop", "camera", "centre_prior"]
-        fields = {name: value for name, value in asdict(self).items() if name not in ignored}
-        return {"view": self.view, **fields}
 
 
 @dataclass(frozen=True)
@@ -152,7 +53,7 @@ class HeadsConfig:
     weight_decays: tuple[float, ...] = flag(
         "--default_weight_decay", default=(0.0,), help="AdamW's weight decays"
     )
-    seed: int = _seed()
+    seed: int = seed_flag()
     num_seeds: int = flag(
         "--num_seeds",
         default=1,
@@ -181,7 +82,7 @@ class HeadsConfig:
         if settings > 1 and self.holdout == 0:
             raise ValueError(
                 f"--holdout 0 leaves nothing to choose among {settings} settings with: the "
-                "validation list is for judging"
+                "validation list evaluates, and chooses nothing"
             )
 
 
@@ -264,6 +165,7 @@ def build_config(args: argparse.Namespace) -> ProbeConfig:
     _check_choices(args)
     _check_counts(args)
     _check_numbers(args)
+    # `none` is a word of the command line, of which records and stored features know nothing
     augmentations = [name for name in args.augment if name != "none"]
     args = argparse.Namespace(**{**vars(args), "augment": augmentations})
     return from_flags(ProbeConfig, args, report_dir=_report_dir(args))
@@ -291,14 +193,18 @@ def _report_dir(args: argparse.Namespace) -> Path:
 
 def _check_choices(args: argparse.Namespace) -> None:
     """Raise ValueError for an unknown name, with the nearest known one."""
-    _check_choice("model_family", args.model_family, (*VIDEO_FAMILIES, *IMAGE_FAMILIES))
-    _check_choice("head", args.head, HEADS)
-    _check_choice("decoder", args.decoder, DECODERS)
-    _check_choice("mv_compensate", args.mv_compensate, CAMERAS)
+    choices = {
+        "model_family": (*VIDEO_FAMILIES, *IMAGE_FAMILIES),
+        "head": HEADS,
+        "decoder": DECODERS,
+        "mv_compensate": CAMERAS,
+    }
+    for name, known in choices.items():
+        _check_choice(name, getattr(args, name), known=known)
     for name in args.augment:
-        _check_choice("augment", name, (*AUGMENTATIONS, "none"))
+        _check_choice("augment", name, known=(*AUGMENTATIONS, "none"))
     if args.protocol is not None:
-        _check_choice("protocol", args.protocol, ("single_label", "multi_label"))
+        _check_choice("protocol", args.protocol, known=("single_label", "multi_label"))
 
 
 def _check_choice(flag_name: str, value: str, known: tuple[str, ...]) -> None:
@@ -337,6 +243,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("feature_cache_gb", "center_prior", "default_min_lr"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name} {getattr(args, name)} must be not negative")
+    # Equal settings would be equal heads. A rate of 0 would train nothing.
     for name, least in (("default_lr_list", 1e-12), ("default_weight_decay", 0.0)):
         values = getattr(args, name)
         if min(values) < least or len(set(values)) < len(values):

@@ -10,14 +10,16 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 
 from data_pipeline.codec.decompose import DECOMPOSITION_VERSION
-from training.distributed import all_gather_json
+from training.distributed import Ranks, all_gather_json
 
+from ..clip_views import Look, chosen_decoder
 from ..feature_cache import FeatureCache
 from .benchmarks import LabelledList
-from .clips import Look, chosen_decoder, open_clips
+from .clips import open_clips
 from .config import ProbeConfig
 from .encoders import ProbeEncoder
 
@@ -89,6 +91,7 @@ class ClipFeatures:
         config = self._config.input
         counts = all_gather_json([self._num_tokens, self.passes])
         if not any(passes for _, passes in counts):
+            # Nothing was encoded on any rank, so the first clip that can be read stands for all.
             for index in range(len(self.clips)):
                 if next(self._encoded([Look(index)])) is not None:
                     break
@@ -114,16 +117,17 @@ class ClipFeatures:
         within = [(t + 0.5) / times for t in range(times)]
         across = [0.5] if squares == 1 else [s / (squares - 1) for s in range(squares)]
         return [
-            Look(int(index), within=time, across=place)
+            Look(int(index), within=segment_position, across=crop_position)
             for index in indices
-            for time in within
-            for place in across
+            for segment_position in within
+            for crop_position in across
         ]
 
     def batches(self, batches: list[list[Look]]) -> Iterator[FeatureBatch]:
         """Features of every batch of looks, without the looks that cannot be read."""
         missing = [look for batch in batches for look in batch if not self._cache.has(look)]
         absent = set(missing)
+        # Encoded in the order of the batches, so that reading runs ahead over their borders.
         fresh = self._encoded(missing)
         for batch in batches:
             looks = []
@@ -177,6 +181,7 @@ class ClipFeatures:
                 pieces = encoded.pooled.half().cpu().split(1)
             else:
                 pieces = encoded.tokens.half().cpu().split(encoded.lengths.tolist())
+            # `.cpu()` has waited for the device, so these are seconds of the encoder.
             self.encode_s += time.perf_counter() - started
             self._num_tokens += int(encoded.lengths.sum())
             self.passes += len(found)
@@ -193,9 +198,20 @@ class ClipFeatures:
             yield found, features
 
 
+def crop_batches(
+    features: ClipFeatures, indices: np.ndarray, batch_size: int, ranks: Ranks
+) -> Iterator[FeatureBatch]:
+    """Features of all crops of the clips `indices` that fall to this rank, batch_size clips at a
+    time. The crops of a clip are in one batch."""
+    mine = indices[ranks.rank :: ranks.world_size]
+    chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return features.batches([features.crops(chunk) for chunk in chunks])
+
+
 def refuse_unreadable(train: ClipFeatures, val: ClipFeatures, allow_partial: bool) -> None:
     """Let all ranks know what any of them could not read. Raises UnreadableClips for any such
     clip, or with allow_partial for a list of such clips alone. Called by all ranks."""
+    # Exchanged before anything is raised: all ranks raise together, and none waits for another.
     for features in (train, val):
         for part in all_gather_json(features.unreadable):
             features.unreadable.update(part)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from training.distributed import Ranks
 
 from .benchmarks import hold_out
-from .features import ClipFeatures
+from .features import ClipFeatures, crop_batches
 from .metrics import Evaluation, EvaluationBuilder
 
 # DINO's own evaluation tries 10, 20, 100 and 200.
@@ -36,7 +36,8 @@ def evaluate_neighbours(
     without which the second one is None. The one head of both evaluations is that of k. Raises
     ValueError where no training clip outside of the held-out part can be read.
     """
-    vectors, readable = _all_features(train, batch_size, ranks)
+    vectors, readable = _all_features(train, batch_size, ranks=ranks)
+    # clips that cannot be read are on neither side
     keep, held = (part[readable[part]] for part in hold_out(train.clips, share))
     if not len(keep):
         raise ValueError("no training clip outside of the held-out part can be read")
@@ -44,6 +45,7 @@ def evaluate_neighbours(
     k = DEFAULT_NEIGHBOURS
     held_evaluation = None
     if len(held):
+        # k neighbours need k clips
         tried = [count for count in NEIGHBOURS if count <= len(keep)]
         every = _evaluate(
             train,
@@ -62,9 +64,9 @@ def evaluate_neighbours(
             scores=None if every.scores is None else every.scores[[best]],
         )
 
-    queries, can_ask = _all_features(val, batch_size, ranks)
+    queries, val_readable = _all_features(val, batch_size, ranks=ranks)
     everything = np.flatnonzero(readable)
-    asked = np.flatnonzero(can_ask)
+    asked = np.flatnonzero(val_readable)
     k = min(k, len(everything))
     evaluation = _evaluate(
         val,
@@ -82,10 +84,9 @@ def _all_features(
 ) -> tuple[torch.Tensor, np.ndarray]:
     """(unit vectors [N, C] of a whole list, which of them could be read), on all ranks. A clip's
     vector is the mean of its crops' unit vectors."""
-    mine = np.arange(len(features.clips))[ranks.rank :: ranks.world_size]
-    chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     rows = None
-    for looks, vectors in features.batches([features.crops(chunk) for chunk in chunks]):
+    indices = np.arange(len(features.clips))
+    for looks, vectors in crop_batches(features, indices, batch_size=batch_size, ranks=ranks):
         for look, vector in zip(looks, vectors, strict=True):
             if rows is None:
                 rows = torch.zeros(len(features.clips), vector.shape[-1])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.folders import is_hidden
-from data_pipeline.text_lists import NUMBER, csv_rows, is_text, list_lines
+from data_pipeline.lists import NUMBER, csv_rows, is_text, list_lines
 from model_factory.command_line.plain_text import printable, show
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
@@ -25,9 +25,10 @@ KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 class Entry:
     """One official line.
 
-    names: what the video may be called, best first: the end of its path, without ending. place: the
-    line. ending: the list's own, "" where it names none. class_name: what the class's folder may be
-    called, "" where the names say it.
+    names       what the video may be called, best first: the end of its path, without ending
+    place       file and line, for messages
+    ending      the list's own, "" where it names none
+    class_name  what the class's folder may be called, "" where `names` contain it
     """
 
     names: tuple[str, ...]
@@ -45,7 +46,7 @@ def read_ssv2(annotations: Path) -> Splits:
     path, numbers = _read_json(annotations, "labels")
     if not isinstance(numbers, dict):
         raise ValueError(f"{path} is no object of class names and their numbers")
-    classes = {}
+    classes: dict[str, int] = {}
     for name, number in numbers.items():
         # The official file writes numbers as strings; a boolean or a fraction is neither.
         if type(number) not in (int, str) or not NUMBER.fullmatch(str(number)):
@@ -53,36 +54,33 @@ def read_ssv2(annotations: Path) -> Splits:
         classes[name] = int(number)
     splits: Splits = {}
     for split, file in (("train", "train"), ("val", "validation")):
-        path, entries = _read_json(annotations, file)
-        if not isinstance(entries, list):
+        path, rows = _read_json(annotations, file)
+        if not isinstance(rows, list):
             raise ValueError(f"{path} is no list of entries with id and template")
-        splits[split] = [
-            _ssv2_entry(entry, classes, f"{path} entry {number}")
-            for number, entry in enumerate(entries, start=1)
-        ]
+        splits[split] = []
+        for number, row in enumerate(rows, start=1):
+            place = f"{path} entry {number}"
+            is_entry = isinstance(row, dict) and {"id", "template"} <= row.keys()
+            # `Holding [something]` in an entry is `Holding something` in the labels file.
+            template = str(row["template"]).replace("[", "").replace("]", "") if is_entry else ""
+            if template not in classes:
+                raise ValueError(f"{place}: {row} has no id and template of the labels file")
+            splits[split].append(Entry((str(row["id"]),), label=classes[template], place=place))
     return splits
-
-
-def _ssv2_entry(entry, classes: dict[str, int], place: str) -> Entry:
-    known = isinstance(entry, dict) and {"id", "template"} <= entry.keys()
-    template = str(entry["template"]).replace("[", "").replace("]", "") if known else None
-    if template not in classes:
-        raise ValueError(f"{place}: {entry} has no id and template of the labels file")
-    return Entry((str(entry["id"]),), classes[template], place)
 
 
 def read_ucf101(folder: Path, number: int) -> Splits:
     """Entries of the official lists; ValueError for a missing file or an unknown class."""
-    classes = {}
+    classes: dict[str, int] = {}
     for place, line in list_lines(folder / "classInd.txt"):
         index, _, name = line.strip().partition(" ")
         if not NUMBER.fullmatch(index) or int(index) < 1 or not name:
             raise ValueError(f"{place}: '{printable(line)}' is no `number name`, numbers from 1 on")
-        classes[name] = int(index) - 1
+        classes[name] = int(index) - 1  # labels count from 0
     splits: Splits = {}
     for split, file in (("train", "trainlist"), ("val", "testlist")):
         lines = list_lines(folder / f"{file}{number:02d}.txt")
-        splits[split] = [_ucf101_entry(line, classes, place) for place, line in lines]
+        splits[split] = [_ucf101_entry(line, classes, place=place) for place, line in lines]
     return splits
 
 
@@ -93,22 +91,24 @@ def _ucf101_entry(line: str, classes: dict[str, int], place: str) -> Entry:
         name = line.strip()
         index = ""
     video = PurePosixPath(name)
-    if video.parent.name not in classes:
-        raise ValueError(f"{place}: class {video.parent.name!r} is not in classInd.txt")
-    label = classes[video.parent.name]
+    class_name = video.parent.name
+    if class_name not in classes:
+        raise ValueError(f"{place}: class {class_name!r} is not in classInd.txt")
+    label = classes[class_name]
     if index and int(index) != label + 1:
         raise ValueError(
-            f"{place}: class {index}, but classInd.txt gives {video.parent.name} the number "
-            f"{label + 1}"
+            f"{place}: class {index}, but classInd.txt gives {class_name} the number {label + 1}"
         )
-    return Entry((str(video.with_suffix("")),), label, place, ending=video.suffix)
+    names = (str(video.with_suffix("")),)
+    return Entry(names, label=label, place=place, ending=video.suffix)
 
 
 def read_hmdb51(folder: Path, number: int) -> Splits:
     """Entries of the official lists, one file per class; ValueError where there are none."""
-    suffix = f"_test_split{number}.txt"
+    # here, since benchmarks imports numpy, and `--help` of prepare imports this file
     from .benchmarks import find_benchmark
 
+    suffix = f"_test_split{number}.txt"
     # Each list is a class, so a `._CLASS_test_split1.txt` of a file manager would be one too.
     files = sorted(path for path in folder.glob(f"*{suffix}") if not is_hidden(path.name))
     if not files:
@@ -125,7 +125,8 @@ def read_hmdb51(folder: Path, number: int) -> Splits:
                 raise ValueError(f"{place}: '{printable(line)}' is no `NAME.avi` with 0, 1 or 2")
             if use != "0":
                 file = PurePosixPath(video)
-                entry = Entry((f"{name}/{file.stem}",), label, place, ending=file.suffix)
+                names = (f"{name}/{file.stem}",)
+                entry = Entry(names, label=label, place=place, ending=file.suffix)
                 splits["train" if use == "1" else "val"].append(entry)
     return splits
 
@@ -139,10 +140,11 @@ def _last_word(line: str) -> tuple[str, str]:
 def read_kinetics(train: Path, val: Path) -> Splits:
     """Entries of the official csv files; ValueError for missing columns."""
     rows = {"train": _kinetics_rows(train), "val": _kinetics_rows(val)}
-    names = sorted({row["label"] for found in rows.values() for _, row in found})
-    number = {name: i for i, name in enumerate(names)}
+    # over both files, so that a class has one number in both
+    classes = sorted({row["label"] for listed in rows.values() for _, row in listed})
+    number = {name: i for i, name in enumerate(classes)}
     splits: Splits = {}
-    for split, found in rows.items():
+    for split, listed in rows.items():
         splits[split] = [
             Entry(
                 names=_kinetics_names(row, place),
@@ -150,34 +152,35 @@ def read_kinetics(train: Path, val: Path) -> Splits:
                 place=place,
                 class_name=row["label"],
             )
-            for place, row in found
+            for place, row in listed
         ]
     return splits
 
 
 def _kinetics_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """(where it stands, columns) of every line."""
-    header, *rows = [(row.place, row.cells) for row in csv_rows(path)] or [("", [])]
-    columns = [cell.strip() for cell in header[1]]
-    if not rows or not set(KINETICS_COLUMNS) <= set(columns):
+    """(file and line, values by column) of every line after the header."""
+    rows = list(csv_rows(path))
+    columns = [cell.strip() for cell in rows[0].cells] if rows else []
+    if len(rows) < 2 or not set(KINETICS_COLUMNS) <= set(columns):
         raise ValueError(f"{path} lacks the columns {', '.join(KINETICS_COLUMNS)}, or has no line")
-    found = []
-    for place, cells in rows:
+    clips = []
+    for row in rows[1:]:
         # A line may be shorter or longer than the header: what it lacks is noticed below.
-        values = dict(zip(columns, map(str.strip, cells), strict=False))
+        values = dict(zip(columns, map(str.strip, row.cells), strict=False))
         if not all(values.get(name) for name in KINETICS_COLUMNS):
-            raise ValueError(f"{place}: {', '.join(KINETICS_COLUMNS)} must all be given")
+            raise ValueError(f"{row.place}: {', '.join(KINETICS_COLUMNS)} must all be given")
         if not is_text(values["label"]):
             label = printable(values["label"])
-            raise ValueError(f"{place}: label {label!r} is no UTF-8: save the list as UTF-8")
-        found.append((place, values))
-    return found
+            raise ValueError(f"{row.place}: label {label!r} is no UTF-8: save the list as UTF-8")
+        clips.append((row.place, values))
+    return clips
 
 
 def _kinetics_names(row: dict[str, str], place: str) -> tuple[str, ...]:
     """ID_START_END with six digits, as all downloaders write it, else the id alone."""
     try:
-        start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+        start = int(float(row["time_start"]))
+        end = int(float(row["time_end"]))
     except (ValueError, OverflowError) as error:
         raise ValueError(
             f"{place}: times {row['time_start']!r} and {row['time_end']!r} are no seconds"
@@ -185,7 +188,7 @@ def _kinetics_names(row: dict[str, str], place: str) -> tuple[str, ...]:
     return f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"]
 
 
-def _read_json(annotations: Path, name: str):
+def _read_json(annotations: Path, name: str) -> tuple[Path, object]:
     """(file, content) of one of the official files."""
     for candidate in (f"something-something-v2-{name}.json", f"{name}.json"):
         path = annotations / candidate

@@ -27,7 +27,7 @@ from .benchmarks import BENCHMARKS
 from .compare import COLUMNS, cells_of, draw_confusion
 from .config import ProbeConfig
 from .metrics import Evaluation
-from .trainer import History
+from .trainer import EpochFigures, History
 
 DIGITS = 4  # of figures in percent: one of a million clips would still be seen
 
@@ -53,44 +53,45 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
     """The record of a bank of heads: figures of the setting that the held-out part of train chose,
     mean over its seeds. See docs/evaluation.md for every field."""
     assert history.last is not None  # the trainer evaluates its last epoch
-    held_out = history.held[-1] if history.held else None
-    chosen = _chosen_setting(history, held_out)
-    heads = heads_of(history, chosen)
+    last_epoch = history.epochs[-1]
+    held_out = last_epoch.held
+    setting = _chosen_setting(history, held_out)
+    heads = _heads_of(history, setting)
     metric = history.last.metric
+    # The best epoch, too, is chosen on held-out clips: the validation list chooses nothing.
+    held_means = [np.mean(e.held[heads]) for e in history.epochs if e.held is not None]
     best_epoch = None
-    if len(history.held) == len(history.epochs):  # held-out clips could be read in every epoch
-        means = [np.mean(values[heads]) for values in history.held]
-        best_epoch = _figures(history, heads, int(np.argmax(means)))
+    if len(held_means) == len(history.epochs):
+        best = history.epochs[int(np.argmax(held_means))]
+        best_epoch = _figures(history, heads, epoch=best)
     return _facts(config, num_clips) | {
         "metric": metric,
         "chosen": {
-            "lr": chosen[0],
-            "weight_decay": chosen[1],
+            "lr": setting[0],
+            "weight_decay": setting[1],
             "held_out": None if held_out is None else _rounded(np.mean(held_out[heads])),
         },
-        "last_epoch": _figures(history, heads, len(history.epochs) - 1),
+        "last_epoch": _figures(history, heads, epoch=last_epoch),
         "best_epoch": best_epoch,
         "best_epoch_on_validation": _best_on_validation(history),
         "per_class": history.last.per_class(heads),
         "grid": [
-            asdict(setting)
+            asdict(tried)
             | {
-                metric: _rounded(history.main[-1][head]),
+                metric: _rounded(last_epoch.main[head]),
                 "held_out": None if held_out is None else _rounded(held_out[head]),
                 "astray": head in history.diverged,
             }
-            for head, setting in enumerate(history.settings)
+            for head, tried in enumerate(history.settings)
         ],
     }
 
 
-def heads_of(history: History, chosen: tuple[float, float]) -> list[int]:
-    """Indices of the heads of a setting (lr, weight decay) that did not diverge."""
-    return [
-        head
-        for head, setting in enumerate(history.settings)
-        if (setting.lr, setting.weight_decay) == chosen and head not in history.diverged
-    ]
+def chosen_confusion(history: History, record: dict) -> np.ndarray | None:
+    """Confusion matrix at the last epoch of the setting that `summarise` chose."""
+    assert history.last is not None
+    chosen = record["chosen"]
+    return history.last.confusion(_heads_of(history, (chosen["lr"], chosen["weight_decay"])))
 
 
 def summarise_neighbours(
@@ -142,6 +143,7 @@ def write_results(
         "software": {"python": platform.python_version(), **software},
     }
 
+    # Files of several probes lie in one folder: the line of the record tells them apart.
     prefix = f"{number:03d}_{record['dataset']}"
     if confusion is not None:
         record["confusion"] = f"{prefix}_confusion.png"
@@ -154,7 +156,7 @@ def write_results(
             csv.writer(stream).writerows(enumerate(classes))
 
     with open(results, "ab") as stream:
-        stream.write(json_line(_without_nan(record)))
+        stream.write(json_line({key: _without_nan(value) for key, value in record.items()}))
     table = folder / "table.md"
     head = "" if table.is_file() else table_head(COLUMNS)
     with open(table, "a") as stream:
@@ -179,6 +181,7 @@ def _without_nan(value: object) -> object:
 
 def _facts(config: ProbeConfig, num_clips: dict[str, int]) -> dict:
     """Entries of any record: what was probed, of which clips, under which configuration."""
+    # A folder of one's own is known by its last part, as a benchmark is by its name.
     is_benchmark = config.dataset.lower() in BENCHMARKS
     return {
         "dataset": config.dataset.lower() if is_benchmark else Path(config.dataset).resolve().name,
@@ -201,28 +204,36 @@ def _chosen_setting(history: History, held_out: np.ndarray | None) -> tuple[floa
     """(lr, weight decay) of the largest mean over the seeds on the held-out clips at the last
     epoch, or the first setting without held-out clips. Diverged heads do not count."""
     means = {}
-    for setting in history.settings:
-        chosen = (setting.lr, setting.weight_decay)
-        heads = heads_of(history, chosen)
+    for head in history.settings:
+        setting = (head.lr, head.weight_decay)
+        heads = _heads_of(history, setting)
         if heads:
-            means[chosen] = 0.0 if held_out is None else float(np.mean(held_out[heads]))
+            means[setting] = 0.0 if held_out is None else float(np.mean(held_out[heads]))
     return max(means, key=means.__getitem__)
 
 
-def _figures(history: History, heads: list[int], index: int) -> dict:
-    """Figures of some heads at the evaluated epoch of an index: means over their seeds."""
+def _heads_of(history: History, setting: tuple[float, float]) -> list[int]:
+    """Indices of the heads of a setting (lr, weight decay) that did not diverge."""
+    return [
+        index
+        for index, head in enumerate(history.settings)
+        if (head.lr, head.weight_decay) == setting and index not in history.diverged
+    ]
+
+
+def _figures(history: History, heads: list[int], epoch: EpochFigures) -> dict:
+    """Figures of some heads at an evaluated epoch: means over their seeds."""
     assert history.last is not None
-    values = history.main[index][heads]
-    top5 = history.top5[index]
+    values = epoch.main[heads]
     half_width = seed_half_width(values) if history.seeds_matter else None
     figures = {
         history.last.metric: _rounded(values.mean()),
-        "top5": None if top5 is None else _rounded(top5[heads].mean()),
-        "epoch": history.epochs[index],
+        "top5": None if epoch.top5 is None else _rounded(epoch.top5[heads].mean()),
+        "epoch": epoch.epoch,
         "seeds": [_rounded(value) for value in values],
         "ci95_seeds": None if half_width is None else _rounded(half_width),
     }
-    if index == len(history.epochs) - 1:  # results clip by clip are held of the last epoch alone
+    if epoch is history.epochs[-1]:  # results clip by clip are kept of the last epoch alone
         figures["ci95_clips"] = _rounded(history.last.clip_interval(heads))
     return figures
 
@@ -231,12 +242,12 @@ def _best_on_validation(history: History) -> dict:
     """The largest figure of any head at any epoch, as published protocols report it. It is chosen
     on the validation list, so it flatters; it is there to compare with published figures."""
     assert history.last is not None
-    values = np.array(history.main)
+    values = np.array([epoch.main for epoch in history.epochs])
     values[:, sorted(history.diverged)] = -np.inf
     index, head = np.unravel_index(np.argmax(values), values.shape)
     return {
         history.last.metric: _rounded(values[index, head]),
-        "epoch": history.epochs[index],
+        "epoch": history.epochs[index].epoch,
         "lr": history.settings[head].lr,
     }
 

@@ -1,5 +1,5 @@
-"""The demo's last word: what was packed, how the loss went, what each round of clustering changed,
-what the probe says, where things are.
+"""The demo's report: what was packed, the loss of every round, what each round of clustering
+changed, the probe's results, and where files are.
 
 `python -m eval_encoder.probe.report OUTPUT --shards DIR` prints it and writes OUTPUT/report.md.
 """
@@ -8,11 +8,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from eval_encoder.tables import markdown_table
 from model_factory.command_line.command import run_command
 from model_factory.command_line.plain_text import in_code, in_markdown
 from model_factory.files import parse_json_line, read_json
 
 BARS = "▁▂▃▄▅▆▇█"
+MAX_BARS = 24  # of a loss curve, so that a row of the table fits a line
 ROUNDS_NAME = "rounds.json"
 UNTRAINED = "random"
 INPUTS = {"frame": "whole frames", "codec": "codec patches"}
@@ -37,13 +39,22 @@ def compose(output: Path, shards: Path, truth: Path | None = None, seconds: int 
     sections = [
         "# Demo report",
         _packed(shards),
-        _rounds(output / "train", shards, truth),
-        _probe(output / "probe" / "results.jsonl"),
-        _paths(output),
+        _rounds(output / "train", shards=shards, truth=truth),
     ]
+    results = output / "probe" / "results.jsonl"
+    if results.is_file():  # videos without labels are not probed
+        sections.append(_probe(results))
+    sections.append(
+        "## Where things are\n\n"
+        "- contact sheet (frames, motion, kept patches): "
+        f"{in_code(output / 'contact_sheet.png')}\n"
+        f"- TensorBoard log: {in_code(output / 'train' / 'round_*' / 'tensorboard')}\n"
+        f"- exported model: {in_code(output / 'export')}\n"
+        f"- this report: {in_code(output / 'report.md')}"
+    )
     if seconds:
         sections.append(f"Took {seconds // 60} min {seconds % 60} s without the installation.")
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _packed(shards: Path) -> str:
@@ -53,63 +64,63 @@ def _packed(shards: Path) -> str:
     manifest = load_manifest(shards)
     stats = statistics(manifest)
     lines = [
+        "## Data",
+        "",
         f"Packed: {stats['videos']} videos and {stats['images']} images, "
         f"{stats['bytes'] / 1e6:.1f} MB in {stats['shards']} shards, "
         f"{stats['tokens']['mean']} kept patches per sample, "
         f"{stats['static_videos']} static clips, "
-        f"{sum(stats['rejected'].values())} inputs rejected."
+        f"{sum(stats['rejected'].values())} inputs rejected.",
     ]
-    rejected = [entry for shard in manifest.shards for entry in shard["rejected"]]
-    lines += [
-        f"- rejected {in_code(entry['source'])}: {in_markdown(entry['reason'])}"
-        for entry in rejected
-    ]
-    return "\n".join(["## Data", "", *lines])
+    for shard in manifest.shards:
+        for entry in shard["rejected"]:
+            lines.append(f"- rejected {in_code(entry['source'])}: {in_markdown(entry['reason'])}")
+    return "\n".join(lines)
 
 
 def _rounds(run: Path, shards: Path, truth: Path | None) -> str:
     """A row per round of training: its classes, how they differ from those before, its loss."""
     changes = read_json(run / ROUNDS_NAME, {"rounds": list})["rounds"]
-    lines = [
-        "## Training",
-        "",
-        "| round | classes made from | purity | NMI with the classes before | steps | loss |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
-    ]
-    for number, change in enumerate([None, *changes], 1):
-        folder, source, shared = shards, "codec descriptor", "-"
+    rows = []
+    for number, change in enumerate([None, *changes], start=1):
+        labels_folder = shards  # the first round's labels stand beside the shards
+        source = "codec descriptor"
+        agreement = "-"
         if change:
+            # one head, and one folder of its labels: the demo trains on one packed set
             (head,) = (change[name] for name in change if name != "after_round")
-            (folder,) = (run / f"round_{number - 1}" / "clusters").iterdir()
+            (labels_folder,) = (run / f"round_{number - 1}" / "clusters").iterdir()
             source = f"encoder of round {number - 1}"
-            shared = f"{head['nmi_with_labels_before']:.3f}"
-        losses = _losses(run / f"round_{number}" / "metrics.jsonl")
-        lines.append(
-            f"| {number} | {source} | {_purity(shards, folder, truth)} | {shared} | "
-            f"{len(losses)} | {_sparkline(losses)} |"
-        )
-    return "\n".join(lines)
+            agreement = f"{head['nmi_with_labels_before']:.3f}"
+        losses = [
+            sum(value for key, value in record.items() if key.startswith("loss/"))
+            for record in _records(run / f"round_{number}" / "metrics.jsonl")
+        ]
+        purity = "-" if truth is None else _purity(shards, labels_folder, truth=truth)
+        rows.append((number, source, purity, agreement, len(losses), _sparkline(losses)))
+    table = markdown_table(
+        ("round", "classes made from", "purity", "NMI with the classes before", "steps", "loss"),
+        rows,
+        right_aligned=("purity", "NMI with the classes before", "steps"),
+    )
+    return f"## Training\n\n{table.rstrip()}"
 
 
-def _purity(shards: Path, labels_folder: Path, truth: Path | None) -> str:
-    if truth is None:
-        return "-"
+def _purity(shards: Path, labels_folder: Path, truth: Path) -> str:
+    """Purity of the classes in a folder by the labels that `truth` names."""
     from data_pipeline.clustering.browse import overall_purity, read_truth, summarise
     from data_pipeline.clustering.labels import load_labels
     from data_pipeline.shards.manifest import load_manifest
 
     manifest = load_manifest(shards)
     labels, num_classes = load_labels(labels_folder, manifest)
-    purity = overall_purity(summarise(labels, num_classes, read_truth(manifest, truth)))
+    clusters = summarise(labels, num_classes, truth=read_truth(manifest, truth))
+    purity = overall_purity(clusters)
+    assert purity is not None  # labels were named
     return f"{100 * purity:.1f} %"
 
 
-def _losses(metrics: Path) -> list[float]:
-    records = _lines(metrics)
-    return [sum(value for key, value in r.items() if key.startswith("loss/")) for r in records]
-
-
-def _lines(path: Path) -> list[dict]:
+def _records(path: Path) -> list[dict]:
     """Objects of a file of JSON lines; ValueError where there is none, or a damaged one."""
     lines = enumerate(path.read_bytes().splitlines(), start=1)
     records = [parse_json_line(line, name=f"{path} line {number}") for number, line in lines]
@@ -119,56 +130,44 @@ def _lines(path: Path) -> list[dict]:
 
 
 def _sparkline(losses: list[float]) -> str:
-    width = min(24, len(losses))
+    """First and last mean of equal parts of a loss curve, and a bar for each part between them."""
+    width = min(MAX_BARS, len(losses))
     edges = [round(i * len(losses) / width) for i in range(width + 1)]
-    means = [sum(losses[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
-    low, high = min(means), max(means)
-    bars = "".join(BARS[round((m - low) / max(high - low, 1e-9) * (len(BARS) - 1))] for m in means)
+    means = [
+        sum(losses[start:end]) / (end - start) for start, end in zip(edges, edges[1:], strict=False)
+    ]
+    low = min(means)
+    spread = max(max(means) - low, 1e-9)  # a flat curve has the lowest bar throughout
+    bars = "".join(BARS[round((mean - low) / spread * (len(BARS) - 1))] for mean in means)
     return f"{means[0]:.3f} {bars} {means[-1]:.3f}"
 
 
 def _probe(results: Path) -> str:
-    if not results.is_file():
-        return ""
+    """A row per input and a column per encoder, the untrained one last."""
     from .benchmarks import find_benchmark
     from .compare import with_interval
 
-    records = _lines(results)
-    latest = {(r["view"], Path(r["weight"]).name): r for r in records}
-    weights = sorted({name for _, name in latest} - {UNTRAINED}) + [UNTRAINED]
+    records = _records(results)
+    # the demo may have been run again into the same folder
+    latest = {(record["view"], Path(record["weight"]).name): record for record in records}
+    trained = sorted({name for _, name in latest} - {UNTRAINED})
+    weights = [*trained, UNTRAINED]
     chance = 100 / find_benchmark(records[-1]["dataset"]).num_classes
-    lines = [
-        "## Attentive probe, top-1 on held-out clips",
-        "",
-        f"| input (equal token budget) | {' | '.join(map(in_markdown, weights))} | chance |",
-        f"| --- |{' ---: |' * (len(weights) + 1)}",
-    ]
+    rows = []
     for view, name in INPUTS.items():
         found = [latest.get((view, weight)) for weight in weights]
-        cells = [with_interval(r["last_epoch"], "top1") if r else "-" for r in found]
-        lines.append(f"| {name} | {' | '.join(cells)} | {chance:.1f} |")
+        figures = [with_interval(r["last_epoch"], "top1") if r else "-" for r in found]
+        rows.append((name, *figures, f"{chance:.1f}"))
+    table = markdown_table(
+        ("input (equal token budget)", *weights, "chance"),
+        rows,
+        right_aligned=(*weights, "chance"),
+    )
     heads = max(len(record["last_epoch"]["seeds"]) for record in latest.values())
-    lines += [
-        "",
+    return (
+        f"## Attentive probe, top-1 on held-out clips\n\n{table}\n"
         f"Percent at the last epoch, mean of {heads} heads, ± half of a 95 % interval, the larger "
-        "of clips and seeds; the learning rate was chosen on held-out training clips.",
-    ]
-    return "\n".join(lines)
-
-
-def _paths(output: Path) -> str:
-    places = {
-        "contact sheet (frames, motion, kept patches)": output / "contact_sheet.png",
-        "TensorBoard log": output / "train" / "round_*" / "tensorboard",
-        "exported model": output / "export",
-        "this report": output / "report.md",
-    }
-    return "\n".join(
-        [
-            "## Where things are",
-            "",
-            *(f"- {name}: {in_code(path)}" for name, path in places.items()),
-        ]
+        "of clips and seeds; the learning rate was chosen on held-out training clips."
     )
 
 
@@ -178,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
-    report = compose(args.output, args.shards, args.truth, args.seconds)
+    report = compose(args.output, args.shards, truth=args.truth, seconds=args.seconds)
     (args.output / "report.md").write_text(report)
     print(report)
 

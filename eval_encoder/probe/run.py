@@ -9,7 +9,6 @@ take the place of the heads with `--head knn`.
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,13 +19,19 @@ from training.distributed import Ranks, naming_peers, process_group
 from training.log import setup_logging
 
 from ..intervals import half_interval
-from .benchmarks import read_lists, shared_files, unseen_classes
+from .benchmarks import LabelledList, read_lists, shared_files, unseen_classes
 from .config import ProbeConfig
 from .encoders import build_encoder
 from .features import ClipFeatures, refuse_unreadable
 from .neighbors import evaluate_neighbours
-from .record import Costs, heads_of, summarise, summarise_neighbours, write_results
-from .trainer import History, ProbeTrainer
+from .record import (
+    Costs,
+    chosen_confusion,
+    summarise,
+    summarise_neighbours,
+    write_results,
+)
+from .trainer import ProbeTrainer
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -37,6 +42,7 @@ PATIENCE_S = 6 * 3600.0  # ranks meet after reading their shares, which takes th
 def run_probe(config: ProbeConfig, ignored: list[str]) -> None:
     """Probe and report. ignored: flags that were given and have no effect."""
     notes: list[str] = []  # what was left out or chosen: logged and recorded once ranks are known
+    # Every rank reads the lists: a mistake in them ends all ranks alike, before any of them waits.
     lists = read_lists(
         name=config.dataset,
         data_root=config.data_root,
@@ -46,61 +52,70 @@ def run_probe(config: ProbeConfig, ignored: list[str]) -> None:
         protocol=config.protocol,
         report=notes.append,
     )
-    started = time.perf_counter()
     with naming_peers(), process_group(PATIENCE_S) as ranks:
         log = setup_logging(ranks.rank)
         if ignored:
             log.info("without effect here: %s", ", ".join(ignored))
         for note in notes:
             log.info("%s", note)
-
-        encoder = build_encoder(
-            config.input, config.model_name, config.model_weight, config.heads.seed
-        ).to(ranks.device)
-        train, val = (ClipFeatures(clips, config, encoder, ranks.device) for clips in lists)
-        _check_lists(train, val, log)
-        for features in (train, val):
-            features.find_missing(ranks.rank, ranks.world_size)
-        refuse_unreadable(train, val, allow_partial=config.allow_partial)
-
-        num_clips = {"train": len(train.clips), "val": len(val.clips)}
-        if config.heads.kind == "knn":
-            record, confusion = _probe_neighbours(config, train, val, ranks)
-        else:
-            with _board(config, ranks) as board:
-                trainer = ProbeTrainer(
-                    config,
-                    width=encoder.width,
-                    train=train,
-                    val=val,
-                    ranks=ranks,
-                    log=log,
-                    board=board,
-                )
-                history = trainer.run()
-            record, confusion = _bank_record(config, history, num_clips)
-        tokens_per_clip = val.tokens_per_clip()
-        if ranks.is_main:
-            costs = Costs(
-                wall_s=round(time.perf_counter() - started, 2),
-                encoder_s=round(train.encode_s + val.encode_s, 2),
-                tokens_per_clip=round(tokens_per_clip, 1),
-                encoder_passes=train.passes + val.passes,
-                world_size=ranks.world_size,
-                device=ranks.device.type,
-            )
-            facts = {
-                "notes": notes,
-                "unreadable": {"train": train.unreadable, "val": val.unreadable},
-                "encoder_sha256": encoder.sha256,
-                "read_from": train.read_from,
-                "clips_in_both_lists": len(shared_files(train.clips, val.clips)),
-            }
-            record = write_results(
-                config, record, confusion, costs=costs, facts=facts, classes=val.clips.classes
-            )
-            _show_result(config, record)
+        _probe(config, lists, notes=notes, ranks=ranks, log=log)
         dist.barrier()
+
+
+def _probe(
+    config: ProbeConfig,
+    lists: tuple[LabelledList, LabelledList],
+    notes: list[str],
+    ranks: Ranks,
+    log: logging.Logger,
+) -> None:
+    started = time.perf_counter()
+    encoder = build_encoder(
+        config.input,
+        model_name=config.model_name,
+        model_weight=config.model_weight,
+        seed=config.heads.seed,
+    ).to(ranks.device)
+    train, val = (ClipFeatures(clips, config, encoder, ranks.device) for clips in lists)
+    _check_lists(train, val, log=log)
+    # Missing files are reported before anything is decoded, damaged ones after the first pass.
+    for features in (train, val):
+        features.find_missing(ranks.rank, ranks.world_size)
+    refuse_unreadable(train, val, allow_partial=config.allow_partial)
+
+    if config.heads.kind == "knn":
+        record, confusion = _probe_neighbours(config, train=train, val=val, ranks=ranks)
+    else:
+        record, confusion = _probe_bank(
+            config, width=encoder.width, train=train, val=val, ranks=ranks, log=log
+        )
+    # a collective, so that it stands before what rank 0 does alone
+    tokens_per_clip = val.tokens_per_clip()
+    if ranks.is_main:
+        costs = Costs(
+            wall_s=round(time.perf_counter() - started, 2),
+            encoder_s=round(train.encode_s + val.encode_s, 2),
+            tokens_per_clip=round(tokens_per_clip, 1),
+            encoder_passes=train.passes + val.passes,
+            world_size=ranks.world_size,
+            device=ranks.device.type,
+        )
+        facts = {
+            "notes": notes,
+            "unreadable": {"train": train.unreadable, "val": val.unreadable},
+            "encoder_sha256": encoder.sha256,
+            "read_from": train.read_from,
+            "clips_in_both_lists": len(shared_files(train.clips, val.clips)),
+        }
+        write_results(
+            config,
+            record,
+            confusion=confusion,
+            costs=costs,
+            facts=facts,
+            classes=val.clips.classes,
+        )
+        _show_result(config, record)
 
 
 def _check_lists(train: ClipFeatures, val: ClipFeatures, log: logging.Logger) -> None:
@@ -120,15 +135,28 @@ def _check_lists(train: ClipFeatures, val: ClipFeatures, log: logging.Logger) ->
         log.warning("%d clips are in both lists, for example %s", len(shared), shared[0])
 
 
-def _bank_record(
-    config: ProbeConfig, history: History, num_clips: dict[str, int]
+def _probe_bank(
+    config: ProbeConfig,
+    width: int,
+    train: ClipFeatures,
+    val: ClipFeatures,
+    ranks: Ranks,
+    log: logging.Logger,
 ) -> tuple[dict, np.ndarray | None]:
-    """(record, confusion matrix) of heads that were trained."""
-    assert history.last is not None  # the trainer evaluates its last epoch
-    record = summarise(config, history, num_clips=num_clips)
-    chosen = record["chosen"]
-    heads = heads_of(history, (chosen["lr"], chosen["weight_decay"]))
-    return record, history.last.confusion(heads)
+    """(record, confusion matrix) of heads that are trained."""
+    with _board(config, ranks) as board:
+        trainer = ProbeTrainer(
+            config,
+            width=width,
+            train=train,
+            val=val,
+            ranks=ranks,
+            log=log,
+            board=board,
+        )
+        history = trainer.run()
+    record = summarise(config, history, num_clips=_num_clips(train, val))
+    return record, chosen_confusion(history, record)
 
 
 def _probe_neighbours(
@@ -148,22 +176,25 @@ def _probe_neighbours(
         k=k,
         held_out=held_out,
         evaluation=evaluation,
-        num_clips={"train": len(train.clips), "val": len(val.clips)},
+        num_clips=_num_clips(train, val),
     )
     return record, evaluation.confusion([0])
 
 
-@contextlib.contextmanager
-def _board(config: ProbeConfig, ranks: Ranks) -> Iterator["SummaryWriter | None"]:
-    """TensorBoard writer of rank 0; None on the others."""
+def _num_clips(train: ClipFeatures, val: ClipFeatures) -> dict[str, int]:
+    return {"train": len(train.clips), "val": len(val.clips)}
+
+
+def _board(
+    config: ProbeConfig, ranks: Ranks
+) -> "contextlib.AbstractContextManager[SummaryWriter | None]":
+    """TensorBoard writer of rank 0, closed at the end; None on the others."""
     if not ranks.is_main:
-        yield None
-        return
+        return contextlib.nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(str(config.report_dir / "tensorboard" / time.strftime("%Y%m%d-%H%M%S")))
-    yield board
-    board.close()
+    folder = config.report_dir / "tensorboard" / time.strftime("%Y%m%d-%H%M%S")
+    return SummaryWriter(str(folder))
 
 
 def _show_result(config: ProbeConfig, record: dict) -> None:

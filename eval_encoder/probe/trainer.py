@@ -29,7 +29,7 @@ from training.distributed import Ranks
 from .bank import HeadBank, HeadSetting
 from .benchmarks import hold_out
 from .config import HeadsConfig, ProbeConfig
-from .features import ClipFeatures, FeatureBatch, refuse_unreadable
+from .features import ClipFeatures, FeatureBatch, crop_batches, refuse_unreadable
 from .metrics import Evaluation, EvaluationBuilder
 
 if TYPE_CHECKING:
@@ -56,25 +56,36 @@ class HeadBatch:
     features: list[torch.Tensor]
 
 
+@dataclass(frozen=True)
+class EpochFigures:
+    """Figures of every head at an evaluated epoch, float64 [B], in percent.
+
+    main, top5  of the validation clips; top5 None where it carries no information
+    held        main figure of the held-out clips; None where none of them could be read
+    loss        mean training loss
+    seconds     since the start of the trainer
+    """
+
+    epoch: int
+    main: np.ndarray
+    top5: np.ndarray | None
+    held: np.ndarray | None
+    loss: np.ndarray
+    seconds: float = 0.0
+
+
 @dataclass
 class History:
     """Results of a bank.
 
-    epochs            the evaluated epochs
-    held, main, top5  figures of the held-out and of the validation clips, [B] per evaluated epoch
-    loss, seconds     mean training loss [B], and seconds since the start, per evaluated epoch
-    last              the last evaluation of the validation list, clip by clip
-    diverged          indices of heads that diverged
-    seeds_matter      whether anything that their seeds decide can change a result
+    epochs        figures of the evaluated epochs, in order
+    last          the last evaluation of the validation list, clip by clip
+    diverged      indices of heads that diverged
+    seeds_matter  whether anything that their seeds decide can change a result
     """
 
     settings: list[HeadSetting]
-    epochs: list[int] = field(default_factory=list)
-    held: list[np.ndarray] = field(default_factory=list)
-    main: list[np.ndarray] = field(default_factory=list)
-    top5: list[np.ndarray | None] = field(default_factory=list)
-    loss: list[np.ndarray] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    epochs: list[EpochFigures] = field(default_factory=list)
     last: Evaluation | None = None
     diverged: set[int] = field(default_factory=set)
     seeds_matter: bool = True
@@ -109,7 +120,7 @@ class ProbeTrainer:
             {"params": list(head.parameters()), "peak": s.lr, "weight_decay": s.weight_decay}
             for head, s in zip(self.bank.heads, settings, strict=True)
         ]
-        # `_step` sets the rate of every group before it is used.
+        # `_step` sets the learning rate of every group before it is used.
         self._optimizer = torch.optim.AdamW(groups, lr=1.0)
         self.history = History(settings)
         self._started = time.perf_counter()
@@ -123,12 +134,13 @@ class ProbeTrainer:
         config = self._heads_config
         keep, held = hold_out(self._train.clips, config.holdout)
         size = config.batch_size * self._ranks.world_size
-        steps = -(-len(keep) // size)
+        steps = -(-len(keep) // size)  # the last batch of an epoch may be smaller
         self._check_seeds(steps)
         for epoch in range(1, config.epochs + 1):
             sums = np.zeros(len(self.bank.heads))
             num_clips = 0
-            for step, batches in enumerate(self._head_batches(epoch, keep, size)):
+            for step, batches in enumerate(self._head_batches(epoch, keep, size=size)):
+                # 0 at the first step; the step after the last one would have 1
                 progress = ((epoch - 1) * steps + step) / (config.epochs * steps)
                 sums += self._step(batches, progress)
                 num_clips += len(batches[0].clips)  # over an epoch, all seeds have the same clips
@@ -137,7 +149,7 @@ class ProbeTrainer:
                 totals = torch.tensor([*sums, num_clips], dtype=torch.float64)
                 dist.all_reduce(totals)
                 losses = (totals[:-1] / totals[-1].clamp(min=1)).numpy()
-                self._evaluate_epoch(epoch, held, losses)
+                self._evaluate_epoch(epoch, held, losses=losses)
                 # the first evaluated epoch at or after a multiple of log_every
                 if is_last or epoch % config.log_every < config.eval_every:
                     self._log_epoch(epoch)
@@ -147,18 +159,18 @@ class ProbeTrainer:
         """Evaluate the clips `indices` with all heads. A clip's scores are the mean over its crops
         of the softmax (multi-label: of the logits)."""
         clips = features.clips
-        size = self._heads_config.batch_size
         builder = EvaluationBuilder(
             labels=clips.labels,
             indices=indices,
             num_heads=len(self.bank.heads),
             num_classes=clips.num_classes,
         )
-        mine = indices[self._ranks.rank :: self._ranks.world_size]
-        chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
+        batches = crop_batches(
+            features, indices, batch_size=self._heads_config.batch_size, ranks=self._ranks
+        )
         with torch.no_grad():
-            for looks, tokens in features.batches([features.crops(chunk) for chunk in chunks]):
-                if looks:
+            for looks, tokens in batches:
+                if looks:  # a batch may hold nothing that can be read
                     logits = self.bank(tokens).double()
                     scores = logits if clips.is_multi_label else logits.softmax(dim=-1)
                     once, means = _mean_over_crops([look.clip for look in looks], scores)
@@ -186,11 +198,12 @@ class ProbeTrainer:
         """
         config = self._heads_config
         ranks = self._ranks
+        # Every rank draws the order of all ranks and takes its share, so nothing is exchanged.
         shared = _chunks(config.seed, epoch, clips=keep, size=size)
         mine = [chunk[ranks.rank :: ranks.world_size] for chunk in shared]
         read = self._train.batches([self._train.drawn_looks(chunk, epoch) for chunk in mine])
         if config.kind == "linear" and config.num_seeds > 1:
-            yield from self._batches_by_seed(read, epoch, keep, size)
+            yield from self._batches_by_seed(read, epoch=epoch, keep=keep, size=size)
             return
         all_heads = list(range(len(self.bank.heads)))
         for looks, features in read:
@@ -223,30 +236,34 @@ class ProbeTrainer:
 
     def _evaluate_epoch(self, epoch: int, held: np.ndarray, losses: np.ndarray) -> None:
         """Evaluate both lists and note the figures. held: indices of the held-out clips."""
-        history = self.history
         evaluation = self.evaluate(self._val, np.arange(len(self._val.clips)))
+        held_figures = None
         if len(held):
             held_evaluation = self.evaluate(self._train, held)
             if held_evaluation.evaluated.any():
-                history.held.append(held_evaluation.main())
+                held_figures = held_evaluation.main()
+        # after both lists were looked at, so that one message names all that cannot be read
         refuse_unreadable(self._train, self._val, allow_partial=self._config.allow_partial)
         self._check_choice(held)
 
-        history.epochs.append(epoch)
-        history.main.append(evaluation.main())
-        history.top5.append(evaluation.top5())
-        history.loss.append(losses)
-        history.last = evaluation
-        history.seconds.append(time.perf_counter() - self._started)
-        if self._board is None:
-            return
-        figures = {"loss": losses, evaluation.metric: history.main[-1]}
-        if history.held:
-            figures[f"held_out_{evaluation.metric}"] = history.held[-1]
-        for head, setting in enumerate(self.bank.settings):
-            name = f"lr{setting.lr:g}_wd{setting.weight_decay:g}_seed{setting.seed}"
-            for figure, values in figures.items():
-                self._board.add_scalar(f"{figure}/{name}", values[head], epoch)
+        figures = EpochFigures(
+            epoch=epoch,
+            main=evaluation.main(),
+            top5=evaluation.top5(),
+            held=held_figures,
+            loss=losses,
+            seconds=time.perf_counter() - self._started,
+        )
+        self.history.epochs.append(figures)
+        self.history.last = evaluation
+        if self._board is not None:
+            for head, setting in enumerate(self.bank.settings):
+                name = f"lr{setting.lr:g}_wd{setting.weight_decay:g}_seed{setting.seed}"
+                self._board.add_scalar(f"loss/{name}", losses[head], epoch)
+                self._board.add_scalar(f"{evaluation.metric}/{name}", figures.main[head], epoch)
+                if held_figures is not None:
+                    tag = f"held_out_{evaluation.metric}/{name}"
+                    self._board.add_scalar(tag, held_figures[head], epoch)
 
     def _check_choice(self, held: np.ndarray) -> None:
         """Raise ValueError for several settings without held-out clips that can be read."""
@@ -264,6 +281,8 @@ class ProbeTrainer:
         config = self._heads_config
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] + (config.min_lr - group["peak"]) * progress
+        # A rank's share of a batch may be smaller than another's, or lack clips that cannot be
+        # read: the loss is the mean over what all ranks have.
         counts = torch.tensor([float(len(batch.clips)) for batch in batches])
         counts = counts.to(self._ranks.device)
         dist.all_reduce(counts)
@@ -273,7 +292,8 @@ class ProbeTrainer:
             if batch.clips:
                 labels = torch.from_numpy(self._train.clips.labels[batch.clips])
                 logits = self.bank(batch.features, batch.heads)
-                sums = _losses(logits, labels.to(logits.device), config.smoothing)
+                sums = _losses(logits, labels.to(logits.device), smoothing=config.smoothing)
+                # Heads share no weights: the gradient of the sum is that of every head's own loss.
                 (sums.sum() / count.clamp(min=1)).backward()
                 losses[batch.heads] = sums.detach().cpu()
         self._sum_gradients()
@@ -302,6 +322,7 @@ class ProbeTrainer:
         takes no step. Raises NonFiniteProbe when none is left."""
         diverged = self.history.diverged
         for number, head in enumerate(self.bank.heads):
+            # One norm for each head: a common one would let a large head's gradient shrink all.
             norm = torch.nn.utils.clip_grad_norm_(head.parameters(), self._heads_config.clip_grad)
             if number not in diverged and not torch.isfinite(norm):
                 diverged.add(number)
@@ -317,18 +338,18 @@ class ProbeTrainer:
             )
 
     def _log_epoch(self, epoch: int) -> None:
-        history = self.history
-        assert history.last is not None
-        heads = [head for head in range(len(self.bank.heads)) if head not in history.diverged]
-        figures = history.main[-1][heads]
+        assert self.history.last is not None
+        diverged = self.history.diverged
+        heads = [head for head in range(len(self.bank.heads)) if head not in diverged]
+        figures = self.history.epochs[-1]
         self._log.info(
             "epoch %d/%d | loss %.4f | %s of the heads %.2f to %.2f",
             epoch,
             self._heads_config.epochs,
-            history.loss[-1][heads].mean(),
-            history.last.metric,
-            figures.min(),
-            figures.max(),
+            figures.loss[heads].mean(),
+            self.history.last.metric,
+            figures.main[heads].min(),
+            figures.main[heads].max(),
         )
 
 

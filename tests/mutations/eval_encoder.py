@@ -241,7 +241,7 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="codec-times-by-number",
-        file="eval_encoder/probe/clips.py",
+        file="eval_encoder/clip_views.py",
         old="positions[:, 0] = pixels.times[positions[:, 0]]",
         new="positions[:, 0] = positions[:, 0]",
         why="patches of short clips stand at frame numbers, not at times",
@@ -251,7 +251,7 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="gop-of-the-whole-budget",
-        file="eval_encoder/probe/clips.py",
+        file="eval_encoder/clip_views.py",
         old="if i_frame_tokens(gop) <= budget // 2]",
         new="if i_frame_tokens(gop) <= budget]",
         why="I-frames take the whole budget",
@@ -411,7 +411,7 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="augmentations-move-each-other",
-        file="eval_encoder/probe/reader.py",
+        file="eval_encoder/clip_reader.py",
         old="chance = draw.random(4)\n",
         new="chance = draw.random(len(parts) + 4)[:4]\n",
         why="switching one part off changes the others",

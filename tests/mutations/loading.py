@@ -54,8 +54,8 @@ LOADING = (
     Mutant(
         name="reserve-of-a-part",
         file="data_pipeline/loading/plan.py",
-        old="place = place * self.order.num_samples >> 24",
-        new="place = place * self.order.num_samples >> 25",
+        old="position = position * self.order.num_samples >> 24",
+        new="position = position * self.order.num_samples >> 25",
         why="reserves come from the first half of an epoch",
         tests=("data_pipeline/loading/test_plan.py",),
     ),
@@ -94,8 +94,8 @@ LOADING = (
     Mutant(
         name="draws-overlap",
         file="data_pipeline/loading/choices.py",
-        old="words = torch.from_numpy(ids)[:, None] * width + torch.arange(width)",
-        new="words = torch.from_numpy(ids)[:, None] + torch.arange(width)",
+        old="return torch.from_numpy(ids)[:, None] * width + torch.arange(width)",
+        new="return torch.from_numpy(ids)[:, None] + torch.arange(width)",
         why="the next sample's flip is this sample's colour",
         tests=("data_pipeline/loading/test_views.py",),
     ),
@@ -117,7 +117,7 @@ LOADING = (
     ),
     Mutant(
         name="grid-rounded-down",
-        file="data_pipeline/loading/table.py",
+        file="data_pipeline/loading/choices.py",
         old="np.floor(np.asarray(side) * scale + 0.5)",
         new="np.floor(np.asarray(side) * scale)",
         why="shrunk frames are smaller than their share",
@@ -174,8 +174,8 @@ LOADING = (
     Mutant(
         name="joined-bounds",
         file="data_pipeline/loading/packing.py",
-        old="bounds = [b.cu_seqlens[1:] + start for",
-        new="bounds = [b.cu_seqlens[1:] + 0 * start for",
+        old="bounds.append(batch.cu_seqlens[1:] + start)",
+        new="bounds.append(batch.cu_seqlens[1:] + 0 * start)",
         why="items of several heads attend to each other",
         tests=("data_pipeline/shards/test_packing.py",),
     ),
@@ -192,8 +192,8 @@ LOADING = (
     Mutant(
         name="frames-drawn-by-the-flip",
         file="data_pipeline/loading/samples.py",
-        old="view = self._frames(request, picture, None if draw is None else draw[16:])",
-        new="view = self._frames(request, picture, draw)",
+        old="frame_draws = None if draw is None else draw[FRAME_DRAWS:]",
+        new="frame_draws = draw",
         why="the number that decides on the flip also chooses the first frame",
         tests=(
             "data_pipeline/loading/test_loading.py::test_frames_and_flips_are_chosen_by_numbers_of_their_own",
@@ -201,7 +201,7 @@ LOADING = (
     ),
     Mutant(
         name="noise-shared-by-ranks",
-        file="data_pipeline/loading/synthetic.py",
+        file="data_pipeline/loading/loader.py",
         old='counter_rng(self._seed, "synthetic", self._rank, self._next)',
         new='counter_rng(self._seed, "synthetic", self._next)',
         why="all ranks train on the same noise",
@@ -265,7 +265,7 @@ LOADING = (
     ),
     Mutant(
         name="projection-not-centred",
-        file="data_pipeline/clustering/projection.py",
+        file="data_pipeline/clustering/pipeline.py",
         old="centred = raw - self.mean",
         new="centred = raw",
         why="all centroids point one way",
@@ -273,7 +273,7 @@ LOADING = (
     ),
     Mutant(
         name="smallest-components",
-        file="data_pipeline/clustering/projection.py",
+        file="data_pipeline/clustering/pipeline.py",
         old="vectors[:, ::-1][:, :dims].T",
         new="vectors[:, :dims].T",
         why="--pca keeps the directions that vary least",
@@ -291,7 +291,7 @@ LOADING = (
     ),
     Mutant(
         name="duplicates-below-the-threshold",
-        file="data_pipeline/clustering/near_duplicates.py",
+        file="data_pipeline/clustering/search.py",
         old="np.nextafter(np.float32(threshold), -1)",
         new="np.float32(threshold)",
         why="pairs at the threshold are kept",

@@ -46,8 +46,8 @@ MODEL_FACTORY = (
     Mutant(
         name="attention-keys-unrotated",
         file="model_factory/layers.py",
-        old="q, k = (apply_rope(part, context.rope) for part in (q, k))",
-        new="q = apply_rope(q, context.rope)",
+        old="k = apply_rope(k, context.rope)",
+        new="pass",
         why="scores depend on absolute places",
         tests=("model_factory/test_golden_vectors.py",),
     ),
@@ -94,8 +94,8 @@ MODEL_FACTORY = (
     Mutant(
         name="groups-not-put-back",
         file="model_factory/grouped_attention.py",
-        old="for rows in (order, order.argsort()))",
-        new="for rows in (order, order))",
+        old="inverse=torch.from_numpy(order.argsort())",
+        new="inverse=torch.from_numpy(order)",
         why="outputs of packs of mixed lengths belong to other tokens",
         tests=("model_factory/test_attention.py",),
     ),
@@ -110,9 +110,9 @@ MODEL_FACTORY = (
     Mutant(
         name="sdpa-backward-order",
         file="model_factory/grouped_attention.py",
-        old="backs = (groups.back_q, groups.back_k, groups.back_k)",
-        new="backs = (groups.back_q, groups.back_k, groups.order_k)",
-        why="gradients of values reach other tokens where lengths are mixed",
+        old="keys.rows(grads_k), keys.rows(grads_v)",
+        new="keys.rows(grads_v), keys.rows(grads_k)",
+        why="keys learn from the gradients of values",
         tests=("model_factory/test_attention.py",),
     ),
     Mutant(
@@ -178,8 +178,8 @@ MODEL_FACTORY = (
     Mutant(
         name="qkv-order",
         file="model_factory/state_dict_adapter.py",
-        old='torch.cat([parts[p] for p in "qkv"])',
-        new='torch.cat([parts[p] for p in "kqv"])',
+        old='torch.cat([parts[part] for part in "qkv"])',
+        new='torch.cat([parts[part] for part in "kqv"])',
         why="published weights load with queries and keys exchanged",
         tests=("model_factory/test_key_layouts.py",),
     ),

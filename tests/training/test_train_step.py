@@ -14,10 +14,9 @@ from training.config.schema import HeadConfig, TrainConfig
 from training.data import DataCounts, _totals
 from training.distributed import process_group
 from training.losses.partial_fc import PartialFC, PartialFCConfig
-from training.lr_scheduler import ScheduleConfig
-from training.optimizer import OptimizerConfig
+from training.optimizer import OptimizerConfig, ScheduleConfig
 from training.parallel import ParallelConfig, ParallelEncoder
-from training.record.step_clock import StepClock
+from training.record.speed import StepClock
 from training.train_step import TrainStep
 
 WIDTH, CLASSES, TOKENS = 64, 40, 6

@@ -8,13 +8,14 @@ number of ranks.
 Tensors go through torch.distributed.checkpoint into safetensors files: encoder, centres and AdamW
 moments under their names, sharded ones as one tensor over all ranks (DTensor), so another number of
 ranks, or another strategy of parallel.py, can read them. Nothing is ever unpickled from a file. A
-save that fails is removed and counted; MAX_FAILURES in a row end the run. Folder layout:
-checkpoint_folder.py. Cost: three times the parameters in bytes (weight and two moments, fp32) on
-disk and once more in host memory.
+save that fails is removed and counted; MAX_FAILURES in a row end the run. Folder layout: folder.py.
+Cost: three times the parameters in bytes (weight and two moments, fp32) on disk and once more in
+host memory.
 """
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from ..distributed import Ranks, all_gather_json
+from ..errors import StorageError
 from ..losses.partial_fc import PartialFC
-from ..optimizer import ensure_moments
+from ..optimizer import RowAdamW, ensure_moments
 from ..parallel import local
 from .files import read_tensors, write_tensors
 from .folder import (
@@ -35,18 +37,19 @@ from .folder import (
     STATE_NAME,
     CheckpointFolder,
     Commit,
-    StorageError,
     write_manifest,
     write_state,
 )
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-MAX_FAILURES = 3
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # tensors of AdamW's state
+MAX_FAILURES = 3  # saves in a row, after which a disk counts as one that stays full
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A commit every `every` steps or `minutes`, whichever comes first; the newest `keep` and those
+    """When to save and what to keep.
+
+    A commit every `every` steps or `minutes`, whichever comes first; the newest `keep` and those
     of every `keep_every`-th step stay (0: no more than the newest). `background` False: the loop
     waits for the disk, and no second copy of the state is in memory.
     """
@@ -57,7 +60,7 @@ class CheckpointConfig:
     keep_every: int = 10_000
     background: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1 or self.keep_every < 0 or self.minutes <= 0:
             raise ValueError(
                 f"checkpoint.every {self.every} and keep {self.keep} must be at least 1, "
@@ -67,8 +70,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of one save, the same on every rank: seconds that the loop and the writing took,
-    bytes of all ranks, and why it failed (None: committed)."""
+    """Outcome of one save, the same on every rank but for the times: seconds that the loop waited
+    and that the writing took, bytes of all ranks, and why it failed (None: committed)."""
 
     step: int
     waited_s: float
@@ -87,17 +90,22 @@ class Checkpointer:
         ranks: Ranks,
         encoder: nn.Module,
         heads: dict[str, PartialFC],
-        optimizer: torch.optim.Optimizer,
+        optimizer: RowAdamW,
         config: CheckpointConfig,
         logger: logging.Logger,
     ):
         self._folder = CheckpointFolder(output / FOLDER_NAME, config.keep, config.keep_every)
-        self._ranks, self._encoder, self._heads, self._optimizer = ranks, encoder, heads, optimizer
-        self._config, self._logger = config, logger
-        self._group = dist.new_group(backend="gloo")  # of its own: saves run beside the training
+        self._ranks = ranks
+        self._encoder = encoder
+        self._heads = heads
+        self._optimizer = optimizer
+        self._config = config
+        self._logger = logger
+        # a group of its own: saves have collectives in a thread, beside those of the training
+        self._group = dist.new_group(backend="gloo")
         self._mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._running: Future | None = None
+        self._running: Future[Saved] | None = None
         self._copies: dict[str, torch.Tensor] = {}
         self._failures = 0
         self.last: Saved | None = None
@@ -112,31 +120,33 @@ class Checkpointer:
         Raises StorageError on all ranks when MAX_FAILURES saves in a row failed, or with `wait`.
         """
         started = time.monotonic()
-        self.wait()
+        self.wait()  # the thread reads the buffers that the next copy goes to
         tensors = self._stage(step)
         waited = time.monotonic() - started
         self._running = self._thread.submit(self._write, step, state, tensors, waited)
         if not wait and self._config.background:
             return
-        self.wait()
-        if wait and self.last.failure is not None:  # nothing comes after it that would try again
+        failure = self.wait()
+        if wait and failure is not None:  # no later save would try again
             self._logger.warning("trying once more to save step %d", step)
             self._running = self._thread.submit(self._write, step, state, tensors, waited)
-            self.wait()
-            if self.last.failure is not None:
+            failure = self.wait()
+            if failure is not None:
                 raise StorageError(
-                    f"step {step} could not be saved: {self.last.failure}; free space in "
+                    f"step {step} could not be saved: {failure}; free space in "
                     f"{self._folder.path} and start again, the newest commit there is whole"
                 )
 
-    def wait(self) -> None:
-        """Until the save under way, if any, is committed or has failed."""
+    def wait(self) -> str | None:
+        """Wait until the save under way, if any, is committed or has failed; returns its
+        failure."""
         if self._running is None:
-            return
-        self.last, self._running = self._running.result(), None
+            return None
+        self.last = self._running.result()
+        self._running = None
         if self.last.failure is None:
             self._failures = 0
-            return
+            return None
         self._failures += 1
         if self._failures >= MAX_FAILURES:
             raise StorageError(
@@ -144,9 +154,10 @@ class Checkpointer:
                 f"{self.last.step}: {self.last.failure}; free space in {self._folder.path} and "
                 "start again, the newest commit there is whole"
             )
+        return self.last.failure
 
     def close(self) -> None:
-        """Let a save under way come to its end, whatever it is."""
+        """Let a save under way finish, committed or failed."""
         self._thread.shutdown(wait=True)
 
     def start(self, commit: Commit | None) -> None:
@@ -162,6 +173,7 @@ class Checkpointer:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the run by name, sharing memory with it."""
+        # before the first step, and for heads whose classes were never sampled
         ensure_moments(self._optimizer)
         tensors = {}
         for name, parameter in self._encoder.named_parameters():
@@ -171,25 +183,26 @@ class Checkpointer:
             name = f"head.{head_name}.centers"
             tensors[name] = head.sharded(head.centers.data)
             for key, moment in self._moments(name, head.centers).items():
+                # the step count of dense gradients is one number for all classes
                 tensors[key] = moment if moment.ndim == 0 else head.sharded(moment)
         return tensors
 
     def _moments(self, name: str, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """AdamW's state of a parameter by name; {} for one that is not trained."""
         state = self._optimizer.state.get(parameter, {})
-        return {
-            f"optimizer.{moment}.{name}": state[moment] for moment in MOMENTS if moment in state
-        }
+        return {f"optimizer.{key}.{name}": state[key] for key in MOMENTS if key in state}
 
     def _stage(self, step: int) -> dict[str, torch.Tensor]:
-        """A copy of every tensor in host memory, in the buffers of the save before."""
+        """The tensors of `step`, as they stay while the training goes on: a copy in host memory, in
+        the buffers of the save before. In the foreground nothing changes them, so no copy."""
         if not self._config.background:
             return self._tensors()
         staged = {}
         for name, tensor in self._tensors().items():
             own = local(tensor)
             if name not in self._copies:
-                pin = own.is_cuda
-                self._copies[name] = torch.empty(own.shape, dtype=own.dtype, pin_memory=pin)
+                pinned = own.is_cuda  # pageable memory would make each copy wait for the device
+                self._copies[name] = torch.empty(own.shape, dtype=own.dtype, pin_memory=pinned)
             self._copies[name].copy_(own, non_blocking=True)
             staged[name] = self._like(tensor, self._copies[name])
         if self._ranks.device.type == "cuda":
@@ -197,14 +210,22 @@ class Checkpointer:
         return staged
 
     def _like(self, tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-        """A host copy of this rank's part, in the place of the whole."""
+        """A host copy of this rank's part, at the same place of the whole tensor."""
         if not isinstance(tensor, DTensor):
             return copy
-        facts = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-        return DTensor.from_local(copy, self._mesh, tensor.placements, **facts)
+        return DTensor.from_local(
+            copy,
+            self._mesh,
+            tensor.placements,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+            run_check=False,  # it would be a collective per tensor
+        )
 
-    def _write(self, step: int, state: dict, tensors: dict, waited: float) -> Saved:
-        """In the thread: one save, and what became of it, agreed on by all ranks."""
+    def _write(
+        self, step: int, state: dict, tensors: dict[str, torch.Tensor], waited: float
+    ) -> Saved:
+        """In the thread: one save, and its outcome, agreed on by all ranks."""
         started = time.monotonic()
         mine = sum(_own_bytes(tensor, self._ranks.is_main) for tensor in tensors.values())
         num_bytes = sum(all_gather_json(mine, self._group))
@@ -214,16 +235,20 @@ class Checkpointer:
             folder = self._folder.temporary(step)
             names.extend(write_tensors(tensors, folder=folder, group=self._group))
 
+        # each part is agreed on by all ranks before the next, so that all take the same collectives
         failure = self._agreed(lambda: self._make_room(step, num_bytes))
         failure = failure or self._agreed(write)
-        written = [name for part in all_gather_json(names, self._group) for name in part]
+        written = [name for of_rank in all_gather_json(names, self._group) for name in of_rank]
         failure = failure or self._agreed(lambda: self._commit(step, state, written))
         seconds = time.monotonic() - started
+        saved = Saved(
+            step=step, waited_s=waited, seconds=seconds, num_bytes=num_bytes, failure=failure
+        )
         if self._ranks.is_main:
-            self._say(step, num_bytes, seconds, failure)
-        return Saved(step, waited, seconds, num_bytes, failure)
+            self._log(saved)
+        return saved
 
-    def _agreed(self, work) -> str | None:
+    def _agreed(self, work: Callable[[], None]) -> str | None:
         """Do a part of a save; the failure of the first rank that has one, on all ranks."""
         mine = None
         try:
@@ -254,17 +279,24 @@ class Checkpointer:
         except Exception as error:  # the commit stands; the next save tries again
             self._logger.warning("an old checkpoint could not be removed: %s", error)
 
-    def _say(self, step: int, num_bytes: int, seconds: float, failure: str | None) -> None:
-        if failure is None:
-            rate = num_bytes / 1e6 / max(seconds, 1e-9)
-            text = "checkpoint of step %d: %.1f MB saved and checked in %.1f s (%.0f MB/s)"
-            self._logger.info(text, step, num_bytes / 1e6, seconds, rate)
+    def _log(self, saved: Saved) -> None:
+        """Log a save on rank 0; remove one that failed."""
+        if saved.failure is None:
+            self._logger.info(
+                "checkpoint of step %d: %.1f MB saved and checked in %.1f s (%.0f MB/s)",
+                saved.step,
+                saved.num_bytes / 1e6,
+                saved.seconds,
+                saved.num_bytes / 1e6 / max(saved.seconds, 1e-9),
+            )
             return
-        self._folder.discard(step)
-        self._logger.error("CHECKPOINT OF STEP %d FAILED, the training goes on: %s", step, failure)
+        self._folder.discard(saved.step)
+        text = "CHECKPOINT OF STEP %d FAILED, the training goes on: %s"
+        self._logger.error(text, saved.step, saved.failure)
 
 
 def _own_bytes(tensor: torch.Tensor, is_main: bool) -> int:
-    """Bytes of a tensor that count as this rank's: its part of a sharded one, whole ones once."""
+    """Bytes of a tensor that this rank adds to the sum over ranks: its part of a sharded one, whole
+    ones on rank 0."""
     counts = is_main or isinstance(tensor, DTensor)
     return local(tensor).numel() * tensor.element_size() if counts else 0

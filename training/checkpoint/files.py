@@ -14,14 +14,23 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+    SavePlan,
+    SavePlanner,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.futures import Future
 
+from ..errors import BadCheckpoint, StorageError
 from ..parallel import local
-from .folder import BadCheckpoint, StorageError, read_manifest
+from .folder import read_manifest
 
-# of a file with several tensors: memory of this size is reused by the allocator
+# Size of a file with several tensors. The library makes every file in memory first; the allocator
+# gives memory of up to this size (malloc's largest mmap threshold is 32 MB) again without new
+# pages, which cost six times the writing (measured).
 FILE_BYTES = 24 << 20
 
 
@@ -33,8 +42,8 @@ def write_tensors(
     """
     writer = _Writer(str(folder), _files_of(tensors), save_distributed=True)
     dcp.save(tensors, storage_writer=writer, process_group=group)
-    for name in writer.names:
-        file = folder / name
+    for file_name in writer.names:
+        file = folder / file_name
         with safe_open(file, framework="pt") as written:
             for name in written.keys():
                 own = written.get_tensor(name)
@@ -52,7 +61,7 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, alone: bool = F
     Raises BadCheckpoint when the folder has not all of them in their shapes.
     """
     try:
-        with warnings.catch_warnings():  # of no_dist that it means one process
+        with warnings.catch_warnings():  # `alone` is meant, so no warning is due
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.load(tensors, storage_reader=_Reader(folder), no_dist=alone)
     except (CheckpointException, OSError) as error:
@@ -63,7 +72,7 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, alone: bool = F
 
 
 def _first_cause(error: BaseException) -> str:
-    """What one rank met; the library's own text is a traceback per rank."""
+    """The error of the first rank that failed; the library's own text is a traceback per rank."""
     failures = getattr(error, "failures", None) or {0: (error, None)}
     cause, _ = next(iter(failures.values()))
     return f"{type(cause).__name__}: {cause}"
@@ -74,7 +83,7 @@ class _Writer(HuggingFaceStorageWriter):
 
     names: list[str]
 
-    def write_data(self, plan, planner):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
         """Write this rank's files; what fails here fails the save on all ranks."""
         written = super().write_data(plan, planner)
         self.names = sorted({result.storage_data.relative_path for result in written.wait()})
@@ -82,8 +91,8 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 class _Reader(HuggingFaceStorageReader):
-    """The library's reader, which opens the files of the manifest and no other: by itself it reads
-    whatever lies in the folder."""
+    """The library's reader, limited to the files of the manifest: by itself it reads every file in
+    the folder."""
 
     def __init__(self, folder: Path):
         super().__init__(str(folder))
@@ -91,24 +100,28 @@ class _Reader(HuggingFaceStorageReader):
 
 
 class _Listed(FileSystem):
-    """A folder that seems to hold only the listed files."""
+    """A file system that lists certain files alone."""
 
     def __init__(self, names: Iterable[str]):
         self._names = sorted(names)
 
-    def ls(self, path):
-        """Their paths."""
+    def ls(self, path: str | os.PathLike) -> list[str]:
+        """Paths of these files in `path`."""
         return [os.path.join(path, name) for name in self._names]
 
 
 def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Number of the file, from 1, that each tensor goes to; a large one has its own. The library
-    makes every file in memory first, and fresh memory costs six times the writing (measured)."""
-    numbers, number, room = {}, 1, FILE_BYTES
+    """{tensor: number of its file, from 1}; a tensor larger than FILE_BYTES has a file of its
+    own."""
+    numbers = {}
+    number = 1
+    room = FILE_BYTES
     for name, tensor in tensors.items():
         size = local(tensor).numel() * tensor.element_size()
-        if size > room and room < FILE_BYTES:
-            number, room = number + 1, FILE_BYTES
+        is_empty = room == FILE_BYTES
+        if size > room and not is_empty:
+            number += 1
+            room = FILE_BYTES
         numbers[name] = number
         room -= size
     return numbers

@@ -16,10 +16,11 @@ several files at a time.
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from model_factory.files import (
     DIGEST_KEY,
@@ -33,8 +34,10 @@ from model_factory.files import (
     write_json,
 )
 
+from ..errors import StorageError
+
 FOLDER_NAME = "checkpoints"  # in a run's output folder
-HASHING_THREADS = 8
+HASHING_THREADS = 8  # files that are read and hashed at a time
 PREFIX = "step_"
 COMMIT = re.compile(r"step_\d{8,}")
 MANIFEST_NAME = "manifest.json"
@@ -42,22 +45,11 @@ STATE_NAME = "state.json"
 # 1: neither the manifest nor the state had a digest of its own
 VERSION = 2
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# what a start needs before anything else is looked at
+# what a start reads before anything else; other fields may be absent in older checkpoints
 STATE_FIELDS = {"step": int, "data": dict, "fingerprint": dict}
 
-
-class StorageError(ValueError):
-    """A folder that cannot be written to, or a disk that stays full."""
-
-    outcome = "storage"
-
-
-class BadCheckpoint(ValueError):
-    """A checkpoint that is damaged, missing or not of this run;
-    the message says which and what to do.
-    """
-
-    outcome = "bad checkpoint"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -68,11 +60,14 @@ class Commit:
     state: dict
 
 
+@dataclass(frozen=True)
 class CheckpointFolder:
-    """Commits of one run. Only rank 0 uses it; others hear what it decides."""
+    """Commits of one run. Only rank 0 changes them, and passes on which one a start goes on
+    from."""
 
-    def __init__(self, path: Path, keep: int = 1, keep_every: int = 0):
-        self.path, self._keep, self._keep_every = path, keep, keep_every
+    path: Path
+    keep: int = 1
+    keep_every: int = 0
 
     def prepare(self) -> None:
         """Make the folder, remove what a killed save left."""
@@ -81,43 +76,45 @@ class CheckpointFolder:
             shutil.rmtree(leftover)
 
     def final(self, step: int) -> Path:
-        """Where the commit of a step lives."""
+        """Folder of the commit of a step."""
         return self.path / f"{PREFIX}{step:08d}"
 
     def temporary(self, step: int) -> Path:
-        """Where it is written before it is one."""
+        """Folder in which it is written before it is a commit."""
         return self.path / f".{PREFIX}{step:08d}.tmp"
 
     def commits(self) -> list[Path]:
         """Committed checkpoints, newest step first."""
-        found = [path for path in self.path.glob(f"{PREFIX}*") if COMMIT.fullmatch(path.name)]
-        return sorted(found, key=step_of, reverse=True)
+        paths = [path for path in self.path.glob(f"{PREFIX}*") if COMMIT.fullmatch(path.name)]
+        return sorted(paths, key=step_of, reverse=True)
 
     def commit(self, step: int) -> Path:
         """Make a finished save a commit, by one rename."""
         os.rename(self.temporary(step), self.final(step))
-        sync(self.path)
+        sync(self.path)  # a rename is on disk only once its folder is
         return self.final(step)
 
     def prune(self) -> None:
         """Remove all but the newest `keep` commits and those of every `keep_every`-th step."""
-        for old in self.commits()[self._keep :]:
-            if not self._keep_every or step_of(old) % self._keep_every:
-                going = self.temporary(step_of(old))  # never half a commit under its name
-                os.rename(old, going)
-                shutil.rmtree(going)
+        for old in self.commits()[self.keep :]:
+            if not self.keep_every or step_of(old) % self.keep_every:
+                # renamed first: a kill while files are removed must not leave half a commit
+                leaving = self.temporary(step_of(old))
+                os.rename(old, leaving)
+                shutil.rmtree(leaving)
 
     def discard(self, step: int) -> None:
         """Remove a save that failed."""
         shutil.rmtree(self.temporary(step), ignore_errors=True)
 
     def set_aside_beyond(self, step: int) -> list[Path]:
-        """Rename commits beyond a start: they are another run's future and would otherwise outlive,
-        and outrank, the new ones. Returns their new names."""
+        """Rename commits beyond a start, which a run that began anew would otherwise take for its
+        own newest. Returns their new names."""
         renamed = []
         for path in self.commits():
             if step_of(path) > step:
-                aside, number = path.with_name(f"superseded_{path.name}"), 1
+                aside = path.with_name(f"superseded_{path.name}")
+                number = 1
                 while aside.exists():
                     number += 1
                     aside = path.with_name(f"superseded_{path.name}_{number}")
@@ -136,7 +133,7 @@ def step_of(path: Path) -> int:
 
 
 def write_state(directory: Path, state: Mapping) -> None:
-    """Leave what a checkpoint holds beside tensors, with its own digest."""
+    """Write state.json, with its own digest."""
     write_json(directory / STATE_NAME, state)
 
 
@@ -208,11 +205,11 @@ def _is_entry(name: str, entry: object) -> bool:
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint; an empty list means that its files are those of its
-    manifest and every byte is as it was saved. What cannot be read is wrong, too."""
+    """Problems of a checkpoint, unreadable files included; an empty list means that its files are
+    those of its manifest and every byte is as it was saved."""
     try:
         listed = read_manifest(path)
-        lying_there = set(os.listdir(path)) - {MANIFEST_NAME}
+        on_disk = set(os.listdir(path)) - {MANIFEST_NAME}
     except (FileNotFoundError, NotADirectoryError):
         return [f"no {MANIFEST_NAME}: not a committed checkpoint"]
     except OSError as error:
@@ -220,12 +217,12 @@ def verify_checkpoint(path: Path) -> list[str]:
     except DamagedFile as error:
         return [str(error)]
     names = sorted(listed)
-    found = _map(lambda name: _problem_of(path / name, listed[name]), names)
-    problems = [problem for problem in found if problem]
+    results = _map(lambda name: _problem_of(path / name, listed[name]), names)
+    problems = [problem for problem in results if problem]
     # the library that loads tensors reads every file there, so a foreign one replaces weights
     problems += [
         f"{name} is not of this checkpoint: move it out of the folder"
-        for name in sorted(lying_there - listed.keys())
+        for name in sorted(on_disk - listed.keys())
     ]
     if not problems:
         try:
@@ -236,7 +233,7 @@ def verify_checkpoint(path: Path) -> list[str]:
 
 
 def _problem_of(file: Path, entry: dict) -> str | None:
-    """What is wrong with one file of a checkpoint."""
+    """The problem of one file of a checkpoint; None: it is as saved."""
     try:
         if not file.is_file() or file.stat().st_size != entry["size"]:
             return f"{file.name} is missing or has another size"
@@ -247,6 +244,7 @@ def _problem_of(file: Path, entry: dict) -> str | None:
     return None
 
 
-def _map(function, items: list) -> list:
+def _map(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+    """function(item) of each item, several at a time: hashing leaves the interpreter's lock."""
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         return list(pool.map(function, items))

@@ -1,4 +1,4 @@
-"""What a start goes on from: which commit, under which names of heads, and whether it fits.
+"""Which commit a start goes on from, under which names of heads, and whether it fits.
 
     find_commit         auto | never | PATH -> the newest commit whose bytes are as saved
     with_stored_names   a head is known by its data, so a folder may be moved or renamed
@@ -23,25 +23,14 @@ from ..config.schema import (
     is_allowed,
 )
 from ..distributed import Ranks, broadcast_object, on_main
-from .folder import (
-    FOLDER_NAME,
-    BadCheckpoint,
-    CheckpointFolder,
-    Commit,
-    read_state,
-    verify_checkpoint,
-)
+from ..errors import BadCheckpoint, ConfigMismatch
+from .folder import FOLDER_NAME, CheckpointFolder, Commit, read_state, verify_checkpoint
 
 NEW_EPOCH = "--set resume_data=new-epoch"
-# ends of fields that decide which tensors there are (moments of a frozen encoder, a step count for
-# every sampled centre): what another value left may not fit, so no flag is advised
+# Ends of fields that decide which tensors a checkpoint has (moments of a frozen encoder, a step
+# count for every sampled centre). Tensors saved under another value may not fit, so no flag is
+# advised that would let them differ.
 SHAPING = ("model.name", "model.frozen", "loss.sample_rate", "loss.sparse_gradient")
-
-
-class ConfigMismatch(ValueError):
-    """A checkpoint of another configuration or dataset."""
-
-    outcome = "other configuration"
 
 
 def find_commit(output: Path, resume: str, ranks: Ranks, logger: logging.Logger) -> Commit | None:
@@ -49,46 +38,53 @@ def find_commit(output: Path, resume: str, ranks: Ranks, logger: logging.Logger)
 
     Raises BadCheckpoint on all ranks when a named checkpoint, or every existing one, is unusable.
     """
+    # a launcher starts the same command again: its --resume must not undo what the first start did
     if ranks.restarted and resume != "auto":
         logger.warning("--resume %s was for the first start: going on from the newest", resume)
         resume = "auto"
-    found: list[dict] = []
-    on_main(ranks, lambda: found.append(_choose(output, resume, logger)))  # hashing takes its time
-    answer = broadcast_object(found[0] if found else None)
-    if "error" in answer:
-        raise BadCheckpoint(answer["error"])
-    return None if answer["path"] is None else Commit(Path(answer["path"]), answer["state"])
+    chosen: dict = {}  # on rank 0 alone, whose hashing of a large checkpoint takes minutes
+    on_main(ranks, lambda: chosen.update(_choose(output, resume, logger)))
+    chosen = broadcast_object(chosen)
+    if "error" in chosen:
+        raise BadCheckpoint(chosen["error"])
+    if chosen["path"] is None:
+        return None
+    return Commit(path=Path(chosen["path"]), state=chosen["state"])
 
 
 def _choose(output: Path, resume: str, logger: logging.Logger) -> dict:
     """{"path", "state"} of the commit to start from, or {"error"}."""
     if resume == "never":
         return {"path": None}
-    commits = CheckpointFolder(output / FOLDER_NAME).commits()
-    complaints = []
-    for path in commits if resume == "auto" else [Path(resume)]:
+    commits = [Path(resume)]
+    if resume == "auto":
+        commits = CheckpointFolder(output / FOLDER_NAME).commits()
+    damaged: list[str] = []
+    for path in commits:
         problems = verify_checkpoint(path)
         if not problems:
-            for complaint in complaints:
-                logger.error("DAMAGED CHECKPOINT, using an older one: %s", complaint)
+            for newer in damaged:
+                logger.error("DAMAGED CHECKPOINT, using an older one: %s", newer)
             return {"path": str(path), "state": read_state(path)}
-        complaints.append(f"{path}: {'; '.join(problems)}")
-    if not complaints:
+        damaged.append(f"{path}: {'; '.join(problems)}")
+    if not damaged:
         return {"path": None}
     return {
         "error": "no usable checkpoint:\n  "
-        + "\n  ".join(complaints)
+        + "\n  ".join(damaged)
         + "\nname an intact one with --resume PATH, or start over with --resume never"
     }
 
 
 def identity(dataset: Dataset | None) -> str:
-    """What a head's data are known by, wherever they lie: bytes of shards and labels."""
+    """Identity of a head's data, wherever they lie: a digest of shards and labels."""
     return "synthetic" if dataset is None else dataset.sha256
 
 
-def heads_on_record(config: TrainConfig, datasets: Mapping, num_classes: Mapping) -> list[dict]:
-    """What a checkpoint keeps of its heads, in their order."""
+def heads_on_record(
+    config: TrainConfig, datasets: Mapping[str, Dataset | None], num_classes: Mapping[str, int]
+) -> list[dict]:
+    """Names, data and classes of the heads, in their order, as a checkpoint has them."""
     return [
         {
             "name": head.name,
@@ -113,26 +109,26 @@ def with_stored_names(
     Raises ConfigMismatch for another number of heads, for other classes, and for the same data in
     another order.
     """
-    stored = _stored_heads(state)
+    # checkpoints of earlier versions have the names alone, in the order of the heads
+    stored = state.get("heads", [{"name": name} for name in state["data"]])
     _check_heads(config=config, datasets=datasets, stored=stored)
-    names = [entry["name"] for entry in stored]
-    renamed, heads = {}, []
-    for head, name in zip(config.heads, names, strict=True):
+    renamed = {}
+    heads = []
+    for head, entry in zip(config.heads, stored, strict=True):
+        name = entry["name"]
         renamed[name] = datasets[head.name]
-        heads.append(head if head.name == name else dataclasses.replace(head, head_name=name))
         if head.name != name:
             text = "head %s: its data are read from %s now, the name stays as in the checkpoint"
             logger.info(text, name, head.dataset)
+            head = dataclasses.replace(head, head_name=name)
+        heads.append(head)
     return dataclasses.replace(config, heads=tuple(heads)), renamed
 
 
-def _stored_heads(state: dict) -> list[dict]:
-    # checkpoints of earlier versions have the names alone, in the order of the heads
-    return state.get("heads", [{"name": name} for name in state["data"]])
-
-
-def _check_heads(config: TrainConfig, datasets: Mapping, stored: list[dict]) -> None:
-    """Whether heads and those of a checkpoint can be told apart and paired by their places."""
+def _check_heads(
+    config: TrainConfig, datasets: Mapping[str, Dataset | None], stored: list[dict]
+) -> None:
+    """Check that heads and those of a checkpoint can be paired in their order."""
     names = [entry["name"] for entry in stored]
     given = [head.name for head in config.heads]
     if len(names) != len(given):
@@ -141,12 +137,12 @@ def _check_heads(config: TrainConfig, datasets: Mapping, stored: list[dict]) -> 
             f"({', '.join(given)}): name as many with --list_datasets, or start over with "
             "--resume never or another --output"
         )
-    for place, (head, entry) in enumerate(zip(config.heads, stored, strict=True)):
+    for head, entry in zip(config.heads, stored, strict=True):
         dataset = datasets[head.name]
         if entry.get("data", identity(dataset)) == identity(dataset):
             continue
-        others = [e["name"] for e in stored[:place] + stored[place + 1 :]
-                  if e.get("data") == identity(dataset)]  # fmt: skip
+        # other data: of another head, of other classes, or changed (TrainingData.difference)
+        others = [other["name"] for other in stored if other.get("data") == identity(dataset)]
         if others:
             raise ConfigMismatch(
                 f"the checkpoint has its heads in another order: {', '.join(names)}; {head.dataset}"
@@ -170,7 +166,8 @@ def compare(
     """Compare the configuration of this start with the checkpoint's; `other_data` are the lines of
     TrainingData.difference.
 
-    Raises ConfigMismatch, with the flags to go on all the same, for what is not allowed to differ.
+    Raises ConfigMismatch, with the flags to go on all the same, where a field differs that is not
+    allowed to.
     """
     now = fingerprint(config, ranks.world_size)
     check_allowed(config.resume_allow, now)
@@ -182,17 +179,20 @@ def compare(
             "the checkpoint belongs to another configuration:\n  "
             + "\n  ".join(refused + other_data)
             + "\nrestore these, or start over with --resume never or another --output"
-            + _way_on(config, refused=refused, other_data=other_data)
+            + _advice(config, refused=refused, other_data=other_data)
         )
     for line in [*allowed, *other_data]:
         logger.warning("resuming all the same, %s", line)
 
 
-def _way_on(config: TrainConfig, refused: list[str], other_data: list[str]) -> str:
-    """The flags that let this start go on in spite of what differs, where any do."""
+def _advice(config: TrainConfig, refused: list[str], other_data: list[str]) -> str:
+    """The flags that let this start go on in spite of the differences; "" where none do."""
     fields = [line.partition(":")[0] for line in refused]
     if any(field.endswith(SHAPING) for field in fields):
         return ""
-    flags = [f"--resume_allow {','.join([*config.resume_allow, *fields])}"] if fields else []
-    flags += [NEW_EPOCH] if other_data else []
+    flags = []
+    if fields:
+        flags.append(f"--resume_allow {','.join([*config.resume_allow, *fields])}")
+    if other_data:
+        flags.append(NEW_EPOCH)
     return f"; to go on all the same, add {' '.join(flags)}"

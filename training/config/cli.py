@@ -1,8 +1,9 @@
 """The command line of the trainer: the public trainer's flags, frozen, turned into a TrainConfig.
 
 Classes of flags mirror the classes of training/config/schema.py, so that the path of a flag is the
-path of the field that it sets: RunFlags.optimizer.lr is --lr and TrainConfig.optimizer.lr. A flag
-that is not given leaves what the preset says. Nothing here imports torch, so `--help` is instant.
+path of the field that it sets: ComponentFlags.optimizer.lr is --lr and TrainConfig.optimizer.lr. A
+flag that is not given leaves the preset's value. Nothing here imports torch, so `--help` is
+instant.
 """
 
 import argparse
@@ -37,6 +38,8 @@ def _is_one(text: str) -> bool:
 
 @dataclass(frozen=True)
 class ModelFlags:
+    """Flags that set fields of ModelConfig."""
+
     name: str = flag("--model_name", help="registered encoder, e.g. llava_vit_base_ln")
     embedding_dim: int = flag(
         "--embedding_size", help="width of the encoder's output; checked, not chosen"
@@ -51,6 +54,8 @@ class ModelFlags:
 
 @dataclass(frozen=True)
 class OptimizerFlags:
+    """Flags that set fields of OptimizerConfig."""
+
     lr: float = flag("--lr", help="base learning rate of AdamW")
     weight_decay: float = flag("--weight_decay", help="of the encoder's matrices")
     weight_decay_centers: float = flag("--weight_decay_pfc", help="of the class centres")
@@ -58,17 +63,23 @@ class OptimizerFlags:
 
 @dataclass(frozen=True)
 class ScheduleFlags:
+    """Flags that set fields of ScheduleConfig."""
+
     total_samples: int = flag("--num_sampled_data", help="samples of the whole run over all heads")
     warmup_ratio: float = flag("--warmup_ratio", help="share of all steps")
 
 
 @dataclass(frozen=True)
 class CheckpointFlags:
+    """Flags that set fields of CheckpointConfig."""
+
     every: int = flag("--ckpt_interval", help="steps between checkpoints")
 
 
 @dataclass(frozen=True)
 class ParallelFlags:
+    """Flags that set fields of ParallelConfig."""
+
     compile_blocks: bool = flag("--compile", help="torch.compile every block")
     activation_checkpointing: bool = flag(
         "--gradient_checkpoint",
@@ -79,7 +90,7 @@ class ParallelFlags:
 
 @dataclass(frozen=True)
 class RunFlags:
-    """Flags that set fields of TrainConfig."""
+    """Flags that set fields of TrainConfig itself."""
 
     output: str = flag("--output", help="folder of checkpoints, logs and exports (default: output)")
     resume: str = flag(
@@ -104,6 +115,12 @@ class RunFlags:
     )
     profile_steps: int = flag("--profile", help="steps that OUTPUT/trace.json shows")
     synthetic_data: bool = flag("--use_synthetic_data", help="random patches instead of files")
+
+
+@dataclass(frozen=True)
+class ComponentFlags:
+    """Flags that set fields of the components' configurations."""
+
     model: ModelFlags
     optimizer: OptimizerFlags
     schedule: ScheduleFlags
@@ -113,6 +130,8 @@ class RunFlags:
 
 @dataclass(frozen=True)
 class ViewFlags:
+    """Flags that set fields of ViewConfig."""
+
     max_frames: int = flag("--num_frames", help="most whole frames of one clip")
     max_tokens: int = flag("--target_num", help="most tokens of one clip")
     codec_ratio: float = flag("--residual_ratio", help="share of clips seen through the codec view")
@@ -123,16 +142,20 @@ class ViewFlags:
 
 @dataclass(frozen=True)
 class StreamFlags:
+    """Flags that set fields of StreamConfig."""
+
+    view: ViewFlags
     batch_size: tuple[int, ...] = flag(
         "--list_batch_sizes", "--list_batch_size", help="samples per process and head"
     )
     label_width: int = flag("--random_diff", help="width of the label lists that are used")
     dali_num_threads: int = flag("--workers", help="decoding threads per head")
-    view: ViewFlags
 
 
 @dataclass(frozen=True)
 class LossFlags:
+    """Flags that set fields of PartialFCConfig."""
+
     sample_rate: tuple[float, ...] = flag(
         "--list_sample_rates", help="share of negative classes per step"
     )
@@ -147,6 +170,8 @@ class HeadFlags:
     """Flags that set fields of HeadConfig: a tuple has a value per head, or one for all of them;
     what is no tuple is the same for every head."""
 
+    stream: StreamFlags
+    loss: LossFlags
     dataset: tuple[str, ...] = flag(
         "--list_datasets",
         help="registered names or packed folders, one per head (default: the embedded set)",
@@ -160,8 +185,6 @@ class HeadFlags:
         help=".npy of starting centres [classes, width]; NULL: random",
         parse=_path,
     )
-    stream: StreamFlags
-    loss: LossFlags
 
 
 @dataclass(frozen=True)
@@ -217,6 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run = parser.add_argument_group("run")
     add_flags(run, RunFlags, only_given=True)
+    add_flags(run, ComponentFlags, only_given=True)
     add_flags(run, StartFlags, only_given=True)
     run.add_argument(
         "--set",
@@ -248,7 +272,7 @@ def build_config(args: argparse.Namespace) -> "TrainConfig":
     embedded = args.list_datasets is None and args.preset is None and not synthetic
     config = preset(args.preset or ("demo" if embedded else "baseline"))
 
-    changes = values_of(RunFlags, args)
+    changes = values_of(RunFlags, args) | values_of(ComponentFlags, args)
     if synthetic:
         changes["synthetic_data"] = True
     if args.fsdp:

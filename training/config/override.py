@@ -6,7 +6,7 @@
     config = draft.build()
 
 Configurations check themselves when they are made. Fields that are valid only together could not be
-changed one by one in every order, so they are made once, at the end, of all that was changed.
+changed one by one in every order, so configurations are made once, at the end, of all changes.
 """
 
 import copy
@@ -18,6 +18,10 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+if typing.TYPE_CHECKING:
+    from .schema import TrainConfig
 
 
 @dataclass
@@ -25,13 +29,13 @@ class _Fields:
     """A dataclass taken apart: its class, and its fields, which may be changed."""
 
     kind: type
-    values: dict
+    values: dict[str, Any]
 
 
 class Draft:
     """A configuration under change; the one it starts from stays as it is."""
 
-    def __init__(self, config):
+    def __init__(self, config: "TrainConfig"):
         self._root = _opened(config)
         self._assigned: list[str] = []
 
@@ -40,19 +44,18 @@ class Draft:
         first = self._root.values[name][0]
         self._root.values[name] = [copy.deepcopy(first) for _ in range(count)]
 
-    def put(self, path: str, value) -> None:
+    def put(self, path: str, value: Any) -> None:
         """Set a field to a value of its type; the last one counts. ValueError for NaN and infinity,
         which comparisons with bounds let pass."""
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path}: {value} is no number to work with")
-        node, key, _ = self._find(path, name=path)
-        node[key] = _opened(value)
+        _check_finite(value, name=path)
+        holder, key, _ = self._find(path, name=path)
+        holder[key] = _opened(value)
 
     def assign(self, assignment: str) -> None:
         """Set "a.b.0.c=value", the value as JSON, else as text; the last one counts.
 
         ValueError names the nearest known field for an unknown one, a value of another type, and
-        two assignments of which one is about a part of the other, since their order would decide.
+        two assignments of which one sets a part of the other, since their order would decide.
         """
         name = f"--set {assignment!r}"
         path, separator, text = assignment.partition("=")
@@ -64,45 +67,52 @@ class Draft:
                     f"{name}: --set {earlier} is about the same values, give one of them"
                 )
         self._assigned.append(path)
-        node, key, hint = self._find(path, name)
+        holder, key, hint = self._find(path, name)
         try:
             value = json.loads(text)
-        # deep nesting is no text that anyone means
-        except (json.JSONDecodeError, RecursionError):
+        except (json.JSONDecodeError, RecursionError):  # brackets nested too deeply are text, too
             value = text
-        node[key] = _typed(value, hint, f"{name}: {path.rpartition('.')[2]}")
 
-    def build(self):
+        field = f"{name}: {path.rpartition('.')[2]}"
+        if _has_fields(hint):
+            raise ValueError(f"{field} has fields of its own, set those")
+        _check_finite(value, name=field)
+        try:
+            holder[key] = _converted(value, hint)
+        except TypeError:
+            kind = getattr(hint, "__name__", hint)
+            raise ValueError(f"{field} takes {kind}, got {value!r}") from None
+
+    def build(self) -> Any:
         """The configuration; ValueError for values that do not go together."""
         return _closed(self._root)
 
-    def _find(self, path: str, name: str) -> tuple[dict | list, str | int, object]:
-        """(what holds a field, its key there, its type hint)."""
-        node = self._root
-        hint = None
-        holder: dict | list = {}
-        key: str | int = ""
+    def _find(self, path: str, name: str) -> tuple[Any, str | int, Any]:
+        """(dict or list that holds a field, its key there, its type hint)."""
+        node: Any = self._root
+        hint: Any = None
         for part in path.split("."):
             if isinstance(node, list):
                 if not part.isdecimal() or int(part) >= len(node):
                     raise ValueError(f"{name}: {part!r} is no index of a list of {len(node)}")
-                holder = node
-                key = int(part)
-                hint = _item_hint(hint, key)
+                holder: Any = node
+                index = int(part)
+                key: str | int = index
+                kinds = typing.get_args(hint)
+                hint = kinds[0] if kinds[1:] == (...,) else kinds[index]
             else:
-                known = node.values if isinstance(node, _Fields) else {}
-                if part not in known:
-                    near = difflib.get_close_matches(part, known, n=3) or list(known)
+                holder = node.values if isinstance(node, _Fields) else {}
+                if part not in holder:
+                    near = difflib.get_close_matches(part, holder, n=3) or list(holder)
                     names = ", ".join(near) or "none"
                     raise ValueError(f"{name}: unknown field {part!r}; nearest known: {names}")
-                holder = known
                 key = part
                 hint = typing.get_type_hints(node.kind)[part]
             node = holder[key]
         return holder, key, hint
 
 
-def override(config, assignments: Iterable[str]):
+def override(config: "TrainConfig", assignments: Iterable[str]) -> "TrainConfig":
     """The configuration with all assignments of `--set`, in any order."""
     draft = Draft(config)
     for assignment in assignments:
@@ -110,86 +120,57 @@ def override(config, assignments: Iterable[str]):
     return draft.build()
 
 
-def _opened(value):
+def _opened(value: Any) -> Any:
+    """A value whose dataclasses are _Fields and whose tuples are lists."""
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
         return _Fields(type(value), {name: _opened(getattr(value, name)) for name in names})
     return [_opened(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _closed(node):
+def _closed(node: Any) -> Any:
+    """The inverse of _opened."""
     if isinstance(node, _Fields):
         return node.kind(**{name: _closed(value) for name, value in node.values.items()})
     return tuple(_closed(item) for item in node) if isinstance(node, list) else node
 
 
-def _item_hint(hint, index: int):
-    kinds = typing.get_args(hint)
-    return kinds[0] if kinds[1:] == (...,) else kinds[index]
-
-
-def _typed(value, hint, name: str):
-    """The value as its field holds it; ValueError for one of another type."""
-    kinds = _alternatives(hint)
-    if any(_has_fields(kind) for kind in kinds):
-        raise ValueError(f"{name} has fields of its own, set those")
+def _check_finite(value: Any, name: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}: {value} is no number to work with")
-    for kind in kinds:
-        fits, converted = _as_kind(value, kind)
-        if fits:
-            return converted
-    raise ValueError(f"{name} takes {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
-def _alternatives(hint) -> tuple:
-    """The types of a union, or the one type."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
-
-
-def _has_fields(kind) -> bool:
+def _has_fields(hint: Any) -> bool:
     """Whether a value of this type is set by its parts alone: a configuration, or a list of those
     that no row of numbers stands for, such as the heads."""
-    items = typing.get_args(kind) if typing.get_origin(kind) is tuple else ()
-    rows_only = all(_is_row(item) for item in items if dataclasses.is_dataclass(item))
-    return dataclasses.is_dataclass(kind) or not rows_only
+    if typing.get_origin(hint) is tuple:
+        return any(_has_fields(item) and not _is_row(item) for item in typing.get_args(hint))
+    return dataclasses.is_dataclass(hint)
 
 
 def _is_row(kind: type) -> bool:
     """Whether a configuration is written as a list of numbers: one without further ones inside."""
-    hints = typing.get_type_hints(kind).values()
-    return all(hint in (int, float) for hint in hints)
+    return all(hint in (int, float) for hint in typing.get_type_hints(kind).values())
 
 
-def _as_kind(value, kind) -> tuple[bool, object]:
-    """(whether a JSON value is one of this type, the value of this type)."""
-    if typing.get_origin(kind) is tuple:
-        return _as_tuple(value, kind)
-    if kind is type(None):
-        return value is None, None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return True, float(value)
-    # True is an int for isinstance
-    is_bool = isinstance(value, bool)
-    return isinstance(value, kind) and is_bool == (kind is bool), value
-
-
-def _as_tuple(value, kind) -> tuple[bool, object]:
-    """The same of a list; a list of numbers inside of it is a configuration's row, which the
-    configuration that holds it makes and checks."""
-    kinds = typing.get_args(kind)
-    if not isinstance(value, list):
-        return False, value
-    if kinds[1:] == (...,):
-        kinds = kinds[:1] * len(value)
-    if len(kinds) != len(value):
-        return False, value
-    items = []
-    for item, wanted in zip(value, kinds, strict=True):
-        is_row = dataclasses.is_dataclass(wanted)
-        fits, converted = (isinstance(item, list), item) if is_row else _as_kind(item, wanted)
-        if not fits:
-            return False, value
-        items.append(converted)
-    return True, tuple(items)
+def _converted(value: Any, hint: Any) -> Any:
+    """A JSON value as a field of this type holds it; TypeError for one of another type."""
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for kind in kinds:
+            try:
+                return _converted(value, kind)
+            except TypeError:
+                continue
+    elif typing.get_origin(hint) is tuple and isinstance(value, list):
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        if len(kinds) == len(value):
+            return tuple(_converted(item, kind) for item, kind in zip(value, kinds, strict=True))
+    elif dataclasses.is_dataclass(hint) and isinstance(value, list):
+        return value  # a row of numbers, which the configuration that holds it makes and checks
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint:  # the very type: True is an int for isinstance
+        return value
+    raise TypeError

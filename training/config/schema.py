@@ -1,8 +1,7 @@
-"""TrainConfig: the union of the components' configs, frozen, checked when it is made,
-stored as JSON.
+"""TrainConfig: the union of the components' configs, frozen, checked when made, stored as JSON.
 
-Each component's config lives beside the component. This file adds what belongs to no single one,
-and the comparison that guards a resume.
+Each component's config lies beside the component. This file adds the fields that belong to no
+single one, and the comparison that guards a resume.
 """
 
 import dataclasses
@@ -11,36 +10,37 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.datasets import EMBEDDED
-from data_pipeline.loading.stream_config import StreamConfig
+from data_pipeline.loading.config import StreamConfig
 from model_factory.command_line.local_output import local_output
 from model_factory.files import stays_below
 
 from ..checkpoint.checkpointer import CheckpointConfig
 from ..losses.partial_fc import PartialFCConfig
-from ..lr_scheduler import ScheduleConfig
-from ..optimizer import OptimizerConfig
+from ..optimizer import OptimizerConfig, ScheduleConfig
 from ..parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder: a registered name, the rotary rule, and where its weights start (None:
-    random).
-    """
+    """The encoder: a registered name, the rotary rule, the folder or file that its weights start
+    from (None: random), and the width that it must have (None: any)."""
 
     name: str = "llava_vit_small_ln"
     rope_pairing: str = "rotary"
     init_from: str | None = None
     frozen: bool = False
-    embedding_dim: int | None = None  # width that the encoder must have; None: any
+    embedding_dim: int | None = None
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """One dataset with its loss. `init_from` is a .npy of starting centres [num_classes, D].
-    `head_name` is set where a name is on record that the folder has no longer (None: the folder's).
+    """One dataset with its loss.
+
+    `init_from` is a .npy of starting centres [num_classes, D]. `head_name` (None: the folder's) is
+    set where a checkpoint has a name that the folder has no longer.
     """
 
     dataset: str = EMBEDDED
@@ -51,12 +51,11 @@ class HeadConfig:
     init_from: str | None = None
     head_name: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # names are parts of paths: clusters/NAME, centers/NAME.npy
-        if self.head_name is not None and (
-            not stays_below(self.head_name) or "/" in self.head_name
-        ):
-            raise ValueError(f"head_name {self.head_name!r}: give a plain name without a slash")
+        name = self.head_name
+        if name is not None and ("/" in name or not stays_below(name)):
+            raise ValueError(f"head_name {name!r}: give a plain name without a slash")
         if self.lr_scale < 0 or self.loss_weight < 0:
             raise ValueError(
                 f"--list_lr_pfc_weights {self.lr_scale} and --list_loss_weights "
@@ -66,7 +65,7 @@ class HeadConfig:
     @property
     def name(self) -> str:
         """Short name for logs and checkpoints: the folder's, with its parent's for a mere split. A
-        link has its own name, not that of what it leads to."""
+        link has its own name, not that of its target."""
         if self.head_name is not None:
             return self.head_name
         folder = Path(os.path.abspath(self.dataset))
@@ -88,22 +87,22 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = 10
     max_skipped_steps: int = 0  # for gradients that are not finite; 0: the first one stops the run
-    profile_steps: int = 0  # that trace.json shows
-    wandb_project: str | None = None  # None: W&B gets no copy of the metrics
-    embedded_clips: tuple[int, int] = (1200, 240)
+    profile_steps: int = 0  # steps that trace.json shows
+    wandb_project: str | None = None  # None: no copy of the metrics for Weights & Biases
+    embedded_clips: tuple[int, int] = (1200, 240)  # training and validation clips that are made
     synthetic_data: bool = False
-    resume: str = "auto"
+    resume: str = "auto"  # or never, or the path of a checkpoint
     resume_allow: tuple[str, ...] = ()  # fields that may differ from the checkpoint's
-    resume_data: str = "same"  # or new-epoch: where shards or labels changed
+    resume_data: str = "same"  # or new-epoch: go on although shards or labels changed
     rounds: int = 1  # of training, with a new clustering by the trained encoder between two
-    pack_tokens: int = 0  # of one pack of all heads that have a token_share
+    pack_tokens: int = 0  # tokens of one pack of all heads that have a token_share
     allow_missing_shards: bool = False
-    prefetch_bytes: int = 1 << 30  # of the batches that wait for the trainer
+    prefetch_bytes: int = 1 << 30  # memory of the batches that wait for the trainer
     data_warning_s: float = 30.0
     data_timeout_s: float = 120.0
     collective_timeout_s: float = 600.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         local_output(self.output)
         names = [head.name for head in self.heads]
         if not names or len(set(names)) < len(names):
@@ -112,20 +111,18 @@ class TrainConfig:
                 "name is its last part; rename or link one to tell two apart)"
             )
         shares = [head.stream.token_share for head in self.heads]
+        # shares such as 0.1 + 0.2 + 0.7 sum to a little more than 1 in floats
         if sum(shares) > 1 + 1e-9 or (any(shares) and self.pack_tokens < 1):
             raise ValueError(
                 f"token_share {shares} of pack_tokens {self.pack_tokens}: they may not exceed "
                 "1 together, and pack_tokens must be set for them"
             )
-        for name, least in {
-            "grad_accum_steps": 1,
-            "log_every": 1,
-            "rounds": 1,
-            "max_skipped_steps": 0,
-            "profile_steps": 0,
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        for name in ("grad_accum_steps", "log_every", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("max_skipped_steps", "profile_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 0")
         for name in ("prefetch_bytes", "data_warning_s", "data_timeout_s", "collective_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be positive")
@@ -152,8 +149,8 @@ SPLITS = ("train", "val", "test", "shards")  # folder names that name no dataset
 
 RESUME_DATA = ("same", "new-epoch")
 
-# what may differ between a checkpoint and the run that resumes it: it changes no result, or is
-# compared through the data itself (embedded_clips)
+# Fields that may differ between a checkpoint and the run that resumes it: they change no result, or
+# are compared through the data itself (embedded_clips).
 FREE_FIELDS = (
     "output",
     "parallel",
@@ -176,9 +173,8 @@ FREE_STREAM_FIELDS = ("dali_num_threads", "error_budget")
 
 
 def fingerprint(config: TrainConfig, world_size: int) -> dict:
-    """What must be equal on resume, flat: field path -> value,
-    with global instead of per-rank batch sizes. Data are compared by their bytes, and not here.
-    """
+    """{path of a field that must be equal on resume: value}, with global instead of per-rank batch
+    sizes. Data are compared by their bytes (checkpoint/resume.py), not by their folders."""
     flat = config.flat()
     for index, head in enumerate(config.heads):
         flat[f"heads.{index}.stream.batch_size"] = head.stream.batch_size * world_size
@@ -203,9 +199,9 @@ def fingerprint_difference(saved: dict, current: dict) -> list[str]:
     """One line per field that differs."""
     keys = sorted(saved.keys() | current.keys())
     return [
-        f"{k}: checkpoint {saved.get(k)!r}, now {current.get(k)!r}"
-        for k in keys
-        if saved.get(k) != current.get(k)
+        f"{key}: checkpoint {saved.get(key)!r}, now {current.get(key)!r}"
+        for key in keys
+        if saved.get(key) != current.get(key)
     ]
 
 
@@ -227,11 +223,12 @@ def check_allowed(fields: tuple[str, ...], known: dict) -> None:
             )
 
 
-def _flatten(node, prefix: str = "") -> dict:
-    if isinstance(node, (dict, list)):
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        flat = {}
-        for key, value in items:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        return flat
-    return {prefix[:-1]: node}
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return {prefix[:-1]: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{prefix}{key}.")
+    return flat

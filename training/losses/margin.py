@@ -1,14 +1,14 @@
-"""Cosine margin loss for several labels per row:
-a pure function of positive cosines and the negatives' log-sum.
+"""Cosine margin loss for several labels per row: a pure function of positive cosines and the
+negatives' log-sum.
 
 For row i and label l with cosine c_l, scale s, margin m and filter f:
 
     loss_il = -log( e^{s (c_l - m)} / ( e^{s (c_l - m)} + sum_{other labels k} e^{s f(c_k)} +
     e^{lse_i} ) )
 
-Every label has its own softmax; the other labels of the row stand in its denominator as the public
-training does, or are left out with `mask_co_positives`. A class that stands twice in a row counts
-once in denominators. CosFace (Wang et al. 2018); Partial FC (An et al. 2021).
+Every label has a softmax of its own. The other labels of the row are in its denominator, as in the
+public training, or are left out with `mask_co_positives`. A class that is a label of the row twice
+counts once in denominators. CosFace (Wang et al. 2018); Partial FC (An et al. 2021).
 
 Shape legend: B rows, L labels.
 """
@@ -39,12 +39,13 @@ def margin_losses(
     target = scale * (positive_cosines - margin)
     logits = scale * filtered(positive_cosines, filter_threshold)
     same = labels[:, :, None] == labels[:, None, :]  # [B, l, k]
-    earlier = same.tril(diagonal=-1).any(dim=-1)  # this class stood in the row before
+    earlier = same.tril(diagonal=-1).any(dim=-1)  # the same class is an earlier label of the row
     counts = ~same & (valid & ~earlier)[:, None, :]
     if mask_co_positives:
         counts = torch.zeros_like(counts)
     others = logits[:, None, :].expand_as(counts).masked_fill(~counts, NOTHING)
     negatives = negative_lse.clamp(min=NOTHING)[:, None, None].expand(-1, labels.shape[1], 1)
     rivals = torch.cat([others, negatives], dim=-1).logsumexp(dim=-1)
-    losses = F.softplus(rivals - target)  # = logsumexp(rivals, target) - target, without cancelling
+    # = logsumexp(rivals, target) - target, which would cancel the digits of a small loss
+    losses = F.softplus(rivals - target)
     return torch.where(valid, losses, torch.zeros_like(losses))

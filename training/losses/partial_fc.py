@@ -1,5 +1,5 @@
-"""Partial FC: learnable class centres, sharded over the ranks,
-trained with a margin softmax over a sample of them.
+"""Partial FC: learnable class centres, sharded over the ranks, trained with a margin softmax over a
+sample of them.
 
     rows     = unit(all_gather(embeddings, labels, weights))      every rank sees the global batch
     sample   = all classes that are labels of the batch, and every other class with probability
@@ -8,7 +8,7 @@ trained with a margin softmax over a sample of them.
     cosines  = of rows with their labels                           filled in by the owning rank
     loss     = mean over rows of mean (or sum) over labels of margin_losses
 
-Class c lives on the rank that owns row c of a chunked [num_classes, D] matrix. Which classes are
+Class c belongs to the rank that owns row c of a chunked [num_classes, D] matrix. Which classes are
 sampled and how centres start depends on (seed, name, step, global class id), so results do not
 depend on the world size. Collectives: one all-gather and one all-reduce forward, one
 reduce-scatter backward, which runs beside the gradient of the centres. Time and memory follow the
@@ -21,12 +21,13 @@ sampled classes of this rank.
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard, init_device_mesh
 
 from data_pipeline.random import counter_normal, counter_uniform
 
@@ -42,7 +43,8 @@ class PartialFCConfig:
     """Loss of one head.
 
     `filter_threshold` 0 switches the inter-class filter off; `label_reduction` "sum" has the public
-    training's gradient (of the sum over the labels).
+    training's gradient (of the sum over the labels). `sparse_gradient`: gradients of centres hold
+    sampled classes only; their AdamW is then lazy (optimizer.py).
     """
 
     sample_rate: float = 0.1
@@ -52,9 +54,9 @@ class PartialFCConfig:
     label_reduction: str = "mean"
     mask_co_positives: bool = False
     init_std: float = 0.01
-    sparse_gradient: bool = True  # of the sampled classes only; their AdamW is then lazy
+    sparse_gradient: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"--list_sample_rates {self.sample_rate} must lie in (0, 1]")
         if self.label_reduction not in LABEL_REDUCTIONS:
@@ -62,8 +64,8 @@ class PartialFCConfig:
                 f"label_reduction {self.label_reduction!r}: choose one of "
                 f"{', '.join(LABEL_REDUCTIONS)}"
             )
-        positive = {"scale": self.scale, "init_std": self.init_std}
-        for name, value in positive.items():
+        for name in ("scale", "init_std"):
+            value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} {value} must be positive and finite")
         if not -2 <= self.margin <= 2 or not 0 <= self.filter_threshold <= 1:
@@ -85,9 +87,8 @@ class PartialFCConfig:
 
 @dataclass(frozen=True)
 class PartialFCLoss:
-    """`objective` is what backward runs on; `reported` the mean over rows and labels, detached;
-    `losses` [B, L].
-    """
+    """`objective` is the scalar to run backward on; `reported` the mean over rows and labels,
+    detached; `losses` fp32 [B, L], detached."""
 
     objective: torch.Tensor
     reported: torch.Tensor
@@ -95,9 +96,8 @@ class PartialFCLoss:
 
 
 def class_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First class and end of a rank's shard: chunks of ceil(N / W),
-    the sharding rule of DTensor's Shard(0).
-    """
+    """First class and end of a rank's shard: chunks of ceil(N / W), the sharding rule of DTensor's
+    Shard(0)."""
     chunk = -(-num_classes // world_size)
     return min(rank * chunk, num_classes), min((rank + 1) * chunk, num_classes)
 
@@ -115,10 +115,15 @@ class PartialFC(nn.Module):
         name: str = "",
     ):
         super().__init__()
+        # purposes of random draws, so that heads of one seed have other numbers
         self._centers_draw = f"centers {name}".strip()
         self._negatives_draw = f"negatives {name}".strip()
-        self.num_classes, self.config, self.seed = num_classes, config, seed
-        self.class_start, self.class_end = class_range(num_classes, ranks.rank, ranks.world_size)
+        self.num_classes = num_classes
+        self.config = config
+        self.seed = seed
+        self.class_start, self.class_end = class_range(
+            num_classes, rank=ranks.rank, world_size=ranks.world_size
+        )
         classes = torch.arange(self.class_start, self.class_end, device=ranks.device)
         self.centers = nn.Parameter(
             counter_normal(classes, width, seed, self._centers_draw) * config.init_std
@@ -144,28 +149,30 @@ class PartialFC(nn.Module):
             self.centers.copy_(centers)
 
     def crowding(self, most: int = 2048) -> float:
-        """Share of pairs of this rank's first centres that are closer than the filter's threshold:
-        classes of such a pair would not be each other's negatives."""
+        """Share of pairs of this rank's first `most` centres that are closer than the filter's
+        threshold: classes of such a pair would not be each other's negatives."""
         unit = F.normalize(self.centers.detach()[:most].float(), dim=-1)
         pairs = len(unit) * (len(unit) - 1)
-        if pairs == 0:
+        if pairs == 0 or self.config.threshold >= 1:
             return 0.0
         close = ((unit @ unit.T) > self.config.threshold).sum() - len(unit)
-        return max(0.0, close.item() / pairs) if self.config.threshold < 1 else 0.0
+        # a cosine with itself may be rounded below a threshold close to 1
+        return max(0.0, close.item() / pairs)
 
     def whole_centers(self) -> torch.Tensor:
         """Centres of all ranks, float32 [num_classes, D] on the CPU. Called by all ranks."""
         return self.sharded(self.centers.detach()).full_tensor().cpu()
 
     @cached_property
-    def _mesh(self):
-        """All ranks in one row, made once."""
+    def _mesh(self) -> DeviceMesh:
+        """All ranks in one dimension; made once, by a collective."""
         return init_device_mesh(self.centers.device.type, (dist.get_world_size(),))
 
     def sharded(self, local: torch.Tensor) -> DTensor:
-        """What this rank holds for each of its classes [n, ...] as part of one tensor over all
-        global class ids [num_classes, ...]."""
+        """This rank's values for each of its classes [n, ...] as part of one tensor over all global
+        class ids [num_classes, ...]."""
         shape = torch.Size((self.num_classes, *local.shape[1:]))
+        # given, since chunks of ceil(N / W) leave the last rank fewer rows or none
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             local, self._mesh, [Shard(0)], shape=shape, stride=stride, run_check=False
@@ -183,19 +190,29 @@ class PartialFC(nn.Module):
         """
         if not labels.numel():
             raise ValueError(f"labels are {list(labels.shape)}: give at least one row and label")
-        labels = labels.clamp(-2, self.num_classes)  # what is out of range stays so as int32
-        own_weights = weights
-        gathered, labels, weights = self._gather(embeddings.detach(), labels, weights)
-        self._range = torch.stack([labels.min(), labels.max()])
+        clamped = labels.clamp(-2, self.num_classes)  # labels out of range stay so as int32
+        rows, all_labels, all_weights = self._gather(
+            embeddings.detach(), labels=clamped, weights=weights
+        )
+        self._range = torch.stack([all_labels.min(), all_labels.max()])
         if not labels.is_cuda:
             self.check_labels()
-        labels = labels.masked_fill(weights[:, None] == 0, -1)
-        sampled, columns = self._sample(labels, step)
-        plan = _Plan(self, labels, weights, own_weights, sampled, columns)
-        objective, mean, losses = _Loss.apply(embeddings, self.centers, gathered, plan)
+        all_labels = all_labels.masked_fill(all_weights[:, None] == 0, -1)
+        sampled, columns = self._sample(all_labels, step)
+        plan = _Plan(
+            head=self,
+            labels=all_labels,
+            weights=all_weights,
+            own_weights=weights,
+            sampled=sampled,
+            columns=columns,
+        )
+        objective, mean, losses = _Loss.apply(embeddings, self.centers, rows, plan)
         lowest, highest = self._range
         wrong = (lowest < -1) | (highest >= self.num_classes)
-        return PartialFCLoss(objective * torch.where(wrong, torch.nan, 1.0), mean, losses)
+        return PartialFCLoss(
+            objective=objective * torch.where(wrong, torch.nan, 1.0), reported=mean, losses=losses
+        )
 
     def check_labels(self) -> None:
         """Raise ValueError when a label of the last batch was out of range."""
@@ -206,20 +223,22 @@ class PartialFC(nn.Module):
                 f"{self.num_classes - 1}, and -1 for none; label the data again"
             )
 
-    def _gather(self, embeddings, labels, weights):
-        """Embeddings [B, D], labels [B, L] and weights [B] of all ranks, in one collective."""
-        width, missing = embeddings.shape[1], len(labels) - len(embeddings)
+    def _gather(
+        self, embeddings: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Embeddings [B, D], labels [B, L] and weights [B] of all ranks, in one collective: labels
+        travel as the bits of floats, so that all three are columns of one tensor."""
+        rows = F.pad(embeddings.float(), (0, 0, 0, len(labels) - len(embeddings)))
+        rows = rows.masked_fill(weights[:, None] == 0, 0.0)  # padding may hold NaN
         bits = labels.to(torch.int32).view(torch.float32)
-        rows = F.pad(embeddings.float(), (0, 0, 0, missing))
-        rows = rows.masked_fill(weights[:, None] == 0, 0.0)  # whatever is in them
         gathered = all_gather_rows(torch.cat([rows, bits, weights.float()[:, None]], dim=1))
-        rows, bits, weights = gathered.split([width, labels.shape[1], 1], dim=1)
-        return rows, bits.contiguous().view(torch.int32).long(), weights.squeeze(1)
+        sizes = [embeddings.shape[1], labels.shape[1], 1]
+        rows, bits, all_weights = gathered.split(sizes, dim=1)
+        return rows, bits.contiguous().view(torch.int32).long(), all_weights.squeeze(1)
 
     def _sample(self, labels: torch.Tensor, step: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Ascending local numbers of the sampled classes [M] (None: all), and each label's place
-        among them (-1: not this rank's).
-        """
+        """(ascending local indices of the sampled classes [M], None: all; index of each label among
+        them [B, L], -1: not this rank's)."""
         local = labels - self.class_start
         here = (labels >= self.class_start) & (labels < self.class_end)
         if self.config.sample_rate == 1:
@@ -230,14 +249,15 @@ class PartialFC(nn.Module):
             < self.config.sample_rate
         )
         chosen[local[here]] = True
-        sampled = chosen.nonzero().squeeze(1)
-        places = torch.searchsorted(sampled, local.clamp(min=0).contiguous())
-        return sampled, places.masked_fill(~here, -1)
+        sampled = chosen.nonzero().squeeze(1)  # ascending, which searchsorted needs
+        columns = torch.searchsorted(sampled, local.clamp(min=0).contiguous())
+        return sampled, columns.masked_fill(~here, -1)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one loss needs beside embeddings and centres."""
+    """Arguments of one loss beside embeddings and centres: labels [B, L], weights [B] and sampled
+    classes as above, and this rank's weights [R]."""
 
     head: PartialFC
     labels: torch.Tensor
@@ -255,42 +275,68 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, embeddings, centers, gathered, plan: _Plan):
+    def forward(
+        ctx: Any,
+        embeddings: torch.Tensor,
+        centers: torch.Tensor,
+        gathered: torch.Tensor,
+        plan: _Plan,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """gathered: embeddings of all ranks [B, D], without gradient."""
         config = plan.head.config
-        rows = F.normalize(gathered, dim=-1)
         softmax = SampledSoftmax(
-            rows, centers.detach(), plan.sampled, plan.columns, config.scale, config.threshold
+            rows=F.normalize(gathered, dim=-1),
+            centers=centers.detach(),
+            sampled=plan.sampled,
+            columns=plan.columns,
+            scale=config.scale,
+            threshold=config.threshold,
         )
-        lse, cosines = _reduce(*softmax.forward(), config.scale)
+        maximum, total, own_cosines = softmax.forward()
+        lse, cosines = _reduce(maximum, total, cosines=own_cosines, scale=config.scale)
+        # gradients of the small part, [B] and [B, L], by autograd at once: backward needs no graph
         with torch.enable_grad():
-            lse, cosines = lse.requires_grad_(), cosines.requires_grad_()
+            lse.requires_grad_()
+            cosines.requires_grad_()
             objective, mean, losses = _objective(cosines, lse, plan)
-            reached = torch.autograd.grad(objective, (lse, cosines))
-        ctx.softmax, ctx.plan, ctx.num_centers = softmax, plan, len(centers)
-        ctx.save_for_backward(embeddings, rows, lse.detach(), *reached)
+            grad_lse, grad_cosines = torch.autograd.grad(objective, (lse, cosines))
+        ctx.softmax = softmax
+        ctx.plan = plan
+        ctx.num_centers = len(centers)
+        ctx.save_for_backward(embeddings, lse.detach(), grad_lse, grad_cosines)
         ctx.mark_non_differentiable(mean, losses)
         return objective.detach(), mean, losses
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        embeddings, rows, lse, grad_lse, grad_cosines = ctx.saved_tensors
-        grad_rows = ctx.softmax.backward_rows(lse, grad_lse * grad, grad_cosines * grad)
+    def backward(
+        ctx: Any, grad: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor, None, None]:
+        """The exchange of rows' gradients runs beside the gradient of the centres."""
+        embeddings, lse, grad_lse, grad_cosines = ctx.saved_tensors
+        grad_rows = ctx.softmax.backward_rows(
+            lse, grad_lse=grad_lse * grad, grad_cosines=grad_cosines * grad
+        )
         exchange = reduce_scatter_rows(grad_rows) if ctx.needs_input_grad[0] else None
         grad_centers = ctx.softmax.backward_centers()
         grad_embeddings = None
         if exchange is not None:
+            # of the unit vector, from which the part along it is taken out
             own = exchange()[: len(embeddings)] * dist.get_world_size()
             norms = embeddings.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             unit = embeddings / norms
             grad_embeddings = (own - (own * unit).sum(dim=-1, keepdim=True) * unit) / norms
             unused = ctx.plan.own_weights[: len(embeddings), None] == 0
             grad_embeddings = grad_embeddings.masked_fill(unused, 0.0)
-        return grad_embeddings, _of_all(grad_centers, ctx), None, None
+        return grad_embeddings, _of_all(grad_centers, ctx.plan, ctx.num_centers), None, None
 
 
-def _reduce(maximum, total, cosines, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sums and label cosines over all ranks by one sum. Exponentials are taken relative to the
-    largest possible logit, in fp64, which holds them down to scales of 350.
+def _reduce(
+    maximum: torch.Tensor, total: torch.Tensor, cosines: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-sums [B], label cosines [B, L]) over all ranks, by one all-reduce.
+
+    Exponentials are taken relative to `scale`, the largest possible logit, so that no maximum has
+    to be exchanged first; fp64 holds them up to scales of 350.
     """
     sums = total.double() * (maximum.double() - scale).exp()
     joined = torch.cat([sums[:, None], cosines.double()], dim=1)
@@ -298,20 +344,21 @@ def _reduce(maximum, total, cosines, scale: float) -> tuple[torch.Tensor, torch.
     return (joined[:, 0].log() + scale).float(), joined[:, 1:].float()
 
 
-def _objective(cosines, lse, plan: _Plan):
+def _objective(
+    cosines: torch.Tensor, lse: torch.Tensor, plan: _Plan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(objective, mean, losses [B, L]) from cosines of the labels [B, L] and log-sums [B]."""
     config = plan.head.config
     losses = margin_losses(
-        cosines,
-        plan.labels,
-        lse,
-        config.scale,
-        config.margin,
-        config.threshold,
-        config.mask_co_positives,
+        positive_cosines=cosines,
+        labels=plan.labels,
+        negative_lse=lse,
+        scale=config.scale,
+        margin=config.margin,
+        filter_threshold=config.threshold,
+        mask_co_positives=config.mask_co_positives,
     )
-    valid = (plan.labels >= 0).float()
-    per_row = valid.sum(dim=1)
+    per_row = (plan.labels >= 0).float().sum(dim=1)  # labels; rows may have fewer than L
     row_weights = plan.weights * (per_row > 0)
     total = row_weights.sum().clamp(min=1e-12)
     mean = (row_weights * losses.sum(dim=1) / per_row.clamp(min=1)).sum() / total
@@ -320,13 +367,13 @@ def _objective(cosines, lse, plan: _Plan):
     return objective, mean.detach(), losses.detach()
 
 
-def _of_all(grad: torch.Tensor, ctx) -> torch.Tensor:
+def _of_all(grad: torch.Tensor, plan: _Plan, num_centers: int) -> torch.Tensor:
     """Gradient of the sampled centres [M, D] as one of all this rank's centres."""
-    sampled, config = ctx.plan.sampled, ctx.plan.head.config
+    sampled = plan.sampled
     if sampled is None:
         return grad
-    shape = (ctx.num_centers, grad.shape[1])
-    if config.is_sparse:
+    shape = (num_centers, grad.shape[1])
+    if plan.head.config.is_sparse:
         return torch.sparse_coo_tensor(
             sampled[None], grad, shape, is_coalesced=True, check_invariants=False
         )

@@ -1,4 +1,4 @@
-"""The large half of Partial FC on one rank: cosines with this rank's sampled classes, streamed.
+"""Softmax over this rank's sampled classes, streamed: the expensive part of Partial FC.
 
     cos_ij = row_i . center_j / |center_j|
     lse_i  = log sum over classes j that are no label of row i of exp(scale * f(cos_ij)),
@@ -21,69 +21,90 @@ Shape legend: B rows of the global batch, M sampled classes of this rank, m of a
 width.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-CHUNK = 8192
-KEPT = 1 << 25
+CHUNK = 8192  # classes at a time, which bounds temporaries to [B, CHUNK]
+KEPT = 1 << 25  # cosines that are kept for backward: 128 MB in fp32
 
 
+@dataclass
 class SampledSoftmax:
-    """One step of one rank. rows: unit vectors fp32 [B, D]; centers: this rank's raw centres
-    [N, D]; sampled: int64 [M] ascending rows of them, None for all; columns: int64 [B, L], the
-    place of each label among the sampled, -1 where it is not here.
+    """One step of one rank.
+
+    rows: unit vectors fp32 [B, D]; centers: this rank's raw centres [N, D]; sampled: int64 [M]
+    ascending indices of them, None for all; columns: int64 [B, L], the index of each label among
+    the sampled, -1 where its class is another rank's.
     """
 
-    def __init__(self, rows, centers, sampled, columns, scale: float, threshold: float):
-        self._rows, self._centers, self._sampled, self._columns = rows, centers, sampled, columns
-        self._scale, self._threshold = scale, threshold
-        self._count = len(centers) if sampled is None else len(sampled)
+    rows: torch.Tensor
+    centers: torch.Tensor
+    sampled: torch.Tensor | None
+    columns: torch.Tensor
+    scale: float
+    threshold: float
+
+    def __post_init__(self) -> None:
+        self._count = len(self.centers) if self.sampled is None else len(self.sampled)
+        # per chunk, what the next pass needs: cosines after forward, their gradient after the first
+        # half of backward; empty where they are computed again
         self._kept: list[torch.Tensor] = []
-        self._lines = torch.arange(len(rows), device=rows.device)[:, None].expand_as(columns)
+        self._row_index = torch.arange(len(self.rows), device=self.rows.device)
+        self._row_index = self._row_index[:, None].expand_as(self.columns)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(maximum, sum): of the classes here that are no labels, sum = sum exp(logit - maximum),
-        fp32 [B] each, -inf and 0 where there is none; cosines of the labels that are here [B, L],
-        0 for others.
+        """(maximum, sum, cosines of labels).
+
+        maximum and sum exp(logit - maximum), fp32 [B], over this rank's sampled classes that are no
+        label of the row; -inf and 0 where there is none. Cosines [B, L] of the labels that are this
+        rank's, 0 for others.
         """
-        rows = self._rows
+        rows = self.rows
         maximum = torch.full((len(rows),), -torch.inf, device=rows.device)
         total = torch.zeros(len(rows), device=rows.device)
-        label_cosines = torch.zeros(self._columns.shape, device=rows.device)
+        label_cosines = torch.zeros(self.columns.shape, device=rows.device)
         keep = self._count * len(rows) <= KEPT
         for start in range(0, self._count, CHUNK):
-            cosines = self._cosines(*self._chunk(start))
+            chunk, inverse = self._chunk(start)
+            cosines = self._cosines(chunk, inverse)
             if keep:
                 self._kept.append(cosines)
-            here, places = self._labels_in(start, cosines)
-            label_cosines[here] = cosines[places]
+            here, positives = self._labels_in(start, cosines)
+            label_cosines[here] = cosines[positives]
             logits = self._logits(cosines)
-            logits[places] = -torch.inf
+            logits[positives] = -torch.inf
+            # the sum so far is scaled to the new maximum, as in every streamed softmax
             peak = torch.maximum(maximum, logits.amax(dim=1))
-            safe = peak.masked_fill(peak == -torch.inf, 0.0)
+            safe = peak.masked_fill(peak == -torch.inf, 0.0)  # -inf - -inf would be NaN
             sums = logits.sub_(safe[:, None]).exp_().sum(dim=1)
             total = total * (maximum - safe).exp() + sums
             maximum = peak
         return maximum, total, label_cosines
 
-    def backward_rows(self, lse, grad_lse, grad_cosines) -> torch.Tensor:
-        """lse [B] over all ranks, what reaches it [B] and what reaches the label cosines [B, L] ->
-        gradient of rows [B, D], this rank's part. First half of backward; what the second half
-        needs is kept where the cosines were.
+    def backward_rows(
+        self, lse: torch.Tensor, grad_lse: torch.Tensor, grad_cosines: torch.Tensor
+    ) -> torch.Tensor:
+        """Gradient of rows [B, D] through this rank's classes: the first half of backward.
+
+        lse [B] over all ranks, its gradient [B], and that of the label cosines [B, L].
         """
-        rows = self._rows
+        rows = self.rows
         grad_rows = torch.zeros_like(rows)
         self._grad_centers = torch.empty(self._count, rows.shape[1], device=rows.device)
-        shift = lse.masked_fill(lse == -torch.inf, torch.inf)
-        weight = (self._scale * grad_lse)[:, None]
+        shift = lse.masked_fill(lse == -torch.inf, torch.inf)  # no negatives: exp gives zeros
+        weight = (self.scale * grad_lse)[:, None]
         for number, start in enumerate(range(0, self._count, CHUNK)):
             chunk, inverse = self._chunk(start)
             cosines = self._kept[number] if self._kept else self._cosines(chunk, inverse)
-            here, places = self._labels_in(start, cosines)
+            here, positives = self._labels_in(start, cosines)
             grad = self._logits(cosines).sub_(shift[:, None]).exp_().mul_(weight)
-            if self._threshold < 1:
-                grad.mul_(cosines <= self._threshold)
-            grad[places] = 0.0
-            grad.index_put_(places, grad_cosines[here], accumulate=True)
+            if self.threshold < 1:
+                grad.mul_(cosines <= self.threshold)
+            grad[positives] = 0.0
+            # accumulated, since a class may be a label of the row twice
+            grad.index_put_(positives, grad_cosines[here], accumulate=True)
+            # the part along the centre, which its norm takes out again
             along = (grad * cosines).sum(dim=0)
             grad.mul_(inverse)
             grad_rows += _product(grad, chunk)
@@ -96,44 +117,45 @@ class SampledSoftmax:
         return grad_rows
 
     def backward_centers(self) -> torch.Tensor:
-        """Gradient of the raw sampled centres [M, D]: the second half of backward, for which
-        nobody waits, so the ranks can exchange gradients of rows meanwhile.
+        """Gradient of the raw sampled centres [M, D]: the second half of backward. No other rank
+        needs it, so the ranks can exchange gradients of rows meanwhile.
         """
         for number, grad in enumerate(self._kept):
             piece = self._grad_centers[number * CHUNK : (number + 1) * CHUNK]
-            piece += _product(grad.T, self._rows)
+            piece += _product(grad.T, self.rows)
         self._kept.clear()
         return self._grad_centers
 
     def _chunk(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw centres [m, D] of a chunk and the inverse of their norms [m]."""
-        if self._sampled is None:
-            chunk = self._centers[start : start + CHUNK]
+        if self.sampled is None:
+            chunk = self.centers[start : start + CHUNK]
         else:
-            chunk = self._centers.index_select(0, self._sampled[start : start + CHUNK])
+            chunk = self.centers.index_select(0, self.sampled[start : start + CHUNK])
         norms = torch.linalg.vector_norm(chunk, dim=1)
-        return chunk, norms.clamp_(min=1e-12).reciprocal_()
+        return chunk, norms.clamp_(min=1e-12).reciprocal_()  # as in F.normalize
 
     def _cosines(self, chunk: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        return _product(self._rows, chunk.T).mul_(inverse).clamp_(-1.0, 1.0)
+        return _product(self.rows, chunk.T).mul_(inverse).clamp_(-1.0, 1.0)
 
     def _logits(self, cosines: torch.Tensor) -> torch.Tensor:
-        logits = cosines * self._scale
-        if self._threshold < 1:
-            logits.masked_fill_(cosines > self._threshold, 0.0)
+        logits = cosines * self.scale
+        if self.threshold < 1:
+            logits.masked_fill_(cosines > self.threshold, 0.0)
         return logits
 
-    def _labels_in(self, start: int, cosines: torch.Tensor):
-        """(which labels [B, L] lie in a chunk, (their rows, their columns in it))."""
-        columns = self._columns - start
+    def _labels_in(
+        self, start: int, cosines: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """(mask [B, L] of the labels in a chunk, index (rows, columns) of these in its cosines)."""
+        columns = self.columns - start
         here = (columns >= 0) & (columns < cosines.shape[1])
-        return here, (self._lines[here], columns[here])
+        return here, (self._row_index[here], columns[here])
 
 
 def filtered(cosines: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The inter-class filter: non-target cosines above the threshold
-    become 0 (and give no gradient).
-    """
+    """The inter-class filter: non-target cosines above the threshold become 0, without gradient,
+    since a class so close is rather the same class than a negative."""
     return torch.where(cosines <= threshold, cosines, torch.zeros_like(cosines))
 
 

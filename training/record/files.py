@@ -1,12 +1,14 @@
 """The records of a run, bound by its checkpoints: JSON lines that are only ever appended to.
 
-    OUTPUT/metrics.jsonl, consumed-RANK.jsonl   every commit's state has their length and sha256
-    OUTPUT/speed.jsonl                          what the machine did; bound by nothing
-    OUTPUT/NAME.damaged                         a file as it was found, where it was not as saved
+    OUTPUT/metrics.jsonl         losses and the like of every step
+    OUTPUT/consumed-RANK.jsonl   which samples a rank trained on, the proof of exactly once
+    OUTPUT/speed.jsonl           what the machine did; bound by nothing
+    OUTPUT/NAME.damaged          a file as it was found, where it was not as saved
 
-A resume compares what a commit knows with what lies there, and cuts the file to just that length:
-a changed, lost or added byte is found. Nothing that is trained on follows from these files, so
-damage is named, the file as found is kept, its readable lines go on, and so does the run.
+Every commit's state has the length and sha256 of the first two. A resume compares these with the
+file and cuts it to just that length: a changed, lost or added byte is found. No training follows
+from these files, so damage is logged, the file as found is kept, its readable lines go on, and so
+does the run.
 """
 
 import hashlib
@@ -18,10 +20,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data_pipeline.loading.packing import PackedBatch
 from model_factory.files import HASHED_AT_ONCE, DamagedFile, parse_json, sync, write_atomically
 
-from ..checkpoint.folder import FOLDER_NAME, Commit, StorageError
+from ..checkpoint.folder import FOLDER_NAME, Commit
 from ..distributed import Ranks, all_gather_json
+from ..errors import StorageError
 
 METRICS_NAME = "metrics.jsonl"
 SPEED_NAME = "speed.jsonl"  # one line per log line
@@ -47,7 +51,7 @@ class RecordFile:
             while piece := os.read(self._descriptor, HASHED_AT_ONCE):
                 self._count(piece)
         except OSError as error:
-            raise _named(error, path) from error
+            raise _with_path(error, path) from error
 
     def write(self, lines: Iterable[dict]) -> None:
         """Append lines.
@@ -68,14 +72,14 @@ class RecordFile:
                 self._count(data[:written])
                 data = data[written:]
         except OSError as error:
-            raise _named(error, self.path) from error
+            raise _with_path(error, self.path) from error
 
     def seal(self) -> dict:
-        """{"bytes", "sha256"} of the whole file, which is on disk by now."""
+        """{"bytes", "sha256"} of the whole file, after it was flushed to disk."""
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            raise _named(error, self.path) from error
+            raise _with_path(error, self.path) from error
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
@@ -87,18 +91,45 @@ class RecordFile:
         self._size += len(data)
 
 
-def _named(error: OSError, path: Path) -> OSError:
-    """The same error, which says of what file."""
+def _with_path(error: OSError, path: Path) -> OSError:
+    """The same error with its file: descriptors have no names."""
     return OSError(error.errno, error.strerror, str(path))
+
+
+class Ledger:
+    """consumed-RANK.jsonl of this rank: {"step", "head", "epoch", "batch", "ids", "replaced"}."""
+
+    def __init__(self, output: Path, rank: int):
+        self.file = RecordFile(output / consumed_name(rank))
+
+    def record(self, step: int, batches: dict[str, PackedBatch]) -> None:
+        """Write the samples of one micro step; rows of weight 0 are the padding of an epoch's end
+        and do not count.
+
+        `replaced` are pairs of a bad sample and its stand-in in `ids`, or -1 where there is none.
+        """
+        lines = []
+        for head, batch in batches.items():
+            counts = batch.weights[: batch.num_samples] > 0
+            line = {
+                "step": step,
+                "head": head,
+                "batch": batch.index,
+                "epoch": batch.epoch,
+                "ids": batch.sample_ids[: batch.num_samples][counts].tolist(),
+            }
+            if batch.replaced:
+                line["replaced"] = batch.replaced
+            lines.append(line)
+        self.file.write(lines)
 
 
 def seal_records(files: Iterable[RecordFile], others: dict[str, dict]) -> dict[str, dict]:
     """{name: {"bytes", "sha256"}} of the records of all ranks, and of `others`, which nobody writes
     to any more. Called by all ranks."""
-    mine = {file.path.name: file.seal() for file in files}
     sealed = dict(others)
-    for part in all_gather_json(mine):
-        sealed.update(part)
+    for of_rank in all_gather_json({file.path.name: file.seal() for file in files}):
+        sealed.update(of_rank)
     return sealed
 
 
@@ -107,20 +138,20 @@ def restore_records(
 ) -> dict[str, dict]:
     """Cut the records of a run back to the commit that it goes on from (None: to nothing).
 
-    Called by all ranks; each looks after its own file, rank 0 after those of ranks that this start
-    has not. Returns what commits have to say of these, on rank 0.
+    Called by all ranks; each restores its own file, rank 0 also those of ranks that only earlier
+    starts had. Returns {name: {"bytes", "sha256"}} of these, on rank 0.
     """
     names = [consumed_name(ranks.rank)]
     others: list[str] = []
     bound = {} if commit is None else commit.state.get("records", {})
     if ranks.is_main:
-        present = {consumed_name(rank) for rank in range(ranks.world_size)}
-        lying_there = {path.name for path in output.glob(CONSUMED)}
+        own = {consumed_name(rank) for rank in range(ranks.world_size)}
+        on_disk = {path.name for path in output.glob(CONSUMED)}
         on_record = {name for name in bound if name != METRICS_NAME}
-        others = sorted((lying_there | on_record) - present)
+        others = sorted((on_disk | on_record) - own)
         names += [METRICS_NAME, SPEED_NAME, *others]
     for name in names:
-        _restore(output / name, bound.get(name), commit, logger)
+        _restore(output / name, entry=bound.get(name), commit=commit, logger=logger)
     dist.barrier()
     entries = {}
     for name in others:
@@ -132,31 +163,36 @@ def restore_records(
 
 
 def _restore(path: Path, entry: dict | None, commit: Commit | None, logger: logging.Logger) -> None:
+    """Cut one record back to a commit; `entry` is what the commit knows of it, if anything."""
+    if commit is not None and entry is not None:
+        difference = _difference(path, entry)
+        if difference is None:
+            if path.stat().st_size > entry["bytes"]:
+                os.truncate(path, entry["bytes"])
+                sync(path)
+            return
+        if commit.path.resolve().parent != (path.parent / FOLDER_NAME).resolve():
+            # --resume PATH of another folder: the run's record so far lies beside its checkpoint,
+            # and what lies here is of another run
+            if os.path.lexists(path):
+                text = "%s is of another run than %s; kept as %s"
+                logger.warning(text, path, commit.path, _set_aside(path))
+            return
+    else:
+        difference = None
     step = 0 if commit is None else commit.state["step"]
-    difference = None if entry is None else _difference(path, entry)
-    if entry is not None and difference is None:
-        if path.stat().st_size > entry["bytes"]:
-            os.truncate(path, entry["bytes"])
-            sync(path)
-        return
-    here = (path.parent / FOLDER_NAME).resolve()
-    if entry is not None and commit.path.resolve().parent != here:
-        # the run's record so far lies beside its checkpoint; what lies here is of another run
+    readable, num_unreadable = _lines_up_to(path, step)
+    if difference is None and num_unreadable:
+        difference = f"{num_unreadable} lines are unreadable"
+    if difference is None:
         if os.path.lexists(path):
-            text = "%s is of another run than %s; kept as %s"
-            logger.warning(text, path, commit.path, _set_aside(path))
+            write_atomically(path, readable)
         return
-    kept, unreadable = _lines_up_to(path, step)
-    if difference is None and not unreadable:
-        if os.path.lexists(path):
-            write_atomically(path, kept)
-        return
-    difference = difference or f"{unreadable} lines are unreadable"
     rest = "its lines up to there are lost"
     if os.path.lexists(path):
-        num_kept = kept.count(b"\n")
-        rest = f"kept as {_set_aside(path)}, and its {num_kept} readable lines up to there in place"
-        write_atomically(path, kept)
+        count = readable.count(b"\n")
+        rest = f"kept as {_set_aside(path)}, and its {count} readable lines up to there in place"
+        write_atomically(path, readable)
     logger.error(
         "DAMAGED RECORD: %s is not as written up to step %d: %s; %s. The run goes on from its "
         "checkpoint, which needs no record",
@@ -170,7 +206,7 @@ def _restore(path: Path, entry: dict | None, commit: Commit | None, logger: logg
 def _difference(path: Path, entry: dict) -> str | None:
     """How the beginning of a file differs from what a commit knows of it; None: not at all."""
     digest = hashlib.sha256()
-    left = entry["bytes"]  # what lies beyond was written after the commit
+    left = entry["bytes"]  # what follows them was written after the commit
     try:
         with open(path, "rb") as stream:
             while left and (piece := stream.read(min(left, HASHED_AT_ONCE))):
@@ -188,23 +224,23 @@ def _difference(path: Path, entry: dict) -> str | None:
 
 
 def _lines_up_to(path: Path, step: int) -> tuple[bytes, int]:
-    """(readable lines of steps up to `step`, number of unreadable lines). What a kill left of a
-    last line is neither."""
+    """(readable lines of steps up to `step`, number of unreadable lines). A last line that a kill
+    cut off is neither."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return b"", 0
     except OSError:
         return b"", 1
-    kept = []
-    unreadable = 0
+    readable = []
+    num_unreadable = 0
     for line in lines:
         record = read_line(line)
         if record is None:
-            unreadable += line.endswith(b"\n")
+            num_unreadable += line.endswith(b"\n")
         elif record["step"] <= step:
-            kept.append(line)
-    return b"".join(kept), unreadable
+            readable.append(line)
+    return b"".join(readable), num_unreadable
 
 
 def read_line(line: bytes) -> dict | None:

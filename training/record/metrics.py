@@ -1,5 +1,5 @@
-"""What a run says about itself: metrics.jsonl (the record, every step), one console line,
-a TensorBoard copy.
+"""What a run reports of itself: metrics.jsonl (the record, every step), one console line, copies
+for TensorBoard and Weights & Biases.
 
 Losses stay on the device until a line is due, so logging costs no synchronisation per step. On
 resume everything after the checkpoint is cut off, so the record holds every step exactly once; what
@@ -10,20 +10,23 @@ import hashlib
 import logging
 import math
 import resource
+import statistics
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..checkpoint.folder import StorageError
+from data_pipeline.loading.packing import PackedBatch
+
 from ..config.schema import TrainConfig
 from ..distributed import Ranks
-from .board import Board
+from ..errors import StorageError
 from .files import METRICS_NAME, SPEED_NAME, RecordFile
-from .flops import peak_flops
 from .pack_picture import pack_picture
-from .step_clock import StepClock
-from .watch import SpikeWatch, compare_ranks
+from .speed import SpikeWatch, StepClock, compare_ranks, peak_flops
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class StepCounts:
 
 class MetricLogger:
     """Collects step values on the device and writes them every `log_every` steps; `flush` is a
-    collective, the rest is silent on ranks other than 0.
+    collective, the rest does nothing on ranks other than 0.
     """
 
     def __init__(
@@ -54,20 +57,25 @@ class MetricLogger:
         clock: StepClock,
         logger: logging.Logger,
     ):
-        self._ranks, self._total, self._every, self._logger = ranks, total_steps, log_every, logger
-        self._clock, self._spikes = clock, SpikeWatch(logger)
+        self._ranks = ranks
+        self._total_steps = total_steps
+        self._log_every = log_every
+        self._logger = logger
+        self._clock = clock
+        self._spikes = SpikeWatch(logger)
         self._pending: list[dict] = []
         self._counts: list[StepCounts] = []
         self._record: RecordFile | None = None
         self._speed_file: RecordFile | None = None
-        self._wandb = None
+        self._peak: float | None = None
+        self._wandb: Any = None
         self.board = Board(output / "tensorboard", step=step, logger=logger)
         if ranks.is_main:
             self._peak = peak_flops(ranks.device)
             self._record = RecordFile(output / METRICS_NAME)
             self._speed_file = RecordFile(output / SPEED_NAME)
             self.board.open()
-        clock.take()
+        clock.take()  # the time since the clock was made is no part of a step
 
     @property
     def files(self) -> list[RecordFile]:
@@ -80,29 +88,32 @@ class MetricLogger:
             return
         flat = {key: value for key, value in config.flat().items() if value is not None}
         text = f"```\n{config.to_json()}\n```"
-        steps = {"hparam/steps": self._total}
+        steps = {"hparam/steps": self._total_steps}
         self.board.show(lambda writer: writer.add_text("configuration", text))
+        # "." is the run's own folder; by default each call makes a folder named by the clock
         self.board.show(lambda writer: writer.add_hparams(flat, steps, run_name="."))
         if config.wandb_project is not None:
             self._wandb = _wandb_run(config.wandb_project, flat, Path(config.output))
 
-    def picture(self, step: int, batches: dict, patch_size: int) -> None:
+    def picture(self, step: int, batches: dict[str, PackedBatch], patch_size: int) -> None:
         """Show the first items of a step's packs as the encoder sees them."""
         if self._record is None:
             return
         pictures = {f"pack/{name}": pack_picture(b, patch_size) for name, b in batches.items()}
 
-        def draw(writer) -> None:
+        def draw(writer: Any) -> None:
             for name, picture in pictures.items():
                 writer.add_image(name, picture, step, dataformats="HWC")
 
         self.board.show(draw)
 
-    def record(self, step: int, values: dict, counts: StepCounts) -> None:
-        """Note one optimizer step. values: name -> float or scalar tensor."""
+    def record(
+        self, step: int, values: dict[str, torch.Tensor | float], counts: StepCounts
+    ) -> None:
+        """Collect one optimizer step. values: name -> float or scalar tensor."""
         self._pending.append({"step": step, **values})
         self._counts.append(counts)
-        if step % self._every == 0 or step == self._total:
+        if step % self._log_every == 0 or step == self._total_steps:
             self.flush()
 
     def flush(self) -> None:
@@ -110,24 +121,24 @@ class MetricLogger:
         and TensorBoard. Called by all ranks at the same step."""
         if not self._pending:
             return
-        taken, steps = self._clock.take(), len(self._pending)
-        own = compare_ranks(taken, steps, self._logger)
+        taken = self._clock.take()
+        own = compare_ranks(taken, steps=len(self._pending), logger=self._logger)
         if self._record is not None:
-            self._write(self._write_records(), self._speed(taken, steps, own))
+            self._write(self._record, self._speed(taken, own))
         self._pending.clear()
         self._counts.clear()
         if self._ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def close(self) -> None:
-        """Write the steps since the last line to the record and close: whatever ended the run, its
-        last losses are there to be seen."""
+        """Write the steps since the last line to the record and close, so that the last losses
+        before whatever ended the run are on record."""
         try:
             if self._record is not None and self._pending:
-                self._write_records()
+                self._record.write(self._numbers())
         except StorageError:
-            pass  # a removed folder has ended the run, which says so itself
-        except OSError as error:  # what ended the run is not to be hidden by it
+            pass  # a removed folder has ended the run, whose own error says so
+        except OSError as error:  # must not hide the error that ended the run
             self._logger.warning("the last steps are not on record: %s", error)
         for file in (self._record, self._speed_file):
             if file is not None:
@@ -136,73 +147,80 @@ class MetricLogger:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _write_records(self) -> list[dict]:
-        records = [{k: _number(v) for k, v in record.items()} for record in self._pending]
-        self._record.write(records)
-        return records
+    def _numbers(self) -> list[dict]:
+        """The pending steps, with numbers that JSON has: None for what is not finite."""
+        return [
+            {name: _number(value) for name, value in record.items()} for record in self._pending
+        ]
 
-    def _speed(self, taken: dict[str, float], steps: int, own: list[float]) -> dict:
-        total = max(taken["total"], 1e-9)
-        sums = {
-            name: sum(getattr(counts, name) for counts in self._counts)
-            for name in ("samples", "tokens", "room", "flops")
-        }
+    def _speed(self, taken: dict[str, float], own: list[float]) -> dict[str, Any]:
+        """Rates, times, memory and counts of the pending steps.
+
+        taken: seconds per section; own: seconds of a step of each rank without waiting.
+        """
+        total = max(taken["total"], 1e-9)  # a clock may stand still between two calls
+        steps = len(self._pending)
+        tokens = sum(counts.tokens for counts in self._counts)
+        room = sum(counts.room for counts in self._counts)
+        flops_rate = sum(counts.flops for counts in self._counts) / total
         speed = {
-            "samples_per_s": sums["samples"] / total,
-            "tokens_per_s": sums["tokens"] / total,
-            "model_flops_per_s": sums["flops"] / total,
-            "mfu": self._mfu(sums["flops"] / total),
+            "samples_per_s": sum(counts.samples for counts in self._counts) / total,
+            "tokens_per_s": tokens / total,
+            "model_flops_per_s": flops_rate,
+            "mfu": self._mfu(flops_rate),
             "step_s": total / steps,
             "slowest_rank_own_s": max(own),
-            "median_rank_own_s": sorted(own)[(len(own) - 1) // 2],
+            "median_rank_own_s": statistics.median_low(own),
             "data_wait": taken.get("data", 0.0) / total,
-            "fill": sums["tokens"] / max(sums["room"], 1),
+            "fill": tokens / max(room, 1),
             "memory_gb": _memory(self._ranks.device) / 1e9,
             "bad_samples": self._counts[-1].bad_samples,
             "skipped_steps": self._counts[-1].skipped_steps,
         }
-        parts = {f"time/{name}_s": s / steps for name, s in taken.items() if name != "total"}
-        return speed | parts
+        sections = {f"time/{name}_s": s / steps for name, s in taken.items() if name != "total"}
+        return speed | sections
 
     def _mfu(self, rate: float) -> float | None:
-        """Share of the peak of all ranks that the model FLOPs of a second are; None where no peak
-        is known."""
+        """Share of the peak of all ranks that `rate` model FLOP/s are; None where no peak is
+        known."""
         if self._peak is None:
             return None
         share = rate / (self._peak * self._ranks.world_size)
-        if share > 1:
-            self._logger.warning(
-                "MFU is not known: %.3g model FLOP/s on %d ranks are more than the peak of %.3g "
-                "that is assumed of each; correct PEAKS in training/record/flops.py",
-                rate,
-                self._ranks.world_size,
-                self._peak,
-            )
-            self._peak = None
-        return share if share <= 1 else None
+        if share <= 1:
+            return share
+        self._logger.warning(
+            "MFU is not known: %.3g model FLOP/s on %d ranks are more than the peak of %.3g "
+            "that is assumed of each; correct PEAKS in training/record/speed.py",
+            rate,
+            self._ranks.world_size,
+            self._peak,
+        )
+        self._peak = None
+        return None
 
-    def _write(self, records: list[dict], speed: dict[str, float]) -> None:
-        line = {"step": records[-1]["step"], "steps": len(records), **speed}
-        self._note_speed(line)
-        for line in records:
+    def _write(self, record: RecordFile, speed: dict[str, Any]) -> None:
+        lines = self._numbers()
+        record.write(lines)
+        last = lines[-1]
+        self._write_speed({"step": last["step"], "steps": len(lines), **speed})
+        for line in lines:
             for name, value in line.items():
                 if name.startswith("loss/") and value is not None:
-                    self._spikes.look(line["step"], name, value)
-        last = records[-1]
-        numbers = {name: value for name, value in {**last, **speed}.items() if value is not None}
-        step = numbers.pop("step")
+                    self._spikes.look(step=line["step"], name=name, value=value)
+        values = {**last, **speed}
 
-        def draw(writer) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
+        def draw(writer: Any) -> None:
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    writer.add_scalar(name, value, last["step"])
 
         self.board.show(draw)
         if self._wandb is not None:
-            self._wandb.log({**last, **speed}, step=last["step"])
+            self._wandb.log(values, step=last["step"])
         self._logger.info(self._line(last, speed))
 
-    def _note_speed(self, line: dict) -> None:
-        """Add to speed.jsonl; what the machine did is worth no end of a run."""
+    def _write_speed(self, line: dict) -> None:
+        """Add to speed.jsonl; a fault there does not end the run."""
         try:
             if self._speed_file is not None:
                 self._speed_file.write([line])
@@ -210,23 +228,81 @@ class MetricLogger:
             self._speed_file = None
             self._logger.warning("rates are not on record any more: %s", error)
 
-    def _line(self, last: dict, speed: dict) -> str:
-        last = {name: math.nan if value is None else value for name, value in last.items()}
+    def _line(self, last: dict, speed: dict[str, Any]) -> str:
+        """The console line of a step."""
+        values = {name: math.nan if value is None else value for name, value in last.items()}
         losses = "  ".join(
-            f"{name[5:]} {value:.4f}" for name, value in last.items() if name.startswith("loss/")
+            f"{name.removeprefix('loss/')} {value:.4f}"
+            for name, value in values.items()
+            if name.startswith("loss/")
         )
         mfu = "not known" if speed["mfu"] is None else f"{speed['mfu']:.0%}"
-        left = (self._total - last["step"]) * speed["step_s"]
+        left = (self._total_steps - last["step"]) * speed["step_s"]
         return (
-            f"step {last['step']}/{self._total} | {losses} | {speed['samples_per_s']:.1f} "
+            f"step {last['step']}/{self._total_steps} | {losses} | {speed['samples_per_s']:.1f} "
             f"samples/s | {speed['tokens_per_s'] / 1000:.1f}k tokens/s | MFU {mfu} | "
             f"data wait {speed['data_wait']:.0%} | fill {speed['fill']:.0%} | "
-            f"lr {last['lr']:.2e} | grad norm {last['grad_norm']:.2f} | "
+            f"lr {values['lr']:.2e} | grad norm {values['grad_norm']:.2f} | "
             f"{speed['memory_gb']:.1f} GB | ETA {int(left // 60)}:{int(left % 60):02d}"
         )
 
 
-def _wandb_run(project: str, config: dict, output: Path):
+class Board:
+    """TensorBoard's writer of one run; it does nothing until it is opened and after its first
+    fault, which is logged once and does not end the run."""
+
+    def __init__(self, folder: Path, step: int, logger: logging.Logger):
+        self._folder = folder
+        self._step = step
+        self._logger = logger
+        self._writer: Any = None
+        self._hook: Callable | None = None
+
+    def open(self) -> None:
+        """Start writing; what an earlier start wrote beyond `step` is hidden."""
+        # the library writes in a thread, and keeps an error for the next call; without this hook
+        # the thread would print a traceback, too
+        self._hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
+
+        def start(_: Any) -> None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=self._step + 1)
+
+        self._attempt(start)
+
+    def show(self, draw: Callable[[Any], None]) -> None:
+        """Call draw(writer), where there is one."""
+        if self._writer is not None:
+            self._attempt(draw)
+
+    def close(self) -> None:
+        """Write what is waiting and stop."""
+        if self._writer is not None:
+            self._attempt(lambda writer: writer.close())
+        if self._hook is not None:
+            threading.excepthook = self._hook
+
+    def _attempt(self, work: Callable[[Any], None]) -> None:
+        try:
+            work(self._writer)
+        except OSError as error:  # a full disk, a folder that was removed
+            self._writer = None
+            if not self._folder.parent.is_dir():
+                return  # the whole output is gone, which ends the run with an error of its own
+            self._logger.warning(
+                "TensorBoard gets no more of this run: %s: %s; metrics.jsonl has every step",
+                self._folder,
+                error.strerror or error,
+            )
+
+    def _on_thread_error(self, arguments: threading.ExceptHookArgs) -> None:
+        if self._hook is not None and not issubclass(arguments.exc_type, OSError):
+            self._hook(arguments)
+
+
+def _wandb_run(project: str, config: dict, output: Path) -> Any:
     """A W&B run that a resumed training goes on with; its own variables (WANDB_MODE and the like)
     decide where it goes."""
     import wandb
@@ -240,10 +316,9 @@ def _memory(device: torch.device) -> int:
     host since the start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
-def _number(value) -> float | int | None:
-    """A number of the record; None, which JSON has, for what is not finite."""
+def _number(value: torch.Tensor | float) -> float | int | None:
     number = value.item() if isinstance(value, torch.Tensor) else value
     return number if math.isfinite(number) else None

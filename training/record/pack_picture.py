@@ -1,5 +1,5 @@
-"""What the encoder sees of a pack: each item a row, each of its instants a picture, patches at
-their places, grey where there is none. Cost: a few milliseconds; drawn once per start.
+"""Image of a pack as the encoder sees it: each item a row, each of its frames a column, patches at
+their positions, grey where there is none. Cost: a few milliseconds; drawn once per start.
 """
 
 import numpy as np
@@ -7,40 +7,42 @@ import numpy as np
 from data_pipeline.loading.packing import PackedBatch
 
 GREY = 128
+GAP = 2  # grey pixels between frames and between items
 
 
 def pack_picture(
-    batch: PackedBatch, patch_size: int, most_items: int = 4, most_instants: int = 8
+    batch: PackedBatch, patch_size: int, most_items: int = 4, most_frames: int = 8
 ) -> np.ndarray:
-    """uint8 [H, W, 3] of the first items of a batch; of many instants those that hold the most
-    patches, in order of time."""
+    """uint8 [H, W, 3] of the first items of a batch; of many frames those with the most patches, in
+    order of time."""
     bounds = batch.cu_seqlens.tolist()
     rows = []
     for item in range(min(batch.num_samples, most_items)):
-        piece = slice(bounds[item], bounds[item + 1])
-        pixels = batch.pixels[piece].cpu().numpy()
-        positions = batch.patch_positions[piece].cpu().numpy()
+        tokens = slice(bounds[item], bounds[item + 1])
+        pixels = batch.pixels[tokens].cpu().numpy()
+        positions = batch.patch_positions[tokens].cpu().numpy()
         patches = pixels.reshape(-1, 3, patch_size, patch_size).transpose(0, 2, 3, 1)
-        rows.append(_row(patches, positions, most_instants))
-    height, width = max(len(row) for row in rows), max(row.shape[1] for row in rows)
-    return np.concatenate([_padded(row, height, width) for row in rows])
+        rows.append(_row(patches, positions, most_frames))
+    width = max(row.shape[1] for row in rows)
+    height = max(len(row) for row in rows) + GAP
+    picture = np.full((len(rows) * height, width, 3), GREY, np.uint8)
+    for number, row in enumerate(rows):
+        top = number * height
+        picture[top : top + len(row), : row.shape[1]] = row
+    return picture
 
 
-def _row(patches: np.ndarray, positions: np.ndarray, most: int) -> np.ndarray:
-    instants, counts = np.unique(positions[:, 0], return_counts=True)
-    shown = np.sort(instants[np.argsort(-counts, kind="stable")[:most]])
-    high, wide = positions[:, 1].max() + 1, positions[:, 2].max() + 1
+def _row(patches: np.ndarray, positions: np.ndarray, most_frames: int) -> np.ndarray:
+    """uint8 [h, w, 3] of one item from its patches [n, p, p, 3] and positions (t, h, w) [n, 3]."""
+    times, counts = np.unique(positions[:, 0], return_counts=True)
+    shown = np.sort(times[np.argsort(-counts, kind="stable")[:most_frames]])
+    high = positions[:, 1].max() + 1
+    wide = positions[:, 2].max() + 1
     size = patches.shape[1]
-    row = np.full((high * size, len(shown) * (wide * size + 2), 3), GREY, np.uint8)
-    for place, instant in enumerate(shown):
-        for k in np.flatnonzero(positions[:, 0] == instant):
+    row = np.full((high * size, len(shown) * (wide * size + GAP), 3), GREY, np.uint8)
+    for column, time in enumerate(shown):
+        for k in np.flatnonzero(positions[:, 0] == time):
             top = positions[k, 1] * size
-            left = place * (wide * size + 2) + positions[k, 2] * size
+            left = column * (wide * size + GAP) + positions[k, 2] * size
             row[top : top + size, left : left + size] = patches[k]
     return row
-
-
-def _padded(row: np.ndarray, height: int, width: int) -> np.ndarray:
-    out = np.full((height + 2, width, 3), GREY, np.uint8)
-    out[: row.shape[0], : row.shape[1]] = row
-    return out

@@ -40,10 +40,10 @@ from data_pipeline.shards.schema import (
 from model_factory.llava.towers import Grid, VisualInputs
 from model_factory.packing import compute_patch_positions_from_grid_thw, patchify
 
+from ...clip_input import CODEC_FRAMES, InputConfig
+from ...clip_reader import shared_reader
+from ...clip_views import Look, view_of_file
 from ...feature_cache import file_identity
-from ...probe.clips import Look, view_of_file
-from ...probe.config import CODEC_FRAMES, InputConfig
-from ...probe.reader import shared_reader
 from .conversation import Visual
 
 ASPECTS = ("pad", "square")

@@ -40,6 +40,7 @@ from eval_encoder.lmm.demo.samples import (
     training_medium,
     tuning_samples,
 )
+from eval_encoder.lmm.scoring.answers import QUESTION, by_id, read_jsonl
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 
@@ -160,16 +161,17 @@ def score(answers_path: Path, labels_path: Path) -> dict[str, float]:
     ValueError for lines that cannot be read and for question ids that are missing, unknown or there
     twice: a score over some of the questions is none.
     """
-    given = _read_rows(answers_path, ("text",))
-    labels = _read_rows(labels_path, ("label", "category"))
+    given = by_id(read_jsonl(answers_path, QUESTION | {"text": str}), answers_path)
+    known = QUESTION | {"label": str, "category": str}
+    labels = by_id(read_jsonl(labels_path, known), labels_path)
     for ids, what, todo in (
         (labels.keys() - given.keys(), "has no answer to", "answer every question"),
         (given.keys() - labels.keys(), "answers unknown", "take the labels of the same set"),
     ):
         if ids:
-            shown = ", ".join(map(str, sorted(ids, key=str)[:5]))
+            shown = ", ".join(sorted(ids)[:5])
             raise ValueError(
-                f"{answers_path} {what} questions: {len(ids)} of them, first {shown}, judged by "
+                f"{answers_path} {what} questions: {len(ids)} of them, first {shown}, compared with "
                 f"{labels_path}; {todo}"
             )
     right: dict[str, list[bool]] = {}
@@ -178,29 +180,6 @@ def score(answers_path: Path, labels_path: Path) -> dict[str, float]:
         right.setdefault(row["category"], []).append(text == row["label"])
     right["overall"] = [hit for hits in right.values() for hit in hits]
     return {name: 100 * sum(hits) / len(hits) for name, hits in right.items()}
-
-
-def _read_rows(path: Path, wanted: tuple[str, ...]) -> dict[int | str, dict]:
-    """question_id -> row of a file of JSON lines."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a file of JSON lines")
-    rows: dict[int | str, dict] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} line {number} is no JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("question_id"), int | str):
-            raise ValueError(f"{path} line {number} has no question_id, a number or a text")
-        for name in wanted:
-            if not isinstance(row.get(name), str):
-                raise ValueError(f"{path} line {number} has no {name}, which is a text")
-        if row["question_id"] in rows:
-            raise ValueError(f"{path} line {number}: question {row['question_id']} is there twice")
-        rows[row["question_id"]] = row
-    if not rows:
-        raise ValueError(f"{path} has no line: give one for every question")
-    return rows
 
 
 def build_parser() -> argparse.ArgumentParser:

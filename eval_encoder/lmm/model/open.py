@@ -31,14 +31,14 @@ from model_factory.backbone import read_tensors
 from model_factory.command_line.reading import names_place
 from model_factory.export_folder import image_processor_json
 from model_factory.files import check_fields, write_atomically
-from model_factory.hf_image_encoders import FAMILIES, load_image_encoder
+from model_factory.hf_image_encoders import load_image_encoder
 from model_factory.llava.convnext import ConvNextVisionModel, grow_stage
 from model_factory.llava.tower_folder import VOCABULARY_STEP
 from model_factory.llava_vision_tower import LlavaViTVisionModel
-from model_factory.model_folder import LOCAL, check_model_folder, pickled_weights
-from model_factory.published_folder import json_object
+from model_factory.model_folder import LOCAL, check_model_folder, json_object, pickled_weights
+from model_factory.open_encoder import locate_encoder, open_encoder
+from training.export import read_encoder
 
-from ...probe.encoders import packed_model
 from ..config import LmmArguments
 from ..data.conversation import IMAGE
 from .lmm import LmmConfig, LmmForConditionalGeneration, add_lora
@@ -69,33 +69,26 @@ def open_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn
     Raises ValueError for a folder of neither kind, for weights that are not all there and for what
     model_folder.py refuses.
     """
-    path = Path(path)
-    if (path / "tower" / "config.json").is_file():  # what export_llava_tower.py wrote
-        path = path / "tower"
-    if not path.exists():
+    if not Path(path).exists():
         raise ValueError(f"{path} does not exist: name a run, an export or a vision model's folder")
-    described = json_object(path / "config.json") if (path / "config.json").is_file() else {}
-    kind = str(described.get("model_type")).removesuffix("_vision_model")
-    families = [name for name, types in FAMILIES.items() if kind in types]
-    if kind == "convnext":
-        model = _read(ConvNextModel, path, dtype)
-    elif kind == ConvNextVisionModel.config_class.model_type:
-        model = _read(ConvNextVisionModel, path, dtype)
-    elif kind == LlavaViTVisionModel.config_class.model_type:
-        model = _read(LlavaViTVisionModel, path, dtype)
-    elif families:
-        model = load_image_encoder(families[0], path, dtype).model
+    location = locate_encoder(path)
+    tower_classes = (ConvNextModel, ConvNextVisionModel, LlavaViTVisionModel)
+    classes = {tower.config_class.model_type: tower for tower in tower_classes}
+    if location.model_type in classes:
+        model = _read_tower(classes[location.model_type], location.path, dtype)
+    elif location.families:
+        model = load_image_encoder(location.families[0], location.path, dtype).model
     else:
-        encoder = packed_model(None, str(path)).to(dtype)
+        encoder = open_encoder(location, read_run=lambda run: read_encoder(run)[0]).to(dtype)
         size = encoder.config.image_size
         processor = CLIPImageProcessor.from_dict(json.loads(image_processor_json(size)))
         return LlavaViTVisionModel.from_encoder(encoder).eval(), processor
-    return model.eval(), AutoImageProcessor.from_pretrained(path, **LOCAL)
+    return model.eval(), AutoImageProcessor.from_pretrained(location.path, **LOCAL)
 
 
-def _read(kind: type, path: Path, dtype: torch.dtype) -> nn.Module:
+def _read_tower(tower_class: type, path: Path, dtype: torch.dtype) -> nn.Module:
     check_model_folder(path)
-    model, info = kind.from_pretrained(
+    model, info = tower_class.from_pretrained(
         path, output_loading_info=True, use_safetensors=True, dtype=dtype, **LOCAL
     )
     missing = [name for name in info["missing_keys"] if not name.startswith("layernorm.")]

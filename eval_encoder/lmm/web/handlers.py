@@ -61,7 +61,7 @@ def read_upload(speaker: "Speaker", path: Path) -> "VisualItem":
     """
     from data_pipeline.codec.open_video import InputLimits
     from data_pipeline.errors import RejectedInput
-    from eval_encoder.probe.reader import shared_reader
+    from eval_encoder.clip_reader import shared_reader
 
     limits = InputLimits(max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,16 +16,12 @@ from conftest import wait_until
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
 from data_pipeline.errors import CorruptShard, DataPipelineError, DataTimeout, MissingData
-from data_pipeline.loading.buffers import PackBuffers
-from data_pipeline.loading.choices import FRAME, MAX_FRAMES, ViewConfig
-from data_pipeline.loading.loader import MixtureLoader
-from data_pipeline.loading.packing import PackedBatch, pack_views
-from data_pipeline.loading.samples import SampleReader
-from data_pipeline.loading.sequential import sequential_batches
+from data_pipeline.loading.choices import FRAME, SampleTable, samples_per_batch
+from data_pipeline.loading.config import MAX_FRAMES, StreamConfig, ViewConfig
+from data_pipeline.loading.loader import MixtureLoader, SyntheticStream
+from data_pipeline.loading.packing import PackBuffers, PackedBatch, pack_views
+from data_pipeline.loading.samples import SampleReader, sequential_batches
 from data_pipeline.loading.stream import HeadStream
-from data_pipeline.loading.stream_config import StreamConfig, samples_per_batch
-from data_pipeline.loading.synthetic import SyntheticStream
-from data_pipeline.loading.table import SampleTable
 from data_pipeline.loading.views import View
 from data_pipeline.shards.jpeg import read_jpeg_header
 from data_pipeline.shards.manifest import load_manifest
@@ -84,11 +80,11 @@ def test_memory_of_packs_is_used_again_only_after_its_last_holder_is_gone():
     assert place in {rows.data_ptr() for rows in held}
 
 
-def test_two_threads_never_hold_the_same_memory():
+def test_two_threads_never_hold_the_same_memory(soak):
     buffers, clashes = PackBuffers(torch.device("cpu")), []
 
     def use(mark: int) -> None:
-        for _ in range(20_000):
+        for _ in range(20_000 if soak else 6_000):
             rows = buffers.rows(4, 4, torch.uint8)
             rows.fill_(mark)
             if not bool((rows == mark).all()):

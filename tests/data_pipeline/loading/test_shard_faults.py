@@ -22,17 +22,14 @@ import torch
 from forked import forked_ranks
 from PIL import Image
 
-from data_pipeline.arrays import array_bytes
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
 from data_pipeline.errors import BudgetExceeded, DataPipelineError, DataTimeout
-from data_pipeline.loading.choices import ViewConfig
+from data_pipeline.loading.choices import SampleTable
+from data_pipeline.loading.config import ErrorBudget, StreamConfig, ViewConfig
 from data_pipeline.loading.loader import MixtureLoader
-from data_pipeline.loading.quarantine import ErrorBudget
 from data_pipeline.loading.shard_reader import ShardReader
 from data_pipeline.loading.stream import HeadStream
-from data_pipeline.loading.stream_config import StreamConfig
-from data_pipeline.loading.table import SampleTable
 from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest, write_manifest
 from data_pipeline.shards.pack import PackConfig, pack
@@ -40,6 +37,7 @@ from data_pipeline.shards.sample_builder import SampleConfig
 from data_pipeline.shards.schema import decode_array
 from data_pipeline.shards.verify import verify
 from data_pipeline.shards.writer import index_text
+from data_pipeline.side_files import array_bytes
 from model_factory.files import DIGEST_KEY, file_sha256, json_bytes
 
 pytestmark = pytest.mark.dali
@@ -494,7 +492,7 @@ def arrays_that_are_not_finite(folder, packed):
 
 def pack_pictures(folder: Path, pictures: dict) -> dict:
     """{file name: uint8 picture, or the reason it was rejected for}."""
-    from data_pipeline.loading.sequential import sequential_batches
+    from data_pipeline.loading.samples import sequential_batches
 
     source = folder.with_name("pictures")
     source.mkdir()

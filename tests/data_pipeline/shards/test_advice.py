@@ -18,8 +18,8 @@ from data_pipeline.clustering.labels import load_labels, save_labels
 from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
 from data_pipeline.clustering.progress import SavedProgress
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
+from data_pipeline.loading.choices import SampleTable
 from data_pipeline.loading.shard_reader import ShardReader
-from data_pipeline.loading.table import SampleTable
 from data_pipeline.motion_shapes import check_settings
 from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest
@@ -420,7 +420,7 @@ def test_what_verify_says_to_move_away_is_moved_away(copy):
 
 
 def test_samples_of_one_name_are_named_apart_by_packing_again(copy):
-    from data_pipeline.labelled_lists import ids_of_sources
+    from data_pipeline.lists import ids_of_sources
 
     manifest = load_manifest(data(copy))
     shard = dict(manifest.shards[0])

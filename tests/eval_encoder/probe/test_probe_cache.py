@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from eval_encoder import feature_cache as probe_cache
+from eval_encoder.clip_views import Look
 from eval_encoder.feature_cache import FeatureCache
-from eval_encoder.probe.clips import Look
 
 LOOK = Look(0)
 FEATURES = torch.arange(6 * 8, dtype=torch.float16).reshape(6, 8)

@@ -1,4 +1,4 @@
-"""Heads and figures: a bank computes the function that one head defines, and judgements agree with
+"""Heads and figures: a bank computes the function that one head defines, and evaluations agree with
 their definitions.
 """
 
@@ -22,6 +22,7 @@ from eval_encoder.probe.metrics import (
 )
 from eval_encoder.probe.record import summarise
 from eval_encoder.probe.trainer import (
+    EpochFigures,
     HeadBatch,
     History,
     NonFiniteProbe,
@@ -87,7 +88,7 @@ class StoredFeatures:
 
 
 def clip_look(index):
-    from eval_encoder.probe.clips import Look
+    from eval_encoder.clip_views import Look
 
     return Look(int(index))
 
@@ -125,9 +126,10 @@ def test_seeds_differ_are_drawn_again_alike_and_leave_the_first_one_as_it_is(kin
             assert (weights[one] - weights[other]).abs().max() > 1e-3
     # a bank is one matrix product: beside other heads, the first one has other last bits
     torch.testing.assert_close(weights[0], alone.bank.heads[0].classifier.weight, rtol=0, atol=1e-4)
-    losses = np.array(several.history.loss)
+    losses = np.array([epoch.loss for epoch in several.history.epochs])
+    alone_losses = np.array([epoch.loss for epoch in alone.history.epochs])
     assert losses.shape == (3, 3) and len(set(losses[-1])) == 3
-    np.testing.assert_allclose(losses[:, 0], np.array(alone.history.loss)[:, 0], atol=1e-3)
+    np.testing.assert_allclose(losses[:, 0], alone_losses[:, 0], atol=1e-3)
     second = probe_of(*flags, "--seed", "2")
     same = torch.allclose(second.bank.heads[0].classifier.weight, weights[1], atol=1e-4)
     assert same == (kind == "linear"), "a linear head's seed decides all that it sees"
@@ -245,16 +247,18 @@ def test_held_out_clips_choose_even_against_the_validation_list():
     place = np.ones((2, 10), np.int32)
     place[1, :5] = 3
     last = Evaluation(labels, judged, place, np.tile(labels, (2, 1)), 6)
-    history = History([HeadSetting(1e-3, 0.0, 1), HeadSetting(1e-2, 0.0, 1)], [1], last=last)
-    history.held, history.main = [np.array([40.0, 90.0])], [last.main()]
-    history.top5, history.loss = [last.top5()], [np.zeros(2)]
+    figures = EpochFigures(
+        1, main=last.main(), top5=last.top5(), held=np.array([40.0, 90.0]), loss=np.zeros(2)
+    )
+    settings = [HeadSetting(1e-3, 0.0, 1), HeadSetting(1e-2, 0.0, 1)]
+    history = History(settings, [figures], last=last)
     record = summarise(trainer()[0], history, {"train": 9, "val": 10})
     assert record["chosen"] == {"lr": 1e-2, "weight_decay": 0.0, "held_out": 90.0}
     assert record["last_epoch"]["top1"] == 50 and record["last_epoch"]["top5"] == 100
     assert record["best_epoch_on_validation"]["top1"] == 100
 
 
-def test_a_head_that_goes_astray_is_left_out_and_all_of_them_are_an_error():
+def test_a_head_that_diverges_is_left_out_and_all_of_them_are_an_error():
     config, (train, val) = trainer("--default_lr_list", "1e-3", "1e-2", "--default_epoch", "2")
     with process_group() as ranks:
         probe = ProbeTrainer(config, 64, train, val, ranks, logging.getLogger("t"))
@@ -275,7 +279,7 @@ def test_a_head_that_goes_astray_is_left_out_and_all_of_them_are_an_error():
             probe.run()
 
 
-def test_judgements_count_places_as_sorting_does():
+def test_evaluations_count_ranks_as_sorting_does():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 7, 30)
     scores = torch.from_numpy(rng.integers(0, 5, (2, 30, 7)).astype(np.float32))  # with ties
@@ -297,7 +301,7 @@ def test_judgements_count_places_as_sorting_does():
     assert some.top(7).tolist() == [100, 100] and some.confusion([0]).sum() == 20
 
 
-def test_a_gathered_judgement_holds_the_clips_of_all_ranks(monkeypatch):
+def test_a_gathered_evaluation_holds_the_clips_of_all_ranks(monkeypatch):
     labels, scores = np.array([0, 1, 2, 1]), torch.eye(3)[[0, 0, 2, 1]][None]
     ours, theirs = (EvaluationBuilder(labels, np.arange(4), 1, 3) for _ in range(2))
     ours.add([0, 2], scores[:, [0, 2]])

@@ -13,23 +13,24 @@ import transformers
 from conftest import write_video
 from forked import forked
 
+from data_pipeline.codec.timeline import segment_frames
 from data_pipeline.errors import RejectedInput
 from data_pipeline.loading.packing import pack_views
 from data_pipeline.loading.views import still_view
 from data_pipeline.shards.sample_builder import SampleConfig, build_sample
-from eval_encoder.feature_cache import file_identity
-from eval_encoder.probe.benchmarks import LabelledList
-from eval_encoder.probe.clips import (
+from eval_encoder.clip_reader import recolour
+from eval_encoder.clip_views import (
     Look,
-    RawClips,
     chosen_decoder,
     chosen_gop,
-    frame_numbers,
+    positions_within,
     view_of_file,
 )
+from eval_encoder.feature_cache import file_identity
+from eval_encoder.probe.benchmarks import LabelledList
+from eval_encoder.probe.clips import RawClips
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.encoders import build_encoder, packed_model, time_code
-from eval_encoder.probe.reader import recolour
 from model_factory.backbone import save_backbone
 from model_factory.export_folder import save_encoder_folder
 from model_factory.files import CHECKSUMS_NAME
@@ -41,6 +42,10 @@ DECODERS = ["av", "decord"]
 
 def config_of(*flags):
     return build_config(build_parser().parse_args([str(flag) for flag in flags])).input
+
+
+def frame_numbers(total, look, config):
+    return segment_frames(total, positions_within(look, config))
 
 
 def needs(decoder):
@@ -134,8 +139,8 @@ def test_crops_lie_along_the_long_side(tmp_path):
 
 
 def test_raw_codec_patches_are_those_that_packing_keeps(clips, packed):
-    from data_pipeline.loading.choices import ViewConfig
-    from data_pipeline.loading.sequential import sequential_batches
+    from data_pipeline.loading.config import ViewConfig
+    from data_pipeline.loading.samples import sequential_batches
     from data_pipeline.shards.manifest import load_manifest
 
     config = config_of("--model_family", "llava_vit_codec", "--K_keep", 98, "--gop", 64)

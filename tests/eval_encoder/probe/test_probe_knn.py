@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_probe_lists import clip_list
 
-from eval_encoder.probe.clips import Look
+from eval_encoder.clip_views import Look
 from eval_encoder.probe.neighbors import TEMPERATURE, _all_features, _evaluate, evaluate_neighbours
 from training.distributed import process_group
 

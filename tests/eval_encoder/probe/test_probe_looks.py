@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from eval_encoder.clip_reader import RARE, recolour
+from eval_encoder.clip_views import Look
 from eval_encoder.intervals import half_interval
 from eval_encoder.probe.benchmarks import LabelledList
-from eval_encoder.probe.clips import Look
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.features import ClipFeatures
-from eval_encoder.probe.reader import RARE, recolour
 
 ENCODER = SimpleNamespace(size=112, patch_size=16, sha256="0" * 64)
 

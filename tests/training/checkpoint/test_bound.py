@@ -19,17 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from model_factory.files import json_bytes, write_json
 from training.checkpoint.folder import (
-    BadCheckpoint,
     Commit,
-    StorageError,
     read_manifest,
     verify_checkpoint,
     write_manifest,
     write_state,
 )
-from training.checkpoint.resume import ConfigMismatch, find_commit
+from training.checkpoint.resume import find_commit
 from training.config.presets import preset
 from training.distributed import process_group
+from training.errors import BadCheckpoint, ConfigMismatch, StorageError
 from training.record.files import RecordFile, restore_records
 from training.record.report import write_report
 from training.run_folder import read_run_file
@@ -510,7 +509,7 @@ def test_what_a_run_says_of_itself_is_named_and_not_reported_when_it_changed(
 
 
 def test_a_record_on_a_full_disk_is_an_error_with_its_path(tmp_path):
-    from training.outcomes import outcome_of
+    from training.run_folder import outcome_of
 
     (tmp_path / "full.jsonl").symlink_to("/dev/full")
     file = RecordFile.__new__(RecordFile)  # /dev/full has no end, so it is not read
@@ -524,7 +523,7 @@ def test_a_record_on_a_full_disk_is_an_error_with_its_path(tmp_path):
 
 
 def test_a_record_that_was_removed_ends_the_run_with_its_path(tmp_path):
-    from training.outcomes import outcome_of
+    from training.run_folder import outcome_of
 
     file = RecordFile(tmp_path / "metrics.jsonl")
     file.write([{"step": 1}])

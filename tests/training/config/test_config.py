@@ -14,8 +14,7 @@ from training.config.cli import IDLE_FLAGS, build_config, build_parser, warn_idl
 from training.config.override import override
 from training.config.presets import PRESETS, preset
 from training.config.schema import TrainConfig, fingerprint, fingerprint_difference
-from training.lr_scheduler import ScheduleConfig, lr_factor
-from training.optimizer import is_decayed
+from training.optimizer import ScheduleConfig, is_decayed, lr_factor
 
 
 def config_of(*argv: str) -> TrainConfig:

@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
 from data_pipeline.shards.manifest import load_manifest
-from training.checkpoint.folder import BadCheckpoint, StorageError
-from training.checkpoint.resume import ConfigMismatch
 from training.config.cli import build_config, build_parser
 from training.distributed import process_group
+from training.errors import BadCheckpoint, ConfigMismatch, StorageError
 from training.stop_signals import StopSignals
 from training.trainer import Trainer
 

@@ -68,7 +68,7 @@ def test_mfu_is_a_share_of_a_known_peak_or_not_known(
 ):
     from training.distributed import process_group
     from training.record.metrics import MetricLogger, StepCounts
-    from training.record.step_clock import StepClock
+    from training.record.speed import StepClock
 
     monkeypatch.setattr("training.record.metrics.peak_flops", lambda device: peak)
     caplog.set_level(logging.INFO, "t")
@@ -88,7 +88,7 @@ def test_mfu_is_a_share_of_a_known_peak_or_not_known(
 def test_the_peak_of_a_share_is_that_of_all_ranks(tmp_path, monkeypatch):
     from training.distributed import process_group
     from training.record.metrics import MetricLogger
-    from training.record.step_clock import StepClock
+    from training.record.speed import StepClock
 
     monkeypatch.setattr("training.record.metrics.peak_flops", lambda device: 1e9)
     with process_group() as ranks:
@@ -151,7 +151,7 @@ def test_the_doctor_measures_ranks_and_names_what_is_wrong(tmp_path):
 
 def test_a_pack_is_drawn_as_its_items_patch_by_patch(packed):
     from data_pipeline.datasets import resolve_dataset
-    from data_pipeline.loading.sequential import sequential_batches
+    from data_pipeline.loading.samples import sequential_batches
     from training.record.pack_picture import pack_picture
 
     manifest = resolve_dataset(str(packed / "train")).load().manifest
@@ -168,7 +168,7 @@ def test_model_flops_equal_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     from model_factory.registry import create_model
-    from training.record.flops import encoder_flops
+    from training.record.speed import encoder_flops
 
     model = create_model("hf_llava_vit_packing_small_ln")
     model.choose_attention("eager")
@@ -185,7 +185,7 @@ def test_model_flops_equal_those_that_torch_counts():
 
 
 def test_a_jump_of_the_loss_is_told_once(caplog):
-    from training.record.watch import SpikeWatch
+    from training.record.speed import SpikeWatch
 
     logger = logging.getLogger("spikes")
     watch = SpikeWatch(logger)

@@ -1,7 +1,7 @@
 """Files of a benchmark -> pixels, read in child processes that no file can hang or kill.
 
     parent   PixelReader.read(PixelRequest)       frames, or a RejectedInput with its reason
-    child    python -m eval_encoder.probe.reader  read_pixels, one request at a time
+    child    python -m eval_encoder.clip_reader  read_pixels, one request at a time
     parent   recolour                             other colours, for drawn versions of a clip
 
 Videos are read by the packer's own reader (data_pipeline/codec), so a probe sees the frames that
@@ -18,7 +18,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,7 @@ from data_pipeline.codec.selection import choose_patches
 from data_pipeline.codec.timeline import read_timeline, segment_frames
 from data_pipeline.errors import RejectedInput
 
-MODULE = "eval_encoder.probe.reader"
-KINDS = ("image", "picture", "frames", "patches")
-READERS = ("av", "decord", "torchcodec")
+MODULE = "eval_encoder.clip_reader"
 
 # Of drawn versions. Probabilities are as published. How strong the changes are is not published:
 # factors lie within 1 +- STRENGTH, and hues move by at most HUE_TURN of the circle.
@@ -52,33 +50,19 @@ class PixelRequest:
 
     kind      image: the square crop of an image; picture: all of it; frames: whole frames of a
               clip; patches: a decomposed clip and the patches that are selected of it
-    place     of the crop along the long side, 0 to 1
-    within    frames: the position of each in its segment, 0 to 1
+    framing   which frames, and which square of them; limits of the file
     decoder   frames: av, decord or torchcodec, with decoder_threads threads
-    num_frames, gop, num_patches, camera, centre_prior   patches: as in packing
-    limits    what the file may be at most
+    gop, num_patches, saliency   patches: as in packing
     """
 
     path: str
     kind: str
-    size: int
-    patch_size: int
-    place: float = 0.5
-    within: tuple[float, ...] = ()
+    framing: Framing
     decoder: str = "av"
     decoder_threads: int = 1
-    num_frames: int = 64
     gop: int = 16
     num_patches: int = 0
-    camera: str = "median"
-    centre_prior: float = 0.0
-    limits: InputLimits = InputLimits()
-
-    def __post_init__(self) -> None:
-        for name, known in (("kind", KINDS), ("decoder", READERS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+    saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
 
 
 @dataclass(frozen=True)
@@ -117,8 +101,8 @@ class PixelReader:
 
     def picture(self, path: Path, limits: InputLimits | None = None) -> np.ndarray:
         """A whole image, uint8 [H, W, 3]. Raises RejectedInput as `read`."""
-        limits = limits or InputLimits()
-        request = PixelRequest(str(path), kind="picture", size=0, patch_size=0, limits=limits)
+        framing = Framing(limits=limits or InputLimits())
+        request = PixelRequest(str(path), kind="picture", framing=framing)
         return self.read(request).frames[0]
 
     def close(self) -> None:
@@ -148,12 +132,13 @@ def read_pixels(request: PixelRequest) -> Pixels:
 
     Raises RejectedInput.
     """
+    limits = request.framing.limits
     if request.kind in ("image", "picture"):
-        frames = open_image(Path(request.path), request.limits)[None]
-        return Pixels(_framed(frames, request) if request.kind == "image" else frames)
+        frames = open_image(Path(request.path), limits)[None]
+        return Pixels(_framed(frames, request.framing) if request.kind == "image" else frames)
     if request.kind == "patches":
         return _read_patches(request)
-    if request.decoder == "av" or not _is_plain(Path(request.path), request.limits):
+    if request.decoder == "av" or not _is_plain(Path(request.path), limits):
         return _read_with_av(request)
     if request.decoder == "decord":
         return _read_with_decord(request)
@@ -161,19 +146,12 @@ def read_pixels(request: PixelRequest) -> Pixels:
 
 
 def _read_patches(request: PixelRequest) -> Pixels:
-    framing = Framing(
-        num_frames=request.num_frames,
-        size=request.size,
-        patch_size=request.patch_size,
-        crop_position=request.place,
-        limits=request.limits,
-    )
-    clip = decompose_video(Path(request.path), framing, gop=request.gop)
+    clip = decompose_video(Path(request.path), request.framing, gop=request.gop)
     selection = choose_patches(
         clip,
-        patch_size=request.patch_size,
+        patch_size=request.framing.patch_size,
         budget=request.num_patches,
-        saliency=SaliencyConfig(camera=request.camera, centre_prior=request.centre_prior),
+        saliency=request.saliency,
     )
     return Pixels(
         frames=clip.frames,
@@ -184,16 +162,9 @@ def _read_patches(request: PixelRequest) -> Pixels:
 
 
 def _read_with_av(request: PixelRequest) -> Pixels:
-    framing = Framing(
-        size=request.size,
-        patch_size=request.patch_size,
-        crop_position=request.place,
-        within=request.within,
-        limits=request.limits,
-    )
-    video = decode_video(Path(request.path), framing, thorough=False)
+    video = decode_video(Path(request.path), request.framing, thorough=False)
     total = video.num_source_frames
-    numbers = segment_frames(total, request.within)
+    numbers = segment_frames(total, request.framing.within)
     # the reader gives each frame once, a short clip has some of them in several segments
     frames = video.frames[np.searchsorted(video.indices, numbers)]
     return Pixels(frames, total=total, numbers=numbers)
@@ -206,12 +177,11 @@ def _read_with_decord(request: PixelRequest) -> Pixels:
         reader = decord.VideoReader(
             request.path, ctx=decord.cpu(0), num_threads=request.decoder_threads
         )
-        total = len(reader)
-        numbers = segment_frames(total, request.within)
-        raw = reader.get_batch(list(numbers)).asnumpy()
+        numbers = segment_frames(len(reader), request.framing.within)
+        frames = reader.get_batch(list(numbers)).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as error:
-        raise RejectedInput("decode", f"{request.path}: {str(error).splitlines()[0]}") from error
-    return Pixels(_framed(raw, request), total=total, numbers=numbers)
+        raise _rejected(request, error) from error
+    return Pixels(_framed(frames, request.framing), total=len(reader), numbers=numbers)
 
 
 def _read_with_torchcodec(request: PixelRequest) -> Pixels:
@@ -221,12 +191,15 @@ def _read_with_torchcodec(request: PixelRequest) -> Pixels:
         reader = VideoDecoder(
             request.path, dimension_order="NHWC", num_ffmpeg_threads=request.decoder_threads
         )
-        total = len(reader)
-        numbers = segment_frames(total, request.within)
-        raw = reader.get_frames_at(numbers.tolist()).data.numpy()
+        numbers = segment_frames(len(reader), request.framing.within)
+        frames = reader.get_frames_at(numbers.tolist()).data.numpy()
     except (RuntimeError, ValueError, IndexError) as error:
-        raise RejectedInput("decode", f"{request.path}: {str(error).splitlines()[0]}") from error
-    return Pixels(_framed(raw, request), total=total, numbers=numbers)
+        raise _rejected(request, error) from error
+    return Pixels(_framed(frames, request.framing), total=len(reader), numbers=numbers)
+
+
+def _rejected(request: PixelRequest, error: Exception) -> RejectedInput:
+    return RejectedInput("decode", f"{request.path}: {str(error).splitlines()[0]}")
 
 
 def _is_plain(path: Path, limits: InputLimits) -> bool:
@@ -247,9 +220,8 @@ def _is_plain(path: Path, limits: InputLimits) -> bool:
     return first.rotation == 0 and aspect == 1 and not first.interlaced_frame
 
 
-def _framed(frames: np.ndarray, request: PixelRequest) -> np.ndarray:
-    """The square of each frame, uint8 [T, H, W, 3] -> [T, size, size, 3]."""
-    framing = Framing(size=request.size, patch_size=request.patch_size, crop_position=request.place)
+def _framed(frames: np.ndarray, framing: Framing) -> np.ndarray:
+    """The square crop of each frame, uint8 [T, H, W, 3] -> [T, size, size, 3]."""
     crop = crop_of(height=frames.shape[1], width=frames.shape[2], framing=framing)
     return np.stack([crop.scale(frame) for frame in frames])
 
@@ -291,10 +263,13 @@ def _prepare(settings: dict) -> Callable[[dict], Answer]:
     """Child: the function that answers requests."""
 
     def answer(values: dict) -> Answer:
-        # what JSON made of a tuple and of a dataclass
-        within = tuple(values.pop("within"))
-        limits = InputLimits(**values.pop("limits"))
-        pixels = read_pixels(PixelRequest(within=within, limits=limits, **values))
+        # JSON has neither dataclasses nor tuples
+        framing = values.pop("framing")
+        framing["limits"] = InputLimits(**framing["limits"])
+        framing["within"] = tuple(framing["within"])
+        saliency = SaliencyConfig(**values.pop("saliency"))
+        request = PixelRequest(framing=Framing(**framing), saliency=saliency, **values)
+        pixels = read_pixels(request)
         arrays = {k: value for k, value in vars(pixels).items() if isinstance(value, np.ndarray)}
         shapes = [[name, value.dtype.str, value.shape] for name, value in arrays.items()]
         parts = [value.tobytes() for value in arrays.values()]

@@ -1,0 +1,117 @@
+"""How a clip becomes what an encoder sees, as settings; both probes read clips by them.
+
+Each setting is a flag of the attentive probe at the same time (probe/config.py). Needs no torch.
+"""
+
+from dataclasses import asdict, dataclass
+
+from model_factory.command_line.flags import flag
+
+VIDEO_FAMILIES = {  # public name -> view of the packed encoder
+    "llava_vit_sampling": "frame",
+    "chunk_wise_sampling": "frame",
+    "llava_vit_codec": "codec",
+    "ov_encoder_codec": "codec",
+}
+IMAGE_FAMILIES = ("clip", "metaclip", "siglip", "siglip2", "dinov2", "dinov3", "aimv2")
+DECODERS = ("auto", "decord", "av", "torchcodec")
+AUGMENTATIONS = ("jitter", "brightness", "saturation", "hue", "channels")
+CAMERAS = ("none", "median", "similarity", "affine")
+
+
+def seed_flag() -> int:
+    """The field of --seed, which fills several."""
+    return flag("--seed", default=1, help="of the first head, the order and the drawn versions")
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How a clip becomes what the encoder sees."""
+
+    family: str = flag(
+        "--model_family",
+        default="llava_vit_sampling",
+        help=f"{', '.join(VIDEO_FAMILIES)} (ours, whole frames or codec patches), or frame by "
+        f"frame {', '.join(IMAGE_FAMILIES)}",
+    )
+    num_frames: int = flag("--num_frames", default=8, help="whole frames of a clip")
+    target_frames: int = flag(
+        "--target_frames",
+        default=64,
+        help="time base of positions, and frames the codec selects from",
+    )
+    num_tokens: int = flag("--K_keep", default=2048, help="patches of a clip under codec input")
+    gop: int = flag(
+        "--gop", default=0, help="frames between I-frames of raw codec input; 0: by the budget"
+    )
+    camera: str = flag(
+        "--mv_compensate",
+        default="median",
+        help=f"camera model of codec input: {', '.join(CAMERAS)}",
+    )
+    centre_prior: float = flag(
+        "--center_prior",
+        default=0.0,
+        help="preference of codec input for the middle of the frame",
+    )
+    size: int = flag(
+        "--input_size",
+        default=224,
+        help="side of raw videos' frames; image encoders have their own",
+    )
+    temporal_crops: int = flag(
+        "--num_temporal_crops",
+        default=1,
+        help="shifted samplings of a validation clip, scores averaged",
+    )
+    spatial_crops: int = flag(
+        "--num_spatial_crops",
+        default=1,
+        help="squares along the long side of a validation clip, averaged",
+    )
+    train_views: int = flag(
+        "--train_views",
+        default=0,
+        help="drawn versions of a raw training clip; 0: one per epoch, 1: plain",
+    )
+    augmentations: tuple[str, ...] = flag(
+        "--augment", default=AUGMENTATIONS, help="of drawn versions; `none` for none"
+    )
+    mean: tuple[float, ...] | None = flag(
+        "--mean",
+        default=None,
+        help="of the normalisation; default: what the encoder was trained with",
+    )
+    std: tuple[float, ...] | None = flag("--std", default=None, help="of the normalisation")
+    decoder: str = flag(
+        "--decoder",
+        default="auto",
+        help=f"raw video reader: {', '.join(DECODERS)} (auto: av, the packer's)",
+    )
+    decoder_threads: int = flag(
+        "--decord_num_threads", default=2, help="threads of one decord reader"
+    )
+    wall_seconds: float = flag(
+        "--wall_seconds",
+        default=300.0,
+        help="limit of reading one raw clip; beyond it is unreadable",
+    )
+    workers: int = flag("--dali_py_num_workers", default=4, help="raw videos decoded at a time")
+    seed: int = seed_flag()
+
+    @property
+    def view(self) -> str:
+        """frame or codec."""
+        return VIDEO_FAMILIES.get(self.family, "frame")
+
+    def identity(self) -> dict:
+        """What decides on the pixels of any look, for the key of stored features."""
+        # how fast clips are read, and what differs between looks (features.ClipFeatures._identity)
+        ignored = ["workers", "decoder_threads", "wall_seconds", "train_views", "family"]
+        ignored += ["temporal_crops", "spatial_crops", "seed", "augmentations"]
+        if self.view == "codec":
+            ignored += ["num_frames", "decoder"]
+        else:
+            ignored += ["num_tokens", "gop", "camera", "centre_prior"]
+        fields = {name: value for name, value in asdict(self).items() if name not in ignored}
+        return {"view": self.view, **fields}
