@@ -40,7 +40,7 @@ from data_pipeline.shards.schema import (
 from model_factory.llava.towers import Grid, VisualInputs
 from model_factory.packing import compute_patch_positions_from_grid_thw, patchify
 
-from ...clip_input import CODEC_FRAMES, InputConfig
+from ...clip_input import InputConfig
 from ...clip_reader import shared_reader
 from ...clip_views import Look, view_of_file
 from ...feature_cache import file_identity
@@ -77,7 +77,8 @@ class VisualConfig:
         return InputConfig(
             family=VIEWS[self.video_view],
             num_frames=self.num_frames,
-            target_frames=CODEC_FRAMES,
+            # all positions of the codec's time base (data_pipeline/codec/decompose.py)
+            target_frames=64,
             num_tokens=self.num_tokens,
             gop=0,
             camera="median",

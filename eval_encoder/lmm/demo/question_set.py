@@ -171,8 +171,8 @@ def score(answers_path: Path, labels_path: Path) -> dict[str, float]:
         if ids:
             shown = ", ".join(sorted(ids)[:5])
             raise ValueError(
-                f"{answers_path} {what} questions: {len(ids)} of them, first {shown}, compared with "
-                f"{labels_path}; {todo}"
+                f"{answers_path} {what} questions: {len(ids)} of them, first {shown}, compared "
+                f"with {labels_path}; {todo}"
             )
     right: dict[str, list[bool]] = {}
     for question_id, row in labels.items():
