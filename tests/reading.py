@@ -26,6 +26,7 @@ process and counts. From shards to a saved step:
 import argparse
 import ast
 import collections
+import inspect
 import io
 import runpy
 import sys
@@ -226,7 +227,9 @@ def entered_files(module: str, argv: list[str]) -> list[str]:
     seen = set()
 
     def note(frame, event, _):
-        if event == "call" and frame.f_code.co_name != "<module>":
+        # bodies of modules and classes run when they are imported, and are not optimised
+        is_function = bool(frame.f_code.co_flags & inspect.CO_OPTIMIZED)
+        if event == "call" and is_function:
             seen.add(frame.f_code.co_filename)
 
     sys.argv = [module, *argv]
