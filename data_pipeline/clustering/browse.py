@@ -110,7 +110,7 @@ def save_page(
     middle = rng.permutation(len(filled))[:count]
     groups = {
         "largest": filled[:count],
-        "smallest": filled[-count:][::-1],
+        "smallest": filled[-count:][::-1],  # the smallest first
         "random": [filled[i] for i in sorted(middle)],
     }
     rows = []

@@ -17,8 +17,8 @@ import numpy as np
 
 DIRECTIONS = 8
 TINY = 1e-6  # keeps sums of nothing from dividing by zero
-SPEED_EDGES = np.array([0.05, 0.2, 0.5, 1.0, 2.0, 4.0])
-RESIDUAL_EDGES = np.array([0.5, 1, 2, 4, 8, 16])
+SPEED_EDGES = np.array([0.05, 0.2, 0.5, 1.0, 2.0, 4.0])  # of bins, in pixels per frame
+RESIDUAL_EDGES = np.array([0.5, 1, 2, 4, 8, 16])  # in luma steps
 WEIGHTS = {
     "direction": 1.0,
     "swirl": 1.0,

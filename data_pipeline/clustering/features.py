@@ -65,6 +65,7 @@ def extract(
             f"{folder} holds features of other samples, settings or weights: name another folder, "
             "or remove it"
         )
+    # also where it is there: a folder or an encoder that was moved keeps its origin, not its path
     write_json(folder / RECORD_NAME, {"config": asdict(config), "origin": origin})
     done = _Done(folder, origin, report)
     own = range(task_id, len(manifest.shards), num_tasks)

@@ -121,6 +121,7 @@ def check_features(
             "samples"
         )
     rows = np.ascontiguousarray(features).view(f"V{features[0].nbytes}")
+    # zeros are one row among the different ones, and no direction
     has_zeros = not features.any(axis=1).all()
     distinct = len(np.unique(rows)) - has_zeros
     if num_centroids > distinct:

@@ -139,6 +139,7 @@ def _first_fraction(rows: np.ndarray) -> str:
     """Where an array of floats first holds what is no integer, NaN among it."""
     if rows.dtype.kind != "f" or rows.ndim != 2:
         return ""
+    # NaN equals nothing, so it counts as no integer
     wrong = np.argwhere(~(rows == np.floor(rows)) | np.isinf(rows))
     if not len(wrong):
         return ""
