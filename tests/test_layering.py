@@ -19,11 +19,7 @@ ALLOWED = {
 # optional heavy libraries and the only modules that may name them
 HOMES = {
     "nvidia": {"data_pipeline.loading.dali_pipeline"},
-    "faiss": {
-        "data_pipeline.clustering.kmeans",
-        "data_pipeline.clustering.search",
-        "data_pipeline.clustering.near_duplicates",
-    },
+    "faiss": {"data_pipeline.clustering.kmeans", "data_pipeline.clustering.search"},
     "flash_attn": {"model_factory.attention"},
     "decord": {"eval_encoder.clip_reader"},
     "torchcodec": {"eval_encoder.clip_reader"},
@@ -32,7 +28,7 @@ HOMES = {
     "ray": {"data_pipeline.shards.pack"},
     "fsspec": {"data_pipeline.shards.inputs"},
     "peft": {"eval_encoder.lmm.model.lmm"},
-    "gradio": {"eval_encoder.lmm_web"},
+    "gradio": {"eval_encoder.lmm.web.page"},
     "lmms_eval": {"eval_encoder.lmm.scoring.lmms_eval"},
 }
 

@@ -41,8 +41,8 @@ def command(output: Path, *extra) -> tuple:
     """Forty small steps, a checkpoint every ten."""
     return (
         *("tests/faulty.py", "-m", "training.train_univit", "--preset", "debug"),
-        *("--output", output),
-        *("--list_batch_size", BATCH // 2, "--num_sampled_data", STEPS * BATCH, *extra),
+        *("--output", output, "--list_batch_size", BATCH // 2),
+        *("--num_sampled_data", STEPS * BATCH, *extra),
     )
 
 
@@ -394,7 +394,7 @@ def test_a_resume_on_other_arithmetic_names_every_difference_and_goes_on(straigh
         "from training.train_univit import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    flags = command(output, "--list_batch_size", BATCH)[3:]
+    _, _, *flags = command(output, "--list_batch_size", BATCH)
     again = forked("-c", alike, *flags, UNIVIT_NUM_THREADS=other)
     assert "last bits" not in again.stderr, "nothing has changed since"
 

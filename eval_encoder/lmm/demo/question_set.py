@@ -28,6 +28,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eval_encoder.lmm.demo.samples import (
     EXTRAS_EVERY,
@@ -40,19 +41,24 @@ from eval_encoder.lmm.demo.samples import (
     training_medium,
     tuning_samples,
 )
+from eval_encoder.lmm.scoring.answers import QUESTION, by_id, read_jsonl
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
+
+if TYPE_CHECKING:  # --help needs no numpy
+    import numpy as np
 
 SET_VERSION = 1  # moves when the same arguments give other samples
 
 
-def render_picture(medium: Medium, seed: int, size: int):
+def render_picture(medium: Medium, seed: int, size: int) -> "np.ndarray":
     """The picture of a medium, uint8 [size, size, 3]. The world wraps around, so it is rolled
     until the shape, the only bright thing, lies whole in the middle."""
     import numpy as np
 
     picture = _render(medium, seed, size, frames=1)[0]
     is_shape = picture.max(axis=2) > 140  # the background stays below, every colour above
+    # a mean on a circle, since a shape may lie across the border
     turn = np.exp(2j * np.pi / size * np.arange(size))
     shifts = []
     for axis in (0, 1):
@@ -61,7 +67,7 @@ def render_picture(medium: Medium, seed: int, size: int):
     return np.roll(picture, shifts, axis=(0, 1))
 
 
-def _render(medium: Medium, seed: int, size: int, frames: int):
+def _render(medium: Medium, seed: int, size: int, frames: int) -> "np.ndarray":
     from data_pipeline.motion_shapes import CLASSES, OUTLINES, Appearance, render_clip
 
     corners = {name: number for number, name in OUTLINES.items()}[medium.shape]
@@ -111,13 +117,17 @@ def write_demo_set(
     )
     train = [training_medium(number) for number in range(num_train)]
     held = list(held_out(num_val))
-    jobs = [(directory / m.path, m, seed, size) for m in [*train, *(m for m, _ in held)]]
+    media = train + [medium for medium, _ in held]
+    jobs = [(directory / medium.path, medium, seed, size) for medium in media]
     jobs = [job for job in jobs if not job[0].exists()]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for _ in pool.map(_write_medium, jobs, chunksize=8):
             pass
     _write_lists(
-        directory, [caption_sample(m) for m in train], tuning_samples(seed, num_train), held
+        directory,
+        align=[caption_sample(medium) for medium in train],
+        tune=tuning_samples(seed, num_train),
+        held=held,
     )
 
 
@@ -136,7 +146,8 @@ def _check_counts(num_train: int, num_val: int, size: int) -> None:
 def _write_lists(directory: Path, align: list, tune: list, held: list[tuple[Medium, str]]) -> None:
     from model_factory.files import write_atomically
 
-    questions, answers = [], []
+    questions = []
+    answers = []
     for number, (medium, category) in enumerate(held):
         question, label = medium.ask(category)
         text = f"{question}\n{INSTRUCTION}"
@@ -160,17 +171,18 @@ def score(answers_path: Path, labels_path: Path) -> dict[str, float]:
     ValueError for lines that cannot be read and for question ids that are missing, unknown or there
     twice: a score over some of the questions is none.
     """
-    given = _read_rows(answers_path, ("text",))
-    labels = _read_rows(labels_path, ("label", "category"))
+    given = by_id(read_jsonl(answers_path, QUESTION | {"text": str}), answers_path)
+    known = QUESTION | {"label": str, "category": str}
+    labels = by_id(read_jsonl(labels_path, known), labels_path)
     for ids, what, todo in (
         (labels.keys() - given.keys(), "has no answer to", "answer every question"),
         (given.keys() - labels.keys(), "answers unknown", "take the labels of the same set"),
     ):
         if ids:
-            shown = ", ".join(map(str, sorted(ids, key=str)[:5]))
+            shown = ", ".join(sorted(ids)[:5])
             raise ValueError(
-                f"{answers_path} {what} questions: {len(ids)} of them, first {shown}, judged by "
-                f"{labels_path}; {todo}"
+                f"{answers_path} {what} questions: {len(ids)} of them, first {shown}, compared "
+                f"with {labels_path}; {todo}"
             )
     right: dict[str, list[bool]] = {}
     for question_id, row in labels.items():
@@ -178,29 +190,6 @@ def score(answers_path: Path, labels_path: Path) -> dict[str, float]:
         right.setdefault(row["category"], []).append(text == row["label"])
     right["overall"] = [hit for hits in right.values() for hit in hits]
     return {name: 100 * sum(hits) / len(hits) for name, hits in right.items()}
-
-
-def _read_rows(path: Path, wanted: tuple[str, ...]) -> dict[int | str, dict]:
-    """question_id -> row of a file of JSON lines."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a file of JSON lines")
-    rows: dict[int | str, dict] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} line {number} is no JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("question_id"), int | str):
-            raise ValueError(f"{path} line {number} has no question_id, a number or a text")
-        for name in wanted:
-            if not isinstance(row.get(name), str):
-                raise ValueError(f"{path} line {number} has no {name}, which is a text")
-        if row["question_id"] in rows:
-            raise ValueError(f"{path} line {number}: question {row['question_id']} is there twice")
-        rows[row["question_id"]] = row
-    if not rows:
-        raise ValueError(f"{path} has no line: give one for every question")
-    return rows
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,11 +1,11 @@
-"""What the samples of the demonstration set say: attributes, captions, questions and answers.
+"""Samples of the demonstration set: attributes, captions, questions and answers.
 
 Attributes follow from a medium's place by arithmetic, so that any answer is right as often as any
 other; the order of a training medium's questions is drawn from (seed, index). Nothing here renders
-or writes: see lmm_demo_set.py.
+or writes: see question_set.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ OPPOSITES |= {"left": "right", "first": "second", "yes": "no"}
 
 @dataclass(frozen=True)
 class Medium:
-    """One picture or clip. `kind` is image or video, `path` relative to the set, `index` the
+    """One image or clip. `kind` is image or video, `path` relative to the set, `index` the
     counter of its random draws, `place` the number that its attributes follow from.
     """
 
@@ -58,7 +58,7 @@ class Medium:
 
     @property
     def caption(self) -> str:
-        """What stage 1 learns to say."""
+        """The target text of stage 1."""
         moving = f" {MOTION_PHRASES[self.motion]}" if self.kind == "video" else ""
         return f"a {self.colour} {self.shape}{moving} ."
 
@@ -93,7 +93,15 @@ def medium_at(kind: str, name: str, index: int, place: int) -> Medium:
     path = f"images/{name}.png" if kind == "image" else f"clips/{name}.mp4"
     colour = tuple(COLOURS)[(place + place // ROUND) % len(COLOURS)]
     shape = tuple(OUTLINES.values())[place // len(CLASSES) % len(OUTLINES)]
-    return Medium(kind, path, index, place, colour, shape, CLASSES[place % len(CLASSES)])
+    return Medium(
+        kind=kind,
+        path=path,
+        index=index,
+        place=place,
+        colour=colour,
+        shape=shape,
+        motion=CLASSES[place % len(CLASSES)],
+    )
 
 
 def training_medium(number: int) -> Medium:
@@ -110,8 +118,11 @@ def held_out(num_val: int) -> Iterator[tuple[Medium, str]]:
     for number in range(num_val):
         turn, within = divmod(number, len(HELD_OUT))
         kind, category = HELD_OUT[within]
+        # directions come twice in HELD_OUT
         place = 2 * turn + within % 2 if category == "direction" else turn
-        yield medium_at(kind, f"val_{number:05d}", (1 << 24) + number, place), category
+        # indices apart from those of training, so that no random draw is shared
+        index = (1 << 24) + number
+        yield medium_at(kind, name=f"val_{number:05d}", index=index, place=place), category
 
 
 def tuning_samples(seed: int, num_train: int) -> list[dict]:
@@ -131,7 +142,7 @@ def _dialogue(seed: int, number: int) -> dict:
     asked = ASKED[medium.kind]
     order = counter_rng(seed, "lmm_demo_set", number).permutation(len(asked))
     rounds = [medium.ask(asked[place]) for place in order]
-    return {medium.kind: medium.path, "conversations": _turns(f"<{medium.kind}>\n", *rounds)}
+    return {medium.kind: medium.path, "conversations": _turns(f"<{medium.kind}>\n", rounds)}
 
 
 def _two_pictures(seed: int, number: int) -> dict:
@@ -146,7 +157,8 @@ def _two_pictures(seed: int, number: int) -> dict:
     if number % 2:
         pair.reverse()
     question = f"Which picture shows the {asked.colour} shape, first or second?"
-    turns = _turns("<image>\n<image>\n", (question, ("first", "second")[number % 2]))
+    answer = "second" if number % 2 else "first"
+    turns = _turns("<image>\n<image>\n", [(question, answer)])
     return {"image": [medium.path for medium in pair], "conversations": turns}
 
 
@@ -156,18 +168,21 @@ def _text_only(seed: int, number: int) -> dict:
     rng = counter_rng(seed, "lmm_demo_set text", number)
     if number % 2:
         word = list(OPPOSITES)[rng.integers(len(OPPOSITES))]
-        return {"conversations": _turns("", (f"What is the opposite of {word}?", OPPOSITES[word]))}
-    left, right = (int(n) for n in rng.integers(0, len(NUMBERS) // 2 + 1, 2))
+        question = f"What is the opposite of {word}?"
+        return {"conversations": _turns("", [(question, OPPOSITES[word])])}
+    # neither is above four, so that their sum has a word
+    left, right = rng.integers(0, len(NUMBERS) // 2 + 1, 2).tolist()
     question = f"What is {NUMBERS[left]} plus {NUMBERS[right]}?"
-    return {"conversations": _turns("", (question, NUMBERS[left + right]))}
+    return {"conversations": _turns("", [(question, NUMBERS[left + right])])}
 
 
-def _turns(marks: str, *rounds: tuple[str, str]) -> list[dict]:
-    """LLaVA's conversation; the marks of the media stand before the first question."""
-    turns = []
+def _turns(placeholders: str, rounds: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """LLaVA's conversation; placeholders of the media stand before the first question."""
+    turns: list[dict[str, str]] = []
     for question, answer in rounds:
-        text = f"{marks if not turns else ''}{question}\n{INSTRUCTION}"
+        text = f"{question}\n{INSTRUCTION}"
         turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    turns[0]["value"] = placeholders + turns[0]["value"]
     return turns
 
 

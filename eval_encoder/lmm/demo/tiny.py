@@ -3,21 +3,26 @@
     python -m eval_encoder.lmm.demo.tiny LIST.json ... --output DIR [--layers 4] [--width 128]
 
 The tokenizer is a byte-level BPE trained on the texts of the lists, with <s>, </s>, <pad> and
-<image>; the model is a Llama with random weights, which learns to speak in stage 2. With --convnext
+<image>; the model is a Llama with random weights, which learns the language in stage 2. With --convnext
 DIR a small random ConvNeXt of four stages is written too, for the convllava recipe where no
 pretrained one is at hand. Cost: seconds.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.quiet import quiet_libraries
 
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
-HEAD_WIDTH = 32
+HEAD_WIDTH = 32  # channels of an attention head
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train_tokenizer(texts, vocabulary: int = 1024):
-    """A fast tokenizer that knows the texts; any other text becomes bytes."""
+def train_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> "PreTrainedTokenizerFast":
+    """A fast tokenizer trained on the texts; unseen text becomes single bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +70,12 @@ def train_tokenizer(texts, vocabulary: int = 1024):
 
 
 def write_language_model(
-    texts, output: Path, layers: int, width: int, vocabulary: int = 1024, seed: int = 0
+    texts: Iterable[str],
+    output: Path,
+    layers: int,
+    width: int,
+    vocabulary: int = 1024,
+    seed: int = 0,
 ) -> None:
     """Tokenizer and random Llama of `layers` blocks; `width` a multiple of 32."""
     import torch
@@ -102,8 +112,7 @@ def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
     from model_factory.model_folder import seal_folder
 
     torch.manual_seed(seed)
-    widths, depths = [32, 64, 128, 256], [1, 1, 2, 1]
-    config = ConvNextConfig(hidden_sizes=widths, depths=depths, image_size=side)
+    config = ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=[1, 1, 2, 1], image_size=side)
     ConvNextModel(config).save_pretrained(output)
     (output / "preprocessor_config.json").write_text(image_processor_json(side))
     seal_folder(output)

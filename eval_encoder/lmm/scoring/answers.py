@@ -10,37 +10,43 @@ with questions by id, never by order; an id that is missing, doubled or foreign 
                                                files that answer all questions of test2015
     vizwiz      JSON lines {question_id, image}
                                                JSON list of {image, answer}
-    mmbench     the official .tsv              its columns without the pictures, and `prediction`:
+    mmbench     the official .tsv              its columns without the images, and `prediction`:
                                                .tsv, or .xlsx where openpyxl is installed
     mmvet       JSON lines {question_id}       JSON object {"v1_ID": text}
     llavabench  JSON lines {question_id}       the answers in the questions' order: the judge reads
                                                both files line by line
 
 Answers for vqav2 and vizwiz are normalised as the server does it, see `normalise_answer`. Cost:
-all files are held in memory, MMBench's without its pictures.
+all files are held in memory, MMBench's without its images.
 """
 
 import argparse
 import csv
+import io
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.reading import names_place
+from model_factory.files import parse_json, write_atomically
+
+Kinds = Mapping[str, type | tuple[type, ...]]  # {field: types that its value may have}
 
 ID = (str, int)
-QUESTION = {"question_id": ID}
+QUESTION: dict[str, type | tuple[type, ...]] = {"question_id": ID}
 ANSWER = QUESTION | {"prompt": str, "text": str}
+# fields that LLaVA-Bench's judge reads
 JUDGED = ANSWER | {"answer_id": ID, "model_id": str, "metadata": dict}
 EXAMPLES = 3  # ids that an error names
-LONGEST_FIELD = 2**31 - 1  # bytes; MMBench holds pictures as text, the csv module allows 128 KiB
+LONGEST_FIELD = 2**31 - 1  # bytes; MMBench holds images as text, the csv module allows 128 KiB
 
+# the lists of VQA's official evaluation
 ARTICLES = {"a", "an", "the"}
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(),
                    map(str, range(11)), strict=True)) | {"none": "0"}  # fmt: skip
@@ -58,9 +64,9 @@ you've
 """.split()  # none that is another word without its apostrophe, as we'll is
 # {with any one apostrophe left out: full}
 CONTRACTIONS = {
-    full[:place] + full[place + 1 :]: full
+    full[:index] + full[index + 1 :]: full
     for full in FULL_CONTRACTIONS
-    for place, letter in enumerate(full)
+    for index, letter in enumerate(full)
     if letter == "'"
 }
 
@@ -101,19 +107,21 @@ class Answers:
         gives that of an answer. A key may be asked several times where the very same prompt is:
         its answers are then taken in their order. ValueError unless every question is answered
         exactly once and nothing else is."""
-        questions, found = Counter(asked), Counter(map(key_of, self.rows))
-        more = found - questions
-        parts = {
-            "missing (asked, not answered)": questions - found,
-            "doubled (answered more often than asked)": [key for key in more if key in questions],
-            "foreign (answered, not asked)": [key for key in more if key not in questions],
+        questions = Counter(asked)
+        answered = Counter(key_of(row) for row in self.rows)
+        surplus = answered - questions
+        by_fault = {
+            "missing (asked, not answered)": list(questions - answered),
+            "doubled (answered more often than asked)": [k for k in surplus if k in questions],
+            "foreign (answered, not asked)": [k for k in surplus if k not in questions],
         }
-        wrong = [f"{len(keys)} {name}: {_some(keys)}" for name, keys in parts.items() if keys]
+        wrong = [f"{len(keys)} {name}: {_some(keys)}" for name, keys in by_fault.items() if keys]
         if wrong:
             raise ValueError(
                 f"{self.path} does not answer each of {len(asked)} questions once. Ids "
                 f"{'; '.join(wrong)}. Ids asked: {_some(questions)}"
             )
+        # reversed, so that pop takes the first answer of a key first
         answers: dict[Hashable, list[dict]] = {}
         for row in reversed(self.rows):
             answers.setdefault(key_of(row), []).append(row)
@@ -125,48 +133,53 @@ def read_answers(path: Path) -> Answers:
     return Answers(path, read_jsonl(path, ANSWER))
 
 
-def read_jsonl(path: Path, kinds: Mapping) -> list[dict]:
-    """Objects of a file of JSON lines; `kinds` {field: type} must be in each, else ValueError."""
-    rows = []
+def numbered_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(file and line, object) of a file of JSON lines; blank lines are passed over. ValueError for
+    a line that is no JSON object."""
     with open(existing(path), "rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path} line {number} is no JSON: {error}") from error
-            rows.append(checked(row, kinds, f"{path} line {number}"))
-    return rows
+            if line.strip():
+                location = f"{path} line {number}"
+                yield location, parse_json(line, name=location)
 
 
-def read_json(path: Path, kinds: Mapping) -> dict:
-    """Object of a JSON file that holds `kinds`, {field: type}; ValueError for anything else."""
-    try:
-        found = json.loads(existing(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    return checked(found, kinds, str(path))
+def read_jsonl(path: Path, kinds: Kinds) -> list[dict]:
+    """Objects of a file of JSON lines; `kinds` must be in each, else ValueError."""
+    return [checked(row, kinds=kinds, location=where) for where, row in numbered_rows(path)]
 
 
-def read_list(path: Path, field: str, kinds: Mapping) -> list[dict]:
+def read_object(path: Path, kinds: Kinds) -> dict:
+    """Object of a JSON file that holds `kinds`; ValueError for anything else."""
+    content = parse_json(existing(path).read_bytes(), name=str(path))
+    return checked(content, kinds=kinds, location=str(path))
+
+
+def read_list(path: Path, field: str, kinds: Kinds) -> list[dict]:
     """Objects of the list that is one field of a JSON file; `kinds` must be in each, else
     ValueError."""
-    rows = read_json(path, {field: list})[field]
-    return [checked(row, kinds, f"{path} {field}[{n}]") for n, row in enumerate(rows)]
+    rows = read_object(path, {field: list})[field]
+    return [
+        checked(row, kinds=kinds, location=f"{path} {field}[{index}]")
+        for index, row in enumerate(rows)
+    ]
 
 
-def checked(row, kinds: Mapping, place: str) -> dict:
-    """The row itself; ValueError that names the place unless it is an object that holds `kinds`,
-    {field: type or types}."""
+def checked(row: object, kinds: Kinds, location: str) -> dict:
+    """The row itself; ValueError that names its location unless it is an object that holds
+    `kinds`."""
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: {str(row)[:80]!r} is no JSON object")
+        raise ValueError(f"{location}: {str(row)[:80]!r} is no JSON object")
     for field, kind in kinds.items():
         if field not in row:
-            raise ValueError(f"{place} lacks {field!r}: it has {_some(row)}")
-        if not isinstance(row[field], kind):
-            value, found = str(row[field])[:80], type(row[field]).__name__
-            raise ValueError(f"{place}: {field} is {value!r}, of type {found}, not {_names(kind)}")
+            raise ValueError(f"{location} lacks {field!r}: it has {_some(row)}")
+        value = row[field]
+        if not isinstance(value, kind):
+            wanted = kind if isinstance(kind, tuple) else (kind,)
+            names = " or ".join(one.__name__ for one in wanted)
+            raise ValueError(
+                f"{location}: {field} is {str(value)[:80]!r}, of type {type(value).__name__}, "
+                f"not {names}"
+            )
     return row
 
 
@@ -189,16 +202,15 @@ def existing(path: Path) -> Path:
     return path
 
 
-def _names(kind: type | tuple[type, ...]) -> str:
-    return " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-
-
 def _some(ids: Iterable[Hashable]) -> str:
     ids = list(ids)
-    return ", ".join(map(repr, ids[:EXAMPLES])) + ", ..." * (len(ids) > EXAMPLES)
+    shown = [repr(one) for one in ids[:EXAMPLES]]
+    if len(ids) > EXAMPLES:
+        shown.append("...")
+    return ", ".join(shown)
 
 
-def _paired(answers: Answers, path: Path, kinds: Mapping = QUESTION) -> list[tuple[dict, dict]]:
+def _paired(answers: Answers, path: Path, kinds: Kinds = QUESTION) -> list[tuple[dict, dict]]:
     """(question, answer) in the order of a file of questions."""
     questions = by_id(read_jsonl(path, kinds), path)
     return list(zip(questions.values(), answers.pair(list(questions)), strict=True))
@@ -206,77 +218,80 @@ def _paired(answers: Answers, path: Path, kinds: Mapping = QUESTION) -> list[tup
 
 def write_vqav2(answers: Answers, questions: Path, output: Path) -> None:
     """[{question_id, answer}]; ids keep the type that the questions have."""
-    pairs = _paired(answers, questions)
-    rows = [
-        {"question_id": question["question_id"], "answer": normalise_answer(answer["text"])}
-        for question, answer in pairs
-    ]
-    output.write_text(json.dumps(rows))
+    _write_normalised(_paired(answers, questions), field="question_id", output=output)
 
 
 def write_vizwiz(answers: Answers, questions: Path, output: Path) -> None:
     """[{image, answer}]"""
-    pairs = _paired(answers, questions, QUESTION | {"image": str})
+    pairs = _paired(answers, questions, kinds=QUESTION | {"image": str})
+    _write_normalised(pairs, field="image", output=output)
+
+
+def _write_normalised(pairs: Sequence[tuple[dict, dict]], field: str, output: Path) -> None:
     rows = [
-        {"image": question["image"], "answer": normalise_answer(answer["text"])}
+        {field: question[field], "answer": normalise_answer(answer["text"])}
         for question, answer in pairs
     ]
-    output.write_text(json.dumps(rows))
+    write_atomically(output, json.dumps(rows).encode())
 
 
 def write_mmvet(answers: Answers, questions: Path, output: Path) -> None:
     """{"v1_ID": text}"""
     texts = {f"v1_{question_id(q)}": answer["text"] for q, answer in _paired(answers, questions)}
-    output.write_text(json.dumps(texts, indent=2))
+    write_atomically(output, json.dumps(texts, indent=2).encode())
 
 
 def write_llavabench(answers: Answers, questions: Path, output: Path) -> None:
     """The six fields of each answer, in the order of the questions."""
-    rows = [
-        {field: checked(answer, JUDGED, f"{answers.path} id {question_id(answer)}")[field]
-         for field in JUDGED}
-        for _, answer in _paired(answers, questions)
-    ]  # fmt: skip
-    output.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    lines = []
+    for _, answer in _paired(answers, questions):
+        location = f"{answers.path} id {question_id(answer)}"
+        row = checked(answer, kinds=JUDGED, location=location)
+        lines.append(json.dumps({field: row[field] for field in JUDGED}) + "\n")
+    write_atomically(output, "".join(lines).encode())
 
 
 def write_mmbench(answers: Answers, questions: Path, output: Path) -> None:
-    """The official table and `prediction`. Without the column `image`: the server has the pictures,
+    """The official table and `prediction`. Without the column `image`: the server has the images,
     and no cell of a workbook could hold one."""
     if output.suffix not in (".tsv", ".xlsx"):
         raise ValueError(f"--output {output}: a table for MMBench ends with .tsv or .xlsx")
     table = _read_mmbench(questions)
     texts = [answer["text"] for answer in answers.pair(list(table))]
-    columns = [*next(iter(table.values())), "prediction"]
-    cells = [[*row.values(), text] for row, text in zip(table.values(), texts, strict=True)]
-    write = _write_xlsx if output.suffix == ".xlsx" else _write_tsv
-    write([columns, *cells], output)
+    columns = list(next(iter(table.values())))
+    cells = [[*columns, "prediction"]]
+    cells += [[*row.values(), text] for row, text in zip(table.values(), texts, strict=True)]
+    data = _xlsx(cells, output) if output.suffix == ".xlsx" else _tsv(cells)
+    write_atomically(output, data)
 
 
 @names_place("path")
 def _read_mmbench(path: Path) -> dict[str, dict]:
-    """{index: row without picture}"""
+    """{index: row without its image}"""
     csv.field_size_limit(LONGEST_FIELD)
     rows = []
     with open(existing(path), newline="", encoding="utf-8-sig") as stream:
         table = csv.DictReader(stream, delimiter="\t")
-        if "index" not in (table.fieldnames or ()):
+        columns = table.fieldnames or ()
+        if "index" not in columns:
             raise ValueError(f"{path} has no column `index`: give the official .tsv")
         for row in table:
             if None in row or None in row.values():  # more or fewer cells than the first line
                 raise ValueError(
-                    f"{path} line {table.line_num}: not {len(table.fieldnames)} cells as above it"
+                    f"{path} line {table.line_num}: not {len(columns)} cells as above it"
                 )
             rows.append({name: cell for name, cell in row.items() if name != "image"})
-    return by_id(rows, path, "index")
+    return by_id(rows, path=path, field="index")
 
 
-def _write_tsv(cells: list[list[str]], output: Path) -> None:
-    with open(output, "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, delimiter="\t", lineterminator="\n").writerows(cells)
+def _tsv(cells: list[list[str]]) -> bytes:
+    stream = io.StringIO()
+    csv.writer(stream, delimiter="\t", lineterminator="\n").writerows(cells)
+    return stream.getvalue().encode()
 
 
-def _write_xlsx(cells: list[list[str]], output: Path) -> None:
+def _xlsx(cells: list[list[str]], output: Path) -> bytes:
+    """The bytes of a workbook; ValueError with `output` where openpyxl is absent."""
     try:
         from openpyxl import Workbook
     except ImportError as error:
@@ -288,7 +303,9 @@ def _write_xlsx(cells: list[list[str]], output: Path) -> None:
     sheet = book.create_sheet()
     for row in cells:
         sheet.append(row)
-    book.save(output)
+    stream = io.BytesIO()
+    book.save(stream)
+    return stream.getvalue()
 
 
 FORMATS = {

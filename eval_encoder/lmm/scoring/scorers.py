@@ -13,7 +13,7 @@
     seed_image  the same; its questions about images only
     mme         folder of the 14 tasks' .txt files         yes and no agree, see `leading_yes`
 
-Answers are JSON lines {question_id, prompt, text, ...}, paired by id (lmm_answers.py). Peculiar
+Answers are JSON lines {question_id, prompt, text, ...}, paired by id (answers.py). Peculiar
 ids: POPE counts each file anew, so an id is `random/1`; MME's `task/picture` and TextVQA's image id
 are shared by several questions, which the first line of the prompt tells apart. Figures are in
 percent, MME's sums in points. `--confidence` adds 95 % intervals: questions are drawn anew within
@@ -34,18 +34,20 @@ from typing import TYPE_CHECKING
 from eval_encoder.lmm.scoring.answers import (
     QUESTION,
     Answers,
+    Kinds,
     by_id,
     checked,
     existing,
     normalise_answer,
     read_answers,
-    read_json,
     read_jsonl,
     read_list,
+    read_object,
 )
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.plain_text import printable
+from model_factory.files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +61,7 @@ TASKS = PERCEPTION + COGNITION
 MME_INSTRUCTION = "please answer yes or no."
 RESAMPLINGS = 1000
 
-Outcomes = dict[str, list]  # group of questions -> what was found of each, as its scorer defines it
+Outcomes = dict[str, list]  # group of questions -> outcome of each, as its scorer defines it
 Figures = dict[str, float]
 
 
@@ -79,14 +81,18 @@ def score(benchmark: str, answers: Path, annotations: Path, confidence: bool = F
     together, and for an unknown benchmark."""
     if benchmark not in SCORERS:
         raise ValueError(f"unknown benchmark {benchmark!r}: choose one of {', '.join(SCORERS)}")
-    judge, summarise = SCORERS[benchmark]
-    found = read_answers(answers)
-    outcomes = judge(found, annotations)
+    compare, summarise = SCORERS[benchmark]
+    rows = read_answers(answers)
+    outcomes = compare(rows, annotations)
     for group, values in outcomes.items():
         if not values:
             raise ValueError(f"{annotations} holds no question of {benchmark} ({group})")
-    intervals = _intervals(summarise, outcomes) if confidence else None
-    return Score(benchmark, len(found.rows), summarise(outcomes), intervals)
+    return Score(
+        benchmark=benchmark,
+        questions=len(rows.rows),
+        figures=summarise(outcomes),
+        intervals=_intervals(summarise, outcomes) if confidence else None,
+    )
 
 
 def says_yes(text: str) -> bool:
@@ -95,7 +101,7 @@ def says_yes(text: str) -> bool:
     return not {"no", "not"} & set(words)
 
 
-def judge_pope(answers: Answers, annotations: Path) -> Outcomes:
+def compare_pope(answers: Answers, annotations: Path) -> Outcomes:
     """{file: [(said yes, is yes)]}"""
     labels: dict[str, str] = {}
     for name in POPE_FILES:
@@ -116,7 +122,8 @@ def summarise_pope(outcomes: Outcomes) -> Figures:
     share of yes. Precision and recall of nothing are 0."""
     files: Figures = {}
     for name, pairs in outcomes.items():
-        said, are = (sum(column) for column in zip(*pairs, strict=True))
+        said = sum(says for says, _ in pairs)
+        are = sum(is_yes for _, is_yes in pairs)
         hits = pairs.count((True, True))
         files |= {
             f"{name}_accuracy": _percent(one == other for one, other in pairs),
@@ -128,12 +135,14 @@ def summarise_pope(outcomes: Outcomes) -> Figures:
     return {"f1": sum(files[f"{name}_f1"] for name in outcomes) / len(outcomes)} | files
 
 
-def judge_gqa(answers: Answers, annotations: Path) -> Outcomes:
+def compare_gqa(answers: Answers, annotations: Path) -> Outcomes:
     """{"all": [right]}"""
-    questions = read_json(annotations, {})
+    questions = read_object(annotations, {})
     rights = []
     for number, answer in zip(questions, answers.pair(list(questions)), strict=True):
-        question = checked(questions[number], {"answer": str}, f"{annotations} id {number}")
+        question = checked(
+            questions[number], kinds={"answer": str}, location=f"{annotations} id {number}"
+        )
         rights.append(answer["text"].strip().lower().rstrip(".") == question["answer"])
     return {"all": rights}
 
@@ -148,17 +157,18 @@ def option_letter(text: str) -> str | None:
     return stated[0] if len(stated) == 1 else None
 
 
-def judge_sqa(answers: Answers, annotations: Path) -> Outcomes:
-    """{"image": [right], "text": [right]} of the test split, by whether there is a picture."""
-    numbers = read_json(annotations / "pid_splits.json", {"test": list})["test"]
+def compare_sqa(answers: Answers, annotations: Path) -> Outcomes:
+    """{"image": [right], "text": [right]} of the test split, by whether there is an image."""
+    numbers = read_object(annotations / "pid_splits.json", {"test": list})["test"]
     path = annotations / "problems.json"
-    problems = read_json(path, dict.fromkeys(numbers, dict))
-    kinds = {"answer": int, "image": (str, type(None))}
+    problems = read_object(path, dict.fromkeys(numbers, dict))
+    kinds: Kinds = {"answer": int, "image": (str, type(None))}
     outcomes: Outcomes = {"image": [], "text": []}
     for number, answer in zip(numbers, answers.pair(numbers), strict=True):
-        problem = checked(problems[number], kinds, f"{path} id {number}")
-        place = OPTIONS.find(option_letter(answer["text"]) or "none")
-        outcomes["image" if problem["image"] else "text"].append(place == problem["answer"])
+        problem = checked(problems[number], kinds=kinds, location=f"{path} id {number}")
+        letter = option_letter(answer["text"])
+        is_right = letter is not None and OPTIONS.find(letter) == problem["answer"]
+        outcomes["image" if problem["image"] else "text"].append(is_right)
     return outcomes
 
 
@@ -176,11 +186,11 @@ def soft_accuracy(answer: str, references: list[str]) -> float:
     return sum(min(1.0, (total - own) / 3) for own in agreeing) / len(agreeing)
 
 
-def judge_textvqa(answers: Answers, annotations: Path) -> Outcomes:
+def compare_textvqa(answers: Answers, annotations: Path) -> Outcomes:
     """{"all": [soft accuracy]}. LLaVA's question_id is the image's id, shared by several questions:
     the prompt's first line tells them apart, and answers to the same one are taken in order."""
     kinds = QUESTION | {"image_id": str, "question": str, "answers": list}
-    rows = read_list(annotations, "data", kinds)
+    rows = read_list(annotations, field="data", kinds=kinds)
     for row in rows:
         if len(row["answers"]) < 2:
             raise ValueError(f"{annotations} id {row['question_id']} has fewer than two annotators")
@@ -195,10 +205,10 @@ def summarise_accuracy(outcomes: Outcomes) -> Figures:
     return {"accuracy": _percent(sum(outcomes.values(), []))}
 
 
-def judge_seed(answers: Answers, annotations: Path, images_only: bool) -> Outcomes:
+def compare_seed(answers: Answers, annotations: Path, images_only: bool) -> Outcomes:
     """{"image_type_1": [right]} by kind of data and type of question, in the types' order."""
     kinds = QUESTION | {"answer": str, "data_type": str, "question_type_id": int}
-    rows = read_list(annotations, "questions", kinds)
+    rows = read_list(annotations, field="questions", kinds=kinds)
     rows = [row for row in rows if row["data_type"] == "image" or not images_only]
     rows.sort(key=lambda row: row["question_type_id"])
     questions = by_id(rows, annotations)
@@ -222,11 +232,13 @@ def leading_yes(text: str) -> bool | None:
     """MME's reading: whether `yes`, else `no`, is within the first four characters; None, which is
     never right, if neither is."""
     head = text.strip().lower()[:4]
-    return True if "yes" in head else False if "no" in head else None
+    if "yes" in head:
+        return True
+    return False if "no" in head else None
 
 
-def judge_mme(answers: Answers, annotations: Path) -> Outcomes:
-    """{task: [(first right, second right)]}, one pair for each picture."""
+def compare_mme(answers: Answers, annotations: Path) -> Outcomes:
+    """{task: [(first right, second right)]}, one pair for each image."""
     truths = [row for task in TASKS for row in _mme_rows(annotations, task)]
     paired = answers.pair([key for key, _ in truths], _mme_key)
     pictures: dict[tuple[str, str], list[bool]] = {}
@@ -256,7 +268,8 @@ def summarise_mme(outcomes: Outcomes) -> Figures:
 
 def _mme_rows(annotations: Path, task: str) -> list[tuple[tuple[str, str, str], bool]]:
     """(key, is yes) of each question."""
-    path, rows = existing(annotations / f"{task}.txt"), []
+    path = existing(annotations / f"{task}.txt")
+    rows = []
     with open(path, encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -303,15 +316,15 @@ def _intervals(
     return bootstrap_bounds(resampled, purpose="lmm interval", resamplings=RESAMPLINGS)
 
 
-# how answers are compared with annotations, and how what was found becomes figures
+# how answers are compared with annotations, and how outcomes become figures
 SCORERS: dict[str, tuple[Callable[[Answers, Path], Outcomes], Callable[[Outcomes], Figures]]] = {
-    "pope": (judge_pope, summarise_pope),
-    "gqa": (judge_gqa, summarise_accuracy),
-    "sqa": (judge_sqa, summarise_sqa),
-    "textvqa": (judge_textvqa, summarise_accuracy),
-    "seed": (partial(judge_seed, images_only=False), summarise_seed),
-    "seed_image": (partial(judge_seed, images_only=True), summarise_seed),
-    "mme": (judge_mme, summarise_mme),
+    "pope": (compare_pope, summarise_pope),
+    "gqa": (compare_gqa, summarise_accuracy),
+    "sqa": (compare_sqa, summarise_sqa),
+    "textvqa": (compare_textvqa, summarise_accuracy),
+    "seed": (partial(compare_seed, images_only=False), summarise_seed),
+    "seed_image": (partial(compare_seed, images_only=True), summarise_seed),
+    "mme": (compare_mme, summarise_mme),
 }
 
 
@@ -320,8 +333,11 @@ def format_table(result: Score) -> str:
     width = max(map(len, result.figures))
     lines = [f"{result.benchmark}: {result.questions} questions"]
     for name, value in result.figures.items():
-        low_high = "{:9.2f} .. {:.2f}".format(*result.intervals[name]) if result.intervals else ""
-        lines.append(f"{printable(name):{width}} {value:8.2f}{low_high}")
+        line = f"{printable(name):{width}} {value:8.2f}"
+        if result.intervals is not None:
+            low, high = result.intervals[name]
+            line += f"{low:9.2f} .. {high:.2f}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -346,11 +362,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _score(args: argparse.Namespace) -> None:
-    result = score(args.benchmark, args.answers, args.annotations, args.confidence)
+    result = score(
+        args.benchmark,
+        answers=args.answers,
+        annotations=args.annotations,
+        confidence=args.confidence,
+    )
     print(format_table(result))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(asdict(result), indent=2) + "\n")
+        write_atomically(args.output, (json.dumps(asdict(result), indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

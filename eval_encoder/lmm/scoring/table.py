@@ -1,6 +1,6 @@
 """Trained multimodal models side by side: `python -m eval_encoder.lmm.scoring.table NAME=OUT ...`.
 
-    OUT/record.json      tokens per picture, parameters (lmm_probe.py), seconds of this stage;
+    OUT/record.json      tokens per image, parameters (lmm_probe.py), seconds of this stage;
                          --seconds NAME=S gives those of all stages
     OUT/answers.jsonl    answers of the demo's questions (lmm_eval.py)
     --labels FILE        the demo's answers.jsonl
@@ -17,10 +17,10 @@ from pathlib import Path
 from eval_encoder.tables import markdown_table
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
-from model_factory.files import read_json
+from model_factory.files import read_json, write_atomically
 
 # what the table shows of record.json
-RECORD = {
+RECORD: dict[str, type | tuple[type, ...]] = {
     "arguments": dict,
     "tokens_per_picture": int,
     "parameters": int,
@@ -84,10 +84,10 @@ def main(argv: list[str] | None = None) -> int:
 def _print_table(args: argparse.Namespace) -> None:
     models = {name: Path(path) for name, path in map(_pair, args.models)}
     seconds = {name: float(value) for name, value in map(_pair, args.seconds)}
-    table = markdown(rows_of(models, args.labels, seconds))
+    table = markdown(rows_of(models, labels=args.labels, seconds=seconds))
     print(table, end="")
     if args.output is not None:
-        args.output.write_text(table)
+        write_atomically(args.output, table.encode())
 
 
 def _pair(text: str) -> tuple[str, str]:

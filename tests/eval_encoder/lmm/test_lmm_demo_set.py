@@ -231,10 +231,10 @@ def test_a_blind_guesser_gets_its_share_and_a_seeing_one_everything(folder, tmp_
     [
         ([(0, "red")], "has no answer to questions: 1 of them, first 1"),
         ([(0, "red"), (1, "yes"), (2, "no")], "answers unknown questions: 1 of them, first 2"),
-        ([(0, "red"), (1, "yes"), (0, "red")], "line 3: question 0 is there twice"),
-        ([(0, "red"), (1, None)], "line 2 has no text"),
-        ([(0, "red"), (None, "yes")], "line 2 has no question_id"),
-        ([], "has no line"),
+        ([(0, "red"), (1, "yes"), (0, "red")], "names question_id 0 twice"),
+        ([(0, "red"), (1, None)], "line 2: text is 'None'"),
+        ([(0, "red"), (None, "yes")], "line 2: question_id is 'None'"),
+        ([], "holds no question"),
     ],
 )
 def test_a_score_over_some_of_the_questions_is_none(tmp_path, rows, message):

@@ -89,7 +89,7 @@ def test_missing_doubled_and_foreign_ids_are_errors_that_name_file_id_and_count(
 def test_a_damaged_line_is_named(tmp_path, gqa):
     path = tmp_path / "answers.jsonl"
     path.write_text('{"question_id": "10", "prompt": "", "text": ""}\n{"question_id": "11"\n')
-    with pytest.raises(ValueError, match=r"answers\.jsonl line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"answers\.jsonl line 2 is no readable JSON"):
         score("gqa", path, gqa)
     lines(path, [{"question_id": "10", "prompt": ""}])
     with pytest.raises(ValueError, match=r"answers\.jsonl line 1 lacks 'text'"):
@@ -98,7 +98,7 @@ def test_a_damaged_line_is_named(tmp_path, gqa):
     with pytest.raises(ValueError, match=r"line 1: text is '3', of type int, not str"):
         score("gqa", path, gqa)
     path.write_bytes(b'{"question_id": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"answers\.jsonl line 1 is no JSON"):
+    with pytest.raises(ValueError, match=r"answers\.jsonl line 1 is no readable JSON"):
         score("gqa", path, gqa)
 
 

@@ -302,7 +302,7 @@ def test_what_cannot_be_an_eye_is_refused(place, tmp_path, capfd):
 
     vit = transformers.ViTConfig(**SHAPE, image_size=32, patch_size=8)
     transformers.ViTModel(vit).save_pretrained(tmp_path / "vit")
-    assert "is a vit model; an eye can be one of clip, siglip" in error_of(tmp_path / "vit")
+    assert "is a vit model; a tower can be one of clip, siglip" in error_of(tmp_path / "vit")
     shape = dict(SHAPE, image_size=28, patch_size=14, num_register_tokens=4)
     config = transformers.Dinov2WithRegistersConfig(**shape)
     transformers.Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "registers")
