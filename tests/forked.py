@@ -30,7 +30,6 @@ PATIENCE_S = 900.0
 FREE = ("FAULT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 FREE += ("WANDB_MODE", "UNIVIT_TRACEBACK", "UNIVIT_NUM_THREADS")
 
-CPU = 0.0
 _shared_folder: Path | None = None
 
 
@@ -120,10 +119,7 @@ class Forked:
             readable, _, _ = select.select([self._connection], [], [], timeout)
             if not readable:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            answer = self._receive()
-            self.returncode = answer["returncode"]
-            global CPU
-            CPU += answer["cpu_s"]
+            self.returncode = self._receive()["returncode"]
             self._connection.close()
         return self.returncode
 
