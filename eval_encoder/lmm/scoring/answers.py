@@ -10,41 +10,47 @@ with questions by id, never by order; an id that is missing, doubled or foreign 
                                                files that answer all questions of test2015
     vizwiz      JSON lines {question_id, image}
                                                JSON list of {image, answer}
-    mmbench     the official .tsv              its columns without the pictures, and `prediction`:
+    mmbench     the official .tsv              its columns without the images, and `prediction`:
                                                .tsv, or .xlsx where openpyxl is installed
     mmvet       JSON lines {question_id}       JSON object {"v1_ID": text}
     llavabench  JSON lines {question_id}       the answers in the questions' order: the judge reads
                                                both files line by line
 
 Answers for vqav2 and vizwiz are normalised as the server does it, see `normalise_answer`. Cost:
-all files are held in memory, MMBench's without its pictures.
+all files are held in memory, MMBench's without its images.
 """
 
 import argparse
 import csv
+import io
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.reading import names_place
+from model_factory.files import DamagedFile, check_fields, json_lines, parse_json, write_atomically
+
+Fields = Mapping[str, type | tuple[type, ...]]  # {field that must be there: its type or types}
 
 ID = (str, int)
-QUESTION = {"question_id": ID}
-ANSWER = QUESTION | {"prompt": str, "text": str}
-JUDGED = ANSWER | {"answer_id": ID, "model_id": str, "metadata": dict}
+QUESTION: Fields = {"question_id": ID}
+ANSWER: Fields = {**QUESTION, "prompt": str, "text": str}
+JUDGED: Fields = {**ANSWER, "answer_id": ID, "model_id": str, "metadata": dict}
 EXAMPLES = 3  # ids that an error names
-LONGEST_FIELD = 2**31 - 1  # bytes; MMBench holds pictures as text, the csv module allows 128 KiB
+LONGEST_FIELD = 2**31 - 1  # bytes; MMBench holds images as text, the csv module allows 128 KiB
 
+# the lists of VQA's evaluation (vqaEval.py), which servers and LLaVA's scripts share
 ARTICLES = {"a", "an", "the"}
-NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(),
-                   map(str, range(11)), strict=True)) | {"none": "0"}  # fmt: skip
-PUNCTUATION = ';/[]"{}()=+\\_-><@`!'  # comma and question mark are gone before
+WORDS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = {word: str(value) for value, word in enumerate(WORDS)} | {"none": "0"}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`!'  # comma and question mark are removed before
 FULL_CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
@@ -58,9 +64,9 @@ you've
 """.split()  # none that is another word without its apostrophe, as we'll is
 # {with any one apostrophe left out: full}
 CONTRACTIONS = {
-    full[:place] + full[place + 1 :]: full
+    full[:index] + full[index + 1 :]: full
     for full in FULL_CONTRACTIONS
-    for place, letter in enumerate(full)
+    for index, letter in enumerate(full)
     if letter == "'"
 }
 
@@ -76,6 +82,7 @@ def normalise_answer(text: str) -> str:
     text = text.replace("\n", " ").replace("\t", " ").strip()
     bare = text
     for sign in PUNCTUATION:
+        # looked up in `text`: signs that were replaced before must not change the rule for others
         beside_space = f"{sign} " in text or f" {sign}" in text
         bare = bare.replace(sign, "" if beside_space else " ")
     words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", bare).split()]
@@ -97,89 +104,76 @@ class Answers:
     def pair(
         self, asked: Sequence[Hashable], key_of: Callable[[dict], Hashable] = question_id
     ) -> list[dict]:
-        """The answer to each question, in the order of `asked`, the keys of the questions; `key_of`
-        gives that of an answer. A key may be asked several times where the very same prompt is:
-        its answers are then taken in their order. ValueError unless every question is answered
-        exactly once and nothing else is."""
-        questions, found = Counter(asked), Counter(map(key_of, self.rows))
-        more = found - questions
-        parts = {
-            "missing (asked, not answered)": questions - found,
+        """The answer to each question, in the order of `asked`.
+
+        asked: keys of the questions. key_of: gives the key of an answer. A key may be asked several
+        times where the very same prompt is: its answers are then taken in their order. ValueError
+        unless every question is answered exactly once and nothing else is.
+        """
+        questions = Counter(asked)
+        answered = Counter(map(key_of, self.rows))
+        more = answered - questions
+        problems = {
+            "missing (asked, not answered)": list(questions - answered),
             "doubled (answered more often than asked)": [key for key in more if key in questions],
             "foreign (answered, not asked)": [key for key in more if key not in questions],
         }
-        wrong = [f"{len(keys)} {name}: {_some(keys)}" for name, keys in parts.items() if keys]
-        if wrong:
+        listed = [f"{len(keys)} {name}: {_some(keys)}" for name, keys in problems.items() if keys]
+        if listed:
             raise ValueError(
                 f"{self.path} does not answer each of {len(asked)} questions once. Ids "
-                f"{'; '.join(wrong)}. Ids asked: {_some(questions)}"
+                f"{'; '.join(listed)}. Ids asked: {_some(list(questions))}"
             )
         answers: dict[Hashable, list[dict]] = {}
+        # reversed, so that pop() takes answers to the same key in their order
         for row in reversed(self.rows):
             answers.setdefault(key_of(row), []).append(row)
         return [answers[key].pop() for key in asked]
 
 
-def read_answers(path: Path) -> Answers:
-    """Answers from JSON lines; ValueError for a line without question_id, prompt or text."""
-    return Answers(path, read_jsonl(path, ANSWER))
+def read_answers(path: Path, fields: Fields = ANSWER) -> Answers:
+    """Answers from JSON lines; ValueError for a line that lacks one of the fields."""
+    return Answers(path, rows=read_lines(path, fields))
 
 
-def read_jsonl(path: Path, kinds: Mapping) -> list[dict]:
-    """Objects of a file of JSON lines; `kinds` {field: type} must be in each, else ValueError."""
-    rows = []
-    with open(existing(path), "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path} line {number} is no JSON: {error}") from error
-            rows.append(checked(row, kinds, f"{path} line {number}"))
-    return rows
+def read_lines(path: Path, fields: Fields) -> list[dict]:
+    """Objects of a file of JSON lines; ValueError for one that lacks one of the fields."""
+    return [row for _, row in json_lines(existing(path), fields)]
 
 
-def read_json(path: Path, kinds: Mapping) -> dict:
-    """Object of a JSON file that holds `kinds`, {field: type}; ValueError for anything else."""
-    try:
-        found = json.loads(existing(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    return checked(found, kinds, str(path))
+def read_annotations(path: Path, fields: Fields) -> dict:
+    """Object of an official JSON file; ValueError where it lacks one of the fields."""
+    content = parse_json(existing(path).read_bytes(), name=str(path))
+    return checked(content, fields, name=str(path))
 
 
-def read_list(path: Path, field: str, kinds: Mapping) -> list[dict]:
-    """Objects of the list that is one field of a JSON file; `kinds` must be in each, else
-    ValueError."""
-    rows = read_json(path, {field: list})[field]
-    return [checked(row, kinds, f"{path} {field}[{n}]") for n, row in enumerate(rows)]
+def read_annotation_list(path: Path, key: str, fields: Fields) -> list[dict]:
+    """Objects of the list that stands under `key` in an official JSON file; ValueError for one
+    that lacks one of the fields."""
+    rows = read_annotations(path, {key: list})[key]
+    return [checked(row, fields, name=f"{path} {key}[{index}]") for index, row in enumerate(rows)]
 
 
-def checked(row, kinds: Mapping, place: str) -> dict:
-    """The row itself; ValueError that names the place unless it is an object that holds `kinds`,
-    {field: type or types}."""
+def checked(row: object, fields: Fields, name: str) -> dict:
+    """The row itself; DamagedFile (a ValueError) with the row's name unless it is an object that
+    holds the fields."""
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: {str(row)[:80]!r} is no JSON object")
-    for field, kind in kinds.items():
-        if field not in row:
-            raise ValueError(f"{place} lacks {field!r}: it has {_some(row)}")
-        if not isinstance(row[field], kind):
-            value, found = str(row[field])[:80], type(row[field]).__name__
-            raise ValueError(f"{place}: {field} is {value!r}, of type {found}, not {_names(kind)}")
+        raise DamagedFile(f"{name} is {row!r:.80}, which is no JSON object")
+    check_fields(row, fields=fields, name=name)
     return row
 
 
 def by_id(rows: Iterable[dict], path: Path, field: str = "question_id") -> dict[str, dict]:
     """{id: row}; ValueError for a file without rows or one that names an id twice."""
-    found: dict[str, dict] = {}
+    unique: dict[str, dict] = {}
     for row in rows:
-        if str(row[field]) in found:
+        key = str(row[field])
+        if key in unique:
             raise ValueError(f"{path} names {field} {row[field]!r} twice: give the official file")
-        found[str(row[field])] = row
-    if not found:
+        unique[key] = row
+    if not unique:
         raise ValueError(f"{path} holds no question")
-    return found
+    return unique
 
 
 def existing(path: Path) -> Path:
@@ -189,94 +183,85 @@ def existing(path: Path) -> Path:
     return path
 
 
-def _names(kind: type | tuple[type, ...]) -> str:
-    return " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+def _some(ids: list) -> str:
+    """The first ids, as errors show them."""
+    dots = ", ..." if len(ids) > EXAMPLES else ""
+    return ", ".join(map(repr, ids[:EXAMPLES])) + dots
 
 
-def _some(ids: Iterable[Hashable]) -> str:
-    ids = list(ids)
-    return ", ".join(map(repr, ids[:EXAMPLES])) + ", ..." * (len(ids) > EXAMPLES)
-
-
-def _paired(answers: Answers, path: Path, kinds: Mapping = QUESTION) -> list[tuple[dict, dict]]:
+def _paired(answers: Answers, path: Path, fields: Fields = QUESTION) -> list[tuple[dict, dict]]:
     """(question, answer) in the order of a file of questions."""
-    questions = by_id(read_jsonl(path, kinds), path)
+    questions = by_id(read_lines(path, fields), path)
     return list(zip(questions.values(), answers.pair(list(questions)), strict=True))
 
 
-def write_vqav2(answers: Answers, questions: Path, output: Path) -> None:
-    """[{question_id, answer}]; ids keep the type that the questions have."""
-    pairs = _paired(answers, questions)
+def write_normalised(
+    answers: Answers, questions: Path, output: Path, key: str, kind: type | tuple[type, ...]
+) -> None:
+    """[{key, answer}]; `key` is a field of the questions, of type `kind`, and keeps its value."""
+    pairs = _paired(answers, questions, fields={**QUESTION, key: kind})
     rows = [
-        {"question_id": question["question_id"], "answer": normalise_answer(answer["text"])}
+        {key: question[key], "answer": normalise_answer(answer["text"])}
         for question, answer in pairs
     ]
-    output.write_text(json.dumps(rows))
-
-
-def write_vizwiz(answers: Answers, questions: Path, output: Path) -> None:
-    """[{image, answer}]"""
-    pairs = _paired(answers, questions, QUESTION | {"image": str})
-    rows = [
-        {"image": question["image"], "answer": normalise_answer(answer["text"])}
-        for question, answer in pairs
-    ]
-    output.write_text(json.dumps(rows))
+    write_atomically(output, json.dumps(rows).encode())
 
 
 def write_mmvet(answers: Answers, questions: Path, output: Path) -> None:
     """{"v1_ID": text}"""
     texts = {f"v1_{question_id(q)}": answer["text"] for q, answer in _paired(answers, questions)}
-    output.write_text(json.dumps(texts, indent=2))
+    write_atomically(output, json.dumps(texts, indent=2).encode())
 
 
 def write_llavabench(answers: Answers, questions: Path, output: Path) -> None:
     """The six fields of each answer, in the order of the questions."""
-    rows = [
-        {field: checked(answer, JUDGED, f"{answers.path} id {question_id(answer)}")[field]
-         for field in JUDGED}
-        for _, answer in _paired(answers, questions)
-    ]  # fmt: skip
-    output.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    lines = []
+    for _, answer in _paired(answers, questions):
+        checked(answer, JUDGED, name=f"{answers.path} id {question_id(answer)}")
+        lines.append(json.dumps({field: answer[field] for field in JUDGED}) + "\n")
+    write_atomically(output, "".join(lines).encode())
 
 
 def write_mmbench(answers: Answers, questions: Path, output: Path) -> None:
-    """The official table and `prediction`. Without the column `image`: the server has the pictures,
+    """The official table and `prediction`. Without the column `image`: the server has the images,
     and no cell of a workbook could hold one."""
     if output.suffix not in (".tsv", ".xlsx"):
         raise ValueError(f"--output {output}: a table for MMBench ends with .tsv or .xlsx")
     table = _read_mmbench(questions)
-    texts = [answer["text"] for answer in answers.pair(list(table))]
     columns = [*next(iter(table.values())), "prediction"]
-    cells = [[*row.values(), text] for row, text in zip(table.values(), texts, strict=True)]
-    write = _write_xlsx if output.suffix == ".xlsx" else _write_tsv
-    write([columns, *cells], output)
+    cells = [columns]
+    for row, answer in zip(table.values(), answers.pair(list(table)), strict=True):
+        cells.append([*row.values(), answer["text"]])
+    if output.suffix == ".xlsx":
+        write_atomically(output, _xlsx(cells, output))
+        return
+    stream = io.StringIO(newline="")
+    csv.writer(stream, delimiter="\t", lineterminator="\n").writerows(cells)
+    write_atomically(output, stream.getvalue().encode())
 
 
 @names_place("path")
 def _read_mmbench(path: Path) -> dict[str, dict]:
-    """{index: row without picture}"""
+    """{index: row without image}"""
     csv.field_size_limit(LONGEST_FIELD)
     rows = []
     with open(existing(path), newline="", encoding="utf-8-sig") as stream:
         table = csv.DictReader(stream, delimiter="\t")
-        if "index" not in (table.fieldnames or ()):
+        columns = table.fieldnames or ()
+        if "index" not in columns:
             raise ValueError(f"{path} has no column `index`: give the official .tsv")
         for row in table:
-            if None in row or None in row.values():  # more or fewer cells than the first line
+            # DictReader puts surplus cells under None, and None for missing ones
+            if None in row or None in row.values():
                 raise ValueError(
-                    f"{path} line {table.line_num}: not {len(table.fieldnames)} cells as above it"
+                    f"{path} line {table.line_num}: not {len(columns)} cells as above it"
                 )
             rows.append({name: cell for name, cell in row.items() if name != "image"})
-    return by_id(rows, path, "index")
+    return by_id(rows, path, field="index")
 
 
-def _write_tsv(cells: list[list[str]], output: Path) -> None:
-    with open(output, "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, delimiter="\t", lineterminator="\n").writerows(cells)
-
-
-def _write_xlsx(cells: list[list[str]], output: Path) -> None:
+def _xlsx(cells: list[list[str]], output: Path) -> bytes:
+    """A workbook of one sheet; `output` is for the error."""
     try:
         from openpyxl import Workbook
     except ImportError as error:
@@ -288,12 +273,14 @@ def _write_xlsx(cells: list[list[str]], output: Path) -> None:
     sheet = book.create_sheet()
     for row in cells:
         sheet.append(row)
-    book.save(output)
+    stream = io.BytesIO()
+    book.save(stream)
+    return stream.getvalue()
 
 
-FORMATS = {
-    "vqav2": write_vqav2,
-    "vizwiz": write_vizwiz,
+FORMATS: dict[str, Callable[[Answers, Path, Path], None]] = {
+    "vqav2": partial(write_normalised, key="question_id", kind=ID),
+    "vizwiz": partial(write_normalised, key="image", kind=str),
     "mmbench": write_mmbench,
     "mmvet": write_mmvet,
     "llavabench": write_llavabench,
