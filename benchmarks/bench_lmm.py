@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval_encoder.lmm.demo.question_set import write_demo_set
+from eval_encoder.lmm.demo.samples import write_demo_set
 from eval_encoder.lmm.demo.tiny import write_language_model
 from eval_encoder.lmm_probe import main as probe
 from model_factory.configuration import LlavaViTPackingConfig
