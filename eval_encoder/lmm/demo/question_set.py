@@ -24,9 +24,24 @@ and 70 MB for the defaults on two cores.
 
 import argparse
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 from model_factory.command_line.command import run_command
+from model_factory.command_line.flags import add_flags, flag, from_flags
 from model_factory.command_line.local_output import output_path
+
+
+@dataclass(frozen=True)
+class DemoSet:
+    """What a set is made of, and the flags of this module."""
+
+    output: Path = flag(help="folder of the set", parse=output_path)
+    num_train: int = flag(default=2000, help="images and clips to train on")
+    num_val: int = flag(default=384, help="held-out questions")
+    size: int = flag(default=112, help="side of an image in pixels")
+    seed: int = flag(default=0, help="of all draws")
+    workers: int = flag(default=2, help="processes that render")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,12 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m eval_encoder.lmm.demo.question_set", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--output", type=output_path, required=True, help="folder of the set")
-    parser.add_argument("--num_train", type=int, default=2000, help="images and clips to train on")
-    parser.add_argument("--num_val", type=int, default=384, help="held-out questions")
-    parser.add_argument("--size", type=int, default=112, help="side of an image in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes that render")
+    add_flags(parser, DemoSet)
     return parser
 
 
@@ -52,15 +62,9 @@ def _write(args: argparse.Namespace) -> None:
     # after the flags have been parsed, since --help needs no library
     from eval_encoder.lmm.demo.samples import write_demo_set
 
-    write_demo_set(
-        directory=args.output,
-        num_train=args.num_train,
-        num_val=args.num_val,
-        size=args.size,
-        seed=args.seed,
-        workers=args.workers,
-    )
-    print(f"{args.num_train} images and clips, {args.num_val} questions in {args.output}")
+    config = from_flags(DemoSet, args)
+    write_demo_set(config)
+    print(f"{config.num_train} images and clips, {config.num_val} questions in {config.output}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from data_pipeline.motion_shapes import (
     write_clip,
 )
 from data_pipeline.random import counter_rng
+from eval_encoder.lmm.demo.question_set import DemoSet
 from model_factory.files import write_atomically
 
 SET_VERSION = 1  # moves when the same arguments give other samples
@@ -240,7 +242,7 @@ def render_image(medium: Medium, seed: int, size: int) -> np.ndarray:
     The world wraps around, so it is rolled until the shape, the only bright thing, lies whole in
     the middle.
     """
-    image = _render(medium, seed=seed, size=size, frames=1)[0]
+    image = _render(medium, seed, size=size, frames=1)[0]
     is_shape = image.max(axis=2) > SHAPE_BRIGHTNESS
     # the mean of positions on a circle, since the shape may lie across the border
     circle = np.exp(2j * np.pi / size * np.arange(size))
@@ -264,61 +266,54 @@ def _render(medium: Medium, seed: int, size: int, frames: int) -> np.ndarray:
     )
 
 
-def _write_medium(job: tuple[Path, Medium, int, int]) -> None:
-    path, medium, seed, size = job
+def _write_medium(config: DemoSet, medium: Medium) -> None:
+    path = config.output / medium.path
     if medium.kind == "video":
-        write_clip(path, frames=_render(medium, seed=seed, size=size, frames=64))
+        write_clip(path, frames=_render(medium, config.seed, size=config.size, frames=64))
         return
     stream = io.BytesIO()
-    Image.fromarray(render_image(medium, seed=seed, size=size)).save(stream, "PNG")
+    Image.fromarray(render_image(medium, config.seed, size=config.size)).save(stream, "PNG")
     write_atomically(path, stream.getvalue())
 
 
-def write_demo_set(
-    directory: Path,
-    num_train: int = 2000,
-    num_val: int = 384,
-    size: int = 112,
-    seed: int = 0,
-    workers: int = 2,
-) -> None:
-    """Write the set: `num_train` images and clips for training, `num_val` held-out questions.
+def write_demo_set(config: DemoSet) -> None:
+    """Write the set.
 
     Media that exist are kept, so a killed run goes on; lists come last. Raises ValueError for
     counts or sizes that cannot be, and for a folder of other settings.
     """
-    _check_counts(num_train=num_train, num_val=num_val, size=size)
+    _check_counts(config)
     for folder in ("images", "clips"):
-        (directory / folder).mkdir(parents=True, exist_ok=True)
+        (config.output / folder).mkdir(parents=True, exist_ok=True)
     check_settings(
-        directory / "settings.json",
-        settings=[SET_VERSION, GENERATOR_VERSION, size, seed],
+        config.output / "settings.json",
+        settings=[SET_VERSION, GENERATOR_VERSION, config.size, config.seed],
         names="set version, generator version, size, seed",
     )
-    train = [training_medium(number) for number in range(num_train)]
-    questions = list(held_out(num_val))
+    train = [training_medium(number) for number in range(config.num_train)]
+    questions = list(held_out(config.num_val))
     media = train + [medium for medium, _ in questions]
-    jobs = [(directory / medium.path, medium, seed, size) for medium in media]
-    jobs = [job for job in jobs if not job[0].exists()]
+    absent = [medium for medium in media if not (config.output / medium.path).exists()]
     # spawned: forking a process that has threads may deadlock its child
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_write_medium, jobs, chunksize=8))
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(_write_medium, config), absent, chunksize=8))
     captions = [caption_sample(medium) for medium in train]
-    for name, samples in (("align", captions), ("tune", tuning_samples(seed, num_train))):
-        write_atomically(directory / f"{name}.json", json.dumps(samples, indent=1).encode())
-    _write_questions(directory, questions)
+    tuning = tuning_samples(config.seed, config.num_train)
+    for name, samples in (("align", captions), ("tune", tuning)):
+        write_atomically(config.output / f"{name}.json", json.dumps(samples, indent=1).encode())
+    _write_questions(config.output, questions)
 
 
-def _check_counts(num_train: int, num_val: int, size: int) -> None:
-    if num_train < EXTRAS_EVERY:
-        raise ValueError(f"num_train is {num_train}: {EXTRAS_EVERY} or more give every kind")
+def _check_counts(config: DemoSet) -> None:
+    if config.num_train < EXTRAS_EVERY:
+        raise ValueError(f"num_train is {config.num_train}: {EXTRAS_EVERY} or more give every kind")
     whole = ROUND * len(HELD_OUT)
-    if num_val < whole or num_val % whole:
+    if config.num_val < whole or config.num_val % whole:
         raise ValueError(
-            f"num_val is {num_val}: answers are in equal shares at multiples of {whole}"
+            f"num_val is {config.num_val}: answers are in equal shares at multiples of {whole}"
         )
-    if size < 32 or size % 2:
-        raise ValueError(f"size is {size}: give an even number of pixels, 32 or more")
+    if config.size < 32 or config.size % 2:
+        raise ValueError(f"size is {config.size}: give an even number of pixels, 32 or more")
 
 
 def _write_questions(directory: Path, questions: list[tuple[Medium, str]]) -> None:

@@ -13,6 +13,7 @@ from forked import forked
 from PIL import Image
 
 from data_pipeline.motion_shapes import CLASSES, COLOURS, OUTLINES
+from eval_encoder.lmm.demo.question_set import DemoSet
 from eval_encoder.lmm.demo.samples import (
     INSTRUCTION,
     held_out,
@@ -192,7 +193,7 @@ def test_a_killed_run_goes_on(folder):
     stamp = kept.stat().st_mtime_ns
     for path in lost:
         path.unlink()
-    write_demo_set(folder, TRAIN, VAL, SIZE)
+    write_demo_set(DemoSet(folder, TRAIN, VAL, SIZE))
     assert [path.read_bytes() for path in lost] == before
     assert kept.stat().st_mtime_ns == stamp
     assert not [path for path in folder.rglob("*") if "tmp" in path.name]
@@ -200,13 +201,13 @@ def test_a_killed_run_goes_on(folder):
 
 def test_impossible_and_other_settings_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="other settings .* size, seed"):
-        write_demo_set(folder, TRAIN, VAL, SIZE, seed=1)
+        write_demo_set(DemoSet(folder, TRAIN, VAL, SIZE, seed=1))
     with pytest.raises(ValueError, match="multiples of 192"):
-        write_demo_set(tmp_path, num_val=300)
+        write_demo_set(DemoSet(tmp_path, num_val=300))
     with pytest.raises(ValueError, match="num_train is 3: 20 or more"):
-        write_demo_set(tmp_path, num_train=3)
+        write_demo_set(DemoSet(tmp_path, num_train=3))
     with pytest.raises(ValueError, match="size is 33: give an even number"):
-        write_demo_set(tmp_path, size=33)
+        write_demo_set(DemoSet(tmp_path, size=33))
     assert not list(tmp_path.iterdir())
 
 
