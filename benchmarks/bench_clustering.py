@@ -75,7 +75,7 @@ def bench_levels(args) -> dict:
         seconds, (centroids, found) = seconds_of(
             lambda single=single: spherical_kmeans(rows, 8000, 0, 10, single=single)
         )
-        _, cosines = search(rows, centroids, 1, with_cosines=True)
+        _, cosines = search(rows, centroids, 1)
         report[name] = {
             "seconds": round(seconds, 1),
             "mean_cosine": round(float(cosines.mean()), 4),

@@ -15,6 +15,7 @@ This module is the command line; what a command does is in commands.py.
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from model_factory.command_line.command import run_command
@@ -23,11 +24,14 @@ from model_factory.command_line.local_output import output_path
 from . import commands
 from .stop import Stopped, stoppable
 
+Run = Callable[[argparse.Namespace], int | None]
+AddCommand = Callable[[str, str, Run], argparse.ArgumentParser]  # name, help, what it does
+
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except None, which stands for what the help text says."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -38,12 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, help_text, run):
+    def command(name: str, help_text: str, run: Run) -> argparse.ArgumentParser:
+        # an abbreviated flag would change its meaning with the next flag of that beginning
         sub = subparsers.add_parser(
-            name,
-            help=help_text,
-            allow_abbrev=False,
-            formatter_class=_Defaults,
+            name, help=help_text, allow_abbrev=False, formatter_class=_Defaults
         )
         sub.set_defaults(run=run)
         return sub
@@ -56,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_making(command) -> None:
+def _add_making(command: AddCommand) -> None:
     sub = command(
         "motion-shapes", "write labelled clips whose class is the motion", commands.motion_shapes
     )
@@ -69,7 +71,7 @@ def _add_making(command) -> None:
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
 
 
-def _add_packing(command) -> None:
+def _add_packing(command: AddCommand) -> None:
     sub = command("pack", "turn videos and images into shards", commands.pack)
     sub.add_argument("inputs", nargs="+", help="files, folders, URLs, or .txt/.csv lists")
     sub.add_argument("--output", type=output_path, required=True, help="folder of the shards")
@@ -78,19 +80,25 @@ def _add_packing(command) -> None:
     sub.add_argument("--patch-size", type=int, help="side of a patch in pixels (16)")
     sub.add_argument("--num-frames", type=int, default=64, help="frames taken, at even times")
     sub.add_argument("--gop", type=int, default=16, help="frames from one I-frame to the next")
-    sub.add_argument("--budget", type=int, help="patches kept of a clip (an eighth of all)")
+    sub.add_argument("--budget", type=int, help="patches selected of a clip (an eighth of all)")
     sub.add_argument(
         "--fit", choices=("crop", "area"), default="crop", help="centre square, or keep the aspect"
     )
     sub.add_argument(
         "--salvage", action="store_true", help="cut damaged videos before the damage, keep the rest"
     )
-    sub.add_argument("--full-frames", type=int, default=16, help="whole frames stored of each clip")
+    sub.add_argument(
+        "--full-frames",
+        dest="num_full_frames",
+        type=int,
+        default=16,
+        help="whole frames stored of each clip",
+    )
     _add_selecting(sub)
     _add_running(sub)
 
 
-def _add_running(sub) -> None:
+def _add_running(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("shards, and who packs them")
     other = group.add_mutually_exclusive_group()
     other.add_argument(
@@ -117,8 +125,8 @@ def _add_running(sub) -> None:
     group.add_argument("--wall-seconds", type=float, default=300.0, help="time limit of one input")
 
 
-def _add_selecting(sub) -> None:
-    group = sub.add_argument_group("which patches are kept")
+def _add_selecting(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("which patches are selected")
     group.add_argument(
         "--rule",
         choices=("i_frames_first", "published"),
@@ -146,7 +154,7 @@ def _add_selecting(sub) -> None:
     group.add_argument("--time-buckets", type=int, default=1, help="spans of time that take turns")
 
 
-def _add_looking(command) -> None:
+def _add_looking(command: AddCommand) -> None:
     sub = command(
         "verify", "check every byte of shards, labels, centroids, features", commands.verify
     )
@@ -164,7 +172,7 @@ def _add_looking(command) -> None:
     sub.add_argument("--samples", type=int, nargs="+", help="sample ids (four, evenly spread)")
 
 
-def _add_exporting(command) -> None:
+def _add_exporting(command: AddCommand) -> None:
     sub = command("export", "clips as mosaics with positions, for codec LLaVA", commands.export)
     sub.add_argument("directory", type=Path)
     sub.add_argument(
@@ -173,7 +181,7 @@ def _add_exporting(command) -> None:
     sub.add_argument("--image-format", choices=("png", "jpg"), default="png", help="of a mosaic")
 
 
-def _add_labelling(command) -> None:
+def _add_labelling(command: AddCommand) -> None:
     sub = command("features", "one vector per sample, shard by shard", commands.features)
     sub.add_argument("directory", type=Path)
     sub.add_argument("--output", type=output_path, required=True, help="folder of the vectors")
@@ -195,7 +203,9 @@ def _add_labelling(command) -> None:
     sub.add_argument("--features", type=output_path, help="folder of vectors (OUTPUT/features)")
     sub.add_argument("--pca", type=int, help="principal components that are kept (all directions)")
     sub.add_argument("--seed", type=int, default=0, help="of the first centroids")
-    sub.add_argument("--iterations", type=int, default=25, help="rounds of k-means")
+    sub.add_argument(
+        "--iterations", dest="num_iterations", type=int, default=25, help="rounds of k-means"
+    )
     sub.add_argument("--init", type=Path, help="folder of centroids to start from")
     sub.add_argument(
         "--near-duplicates", type=float, metavar="COSINE", help="cluster one sample of each group"
@@ -227,7 +237,7 @@ def _add_labelling(command) -> None:
     sub.add_argument("--count", type=int, default=4, help="clusters of each group")
 
 
-def _add_feature_options(sub) -> None:
+def _add_feature_options(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("vectors")
     group.add_argument(
         "--encoder", help="Hugging Face folder, or FAMILY:FOLDER (default: the codec descriptor)"

@@ -1,63 +1,85 @@
 """What each command of `python -m data_pipeline` does: parsed arguments -> one call, a last line.
 
-Functions import what they need when they run, so `--help` is instant.
+Functions import what they need when they run, so `--help` is instant. For the same reason flags are
+declared in __main__.py and not at the fields of the configurations, whose modules import NumPy; a
+flag has the name of the field that it fills.
 """
 
+import dataclasses
 import json
 import os
+from argparse import Namespace
+from typing import TYPE_CHECKING, TypeVar
 
 from model_factory.command_line.launcher_watch import watched_launcher
 from model_factory.command_line.plain_text import show
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from .clustering.feature_sources import FeatureConfig
+
+    Config = TypeVar("Config", bound=DataclassInstance)
+
 DEFAULT_SIZE = 224
 DEFAULT_PATCH_SIZE = 16
+VIEWED = 4  # samples that `view` draws unless told which
 
 
-def motion_shapes(args) -> None:
+def config_of(kind: "type[Config]", args: Namespace, **others: object) -> "Config":
+    """A configuration by the flags named as its fields; `others` are fields by other means."""
+    values = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(kind)
+        if hasattr(args, field.name)
+    }
+    return kind(**{**values, **others})
+
+
+def motion_shapes(args: Namespace) -> None:
     """Write the labelled demonstration clips."""
     from .motion_shapes import CLASSES, write_motion_shapes
 
     write_motion_shapes(
         args.directory,
-        args.num_train,
-        args.num_val,
-        args.difficulty,
-        args.size,
-        args.seed,
-        args.workers,
+        num_train=args.num_train,
+        num_val=args.num_val,
+        difficulty=args.difficulty,
+        size=args.size,
+        seed=args.seed,
+        workers=args.workers,
     )
     show(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
 
 
-def pack(args) -> None:
+def pack(args: Namespace) -> None:
     """Turn videos and images into shards; exits when nothing could be finished."""
     from .clustering.labels import stale_labels
+    from .codec.saliency import SaliencyConfig
     from .shards.inputs import list_inputs
-    from .shards.pack import PackConfig, pack
+    from .shards.pack import PackConfig, pack, pack_ray
+    from .shards.sample_builder import SampleConfig
 
-    config = PackConfig(
-        sample=_sample_config(args),
-        samples_per_shard=args.samples_per_shard,
-        workers=args.workers,
-        wall_seconds=args.wall_seconds,
-    )
+    size, patch_size = picture_shape(args)
+    normalise = args.normalise or ("frame" if args.rule == "published" else "clip")
+    saliency = config_of(SaliencyConfig, args, normalise=normalise)
+    sample = config_of(SampleConfig, args, size=size, patch_size=patch_size, saliency=saliency)
+    config = config_of(PackConfig, args, sample=sample)
     inputs = list_inputs(args.inputs)
     mode = args.mode or "refuse"
     if args.executor == "ray":
-        from .shards.pack import pack_ray
-
-        manifest = pack_ray(inputs, args.output, config, mode=mode)
+        manifest = pack_ray(inputs, output=args.output, config=config, mode=mode)
     else:
         manifest = pack(
             inputs,
-            args.output,
-            config,
+            output=args.output,
+            config=config,
             task_id=args.task_id,
             num_tasks=args.num_tasks,
             mode=mode,
         )
     if manifest is None:
-        return
+        return  # other tasks are still at work
     rejected = manifest.rejected_by_reason()
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
     show(
@@ -69,34 +91,7 @@ def pack(args) -> None:
         show(stale)
 
 
-def _sample_config(args):
-    from .codec.saliency import SaliencyConfig
-    from .shards.sample_builder import SampleConfig
-
-    size, patch_size = picture_shape(args)
-    return SampleConfig(
-        size=size,
-        patch_size=patch_size,
-        num_frames=args.num_frames,
-        gop=args.gop,
-        budget=args.budget,
-        num_full_frames=args.full_frames,
-        fit=args.fit,
-        salvage=args.salvage,
-        vectors=args.vectors,
-        rule=args.rule,
-        time_buckets=args.time_buckets,
-        saliency=SaliencyConfig(
-            camera=args.camera,
-            motion_weight=args.motion_weight,
-            residual_weight=args.residual_weight,
-            normalise=args.normalise or ("frame" if args.rule == "published" else "clip"),
-            centre_prior=args.centre_prior,
-        ),
-    )
-
-
-def picture_shape(args) -> tuple[int, int]:
+def picture_shape(args: Namespace) -> tuple[int, int]:
     """(size, patch size) that --model, --size and --patch-size ask for.
 
     ValueError for a patch size that is not the model's. Its size is a default only: an encoder
@@ -115,10 +110,12 @@ def picture_shape(args) -> tuple[int, int]:
             )
     elif args.patch_size is not None:
         patch_size = args.patch_size
-    return size if args.size is None else args.size, patch_size
+    if args.size is not None:
+        size = args.size
+    return size, patch_size
 
 
-def verify(args) -> int:
+def verify(args: Namespace) -> int:
     """Check every byte of a folder; returns the exit code, 1 when one is wrong."""
     from .verify_folder import verify_folder
 
@@ -127,55 +124,62 @@ def verify(args) -> int:
     return 1 if findings.problems else 0
 
 
-def stats(args) -> None:
+def stats(args: Namespace) -> None:
     """Print what a packed folder holds."""
     from .shards.manifest import load_manifest
     from .shards.statistics import statistics, statistics_table
 
-    stats = statistics(load_manifest(args.directory))
-    show(json.dumps(stats) if args.json else statistics_table(stats))
+    counts = statistics(load_manifest(args.directory))
+    show(json.dumps(counts) if args.json else statistics_table(counts))
 
 
-def view(args) -> None:
+def view(args: Namespace) -> None:
     """Draw what the encoder sees."""
     from .shards.manifest import load_manifest
     from .shards.view import save_view
 
     manifest = load_manifest(args.directory)
-    spread = [i * len(manifest) // 4 for i in range(4)]
-    save_view(manifest, args.samples or sorted(set(spread)), args.output)
+    spread = sorted({i * len(manifest) // VIEWED for i in range(VIEWED)})
+    save_view(manifest, sample_ids=args.samples or spread, path=args.output)
     show(args.output)
 
 
-def export(args) -> None:
+def export(args: Namespace) -> None:
     """Write clips as mosaics with positions."""
     from .shards.interop import export_mosaics
     from .shards.manifest import load_manifest
 
-    count = export_mosaics(load_manifest(args.directory), args.output, args.image_format)
+    manifest = load_manifest(args.directory)
+    count = export_mosaics(manifest, output=args.output, image_format=args.image_format)
     show(f"{count} clips in {args.output / 'samples.jsonl'}")
 
 
-def _feature_config(args):
+def _feature_config(args: Namespace) -> "FeatureConfig":
     from .clustering.feature_sources import FeatureConfig
 
-    return FeatureConfig(args.encoder, args.num_frames, args.concat, args.keep_dims)
+    return config_of(FeatureConfig, args)
 
 
 @watched_launcher()
-def features(args) -> None:
+def features(args: Namespace) -> None:
     """Write one vector per sample, of this process's part of the shards."""
     from .clustering.features import extract
     from .shards.manifest import load_manifest
 
-    parts = _part_of_launcher(args)
-    done = extract(load_manifest(args.directory), _feature_config(args), args.output, *parts)
-    if done and parts[0] == 0:
+    task_id, num_tasks = _part_of_launcher(args)
+    is_complete = extract(
+        load_manifest(args.directory),
+        config=_feature_config(args),
+        folder=args.output,
+        task_id=task_id,
+        num_tasks=num_tasks,
+    )
+    if is_complete and task_id == 0:
         show(f"all vectors are in {args.output}")
 
 
-def _part_of_launcher(args) -> tuple[int, int]:
-    """(task, tasks) as given, else as torchrun says; each process on a GPU of its own."""
+def _part_of_launcher(args: Namespace) -> tuple[int, int]:
+    """(task, tasks) as given, else as torchrun sets them; each process on a GPU of its own."""
     launched = "TORCHELASTIC_RUN_ID" in os.environ and args.task_id is args.num_tasks is None
     if not launched:
         return args.task_id or 0, args.num_tasks or 1
@@ -186,44 +190,57 @@ def _part_of_launcher(args) -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def cluster(args) -> None:
+def cluster(args: Namespace) -> None:
     """Write centroids of the vectors."""
     from .clustering.pipeline import ClusterConfig, cluster
     from .shards.manifest import load_manifest
 
     manifest = load_manifest(args.directory)
-    config = ClusterConfig(
-        args.num_centroids,
-        _feature_config(args),
-        args.pca,
-        args.seed,
-        args.iterations,
-        args.near_duplicates,
-        args.init,
+    centroids = cluster(
+        manifest,
+        # --features is a folder; the field of that name is where its vectors come from
+        config=config_of(ClusterConfig, args, features=_feature_config(args)),
+        output=args.output,
+        features_folder=args.features,
+        report=show,
     )
-    centroids = cluster(manifest, config, args.output, args.features, show)
     show(f"{len(centroids)} centroids of {len(manifest)} samples in {args.output}")
 
 
-def label(args) -> None:
+def label(args: Namespace) -> None:
     """Write labels: nearest centroids, or a list from outside."""
     from .clustering.labels import import_labels, save_labels
     from .clustering.pipeline import label
     from .shards.manifest import load_manifest
 
-    output, manifest = args.output or args.directory, load_manifest(args.directory)
-    if args.given is not None:
-        if args.num_classes is None:
-            raise ValueError("--from needs --num-classes: how many classes there are")
-        labels = import_labels(manifest, args.given, args.num_classes, args.num_labels)
-        save_labels(output, labels, manifest, args.num_classes, {"imported": args.given.name})
-        show(f"{labels.shape[1]} labels for {len(labels)} samples in {output / 'labels.npy'}")
-        return
-    labels = label(manifest, args.centroids, args.num_labels, output, args.features, show)
+    manifest = load_manifest(args.directory)
+    output = args.output or args.directory
+    if args.given is None:
+        labels = label(
+            manifest,
+            centroids_folder=args.centroids,
+            num_labels=args.num_labels,
+            output=output,
+            features_folder=args.features,
+            report=show,
+        )
+    elif args.num_classes is None:
+        raise ValueError("--from needs --num-classes: how many classes there are")
+    else:
+        labels = import_labels(
+            manifest, path=args.given, num_classes=args.num_classes, width=args.num_labels
+        )
+        save_labels(
+            output,
+            labels=labels,
+            manifest=manifest,
+            num_classes=args.num_classes,
+            details={"imported": args.given.name},
+        )
     show(f"{labels.shape[1]} labels for {len(labels)} samples in {output / 'labels.npy'}")
 
 
-def browse(args) -> None:
+def browse(args: Namespace) -> None:
     """Draw what clusters hold."""
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output {args.output}: a picture is written as FILE.png")
@@ -234,11 +251,13 @@ def browse(args) -> None:
     manifest = load_manifest(args.directory)
     labels, num_classes = load_labels(args.labels or args.directory, manifest)
     truth = None if args.truth is None else read_truth(manifest, args.truth)
-    summaries = summarise(labels, num_classes, truth)
-    save_page(manifest, summaries, args.output, args.count)
+    summaries = summarise(labels, num_classes=num_classes, truth=truth)
+    save_page(manifest, summaries=summaries, output=args.output, count=args.count)
     sizes = [len(summary.members) for summary in summaries]
-    purity = overall_purity(summaries)
-    known = "" if purity is None else f", purity {purity:.1%}"
-    empty = sizes.count(0)
-    show(f"{num_classes} clusters of {sizes[-1]} to {sizes[0]} samples, {empty} empty{known}")
+    share = overall_purity(summaries)
+    purity = "" if share is None else f", purity {share:.1%}"
+    show(
+        f"{num_classes} clusters of {sizes[-1]} to {sizes[0]} samples, {sizes.count(0)} empty"
+        f"{purity}"
+    )
     show(args.output)

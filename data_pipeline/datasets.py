@@ -1,5 +1,8 @@
 """Names of datasets -> manifest and labels. A name is a registered one or simply a packed folder.
 
+Training reaches clustering through this module alone, and only when a round clusters again: its
+imports stand in the functions.
+
 To add a dataset, pack, cluster and label it, then pass its folder; register it here only to give it
 a name.
 """
@@ -7,7 +10,7 @@ a name.
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from .errors import CorruptShard, DataPipelineError, MissingData
 from .shards.manifest import Manifest, load_manifest
 
 EMBEDDED = "motion_shapes"
+
+Report = Callable[[str], object]  # takes one line at a time
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def resolve_dataset(name: str) -> DatasetSpec:
         return _REGISTRY[name]()
     folder = Path(name)
     if folder.is_dir():
-        return DatasetSpec(folder.name, folder, folder)
+        return DatasetSpec(folder.name, shards=folder, labels=folder)
     known = ", ".join([EMBEDDED, *sorted(_REGISTRY)])
     raise MissingData(
         f"dataset {name!r} is neither a registered name ({known}) nor a folder: make one with "
@@ -91,7 +96,7 @@ def resolve_dataset(name: str) -> DatasetSpec:
 
 def embedded_spec(directory: Path) -> DatasetSpec:
     """Where prepare_embedded leaves the training split."""
-    return DatasetSpec(EMBEDDED, directory / "train", directory / "train")
+    return DatasetSpec(EMBEDDED, shards=directory / "train", labels=directory / "train")
 
 
 def forget_other_clusters(dataset: Dataset, encoder: Path, output: Path) -> bool:
@@ -102,25 +107,36 @@ def forget_other_clusters(dataset: Dataset, encoder: Path, output: Path) -> bool
 
     config = FeatureConfig(str(encoder))
     origin = origin_of(dataset.manifest, config, config.weights_sha256())
-    other = not is_of(output / FEATURES_NAME, origin)
-    if other:
-        shutil.rmtree(output)
-    return other
+    if is_of(output / FEATURES_NAME, origin):
+        return False
+    shutil.rmtree(output)
+    return True
 
 
 def extract_features(
-    dataset: Dataset, encoder: Path, output: Path, part: int, num_parts: int, report=show
+    dataset: Dataset,
+    encoder: Path,
+    output: Path,
+    part: int,
+    num_parts: int,
+    report: Report = show,
 ) -> None:
     """Vectors by another encoder, of every num_parts-th shard from `part` on, for recluster."""
     from .clustering.feature_sources import FeatureConfig
     from .clustering.features import extract
     from .clustering.pipeline import FEATURES_NAME
 
-    config = FeatureConfig(str(encoder))
-    extract(dataset.manifest, config, output / FEATURES_NAME, part, num_parts, report)
+    extract(
+        dataset.manifest,
+        config=FeatureConfig(str(encoder)),
+        folder=output / FEATURES_NAME,
+        task_id=part,
+        num_tasks=num_parts,
+        report=report,
+    )
 
 
-def recluster(dataset: Dataset, encoder: Path, output: Path, report=show) -> None:
+def recluster(dataset: Dataset, encoder: Path, output: Path, report: Report = show) -> None:
     """Labels by another encoder in `output`: features, as many centroids and as wide labels as
     before. What is there already is kept; what is damaged is reported and made again.
     """
@@ -131,12 +147,26 @@ def recluster(dataset: Dataset, encoder: Path, output: Path, report=show) -> Non
         relabelled(dataset, output)
         return
     except MissingData:
-        pass
+        pass  # the usual case: this round is not labelled yet
     except CorruptShard as error:
         report(f"{error}; done now")
-    config = ClusterConfig(dataset.num_classes, FeatureConfig(str(encoder)))
-    cluster(dataset.manifest, config, output, report=report)
-    label(dataset.manifest, output, dataset.labels.shape[1], output)
+    config = ClusterConfig(dataset.num_classes, features=FeatureConfig(str(encoder)))
+    cluster(dataset.manifest, config=config, output=output, report=report)
+    label(
+        dataset.manifest,
+        centroids_folder=output,
+        num_labels=dataset.labels.shape[1],
+        output=output,
+    )
+
+
+def relabelled(dataset: Dataset, labels_folder: Path) -> Dataset:
+    """The same shards with the labels of another folder."""
+    from .clustering.labels import load_labels
+
+    labels, num_classes = load_labels(labels_folder, dataset.manifest)
+    # clustered, whatever the labels before were: who asks has clustered
+    return replace(dataset, labels=labels, num_classes=num_classes, clustered=True)
 
 
 def start_centers(path: Path) -> np.ndarray:
@@ -159,21 +189,13 @@ def start_centers(path: Path) -> np.ndarray:
     return centers
 
 
-def relabelled(dataset: Dataset, labels_folder: Path) -> Dataset:
-    """The same shards with the labels of another folder."""
-    from .clustering.labels import load_labels
-
-    labels, num_classes = load_labels(labels_folder, dataset.manifest)
-    return Dataset(dataset.name, dataset.manifest, labels, num_classes)
-
-
 def prepare_embedded(
-    directory: Path, num_train: int = 1200, num_val: int = 240, report=show
+    directory: Path, num_train: int = 1200, num_val: int = 240, report: Report = show
 ) -> DatasetSpec:
     """Write, pack, cluster and label the embedded motion_shapes set under `directory`;
     steps already done are kept.
 
-    98 patches are kept of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the
+    98 patches are selected of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the
     P-frames), and the pseudo-labels come from 64 clusters of the codec descriptor.
     """
     from .clustering.labels import load_labels
@@ -184,20 +206,20 @@ def prepare_embedded(
     from .shards.sample_builder import SampleConfig
 
     write_motion_shapes(directory, num_train, num_val)
-    config = PackConfig(
-        SampleConfig(size=112, gop=64, budget=98, num_full_frames=8), samples_per_shard=200
-    )
+    sample = SampleConfig(size=112, gop=64, budget=98, num_full_frames=8)
+    config = PackConfig(sample, samples_per_shard=200)
     for split in ("train", "val"):
-        # clips and shards are ours: those of an older version or another number are made again
         inputs = list_inputs([directory / f"{split}.csv"])
-        pack(inputs, directory / split, config, report, mode="replace")
+        # clips and shards are ours: those of an older version or another number are made again
+        pack(inputs, output=directory / split, config=config, report=report, mode="replace")
     spec = embedded_spec(directory)
     manifest = load_manifest(spec.shards)
     try:
         load_labels(spec.labels, manifest)
     except (MissingData, CorruptShard):
         # none yet, or of other clips, or damaged: they are ours and made again
-        shutil.rmtree(directory / "centroids", ignore_errors=True)
-        cluster(manifest, ClusterConfig(min(64, len(manifest))), directory / "centroids")
-        label(manifest, directory / "centroids", 10, spec.labels)
+        centroids = directory / "centroids"
+        shutil.rmtree(centroids, ignore_errors=True)
+        cluster(manifest, config=ClusterConfig(min(64, len(manifest))), output=centroids)
+        label(manifest, centroids_folder=centroids, num_labels=10, output=spec.labels)
     return spec

@@ -92,45 +92,52 @@ class _Walk:
         waiting = [(prefix, top)]
         read_before = len(self._read)
         while waiting:
-            prefix, place = waiting.pop()
+            prefix, path = waiting.pop()
             try:
-                status = os.stat(place)
+                status = os.stat(path)
                 # Device and inode instead of the path: bind mounts have several paths.
                 identity = (status.st_dev, status.st_ino)
                 if identity in self._read:
                     continue
                 self._read.add(identity)
-                with os.scandir(place) as listing:
+                with os.scandir(path) as listing:
                     entries = sorted(listing, key=lambda entry: entry.name)
             except OSError:
                 self.left_out["unreadable"].append(prefix.rstrip("/") or ".")
                 continue
-            folders = [self._read_entry(prefix, place, entry) for entry in entries]
-            waiting += reversed([found for found in folders if found is not None])
+            folders = []
+            for entry in entries:
+                folder = self._read_entry(entry, prefix=prefix, parent=path)
+                if folder is not None:
+                    folders.append(folder)
+            # the first of them is read next
+            waiting += reversed(folders)
         return len(self._read) > read_before
 
-    def _read_entry(self, prefix: str, place: str, entry: os.DirEntry) -> tuple[str, str] | None:
+    def _read_entry(
+        self, entry: os.DirEntry[str], prefix: str, parent: str
+    ) -> tuple[str, str] | None:
         """Note a file or a link; returns (prefix, path) of a real folder, which is not yet read."""
         name = prefix + entry.name
         if is_hidden(entry.name):
             self.left_out["hidden"].append(name)
         elif entry.is_symlink():
-            self._read_link(name, place, entry.path)
+            self._read_link(name, parent=parent, path=entry.path)
         elif entry.is_dir(follow_symlinks=False):
             return f"{name}/", entry.path
         else:
             self.files.append(name)
         return None
 
-    def _read_link(self, name: str, place: str, path: str) -> None:
+    def _read_link(self, name: str, parent: str, path: str) -> None:
         try:
-            os.stat(path)
+            os.stat(path)  # follows the link to its end
         except OSError as error:
             kind = "loop" if error.errno == errno.ELOOP else "broken"
             self.left_out[kind].append(name)
             return
         target = os.path.realpath(path)
-        if _holds(target, place) or _holds(target, self._root):
+        if _holds(target, parent) or _holds(target, self._root):
             self.left_out["loop"].append(name)
         elif not self._leave_folder and not _holds(self._root, target):
             self.left_out["outside"].append(name)

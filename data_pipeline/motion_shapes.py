@@ -28,7 +28,8 @@ from .stop import leave_to_parent
 GENERATOR_VERSION = 1  # moves when the same arguments give other clips
 CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")
 SCALE_RANGE = (0.6, 1.6)  # of the shape's nominal size; grow and shrink sweep it
-TEXTURE = 64
+TEXTURE = 64  # texels of a side; divisible by the 8 blocks of colour
+VAL_INDEX = 1 << 24  # of the first validation clip: no index is in both splits
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,12 @@ class Appearance:
     colour: str
     corners: int
 
-    def __post_init__(self):
-        for name, known in (("colour", COLOURS), ("corners", OUTLINES)):
+    def __post_init__(self) -> None:
+        for name, choices in (("colour", COLOURS), ("corners", OUTLINES)):
             value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, known))}")
+            if value not in choices:
+                names = ", ".join(map(str, choices))
+                raise ValueError(f"{name} is {value!r}; choose one of {names}")
 
 
 def render_clip(
@@ -93,17 +95,15 @@ def render_clip(
     time = np.arange(frames, dtype=np.float32)
     shake = np.cumsum(rng.normal(0, level.jitter, (frames, 2)), axis=0)
     shake = (shake - shake.mean(axis=0)).astype(np.float32)
-    canvas = _background(rng, size, level.contrast, shake)
+    canvas = _background(rng, size=size, contrast=level.contrast, shake=shake)
     for _ in range(level.clutter):
-        resting = _random_pose(rng, frames)
-        _draw(canvas, _Shape(rng, level, size, brightness=(0.3, 0.9)), resting, shake)
+        pose = _random_pose(rng, frames)
+        shape = _Shape(rng, level=level, size=size, brightness=(0.3, 0.9))
+        _draw(canvas, shape=shape, pose=pose, shake=shake)
     pose = _random_pose(rng, frames)
-    _draw(
-        canvas,
-        _Shape(rng, level, size, brightness=(0.5, 1.0), appearance=appearance),
-        _move(pose, CLASSES[label], rng, time, size),
-        shake,
-    )
+    shape = _Shape(rng, level=level, size=size, brightness=(0.5, 1.0), appearance=appearance)
+    pose = _move(pose, motion=CLASSES[label], rng=rng, time=time, size=size)
+    _draw(canvas, shape=shape, pose=pose, shake=shake)
     return (np.clip(canvas, 0, 1) * 255).astype(np.uint8)
 
 
@@ -117,18 +117,18 @@ class _Pose:
     angle: np.ndarray
 
 
-def _random_pose(rng, frames: int) -> _Pose:
+def _random_pose(rng: np.random.Generator, frames: int) -> _Pose:
     low, high = SCALE_RANGE
-    values = (
-        rng.uniform(),
-        rng.uniform(),
-        low * (high / low) ** rng.uniform(),
-        rng.uniform(0, 2 * math.pi),
+    # the order of the draws decides the clips
+    return _Pose(
+        x=np.full(frames, rng.uniform(), np.float32),
+        y=np.full(frames, rng.uniform(), np.float32),
+        scale=np.full(frames, low * (high / low) ** rng.uniform(), np.float32),
+        angle=np.full(frames, rng.uniform(0, 2 * math.pi), np.float32),
     )
-    return _Pose(*(np.full(frames, value, np.float32) for value in values))
 
 
-def _move(pose: _Pose, motion: str, rng, time: np.ndarray, size: int) -> _Pose:
+def _move(pose: _Pose, motion: str, rng: np.random.Generator, time: np.ndarray, size: int) -> _Pose:
     """Add the class's motion at a random speed to a resting pose.
 
     Speeds are such that over half a clip nothing passes half a picture or half a turn, beyond which
@@ -156,7 +156,7 @@ class _Shape:
 
     def __init__(
         self,
-        rng,
+        rng: np.random.Generator,
         level: Difficulty,
         size: int,
         brightness: tuple[float, float],
@@ -167,7 +167,9 @@ class _Shape:
         self.depth = rng.uniform(0.1, 0.35)
         blocks = rng.uniform(*brightness, (8, 8, 3)).astype(np.float32)
         if appearance is not None:
-            self.corners, self.depth = appearance.corners, DEPTHS[appearance.corners]
+            # after the draws: what is drawn later stays the same
+            self.corners = appearance.corners
+            self.depth = DEPTHS[appearance.corners]
             spread = blocks - sum(brightness) / 2
             blocks = np.array(COLOURS[appearance.colour], np.float32) + 0.6 * spread
         self.texture = np.kron(blocks, np.ones((TEXTURE // 8, TEXTURE // 8, 1), np.float32))
@@ -198,14 +200,17 @@ def _draw(canvas: np.ndarray, shape: _Shape, pose: _Pose, shake: np.ndarray) -> 
         rows = np.arange(math.floor(centre_y) - reach, math.floor(centre_y) + reach)
         dx = (columns - centre_x).astype(np.float32)[None, :] / pose.scale[t]
         dy = (rows - centre_y).astype(np.float32)[:, None] / pose.scale[t]
-        cos, sin = math.cos(pose.angle[t]), math.sin(pose.angle[t])
+        cos = math.cos(pose.angle[t])
+        sin = math.sin(pose.angle[t])
         colour, alpha = shape.paint(cos * dx + sin * dy, cos * dy - sin * dx)
-        place = np.ix_(rows % size, columns % size)
+        box = np.ix_(rows % size, columns % size)
         alpha = alpha[..., None]
-        canvas[t][place] = canvas[t][place] * (1 - alpha) + colour * alpha
+        canvas[t][box] = canvas[t][box] * (1 - alpha) + colour * alpha
 
 
-def _background(rng, size: int, contrast: float, shake: np.ndarray) -> np.ndarray:
+def _background(
+    rng: np.random.Generator, size: int, contrast: float, shake: np.ndarray
+) -> np.ndarray:
     """Smooth periodic texture moved by the camera, float32 [T, S, S, 3]."""
     waves = 3 + int(7 * contrast)
     frequency = np.abs(np.fft.fftfreq(size, 1 / size))
@@ -235,12 +240,13 @@ def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
         # x264's macroblock tree reads memory it never wrote on small pictures: without it off, the
         # same frames give different bytes from one call to the next
         stream.options = {"preset": "veryfast", "crf": "16", "x264-params": "mbtree=0"}
-        for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
 
 
@@ -270,9 +276,26 @@ def _read_settings(path: Path) -> list:
         raise ValueError(f"{error}: delete the folder or take another") from error
 
 
-def _write_one(job) -> None:
-    path, label, seed, index, difficulty, size = job
-    write_clip(path, render_clip(label, seed, index, difficulty, size))
+@dataclass(frozen=True)
+class _Job:
+    """One clip to render and where it goes."""
+
+    path: Path
+    label: int
+    seed: int
+    index: int
+    difficulty: str
+    size: int
+
+    def run(self) -> None:
+        frames = render_clip(
+            self.label,
+            seed=self.seed,
+            index=self.index,
+            difficulty=self.difficulty,
+            size=self.size,
+        )
+        write_clip(self.path, frames=frames)
 
 
 def write_motion_shapes(
@@ -292,21 +315,29 @@ def write_motion_shapes(
     (directory / "clips").mkdir(parents=True, exist_ok=True)
     check_settings(
         directory / "settings.json",
-        [GENERATOR_VERSION, difficulty, size, seed],
-        "generator version, difficulty, size, seed",
+        settings=[GENERATOR_VERSION, difficulty, size, seed],
+        names="generator version, difficulty, size, seed",
     )
     jobs = []
-    for split, count, first in (("train", num_train, 0), ("val", num_val, 1 << 24)):
-        names = [f"clips/{split}_{i:05d}.mp4" for i in range(count)]
-        lines = "".join(f"{name},{i % len(CLASSES)}\n" for i, name in enumerate(names))
-        write_atomically(directory / f"{split}.csv", lines.encode())
-        jobs += [
-            (directory / name, i % len(CLASSES), seed, first + i, difficulty, size)
-            for i, name in enumerate(names)
-        ]
+    for split, count, first in (("train", num_train, 0), ("val", num_val, VAL_INDEX)):
+        lines = []
+        for i in range(count):
+            name = f"clips/{split}_{i:05d}.mp4"
+            label = i % len(CLASSES)
+            lines.append(f"{name},{label}\n")
+            if not (directory / name).exists():
+                job = _Job(
+                    path=directory / name,
+                    label=label,
+                    seed=seed,
+                    index=first + i,
+                    difficulty=difficulty,
+                    size=size,
+                )
+                jobs.append(job)
+        write_atomically(directory / f"{split}.csv", "".join(lines).encode())
     write_atomically(directory / "classes.txt", ("\n".join(CLASSES) + "\n").encode())
-    jobs = [job for job in jobs if not job[0].exists()]
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=leave_to_parent) as pool:
-        for _ in pool.map(_write_one, jobs, chunksize=8):
+        for _ in pool.map(_Job.run, jobs, chunksize=8):
             pass

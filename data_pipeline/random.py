@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _INCREMENT = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-_PIECE = 1 << 15  # numbers at a time on a CPU, so that they stay in its cache
+_PIECE = 1 << 15  # numbers at a time on a CPU, so that they stay in its cache (256 KB)
 _INIT_ROWS = 1 << 14  # rows drawn at a time, to bound memory
 
 
@@ -54,13 +54,14 @@ def counter_normal(rows: torch.Tensor, width: int, seed: int, purpose: str) -> t
     """Standard normal float32 [len(rows), width]; row i depends only on rows[i] (Box-Muller)."""
     import torch
 
-    parts = []
+    normal = []
     columns = torch.arange(width, device=rows.device)
     for piece in rows.split(_INIT_ROWS):
         ids = piece[:, None] * width + columns
+        # log1p of the negative: uniform numbers reach 0, never 1
         radius = (-2 * torch.log1p(-counter_uniform(ids, seed, purpose, 0))).sqrt()
-        parts.append(radius * torch.cos(2 * math.pi * counter_uniform(ids, seed, purpose, 1)))
-    return torch.cat(parts) if parts else torch.zeros(0, width, device=rows.device)
+        normal.append(radius * torch.cos(2 * math.pi * counter_uniform(ids, seed, purpose, 1)))
+    return torch.cat(normal)
 
 
 def _uniform(ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

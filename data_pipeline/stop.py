@@ -31,20 +31,20 @@ def stoppable() -> Iterator[None]:
     """Raise Stopped in the main thread at the first signal; a second one ends the process at once,
     so that nothing that hangs can hold it. A signal that the parent wants ignored stays ignored.
     """
-    asked = []
+    received: list[int] = []
 
-    def stop(number, frame):
-        if asked:
+    def stop(number: int, frame: object) -> None:
+        if received:
             os._exit(signal_code(number))
-        asked.append(number)
+        received.append(number)
         raise Stopped(number)
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = [number for number in SIGNALS if before[number] != signal.SIG_IGN]
-    for number in heard:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {n: handler for n, handler in handlers.items() if handler != signal.SIG_IGN}
+    for number in handlers:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number in heard:
-            signal.signal(number, before[number])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

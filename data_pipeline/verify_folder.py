@@ -25,7 +25,7 @@ from .shards.verify import verify
 from .shards.writer import SHARD_SUFFIXES
 
 KINDS_READ = (".tar", ".idx", ".json", ".npy")
-MOST_NAMED = 5
+MOST_NAMED = 5  # files of others in the last line
 
 
 @dataclass
@@ -41,13 +41,14 @@ class Findings:
         """What to print."""
         if self.problems:
             return self.problems
-        said = f"{directory}: {', '.join(self.checked)}"
+        checked = f"{directory}: {', '.join(self.checked)}"
         if not self.others:
-            return [f"{said}, every byte as written"]
+            return [f"{checked}, every byte as written"]
         named = ", ".join(map(printable, self.others[:MOST_NAMED]))
         more = len(self.others) - MOST_NAMED
-        named += f" and {more} more" if more > 0 else ""
-        return [f"{said}, every byte that a record names as written; not checked: {named}"]
+        if more > 0:
+            named += f" and {more} more"
+        return [f"{checked}, every byte that a record names as written; not checked: {named}"]
 
 
 def verify_folder(directory: Path) -> Findings:
@@ -56,7 +57,7 @@ def verify_folder(directory: Path) -> Findings:
     Raises MissingData where there is none of them.
     """
     if not _is_ours(directory):
-        load_manifest(directory)  # says what is missing, and how to make it
+        load_manifest(directory)  # raises the error for what is missing, and how to make it
     findings = Findings()
     _Folder(directory, findings, prefix="").check()
     return findings
@@ -127,10 +128,11 @@ def _check_shards(folder: _Folder) -> str:
 def _check_labels(folder: _Folder) -> str:
     folder.known.add(labels.LABELS_NAME)
     if folder.manifest is not None:
-        rows, num_classes = labels.load_labels(folder.directory, folder.manifest)
+        _, num_classes = labels.load_labels(folder.directory, folder.manifest)
         return f"labels of {num_classes} classes"
-    record = labels.read_labels_record(folder.directory, Path("DIR"))
-    rows = labels.read_labels_array(folder.directory, record, Path("DIR"))
+    shards = Path("DIR")  # in the commands of messages: nobody knows which folder they label
+    record = labels.read_labels_record(folder.directory, shards)
+    rows = labels.read_labels_array(folder.directory, record=record, shards=shards)
     return f"{len(rows)} rows of labels of {record['num_classes']} classes (shards not looked at)"
 
 

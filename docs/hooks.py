@@ -23,7 +23,7 @@ GUIDES = (
     ("Data", ("data_format", "clustering", "loading")),
     ("Training", ("configuration", "checkpoint", "scaling")),
     ("Evaluation", ("evaluation", "llava")),
-    ("Project", ("architecture", "extending")),
+    ("Project", ("architecture", "extending", "testing")),
 )
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"(```.*?```|`[^`\n]+`)", re.S)

@@ -52,12 +52,12 @@ class InputConfig:
     centre_prior: float = flag(
         "--center_prior",
         default=0.0,
-        help="preference of codec input for the middle of the picture",
+        help="preference of codec input for the middle of the frame",
     )
     size: int = flag(
         "--input_size",
         default=224,
-        help="side of raw videos' pictures; image encoders have their own",
+        help="side of raw videos' frames; image encoders have their own",
     )
     temporal_crops: int = flag(
         "--num_temporal_crops",

@@ -80,7 +80,7 @@ def view_of_file(
     times = interpolate_frame_indices(
         torch.from_numpy(pixels.numbers)[None],
         torch.tensor([pixels.total]),
-        config.target_frames,
+        target_frames=config.target_frames,
     )
     return still_view(list(torch.from_numpy(frames)), patch_size=patch_size, times=times)
 

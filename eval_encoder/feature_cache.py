@@ -4,11 +4,11 @@
     folder   by option, for every item: FOLDER/KEY/ab/DIGEST.npy and FOLDER/KEY/key.json
 
 KEY hashes what all features have in common: the encoder's weights, the input settings, tokens or
-pooled. DIGEST hashes the identity of one item, such as a look at a clip: place, size and time of
-change of its file, or its place in a packed set, and the crop. So another encoder, sampling or file
-is never answered by old features, while other lists, heads and seeds of heads share them. Files are
-written beside and renamed, so several processes may fill one folder. Cost: a file of tokens *
-width * 2 bytes per item.
+pooled. DIGEST hashes the identity of one item, such as a look at a clip: path, size and time of
+change of its file, or its sample in a packed set, and the crop. So another encoder, sampling or
+file is never answered by old features, while other lists, heads and seeds of heads share them.
+Files are written beside and renamed, so several processes may fill one folder. Cost: a file of
+tokens * width * 2 bytes per item.
 
 An entry ends with the sha256 of its name and its bytes, which NumPy's own reader passes over. One
 that differs, or cannot be read, is named in the log and made again; one that cannot be written is
@@ -82,7 +82,7 @@ class FeatureCache(Generic[Item]):
             _write(path, features)
         except OSError as error:
             if not self._warned:  # a full disk would be logged for every clip
-                LOG.warning("%s cannot be stored (%s); said once", path, error.strerror)
+                LOG.warning("%s cannot be stored (%s); logged once", path, error.strerror)
             self._warned = True
 
     def has(self, item: Item) -> bool:
@@ -117,7 +117,7 @@ def _describe(path: Path, text: bytes) -> None:
 
 def _read(path: Path) -> torch.Tensor | None:
     """Features of an entry; None where there is none, or a damaged one. That one is removed, so
-    that whoever looks next knows that it has to be made."""
+    that `has` is right about it from then on."""
     try:
         data = np.fromfile(path, np.uint8)
         written = data[:-DIGEST_BYTES]
@@ -177,7 +177,7 @@ def weights_sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def file_identity(path: Path) -> str:
-    """Place, size and time of change of a file."""
+    """Path, size and time of change of a file."""
     try:
         stat = os.stat(path)
     except OSError:

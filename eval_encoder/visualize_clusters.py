@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_pipeline.picture_files import write_picture
 from data_pipeline.picture_text import INK, MUTED, font
+from data_pipeline.side_files import write_picture
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 
@@ -299,7 +299,7 @@ def _load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     from data_pipeline.clustering.browse import read_truth
     from data_pipeline.clustering.features import load_features
     from data_pipeline.clustering.labels import load_labels
-    from data_pipeline.clustering.projection import fit_projection
+    from data_pipeline.clustering.pipeline import fit_projection
     from data_pipeline.shards.manifest import load_manifest
 
     manifest = load_manifest(args.shards)

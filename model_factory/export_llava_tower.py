@@ -1,11 +1,12 @@
-"""Encoder or public vision model -> folder that is ready to be the eye of a LLaVA, verified.
+"""Verified export of an encoder or a public vision model as the vision tower of a LLaVA.
 
     python model_factory/export_llava_tower.py SOURCE --output_dir DIR
     [--language_model FOLDER] [--no-post_norm]
 
 The folder appears whole or not at all; any tensor that is missing or left over when a fresh process
 loads it, and any difference from the source above the tolerance, ends with a non-zero exit code.
-What is written: llava_tower_folder.py. Nothing heavy is imported here, so that `--help` is quick.
+The files of the folder: llava/tower_folder.py. Nothing heavy is imported here, so that `--help` is
+quick.
 """
 
 import argparse

@@ -1,19 +1,22 @@
-"""Frozen public image encoders behind one call: frames in, patch tokens out.
+"""Frozen public image encoders behind one call that maps frames to patch tokens.
 
     encoder = load_image_encoder("dinov2", "path/of/a/downloaded/folder")
     tokens = encoder.encode(frames)        # uint8 [B, 3, H, W] -> [B, L, D]
 
 Everything comes from a local folder through transformers' own classes; nothing is fetched and no
-code of the folder is run. A folder of another model than the family named is an error. Cost: that
+code of the folder is run. A folder of another model than the named family is an error. Cost: that
 of the model; frames are resized on their own device.
 
 Shape legend: B frames, L patch tokens of a frame, D width, p patch size.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +24,36 @@ from torch import nn
 
 from .command_line.reading import names_place
 from .model_folder import LOCAL, check_model_folder, json_object, model_type_of
-from .packing import CLIP_MEAN, CLIP_STD, patchify
+from .packing import CLIP_MEAN, CLIP_STD, MAX_BYTE, patchify
 from .registry import IMAGE_FAMILIES as FAMILIES
 
-CLIP_NORM = (CLIP_MEAN, CLIP_STD)
-IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF_NORM = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-DEFAULT_SIZE = 224
-NAFLEX_PATCHES = 256  # most patches of a frame for models without a fixed picture size
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Channels = tuple[float, float, float]
+Norm = tuple[Channels, Channels]  # mean and std of pixels from 0 to 1
+
+# what the families were trained with, as in their public preprocessor_config.json
+CLIP_NORM: Norm = (CLIP_MEAN, CLIP_STD)
+IMAGENET_NORM: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF_NORM: Norm = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+DEFAULT_SIZE = 224  # the size of most public image encoders, for a folder that names none
+NAFLEX_PATCHES = 256  # most patches of a frame, by default, for models of any image size
 
 
 @dataclass(frozen=True)
 class _VisionModel:
-    """A transformers class, what precedes its patch tokens, and the normalisation it was trained
-    with (used where the folder has no preprocessor_config.json).
+    """A vision model of transformers.
+
+    class_name   of its class
+    class_token  whether a class token precedes the patch tokens
+    norm         normalisation where the folder has no preprocessor_config.json
+    naflex       whether it takes images of any aspect as a list of patches
     """
 
     class_name: str
     class_token: bool
-    norm: tuple
+    norm: Norm
     naflex: bool = False
 
 
@@ -57,9 +71,15 @@ VISION_MODELS = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """(mean, std), short side after scaling, side of the centre crop, most NaFlex patches."""
+    """How frames are prepared.
 
-    norm: tuple
+    norm         mean and std
+    resize       short side after scaling, in pixels
+    crop         side of the centre crop, in pixels
+    max_patches  of a frame, for NaFlex models
+    """
+
+    norm: Norm
     resize: int
     crop: int
     max_patches: int = NAFLEX_PATCHES
@@ -68,10 +88,14 @@ class Preprocessing:
 class FrozenImageEncoder(nn.Module):
     """A vision model with its preprocessing; see `encode`."""
 
-    def __init__(self, model: nn.Module, kind: _VisionModel, preprocessing: Preprocessing):
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: PreTrainedModel, kind: _VisionModel, preprocessing: Preprocessing):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.kind, self.preprocessing = kind, preprocessing
+        self.kind = kind
+        self.preprocessing = preprocessing
         self.patch_size: int = model.config.patch_size
         self.width: int = model.config.hidden_size
         registers = getattr(model.config, "num_register_tokens", 0)
@@ -85,8 +109,9 @@ class FrozenImageEncoder(nn.Module):
         self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
         self.std.copy_(torch.tensor(std).view(3, 1, 1))
 
-    def train(self, mode: bool = True) -> "FrozenImageEncoder":
-        """Stays in evaluation mode: a frozen model's dropout must not follow its surroundings."""
+    def train(self, mode: bool = True) -> FrozenImageEncoder:
+        """Stay in evaluation mode, whatever mode the surrounding module is put into: dropout would
+        change the tokens of a frozen model."""
         return super().train(False)
 
     @torch.no_grad()
@@ -94,16 +119,16 @@ class FrozenImageEncoder(nn.Module):
         """Patch tokens [B, L, D] of frames [B, 3, H, W], uint8 or float in 0..1, in raster order.
 
         Frames are scaled (bicubic) so that the short side has the folder's resize length, then
-        cropped at the centre to the model's picture size; NaFlex models keep the aspect and take as
-        many patches as they may.
-        Class and register tokens are left out. Raises ValueError for another shape or range.
+        cropped at the centre to the model's image size; NaFlex models keep the aspect and take as
+        many patches as they may. Class and register tokens are left out. Raises ValueError for
+        another shape or range.
         """
-        pixels = self._checked(frames)
+        pixels = _unit_range(frames)
         if self.kind.naflex:
             return self._encode_naflex(pixels)
-        resize, crop = self.preprocessing.resize, self.preprocessing.crop
-        pixels = self._normalised(_centre_crop(_short_side(pixels, resize), crop))
-        out = self.model(pixel_values=pixels)
+        scaled = _scale_short_side(pixels, self.preprocessing.resize)
+        cropped = _centre_crop(scaled, self.preprocessing.crop)
+        out = self.model(pixel_values=self._normalised(cropped))
         return out.last_hidden_state[:, self.num_extra_tokens :]
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
@@ -112,27 +137,16 @@ class FrozenImageEncoder(nn.Module):
 
     def _encode_naflex(self, pixels: torch.Tensor) -> torch.Tensor:
         p = self.patch_size
-        grid = naflex_grid(*pixels.shape[-2:], self.preprocessing.max_patches)
+        height, width = pixels.shape[-2:]
+        grid = naflex_grid(height, width, max_patches=self.preprocessing.max_patches)
         pixels = self._normalised(_resize(pixels, (grid[0] * p, grid[1] * p)))
+        # these models take the channel last inside of a patch
         rows = patchify(pixels, p).unflatten(-1, (3, p, p)).movedim(-3, -1).flatten(-3)
         batch, count = rows.shape[:2]
         mask = torch.ones(batch, count, dtype=torch.int32, device=rows.device)
         shapes = torch.tensor([grid] * batch, device=rows.device)
         out = self.model(pixel_values=rows, pixel_attention_mask=mask, spatial_shapes=shapes)
         return out.last_hidden_state
-
-    def _checked(self, frames: torch.Tensor) -> torch.Tensor:
-        if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape:
-            raise ValueError(f"frames must have shape [B, 3, H, W], got {list(frames.shape)}")
-        if frames.dtype == torch.uint8:
-            return frames.float() / 255
-        low, high = float(frames.min()), float(frames.max())
-        if not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"frames must be uint8 or floats from 0 to 1, got {frames.dtype} from {low:.3g} to "
-                f"{high:.3g}: the encoder normalises them itself"
-            )
-        return frames.float()
 
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         return ((pixels - self.mean) / self.std).to(self.model.dtype)
@@ -142,7 +156,7 @@ class FrozenImageEncoder(nn.Module):
 def load_image_encoder(
     family: str, folder: str | Path, dtype: torch.dtype = torch.float32
 ) -> FrozenImageEncoder:
-    """Frozen encoder of a family from a local folder (config.json and safetensors).
+    """Frozen encoder of a family, read from a local folder (config.json and safetensors).
 
     Raises ValueError for an unknown family, a folder that is missing or of another model, weights
     that are not all there, and what model_folder.py refuses.
@@ -175,12 +189,14 @@ def load_image_encoder(
     if info["missing_keys"]:
         raise ValueError(f"{folder} lacks the weights {', '.join(sorted(info['missing_keys']))}")
     image_size = getattr(model.config, "image_size", None)
-    return FrozenImageEncoder(model, kind, _preprocessing(Path(folder), kind, image_size))
+    preprocessing = _preprocessing(Path(folder), kind=kind, image_size=image_size)
+    return FrozenImageEncoder(model, kind=kind, preprocessing=preprocessing)
 
 
 def naflex_grid(height: int, width: int, max_patches: int) -> tuple[int, int]:
-    """Rows and columns of patches of a picture scaled as far as `max_patches` allow, with its
-    aspect: both sides rounded up to whole patches, as the public NaFlex preprocessing does.
+    """Rows and columns of patches of an image of height x width pixels, scaled with its aspect as
+    far as `max_patches` allow: both sides are rounded up to whole patches, as in the public NaFlex
+    preprocessing.
     """
     best = (0.0, 1, 1)
     for count in range(1, max_patches + 1):
@@ -193,34 +209,54 @@ def naflex_grid(height: int, width: int, max_patches: int) -> tuple[int, int]:
     return best[1:]
 
 
-def _preprocessing(folder: Path, kind: _VisionModel, image_size) -> Preprocessing:
-    """The folder's own, else the family's."""
+def _unit_range(frames: torch.Tensor) -> torch.Tensor:
+    """Frames as floats from 0 to 1; ValueError for another shape or range."""
+    if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames must have shape [B, 3, H, W], got {list(frames.shape)}")
+    if frames.dtype == torch.uint8:
+        return frames.float() / MAX_BYTE
+    low = float(frames.min())
+    high = float(frames.max())
+    if not (low >= 0 and high <= 1):  # NaN fails too
+        raise ValueError(
+            f"frames must be uint8 or floats from 0 to 1, got {frames.dtype} from {low:.3g} to "
+            f"{high:.3g}: the encoder normalises them itself"
+        )
+    return frames.float()
+
+
+def _preprocessing(folder: Path, kind: _VisionModel, image_size: int | None) -> Preprocessing:
+    """The folder's own preprocessing, completed by the family's."""
     path = folder / "preprocessor_config.json"
     described = json_object(path) if path.is_file() else {}
-    norm = tuple(
-        tuple(described.get(name) or default)
-        for name, default in zip(("image_mean", "image_std"), kind.norm, strict=True)
-    )
+    mean, std = kind.norm
     resize = _side(described.get("size"))
     crop = _side(described.get("crop_size")) if described.get("do_center_crop", True) else None
     crop = crop or resize or image_size or DEFAULT_SIZE
     return Preprocessing(
-        norm, resize or crop, crop, described.get("max_num_patches", NAFLEX_PATCHES)
+        norm=(
+            tuple(described.get("image_mean") or mean),
+            tuple(described.get("image_std") or std),
+        ),
+        resize=resize or crop,
+        crop=crop,
+        max_patches=described.get("max_num_patches", NAFLEX_PATCHES),
     )
 
 
-def _side(size) -> int | None:
-    """Side in pixels out of 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+def _side(size: int | dict[str, int] | None) -> int | None:
+    """Side in pixels, from 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
     return next(iter(size.values()), None) if isinstance(size, dict) else size
 
 
 def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(pixels.shape[-2:]) == size:
         return pixels
+    # bicubic weights are negative in places, so that values overshoot
     return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def _short_side(pixels: torch.Tensor, side: int) -> torch.Tensor:
+def _scale_short_side(pixels: torch.Tensor, side: int) -> torch.Tensor:
     height, width = pixels.shape[-2:]
     scale = side / min(height, width)
     return _resize(pixels, (max(side, int(height * scale)), max(side, int(width * scale))))
@@ -228,6 +264,8 @@ def _short_side(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 def _centre_crop(pixels: torch.Tensor, side: int) -> torch.Tensor:
     if min(pixels.shape[-2:]) < side:  # a folder that scales below its crop: scale to the crop
-        pixels = _short_side(pixels, side)
-    top, left = ((length - side) // 2 for length in pixels.shape[-2:])
+        pixels = _scale_short_side(pixels, side)
+    height, width = pixels.shape[-2:]
+    top = (height - side) // 2
+    left = (width - side) // 2
     return pixels[..., top : top + side, left : left + side]

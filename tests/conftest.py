@@ -93,6 +93,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: -commands[item.path])  # a stable sort
 
 
+@pytest.fixture(scope="session")
+def soak(pytestconfig) -> bool:
+    """Whether every case of a sweep is asked for (`--soak`), where one test goes through many."""
+    return pytestconfig.option.soak
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_by_workers(tmp_path_factory) -> Path:
     """Folder of this run that all its workers see; what is made there is made once."""

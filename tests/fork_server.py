@@ -88,12 +88,14 @@ class Server:
                 if key.fileobj == self.owner:
                     self._end_all()
                     return None
-                if key.fileobj in self.clients:
-                    self._tell_end(key.fileobj)
-                else:
+                if key.fileobj == self.listener:
                     job = self._accept()
                     if job is not None:
                         return job
+                elif key.fileobj in self.clients:
+                    self._tell_end(key.fileobj)
+                else:
+                    self._lose_client(key.fileobj)
 
     def _accept(self) -> Job | None:
         """Read one request and fork; the job in the new process, None in the server."""
@@ -115,14 +117,27 @@ class Server:
         pidfd = os.pidfd_open(pid)
         self.clients[pidfd] = pid, client
         self.selector.register(pidfd, selectors.EVENT_READ)
+        self.selector.register(client, selectors.EVENT_READ)
         return None
+
+    def _lose_client(self, client: socket.socket) -> None:
+        """Nobody waits for a process any more: it goes, as with the terminal that it came from."""
+        if client.fileno() < 0:  # its process has just ended, and was told so
+            return
+        self.selector.unregister(client)
+        for pid, waiting in self.clients.values():
+            if waiting is client:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
 
     def _tell_end(self, pidfd: int) -> None:
         pid, client = self.clients.pop(pidfd)
         self.selector.unregister(pidfd)
         os.close(pidfd)
+        with contextlib.suppress(KeyError):  # lost before
+            self.selector.unregister(client)
         _, status, used = os.wait4(pid, 0)
-        with contextlib.suppress(OSError), client:  # a test that did not wait
+        with contextlib.suppress(OSError), client:
             cpu_s = used.ru_utime + used.ru_stime
             answer = {"returncode": os.waitstatus_to_exitcode(status), "cpu_s": cpu_s}
             client.send(json.dumps(answer).encode())

@@ -90,7 +90,8 @@ def _answers(address: str) -> bool:
 
 
 class Forked:
-    """A process of the fork server, with what tests use of subprocess.Popen."""
+    """A process of the fork server, with what tests use of subprocess.Popen. It is killed when its
+    starter ends before it."""
 
     def __init__(
         self,
@@ -246,6 +247,7 @@ def _agent() -> str:
 # `python` and `torchrun` as a script of ours sees them
 STAND_IN = """#!{python} -S
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -254,14 +256,16 @@ import forked
 
 forked.share_through(Path({folder!r}))
 process = forked.Forked([*{first}, *sys.argv[1:]], dict(os.environ), (0, 1, 2), folder=Path.cwd())
+signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
 code = process.wait(timeout=None)
 sys.exit(code if code >= 0 else 128 - code)
 """
 
 
 def path_with_python(folder: Path) -> str:
-    """PATH for a shell script, on which a `python` and a `torchrun` come first that fork."""
-    folder.mkdir()
+    """PATH for a shell script, on which a `python` and a `torchrun` come first that fork. They pass
+    SIGTERM on; killed, they take with them what they started."""
+    folder.mkdir(exist_ok=True)
     first = {"python": [], "torchrun": ["-c", _agent()]}
     for name, words in first.items():
         text = STAND_IN.format(

@@ -7,7 +7,7 @@
 
 Figures, per package and together:
 
-    nodes             syntax nodes, without expression contexts (Load, Store, Del)
+    nodes             statements and expressions, as ast.walk meets them
     lines             lines that are neither empty nor of a comment or a docstring
     nodes per line    of those lines
     comments          lines with a comment per 100 lines
@@ -97,7 +97,7 @@ def figures_of(path: Path, own: set[str], uses: collections.Counter) -> Figures:
     alone = {number for number in comments if rows[number - 1].lstrip().startswith("#")}
     result = Figures(files=1, lines=len(rows) - len(silent | alone), comments=len(comments))
     for node in ast.walk(tree):
-        if not isinstance(node, ast.expr_context):
+        if isinstance(node, ast.expr | ast.stmt):
             result.nodes += 1
         kinds = list(_kinds(node, own, uses))
         for kind in kinds:

@@ -19,11 +19,7 @@ ALLOWED = {
 # optional heavy libraries and the only modules that may name them
 HOMES = {
     "nvidia": {"data_pipeline.loading.dali_pipeline"},
-    "faiss": {
-        "data_pipeline.clustering.kmeans",
-        "data_pipeline.clustering.search",
-        "data_pipeline.clustering.near_duplicates",
-    },
+    "faiss": {"data_pipeline.clustering.kmeans", "data_pipeline.clustering.search"},
     "flash_attn": {"model_factory.attention"},
     "decord": {"eval_encoder.clip_reader"},
     "torchcodec": {"eval_encoder.clip_reader"},

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run
+from forked import forked
 
 from eval_encoder.probe.config import REPORT_DIR, build_config, build_parser
 
@@ -39,7 +40,7 @@ def test_exports_and_conversions_print_no_line_of_a_library(trained, tmp_path):
     assert [line for line in strange_lines(done) if not re.match(tensors, line)] == []
     done = run("model_factory/export_llava_tower.py", folder, "--output_dir", tmp_path / "tower")
     assert strange_lines(done) == []
-    done = run("-m", "training.export", trained[0], "--output", tmp_path / "now")
+    done = forked("-m", "training.export", trained[0], "--output", tmp_path / "now")
     (line,) = strange_lines(done)
     assert line.startswith("step 10: ")
 

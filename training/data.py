@@ -100,6 +100,7 @@ class TrainingData:
         self._logger = logger
         counts = {head.name: self._samples_per_batch(head) for head in config.heads}
         self.samples_per_step = sum(counts.values()) * config.grad_accum_steps
+        # heads advance together, so each sees its share of the run's samples
         num_batches = config.schedule.total_samples / sum(counts.values())
         # HeadStream or SyntheticStream
         self.streams: dict[str, Any] = {
@@ -183,6 +184,7 @@ class TrainingData:
                 failure = error
         replaced = sum(len(batch.replaced) for batch in batches.values())
         counts = [failure is not None, replaced, *_totals(batches), *wishes()]
+        # on the CPU, so that gloo sums them beside the kernels of the device
         sums = torch.tensor(counts, dtype=torch.int64)
         return _Drawn(
             batches=batches,
@@ -231,13 +233,14 @@ class TrainingData:
             last_epoch, earlier = self._met.get(name, (epoch, []))
             bad = sorted({*reasons, *earlier} if last_epoch == epoch else reasons)
             self._met[name] = (epoch, bad)
-            counts[name] = stream.count_bad(epoch, bad, reasons)
+            counts[name] = stream.count_bad(epoch, bad=bad, reasons=reasons)
         return counts
 
     def _stop(self, failure: Exception | None) -> None:
         """Raise this rank's failure, or in its absence that of the first rank that has one."""
         mine = None if failure is None else [type(failure).__name__, str(failure)]
         reports = [report for report in all_gather_json(mine) if report]
+        # an error of this rank alone keeps its type and traceback
         if failure is not None and type(failure).__name__ not in DATA_ERRORS:
             raise failure
         kind, text = reports[0]

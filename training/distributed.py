@@ -64,6 +64,7 @@ def process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # a GPU of its own for every process of this node, or none for any
     cuda = torch.cuda.device_count() >= local_world
     if torch.cuda.is_available() and not cuda and rank == 0:
         warnings.warn(
@@ -196,6 +197,7 @@ def on_main(ranks: Ranks, work: Callable[[], object]) -> None:
     store = ranks.store
     if store is None:
         raise RuntimeError("on_main needs the store that process_group makes")
+    # ranks make the same calls in the same order, so a counter names each of them
     key = f"on_main/{next(_CALLS)}"
     if not ranks.is_main:
         store.set(f"{key}/{ranks.rank}", DONE)

@@ -79,7 +79,7 @@ def check_gpus() -> Iterator[Finding]:
         busy = free < 0.9 * total
         text = f"{facts.name}, {total / GIB:.0f} GiB, {free / GIB:.0f} GiB free"
         yield Finding(NOTE if busy else OK, f"GPU {number}", text)
-        if facts.major < 8:
+        if facts.major < 8:  # Ampere was the first with bf16
             text = (
                 f"compute capability {facts.major}.{facts.minor}: no bf16 kernels, use 8.0 or newer"
             )

@@ -136,8 +136,10 @@ class RowAdamW(torch.optim.AdamW):
             mean = state["exp_avg"][index].float().lerp_(grad, 1 - beta1)
             square = state["exp_avg_sq"][index].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
 
+            # bias corrections by each row's own number of steps
             scale = (group["lr"] / (1 - beta1**steps))[:, None]
             denominator = (square / (1 - beta2**steps)[:, None]).sqrt_().add_(group["eps"])
+            # decoupled weight decay, before the update, as in torch's AdamW
             decayed = parameter[index].mul_(1 - group["lr"] * group["weight_decay"])
             parameter[index] = decayed.sub_(mean.div(denominator).mul_(scale))
 

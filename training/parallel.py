@@ -70,6 +70,7 @@ class ParallelEncoder:
 
     def __call__(self, **inputs: Any) -> torch.Tensor:
         """Pooled vectors fp32 [N, D] of one pack."""
+        # whatever the blocks compute in, the loss computes in fp32
         device = self._ranks.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             return self._forward(**inputs).pooler_output.float()

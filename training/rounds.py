@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from data_pipeline.arrays import write_array
 from data_pipeline.datasets import (
     Dataset,
     extract_features,
@@ -27,6 +26,7 @@ from data_pipeline.datasets import (
     recluster,
     relabelled,
 )
+from data_pipeline.side_files import write_array
 from model_factory.files import OWN_LISTING, check_checksums, write_checksums, write_json
 
 from .config.schema import TrainConfig
@@ -57,21 +57,21 @@ def train_rounds(
     _check_resume(config)
     for number in range(1, config.rounds + 1):
         folder = output / f"round_{number}"
-        round_config = _round_config(config, number, folder)
+        round_config = _round_config(config, number=number, folder=folder)
         logger.info("round %d of %d, in %s", number, config.rounds, folder)
         if ranks.is_main:
             folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", json.loads(round_config.to_json()))
             shutil.copyfile(output / "run.json", folder / "run.json")
-        dist.barrier()
+        dist.barrier()  # all ranks write records into the folder
         trainer = Trainer(round_config, datasets, ranks=ranks, signals=signals, logger=logger)
         # where a data folder was renamed since, the names on record: files of rounds have them
         config = _named_as(trainer.config, config)
         datasets = trainer.datasets
         trainer.train()
         if number < config.rounds:
-            _write_centers(trainer.heads, datasets, folder, ranks)
-            datasets, changes = _cluster_again(datasets, folder, ranks, logger)
+            _write_centers(trainer.heads, datasets=datasets, folder=folder, ranks=ranks)
+            datasets, changes = _cluster_again(datasets, folder=folder, ranks=ranks, logger=logger)
             report.append({"after_round": number, **changes})
     if ranks.is_main:
         write_json(output / REPORT_NAME, {"rounds": report})
@@ -165,14 +165,14 @@ def _cluster_again(
 
     def forget() -> None:
         for name, dataset in clustered.items():
-            if forget_other_clusters(dataset, encoder, _clusters(folder, name)):
+            if forget_other_clusters(dataset, encoder, output=_clusters(folder, name)):
                 logger.warning("head %s: clusters of other weights removed", name)
 
     def cluster() -> None:
         for name, dataset in clustered.items():
             recluster(dataset, encoder, output=_clusters(folder, name), report=logger.info)
 
-    on_main(ranks, forget)
+    on_main(ranks, forget)  # before any rank adds features to what other weights left
     for name, dataset in clustered.items():
         extract_features(
             dataset,

@@ -87,7 +87,7 @@ class RunFolder:
         self._claimed = True
         if self._ranks.launcher is not None:
             self._ranks.launcher.last_words = lambda: self.leave("launcher gone", LAUNCHER_GONE)
-        depends_on = arithmetic(self._ranks)
+        depends_on = arithmetic(self._ranks)  # a collective, so before rank 0 goes on alone
         if not self._ranks.is_main:
             return
         write_json(self.path / "config.json", json.loads(self._config.to_json()))
@@ -145,7 +145,8 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         path = self.path / "run.lock"
-        lock = open(path, "a+")  # stays open: closing it would free the lock
+        # not emptied until the lock is ours, and open from then on: closing it would free the lock
+        lock = open(path, "a+")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

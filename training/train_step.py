@@ -44,30 +44,20 @@ class StepResult:
     batches: dict[str, PackedBatch]
 
 
+@dataclass
 class TrainStep:
-    """What a step works on; `skipped` counts the steps left out for gradients that were not finite
-    and is part of the run's state."""
+    """The parts of a run that a step works on; `skipped` counts the steps left out for gradients
+    that were not finite and is part of the run's state."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        encoder: ParallelEncoder,
-        heads: dict[str, PartialFC],
-        optimizer: torch.optim.Optimizer,
-        data: TrainingData,
-        ranks: Ranks,
-        clock: StepClock,
-        logger: logging.Logger,
-    ):
-        self._config = config
-        self._encoder = encoder
-        self._heads = heads
-        self._optimizer = optimizer
-        self._data = data
-        self._ranks = ranks
-        self._clock = clock
-        self._logger = logger
-        self.skipped = 0
+    config: TrainConfig
+    encoder: ParallelEncoder
+    heads: dict[str, PartialFC]
+    optimizer: torch.optim.Optimizer
+    data: TrainingData
+    ranks: Ranks
+    clock: StepClock
+    logger: logging.Logger
+    skipped: int = 0
 
     def run(
         self, step: int, total_steps: int, loader: MixtureLoader, ledger: Ledger, wishes: Wishes
@@ -77,37 +67,40 @@ class TrainStep:
         wishes() returns whether this rank wishes to stop and to save, of which all ranks learn with
         the batches.
         """
-        config = self._config
+        config = self.config
         accumulate = config.grad_accum_steps
-        factor = lr_factor(step, total_steps, config.schedule)
-        set_learning_rate(self._optimizer, config.optimizer.lr, factor)
-        reported = {head.name: torch.zeros((), device=self._ranks.device) for head in config.heads}
+        factor = lr_factor(step, total_steps=total_steps, config=config.schedule)
+        set_learning_rate(self.optimizer, base_lr=config.optimizer.lr, factor=factor)
+        reported = {head.name: torch.zeros((), device=self.ranks.device) for head in config.heads}
         counts = DataCounts()
         flops = 0
         for micro in range(accumulate):
-            batches, of_batches = self._data.next_batches(loader, self._clock, wishes)
-            counts += of_batches
+            batches, new_counts = self.data.next_batches(loader, clock=self.clock, wishes=wishes)
+            counts += new_counts
             flops += self._softmax_flops(batches)
             ledger.record(step + 1, batches)
             last = micro == accumulate - 1
-            with self._encoder.accumulation(last):
+            with self.encoder.accumulation(last):
                 # each micro step samples negatives of its own
                 objective = self._objective(batches, reported, draw=step * accumulate + micro)
-                with self._clock.section("backward"):
+                with self.clock.section("backward"):
                     (objective / accumulate).backward()
             if not last or step + 1 < total_steps:
-                self._data.draw(loader, self._clock, wishes)
+                self.data.draw(loader, clock=self.clock, wishes=wishes)
 
-        with self._clock.section("optimizer"):
-            norm = global_grad_norm(self._encoder.module, list(self._heads.values()))
-            if self._is_usable(norm, step, reported, batches):
-                parameters = [p for g in self._optimizer.param_groups for p in g["params"]]
-                clip_gradients(parameters, norm, config.optimizer.clip_norm)
-                self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+        with self.clock.section("optimizer"):
+            # one norm over encoder and all heads: a head's outlier shortens the whole step
+            norm = global_grad_norm(self.encoder.module, list(self.heads.values()))
+            if self._is_usable(norm, step=step, reported=reported, batches=batches):
+                groups = self.optimizer.param_groups
+                parameters = [parameter for group in groups for parameter in group["params"]]
+                clip_gradients(parameters, norm=norm, clip_norm=config.optimizer.clip_norm)
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
         values = {f"loss/{name}": loss / accumulate for name, loss in reported.items()}
-        flops += encoder_flops(self._encoder.module.config, counts.tokens, counts.squares)
+        model = self.encoder.module.config
+        flops += encoder_flops(model, tokens=counts.tokens, squares=counts.squares)
         return StepResult(
             values={**values, "grad_norm": norm, "lr": config.optimizer.lr * factor},
             counts=StepCounts(
@@ -127,16 +120,16 @@ class TrainStep:
         self, batches: dict[str, PackedBatch], reported: dict[str, torch.Tensor], draw: int
     ) -> torch.Tensor:
         """Weighted sum of the heads' losses; adds the losses to log to `reported`."""
-        total = torch.zeros((), device=self._ranks.device)
+        total = torch.zeros((), device=self.ranks.device)
         for group in self._groups(batches):
-            moved = [batches[head.name].to(self._ranks.device) for head in group]
-            with self._clock.section("forward"):
-                pooled = self._encoder(**joined_inputs(moved))
+            moved = [batches[head.name].to(self.ranks.device) for head in group]
+            with self.clock.section("forward"):
+                pooled = self.encoder(**joined_inputs(moved))
             start = 0  # of a head's items among those of the joined pack
             for head, batch in zip(group, moved, strict=True):
                 own = pooled[start : start + batch.num_samples]
-                with self._clock.section("loss"):
-                    loss = self._heads[head.name](own, batch.labels, batch.weights, draw)
+                with self.clock.section("loss"):
+                    loss = self.heads[head.name](own, batch.labels, batch.weights, draw)
                 reported[head.name] += loss.reported
                 total = total + head.loss_weight * loss.objective
                 # filling is an item of its own in cu_seqlens, but no sample
@@ -146,14 +139,14 @@ class TrainStep:
     def _groups(self, batches: dict[str, PackedBatch]) -> list[list[HeadConfig]]:
         """Heads in order, together while their packs fit one forward pass."""
         groups: list[list[HeadConfig]] = []
-        room = 0
-        for head in self._config.heads:
+        room = 0  # tokens that the last group has left
+        for head in self.config.heads:
             tokens = len(batches[head.name].pixels)
             if groups and tokens <= room:
                 groups[-1].append(head)
             else:
                 groups.append([head])
-                room = self._config.parallel.forward_tokens
+                room = self.config.parallel.forward_tokens
             room -= tokens
         return groups
 
@@ -171,7 +164,7 @@ class TrainStep:
         """
         if math.isfinite(norm.item()):
             return True
-        for head in self._heads.values():
+        for head in self.heads.values():
             head.check_labels()  # on a GPU, a label out of range shows as NaN first
         losses = {name: round(value.item(), 4) for name, value in reported.items()}
         ids = {
@@ -180,9 +173,9 @@ class TrainStep:
         text = (
             f"step {step + 1}: gradient norm {norm.item()}, losses {losses}; not finite: "
             f"{', '.join(self._non_finite()) or 'nothing of this rank'}; samples of rank "
-            f"{self._ranks.rank}: {ids}. No weight was changed"
+            f"{self.ranks.rank}: {ids}. No weight was changed"
         )
-        limit = self._config.max_skipped_steps
+        limit = self.config.max_skipped_steps
         if self.skipped >= limit:
             raise NonFiniteLoss(
                 f"{text}: lower --lr (with --resume_allow optimizer.lr where there is a checkpoint)"
@@ -190,13 +183,13 @@ class TrainStep:
                 "with --max_skipped_steps N"
             )
         self.skipped += 1
-        self._logger.warning("%s: step skipped, %d of at most %d", text, self.skipped, limit)
+        self.logger.warning("%s: step skipped, %d of at most %d", text, self.skipped, limit)
         return False
 
     def _non_finite(self) -> list[str]:
         """Names of some gradients of this rank that are not finite."""
-        named = list(self._encoder.module.named_parameters())
-        named += [(f"centers of {name}", head.centers) for name, head in self._heads.items()]
+        named = list(self.encoder.module.named_parameters())
+        named += [(f"centers of {name}", head.centers) for name, head in self.heads.items()]
         names = []
         for name, parameter in named:
             if parameter.grad is not None:
@@ -212,10 +205,10 @@ class TrainStep:
         """Model FLOPs of the heads' losses over the global batch."""
         flops = 0
         for name, batch in batches.items():
-            head = self._heads[name]
+            head = self.heads[name]
             flops += softmax_flops(
-                rows=len(batch.weights) * self._ranks.world_size,
-                width=self._encoder.module.config.hidden_size,
+                rows=len(batch.weights) * self.ranks.world_size,
+                width=self.encoder.module.config.hidden_size,
                 sampled=head.num_classes * head.config.sample_rate,
             )
         return flops

@@ -50,7 +50,7 @@ def _start(args: argparse.Namespace) -> None:
     from .distributed import process_group
 
     with process_group(config.collective_timeout_s) as ranks:
-        code = _run(args, config, ranks)
+        code = _run(args, config=config, ranks=ranks)
         if code:
             sys.exit(code)  # from inside, so that no rank waits for a peer that still works
 
@@ -64,6 +64,7 @@ def _run(args: argparse.Namespace, config: "TrainConfig", ranks: "Ranks") -> int
     signals = StopSignals()
     signals.install()
     if args.dry_run:
+        # a folder of its own, which is removed, so that no run's records or commits are touched
         folder = Path(config.output) / "dry_run"
         config = dataclasses.replace(config, output=str(folder), resume="never", rounds=1)
     run = RunFolder(config, ranks)
@@ -71,7 +72,7 @@ def _run(args: argparse.Namespace, config: "TrainConfig", ranks: "Ranks") -> int
         run.claim(sys.argv[1:])
         if ranks.is_main:
             warn_idle(args, logger)
-        _train(args, config, ranks, signals, logger)
+        _train(args, config=config, ranks=ranks, signals=signals, logger=logger)
     except BaseException as error:
         # a launcher signals the ranks that are left within a tenth of a second of a lost one: the
         # record of what ended this one is still to be written
@@ -79,14 +80,14 @@ def _run(args: argparse.Namespace, config: "TrainConfig", ranks: "Ranks") -> int
         outcome, message = outcome_of(error, written=run.path)
         trace = traceback.format_exc()
         if outcome is None:
-            run.leave("error", f"{type(error).__name__}: {error}", trace)
+            run.leave("error", message=f"{type(error).__name__}: {error}", trace=trace)
             raise
         # all ranks raise the other errors together, so rank 0 reports them; a StorageError comes to
         # all ranks, an OSError of the system to one
         is_own = outcome in ("error", "peer lost") or isinstance(error, OSError)
         if (ranks.is_main or is_own) and is_first_to_say(message):
             logger.error("%s", message)
-        return run.leave(outcome, message, trace)
+        return run.leave(outcome, message=message, trace=trace)
     finally:
         if args.dry_run and ranks.is_main:
             shutil.rmtree(run.path, ignore_errors=True)
@@ -106,7 +107,7 @@ def _train(
     from .rounds import train_rounds
     from .trainer import Trainer
 
-    datasets = _load_datasets(args, config, ranks, logger)
+    datasets = _load_datasets(args, config=config, ranks=ranks, logger=logger)
     if args.dry_run:
         trainer = Trainer(config, datasets, ranks=ranks, signals=signals, logger=logger)
         trainer.train(last_step=1)

@@ -56,9 +56,12 @@ class Trainer:
         logger: logging.Logger,
     ):
         self.output = Path(config.output)
-        commit = find_commit(self.output, config.resume, ranks, logger)
+        # first of all, since centres, streams and random draws go by the names of their heads
+        commit = find_commit(self.output, resume=config.resume, ranks=ranks, logger=logger)
         if commit is not None:
-            config, datasets = with_stored_names(config, datasets, commit.state, logger)
+            config, datasets = with_stored_names(
+                config, datasets=datasets, state=commit.state, logger=logger
+            )
         self.config = config
         self.datasets = datasets
         self.ranks = ranks
@@ -72,11 +75,8 @@ class Trainer:
             head.name: self._build_head(index, encoder.config.hidden_size)
             for index, head in enumerate(config.heads)
         }
-        self.optimizer = build_optimizer(
-            encoder=encoder,
-            heads={head.name: (self.heads[head.name], head.lr_scale) for head in config.heads},
-            config=config.optimizer,
-        )
+        scaled = {head.name: (self.heads[head.name], head.lr_scale) for head in config.heads}
+        self.optimizer = build_optimizer(encoder, heads=scaled, config=config.optimizer)
         self.checkpointer = Checkpointer(
             output=self.output,
             ranks=ranks,
@@ -139,11 +139,11 @@ class Trainer:
     def _loop(self, ledger: Ledger, metrics: MetricLogger, trial_step: int | None) -> None:
         last_step = trial_step or self.total_steps
         self._saved_at = time.monotonic()
-        tracing = trace(self.output, self.config.profile_steps, self.ranks)
+        tracing = trace(self.output, steps=self.config.profile_steps, ranks=self.ranks)
         patch_size = self.encoder.module.train().config.patch_size
         pictured = False
         with (
-            self.signals.deferred(),
+            self.signals.deferred(),  # signals wait for the end of the step
             self.data.loader() as loader,
             tracing or contextlib.nullcontext(),
         ):
@@ -159,10 +159,12 @@ class Trainer:
                 if tracing is not None:
                     tracing.step()
                 if not pictured:
-                    metrics.picture(self.step, result.batches, patch_size)
+                    metrics.picture(self.step, batches=result.batches, patch_size=patch_size)
                     pictured = True
-                metrics.record(self.step, result.values, result.counts)
-                self._end_step(result, ledger, metrics, is_trial=trial_step is not None)
+                metrics.record(self.step, values=result.values, counts=result.counts)
+                self._end_step(
+                    result, ledger=ledger, metrics=metrics, is_trial=trial_step is not None
+                )
                 if result.stop:
                     saved = f"asked to stop: saved at step {self.step} of {last_step}"
                     raise Preempted(saved, saved=True)
@@ -175,7 +177,7 @@ class Trainer:
         is_due = result.save or self.step % self.config.checkpoint.every == 0
         if is_trial or not (is_due or is_last):
             return
-        metrics.flush()
+        metrics.flush()  # the record must hold the steps that the commit binds it at
         records = seal_records([ledger.file, *metrics.files], self._other_records)
         self.checkpointer.save(self.step, {**self.state(), "records": records}, wait=is_last)
         self._saved_at = time.monotonic()
@@ -183,6 +185,7 @@ class Trainer:
     def _wishes(self) -> tuple[bool, bool]:
         """Whether this rank wishes to stop and to save; each wish to save is passed on once."""
         now = time.monotonic()
+        # rank 0's clock decides for all: with clocks of their own, ranks would ask at other steps
         due = self.ranks.is_main and now - self._saved_at > 60 * self.config.checkpoint.minutes
         if due:
             self._saved_at = now
@@ -191,7 +194,7 @@ class Trainer:
     def _export(self) -> None:
         whole = self.encoder.whole()
         if whole is not None:
-            export_encoder(whole, self.output, self._facts())
+            export_encoder(whole, output=self.output, run=self._facts())
             self.logger.info("done: %s and %s", self.output / "hf", self.output / "backbone.pt")
 
     def state(self) -> dict:
@@ -199,7 +202,7 @@ class Trainer:
         resume, and what may differ, at the price of other last bits."""
         classes = {name: head.num_classes for name, head in self.heads.items()}
         return {
-            "heads": heads_on_record(self.config, self.datasets, classes),
+            "heads": heads_on_record(self.config, self.datasets, num_classes=classes),
             "data": self.data.state_dict(),
             "skipped_steps": self.train_step.skipped,
             "image_size": self.encoder.module.config.image_size,
@@ -224,7 +227,9 @@ class Trainer:
             self.step = commit.state["step"]
             self.train_step.skipped = commit.state.get("skipped_steps", 0)
         self.checkpointer.start(commit)
-        self._other_records = restore_records(self.output, commit, self.ranks, self.logger)
+        self._other_records = restore_records(
+            self.output, commit=commit, ranks=self.ranks, logger=self.logger
+        )
         if commit is not None and other_data:
             self.data.start_next_epoch(commit.state["data"])
         elif commit is not None:
@@ -257,7 +262,7 @@ class Trainer:
         num_classes = SYNTHETIC_CLASSES
         if dataset is not None:
             num_classes = dataset.num_classes
-            _check_negatives(head, index, dataset)
+            _check_negatives(head, index=index, dataset=dataset)
         partial_fc = PartialFC(
             num_classes=num_classes,
             width=width,

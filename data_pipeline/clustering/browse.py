@@ -1,4 +1,4 @@
-"""A picture of what clusters hold: the largest, the smallest and some others, with sample frames.
+"""A page of what clusters hold: the largest, the smallest and some others, with sample frames.
 
 A cluster's members are the samples whose nearest centroid it is. Where true labels are known, a
 cluster's purity is the share of its most frequent one. Cost: one member read per picture shown.
@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataPipelineError
-from ..labelled_lists import ids_of_sources, read_labelled_csv, refuse_repeats
+from ..lists import ids_of_sources, read_labelled_csv, refuse_repeats
 from ..loading.shard_reader import ShardReader
-from ..picture_files import write_picture
 from ..shards.manifest import Manifest
 from ..shards.schema import SampleInfo, decode_frames, frames_member
+from ..side_files import write_picture
 
 SHOWN = 8  # samples of a cluster
-SIDE, GAP, CAPTION = 112, 4, 18
+# in pixels: a sample's square, the space around it, the line of text above a row
+SIDE = 112
+GAP = 4
+CAPTION = 18
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class ClusterSummary:
         return f"{group}: cluster {self.cluster}, {len(self.members)} samples{purity}"
 
 
-def summarise(labels: np.ndarray, num_classes: int, truth: np.ndarray | None = None):
+def summarise(
+    labels: np.ndarray, num_classes: int, truth: np.ndarray | None = None
+) -> list[ClusterSummary]:
     """ClusterSummary of every cluster, largest first. labels int32 [N, L], nearest first; truth
     int [N], -1 unknown.
     """
@@ -47,9 +52,14 @@ def summarise(labels: np.ndarray, num_classes: int, truth: np.ndarray | None = N
     summaries = []
     for cluster in range(num_classes):
         members = order[bounds[cluster] : bounds[cluster + 1]]
-        known = [] if truth is None else truth[members][truth[members] >= 0].tolist()
-        purity = Counter(known).most_common(1)[0][1] / len(known) if known else None
-        summaries.append(ClusterSummary(cluster, members, len(known), purity))
+        known = []
+        purity = None
+        if truth is not None:
+            known = [label for label in truth[members].tolist() if label >= 0]
+        if known:
+            _, count = Counter(known).most_common(1)[0]
+            purity = count / len(known)
+        summaries.append(ClusterSummary(cluster, members=members, known=len(known), purity=purity))
     return sorted(summaries, key=lambda summary: (-len(summary.members), summary.cluster))
 
 
@@ -70,15 +80,16 @@ def read_truth(manifest: Manifest, path: Path) -> np.ndarray:
     ids = ids_of_sources(manifest)
     rows = read_labelled_csv(path, exists=ids.__contains__)
     refuse_repeats(rows, "a sample has one true label, so keep one line")
-    named = {row.name: row.label for row in rows if row.label}
-    numbers = {label: number for number, label in enumerate(sorted(set(named.values())))}
-    found = [numbers.get(named.get(source, ""), -1) for source in ids]
-    if max(found, default=-1) < 0:
+    label_of = {row.name: row.label for row in rows if row.label}
+    names = sorted(set(label_of.values()))
+    numbers = {label: number for number, label in enumerate(names)}
+    truth = [numbers.get(label_of.get(source, ""), -1) for source in ids]
+    if max(truth, default=-1) < 0:
         raise DataPipelineError(
             f"{path} names none of the samples of {manifest.directory}, e.g. "
             f"{manifest.sources()[0]!r}: write lines of `relative path,label`"
         )
-    return np.array(found)
+    return np.array(truth)
 
 
 def save_page(
@@ -106,16 +117,13 @@ def save_page(
     with ShardReader(manifest) as reader:
         for group, chosen in groups.items():
             for summary in chosen:
-                pictures = [_picture(reader, manifest, int(i)) for i in _some(summary)]
+                members = summary.members
+                spread = np.linspace(0, len(members) - 1, min(SHOWN, len(members)))
+                shown = members[np.unique(spread.astype(int))].tolist()
+                pictures = [_picture(reader, manifest=manifest, sample_id=i) for i in shown]
                 rows.append(_row(summary.caption(group), pictures))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_picture(output, Image.fromarray(np.concatenate(rows)))
-
-
-def _some(summary: ClusterSummary) -> np.ndarray:
-    """Up to SHOWN members, evenly spread."""
-    places = np.linspace(0, len(summary.members) - 1, min(SHOWN, len(summary.members)))
-    return summary.members[np.unique(places.astype(int))]
 
 
 def _picture(reader: ShardReader, manifest: Manifest, sample_id: int) -> np.ndarray:
@@ -126,8 +134,7 @@ def _picture(reader: ShardReader, manifest: Manifest, sample_id: int) -> np.ndar
     info = SampleInfo.from_bytes(reader.read(sample_id, "json"), sample["key"])
     data = reader.read(sample_id, frames_member(info.kind))
     frames = decode_frames(info, data, sample["key"])
-    picture = frames[len(frames) // 2]
-    small = Image.fromarray(picture)
+    small = Image.fromarray(frames[len(frames) // 2])
     small.thumbnail((SIDE, SIDE))
     square = Image.new("RGB", (SIDE, SIDE), "white")
     square.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
@@ -140,6 +147,6 @@ def _row(caption: str, pictures: list[np.ndarray]) -> np.ndarray:
     width = SHOWN * (SIDE + GAP)
     row = Image.new("RGB", (width, CAPTION + SIDE + GAP), "white")
     ImageDraw.Draw(row).text((GAP, 3), caption, fill="black")
-    for place, picture in enumerate(pictures):
-        row.paste(Image.fromarray(picture), (place * (SIDE + GAP), CAPTION))
+    for i, picture in enumerate(pictures):
+        row.paste(Image.fromarray(picture), (i * (SIDE + GAP), CAPTION))
     return np.asarray(row)

@@ -1,12 +1,11 @@
-"""A codec descriptor: what can be said of a clip from its motion and residual alone,
-without any weights.
+"""The codec descriptor: a vector of a clip from its motion and residual alone, without any weights.
 
 For each clip, camera motion (the frame's median vector) taken away, over the coarse G x G motion
 grid:
 
     direction   histogram over 8 directions, weighted by speed
     swirl       turning and spreading about the centre of motion: sum of cross and dot products of
-                place and velocity
+                position and velocity
     speed       histogram of cell speeds, and of residuals
     colour      mean and spread of the first frame's RGB, and a histogram of its gradient directions
 
@@ -17,6 +16,7 @@ stay zero. Cost: under 3 ms per clip.
 import numpy as np
 
 DIRECTIONS = 8
+TINY = 1e-6  # keeps sums of nothing from dividing by zero
 SPEED_EDGES = np.array([0.05, 0.2, 0.5, 1.0, 2.0, 4.0])
 RESIDUAL_EDGES = np.array([0.5, 1, 2, 4, 8, 16])
 WEIGHTS = {
@@ -30,8 +30,8 @@ WEIGHTS = {
 
 
 def codec_descriptor(motion: np.ndarray | None, picture: np.ndarray) -> np.ndarray:
-    """Descriptor float32 [D] of motion [T, G, G, 3] (None for an image) and one picture uint8 [H,
-    W, 3].
+    """Descriptor float32 [D] of motion [T, G, G, 3] (None for an image) and one frame uint8 [H, W,
+    3].
     """
     blocks = {
         "direction": np.zeros(DIRECTIONS),
@@ -41,25 +41,21 @@ def codec_descriptor(motion: np.ndarray | None, picture: np.ndarray) -> np.ndarr
     }
     if motion is not None and len(motion) > 1:
         blocks.update(_motion_blocks(motion.astype(np.float64)))
-    blocks["colour"], blocks["gradient"] = _appearance_blocks(picture.astype(np.float64) / 255)
-    return np.concatenate([WEIGHTS[name] * block for name, block in blocks.items()]).astype(
-        np.float32
-    )
+    blocks.update(_appearance_blocks(picture.astype(np.float64) / 255))
+    weighted = [WEIGHTS[name] * block for name, block in blocks.items()]
+    return np.concatenate(weighted).astype(np.float32)
 
 
 def _motion_blocks(motion: np.ndarray) -> dict[str, np.ndarray]:
     velocity = motion[..., :2] - np.median(motion[..., :2], axis=(1, 2), keepdims=True)
     speed = np.linalg.norm(velocity, axis=-1)
+    # slower cells hold the noise of the search for vectors
     velocity = velocity * (speed > SPEED_EDGES[0])[..., None]
     speed = np.linalg.norm(velocity, axis=-1)
-    total = speed.sum() + 1e-6
-    angle = np.arctan2(velocity[..., 1], velocity[..., 0]) / (2 * np.pi) * DIRECTIONS
-    nearest = np.rint(angle).astype(int) % DIRECTIONS
-    direction = np.bincount(nearest.ravel(), weights=speed.ravel(), minlength=DIRECTIONS) / total
-    mean_velocity = (
-        velocity.sum(axis=(0, 1, 2)) / total
-    )  # 1 when everything moves one way, 0 when it turns or spreads
-    coherent = np.linalg.norm(mean_velocity)
+    total = speed.sum() + TINY
+    direction = _directions(np.arctan2(velocity[..., 1], velocity[..., 0]), speed) / total
+    # 1 when everything moves one way, 0 when it turns or spreads
+    coherent = np.linalg.norm(velocity.sum(axis=(0, 1, 2)) / total)
     return {
         "direction": direction * coherent,
         "swirl": _swirl(velocity, speed) * (1 - coherent),
@@ -68,37 +64,44 @@ def _motion_blocks(motion: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def _directions(angle: np.ndarray, strength: np.ndarray) -> np.ndarray:
+    """Histogram of angles in radians over DIRECTIONS, weighted by strength."""
+    nearest = np.rint(angle / (2 * np.pi) * DIRECTIONS).astype(int) % DIRECTIONS
+    return np.bincount(nearest.ravel(), weights=strength.ravel(), minlength=DIRECTIONS)
+
+
 def _swirl(velocity: np.ndarray, speed: np.ndarray) -> np.ndarray:
-    """Mean sine and cosine of the angle between a cell's place (from the frame's centre of motion)
-    and its velocity.
+    """Mean sine and cosine of the angle between a cell's position (from the frame's centre of
+    motion) and its velocity.
     """
     frames, grid, _ = speed.shape
     rows, columns = np.mgrid[:grid, :grid].astype(np.float64)
-    # places wrap around the picture, so the centre of motion is a circular mean
-    phase = 2 * np.pi / grid
-    weight = speed / (speed.sum(axis=(1, 2), keepdims=True) + 1e-6)
-    x = _wrapped(columns[None], weight, phase, grid)
-    y = _wrapped(rows[None], weight, phase, grid)
-    distance = np.hypot(x, y) + 1e-6
+    weight = speed / (speed.sum(axis=(1, 2), keepdims=True) + TINY)
+    x = _from_centre(columns[None], weight=weight, grid=grid)
+    y = _from_centre(rows[None], weight=weight, grid=grid)
+    distance = np.hypot(x, y) + TINY
     turning = (x * velocity[..., 1] - y * velocity[..., 0]) / distance
     spreading = (x * velocity[..., 0] + y * velocity[..., 1]) / distance
-    total = speed.sum() + 1e-6
+    total = speed.sum() + TINY
     return np.array([turning.sum(), spreading.sum()]) / total
 
 
-def _wrapped(coordinate: np.ndarray, weight: np.ndarray, phase: float, grid: int) -> np.ndarray:
-    centre = (
-        np.angle((weight * np.exp(1j * phase * coordinate)).sum(axis=(1, 2), keepdims=True)) / phase
-    )
+def _from_centre(coordinate: np.ndarray, weight: np.ndarray, grid: int) -> np.ndarray:
+    """Coordinates from the centre of motion, -grid/2 to grid/2.
+
+    Things that leave a frame of the embedded set come back on its other side, so the centre is a
+    circular mean.
+    """
+    phase = 2 * np.pi / grid
+    mean = (weight * np.exp(1j * phase * coordinate)).sum(axis=(1, 2), keepdims=True)
+    centre = np.angle(mean) / phase
     return (coordinate - centre + grid / 2) % grid - grid / 2
 
 
-def _appearance_blocks(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    gray = picture.mean(axis=-1)
-    dy, dx = np.gradient(gray)
+def _appearance_blocks(picture: np.ndarray) -> dict[str, np.ndarray]:
+    dy, dx = np.gradient(picture.mean(axis=-1))
     strength = np.hypot(dx, dy)
-    angle = np.rint(np.arctan2(dy, dx) / (2 * np.pi) * DIRECTIONS).astype(int) % DIRECTIONS
-    gradient = np.bincount(angle.ravel(), weights=strength.ravel(), minlength=DIRECTIONS) / (
-        strength.sum() + 1e-6
-    )
-    return np.concatenate([picture.mean(axis=(0, 1)), picture.std(axis=(0, 1))]), gradient
+    return {
+        "colour": np.concatenate([picture.mean(axis=(0, 1)), picture.std(axis=(0, 1))]),
+        "gradient": _directions(np.arctan2(dy, dx), strength) / (strength.sum() + TINY),
+    }

@@ -68,7 +68,7 @@ class FeatureConfig:
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
-CONFIG_FIELDS = {
+CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
     "encoder": (str, type(None)),
     "num_frames": int,
     "concat": bool,

@@ -1,4 +1,4 @@
-"""Shards -> one vector per sample, in a folder that says of what they were made.
+"""Shards -> one vector per sample, in a folder with a record of what they were made of.
 
     FOLDER/features.json     what was read by what: manifest, settings, hash of the weights
     FOLDER/SHARD.npy         float32 [n, D], one row per sample of the shard
@@ -13,7 +13,7 @@ Work is cut by shards: finished ones are kept, several jobs share a folder by ta
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,16 +22,18 @@ import numpy as np
 from model_factory.command_line.plain_text import show
 from model_factory.files import DamagedFile, file_sha256, write_json, writing_into
 
-from ..arrays import read_array, write_array
 from ..errors import CorruptShard, DataPipelineError, MissingData
-from ..records import read_record
 from ..shards.existing import remove_temporary
 from ..shards.manifest import Manifest
+from ..side_files import read_array, read_record, write_array
 from .feature_sources import FeatureConfig, source_of
 
 RECORD_NAME = "features.json"
 RECORD_FIELDS = {"config": dict, "origin": dict}
 SHARD_FIELDS = {"rows": int, "origin": str, "sha256": str}
+MAKE_AGAIN = "remove it and run the command that made it again"
+
+ReportLine = Callable[[str], object]  # takes one line at a time
 
 
 def extract(
@@ -40,7 +42,7 @@ def extract(
     folder: Path,
     task_id: int = 0,
     num_tasks: int = 1,
-    report=show,
+    report: ReportLine = show,
 ) -> bool:
     """Write the vectors of shards task_id, task_id + num_tasks, ... that are not there yet; whether
     all shards are done now, by whomever.
@@ -58,28 +60,24 @@ def extract(
         raise ValueError(f"--task-id {task_id} must be 0 to {num_tasks - 1} with {num_tasks} tasks")
     origin = origin_of(manifest, config, config.weights_sha256())
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / RECORD_NAME
     if not is_of(folder, origin):
         raise DataPipelineError(
             f"{folder} holds features of other samples, settings or weights: name another folder, "
             "or remove it"
         )
-    whole = {"config": asdict(config), "origin": origin}
-    write_json(record, whole)
+    write_json(folder / RECORD_NAME, {"config": asdict(config), "origin": origin})
     done = _Done(folder, origin, report)
-    todo = [
-        place
-        for place in range(task_id, len(manifest.shards), num_tasks)
-        if manifest.shards[place]["samples"] and not done.has(manifest.shards[place])
-    ]
+    own = range(task_id, len(manifest.shards), num_tasks)
+    todo = [i for i in own if done.lacks(manifest.shards[i])]
     if todo:
         rows_of = source_of(manifest, config)
-        for place in tqdm(todo, desc="features", unit="shard", disable=None):
-            ids = range(int(manifest.starts[place]), int(manifest.starts[place + 1]))
-            rows = _finite(rows_of(ids), manifest, ids)
+        for i in tqdm(todo, desc="features", unit="shard", disable=None):
+            ids = range(int(manifest.starts[i]), int(manifest.starts[i + 1]))
+            rows = rows_of(ids)
+            _check_finite(rows, manifest=manifest, ids=ids)
             with writing_into(folder):
-                done.add(manifest.shards[place], rows)
-    missing = [s["name"] for s in manifest.shards if s["samples"] and not done.has(s)]
+                done.add(manifest.shards[i], rows)
+    missing = [shard["name"] for shard in manifest.shards if done.lacks(shard)]
     if missing:
         report(f"{len(missing)} shards are still to be done by other tasks, {missing[0]} first")
     return not missing
@@ -100,12 +98,12 @@ def is_complete(manifest: Manifest, folder: Path, origin: dict) -> bool:
     if not (folder / RECORD_NAME).is_file() or not is_of(folder, origin):
         return False
     done = _Done(folder, origin)
-    return all(done.has(shard) for shard in manifest.shards if shard["samples"])
+    return not any(done.lacks(shard) for shard in manifest.shards)
 
 
 def read_features_record(folder: Path) -> dict:
     """The record of a folder of features; CorruptShard for a damaged one."""
-    again = "remove it and run the command that made it again, which keeps the vectors"
+    again = f"{MAKE_AGAIN}, which keeps the vectors"
     return read_record(folder / RECORD_NAME, fields=RECORD_FIELDS, again=again)
 
 
@@ -113,21 +111,23 @@ def read_vectors(path: Path, width: int | None = None) -> np.ndarray:
     """Vectors float32 [n, D] of a shard, of the file FOLDER/SHARD.npy, bound by the record beside
     it; CorruptShard for damaged ones, and for another width than the one given."""
     record = _shard_record(path.with_suffix(".json"))
-    again = "remove it and run the command that made it again"
-    shape = (record["rows"], width)
-    return read_array(path, sha256=record["sha256"], dtype=np.float32, shape=shape, again=again)
+    return read_array(
+        path,
+        sha256=record["sha256"],
+        dtype=np.float32,
+        shape=(record["rows"], width),
+        again=MAKE_AGAIN,
+    )
 
 
 def _shard_record(path: Path) -> dict:
-    again = "remove it and run the command that made it again"
-    return read_record(path, fields=SHARD_FIELDS, again=again)
+    return read_record(path, fields=SHARD_FIELDS, again=MAKE_AGAIN)
 
 
 def load_features(manifest: Manifest, folder: Path) -> tuple[np.ndarray, FeatureConfig]:
     """Vectors float32 [N, D] in the order of sample ids, and where they come from; errors as of
     feature_pieces."""
-    pieces = list(feature_pieces(manifest, folder))
-    return np.concatenate(pieces), features_config(manifest, folder)
+    return np.concatenate(list(feature_pieces(manifest, folder))), features_config(manifest, folder)
 
 
 def features_config(manifest: Manifest, folder: Path) -> FeatureConfig:
@@ -135,8 +135,11 @@ def features_config(manifest: Manifest, folder: Path) -> FeatureConfig:
     there, or of another set."""
     record = folder / RECORD_NAME
     if not record.is_file():
+        shards = shlex.quote(str(manifest.directory))
+        output = shlex.quote(str(folder))
         raise MissingData(
-            f"{record} does not exist: make it with {_how_to_extract(manifest, folder)}"
+            f"{record} does not exist: make it with `python -m data_pipeline features {shards} "
+            f"--output {output}`"
         )
     whole = read_features_record(folder)
     if whole["origin"].get("manifest_sha256") != manifest.sha256:
@@ -145,11 +148,6 @@ def features_config(manifest: Manifest, folder: Path) -> FeatureConfig:
         return FeatureConfig.of(whole["config"], name=str(record))
     except DamagedFile as error:
         raise CorruptShard(str(error)) from error
-
-
-def _how_to_extract(manifest: Manifest, folder: Path) -> str:
-    folders = [shlex.quote(str(path)) for path in (manifest.directory, folder)]
-    return f"`python -m data_pipeline features {folders[0]} --output {folders[1]}`"
 
 
 def feature_pieces(manifest: Manifest, folder: Path) -> Iterator[np.ndarray]:
@@ -175,14 +173,21 @@ def quiet(line: str) -> None:
 class _Done:
     """Shards of one origin in a folder."""
 
-    def __init__(self, folder: Path, origin: dict, report=quiet):
+    def __init__(self, folder: Path, origin: dict, report: ReportLine = quiet):
         self._folder = folder
         self._report = report
         text = json.dumps(origin, sort_keys=True)
         self._origin = hashlib.sha256(text.encode()).hexdigest()
 
+    def lacks(self, shard: dict) -> bool:
+        """Whether a shard has samples, and their vectors are not there."""
+        return bool(shard["samples"]) and not self.has(shard)
+
     def has(self, shard: dict) -> bool:
-        """Whether a shard's vectors are there; a damaged record is reported and counts as none."""
+        """Whether a shard's vectors are there; a damaged record is reported and counts as none.
+
+        The vectors are not hashed here: whoever reads them does that.
+        """
         path = self._folder / f"{shard['name']}.json"
         if not path.is_file() or not path.with_suffix(".npy").is_file():
             return False
@@ -214,8 +219,8 @@ class _Done:
         return read_vectors(path, width)
 
 
-def _finite(rows: np.ndarray, manifest: Manifest, ids: range) -> np.ndarray:
-    """Rows as they are; DataPipelineError names the first sample whose row is not finite."""
+def _check_finite(rows: np.ndarray, manifest: Manifest, ids: range) -> None:
+    """DataPipelineError names the first sample whose row is not finite."""
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         sample = ids[int(bad[0])]
@@ -223,4 +228,3 @@ def _finite(rows: np.ndarray, manifest: Manifest, ids: range) -> np.ndarray:
             f"the vector of sample {sample} ({manifest.sources()[sample]}) is not finite: look at "
             "the sample and at the encoder's weights"
         )
-    return rows

@@ -10,6 +10,7 @@ same level fit worst, and reported. Vectors of zeros have no direction and take 
 """
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,8 @@ import numpy as np
 
 from model_factory.files import file_sha256, write_json
 
-from ..arrays import read_array, write_array
 from ..errors import CorruptShard, DataPipelineError, MissingData
-from ..records import read_record
+from ..side_files import read_array, read_record, write_array
 from .feature_sources import normalise
 from .search import search
 
@@ -27,10 +27,11 @@ CENTROIDS_NAME = "centroids.npy"
 COMPONENTS_NAME = "components.npy"
 RECORD_NAME = "clusters.json"
 RECORD_FIELDS = {"num_centroids": int, "dim": int, "sha256": str, "files": dict}
-SINGLE = 1 << 16
+SINGLE = 1 << 16  # centroids that one level finds
 BLOCK = 5  # iterations between two saves
-POINTS_PER_COARSE = 256
-REPAIRS = 5
+POINTS_PER_COARSE = 256  # samples per cell that the cells are found with
+MAX_POINTS = 1 << 20  # samples of a centroid, where faiss would draw 256 of them
+REPAIRS = 5  # rounds: a move may leave another centroid empty
 SAME = 1e-6  # cosine distance of centroids that are one
 
 
@@ -88,17 +89,31 @@ def spherical_kmeans(
     if report.zero_vectors:
         features = features[pointing]
     progress = progress or Progress()
-    if num_centroids <= single:
-        report.started_from = 0 if initial is None else num_centroids
-        centroids = _lloyd(features, num_centroids, seed, num_iterations, initial, progress.save)
-        centroids = _repair(features, centroids, report)
-    else:
-        levels = _TwoLevels(features, num_centroids, seed, num_iterations, report, progress)
-        centroids = levels.centroids(initial)
-    return centroids, report
+    if num_centroids > single:
+        levels = _TwoLevels(
+            features,
+            num_centroids=num_centroids,
+            seed=seed,
+            num_iterations=num_iterations,
+            report=report,
+            progress=progress,
+        )
+        return levels.centroids(initial), report
+    report.started_from = 0 if initial is None else num_centroids
+    centroids = _lloyd(
+        features,
+        num_centroids=num_centroids,
+        seed=seed,
+        num_iterations=num_iterations,
+        initial=initial,
+        save=progress.save,
+    )
+    return _repair(features, centroids, report), report
 
 
-def check_features(features: np.ndarray, num_centroids: int, initial=None) -> None:
+def check_features(
+    features: np.ndarray, num_centroids: int, initial: np.ndarray | None = None
+) -> None:
     """DataPipelineError when features cannot give so many centroids."""
     if not np.isfinite(features).all():
         bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
@@ -111,7 +126,8 @@ def check_features(features: np.ndarray, num_centroids: int, initial=None) -> No
             "samples"
         )
     rows = np.ascontiguousarray(features).view(f"V{features[0].nbytes}")
-    distinct = len(np.unique(rows)) - (not features.any(axis=1).all())
+    has_zeros = not features.any(axis=1).all()
+    distinct = len(np.unique(rows)) - has_zeros
     if num_centroids > distinct:
         raise DataPipelineError(
             f"--num-centroids is {num_centroids}, but only {distinct} of {len(features)} features "
@@ -124,13 +140,22 @@ def check_features(features: np.ndarray, num_centroids: int, initial=None) -> No
         )
 
 
-def _lloyd(features, num_centroids, seed, num_iterations, initial, save) -> np.ndarray:
-    """One k-means in blocks of iterations."""
+def _lloyd(
+    features: np.ndarray,
+    num_centroids: int,
+    seed: int,
+    num_iterations: int,
+    initial: np.ndarray | None = None,
+    save: Callable[[np.ndarray, int], None] | None = None,
+) -> np.ndarray:
+    """One k-means in blocks of iterations; save(centroids, iterations done) after each."""
     import faiss
 
-    centroids, done = initial, 0
-    while done < num_iterations or centroids is None:
-        block = min(BLOCK, num_iterations - done) if num_iterations else 0
+    centroids = initial
+    done = 0
+    while centroids is None or done < num_iterations:
+        # 0 where no iteration is asked for: faiss draws its first centroids
+        block = min(BLOCK, num_iterations - done)
         solver = faiss.Kmeans(
             features.shape[1],
             num_centroids,
@@ -138,56 +163,93 @@ def _lloyd(features, num_centroids, seed, num_iterations, initial, save) -> np.n
             spherical=True,
             seed=seed,
             min_points_per_centroid=1,
-            max_points_per_centroid=1 << 20,
+            max_points_per_centroid=MAX_POINTS,
             gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0,
         )
         solver.train(features, init_centroids=centroids)
-        centroids, done = normalise(solver.centroids), done + block
-        save(centroids, done)
-        if not num_iterations:
-            break
+        assert solver.centroids is not None
+        centroids = normalise(solver.centroids)
+        done += block
+        if save is not None:
+            save(centroids, done)
     return centroids
 
 
 class _TwoLevels:
     """Coarse cells, then a k-means with repairs inside each."""
 
-    def __init__(self, features, num_centroids, seed, num_iterations, report, progress):
-        self._features, self._seed, self._iterations = features, seed, num_iterations
-        self._report, self._progress = report, progress
+    def __init__(
+        self,
+        features: np.ndarray,
+        num_centroids: int,
+        seed: int,
+        num_iterations: int,
+        report: Report,
+        progress: Progress,
+    ):
+        self._features = features
+        self._seed = seed
+        self._iterations = num_iterations
+        self._report = report
+        self._progress = progress
         num_cells = max(1, int(round(num_centroids**0.5)))
         rng = np.random.default_rng(seed)
         some = rng.permutation(len(features))[: POINTS_PER_COARSE * num_cells]
-        chosen = features[np.sort(some)]
-        self._coarse = _lloyd(chosen, num_cells, seed, num_iterations, None, progress_of_nobody)
-        self._cell_of = search(features, self._coarse, 1)[:, 0]
+        self._coarse = _lloyd(
+            features[np.sort(some)],
+            num_centroids=num_cells,
+            seed=seed,
+            num_iterations=num_iterations,
+        )
+        self._cell_of = self._cells(features)
         sizes = np.bincount(self._cell_of, minlength=num_cells)
         self._shares = allot(num_centroids, sizes)
 
     def centroids(self, initial: np.ndarray | None) -> np.ndarray:
         """All fine centroids, cell after cell."""
-        start_cell = None if initial is None else search(initial, self._coarse, 1)[:, 0]
-        sizes, parts = [], []
+        report = self._report
+        start_cell = None if initial is None else self._cells(initial)
+        smallest = []
+        largest = []
+        centroids = []
         for cell in np.flatnonzero(self._shares):
             starts = None if initial is None else initial[start_cell == cell]
-            parts.append(self._cell(int(cell), starts))
-            sizes += [self._report.smallest_cluster, self._report.largest_cluster]
-        self._report.smallest_cluster, self._report.largest_cluster = min(sizes), max(sizes)
-        self._report.levels, self._report.cells = 2, len(parts)
-        return np.concatenate(parts)
+            centroids.append(self._cell(int(cell), starts))
+            smallest.append(report.smallest_cluster)
+            largest.append(report.largest_cluster)
+        report.smallest_cluster = min(smallest)
+        report.largest_cluster = max(largest)
+        report.levels = 2
+        report.cells = len(centroids)
+        return np.concatenate(centroids)
+
+    def _cells(self, rows: np.ndarray) -> np.ndarray:
+        """The cell of each row, int64 [n]."""
+        nearest, _ = search(rows, self._coarse, count=1)
+        return nearest[:, 0]
 
     def _cell(self, cell: int, starts: np.ndarray | None) -> np.ndarray:
-        members, share = self._features[self._cell_of == cell], int(self._shares[cell])
+        members = self._features[self._cell_of == cell]
+        share = int(self._shares[cell])
         done = self._progress.load_cell(cell)
         if done is not None and len(done) == share:
             _faults(members, done, self._report)  # for its sizes
             return done
         if share == len(members):
-            self._report.smallest_cluster = self._report.largest_cluster = 1
+            # every sample is a centroid
+            self._report.smallest_cluster = 1
+            self._report.largest_cluster = 1
             return members
-        start = None if starts is None else self._filled(starts, members, share, cell)
-        seed, rest = self._seed + cell, self._iterations
-        centroids = _lloyd(members, share, seed, rest, start, progress_of_nobody)
+        if starts is not None:
+            starts = self._filled(starts, members=members, share=share, cell=cell)
+        # cells are small: nothing is saved between their iterations
+        centroids = _lloyd(
+            members,
+            num_centroids=share,
+            seed=self._seed + cell,
+            num_iterations=self._iterations,
+            initial=starts,
+        )
         centroids = _repair(members, centroids, self._report)
         self._progress.save_cell(cell, centroids)
         return centroids
@@ -201,33 +263,32 @@ class _TwoLevels:
         return np.concatenate([taken, more])
 
 
-def progress_of_nobody(centroids: np.ndarray, iterations: int) -> None:
-    """Cells are small: nothing is saved between their iterations."""
-
-
 def allot(total: int, sizes: np.ndarray) -> np.ndarray:
     """Split `total` in proportion to sizes, by largest remainders; nobody gets more than its size,
     and everybody that has any gets one if there are enough."""
     shares = np.minimum(sizes, (total * sizes / sizes.sum()).astype(np.int64))
     if total >= (sizes > 0).sum():
         shares = np.maximum(shares, sizes > 0)
-    while (missing := total - shares.sum()) != 0:
+    # several rounds: a cell may fill up, and takes or gives one in each
+    while shares.sum() != total:
+        missing = total - shares.sum()
         rest = total * sizes / sizes.sum() - shares
         if missing > 0:
             open_cells = np.flatnonzero(shares < sizes)
-            chosen = open_cells[np.argsort(-rest[open_cells], kind="stable")][:missing]
-            shares[chosen] += 1
+            order = np.argsort(-rest[open_cells], kind="stable")
+            shares[open_cells[order[:missing]]] += 1
         else:
             open_cells = np.flatnonzero(shares > 1)
-            chosen = open_cells[np.argsort(rest[open_cells], kind="stable")][:-missing]
-            shares[chosen] -= 1
+            order = np.argsort(rest[open_cells], kind="stable")
+            shares[open_cells[order[:-missing]]] -= 1
     return shares
 
 
 def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.ndarray:
     """Move empty and repeated centroids onto the samples that fit worst, one each; a few times, as
     a move may leave another one empty."""
-    was_empty, was_twin = set(), set()
+    was_empty: set[int] = set()
+    was_twin: set[int] = set()
     for _ in range(REPAIRS):
         empty, twin, cosines = _faults(features, centroids, report)
         broken = np.flatnonzero(empty | twin)
@@ -235,6 +296,7 @@ def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.n
             break
         was_empty |= set(np.flatnonzero(empty).tolist())
         was_twin |= set(np.flatnonzero(twin).tolist()) - was_empty
+        # some more than needed: copies of one sample would give the same centroid again
         worst = np.argsort(cosines, kind="stable")[: 4 * len(broken) + 64]
         _, first = np.unique(features[worst], axis=0, return_index=True)
         centroids = centroids.copy()
@@ -248,15 +310,19 @@ def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.n
     return centroids
 
 
-def _faults(features: np.ndarray, centroids: np.ndarray, report: Report):
+def _faults(
+    features: np.ndarray, centroids: np.ndarray, report: Report
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(which centroids are empty, which repeat one before them, every sample's best cosine)."""
-    nearest, cosines = search(features, centroids, 1, with_cosines=True)
+    nearest, cosines = search(features, centroids, count=1)
     counts = np.bincount(nearest[:, 0], minlength=len(centroids))
-    neighbours, near = search(centroids, centroids, min(2, len(centroids)), with_cosines=True)
+    neighbours, near = search(centroids, centroids, count=min(2, len(centroids)))
     own = np.arange(len(centroids))
+    # of two that are the same, either may come first
     other = np.where(neighbours[:, 0] == own, neighbours[:, -1], neighbours[:, 0])
     twin = (near[:, -1] > 1 - SAME) & (other < own)
-    report.smallest_cluster, report.largest_cluster = int(counts.min()), int(counts.max())
+    report.smallest_cluster = int(counts.min())
+    report.largest_cluster = int(counts.max())
     return (counts == 0) & ~twin, twin, cosines[:, 0]
 
 
@@ -286,32 +352,31 @@ def load_centroids(directory: Path) -> tuple[np.ndarray, dict, np.ndarray | None
     all directions. MissingData or CorruptShard names what is wrong, also with a feature_mean that
     does not fit them.
     """
-    if not (directory / RECORD_NAME).is_file():
-        raise MissingData(
-            f"{directory} holds no {RECORD_NAME}: make it with {how_to_cluster('DIR', directory)}"
-        )
-    again = f"cluster again: {how_to_cluster('DIR', directory)}"
     path = directory / RECORD_NAME
+    command = how_to_cluster("DIR", directory)
+    if not path.is_file():
+        raise MissingData(f"{directory} holds no {RECORD_NAME}: make it with {command}")
+    again = f"cluster again: {command}"
     record = read_record(path, fields=RECORD_FIELDS, again=again)
     files = record["files"]
     is_known = {CENTROIDS_NAME} <= files.keys() <= {CENTROIDS_NAME, COMPONENTS_NAME}
     if not is_known or record["sha256"] != files[CENTROIDS_NAME]:
         raise CorruptShard(f"{path} binds {', '.join(map(repr, files))}: {again}")
+    width = record["dim"]
     centroids = read_array(
         directory / CENTROIDS_NAME,
         sha256=files[CENTROIDS_NAME],
         dtype=np.float32,
-        shape=(record["num_centroids"], record["dim"]),
+        shape=(record["num_centroids"], width),
         again=again,
     )
     components = None
-    width = record["dim"]
     if COMPONENTS_NAME in files:
         components = read_array(
             directory / COMPONENTS_NAME,
             sha256=files[COMPONENTS_NAME],
             dtype=np.float32,
-            shape=(record["dim"], None),
+            shape=(width, None),
             again=again,
         )
         width = components.shape[1]
@@ -325,8 +390,9 @@ def load_centroids(directory: Path) -> tuple[np.ndarray, dict, np.ndarray | None
 
 def how_to_cluster(shards: Path | str, output: Path | str) -> str:
     """The command that clusters a packed folder."""
-    folders = [shlex.quote(str(folder)) for folder in (shards, output)]
-    return f"`python -m data_pipeline cluster {folders[0]} --num-centroids K --output {folders[1]}`"
+    source = shlex.quote(str(shards))
+    target = shlex.quote(str(output))
+    return f"`python -m data_pipeline cluster {source} --num-centroids K --output {target}`"
 
 
 def _is_vector(values: object, width: int) -> bool:

@@ -14,13 +14,12 @@ import numpy as np
 
 from model_factory.files import file_sha256, write_json
 
-from ..arrays import read_array, write_array
 from ..errors import CorruptShard, DataPipelineError, MissingData
-from ..labelled_lists import ids_of_sources, read_labelled_jsonl
-from ..records import read_record
+from ..lists import ids_of_sources, read_labelled_jsonl
 from ..shards.manifest import Manifest
+from ..side_files import read_array, read_record, write_array
 from .kmeans import how_to_cluster
-from .search import CentroidSearch, judges
+from .search import CentroidSearch, recall_samples
 
 LABELS_NAME = "labels.npy"
 RECORD_NAME = "labels.json"
@@ -33,7 +32,7 @@ def nearest_centroids(
     """int32 [N, num_labels]: centroids by falling cosine, -1 where there are fewer; and how they
     were found.
     """
-    find = CentroidSearch(centroids, num_labels, judges(features))
+    find = CentroidSearch(centroids, count=num_labels, some=recall_samples(features))
     return padded(find(features), num_labels), find.how
 
 
@@ -102,10 +101,11 @@ def import_labels(manifest: Manifest, path: Path, num_classes: int, width: int) 
     MissingData names samples without a line; DataPipelineError names labels that are no class,
     lines for no sample, second lines for one, and lists of another length.
     """
+    rows: np.ndarray | list[list[int]]
     if path.suffix == ".npy":
-        rows = _array_rows(manifest, path, num_classes)
+        rows = _array_rows(manifest, path=path, num_classes=num_classes)
     else:
-        rows = _listed_rows(manifest, path, num_classes)
+        rows = _listed_rows(manifest, path=path, num_classes=num_classes)
     labels = np.full((len(manifest), width), -1, np.int32)
     for number, row in enumerate(rows):
         labels[number, : min(width, len(row))] = row[:width]
@@ -157,8 +157,8 @@ def _listed_rows(manifest: Manifest, path: Path, num_classes: int) -> list[list[
 
 
 def stale_labels(directory: Path, manifest: Manifest) -> str | None:
-    """What to tell of labels that were made before the folder was packed anew or appended to, or
-    whose record is damaged; None where there are none, or they fit.
+    """A warning of labels that were made before the folder was packed anew or appended to, or whose
+    record is damaged; None where there are none, or they fit.
     """
     if not (directory / RECORD_NAME).is_file():
         return None
@@ -166,7 +166,7 @@ def stale_labels(directory: Path, manifest: Manifest) -> str | None:
         record = read_labels_record(directory, manifest.directory)
     except CorruptShard as error:
         return str(error)
-    return _staleness(directory, manifest, record)
+    return _staleness(directory, manifest=manifest, record=record)
 
 
 def _staleness(directory: Path, manifest: Manifest, record: dict) -> str | None:
@@ -190,10 +190,10 @@ def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
     ids out of range.
     """
     record = read_labels_record(directory, manifest.directory)
-    stale = _staleness(directory, manifest, record)
+    stale = _staleness(directory, manifest=manifest, record=record)
     if stale is not None:
         raise CorruptShard(stale)
-    labels = read_labels_array(directory, record, manifest.directory)
+    labels = read_labels_array(directory, record=record, shards=manifest.directory)
     if len(labels) != len(manifest):
         raise CorruptShard(
             f"{directory / LABELS_NAME} has {len(labels)} rows, expected {len(manifest)} rows, one "

@@ -1,4 +1,8 @@
-"""The commands on labels: `cluster` (features -> centroids), `label` (features -> nearest)."""
+"""The commands on labels: `cluster` (features -> centroids), `label` (features -> nearest).
+
+features -> Projection -> (representatives) -> spherical_kmeans -> clusters.json, centroids.npy
+features -> the same Projection -> CentroidSearch -> labels.json, labels.npy
+"""
 
 import shlex
 from dataclasses import asdict, dataclass
@@ -11,10 +15,19 @@ from model_factory.files import DamagedFile, check_fields
 
 from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..shards.manifest import Manifest
-from .feature_sources import FeatureConfig
-from .features import extract, feature_pieces, is_complete, load_features, origin_of, quiet
+from .feature_sources import FeatureConfig, normalise
+from .features import (
+    ReportLine,
+    extract,
+    feature_pieces,
+    is_complete,
+    load_features,
+    origin_of,
+    quiet,
+)
 from .kmeans import (
     RECORD_NAME,
+    Report,
     check_features,
     how_to_cluster,
     load_centroids,
@@ -22,14 +35,12 @@ from .kmeans import (
     spherical_kmeans,
 )
 from .labels import padded, save_labels
-from .near_duplicates import check_threshold, representatives
 from .progress import SavedProgress
-from .projection import Projection, fit_projection
-from .search import CentroidSearch, judges
+from .search import CentroidSearch, check_threshold, recall_samples, representatives
 
 FEATURES_NAME = "features"
 # what a record of centroids has besides, for another set to be labelled in their space
-NEEDED_FIELDS = {
+NEEDED_FIELDS: dict[str, type | tuple[type, ...]] = {
     "features": dict,
     "weights_sha256": (str, type(None)),
     "manifest_sha256": str,
@@ -38,10 +49,47 @@ NEEDED_FIELDS = {
 
 
 @dataclass(frozen=True)
+class Projection:
+    """From raw vectors to the unit space of the centroids: centred, reduced, normalised.
+
+    mean float32 [D]; components float32 [d, D], None: all directions as they are.
+
+    Vectors share a large common part, so their mean over the clustered set is taken away: without
+    that all centroids point one way, and as starting centres of a head lie within its inter-class
+    filter of each other. Both are stored with the centroids, so that another set is labelled in the
+    same space.
+    """
+
+    mean: np.ndarray
+    components: np.ndarray | None = None
+
+    def __call__(self, raw: np.ndarray) -> np.ndarray:
+        """Unit features float32 [N, d] of raw vectors [N, D]."""
+        centred = raw - self.mean
+        return normalise(centred if self.components is None else centred @ self.components.T)
+
+
+def fit_projection(raw: np.ndarray, dims: int | None = None) -> Projection:
+    """Projection of a set [N, D]; `dims` principal components, those directions in which the set
+    varies most, None: all directions. DataPipelineError for more than there are."""
+    mean = raw.mean(axis=0, dtype=np.float64).astype(np.float32)
+    if dims is None:
+        return Projection(mean)
+    if not 1 <= dims <= min(raw.shape):
+        raise DataPipelineError(f"--pca {dims}: {raw.shape[0]} vectors of width {raw.shape[1]}")
+    centred_rows = (raw - mean).astype(np.float64)
+    _, vectors = np.linalg.eigh(centred_rows.T @ centred_rows)
+    components = vectors[:, ::-1][:, :dims].T  # eigh gives the smallest first
+    # an eigenvector's sign is arbitrary: the largest entry is made positive
+    signs = np.sign(components[np.arange(dims), np.abs(components).argmax(axis=1)])
+    return Projection(mean, components=(components * signs[:, None]).astype(np.float32))
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """How a set is clustered.
 
-    features: where vectors come from; pca: principal components that are kept of them, None: all
+    features: where vectors come from; pca: principal components that are used of them, None: all
     directions. near_duplicates: cosine from which samples count as one, None: all count. init:
     folder of centroids to start from.
     """
@@ -54,7 +102,7 @@ class ClusterConfig:
     near_duplicates: float | None = None
     init: Path | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_centroids < 1 or self.num_iterations < 0:
             raise ValueError(
                 f"--num-centroids {self.num_centroids} must be at least 1, --iterations "
@@ -72,7 +120,7 @@ def cluster(
     config: ClusterConfig,
     output: Path,
     features_folder: Path | None = None,
-    report=quiet,
+    report: ReportLine = quiet,
 ) -> np.ndarray:
     """Cluster a packed set and write centroids.npy and clusters.json to `output`. Features are kept
     in `features_folder` (OUTPUT/features); a run that was killed goes on from the shards and
@@ -86,11 +134,12 @@ def cluster(
             f"--num-centroids is {config.num_centroids}, {manifest.directory} holds "
             f"{len(manifest)} samples: ask for fewer"
         )
+    # before hours of features: it may be damaged
     initial = None if config.init is None else load_centroids(config.init)
     folder = features_folder or output / FEATURES_NAME
-    extract(manifest, config.features, folder, report=report)
+    extract(manifest, config=config.features, folder=folder, report=report)
     raw, _ = load_features(manifest, folder)
-    check_features(raw, 1)
+    check_features(raw, num_centroids=1)
     projection = fit_projection(raw, config.pca)
     features = projection(raw)
     details: dict[str, Any] = {
@@ -106,10 +155,22 @@ def cluster(
     if config.near_duplicates is not None:
         groups = representatives(features, config.near_duplicates)
         features = features[np.unique(groups)]
-        details["near_duplicates_removed"] = len(groups) - len(features)
-        report(f"{len(groups) - len(features)} of {len(groups)} samples are near-duplicates")
-    centroids, details = _centroids(features, config, output, initial, details, report)
-    save_centroids(output, centroids, details, projection.components)
+        removed = len(groups) - len(features)
+        details["near_duplicates_removed"] = removed
+        report(f"{removed} of {len(groups)} samples are near-duplicates")
+    starts = None
+    if initial is not None:
+        starts, record, _ = initial
+        details["started_from_sha256"] = record["sha256"]
+    centroids, outcome = _centroids(
+        features, config=config, output=output, starts=starts, details=details, report=report
+    )
+    save_centroids(
+        output,
+        centroids=centroids,
+        details={**details, **asdict(outcome)},
+        components=projection.components,
+    )
     return centroids
 
 
@@ -119,7 +180,7 @@ def label(
     num_labels: int,
     output: Path,
     features_folder: Path | None = None,
-    report=quiet,
+    report: ReportLine = quiet,
 ) -> np.ndarray:
     """Write labels.npy and labels.json of a packed set to `output`; returns labels int32 [N, L].
 
@@ -142,19 +203,30 @@ def label(
     origin = origin_of(manifest, config, record["weights_sha256"])
     # vectors that are all there need no encoder, which may have moved since
     if not is_complete(manifest, folder, origin):
-        _check_encoder(config, record["weights_sha256"], manifest, centroids_folder)
-        extract(manifest, config, folder, report=report)
+        _check_encoder(
+            config,
+            weights_sha256=record["weights_sha256"],
+            manifest=manifest,
+            centroids_folder=centroids_folder,
+        )
+        extract(manifest, config=config, folder=folder, report=report)
     projection = Projection(np.array(record["feature_mean"], np.float32), components)
     labels = np.full((len(manifest), num_labels), -1, np.int32)
-    find, start = None, 0
+    find = None
+    start = 0
     for raw in feature_pieces(manifest, folder):
-        check_features(raw, 1)
+        check_features(raw, num_centroids=1)
         rows = projection(raw)
-        find = find or CentroidSearch(centroids, num_labels, judges(rows))
+        if find is None:
+            find = CentroidSearch(centroids, count=num_labels, some=recall_samples(rows))
         labels[start : start + len(rows)] = padded(find(rows), num_labels)
         start += len(rows)
-    details = {"centroids_sha256": record["sha256"], **(find.how if find else {})}
-    save_labels(output, labels, manifest, len(centroids), details)
+    details = {"centroids_sha256": record["sha256"]}
+    if find is not None:
+        details.update(find.how)
+    save_labels(
+        output, labels=labels, manifest=manifest, num_classes=len(centroids), details=details
+    )
     return labels
 
 
@@ -179,36 +251,43 @@ def _check_encoder(
         )
 
 
-def _centroids(features, config: ClusterConfig, output: Path, init, details: dict, report):
-    """(centroids, details with what happened); goes on from what was saved."""
-    initial = None
-    if init is not None:
-        initial, record, _ = init
-        details = {**details, "started_from_sha256": record["sha256"]}
+def _centroids(
+    features: np.ndarray,
+    config: ClusterConfig,
+    output: Path,
+    starts: np.ndarray | None,
+    details: dict[str, Any],
+    report: ReportLine,
+) -> tuple[np.ndarray, Report]:
+    """(centroids, what happened); goes on from what an earlier start saved. `details` decide the
+    centroids: what was saved under others is thrown away."""
     progress = SavedProgress(output, {**details, "num_centroids": config.num_centroids})
     saved, done = progress.centroids()
     if saved is not None:
-        initial = saved
         report(f"going on after {done} iterations, from {progress.folder}")
-    rest = max(0, config.num_iterations - done)
-    centroids, found = spherical_kmeans(
-        features, config.num_centroids, config.seed, rest, initial, progress
+    centroids, outcome = spherical_kmeans(
+        features,
+        num_centroids=config.num_centroids,
+        seed=config.seed,
+        num_iterations=max(0, config.num_iterations - done),
+        initial=starts if saved is None else saved,
+        progress=progress,
     )
     if saved is not None:
         # what this start went on from is no beginning of the clustering: the record of one that was
-        # killed says what that of an undisturbed one says
-        found.started_from = 0 if init is None else config.num_centroids
-    if found.repaired_empty or found.repaired_duplicate:
+        # killed equals that of an undisturbed one
+        outcome.started_from = 0 if starts is None else config.num_centroids
+    if outcome.repaired_empty or outcome.repaired_duplicate:
         report(
-            f"repaired {found.repaired_empty} empty and {found.repaired_duplicate} repeated "
+            f"repaired {outcome.repaired_empty} empty and {outcome.repaired_duplicate} repeated "
             "centroids"
         )
-    if found.left_empty:
+    if outcome.left_empty:
         report(
-            f"WARNING: {found.left_empty} centroids are still empty or repeated: these samples do "
-            "not make so many clusters; ask for fewer"
+            f"WARNING: {outcome.left_empty} centroids are still empty or repeated: these samples "
+            "do not make so many clusters; ask for fewer"
         )
-    if found.zero_vectors:
-        report(f"{found.zero_vectors} vectors of zeros took no part")
+    if outcome.zero_vectors:
+        report(f"{outcome.zero_vectors} vectors of zeros took no part")
     progress.remove()
-    return centroids, {**details, **asdict(found)}
+    return centroids, outcome

@@ -1,4 +1,4 @@
-"""What a clustering has done so far, so that one that was killed goes on from it.
+"""Saved state of a clustering, so that one that was killed goes on from it.
 
     OUTPUT/partial/record.json       what it belongs to, iterations done, sha256 of every file
     OUTPUT/partial/centroids.npy     of a single level, after the last block of iterations
@@ -16,8 +16,7 @@ import numpy as np
 
 from model_factory.files import file_sha256, write_json
 
-from ..arrays import read_array, write_array
-from ..records import read_record
+from ..side_files import read_array, read_record, write_array
 from .kmeans import Progress
 
 LOG = logging.getLogger("univit")
@@ -33,18 +32,18 @@ class SavedProgress(Progress):
     def __init__(self, output: Path, identity: dict):
         self.folder = output / FOLDER
         self._record = self.folder / RECORD_NAME
-        self._identity = json.loads(json.dumps(identity))
-        self._state: dict = {"identity": self._identity, "iterations": 0, "files": {}}
+        identity = json.loads(json.dumps(identity))  # as it is read back
+        self._state: dict = {"identity": identity, "iterations": 0, "files": {}}
         if self._record.is_file():
-            found = read_progress(self.folder)
-            if found["identity"] == self._identity:
-                self._state = found
-        self._before = self._state["iterations"]
+            saved = read_progress(self.folder)
+            if saved["identity"] == identity:
+                self._state = saved
+        self._before = self._state["iterations"]  # of earlier starts
 
     def centroids(self) -> tuple[np.ndarray | None, int]:
         """(centroids of a single level, iterations done); (None, 0) where nothing was saved."""
-        found = self._load(CENTROIDS)
-        return (None, 0) if found is None else (found, self._before)
+        centroids = read_saved(self.folder, state=self._state, name=CENTROIDS)
+        return centroids, 0 if centroids is None else self._before
 
     def save(self, centroids: np.ndarray, iterations: int) -> None:
         """After a block: `iterations` of this start."""
@@ -53,24 +52,25 @@ class SavedProgress(Progress):
 
     def save_cell(self, cell: int, centroids: np.ndarray) -> None:
         """A finished cell of two levels."""
-        self._write(f"cell-{cell:05d}.npy", centroids)
+        self._write(_cell_name(cell), centroids)
 
     def load_cell(self, cell: int) -> np.ndarray | None:
         """Its centroids, if an earlier start finished it."""
-        return self._load(f"cell-{cell:05d}.npy")
+        return read_saved(self.folder, state=self._state, name=_cell_name(cell))
 
     def remove(self) -> None:
         """The work is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _load(self, name: str) -> np.ndarray | None:
-        return read_saved(self.folder, self._state, name)
 
     def _write(self, name: str, centroids: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_array(self.folder / name, centroids)
         self._state["files"][name] = file_sha256(self.folder / name)
         write_json(self._record, self._state)
+
+
+def _cell_name(cell: int) -> str:
+    return f"cell-{cell:05d}.npy"
 
 
 def read_progress(folder: Path) -> dict:

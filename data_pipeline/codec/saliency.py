@@ -162,11 +162,13 @@ def _normalised(
     per_frame: bool,
 ) -> np.ndarray:
     """Values [T, h, w] in 0..1, 1 being the 95th percentile or the floor, if that is more."""
+    scale: np.ndarray | float
     if per_frame:
-        percentile = np.percentile(values, PERCENTILE, axis=(1, 2), keepdims=True)
-        return np.clip(values / np.maximum(percentile, floor), 0.0, 1.0)
-    # as a Python number, so that float32 values stay float32
-    scale = max(float(np.percentile(values[p_frames], PERCENTILE)), floor)
+        percentiles = np.percentile(values, PERCENTILE, axis=(1, 2), keepdims=True)
+        scale = np.maximum(percentiles, floor)
+    else:
+        # a Python number, by which float32 values stay float32
+        scale = max(float(np.percentile(values[p_frames], PERCENTILE)), floor)
     return np.clip(values / scale, 0.0, 1.0)
 
 

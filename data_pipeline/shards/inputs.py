@@ -22,7 +22,7 @@ from model_factory.command_line.plain_text import printable, show
 from ..codec.open_video import InputLimits, is_image, is_video
 from ..errors import MissingData, RejectedInput
 from ..folders import files_below, is_hidden
-from ..text_lists import csv_rows, list_lines, settled_name
+from ..lists import csv_rows, list_lines, settled_name
 
 # how fsspec's file systems name the version of a file: S3, HTTP, Azure, local, zip, GCS
 VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "CRC", "md5Hash")

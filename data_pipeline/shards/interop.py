@@ -37,10 +37,9 @@ from model_factory.files import (
     write_json,
 )
 
-from ..arrays import write_array
 from ..errors import CorruptShard
 from ..loading.shard_reader import ShardReader
-from ..picture_files import write_picture
+from ..side_files import write_array, write_picture
 from .inputs import Report
 from .manifest import Manifest, how_to_repack
 from .schema import MAX_SIDE, SampleInfo, check_positions, decode_array, decode_patches

@@ -21,9 +21,8 @@ from model_factory.command_line.plain_text import show
 from model_factory.files import DIGEST_KEY, file_sha256, writing_into
 
 from ..errors import DataPipelineError
-from .existing import read_shard_record, remove_temporary
+from .existing import known_inputs, read_shard_record, rejected_digest, remove_temporary
 from .inputs import Input, Report, input_stamp, inputs_sha256
-from .known_inputs import known_inputs, rejected_digest
 from .manifest import Manifest, load_manifest, write_manifest
 from .pack_plan import PackPlan, plan_packing
 from .pack_progress import PackProgress
@@ -174,21 +173,20 @@ def _samples(
     stamps = [input_stamp(item) for item in task.inputs]
     number = shard_number(task.name)
     results = zip(task.inputs, stamps, pool.build_all(task.inputs), strict=True)
-    for index, (item, stamp, result) in enumerate(results):
-        rejection = task.superseded.get(item.source, result)
-        if isinstance(rejection, dict):
+    for index, (item, stamp, built) in enumerate(results):
+        # a later shard holds it as a sample: here it stays rejected
+        built = task.superseded.get(item.source, built)
+        if isinstance(built, dict):
             digest = rejected_digest(item, max_bytes=task.settings["limits"]["max_bytes"])
-            statement["rejected"].append(rejection)
-            progress.warn(
-                f"rejected {rejection['source']}: {rejection['reason']}: {rejection['detail']}"
-            )
-        else:
-            members, info = rejection
-            digest = info.source_sha256[:SHORT_DIGEST]
-        statement["inputs"].append([item.source, stamp, digest])
-        progress.packed(1, rejected=int(isinstance(rejection, dict)))
-        if not isinstance(rejection, dict):
-            yield f"{number:06d}_{index:06d}", members, info
+            statement["rejected"].append(built)
+            statement["inputs"].append([item.source, stamp, digest])
+            progress.warn(f"rejected {built['source']}: {built['reason']}: {built['detail']}")
+            progress.packed(1, rejected=1)
+            continue
+        members, info = built
+        statement["inputs"].append([item.source, stamp, info.source_sha256[:SHORT_DIGEST]])
+        progress.packed(1, rejected=0)
+        yield f"{number:06d}_{index:06d}", members, info
 
 
 def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:

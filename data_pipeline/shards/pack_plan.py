@@ -20,21 +20,19 @@ from model_factory.command_line.plain_text import show
 from ..codec.framing import check_choice
 from ..errors import DataPipelineError
 from .existing import (
+    Differences,
     Existing,
+    KnownInput,
+    known_inputs,
     read_existing,
     read_shard_record,
+    refusal,
     remove_packing,
     remove_shards,
+    setting_differences,
     tar_sources,
 )
 from .inputs import Input, Report
-from .known_inputs import (
-    Differences,
-    KnownInput,
-    known_inputs,
-    refusal,
-    setting_differences,
-)
 from .manifest import load_manifest
 from .tasks import PackConfig, Task, default_samples_per_shard, list_tasks, shard_number
 from .writer import only_here

@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import array_bytes, check_array, parse_array
 from ..errors import CorruptShard
-from ..records import parse_record
+from ..side_files import array_bytes, check_array, parse_array, parse_record
 from .jpeg import check_jpeg
 
 SCHEMA_VERSION = 1

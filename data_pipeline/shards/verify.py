@@ -8,9 +8,9 @@ import numpy as np
 
 from model_factory.files import DIGEST_KEY, file_sha256
 
-from ..arrays import check_array
 from ..errors import CorruptShard, DataPipelineError
 from ..loading.shard_reader import ShardReader
+from ..side_files import check_array
 from .existing import read_shard_record
 from .jpeg import check_jpeg
 from .manifest import MANIFEST_NAME, Manifest, manifest_bytes

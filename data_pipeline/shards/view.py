@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..picture_files import write_picture
+from ..side_files import write_picture
 from .clip_columns import ClipView, ImageView, read_sample, sample_view
 from .contact_sheet import ROWS, draw_animation, draw_sheet
 from .manifest import Manifest

@@ -24,7 +24,7 @@ import numpy as np
 
 from data_pipeline.codec.open_video import is_image, is_video
 from data_pipeline.folders import files_below
-from data_pipeline.labelled_lists import LabelledRow, read_labelled_csv, refuse_repeats
+from data_pipeline.lists import LabelledRow, read_labelled_csv, refuse_repeats
 from data_pipeline.random import counter_rng
 
 SPLITS = ("train", "val")
@@ -173,7 +173,14 @@ def read_lists(
     largest = max((i for split in numbers for own in split for i in own), default=0)
     count = num_classes or benchmark.num_classes or len(classes) or largest + 1
     train, val = (
-        _labelled(folder / split, rows, own, several=several, num_classes=count, classes=classes)
+        _labelled(
+            folder / split,
+            rows,
+            numbers=own,
+            several=several,
+            num_classes=count,
+            classes=classes,
+        )
         for split, rows, own in zip(SPLITS, splits, numbers, strict=True)
     )
     return train, val
@@ -252,15 +259,15 @@ def _numbers(
 
 
 def _labelled(
-    place: Path,
+    path: Path,
     rows: list[LabelledRow],
     numbers: list[list[int]],
     several: bool,
     num_classes: int,
     classes: tuple[str, ...],
 ) -> LabelledList:
-    """The list of a split, which lies at `place`. With several labels, lines that name one file are
-    one clip. Raises ValueError for a label that is out of range."""
+    """The list of the split FOLDER/SPLIT. With several labels, lines that name one file are one
+    clip. Raises ValueError for a label that is out of range."""
     for row, own in zip(rows, numbers, strict=True):
         if own and max(own) >= num_classes:
             raise ValueError(f"{row.place}: label {max(own)}, but there are {num_classes} classes")
@@ -274,8 +281,8 @@ def _labelled(
     else:
         labels = np.array([own[0] for own in numbers])
     return LabelledList(
-        folder=place.parent,
-        split=place.name,
+        folder=path.parent,
+        split=path.name,
         names=names,
         labels=labels,
         num_classes=num_classes,
@@ -314,7 +321,7 @@ def _class_folder_rows(
     with the share. Raises ValueError for a split without any file of a class.
     """
     splits = [folder / split for split in SPLITS]
-    if any((place / "manifest.json").is_file() for place in (folder, *splits)):
+    if any((path / "manifest.json").is_file() for path in (folder, *splits)):
         return None  # packed shards without the lists that they were packed from
     if all(split.is_dir() for split in splits):
         lists = [_rows_in_classes(split, report, prefix=f"{split.name}/") for split in splits]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import RejectedInput
-from data_pipeline.labelled_lists import ids_of_sources
+from data_pipeline.lists import ids_of_sources
 from data_pipeline.loading.config import ViewConfig
 from data_pipeline.loading.packing import PackedBatch, pack_views
 from data_pipeline.loading.samples import sequential_batches
@@ -106,8 +106,8 @@ class RawClips:
             for first, future in waiting:
                 yield first, future.result()
         except BaseException:
-            # Ctrl-C: nobody waits for clips that nobody will see. Threads of the pool wait for
-            # children, so that the children have to end first.
+            # After Ctrl-C nothing waits for clips that will not be encoded. Threads of the pool
+            # wait for children, so the children have to end first.
             reader.close()
             self._reader = None
             raise
@@ -119,8 +119,8 @@ class RawClips:
         try:
             return view_of_file(
                 self._clips.folder / name,
-                look,
-                self._config,
+                look=look,
+                config=self._config,
                 size=self._size,
                 patch_size=self._patch_size,
                 reader=reader,
@@ -185,9 +185,9 @@ def _packed(looks: list[Look], views: list[View]) -> PackedBatch:
     """A pack of views; it has no labels, since the encoder is frozen."""
     return pack_views(
         views,
-        torch.tensor([look.clip for look in looks]),
-        torch.zeros(len(views), 0, dtype=torch.int64),
-        torch.ones(len(views)),
+        sample_ids=torch.tensor([look.clip for look in looks]),
+        labels=torch.zeros(len(views), 0, dtype=torch.int64),
+        weights=torch.ones(len(views)),
     )
 
 

@@ -25,7 +25,7 @@ from model_factory.files import parse_json_line
 
 COLUMNS = ("dataset", "encoder", "input", "tokens", "head", "figure", "last epoch", "best epoch",
            "seeds", "clips")  # fmt: skip
-# Names of files that people give to any weights, so that the folder's name has to say which.
+# Names that weights of any encoder have: the name of the folder around them goes before.
 GENERAL_NAMES = ("hf", "backbone.pt", "model.safetensors", "checkpoints")
 MAX_NUMBERED_CLASSES = 20  # beyond it, numbers in the cells of a confusion matrix overlap
 

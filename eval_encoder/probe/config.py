@@ -82,7 +82,7 @@ class HeadsConfig:
         if settings > 1 and self.holdout == 0:
             raise ValueError(
                 f"--holdout 0 leaves nothing to choose among {settings} settings with: the "
-                "validation list is for judging"
+                "validation list evaluates, and chooses nothing"
             )
 
 
@@ -193,14 +193,18 @@ def _report_dir(args: argparse.Namespace) -> Path:
 
 def _check_choices(args: argparse.Namespace) -> None:
     """Raise ValueError for an unknown name, with the nearest known one."""
-    _check_choice("model_family", args.model_family, (*VIDEO_FAMILIES, *IMAGE_FAMILIES))
-    _check_choice("head", args.head, HEADS)
-    _check_choice("decoder", args.decoder, DECODERS)
-    _check_choice("mv_compensate", args.mv_compensate, CAMERAS)
+    choices = {
+        "model_family": (*VIDEO_FAMILIES, *IMAGE_FAMILIES),
+        "head": HEADS,
+        "decoder": DECODERS,
+        "mv_compensate": CAMERAS,
+    }
+    for name, known in choices.items():
+        _check_choice(name, getattr(args, name), known=known)
     for name in args.augment:
-        _check_choice("augment", name, (*AUGMENTATIONS, "none"))
+        _check_choice("augment", name, known=(*AUGMENTATIONS, "none"))
     if args.protocol is not None:
-        _check_choice("protocol", args.protocol, ("single_label", "multi_label"))
+        _check_choice("protocol", args.protocol, known=("single_label", "multi_label"))
 
 
 def _check_choice(flag_name: str, value: str, known: tuple[str, ...]) -> None:

@@ -91,7 +91,7 @@ class ClipFeatures:
         config = self._config.input
         counts = all_gather_json([self._num_tokens, self.passes])
         if not any(passes for _, passes in counts):
-            # Nothing was encoded on any rank, so the first clip that can be read speaks for all.
+            # Nothing was encoded on any rank, so the first clip that can be read stands for all.
             for index in range(len(self.clips)):
                 if next(self._encoded([Look(index)])) is not None:
                     break
@@ -117,10 +117,10 @@ class ClipFeatures:
         within = [(t + 0.5) / times for t in range(times)]
         across = [0.5] if squares == 1 else [s / (squares - 1) for s in range(squares)]
         return [
-            Look(int(index), within=time, across=place)
+            Look(int(index), within=segment_position, across=crop_position)
             for index in indices
-            for time in within
-            for place in across
+            for segment_position in within
+            for crop_position in across
         ]
 
     def batches(self, batches: list[list[Look]]) -> Iterator[FeatureBatch]:

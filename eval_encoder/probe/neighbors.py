@@ -36,7 +36,7 @@ def evaluate_neighbours(
     without which the second one is None. The one head of both evaluations is that of k. Raises
     ValueError where no training clip outside of the held-out part can be read.
     """
-    vectors, readable = _all_features(train, batch_size, ranks)
+    vectors, readable = _all_features(train, batch_size, ranks=ranks)
     # clips that cannot be read are on neither side
     keep, held = (part[readable[part]] for part in hold_out(train.clips, share))
     if not len(keep):
@@ -64,9 +64,9 @@ def evaluate_neighbours(
             scores=None if every.scores is None else every.scores[[best]],
         )
 
-    queries, can_ask = _all_features(val, batch_size, ranks)
+    queries, val_readable = _all_features(val, batch_size, ranks=ranks)
     everything = np.flatnonzero(readable)
-    asked = np.flatnonzero(can_ask)
+    asked = np.flatnonzero(val_readable)
     k = min(k, len(everything))
     evaluation = _evaluate(
         val,
@@ -86,7 +86,7 @@ def _all_features(
     vector is the mean of its crops' unit vectors."""
     rows = None
     indices = np.arange(len(features.clips))
-    for looks, vectors in crop_batches(features, indices, batch_size, ranks=ranks):
+    for looks, vectors in crop_batches(features, indices, batch_size=batch_size, ranks=ranks):
         for look, vector in zip(looks, vectors, strict=True):
             if rows is None:
                 rows = torch.zeros(len(features.clips), vector.shape[-1])

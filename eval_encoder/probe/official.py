@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.folders import is_hidden
-from data_pipeline.text_lists import NUMBER, csv_rows, is_text, list_lines
+from data_pipeline.lists import NUMBER, csv_rows, is_text, list_lines
 from model_factory.command_line.plain_text import printable, show
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
@@ -80,7 +80,7 @@ def read_ucf101(folder: Path, number: int) -> Splits:
     splits: Splits = {}
     for split, file in (("train", "trainlist"), ("val", "testlist")):
         lines = list_lines(folder / f"{file}{number:02d}.txt")
-        splits[split] = [_ucf101_entry(line, classes, place) for place, line in lines]
+        splits[split] = [_ucf101_entry(line, classes, place=place) for place, line in lines]
     return splits
 
 

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 
 from data_pipeline.codec.open_video import is_video
 from data_pipeline.folders import files_below
-from data_pipeline.text_lists import settled_name
+from data_pipeline.lists import settled_name
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.plain_text import printable, show
@@ -82,7 +82,9 @@ def write_lists(
 
     index = VideoIndex(videos, report=_warn)
     suffix = SUFFIXES[dataset]
-    lists = {split: index.find_all(entries, split, suffix) for split, entries in splits.items()}
+    lists = {
+        split: index.find_all(entries, split, suffix=suffix) for split, entries in splits.items()
+    }
     for split, (rows, absent) in lists.items():
         if len(absent) == len(rows):
             example = os.path.relpath(next(iter(rows)), output) if rows else "none is named"

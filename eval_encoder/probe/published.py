@@ -2,7 +2,7 @@
 
 Top-1 in percent of frozen large encoders under the attentive probe of the OneVision-Encoder paper
 and site (February 2026), 8 or 16 frames, codec input of 2048 or 4096 patches. Their protocol picks
-the best epoch on the validation list and judged about two thirds of it, with one seed; baselines
+the best epoch on the validation list and evaluated about two thirds of it, with one seed; baselines
 moved by up to 17 points between two of its tables (MetaCLIP2 on Diving48). Ours are not comparable
 to the digit.
 """
@@ -50,8 +50,8 @@ def anchors() -> list[Anchor]:
     """The rows of the table."""
     rows = []
     for line in TABLE.strip().splitlines():
-        encoder, shown, tokens, figures = (cell.strip() for cell in line.split("|"))
+        encoder, input_name, tokens, figures = (cell.strip() for cell in line.split("|"))
         pairs = zip(COLUMNS, figures.split(), strict=True)
         values = {dataset: float(figure) for dataset, figure in pairs if figure != "-"}
-        rows.append(Anchor(encoder, shown, tokens=int(tokens), values=values))
+        rows.append(Anchor(encoder, input_name, tokens=int(tokens), values=values))
     return rows

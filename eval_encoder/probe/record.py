@@ -62,7 +62,8 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
     held_means = [np.mean(e.held[heads]) for e in history.epochs if e.held is not None]
     best_epoch = None
     if len(held_means) == len(history.epochs):
-        best_epoch = _figures(history, heads, history.epochs[int(np.argmax(held_means))])
+        best = history.epochs[int(np.argmax(held_means))]
+        best_epoch = _figures(history, heads, epoch=best)
     return _facts(config, num_clips) | {
         "metric": metric,
         "chosen": {
@@ -70,7 +71,7 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
             "weight_decay": setting[1],
             "held_out": None if held_out is None else _rounded(np.mean(held_out[heads])),
         },
-        "last_epoch": _figures(history, heads, last_epoch),
+        "last_epoch": _figures(history, heads, epoch=last_epoch),
         "best_epoch": best_epoch,
         "best_epoch_on_validation": _best_on_validation(history),
         "per_class": history.last.per_class(heads),

@@ -71,7 +71,10 @@ def _probe(
 ) -> None:
     started = time.perf_counter()
     encoder = build_encoder(
-        config.input, config.model_name, config.model_weight, config.heads.seed
+        config.input,
+        model_name=config.model_name,
+        model_weight=config.model_weight,
+        seed=config.heads.seed,
     ).to(ranks.device)
     train, val = (ClipFeatures(clips, config, encoder, ranks.device) for clips in lists)
     _check_lists(train, val, log=log)

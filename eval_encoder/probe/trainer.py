@@ -139,7 +139,7 @@ class ProbeTrainer:
         for epoch in range(1, config.epochs + 1):
             sums = np.zeros(len(self.bank.heads))
             num_clips = 0
-            for step, batches in enumerate(self._head_batches(epoch, keep, size)):
+            for step, batches in enumerate(self._head_batches(epoch, keep, size=size)):
                 # 0 at the first step; the step after the last one would have 1
                 progress = ((epoch - 1) * steps + step) / (config.epochs * steps)
                 sums += self._step(batches, progress)
@@ -149,7 +149,7 @@ class ProbeTrainer:
                 totals = torch.tensor([*sums, num_clips], dtype=torch.float64)
                 dist.all_reduce(totals)
                 losses = (totals[:-1] / totals[-1].clamp(min=1)).numpy()
-                self._evaluate_epoch(epoch, held, losses)
+                self._evaluate_epoch(epoch, held, losses=losses)
                 # the first evaluated epoch at or after a multiple of log_every
                 if is_last or epoch % config.log_every < config.eval_every:
                     self._log_epoch(epoch)
@@ -165,9 +165,11 @@ class ProbeTrainer:
             num_heads=len(self.bank.heads),
             num_classes=clips.num_classes,
         )
-        batch_size = self._heads_config.batch_size
+        batches = crop_batches(
+            features, indices, batch_size=self._heads_config.batch_size, ranks=self._ranks
+        )
         with torch.no_grad():
-            for looks, tokens in crop_batches(features, indices, batch_size, ranks=self._ranks):
+            for looks, tokens in batches:
                 if looks:  # a batch may hold nothing that can be read
                     logits = self.bank(tokens).double()
                     scores = logits if clips.is_multi_label else logits.softmax(dim=-1)
@@ -201,7 +203,7 @@ class ProbeTrainer:
         mine = [chunk[ranks.rank :: ranks.world_size] for chunk in shared]
         read = self._train.batches([self._train.drawn_looks(chunk, epoch) for chunk in mine])
         if config.kind == "linear" and config.num_seeds > 1:
-            yield from self._batches_by_seed(read, epoch, keep, size)
+            yield from self._batches_by_seed(read, epoch=epoch, keep=keep, size=size)
             return
         all_heads = list(range(len(self.bank.heads)))
         for looks, features in read:
@@ -290,7 +292,7 @@ class ProbeTrainer:
             if batch.clips:
                 labels = torch.from_numpy(self._train.clips.labels[batch.clips])
                 logits = self.bank(batch.features, batch.heads)
-                sums = _losses(logits, labels.to(logits.device), config.smoothing)
+                sums = _losses(logits, labels.to(logits.device), smoothing=config.smoothing)
                 # Heads share no weights: the gradient of the sum is that of every head's own loss.
                 (sums.sum() / count.clamp(min=1)).backward()
                 losses[batch.heads] = sums.detach().cpu()

@@ -1,16 +1,17 @@
-"""One face for every command: what ends it becomes a text and an exit code here, and nowhere else.
+"""The frame of every command: errors become a text and an exit code here, and nowhere else.
 
     def main(argv: list[str] | None = None) -> int:
         return run_command(parse=build_parser().parse_args, work=_draw, argv=argv)
 
     a user's mistake, or the machine's fault    `error: ...`, the exit code of its kind
     Ctrl-C                                      one line, 130
-    nobody reads on (`| head`)                  nothing, 141
+    the reader of a pipe ended (`| head`)       nothing, 141
     anything else                               a traceback, and that it is a fault of ours: 1
 
-A mistake is a ValueError or an OSError; a class of ours that is more than that names its kind by an
+A mistake is a ValueError or an OSError; a class of ours with a more specific kind names it by an
 attribute `outcome`, a key of EXIT_CODES. UNIVIT_TRACEBACK=1 shows the traceback of every error.
-Lies in the lowest layer and needs the standard library alone, so that `--help` stays quick.
+This module lies in the lowest layer and needs the standard library alone, so that `--help` stays
+quick.
 """
 
 import errno
@@ -62,8 +63,9 @@ def run_command(
 ) -> int:
     """Parse, work, and return the exit code; `work` returns one too, None stands for 0.
 
-    `is_heard` may keep the text of an error back, where another rank has said the same. SystemExit
-    passes through: argparse has shown its help or its message, a worker has chosen its code.
+    is_heard: whether the text of an error is printed; a rank whose cause another rank has reported
+    answers False. SystemExit passes through: argparse has shown its help or its message, a worker
+    has chosen its code.
     """
     args = None
     try:
@@ -74,15 +76,15 @@ def run_command(
     except SystemExit:
         raise
     except BrokenPipeError as error:
-        if not _nobody_reads():
-            return _told(error, args, is_heard)
+        if not _is_pipe_closed():
+            return _report(error, args=args, is_heard=is_heard)
         _discard_output()
         return signal_code(signal.SIGPIPE)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         return signal_code(signal.SIGINT)
     except BaseException as error:
-        return _told(error, args, is_heard)
+        return _report(error, args=args, is_heard=is_heard)
 
 
 def signal_code(number: int) -> int:
@@ -91,33 +93,34 @@ def signal_code(number: int) -> int:
 
 
 def outcome_of(error: BaseException) -> str | None:
-    """Kind of an end, a key of EXIT_CODES; None for a fault of ours, whose traceback is wanted."""
+    """Kind of an error, a key of EXIT_CODES; None for a fault of ours, which needs a traceback."""
     declared = getattr(error, "outcome", None)
     if isinstance(declared, str) and declared in EXIT_CODES:
         return declared
-    # torch's own class is told by its name, as this module does without torch; its allocator of
-    # host memory raises a plain RuntimeError
+    # torch's own class is recognised by its name, as this module does not import torch; its
+    # allocator of host memory raises a plain RuntimeError
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory"
     if isinstance(error, RuntimeError) and "can't allocate" in str(error):
         return "out of memory"
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return "storage"
-    # an optional library: the others are checked where the project is installed
+    # only optional libraries can be missing: the others come with the project's installation
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         return None if error.name.partition(".")[0] in OUR_PACKAGES else "error"
     is_mistake = isinstance(error, (ValueError, OSError))
-    # what safetensors says of every damaged file, and pathlib before Python 3.13 of links in a loop
+    # safetensors raises this for every damaged file; pathlib before Python 3.13 a RuntimeError for
+    # links in a loop
     is_mistake |= type(error).__name__ == "SafetensorError"
     is_mistake |= isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")
     return "error" if is_mistake else None
 
 
 def message_of(error: BaseException, written: Path | None = None) -> str:
-    """What a user reads of an error: its text, every character shown, our own line breaks kept.
+    """Text of an error for the user: every character visible, our own line breaks kept.
 
-    Errors of the operating system become "PATH: what happened"; where a write met one that names no
-    path, `written` is the place, and without one only what is printed is left.
+    Errors of the operating system become "PATH: what happened". For an error of a write that names
+    no path it is `written`; without that, only standard output is left.
     """
     if isinstance(error, FileExistsError) and os.path.isfile(error.filename or ""):
         return f"{printable(os.fsdecode(error.filename))}: is a file, and a folder is needed there"
@@ -130,7 +133,7 @@ def message_of(error: BaseException, written: Path | None = None) -> str:
         return ": ".join(printable(part) for part in (*paths, error.strerror))
     if isinstance(error, OSError):  # a library's, which break their lines for a terminal
         return printable(" ".join(str(error).split()))
-    # not splitlines, for which characters in a file's name are line breaks too
+    # not splitlines, which also breaks at other characters that a file's name may have
     lines = [printable(line) for line in str(error).split("\n")]
     text = "\n".join(lines).rstrip()
     return text or type(error).__name__
@@ -140,8 +143,8 @@ def _is_path(name: object) -> bool:
     return isinstance(name, (str, bytes, os.PathLike))
 
 
-def _told(error: BaseException, args: object, is_heard: Callable[[str], bool]) -> int:
-    """Say what ended a command; its exit code."""
+def _report(error: BaseException, args: object, is_heard: Callable[[str], bool]) -> int:
+    """Print the error that ended a command; returns the exit code."""
     try:
         _flush_output()
     except OSError as full:
@@ -176,7 +179,7 @@ def _trace(error: BaseException) -> str:
 
 
 def _written(args: object) -> Path | None:
-    """Where a command writes, as far as its arguments say."""
+    """Path that a command writes to, as far as its arguments name one."""
     for name in WRITTEN:
         value = getattr(args, name, None)
         if value is not None:
@@ -184,9 +187,9 @@ def _written(args: object) -> Path | None:
     return None
 
 
-def _nobody_reads() -> bool:
-    """Whether the standard output is a pipe that was closed at its other end: other pipes, a
-    child's for example, break as well."""
+def _is_pipe_closed() -> bool:
+    """Whether the standard output is a pipe that was closed at its other end. A BrokenPipeError
+    alone does not tell, as other pipes, a child's for example, break as well."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -196,7 +199,7 @@ def _nobody_reads() -> bool:
 
 
 def _flush_output() -> None:
-    """Meet a closed pipe or a full disk now, not when the interpreter ends."""
+    """Raise for a closed pipe or a full disk now, not when the interpreter ends."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -204,7 +207,7 @@ def _flush_output() -> None:
 
 
 def _discard_output() -> None:
-    """Let what is still buffered go nowhere, or the interpreter would complain of it at its end."""
+    """Drop what is still buffered, or the interpreter would print an error about it at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -126,7 +126,7 @@ def flags_of(config: type, prefix: str = "") -> Iterator[Declared]:
                 annotation=annotation,
                 flag=known,
             )
-        elif dataclasses.is_dataclass(annotation):
+        elif isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             yield from flags_of(annotation, prefix=f"{prefix}{field.name}.")
 
 

@@ -1,8 +1,9 @@
-"""Files and folders that libraries parse: what they raise becomes one error that names the place.
+"""Errors of libraries that parse a user's file or folder, turned into one error that names it.
 
-A library that reads a model, a tokenizer or an array tells of a damaged file in its own ways, most
-of them without its name: KeyError, EOFError, SafetensorError, UnicodeDecodeError. Whoever calls one
-on what a user gave wraps just that call. Needs the standard library alone.
+A library that reads a model, a tokenizer or an array reports a damaged file by errors of many
+types, most of them without the file's name: KeyError, EOFError, SafetensorError,
+UnicodeDecodeError. Code that calls a library on a user's file wraps just that call. Needs the
+standard library alone.
 """
 
 import functools
@@ -10,20 +11,21 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from ..files import DamagedFile
 from .command import OUR_PACKAGES, outcome_of
 
-Read = TypeVar("Read", bound=Callable)
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 
 @contextmanager
-def reading(place: object) -> Iterator[None]:
-    """Raise DamagedFile, a ValueError, with the place and what was said, for what a library raises.
+def reading(path: object) -> Iterator[None]:
+    """Raise DamagedFile, a ValueError, with the path and the message, for an error of a library.
 
-    Errors that know better pass: our own messages, those that name the place, errors of the
-    operating system with a path, a library that is not installed, and want of memory.
+    Errors that say more pass unchanged: our own messages, those that name the path, errors of the
+    operating system with a path, a library that is not installed, and a lack of memory.
     """
     try:
         yield
@@ -33,20 +35,20 @@ def reading(place: object) -> Iterator[None]:
             isinstance(error, ImportError)
             or outcome_of(error) not in (None, "error")
             or (isinstance(error, OSError) and error.filename is not None)
-            or (is_message and (str(place) in str(error) or _is_ours(error)))
+            or (is_message and (str(path) in str(error) or _is_ours(error)))
         )
         if knows_better:
             raise
-        # the first sentence says what is wrong, the rest of such texts what else could be tried
-        said = " ".join(str(error).split()).partition(". ")[0]
+        # the first sentence names the fault; libraries go on with general advice
+        message = " ".join(str(error).split()).partition(". ")[0]
         raise DamagedFile(
-            f"{place} cannot be read ({type(error).__name__}: {said}): it is damaged, or of "
+            f"{path} cannot be read ({type(error).__name__}: {message}): it is damaged, or of "
             "another kind than what was asked for"
         ) from error
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether it was raised by a line of ours, not by a library that the line calls."""
+    """Whether our own code raised an error, not a library that it called."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -54,16 +56,18 @@ def _is_ours(error: BaseException) -> bool:
     return module.partition(".")[0] in OUR_PACKAGES
 
 
-def names_place(parameter: str) -> Callable[[Read], Read]:
-    """Decorator of a function that reads the file or folder which `parameter` names."""
+def names_place(
+    parameter: str,
+) -> Callable[[Callable[Params, Result]], Callable[Params, Result]]:
+    """Decorator: errors of a function that reads the file or folder in `parameter` name it."""
 
-    def decorate(function: Read) -> Read:
+    def decorate(function: Callable[Params, Result]) -> Callable[Params, Result]:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def named(*args, **kwargs):
-            place = signature.bind(*args, **kwargs).arguments[parameter]
-            with reading(Path(str(place))):
+        def named(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+            path = signature.bind(*args, **kwargs).arguments[parameter]
+            with reading(Path(str(path))):
                 return function(*args, **kwargs)
 
         return named

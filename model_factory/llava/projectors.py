@@ -1,4 +1,4 @@
-"""From a tower's width to a language model's: the projectors a LLaVA configuration names.
+"""Projectors from a tower's width to a language model's, by the names of a LLaVA configuration.
 
     linear           Linear
     mlp{n}x_gelu     Linear, then n - 1 times GELU and Linear; n from 1
@@ -7,9 +7,9 @@
     vitsplit         vit_split.py, which needs the tower's blocks and is built there
 
 State-dict names of the first two are those of LLaVA's mm_projector. `project` runs any of them on
-what any tower of vision_towers.py gives.
+the states of any tower of towers.py.
 
-Shape legend: B pictures, N tokens, D tower width, H language model's width.
+Shape legend: B images, N tokens, D tower width, H language model's width.
 """
 
 import re
@@ -24,7 +24,7 @@ PROJECTORS = ("linear", "mlp{n}x_gelu", "identity", "spatial_merge", "vitsplit")
 
 
 class SpatialMerge(nn.Module):
-    """Tokens [B, rows * columns, D] in raster order -> [B, N / 4, H]."""
+    """Tokens [B, N / 4, H] of tokens [B, N = rows * columns, D] in raster order."""
 
     def __init__(self, width: int, output_width: int):
         super().__init__()
@@ -54,13 +54,14 @@ def build_projector(kind: str, width: int, output_width: int) -> nn.Module:
         return nn.Identity()
     if kind == "spatial_merge":
         return SpatialMerge(width, output_width)
-    layers = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
-    if layers is None:
+    depth = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    if depth is None:
         raise ValueError(f"mm_projector_type {kind!r}: choose one of {', '.join(PROJECTORS)}")
-    parts: list[nn.Module] = [nn.Linear(width, output_width)]
-    for _ in range(int(layers[1]) - 1):
-        parts += [nn.GELU(), nn.Linear(output_width, output_width)]
-    return nn.Sequential(*parts)
+    mlp = nn.Sequential(nn.Linear(width, output_width))
+    for _ in range(int(depth[1]) - 1):
+        mlp.append(nn.GELU())
+        mlp.append(nn.Linear(output_width, output_width))
+    return mlp
 
 
 def layers_of(projector: nn.Module, tower: VisionTower, select_layer: int) -> list[int]:
@@ -73,19 +74,21 @@ def layers_of(projector: nn.Module, tower: VisionTower, select_layer: int) -> li
 def project(
     projector: nn.Module, states: TowerStates, layer: int
 ) -> tuple[torch.Tensor, list[int]]:
-    """(tokens of all items one after another [sum of counts, H], how many of each); `layer`: the
-    absolute index of the state that projectors of one state read."""
+    """(tokens of all items one after another [sum of counts, H], their counts).
+
+    layer: absolute index of the state that is read, except by ViT-Split, which names its own.
+    """
     if isinstance(projector, ViTSplit):
         return projector.project(states), states.lengths
     tokens = states.patches(states.states[layer])
     if isinstance(projector, SpatialMerge):
-        parts = [projector(group, sides).flatten(0, 1) for sides, group in states.maps(tokens)]
-        return torch.cat(parts), [length // 4 for length in states.lengths]
+        merged = [projector(maps, grid).flatten(0, 1) for grid, maps in states.maps(tokens)]
+        return torch.cat(merged), [length // 4 for length in states.lengths]
     return projector(tokens), states.lengths
 
 
 def tokens_after(projector: nn.Module, grid: Grid | None, tokens: int) -> int:
-    """Tokens that the language model receives for an item of so many. Raises ValueError for a grid
+    """Tokens that the language model receives for an item of `tokens`. Raises ValueError for a grid
     that cannot be merged."""
     if not isinstance(projector, SpatialMerge):
         return tokens

@@ -1,4 +1,4 @@
-"""README.md of the folder of an eye of a LLaVA: what it is and how to load it."""
+"""README.md of an exported vision tower: what it is and how to load it."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from ..command_line.plain_text import in_code, in_markdown
 from ..llava_vision_tower import LlavaViTVisionConfig
 
 CARD = """\
-# Eye of a LLaVA: {model_type}
+# Vision tower of a LLaVA: {model_type}
 
 Written from {source}, every tensor in fp32.
 
 | fact | value |
 | --- | --- |
-| picture | {side} x {side} pixels, patches of {patch_size} |
-| tokens of a picture | {tokens}, of width {width} |
+| image | {side} x {side} pixels, patches of {patch_size} |
+| tokens of an image | {tokens}, of width {width} |
 | hidden state that is read | {layer}, strategy "{strategy}" |
 | image token | {image_token}, in a vocabulary of {vocabulary} |
 
@@ -72,18 +72,24 @@ to change."""
 LEGACY = """ With transformers 4 take
 `tower_legacy` for `tower`, of which it may find no tensor, and then starts from random weights with
 no more than a warning."""
-LEGACY_TYPES = ("clip_vision_model", "siglip_vision_model")
+CLIP_TYPE = "clip_vision_model"
+LEGACY_TYPES = (CLIP_TYPE, "siglip_vision_model")
 OTHER = "It reads CLIP towers and, with two lines, ours: use this one in transformers."
 
 
 def tower_card(config: LlavaConfig, side: int, source: Path, whole_processor: bool) -> str:
     """Text of the card.
 
-    side: of the pictures in pixels; source: where the weights come from; whole_processor: whether
+    side: of the images in pixels; source: where the weights come from; whole_processor: whether
     the folder holds a tokenizer too.
     """
     vision = config.vision_config
-    ours = vision.model_type == LlavaViTVisionConfig.model_type
+    is_ours = vision.model_type == LlavaViTVisionConfig.model_type
+    original = OTHER
+    if is_ours:
+        original = OURS
+    elif vision.model_type == CLIP_TYPE:
+        original = CLIP
     return CARD.format(
         model_type=in_markdown(vision.model_type),
         source=in_code("/".join(source.parts[-2:])),
@@ -96,7 +102,7 @@ def tower_card(config: LlavaConfig, side: int, source: Path, whole_processor: bo
         image_token=config.image_token_index,
         vocabulary=config.text_config.vocab_size,
         legacy=LEGACY if vision.model_type in LEGACY_TYPES else "",
-        imports=IMPORTS + REGISTRATION if ours else IMPORTS,
+        imports=IMPORTS + REGISTRATION if is_ours else IMPORTS,
         processor=WHOLE_PROCESSOR if whole_processor else OWN_PROCESSOR,
-        original=OURS if ours else CLIP if vision.model_type == LEGACY_TYPES[0] else OTHER,
+        original=original,
     )

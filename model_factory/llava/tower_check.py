@@ -1,11 +1,11 @@
-"""Reads an exported tower as a stranger would, and compares it with what its source said.
+"""Check of an exported tower: it is loaded by transformers alone and compared with its source.
 
     python -m model_factory.llava.tower_check FOLDER REFERENCE
 
 FOLDER is what export_llava_tower.py writes. REFERENCE is a safetensors file with `pixel_values`
-[1, 3, H, W], as the folder's processor makes them, and `features` [1, N, D], what a LLaVA has to
-see. The exporter runs this in a process of its own, so that nothing which it has in memory can
-stand in for what is missing on the disk. Cost: one picture through the tower, in fp32.
+[1, 3, H, W], as the folder's processor makes them, and `features` [1, N, D], what the projector of
+a LLaVA receives for them. The exporter runs this in a process of its own, so that nothing in its
+memory can stand in for what is missing on the disk. Cost: one image through the tower, in fp32.
 """
 
 import argparse
@@ -23,44 +23,43 @@ from ..model_folder import check_model_folder
 
 TOLERANCE = 1e-5  # absolute, fp32
 TOWERS = ("tower", "tower_legacy")
-FOUND = "verified: "  # how a line of the report begins
+FOUND = "verified: "  # start of each line of the report
 
 
 @names_place("folder")
 def check_folder(folder: Path, reference: Path) -> list[str]:
-    """One line per tower that was found whole and alike; ValueError for any other, and where there
-    is none."""
+    """One line per tower, each of which is whole and equals its source. Raises ValueError for any
+    that is not, and where there is no tower."""
     towers = [folder / name for name in TOWERS if (folder / name).is_dir()]
     if not towers:
         raise ValueError(f"{folder} holds no {' or '.join(TOWERS)}: give an exported folder")
     check_model_folder(folder, weights=False)
     config = LlavaConfig.from_pretrained(folder, local_files_only=True)
     with reading(reference):
-        wanted = load_file(reference)
-    return [_check(tower, config, wanted) for tower in towers]
+        expected = load_file(reference)
+    return [_check(tower, config=config, expected=expected) for tower in towers]
 
 
-def selected(hidden_states, layer: int, strategy: str) -> torch.Tensor:
-    """What Llava hands to its projector: a layer [B, N, D], under "default" without token 0."""
-    state = hidden_states[layer]
+def selected(state: torch.Tensor, strategy: str) -> torch.Tensor:
+    """Tokens [B, N, D] of a hidden state that Llava gives to its projector: under "default" all but
+    token 0."""
     return state[:, 1:] if strategy == "default" else state
 
 
-def _check(tower: Path, config: LlavaConfig, wanted: dict[str, torch.Tensor]) -> str:
+def _check(tower: Path, config: LlavaConfig, expected: dict[str, torch.Tensor]) -> str:
     model = load_whole(AutoModel, tower, use_safetensors=True).eval()
     with torch.no_grad():
-        out = model(wanted["pixel_values"], output_hidden_states=True)
-    features = selected(
-        out.hidden_states, config.vision_feature_layer, config.vision_feature_select_strategy
-    )
-    height, width = wanted["pixel_values"].shape[-2:]
+        out = model(expected["pixel_values"], output_hidden_states=True)
+    state = out.hidden_states[config.vision_feature_layer]
+    features = selected(state, strategy=config.vision_feature_select_strategy)
+    height, width = expected["pixel_values"].shape[-2:]
     if features.shape[1] != config.image_seq_length:
         raise ValueError(
             f"{tower} gives {features.shape[1]} tokens for the {height}x{width} pixels that its "
             f"processor makes of a picture, config.json says {config.image_seq_length}: the "
             "source's preprocessor_config.json must crop to a square"
         )
-    worst = float((features - wanted["features"]).abs().max())
+    worst = float((features - expected["features"]).abs().max())
     if not worst <= TOLERANCE:
         raise ValueError(f"{tower} differs from its source by {worst:.2e}; at most {TOLERANCE:.0e}")
     count = len(model.state_dict())

@@ -1,4 +1,4 @@
-"""The folder of an eye of a LLaVA, of an encoder of ours or of a public vision model.
+"""Export of a vision tower for LLaVA, from an encoder of ours or a public vision model.
 
     tower/                   model.safetensors and config.json (ours: type llava_vit_vision; public
                              models: their own), preprocessor_config.json
@@ -10,10 +10,10 @@
     SHA256SUMS               here and in tower*/: of all but README.md, written last
 
 Tensors are stored in fp32 whatever the source's dtype. config.json names no dtype for its two
-halves, so that a model built from it has one. Cost: the weights, twice for CLIP and SigLIP, and
-three pictures through the tower.
+halves, so that a model built from it has a single one. Cost: the weights on disk, twice for CLIP
+and SigLIP, and three images through the tower.
 
-Shape legend: H x W pixels, T tokens of a picture (class token included), D width.
+Shape legend: H x W pixels, T tokens of an image (class token included), D width.
 """
 
 import json
@@ -34,10 +34,13 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
+    BaseImageProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
+    PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from ..export_folder import image_processor_json
@@ -52,27 +55,29 @@ from .tower_card import LEGACY_TYPES, tower_card
 from .tower_check import FOUND, TOWERS, selected
 
 OUR_TYPES = (LlavaViTPackingConfig.model_type, *MODEL_TYPES)
-# what transformers' Llava runs as it is; of a whole CLIP or SigLIP model the picture half
+# what transformers' Llava runs as it is; of a whole CLIP or SigLIP model the image half
 NATIVE_TYPES = ("clip", "siglip", "dinov2", "dinov2_with_registers", "dinov3_vit")
-OUR_LAYER, NATIVE_LAYER = -1, -2
+# hidden state that a projector reads: LLaVA's choice for CLIP, and the last one of ours
+NATIVE_LAYER = -2
+OUR_LAYER = -1
 LEGACY_PREFIX = "vision_model."
 IMAGE_TOKEN = "<image>"
-VOCABULARY_STEP = 64  # a vocabulary that has to grow grows to a multiple of this
+VOCABULARY_STEP = 64  # rows of a grown vocabulary are a multiple of this
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-PICTURE = (120, 240)  # rows and columns of the check's picture: no square, so that crops show
+CHECK_IMAGE = (120, 240)  # rows and columns; no square, so that a wrong crop shows
 
 
 @dataclass(frozen=True)
-class Eye:
-    """A vision model and how a LLaVA looks through it.
+class TowerSource:
+    """A vision model and how a LLaVA reads it.
 
-    model        what tower/ holds, fp32, in evaluation mode
-    encode       pictures [1, 3, H, W], normalised -> hidden state `layer` [1, T, D], said by the
-                 source itself
+    model        content of tower/, fp32, in evaluation mode
+    encode       hidden state `layer` [1, T, D] of normalised images [1, 3, H, W], as the source
+                 itself computes it
     processor    text of preprocessor_config.json
-    side         of the square pictures that it makes, in pixels
+    side         of the square images that the processor makes, in pixels
     layer        hidden state that a projector reads
-    class_token  whether a class token stands before the patches, which is then left out
+    class_token  whether a class token precedes the patches; it is then left out
     """
 
     model: PreTrainedModel
@@ -89,12 +94,12 @@ class Eye:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one picture."""
+        """Patch tokens of one image."""
         return (self.side // self.model.config.patch_size) ** 2
 
     @property
     def processor_fields(self) -> dict[str, int | str]:
-        """From which LlavaProcessor derives the number of tokens."""
+        """Fields from which LlavaProcessor derives the number of tokens."""
         return {
             "patch_size": self.model.config.patch_size,
             "num_additional_image_tokens": int(self.class_token),
@@ -107,38 +112,43 @@ def export_tower(
 ) -> list[str]:
     """Write the folder and verify it in a fresh process; returns one line per tower.
 
-    Raises ValueError for an output that exists, what `read_eye` and `read_language` raise, and for
-    a folder that does not load whole or differs from its source; then nothing is left behind.
+    Raises ValueError for an output that exists, as `read_source` and `read_language` do, and for a
+    folder that does not load whole or differs from its source; then nothing is left behind.
     """
     if output.exists() or output.is_symlink():
         raise ValueError(f"{output} exists: name a new folder as --output_dir")
     text, tokenizer = read_language(language_model)
-    eye = read_eye(source, post_norm)
+    tower = read_source(source, post_norm)
     # a folder appears under its name only when it has passed
     unproven = output.with_name(f".{output.name}.{os.getpid()}.unproven")
     unproven.mkdir(parents=True)
     try:
-        _write_towers(eye, unproven)
-        config = _llava_config(eye, text, tokenizer)
+        _write_towers(tower, unproven)
+        config = _llava_config(tower, text=text, tokenizer=tokenizer)
         config.save_pretrained(unproven)
-        _write_processor(eye, tokenizer, unproven)
-        card = tower_card(config, eye.side, source, whole_processor=tokenizer is not None)
+        _write_processor(tower, tokenizer=tokenizer, folder=unproven)
+        card = tower_card(
+            config,
+            side=tower.side,
+            source=source,
+            whole_processor=tokenizer is not None,
+        )
         (unproven / "README.md").write_text(card)
         for folder in (unproven, *(unproven / name for name in TOWERS)):
             if folder.is_dir():
                 seal_folder(folder)
-        lines = _verify(eye, unproven)
+        lines = _verify(tower, unproven)
         unproven.rename(output)
     finally:
         shutil.rmtree(unproven, ignore_errors=True)
     return lines
 
 
-def read_eye(source: Path, post_norm: bool = True) -> Eye:
-    """The eye of a folder or of a backbone file.
+def read_source(source: Path, post_norm: bool = True) -> TowerSource:
+    """The vision model of a folder or of a backbone file.
 
     Raises ValueError for a source that is missing, damaged, incomplete or of a type that cannot be
-    an eye, for register tokens, and for `post_norm` False with a public model.
+    a tower, for register tokens, and for `post_norm` False with a public model.
     """
     location = locate_encoder(source)
     if location.kind is Kind.NOTHING:
@@ -153,16 +163,19 @@ def read_eye(source: Path, post_norm: bool = True) -> Eye:
         )
     is_public = location.kind is Kind.FOLDER and location.model_type not in OUR_TYPES
     if not is_public:
-        return _our_eye(open_encoder(location), post_norm)
+        return _our_source(open_encoder(location), post_norm)
     model_type = str(location.model_type)
     try:
-        return _native_eye(location.path, model_type, post_norm)
+        return _native_source(location.path, model_type=model_type, post_norm=post_norm)
     except (SafetensorError, RuntimeError) as error:  # unreadable file, tensors of other shapes
         raise ValueError(f"{location.path} cannot be read as a {model_type}: {error}") from error
 
 
-def read_language(folder: Path | None):
-    """(configuration, tokenizer or None) of a language model's folder; without one Llama's own.
+def read_language(
+    folder: Path | None,
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None]:
+    """(configuration, tokenizer or None) of a language model's folder; without a folder, Llama's
+    configuration.
 
     Raises ValueError for a folder without config.json, for a type that transformers does not know,
     for what is no language model and for what model_folder.py refuses.
@@ -190,9 +203,10 @@ def read_language(folder: Path | None):
     return text, tokenizer
 
 
-def _our_eye(encoder: LlavaViTPackingModel, post_norm: bool) -> Eye:
+def _our_source(encoder: LlavaViTPackingModel, post_norm: bool) -> TowerSource:
     encoder.eval()
-    side, p = encoder.config.image_size, encoder.config.patch_size
+    side = encoder.config.image_size
+    p = encoder.config.patch_size
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         grid = torch.tensor([[1, pixels.shape[-2] // p, pixels.shape[-1] // p]])
@@ -200,14 +214,21 @@ def _our_eye(encoder: LlavaViTPackingModel, post_norm: bool) -> Eye:
         return (out.last_hidden_state if post_norm else out.hidden_states[-1])[None]
 
     model = LlavaViTVisionModel.from_encoder(encoder, post_norm).eval()
-    return Eye(model, encode, image_processor_json(side), side, OUR_LAYER, class_token=False)
+    return TowerSource(
+        model,
+        encode=encode,
+        processor=image_processor_json(side),
+        side=side,
+        layer=OUR_LAYER,
+        class_token=False,
+    )
 
 
-def _native_eye(folder: Path, model_type: str, post_norm: bool) -> Eye:
+def _native_source(folder: Path, model_type: str, post_norm: bool) -> TowerSource:
     base = model_type.removesuffix("_vision_model")
     if base not in NATIVE_TYPES:
         raise ValueError(
-            f"{folder / 'config.json'} is a {model_type} model; an eye can be one of "
+            f"{folder / 'config.json'} is a {model_type} model; a tower can be one of "
             f"{', '.join(NATIVE_TYPES)}, or of ours: {', '.join(OUR_TYPES)}"
         )
     if not post_norm:
@@ -234,21 +255,22 @@ def _native_eye(folder: Path, model_type: str, post_norm: bool) -> Eye:
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         return encoder.model(pixels, output_hidden_states=True).hidden_states[NATIVE_LAYER]
 
-    return Eye(
+    return TowerSource(
         encoder.model,
-        encode,
-        described.read_text(),
-        encoder.preprocessing.crop,
-        NATIVE_LAYER,
-        encoder.kind.class_token,
+        encode=encode,
+        processor=described.read_text(),
+        side=encoder.preprocessing.crop,
+        layer=NATIVE_LAYER,
+        class_token=encoder.kind.class_token,
     )
 
 
-def _write_towers(eye: Eye, folder: Path) -> None:
+def _write_towers(source: TowerSource, folder: Path) -> None:
     tower, legacy = (folder / name for name in TOWERS)
-    eye.model.save_pretrained(tower, max_shard_size="1TB")  # one file, as 4.37 reads it too
-    (tower / "preprocessor_config.json").write_text(eye.processor)
-    if eye.model.config.model_type not in LEGACY_TYPES:
+    # one file: transformers 4.37, which the original LLaVA pins, reads that too
+    source.model.save_pretrained(tower, max_shard_size="1TB")
+    (tower / "preprocessor_config.json").write_text(source.processor)
+    if source.model.config.model_type not in LEGACY_TYPES:
         return
     legacy.mkdir()
     for name in ("config.json", "preprocessor_config.json"):
@@ -258,54 +280,59 @@ def _write_towers(eye: Eye, folder: Path) -> None:
     save_file(prefixed, legacy / "model.safetensors", metadata={"format": "pt"})
 
 
-def _llava_config(eye: Eye, text, tokenizer) -> LlavaConfig:
-    """The configuration; a vocabulary without room for the image token gets it."""
+def _llava_config(
+    source: TowerSource, text: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> LlavaConfig:
+    """The configuration; a vocabulary that has no room for the image token grows."""
     index = text.vocab_size if tokenizer is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if index >= text.vocab_size:
         text.vocab_size = (index // VOCABULARY_STEP + 1) * VOCABULARY_STEP
     config = LlavaConfig(
-        vision_config=type(eye.model.config).from_dict(eye.model.config.to_dict()),
+        vision_config=type(source.model.config).from_dict(source.model.config.to_dict()),
         text_config=text,
         image_token_index=index,
-        image_seq_length=eye.num_tokens,
-        vision_feature_layer=eye.layer,
-        vision_feature_select_strategy=eye.strategy,
+        image_seq_length=source.num_tokens,
+        vision_feature_layer=source.layer,
+        vision_feature_select_strategy=source.strategy,
     )
     for part in (config.vision_config, config.text_config):
-        part.dtype, part._name_or_path = None, ""
+        part.dtype = None
+        part._name_or_path = ""  # a path of this machine
     return config
 
 
-def _write_processor(eye: Eye, tokenizer, folder: Path) -> None:
+def _write_processor(
+    source: TowerSource, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
     if tokenizer is None:
-        text = json.dumps(eye.processor_fields, indent=2)
+        text = json.dumps(source.processor_fields, indent=2)
         (folder / "processor_config.json").write_text(text + "\n")
         return
-    LlavaProcessor(_image_processor(folder), tokenizer, **eye.processor_fields).save_pretrained(
-        folder
-    )
+    processor = LlavaProcessor(_image_processor(folder), tokenizer, **source.processor_fields)
+    processor.save_pretrained(folder)
 
 
-def _image_processor(folder: Path):
+def _image_processor(folder: Path) -> BaseImageProcessor:
     return AutoImageProcessor.from_pretrained(folder / "tower", **LOCAL)
 
 
-def _verify(eye: Eye, folder: Path) -> list[str]:
-    """Lines of the check of a fresh process; ValueError with what it complained of."""
+def _verify(source: TowerSource, folder: Path) -> list[str]:
+    """Lines of the check, which a fresh process makes; ValueError with its errors."""
     generator = torch.Generator().manual_seed(0)
-    picture = torch.randint(0, 256, (*PICTURE, 3), dtype=torch.uint8, generator=generator).numpy()
-    pixels = _image_processor(folder)(picture, return_tensors="pt")["pixel_values"]
+    shape = (*CHECK_IMAGE, 3)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).numpy()
+    pixels = _image_processor(folder)(image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        features = selected({eye.layer: eye.encode(pixels)}, eye.layer, eye.strategy)
-    with tempfile.TemporaryDirectory() as place:
-        reference = Path(place) / "reference.safetensors"
-        wanted = {"pixel_values": pixels.contiguous(), "features": features.contiguous()}
-        save_file(wanted, reference)
+        features = selected(source.encode(pixels), source.strategy)
+    with tempfile.TemporaryDirectory() as temporary:
+        reference = Path(temporary) / "reference.safetensors"
+        expected = {"pixel_values": pixels.contiguous(), "features": features.contiguous()}
+        save_file(expected, reference)
         check = [sys.executable, "-m", f"{__package__}.tower_check", folder, reference]
         done = subprocess.run(list(map(str, check)), capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        raise ValueError("; ".join(said).replace("error: ", "") or done.stderr)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        raise ValueError("; ".join(errors).replace("error: ", "") or done.stderr)
     lines = [line for line in done.stdout.splitlines() if line.startswith(FOUND)]
     assert lines, done.stdout
     return lines

@@ -1,24 +1,25 @@
-"""Any registered vision model behind one face: pictures or packs in, hidden states by index out.
+"""One interface of all vision models: images or packs in, hidden states by layer index out.
 
-    PictureTower   a transformers vision model of pictures (CLIP, SigLIP, DINOv2, ...), by watching
-                   what enters its blocks: no model needs to know how to export its states
-    PackedTower    our encoder, for pictures of any size, whole frames and codec patches alike
-    ConvTower      a hierarchical network, whose only state is its last map (convnext_tower.py)
+    PictureTower   a transformers vision model of images (CLIP, SigLIP, DINOv2, ...); hooks record
+                   what enters its blocks, so that a model need not know how to export its states
+    PackedTower    our encoder, for images of any size, whole frames and codec patches alike
+    ConvTower      a hierarchical network, whose only state is its last map (convnext.py)
 
-Hidden state 0 is what enters the first block, i what leaves block i - 1; numbers below zero count
-from the end. A tower that learns nothing runs without a graph. Cost: that of the model.
+Hidden state 0 is the input of the first block, i the output of block i - 1; negative numbers count
+from the end. A tower without trainable parameters runs without a graph. Cost: that of the model.
 
-Shape legend: B pictures, N patches of one, E extra tokens before them (class, registers), D width,
+Shape legend: B images, N patches of one, E extra tokens before them (class, registers), D width,
 S tokens of a pack, L blocks, p patch size.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, ConvNextModel, PreTrainedModel
+from transformers import AutoModel, ConvNextModel, PretrainedConfig, PreTrainedModel
 
 from ..llava_vision_tower import LlavaViTVisionModel
 from ..pack_layout import PackLayout
@@ -30,7 +31,7 @@ Grid = tuple[int, int, int]  # frames, rows, columns
 
 @dataclass(frozen=True)
 class VisualInputs:
-    """Pictures, or a pack of pictures and clips.
+    """Images, or a pack of images and clips.
 
     pixel_values  float [B, 3, H, W], normalised
     rows          float [S, 3*p*p] patch rows, normalised
@@ -45,84 +46,100 @@ class VisualInputs:
     lengths: torch.Tensor | None = None
     grids: torch.Tensor | None = None
 
-    def to(self, device) -> "VisualInputs":
+    def to(self, device: torch.device | str) -> "VisualInputs":
         """The same on a device; lengths and grids stay on the host, where they are read."""
-        moved = {"pixel_values": self.pixel_values, "rows": self.rows, "positions": self.positions}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if v is not None})
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            pixel_values=moved(self.pixel_values),
+            rows=moved(self.rows),
+            positions=moved(self.positions),
+        )
 
 
 @dataclass(frozen=True)
 class TowerStates:
-    """Hidden states by absolute index as the blocks see them, and how to read them.
+    """Hidden states by absolute index, in the layout of the blocks.
 
-    states   [S, D] of a pack, or [B, E + N, D]
-    lengths  patches of each item
-    grids    of each item; None for patches that fill no grid
-    extra    E
-    call     what a block is called with beside its state; None: nothing but its masks, absent
-    cross    cross tokens [L, items, D] of every layer, of a tower that has them
+    states     [S, D] of a pack, or [B, E + N, D]
+    lengths    patches of each item
+    grids      of each item; None for patches that fill no grid
+    extra      E
+    call       (args, kwargs) that a block takes beside its state; None: nothing but absent masks
+    cross      cross tokens [L, items, D] of every layer, of a tower that has them
     positions  int64 [sum of lengths, 3] of a pack's patches, for states that were stored
     """
 
     states: dict[int, torch.Tensor]
     lengths: list[int]
-    grids: list[Grid | None]
+    grids: Sequence[Grid | None]
     extra: int = 0
     call: tuple[tuple, dict] | None = None
     cross: torch.Tensor | None = None
     positions: torch.Tensor | None = None
 
-    def to(self, device, dtype: torch.dtype | None = None) -> "TowerStates":
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TowerStates":
         """The same on a device, for states that were stored."""
-        moved = {index: state.to(device, dtype) for index, state in self.states.items()}
-        where = None if self.positions is None else self.positions.to(device)
-        return replace(self, states=moved, positions=where)
+        states = {index: state.to(device, dtype) for index, state in self.states.items()}
+        positions = None if self.positions is None else self.positions.to(device)
+        return replace(self, states=states, positions=positions)
 
     def patches(self, state: torch.Tensor) -> torch.Tensor:
-        """[sum of lengths, D] of a state in the blocks' own layout."""
+        """Patch tokens [sum of lengths, D] of a state in the layout of the blocks."""
         return state if state.ndim == 2 else state[:, self.extra :].flatten(0, 1)
 
-    def maps(self, tokens: torch.Tensor):
-        """((rows, columns), [frames, rows * columns, D]) of runs of items with equal sides, of
-        tokens [sum of lengths, D]. Raises ValueError for patches that fill no grid."""
-        runs: list[list] = []
+    def maps(self, tokens: torch.Tensor) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+        """Tokens [sum of lengths, D] as maps: ((rows, columns), [frames, rows * columns, D]) for
+        each run of neighbouring items with equal sides. Raises ValueError for patches that fill no
+        grid."""
+        sides: list[tuple[int, int]] = []
+        counts: list[int] = []
         for grid, length in zip(self.grids, self.lengths, strict=True):
             if grid is None:
                 raise ValueError(
                     f"{length} patches fill no grid, so neighbours cannot be merged or convolved: "
                     "give whole frames, or choose the projector mlp2x_gelu"
                 )
-            if not runs or runs[-1][0] != grid[1:]:
-                runs.append([grid[1:], 0])
-            runs[-1][1] += length
-        for (sides, _), part in zip(runs, tokens.split([n for _, n in runs]), strict=True):
-            yield sides, part.unflatten(0, (-1, sides[0] * sides[1]))
+            _, rows, columns = grid
+            if not sides or sides[-1] != (rows, columns):
+                sides.append((rows, columns))
+                counts.append(0)
+            counts[-1] += length
+        for (rows, columns), run in zip(sides, tokens.split(counts), strict=True):
+            yield (rows, columns), run.unflatten(0, (-1, rows * columns))
 
 
 @dataclass
 class _Record:
-    """What entered watched blocks."""
+    """Inputs of the blocks that hooks watch: states by index, and (args, kwargs) beside them."""
 
     states: dict[int, torch.Tensor] = field(default_factory=dict)
     call: tuple[tuple, dict] | None = None
 
 
 class VisionTower(nn.Module):
-    """Common to all: `model`, `blocks`, `num_layers`, `width`."""
+    """What all towers have: `model`, `blocks`, `num_layers` and `width`."""
 
-    blocks: nn.ModuleList | tuple = ()
-
-    def __init__(self, model: nn.Module, width: int):
+    def __init__(self, model: PreTrainedModel, width: int):
         super().__init__()
-        self.model, self.width = model, width
+        self.model = model
+        self.width = width
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks whose hidden states can be read; a convolutional tower has none."""
+        return nn.ModuleList()
 
     @property
     def num_layers(self) -> int:
-        """Blocks; hidden states are one more."""
+        """Number of blocks; there is one hidden state more."""
         return len(self.blocks)
 
     def absolute(self, layer: int) -> int:
-        """Index of a hidden state. Raises ValueError for one that the tower has not."""
+        """Absolute index of a hidden state. Raises ValueError for one that the tower lacks."""
         index = layer if layer >= 0 else self.num_layers + 1 + layer
         if not 0 <= index <= self.num_layers:
             raise ValueError(
@@ -132,51 +149,55 @@ class VisionTower(nn.Module):
         return index
 
     def forward(self, visuals: VisualInputs, layers: Iterable[int]) -> TowerStates:
-        """States of the asked layers (absolute indices)."""
+        """States of the requested layers (absolute indices)."""
         learns = any(p.requires_grad for p in self.model.parameters())
         with contextlib.nullcontext() if learns else torch.no_grad():
             return self._states(visuals, list(layers))
 
     def train_from(self, stage: int | None) -> None:
-        """Let the stages from a number on learn. Raises ValueError for a tower without stages."""
+        """Train the stages from a number on. Raises ValueError for a tower without stages."""
         raise ValueError(
             f"{type(self.model).__name__} has no stages: --tune_vit_from_layer is for ConvNeXt"
         )
 
     def tokens_of(self, grid: Grid | None, patches: int) -> int:
-        """Tokens that a projector receives for an item of so many patches."""
+        """Tokens that a projector receives for an item of `patches`."""
         return patches
 
     def with_call(self, states: TowerStates) -> TowerStates:
-        """Stored states with what blocks are called with beside them; here nothing but masks."""
+        """Stored states with the arguments of the blocks; here nothing but absent masks."""
         return states
 
     def patches_of(self, height: int, width: int) -> Grid:
-        """Grid of a picture. Raises ValueError for sides that do not fit."""
+        """Grid of an image of height x width pixels. Raises ValueError for sides that do not
+        fit."""
         raise NotImplementedError
 
     def _states(self, visuals: VisualInputs, layers: list[int]) -> TowerStates:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def _watched(self, layers: list[int]):
-        """Records the states that enter blocks, and what the last block gives."""
-        record, last = _Record(), self.num_layers
+    def _watched(self, layers: list[int]) -> Iterator[_Record]:
+        """Record the inputs of blocks, and the output of the last one."""
+        record = _Record()
+        last = self.num_layers
 
-        def before(index):
-            def hook(_block, args, kwargs):
-                given = args[0] if args else kwargs["hidden_states"]
-                others = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-                record.states[index], record.call = given, (args[1:], others)
+        def before(index: int) -> Callable[..., None]:
+            def hook(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                record.states[index] = args[0] if args else kwargs["hidden_states"]
+                others = {name: v for name, v in kwargs.items() if name != "hidden_states"}
+                record.call = (args[1:], others)
 
             return hook
 
-        def after(_block, _args, out):
+        def after(_block: nn.Module, _args: tuple, out: Any) -> None:
             record.states[last] = out[0] if isinstance(out, tuple) else out
 
-        wanted = {i for i in layers if i < last} | {0}
+        # block 0 always, as its input tells the number of tokens
+        watched = {index for index in layers if index < last} | {0}
         handles = [
-            self.blocks[i].register_forward_pre_hook(before(i), with_kwargs=True) for i in wanted
+            self.blocks[index].register_forward_pre_hook(before(index), with_kwargs=True)
+            for index in watched
         ]
         handles.append(self.blocks[-1].register_forward_hook(after))
         try:
@@ -187,7 +208,7 @@ class VisionTower(nn.Module):
 
 
 class PictureTower(VisionTower):
-    """A transformers vision model; every picture of a batch has one size."""
+    """A transformers vision model; all images of a batch have one size."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model, model.config.hidden_size)
@@ -195,7 +216,7 @@ class PictureTower(VisionTower):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The list of blocks, wherever the model keeps it."""
+        """The model's list of as many modules as it has layers, whatever its name."""
         count = self.model.config.num_hidden_layers
         for module in self.model.modules():
             if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -203,7 +224,7 @@ class PictureTower(VisionTower):
         raise ValueError(f"{type(self.model).__name__} has no list of {count} blocks")
 
     def patches_of(self, height: int, width: int) -> Grid:
-        """Convolutions leave out what does not fill a patch."""
+        """Pixels that fill no patch are left out, as by the model's own convolution."""
         return 1, height // self.patch_size, width // self.patch_size
 
     def _states(self, visuals: VisualInputs, layers: list[int]) -> TowerStates:
@@ -213,24 +234,27 @@ class PictureTower(VisionTower):
                 f"{type(self.model).__name__} takes pictures, not packs: give clips as frames"
             )
         grid = self.patches_of(*pixels.shape[-2:])
+        patches = grid[1] * grid[2]
         with self._watched(layers) as record:
             self.model(pixel_values=pixels.to(self.model.dtype))
-        tokens = record.states[0].shape[1]
-        extra = tokens - grid[1] * grid[2]
-        states = {index: record.states[index] for index in layers}
-        count = len(pixels)
-        return TowerStates(states, [tokens - extra] * count, [grid] * count, extra, record.call)
+        return TowerStates(
+            states={index: record.states[index] for index in layers},
+            lengths=[patches] * len(pixels),
+            grids=[grid] * len(pixels),
+            extra=record.states[0].shape[1] - patches,
+            call=record.call,
+        )
 
 
 class PackedTower(VisionTower):
-    """Our encoder: pictures and clips of any size side by side."""
+    """Our encoder: images and clips of any size side by side."""
 
     def __init__(self, model: LlavaViTVisionModel):
         super().__init__(model, model.config.hidden_size)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """Of the packed encoder."""
+        """The blocks of the packed encoder."""
         return self.model.packing.encoder.layers
 
     def patches_of(self, height: int, width: int) -> Grid:
@@ -238,7 +262,7 @@ class PackedTower(VisionTower):
         return 1, *self.model.grid(height, width)
 
     def packed(self, visuals: VisualInputs) -> VisualInputs:
-        """Pictures as a pack; a pack as it is."""
+        """Images as a pack; a pack as it is."""
         pixels = visuals.pixel_values
         if pixels is None:
             return visuals
@@ -252,13 +276,18 @@ class PackedTower(VisionTower):
 
     def with_call(self, states: TowerStates) -> TowerStates:
         """Stored states with the context of their pack."""
+        assert states.positions is not None, "states of a pack are stored with positions"
         bounds = torch.tensor([0, *states.lengths]).cumsum(0)
-        bounds = bounds.to(states.positions.device, torch.int32)
-        layout = PackLayout(states.positions, bounds, max(states.lengths))
+        layout = PackLayout(
+            positions=states.positions,
+            cu_seqlens=bounds.to(states.positions.device, torch.int32),
+            max_seqlen=max(states.lengths),
+        )
         return replace(states, call=((self.model.packing.pack_context(layout),), {}))
 
     def _states(self, visuals: VisualInputs, layers: list[int]) -> TowerStates:
         pack = self.packed(visuals)
+        assert pack.rows is not None and pack.lengths is not None and pack.grids is not None
         bounds = torch.cat([pack.lengths.new_zeros(1), pack.lengths.cumsum(0)]).to(torch.int32)
         with self._watched(layers) as record:
             out = self.model.packing(
@@ -269,8 +298,13 @@ class PackedTower(VisionTower):
             )
         if self.model.config.post_norm:
             record.states[self.num_layers] = out.last_hidden_state
-        states = {index: record.states[index] for index in layers}
-        return TowerStates(states, pack.lengths.tolist(), grids_of(pack), 0, record.call)
+        return TowerStates(
+            states={index: record.states[index] for index in layers},
+            lengths=pack.lengths.tolist(),
+            # zeros stand for patches that fill no grid
+            grids=[tuple(grid) if all(grid) else None for grid in pack.grids.tolist()],
+            call=record.call,
+        )
 
 
 class ConvTower(VisionTower):
@@ -280,35 +314,34 @@ class ConvTower(VisionTower):
         super().__init__(model, model.config.hidden_size)
 
     def absolute(self, layer: int) -> int:
-        """Only the last map can be asked for."""
+        """0, the last map, which is the only state."""
         if layer not in (0, -1):
             raise ValueError(f"a convolutional tower has no hidden state {layer}: choose -1")
         return 0
 
     def patches_of(self, height: int, width: int) -> Grid:
         """Sides must be multiples of the stride."""
-        return 1, *self.model.tower().grid(height, width)
+        return 1, *self.model.grid(height, width)
 
     def train_from(self, stage: int | None) -> None:
-        """See ConvNextTower.train_from."""
-        self.model.tower().train_from(stage)
+        """See ConvNextVisionModel.train_from."""
+        self.model.train_from(stage)
 
     def _states(self, visuals: VisualInputs, layers: list[int]) -> TowerStates:
         pixels = visuals.pixel_values
         if pixels is None:
             raise ValueError("a convolutional tower takes pictures, not packs")
         tokens = self.model(pixels.to(self.model.dtype)).last_hidden_state
-        count, grid = len(pixels), self.patches_of(*pixels.shape[-2:])
-        return TowerStates({0: tokens}, [tokens.shape[1]] * count, [grid] * count)
-
-
-def grids_of(visuals: VisualInputs) -> list[Grid | None]:
-    """Grids of a pack's items as numbers of the host."""
-    return [tuple(grid) if all(grid) else None for grid in visuals.grids.tolist()]
+        grid = self.patches_of(*pixels.shape[-2:])
+        return TowerStates(
+            states={0: tokens},
+            lengths=[tokens.shape[1]] * len(pixels),
+            grids=[grid] * len(pixels),
+        )
 
 
 def tower_of(model: PreTrainedModel) -> VisionTower:
-    """The face that fits a loaded model. Raises ValueError for one that is no tower."""
+    """The tower around a loaded model. Raises ValueError for a model that cannot be one."""
     if isinstance(model, LlavaViTVisionModel):
         return PackedTower(model)
     if isinstance(model, ConvNextModel):
@@ -322,6 +355,6 @@ def tower_of(model: PreTrainedModel) -> VisionTower:
     return PictureTower(model)
 
 
-def tower_from_config(config) -> VisionTower:
+def tower_from_config(config: PretrainedConfig) -> VisionTower:
     """A tower with random weights."""
     return tower_of(AutoModel.from_config(config))

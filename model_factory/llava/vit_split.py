@@ -1,24 +1,24 @@
 """ViT-Split: a projector with a trainable copy of the tower's last blocks and a small CNN.
 
-    prior head   frozen hidden states F of them, side by side -> two convolutions
-    task head    copies of K blocks, fed with the frozen state just before them
-    fusion       both side by side -> two convolutions to the language model's width
+    prior head   F frozen hidden states, concatenated -> two convolutions
+    task head    copies of K blocks, whose input is the frozen state just before them
+    fusion       both concatenated -> two convolutions to the language model's width
 
     F  K   output
     >0 >0  fusion of both
     >0  0  the prior head alone, to the language model's width
     0  >0  the task head, GELU, Linear
 
-Hidden states are named by absolute index: 0 is what enters the first block, i what leaves block
-i - 1. Published numbers count from the end (-1: the last block's output) and leave the last block
-out: K = 1 copies the last but one. No gradient reaches the tower.
+Hidden states have absolute indices: 0 is the input of the first block, i the output of block i - 1.
+Published numbers count from the end (-1: the last block's output) and leave the last block out:
+K = 1 copies the last but one. No gradient reaches the tower.
 
-Two things differ from the published code on purpose. A copied block may be fed with the class and
+Two things differ from the published code on purpose. A copied block may receive the class and
 register tokens too (`keep_extra_tokens`), so that it starts exactly at the pretrained function, and
-they are dropped after it; and where K = 0 the convolutions keep the border (published: a 1x1
-convolution with padding 1, whose border is constant), which `published_border` brings back.
+they are dropped after it. Where K = 0 the convolutions preserve the border; `published_border`
+brings the published one back (a 1x1 convolution with padding 1, whose border is constant).
 
-Shape legend: B pictures, N patches, E extra tokens, D tower width, H language model's width.
+Shape legend: B images, N patches, E extra tokens, D tower width, H language model's width.
 """
 
 import copy
@@ -35,8 +35,11 @@ from .towers import TowerStates
 
 @dataclass(frozen=True)
 class ViTSplitConfig:
-    """`frozen_layers`: negative hidden-state numbers of the prior head, in order of
-    concatenation; `tuned_layers`: K."""
+    """Shape of the projector.
+
+    frozen_layers  negative numbers of the prior head's hidden states, in order of concatenation
+    tuned_layers   K
+    """
 
     tower_width: int
     output_width: int
@@ -45,7 +48,7 @@ class ViTSplitConfig:
     keep_extra_tokens: bool = True
     published_border: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.frozen_layers and self.tuned_layers < 1:
             raise ValueError(
                 "ViT-Split needs frozen layers or tuned layers: give --mm_frozen_select_layer or "
@@ -56,16 +59,18 @@ class ViTSplitConfig:
 
     @property
     def task_input(self) -> int:
-        """Negative number of the hidden state that the first copied block is fed with."""
+        """Negative number of the hidden state that is the input of the first copied block."""
         return -(self.tuned_layers + 2)
 
     def needed(self, num_layers: int) -> list[int]:
         """Absolute indices of the hidden states that `forward` takes, ascending."""
-        wanted = [*self.frozen_layers, *([self.task_input] if self.tuned_layers else [])]
-        absolute = sorted({num_layers + 1 + layer for layer in wanted})
+        layers = list(self.frozen_layers)
+        if self.tuned_layers:
+            layers.append(self.task_input)
+        absolute = sorted({num_layers + 1 + layer for layer in layers})
         if absolute[0] < 0:
             raise ValueError(
-                f"a tower of {num_layers} layers has no hidden state {min(wanted)}: choose later "
+                f"a tower of {num_layers} layers has no hidden state {min(layers)}: choose later "
                 "frozen layers or fewer tuned ones"
             )
         return absolute
@@ -78,23 +83,27 @@ class ViTSplit(nn.Module):
         """Raises ValueError for a tower with too few blocks."""
         super().__init__()
         config.needed(len(blocks))
-        self.config, self.num_layers = config, len(blocks)
-        wide, out = config.tower_width * len(config.frozen_layers), config.output_width
+        self.config = config
+        self.num_layers = len(blocks)
+        self.prior_width = config.tower_width * len(config.frozen_layers)
+        out = config.output_width
         tuned = config.tuned_layers
         self.tuned_head = nn.ModuleList(
             copy.deepcopy(block) for block in blocks[-(tuned + 1) : -1] if tuned
         )
         self.tuned_head.requires_grad_(True)
-        self.frozen_conv = self.fusion_conv = self.proj = None
+        self.frozen_conv: nn.Sequential | None = None
+        self.fusion_conv: nn.Sequential | None = None
+        self.proj: nn.Sequential | None = None
         if config.frozen_layers and tuned:
-            self.frozen_conv = _convolutions(wide, wide, kernels=(1, 3))
-            self.fusion_conv = _convolutions(wide + config.tower_width, out, kernels=(1, 3))
+            self.frozen_conv = _convolutions(self.prior_width, self.prior_width)
+            self.fusion_conv = _convolutions(self.prior_width + config.tower_width, out)
         elif config.frozen_layers:
-            border = (0, 1) if config.published_border else (1, 0)
+            first, second = (0, 1) if config.published_border else (1, 0)
             self.frozen_conv = nn.Sequential(
-                nn.Conv2d(wide, wide, 3, padding=border[0]),
+                nn.Conv2d(self.prior_width, self.prior_width, 3, padding=first),
                 nn.GELU(),
-                nn.Conv2d(wide, out, 1, padding=border[1]),
+                nn.Conv2d(self.prior_width, out, 1, padding=second),
                 nn.GELU(),
             )
         else:
@@ -106,42 +115,54 @@ class ViTSplit(nn.Module):
         num_extra_tokens: int = 0,
         grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """[B, N, H] of hidden states [B, E + N, D] by absolute index; `config.needed` names them.
+        """Tokens [B, N, H] of hidden states [B, E + N, D] by absolute index; `config.needed` lists
+        the indices.
 
         grid: rows and columns of the patches; without it they must be a square.
         """
         batch, tokens = next(iter(hidden_states.values())).shape[:2]
         patches = tokens - num_extra_tokens
-        rows, columns = grid or _square(patches)
+        if grid is None:
+            side = math.isqrt(patches)
+            if side * side != patches:
+                raise ValueError(f"{patches} patches are no square: give the grid")
+            grid = (side, side)
+        rows, columns = grid
         if rows * columns != patches:
             raise ValueError(f"a grid of {rows} x {columns} has not {patches} patches")
-        grids = [(1, rows, columns)] * batch
-        states = TowerStates(dict(hidden_states), [patches] * batch, grids, num_extra_tokens)
+        states = TowerStates(
+            states=dict(hidden_states),
+            lengths=[patches] * batch,
+            grids=[(1, rows, columns)] * batch,
+            extra=num_extra_tokens,
+        )
         return self.project(states).unflatten(0, (batch, -1))
 
     def project(self, states: TowerStates) -> torch.Tensor:
-        """[sum of lengths, H] of a tower's states; every frame of a clip is a map of its own.
+        """Tokens [sum of lengths, H] of a tower's states; every frame of a clip is a map of its
+        own.
 
-        Raises ValueError where convolutions meet patches that fill no grid.
+        Raises ValueError where convolutions would meet patches that fill no grid.
         """
-        task = self._task(states) if len(self.tuned_head) else None
-        if self.frozen_conv is None:
-            return self.proj(task)
-        prior = [states.patches(self._state(states, i)) for i in self.config.frozen_layers]
-        tokens = torch.cat([*prior, *([] if task is None else [task])], dim=-1)
+        if self.proj is not None:
+            return self.proj(self._task(states))
+        assert self.frozen_conv is not None  # there are frozen layers, or `proj`
+        inputs = [states.patches(self._state(states, i)) for i in self.config.frozen_layers]
+        if self.fusion_conv is not None:
+            inputs.append(self._task(states))
         out = []
-        for (rows, columns), group in states.maps(tokens):
-            maps = group.unflatten(1, (rows, columns)).movedim(-1, 1)
-            wide = self.config.tower_width * len(self.config.frozen_layers)
-            fused = self.frozen_conv(maps[:, :wide])
-            if task is not None:
-                fused = self.fusion_conv(torch.cat([fused, maps[:, wide:]], dim=1))
+        for grid, group in states.maps(torch.cat(inputs, dim=-1)):
+            maps = group.unflatten(1, grid).movedim(-1, 1)  # [frames, channels, rows, columns]
+            fused = self.frozen_conv(maps[:, : self.prior_width])
+            if self.fusion_conv is not None:
+                fused = self.fusion_conv(torch.cat([fused, maps[:, self.prior_width :]], dim=1))
             out.append(fused.movedim(1, -1).flatten(0, 2))
         return torch.cat(out)
 
     def _task(self, states: TowerStates) -> torch.Tensor:
         """Output of the copied blocks, patches only [sum of lengths, D]."""
-        x, extra = self._state(states, self.config.task_input), states.extra
+        x = self._state(states, self.config.task_input)
+        extra = states.extra
         args, kwargs = states.call or ((), None)
         if not self.config.keep_extra_tokens and extra:
             if any(isinstance(value, torch.Tensor) for value in [*args, *(kwargs or {}).values()]):
@@ -149,9 +170,11 @@ class ViTSplit(nn.Module):
                     "this tower's blocks know where each token is, so class and register tokens "
                     "cannot be left out before them: keep_extra_tokens must stay on"
                 )
-            x, extra = x[:, extra:], 0
+            x = x[:, extra:]
+            extra = 0
         for block in self.tuned_head:
-            out = block(x, *args, **(_without_masks(block) if kwargs is None else kwargs))
+            options = _without_masks(block) if kwargs is None else kwargs
+            out = block(x, *args, **options)
             x = out[0] if isinstance(out, tuple) else out
         return replace(states, extra=extra).patches(x)
 
@@ -163,24 +186,17 @@ class ViTSplit(nn.Module):
 
 
 def _without_masks(block: nn.Module) -> dict[str, None]:
-    """What a block insists on beside its input: masks, one or two by the release."""
+    """Arguments that a block requires beside its input: masks, one or two of them, depending on
+    the release of transformers."""
     others = list(inspect.signature(block.forward).parameters.values())[1:]
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return {p.name: None for p in others if p.kind is plain and p.default is p.empty}
 
 
-def _convolutions(wide: int, out: int, kernels: tuple[int, int]) -> nn.Sequential:
-    first, second = kernels
+def _convolutions(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(wide, out, first, padding=first // 2),
+        nn.Conv2d(width, out, 1),
         nn.GELU(),
-        nn.Conv2d(out, out, second, padding=second // 2),
+        nn.Conv2d(out, out, 3, padding=1),
         nn.GELU(),
     )
-
-
-def _square(patches: int) -> tuple[int, int]:
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(f"{patches} patches are no square: give the grid")
-    return side, side

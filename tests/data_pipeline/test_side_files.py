@@ -13,7 +13,6 @@ from older_folders import unseal
 from PIL import Image
 
 from data_pipeline.__main__ import main
-from data_pipeline.arrays import array_bytes, read_array, write_array
 from data_pipeline.clustering.feature_sources import FeatureConfig
 from data_pipeline.clustering.features import extract, load_features
 from data_pipeline.clustering.kmeans import load_centroids
@@ -28,6 +27,7 @@ from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.pack import PackConfig, pack
 from data_pipeline.shards.sample_builder import SampleConfig
 from data_pipeline.shards.verify import verify
+from data_pipeline.side_files import array_bytes, read_array, write_array
 from data_pipeline.verify_folder import verify_folder
 from model_factory.files import (
     OWN_LISTING,

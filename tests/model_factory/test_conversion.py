@@ -54,7 +54,7 @@ def test_converter_writes_a_folder_that_a_fresh_process_reads_to_the_same_output
         "with torch.no_grad(): out = model(rows, torch.tensor([[1, 4, 4]]))\n"
         "torch.save([out.last_hidden_state, out.pooler_output], folder + '/out.pt')\n"
     )
-    run("-c", code, tmp_path)
+    forked("-c", code, tmp_path)
     tokens, pooled = torch.load(tmp_path / "out.pt", weights_only=True)
     with torch.no_grad():
         want = model(rows, torch.tensor([[1, 4, 4]]))
@@ -161,9 +161,8 @@ def test_a_damaged_description_is_named(model, tmp_path):
         load_backbone(tmp_path / "backbone.pt", "llava_vit_tiny_ln")
 
 
-@pytest.mark.e2e
 def test_the_exit_code_of_the_process_is_that_of_the_check(tmp_path):
-    done = run(CONVERTER, "llava_vit_tiny_ln", tmp_path / "none.pt", check=False)
+    done = forked(CONVERTER, "llava_vit_tiny_ln", tmp_path / "none.pt", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
 
 

@@ -48,12 +48,12 @@ def test_a_rank_whose_launcher_is_killed_says_its_last_words_and_ends(tmp_path, 
 
 def test_a_process_that_no_launcher_started_outlives_the_one_that_did(tmp_path):
     """As a run does whose terminal was closed."""
-    from model_factory.command_line.launcher_watch import LOOK_S
+    from model_factory.command_line.launcher_watch import POLL_S
 
     process, rank = start(tmp_path)
     process.kill()
     process.wait()
     with pytest.raises(subprocess.TimeoutExpired):  # some looks long
-        subprocess.run(["tail", f"--pid={rank}", "-f", "/dev/null"], timeout=3 * LOOK_S)
+        subprocess.run(["tail", f"--pid={rank}", "-f", "/dev/null"], timeout=3 * POLL_S)
     assert is_running(rank) and not (tmp_path / "words").exists()
     os.kill(rank, signal.SIGKILL)

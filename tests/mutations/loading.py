@@ -265,7 +265,7 @@ LOADING = (
     ),
     Mutant(
         name="projection-not-centred",
-        file="data_pipeline/clustering/projection.py",
+        file="data_pipeline/clustering/pipeline.py",
         old="centred = raw - self.mean",
         new="centred = raw",
         why="all centroids point one way",
@@ -273,7 +273,7 @@ LOADING = (
     ),
     Mutant(
         name="smallest-components",
-        file="data_pipeline/clustering/projection.py",
+        file="data_pipeline/clustering/pipeline.py",
         old="vectors[:, ::-1][:, :dims].T",
         new="vectors[:, :dims].T",
         why="--pca keeps the directions that vary least",
@@ -291,7 +291,7 @@ LOADING = (
     ),
     Mutant(
         name="duplicates-below-the-threshold",
-        file="data_pipeline/clustering/near_duplicates.py",
+        file="data_pipeline/clustering/search.py",
         old="np.nextafter(np.float32(threshold), -1)",
         new="np.float32(threshold)",
         why="pairs at the threshold are kept",

@@ -167,8 +167,8 @@ TRAINING = (
     Mutant(
         name="filter-inverted-in-backward",
         file="training/losses/sharded_softmax.py",
-        old="grad.mul_(cosines <= self._threshold)",
-        new="grad.mul_(cosines > self._threshold)",
+        old="grad.mul_(cosines <= self.threshold)",
+        new="grad.mul_(cosines > self.threshold)",
         why="only filtered negatives push",
         tests=(DENSE,),
     ),

@@ -8,11 +8,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import PATIENCE_S, ROOT, kill_group, last_step, wait_until
-from forked import forked_ranks
+from forked import forked_ranks, path_with_python
 
 DEBUG = ("--preset", "debug", "--num_sampled_data", 60 * 16)
 SCRIPTS = sorted(
@@ -47,6 +48,8 @@ def start_node(output: Path, port: int, **environment: str) -> subprocess.Popen:
     """One "node": an agent of its own with one process."""
     env = {
         **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "UNIVIT_INSTALLED": "1",
         "RDZV_ENDPOINT": f"127.0.0.1:{port}",
         "NUM_NODES": "2",
         "NPROC": "1",
@@ -66,11 +69,11 @@ def start_node(output: Path, port: int, **environment: str) -> subprocess.Popen:
     )
 
 
-def listens(process: subprocess.Popen, port: int) -> bool:
-    """Whether a process of ours waits for others at a port."""
+def listens(port: int) -> bool:
+    """Whether a process waits for others at a port."""
     import psutil
 
-    found = psutil.Process(process.pid).net_connections("tcp")
+    found = psutil.net_connections("tcp")
     return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in found)
 
 
@@ -79,15 +82,16 @@ def listens(process: subprocess.Popen, port: int) -> bool:
 def test_two_nodes_train_together_and_outlive_the_loss_and_return_of_one(tmp_path):
     forked_ranks(2, "-m", "training.train_univit", *DEBUG, "--output", tmp_path / "straight")
     output, port = tmp_path / "nodes", free_port()
-    slow = {"FAULT": "step.begin:sleep=0.1"}
+    forks = {"PATH": path_with_python(tmp_path / "bin")}
+    slow = {"FAULT": "step.begin:sleep=0.1", **forks}
     first = start_node(output, port, **slow)
-    wait_until(lambda: listens(first, port), first, "the meeting point")
+    wait_until(lambda: listens(port), first, "the meeting point")
     second = start_node(output, port, **slow)
     try:
         wait_until(lambda: list(output.glob("checkpoints/step_*")), first, "a checkpoint")
         kill_group(second)
         assert first.poll() is None
-        second = start_node(output, port)
+        second = start_node(output, port, **forks)
         assert first.wait(PATIENCE_S) == 0 and second.wait(PATIENCE_S) == 0
     finally:
         for process in (first, second):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import kill_group, last_step, run, torchrun, wait_until
-from forked import forked_ranks, start_forked_ranks
+from conftest import kill_group, last_step, wait_until
+from forked import forked, forked_ranks, start_forked_ranks
 from safetensors.torch import load_file
 
 from model_factory.files import check_checksums
@@ -417,7 +417,7 @@ def test_the_exported_folder_gives_the_trained_encoders_outputs_in_a_fresh_proce
         "with torch.no_grad(): out = model(rows, torch.tensor([[2, 3, 5]]))\n"
         "torch.save([out.last_hidden_state, out.pooler_output], sys.argv[2] + '/out.pt')\n"
     )
-    run("-c", code, straight / "hf", tmp_path)
+    forked("-c", code, straight / "hf", tmp_path)
     tokens, pooled = torch.load(tmp_path / "out.pt", weights_only=True)
     with torch.no_grad():
         want = trained(rows, grid)
@@ -469,7 +469,7 @@ def test_the_debug_preset_learns_its_synthetic_patterns(tmp_path):
 @pytest.mark.e2e
 @pytest.mark.dali
 def test_the_public_command_makes_its_own_data_when_none_is_named(tmp_path):
-    done = torchrun(
+    done = forked_ranks(
         *(2, "-m", "training.train_univit", "--list_batch_size", 8, "--output", tmp_path),
         *("--num_sampled_data", 48, "--set", "embedded_clips=[16,8]"),
     )

@@ -120,7 +120,7 @@ class Checkpointer:
         Raises StorageError on all ranks when MAX_FAILURES saves in a row failed, or with `wait`.
         """
         started = time.monotonic()
-        self.wait()
+        self.wait()  # the thread reads the buffers that the next copy goes to
         tensors = self._stage(step)
         waited = time.monotonic() - started
         self._running = self._thread.submit(self._write, step, state, tensors, waited)
@@ -173,6 +173,7 @@ class Checkpointer:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the run by name, sharing memory with it."""
+        # before the first step, and for heads whose classes were never sampled
         ensure_moments(self._optimizer)
         tensors = {}
         for name, parameter in self._encoder.named_parameters():
@@ -234,6 +235,7 @@ class Checkpointer:
             folder = self._folder.temporary(step)
             names.extend(write_tensors(tensors, folder=folder, group=self._group))
 
+        # each part is agreed on by all ranks before the next, so that all take the same collectives
         failure = self._agreed(lambda: self._make_room(step, num_bytes))
         failure = failure or self._agreed(write)
         written = [name for of_rank in all_gather_json(names, self._group) for name in of_rank]

@@ -60,14 +60,14 @@ class Commit:
     state: dict
 
 
+@dataclass(frozen=True)
 class CheckpointFolder:
     """Commits of one run. Only rank 0 changes them, and passes on which one a start goes on
     from."""
 
-    def __init__(self, path: Path, keep: int = 1, keep_every: int = 0):
-        self.path = path
-        self._keep = keep
-        self._keep_every = keep_every
+    path: Path
+    keep: int = 1
+    keep_every: int = 0
 
     def prepare(self) -> None:
         """Make the folder, remove what a killed save left."""
@@ -91,13 +91,13 @@ class CheckpointFolder:
     def commit(self, step: int) -> Path:
         """Make a finished save a commit, by one rename."""
         os.rename(self.temporary(step), self.final(step))
-        sync(self.path)
+        sync(self.path)  # a rename is on disk only once its folder is
         return self.final(step)
 
     def prune(self) -> None:
         """Remove all but the newest `keep` commits and those of every `keep_every`-th step."""
-        for old in self.commits()[self._keep :]:
-            if not self._keep_every or step_of(old) % self._keep_every:
+        for old in self.commits()[self.keep :]:
+            if not self.keep_every or step_of(old) % self.keep_every:
                 # renamed first: a kill while files are removed must not leave half a commit
                 leaving = self.temporary(step_of(old))
                 os.rename(old, leaving)

@@ -38,6 +38,7 @@ def find_commit(output: Path, resume: str, ranks: Ranks, logger: logging.Logger)
 
     Raises BadCheckpoint on all ranks when a named checkpoint, or every existing one, is unusable.
     """
+    # a launcher starts the same command again: its --resume must not undo what the first start did
     if ranks.restarted and resume != "auto":
         logger.warning("--resume %s was for the first start: going on from the newest", resume)
         resume = "auto"
@@ -140,6 +141,7 @@ def _check_heads(
         dataset = datasets[head.name]
         if entry.get("data", identity(dataset)) == identity(dataset):
             continue
+        # other data: of another head, of other classes, or changed (TrainingData.difference)
         others = [other["name"] for other in stored if other.get("data") == identity(dataset)]
         if others:
             raise ConfigMismatch(

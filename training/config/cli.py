@@ -38,6 +38,8 @@ def _is_one(text: str) -> bool:
 
 @dataclass(frozen=True)
 class ModelFlags:
+    """Flags that set fields of ModelConfig."""
+
     name: str = flag("--model_name", help="registered encoder, e.g. llava_vit_base_ln")
     embedding_dim: int = flag(
         "--embedding_size", help="width of the encoder's output; checked, not chosen"
@@ -52,6 +54,8 @@ class ModelFlags:
 
 @dataclass(frozen=True)
 class OptimizerFlags:
+    """Flags that set fields of OptimizerConfig."""
+
     lr: float = flag("--lr", help="base learning rate of AdamW")
     weight_decay: float = flag("--weight_decay", help="of the encoder's matrices")
     weight_decay_centers: float = flag("--weight_decay_pfc", help="of the class centres")
@@ -59,17 +63,23 @@ class OptimizerFlags:
 
 @dataclass(frozen=True)
 class ScheduleFlags:
+    """Flags that set fields of ScheduleConfig."""
+
     total_samples: int = flag("--num_sampled_data", help="samples of the whole run over all heads")
     warmup_ratio: float = flag("--warmup_ratio", help="share of all steps")
 
 
 @dataclass(frozen=True)
 class CheckpointFlags:
+    """Flags that set fields of CheckpointConfig."""
+
     every: int = flag("--ckpt_interval", help="steps between checkpoints")
 
 
 @dataclass(frozen=True)
 class ParallelFlags:
+    """Flags that set fields of ParallelConfig."""
+
     compile_blocks: bool = flag("--compile", help="torch.compile every block")
     activation_checkpointing: bool = flag(
         "--gradient_checkpoint",
@@ -120,6 +130,8 @@ class ComponentFlags:
 
 @dataclass(frozen=True)
 class ViewFlags:
+    """Flags that set fields of ViewConfig."""
+
     max_frames: int = flag("--num_frames", help="most whole frames of one clip")
     max_tokens: int = flag("--target_num", help="most tokens of one clip")
     codec_ratio: float = flag("--residual_ratio", help="share of clips seen through the codec view")
@@ -130,6 +142,8 @@ class ViewFlags:
 
 @dataclass(frozen=True)
 class StreamFlags:
+    """Flags that set fields of StreamConfig."""
+
     view: ViewFlags
     batch_size: tuple[int, ...] = flag(
         "--list_batch_sizes", "--list_batch_size", help="samples per process and head"
@@ -140,6 +154,8 @@ class StreamFlags:
 
 @dataclass(frozen=True)
 class LossFlags:
+    """Flags that set fields of PartialFCConfig."""
+
     sample_rate: tuple[float, ...] = flag(
         "--list_sample_rates", help="share of negative classes per step"
     )

@@ -1,5 +1,5 @@
-"""A run is a function that returns a whole TrainConfig and says its command,
-its cost and what to expect.
+"""Presets: each is a function that returns a whole TrainConfig; its docstring has the command, the
+cost and the results to expect.
 
 Command line flags are laid over a preset; without one, over `baseline`, the public trainer's
 defaults.
@@ -89,7 +89,7 @@ def base_stage1_image() -> TrainConfig:
     640 images per GPU on 80 GPUs, 13 billion seen. Cost by formula: 0.11 TFLOP an image, 1.4e21 in
     all, 970 H100-hours at 40 % MFU. No figure of this stage alone was published.
     """
-    return _stage1("llava_vit_base_ln", 640, warmup_ratio=0.1)
+    return _stage1("llava_vit_base_ln", batch_size=640, warmup_ratio=0.1)
 
 
 def large_stage1_image() -> TrainConfig:
@@ -103,7 +103,7 @@ def large_stage1_image() -> TrainConfig:
     billion. Cost by formula: 0.49 TFLOP an image, 6.3e21 in all, 4400 H100-hours at 40 % MFU. No
     figure of this stage alone was published.
     """
-    return _stage1("llava_vit_large_ln", 192, warmup_ratio=0.05)
+    return _stage1("llava_vit_large_ln", batch_size=192, warmup_ratio=0.05)
 
 
 def large_stage2_video() -> TrainConfig:
@@ -118,7 +118,12 @@ def large_stage2_video() -> TrainConfig:
     samples. Cost by formula: 1.1e21, 740 H100-hours at 40 % MFU. Published for this lineage
     (attentive probe, 8 frames, codec input): 58.5 on SSv2, 67.2 on Diving48, 60.2 mean of eight.
     """
-    return _stage2("llava_vit_large_ln", (16, 8, 16), (1.0, 1.0, 1.0), 320_000_000)
+    return _stage2(
+        "llava_vit_large_ln",
+        batches=(16, 8, 16),
+        weights=(1.0, 1.0, 1.0),
+        total_samples=320_000_000,
+    )
 
 
 def huge_stage2_video() -> TrainConfig:
@@ -133,7 +138,12 @@ def huge_stage2_video() -> TrainConfig:
     samples; the images count tenfold. The encoder is sharded (FSDP2), blocks run twice. Cost by
     formula: 7.4e21, 5200 H100-hours at 40 % MFU. No huge model was published.
     """
-    config = _stage2("llava_vit_huge_ln", (16, 8, 8), (10.0, 1.0, 1.0), 1_280_000_000)
+    config = _stage2(
+        "llava_vit_huge_ln",
+        batches=(16, 8, 8),
+        weights=(10.0, 1.0, 1.0),
+        total_samples=1_280_000_000,
+    )
     parallel = ParallelConfig(strategy="fsdp", activation_checkpointing=True)
     return replace(config, parallel=parallel)
 
@@ -149,7 +159,11 @@ def progressive() -> TrainConfig:
     larger batches. Cost by formula: 60 million clips, 6.1e18, 4 H100-hours at 40 % MFU. Not run at
     this size yet; docs/loading.md shows the schedule on the embedded set.
     """
-    stages = (Stage(0.0, 512, 2, 0.5), Stage(0.5, 1024, 4, 1.0), Stage(0.8, 2048, 8, 1.0))
+    stages = (
+        Stage(start=0.0, max_tokens=512, max_frames=2, scale=0.5),
+        Stage(start=0.5, max_tokens=1024, max_frames=4, scale=1.0),
+        Stage(start=0.8, max_tokens=2048, max_frames=8, scale=1.0),
+    )
     head = HeadConfig(
         dataset="data/clips",
         stream=StreamConfig(batch_size=1, token_share=1.0, stages=stages),
@@ -176,11 +190,10 @@ def _stage2(
     model: str, batches: tuple[int, ...], weights: tuple[float, ...], total_samples: int
 ) -> TrainConfig:
     """Heads of images, words and clips over a trained encoder, at a tenth of its learning rate."""
-    mix = ViewConfig(codec_ratio=0.5, frame_ratio=0.4)
     views = {
-        "images": ViewConfig(max_tokens=1024),
+        "images": ViewConfig(max_tokens=1024),  # 32 x 32 patches of 14 px
         "words": ViewConfig(max_tokens=1024),
-        "clips": mix,
+        "clips": ViewConfig(codec_ratio=0.5, frame_ratio=0.4),  # the rest is collage
     }
     heads = tuple(
         HeadConfig(
@@ -214,11 +227,10 @@ PRESETS = {
 }
 
 
-def preset(name: str, output: str | None = None) -> TrainConfig:
+def preset(name: str) -> TrainConfig:
     """Build a preset by name; ValueError lists the known ones."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"--preset {name!r} is unknown; {hint}known: {', '.join(PRESETS)}")
-    config = PRESETS[name]()
-    return config if output is None else replace(config, output=output)
+    return PRESETS[name]()

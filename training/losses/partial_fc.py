@@ -121,7 +121,9 @@ class PartialFC(nn.Module):
         self.num_classes = num_classes
         self.config = config
         self.seed = seed
-        self.class_start, self.class_end = class_range(num_classes, ranks.rank, ranks.world_size)
+        self.class_start, self.class_end = class_range(
+            num_classes, rank=ranks.rank, world_size=ranks.world_size
+        )
         classes = torch.arange(self.class_start, self.class_end, device=ranks.device)
         self.centers = nn.Parameter(
             counter_normal(classes, width, seed, self._centers_draw) * config.init_std
@@ -189,7 +191,9 @@ class PartialFC(nn.Module):
         if not labels.numel():
             raise ValueError(f"labels are {list(labels.shape)}: give at least one row and label")
         clamped = labels.clamp(-2, self.num_classes)  # labels out of range stay so as int32
-        rows, all_labels, all_weights = self._gather(embeddings.detach(), clamped, weights)
+        rows, all_labels, all_weights = self._gather(
+            embeddings.detach(), labels=clamped, weights=weights
+        )
         self._range = torch.stack([all_labels.min(), all_labels.max()])
         if not labels.is_cuda:
             self.check_labels()
@@ -245,7 +249,7 @@ class PartialFC(nn.Module):
             < self.config.sample_rate
         )
         chosen[local[here]] = True
-        sampled = chosen.nonzero().squeeze(1)
+        sampled = chosen.nonzero().squeeze(1)  # ascending, which searchsorted needs
         columns = torch.searchsorted(sampled, local.clamp(min=0).contiguous())
         return sampled, columns.masked_fill(~here, -1)
 
@@ -309,7 +313,9 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor, None, None]:
         """The exchange of rows' gradients runs beside the gradient of the centres."""
         embeddings, lse, grad_lse, grad_cosines = ctx.saved_tensors
-        grad_rows = ctx.softmax.backward_rows(lse, grad_lse * grad, grad_cosines * grad)
+        grad_rows = ctx.softmax.backward_rows(
+            lse, grad_lse=grad_lse * grad, grad_cosines=grad_cosines * grad
+        )
         exchange = reduce_scatter_rows(grad_rows) if ctx.needs_input_grad[0] else None
         grad_centers = ctx.softmax.backward_centers()
         grad_embeddings = None
@@ -352,7 +358,7 @@ def _objective(
         filter_threshold=config.threshold,
         mask_co_positives=config.mask_co_positives,
     )
-    per_row = (plan.labels >= 0).float().sum(dim=1)
+    per_row = (plan.labels >= 0).float().sum(dim=1)  # labels; rows may have fewer than L
     row_weights = plan.weights * (per_row > 0)
     total = row_weights.sum().clamp(min=1e-12)
     mean = (row_weights * losses.sum(dim=1) / per_row.clamp(min=1)).sum() / total

@@ -21,12 +21,15 @@ Shape legend: B rows of the global batch, M sampled classes of this rank, m of a
 width.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 CHUNK = 8192  # classes at a time, which bounds temporaries to [B, CHUNK]
 KEPT = 1 << 25  # cosines that are kept for backward: 128 MB in fp32
 
 
+@dataclass
 class SampledSoftmax:
     """One step of one rank.
 
@@ -35,26 +38,20 @@ class SampledSoftmax:
     the sampled, -1 where its class is another rank's.
     """
 
-    def __init__(
-        self,
-        rows: torch.Tensor,
-        centers: torch.Tensor,
-        sampled: torch.Tensor | None,
-        columns: torch.Tensor,
-        scale: float,
-        threshold: float,
-    ):
-        self._rows = rows
-        self._centers = centers
-        self._sampled = sampled
-        self._columns = columns
-        self._scale = scale
-        self._threshold = threshold
-        self._count = len(centers) if sampled is None else len(sampled)
+    rows: torch.Tensor
+    centers: torch.Tensor
+    sampled: torch.Tensor | None
+    columns: torch.Tensor
+    scale: float
+    threshold: float
+
+    def __post_init__(self) -> None:
+        self._count = len(self.centers) if self.sampled is None else len(self.sampled)
         # per chunk, what the next pass needs: cosines after forward, their gradient after the first
         # half of backward; empty where they are computed again
         self._kept: list[torch.Tensor] = []
-        self._row_index = torch.arange(len(rows), device=rows.device)[:, None].expand_as(columns)
+        self._row_index = torch.arange(len(self.rows), device=self.rows.device)
+        self._row_index = self._row_index[:, None].expand_as(self.columns)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(maximum, sum, cosines of labels).
@@ -63,10 +60,10 @@ class SampledSoftmax:
         label of the row; -inf and 0 where there is none. Cosines [B, L] of the labels that are this
         rank's, 0 for others.
         """
-        rows = self._rows
+        rows = self.rows
         maximum = torch.full((len(rows),), -torch.inf, device=rows.device)
         total = torch.zeros(len(rows), device=rows.device)
-        label_cosines = torch.zeros(self._columns.shape, device=rows.device)
+        label_cosines = torch.zeros(self.columns.shape, device=rows.device)
         keep = self._count * len(rows) <= KEPT
         for start in range(0, self._count, CHUNK):
             chunk, inverse = self._chunk(start)
@@ -92,18 +89,18 @@ class SampledSoftmax:
 
         lse [B] over all ranks, its gradient [B], and that of the label cosines [B, L].
         """
-        rows = self._rows
+        rows = self.rows
         grad_rows = torch.zeros_like(rows)
         self._grad_centers = torch.empty(self._count, rows.shape[1], device=rows.device)
         shift = lse.masked_fill(lse == -torch.inf, torch.inf)  # no negatives: exp gives zeros
-        weight = (self._scale * grad_lse)[:, None]
+        weight = (self.scale * grad_lse)[:, None]
         for number, start in enumerate(range(0, self._count, CHUNK)):
             chunk, inverse = self._chunk(start)
             cosines = self._kept[number] if self._kept else self._cosines(chunk, inverse)
             here, positives = self._labels_in(start, cosines)
             grad = self._logits(cosines).sub_(shift[:, None]).exp_().mul_(weight)
-            if self._threshold < 1:
-                grad.mul_(cosines <= self._threshold)
+            if self.threshold < 1:
+                grad.mul_(cosines <= self.threshold)
             grad[positives] = 0.0
             # accumulated, since a class may be a label of the row twice
             grad.index_put_(positives, grad_cosines[here], accumulate=True)
@@ -125,33 +122,33 @@ class SampledSoftmax:
         """
         for number, grad in enumerate(self._kept):
             piece = self._grad_centers[number * CHUNK : (number + 1) * CHUNK]
-            piece += _product(grad.T, self._rows)
+            piece += _product(grad.T, self.rows)
         self._kept.clear()
         return self._grad_centers
 
     def _chunk(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw centres [m, D] of a chunk and the inverse of their norms [m]."""
-        if self._sampled is None:
-            chunk = self._centers[start : start + CHUNK]
+        if self.sampled is None:
+            chunk = self.centers[start : start + CHUNK]
         else:
-            chunk = self._centers.index_select(0, self._sampled[start : start + CHUNK])
+            chunk = self.centers.index_select(0, self.sampled[start : start + CHUNK])
         norms = torch.linalg.vector_norm(chunk, dim=1)
         return chunk, norms.clamp_(min=1e-12).reciprocal_()  # as in F.normalize
 
     def _cosines(self, chunk: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        return _product(self._rows, chunk.T).mul_(inverse).clamp_(-1.0, 1.0)
+        return _product(self.rows, chunk.T).mul_(inverse).clamp_(-1.0, 1.0)
 
     def _logits(self, cosines: torch.Tensor) -> torch.Tensor:
-        logits = cosines * self._scale
-        if self._threshold < 1:
-            logits.masked_fill_(cosines > self._threshold, 0.0)
+        logits = cosines * self.scale
+        if self.threshold < 1:
+            logits.masked_fill_(cosines > self.threshold, 0.0)
         return logits
 
     def _labels_in(
         self, start: int, cosines: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """(mask [B, L] of the labels in a chunk, index (rows, columns) of these in its cosines)."""
-        columns = self._columns - start
+        columns = self.columns - start
         here = (columns >= 0) & (columns < cosines.shape[1])
         return here, (self._row_index[here], columns[here])
 

@@ -151,7 +151,7 @@ def restore_records(
         others = sorted((on_disk | on_record) - own)
         names += [METRICS_NAME, SPEED_NAME, *others]
     for name in names:
-        _restore(output / name, bound.get(name), commit, logger)
+        _restore(output / name, entry=bound.get(name), commit=commit, logger=logger)
     dist.barrier()
     entries = {}
     for name in others:

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import resource
+import statistics
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class MetricLogger:
         text = f"```\n{config.to_json()}\n```"
         steps = {"hparam/steps": self._total_steps}
         self.board.show(lambda writer: writer.add_text("configuration", text))
+        # "." is the run's own folder; by default each call makes a folder named by the clock
         self.board.show(lambda writer: writer.add_hparams(flat, steps, run_name="."))
         if config.wandb_project is not None:
             self._wandb = _wandb_run(config.wandb_project, flat, Path(config.output))
@@ -120,7 +122,7 @@ class MetricLogger:
         if not self._pending:
             return
         taken = self._clock.take()
-        own = compare_ranks(taken, len(self._pending), self._logger)
+        own = compare_ranks(taken, steps=len(self._pending), logger=self._logger)
         if self._record is not None:
             self._write(self._record, self._speed(taken, own))
         self._pending.clear()
@@ -168,7 +170,7 @@ class MetricLogger:
             "mfu": self._mfu(flops_rate),
             "step_s": total / steps,
             "slowest_rank_own_s": max(own),
-            "median_rank_own_s": sorted(own)[(len(own) - 1) // 2],
+            "median_rank_own_s": statistics.median_low(own),
             "data_wait": taken.get("data", 0.0) / total,
             "fill": tokens / max(room, 1),
             "memory_gb": _memory(self._ranks.device) / 1e9,
@@ -204,7 +206,7 @@ class MetricLogger:
         for line in lines:
             for name, value in line.items():
                 if name.startswith("loss/") and value is not None:
-                    self._spikes.look(line["step"], name, value)
+                    self._spikes.look(step=line["step"], name=name, value=value)
         values = {**last, **speed}
 
         def draw(writer: Any) -> None:

@@ -60,7 +60,7 @@ def _training(folder: Path, output: Path) -> str:
     losses = sorted(name for name, count in counted.items() if 2 * count > len(records))
     title = "Training" if folder == output else folder.name
     lines = [f"## {title}", "", *damage, *damage_of_speeds]
-    lines += _table(records, speeds, losses)
+    lines += _table(records, speeds=speeds, losses=losses)
 
     images = output / "report"
     images.mkdir(exist_ok=True)

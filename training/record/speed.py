@@ -85,7 +85,7 @@ class StepClock:
         if self._events:
             self._events[-1][2].synchronize()  # the last event of the stream: all others are past
         for name, first, last in self._events:
-            self._seconds[name] += first.elapsed_time(last) / 1e3
+            self._seconds[name] += first.elapsed_time(last) / 1e3  # milliseconds
         now = time.perf_counter()
         taken = dict(self._seconds)
         taken["other"] = max(0.0, now - self._since - sum(taken.values()))

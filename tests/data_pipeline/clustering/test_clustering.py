@@ -23,8 +23,8 @@ from data_pipeline.clustering.kmeans import (
     spherical_kmeans,
 )
 from data_pipeline.clustering.labels import load_labels, nearest_centroids, save_labels
-from data_pipeline.clustering.near_duplicates import representatives
 from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
+from data_pipeline.clustering.search import representatives
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
 from data_pipeline.shards.manifest import load_manifest
 
@@ -182,7 +182,7 @@ def test_approximate_search_reaches_the_recall_it_reports(monkeypatch):
     centroids = blobs(200, 10)
     rows = normalise(np.repeat(centroids, 2, axis=0) + 0.01 * unit(4000, 16, seed=3))
     found, how = nearest_centroids(rows, centroids, 10)
-    truth = search_module.search(rows, centroids, 10)
+    truth, _ = search_module.search(rows, centroids, 10)
     assert how["search"].endswith("of 44 cells") and how["recall"] >= 0.99
     assert search_module.recall_of(found, truth) >= 0.985
     found, how = nearest_centroids(unit(500, 16), unit(2000, 16, seed=5), 10)
@@ -282,7 +282,7 @@ def test_a_frozen_image_encoder_gives_frame_vectors_as_mean_or_side_by_side(pack
 
 
 def test_principal_components_keep_what_varies_and_label_in_the_same_space(packed, tmp_path):
-    from data_pipeline.clustering.projection import fit_projection
+    from data_pipeline.clustering.pipeline import fit_projection
 
     rng = np.random.default_rng(0)
     raw = (rng.standard_normal((200, 3)) * [9, 4, 1]) @ np.linalg.qr(rng.normal(size=(5, 3)))[0].T
@@ -383,7 +383,7 @@ def test_centroids_that_samples_cannot_fill_are_reported():
     directions = np.repeat(unit(20, 16), 10, axis=0)
     noise = 1e-5 * np.random.default_rng(0).standard_normal(directions.shape)
     centroids, report = spherical_kmeans(normalise(directions + noise), 150)
-    found = search_module.search(normalise(directions + noise), centroids, 1)
+    found, _ = search_module.search(normalise(directions + noise), centroids, 1)
     assert report.left_empty >= 150 - len(np.unique(found)) > 0
     assert report.repaired_empty + report.repaired_duplicate <= 150, "each is counted once"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.clustering.descriptor import DIRECTIONS, WEIGHTS, codec_descriptor
-from data_pipeline.clustering.projection import fit_projection
+from data_pipeline.clustering.pipeline import fit_projection
 
 GREY = np.full((16, 16, 3), 128, np.uint8)
 

@@ -22,7 +22,6 @@ import torch
 from forked import forked_ranks
 from PIL import Image
 
-from data_pipeline.arrays import array_bytes
 from data_pipeline.clustering.labels import save_labels
 from data_pipeline.datasets import resolve_dataset
 from data_pipeline.errors import BudgetExceeded, DataPipelineError, DataTimeout
@@ -38,6 +37,7 @@ from data_pipeline.shards.sample_builder import SampleConfig
 from data_pipeline.shards.schema import decode_array
 from data_pipeline.shards.verify import verify
 from data_pipeline.shards.writer import index_text
+from data_pipeline.side_files import array_bytes
 from model_factory.files import DIGEST_KEY, file_sha256, json_bytes
 
 pytestmark = pytest.mark.dali

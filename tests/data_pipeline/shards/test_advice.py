@@ -420,7 +420,7 @@ def test_what_verify_says_to_move_away_is_moved_away(copy):
 
 
 def test_samples_of_one_name_are_named_apart_by_packing_again(copy):
-    from data_pipeline.labelled_lists import ids_of_sources
+    from data_pipeline.lists import ids_of_sources
 
     manifest = load_manifest(data(copy))
     shard = dict(manifest.shards[0])

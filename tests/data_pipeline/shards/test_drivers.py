@@ -60,7 +60,15 @@ def test_a_job_outside_the_array_is_an_error(clips, tmp_path, job):
         pack(list_inputs([clips / "val.csv"]), tmp_path, CONFIG, task_id=job, num_tasks=3)
 
 
-@pytest.mark.parametrize("seconds", [0.6, 1.2, 1.8, 2.4])
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        0.6,
+        pytest.param(1.2, marks=pytest.mark.soak),
+        1.8,
+        pytest.param(2.4, marks=pytest.mark.soak),
+    ],
+)
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(clips, tmp_path, whole, seconds):
     command = [sys.executable, "-m", "data_pipeline", "pack", clips / "val.csv"]
     command += ["--output", tmp_path, *FLAGS]

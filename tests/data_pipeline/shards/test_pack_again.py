@@ -22,8 +22,8 @@ from data_pipeline import commands
 from data_pipeline.__main__ import build_parser, main
 from data_pipeline.clustering.labels import load_labels, save_labels
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
+from data_pipeline.shards.existing import known_inputs
 from data_pipeline.shards.inputs import list_inputs
-from data_pipeline.shards.known_inputs import known_inputs
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.pack import pack
 from data_pipeline.shards.pack_plan import plan_packing

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run, write_video
+from forked import forked
 from PIL import Image
 
 from eval_encoder.lmm.config import parse_arguments
@@ -277,7 +278,7 @@ def test_without_lmms_eval_it_says_what_to_install():
         "except ImportError as error: print(error)\n"
         "sys.exit(main())"
     )
-    done = run("-c", code, check=False)
+    done = forked("-c", code, check=False)
     assert done.returncode == 1
     assert "pip install lmms-eval" in done.stdout and "pip install lmms-eval" in done.stderr
 

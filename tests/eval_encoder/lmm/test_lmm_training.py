@@ -277,7 +277,7 @@ def test_generation_with_and_without_a_cache_says_the_same(parts, llava15, tmp_p
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("recipe", "stage", "steps", "shardings"),
-    [("vitsplit", 2, 8, ("zero2", "zero3")), ("crossget", 1, 8, ("zero3",))],
+    [("vitsplit", 2, 8, ("zero2", "zero3")), ("crossget", 1, 4, ("zero3",))],
 )
 def test_deepspeed_and_ddp_give_the_same_losses(
     parts, llava15, tmp_path, recipe, stage, steps, shardings

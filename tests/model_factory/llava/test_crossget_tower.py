@@ -172,12 +172,12 @@ def test_tokens_that_are_left_keep_their_positions(monkeypatch):
     """What a layer's queries are turned by is what its tokens stood at before the merge."""
     places, merges = [], []
 
-    def seen(positions, *args):
+    def seen(positions, **options):
         places.append(positions)
-        return rope_tables(positions, *args)
+        return rope_tables(positions, **options)
 
-    def chosen(*args):
-        merges.append(choose_merge(*args))
+    def chosen(keys, **options):
+        merges.append(choose_merge(keys, **options))
         return merges[-1]
 
     monkeypatch.setattr(crossget_tower, "rope_tables", seen)

@@ -302,7 +302,7 @@ def test_what_cannot_be_an_eye_is_refused(place, tmp_path, capfd):
 
     vit = transformers.ViTConfig(**SHAPE, image_size=32, patch_size=8)
     transformers.ViTModel(vit).save_pretrained(tmp_path / "vit")
-    assert "is a vit model; an eye can be one of clip, siglip" in error_of(tmp_path / "vit")
+    assert "is a vit model; a tower can be one of clip, siglip" in error_of(tmp_path / "vit")
     shape = dict(SHAPE, image_size=28, patch_size=14, num_register_tokens=4)
     config = transformers.Dinov2WithRegistersConfig(**shape)
     transformers.Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "registers")
@@ -343,7 +343,7 @@ def test_the_processors_picture_size_counts_not_the_models(place, tmp_path):
 @pytest.mark.e2e
 def test_the_command_runs_by_path(place, tmp_path):
     command = "model_factory/export_llava_tower.py"
-    done = run(command, place / "siglip", "--output_dir", tmp_path / "eye")
+    done = forked(command, place / "siglip", "--output_dir", tmp_path / "eye")
     assert f"written: {tmp_path / 'eye'}" in done.stdout and "64 tensors" in done.stdout
     again = forked(command, place / "siglip", "--output_dir", tmp_path / "eye", check=False)
     assert again.returncode == 1 and "exists" in again.stderr

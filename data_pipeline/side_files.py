@@ -1,8 +1,11 @@
-"""Arrays in .npy files: written whole or not at all, read with a header that is matched.
+"""Files that commands write beside shards: arrays, JSON records that bind them, drawn images.
 
-NumPy evaluates a header as Python, which is not safe in threads (CPython 3.11 counts the depth of
-syntax trees for all threads together) and believes whatever size it states. Here a header has the
-form that np.save gives it, its dtype is the expected one, and its bytes are all there.
+Each is written whole or not at all, and every error of reading names the file and the remedy.
+
+NumPy evaluates the header of a .npy file as Python, which is not safe in threads (CPython 3.11
+counts the depth of syntax trees for all threads together) and believes whatever size it states.
+Here a header has the form that np.save gives it, its dtype is the expected one, and its bytes are
+all there.
 """
 
 import hashlib
@@ -10,14 +13,27 @@ import io
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model_factory.files import naming, write_atomically
+from model_factory.files import (
+    DamagedFile,
+    naming,
+    parse_json,
+    parse_sealed_json,
+    write_atomically,
+)
 
 from .errors import CorruptShard
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+Fields = Mapping[str, type | tuple[type, ...]]
+IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 NPY_HEADER = re.compile(
     rb"\{'descr': '([^']{1,8})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n"
@@ -39,6 +55,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def parse_array(data: bytes | bytearray, dtype: type, name: str) -> np.ndarray:
     """The array of a .npy file's bytes, which it shares; CorruptShard for another dtype, and for
     bytes that are no array of the stated size. `name` is what messages call it."""
+    # 6 bytes of magic, 2 of the version, 2 that hold the length of the header, the header, the data
     length = int.from_bytes(data[8:10], "little")
     header = NPY_HEADER.fullmatch(data[10 : 10 + length]) if data.startswith(NPY_MAGIC) else None
     if header is None:
@@ -62,8 +79,8 @@ def check_array(array: np.ndarray, shape: tuple[int | None, ...], name: str) -> 
         for size, wanted in zip(array.shape, shape, strict=True)
     )
     if not fits:
-        said = ", ".join("any" if size is None else str(size) for size in shape)
-        raise CorruptShard(f"{name} has shape {list(array.shape)}, expected [{said}]")
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise CorruptShard(f"{name} has shape {list(array.shape)}, expected [{sizes}]")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise CorruptShard(f"{name} holds numbers that are not finite")
 
@@ -93,3 +110,32 @@ def read_array(
     except CorruptShard as error:
         raise CorruptShard(f"{error}: {again}") from None
     return array
+
+
+def read_record(path: Path, fields: Fields, again: str) -> dict:
+    """The object that files.write_json wrote, with `fields` of these types.
+
+    FileNotFoundError where there is none; CorruptShard names a damaged one and says what to do:
+    `again`.
+    """
+    data = path.read_bytes()
+    try:
+        return parse_sealed_json(data, name=str(path), fields=fields)
+    except DamagedFile as error:
+        raise CorruptShard(f"{error}: {again}") from error
+
+
+def parse_record(data: bytes, name: str, max_bytes: int) -> dict:
+    """A JSON object without a digest of its own, whose bytes something else binds, such as the crc
+    of a shard's member. CorruptShard names what is hostile or damaged."""
+    try:
+        return parse_json(data, name=name, max_bytes=max_bytes)
+    except DamagedFile as error:
+        raise CorruptShard(str(error)) from error
+
+
+def write_picture(path: Path, image: "Image.Image", **options: Any) -> None:
+    """Write a Pillow image in the format that its suffix names, with Pillow's options of saving."""
+    stream = io.BytesIO()
+    image.save(stream, IMAGE_FORMATS[path.suffix.lower()], **options)
+    write_atomically(path, stream.getvalue())
