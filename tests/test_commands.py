@@ -394,7 +394,7 @@ def test_reading_names_the_place_and_lets_messages_of_ours_pass(tmp_path):
 
 
 def test_answers_go_to_no_file_of_something_else(tmp_path):
-    from eval_encoder import lmm_eval
+    from eval_encoder.lmm import questions as lmm_eval
 
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "?"}\n')
     words = ("--model", tmp_path / "m", "--questions", tmp_path / "q.jsonl", "--answers")

@@ -28,7 +28,7 @@ HOMES = {
     "ray": {"data_pipeline.shards.pack"},
     "fsspec": {"data_pipeline.shards.inputs"},
     "peft": {"eval_encoder.lmm.model.lmm"},
-    "gradio": {"eval_encoder.lmm_web"},
+    "gradio": {"eval_encoder.lmm.web.page"},
     "lmms_eval": {"eval_encoder.lmm.scoring.lmms_eval"},
 }
 

@@ -59,15 +59,15 @@ def documented_commands() -> list[str]:
 def parsers() -> dict:
     """What builds the argument parser of each of our commands."""
     from data_pipeline.__main__ import build_parser as data_parser
+    from eval_encoder.lmm.chat import build_parser as chat_parser
     from eval_encoder.lmm.config import parse_arguments
     from eval_encoder.lmm.demo.question_set import build_parser as demo_set_parser
     from eval_encoder.lmm.demo.tiny import build_parser as tiny_parser
+    from eval_encoder.lmm.questions import build_parser as questions_parser
     from eval_encoder.lmm.scoring.answers import build_parser as answers_parser
     from eval_encoder.lmm.scoring.scorers import build_parser as scorers_parser
     from eval_encoder.lmm.scoring.table import build_parser as table_parser
-    from eval_encoder.lmm_chat import build_parser as chat_parser
-    from eval_encoder.lmm_eval import build_parser as questions_parser
-    from eval_encoder.lmm_web import build_parser as page_parser
+    from eval_encoder.lmm.web.page import build_parser as page_parser
     from eval_encoder.probe.compare import build_parser as compare_parser
     from eval_encoder.probe.config import build_parser as probe_parser
     from eval_encoder.probe.prepare import build_parser as prepare_parser

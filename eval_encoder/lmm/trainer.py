@@ -11,12 +11,15 @@ Everything else (DDP, DeepSpeed, accumulation, schedule, checkpoints, TensorBoar
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from model_factory.files import (
     CHECKSUMS_NAME,
@@ -39,7 +42,9 @@ from .model.projector_file import PROJECTOR_FILE, load_projector, save_projector
 
 LOG = logging.getLogger("univit")
 GENERATORS = "rng_state_"  # how files of one process among several begin
-PROJECTOR, TOWER = ".multi_modal_projector.", ".vision_tower."
+# parts of parameters' names
+PROJECTOR = ".multi_modal_projector."
+TOWER = ".vision_tower."
 
 
 class LmmTrainer(Trainer):
@@ -51,7 +56,8 @@ class LmmTrainer(Trainer):
         arguments: LmmArguments,
         args: TrainingArguments,
         dataset: ConversationDataset,
-    ):
+    ) -> None:
+        """Raises ValueError where nothing learns."""
         super().__init__(
             model=lmm.model,
             args=args,
@@ -60,14 +66,19 @@ class LmmTrainer(Trainer):
             processing_class=lmm.tokenizer,
             callbacks=[_Record(Path(args.output_dir) / "metrics.jsonl")],
         )
-        self._lmm, self._arguments = lmm, arguments
-        learning = [n for n, p in lmm.model.named_parameters() if p.requires_grad]
+        self._lmm = lmm
+        self._arguments = arguments
+        learning = [
+            f".{name}" for name, value in lmm.model.named_parameters() if value.requires_grad
+        ]
         if not learning:
             raise ValueError("nothing learns: take one of the --freeze flags away")
-        alone = all(PROJECTOR in f".{name}" for name in learning)
-        self._projector_only = alone and lmm.has_parts  # of a whole model no part is left out
+        # of a whole model no part is left out, since no other folder holds it
+        self._projector_only = lmm.has_parts and all(PROJECTOR in name for name in learning)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options):
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, **options: Any
+    ) -> TrainOutput:
         """As transformers' own. True resumes from the newest checkpoint that is whole, and from
         none where there is none; DamagedFile for a named one that differs from its checksums."""
         if resume_from_checkpoint is True:
@@ -76,16 +87,24 @@ class LmmTrainer(Trainer):
             check_checksums(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(
+        self, train_dataset: ConversationDataset | None = None
+    ) -> ShuffledSampler | ModalityLengthSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self._arguments.group_by_modality_length:
-            return ShuffledSampler(len(dataset), self.args.seed)
-        per_step = self.args.world_size * self.args.gradient_accumulation_steps
-        batch = self.args.per_device_train_batch_size
-        return ModalityLengthSampler(dataset.lengths, batch, per_step, self.args.seed)
+            return ShuffledSampler(len(dataset), seed=self.args.seed)
+        return ModalityLengthSampler(
+            dataset.lengths,
+            batch_size=self.args.per_device_train_batch_size,
+            batches_per_step=self.args.world_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+        )
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """transformers would log a loss of zero and go on."""
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers' own, with ValueError for a loss that is no number: transformers would
+        log a loss of zero and go on."""
         if self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3():
             check_one_size(self._lmm.model, inputs.get("visuals"))
         result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -97,42 +116,52 @@ class LmmTrainer(Trainer):
             )
         return result
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over up to six groups: projector, tower and the rest, with and without decay."""
         model = self.model if model is None else model
         if self.optimizer is not None:
             return self.optimizer
         decayed = set(self.get_decay_parameter_names(model))
-        rates = {
-            PROJECTOR: self._arguments.mm_projector_lr,
-            TOWER: self._arguments.vision_tower_lr,
-        }
-        groups: dict[tuple, list] = {}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                rate = next((r for part, r in rates.items() if part in f".{name}"), None)
-                rate = self.args.learning_rate if rate is None else rate
-                decay = self.args.weight_decay if name in decayed else 0.0
-                groups.setdefault((rate, decay), []).append(parameter)
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if not parameter.requires_grad:
+                continue
+            rate = None
+            if PROJECTOR in f".{name}":
+                rate = self._arguments.mm_projector_lr
+            elif TOWER in f".{name}":
+                rate = self._arguments.vision_tower_lr
+            rate = self.args.learning_rate if rate is None else rate
+            decay = self.args.weight_decay if name in decayed else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         options.pop("lr", None)
-        self.optimizer = kind(
-            [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()],
+        self.optimizer = optimizer_class(
+            [
+                {"params": parameters, "lr": rate, "weight_decay": decay}
+                for (rate, decay), parameters in groups.items()
+            ],
             **options,
         )
         return self.optimizer
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(
+        self,
+        output_dir: str | None = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         folder = Path(output_dir or self.args.output_dir)
         if not self._projector_only:
             super()._save(str(folder), state_dict)
         elif self.args.should_save:
-            save_projector(self._lmm.model, folder, state_dict)
+            save_projector(self._lmm.model, folder=folder, tensors=state_dict)
         if self.args.should_save:
             self._lmm.save_processors(folder)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; see record.json
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         if self._projector_only:
             load_projector(self._lmm.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
         else:
@@ -141,14 +170,16 @@ class LmmTrainer(Trainer):
 
 def newest_whole(output: Path) -> str | None:
     """The newest checkpoint of a stage that is as it was written; others are named in the log."""
-    found = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    numbered = [path for path in found if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+    by_step = {}
+    for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.rpartition("-")[2]
+        if path.is_dir() and step.isdigit():
+            by_step[int(step)] = path
+    for _, path in sorted(by_step.items(), reverse=True):
         try:
             # the trainer's state is what transformers writes last; older versions wrote no sums
-            names = [file.name for file in path.iterdir() if file.is_file()]
-            bound = [name for name in names if not name.startswith((CHECKSUMS_NAME, *GENERATORS))]
-            if check_checksums(path, bound) or (path / TRAINER_STATE_NAME).is_file():
+            names = [name for name in _bound_names(path) if not name.startswith(CHECKSUMS_NAME)]
+            if check_checksums(path, names) or (path / TRAINER_STATE_NAME).is_file():
                 return str(path)
             problem = "its save did not come to an end"
         except (DamagedFile, OSError) as error:
@@ -160,17 +191,28 @@ def newest_whole(output: Path) -> str | None:
 def check_one_size(model: LmmForConditionalGeneration, visuals: Visuals | None) -> None:
     """Raises ValueError for a batch of several sizes where each size is a pass of its own: under
     ZeRO-3 the processes would wait for each other for ever."""
-    if visuals is None or visuals.inputs.rows is None:
+    inputs = None if visuals is None else visuals.inputs
+    if inputs is None or inputs.lengths is None or inputs.grids is None:
         return
-    by_length = isinstance(model.tower, CrossGetTower)
-    by_sides = isinstance(model.projector, (ViTSplit, SpatialMerge))
-    sizes = visuals.inputs.lengths[:, None] if by_length else visuals.inputs.grids[:, 1:]
-    if (by_length or by_sides) and len(sizes.unique(dim=0)) > 1:
+    if isinstance(model.tower, CrossGetTower):
+        sizes = inputs.lengths[:, None].unique(dim=0)
+    elif isinstance(model.projector, ViTSplit | SpatialMerge):
+        sizes = inputs.grids[:, 1:].unique(dim=0)
+    else:
+        return
+    if len(sizes) > 1:
         raise ValueError(
-            f"pictures and clips of {sizes.unique(dim=0).tolist()} patches in one batch under "
+            f"pictures and clips of {sizes.tolist()} patches in one batch under "
             "ZeRO-3: take shells/zero2.json, give clips another --video_size or --num_frames, or "
             "choose mlp2x_gelu"
         )
+
+
+def _bound_names(folder: Path) -> list[str]:
+    """Files of a checkpoint that its checksums bind: other processes write the states of their own
+    generators while they are computed."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    return [name for name in names if not name.startswith(GENERATORS)]
 
 
 def _read_line(line: bytes) -> dict | None:
@@ -186,28 +228,38 @@ class _Record(TrainerCallback):
     """Writes every logged line and the checksums of checkpoints; lines beyond the step that a run
     resumes from are cut off."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self._path = path
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero and self._path.is_file():
-            kept = []
-            for line in self._path.read_bytes().splitlines(keepends=True):
-                record = _read_line(line)
-                if record is None:
-                    LOG.warning("%s: a damaged line is left out: %r", self._path, line[:80])
-                elif record["step"] <= state.global_step:
-                    kept.append(line)
-            write_atomically(self._path, b"".join(kept))
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero or not self._path.is_file():
+            return
+        lines = []
+        for line in self._path.read_bytes().splitlines(keepends=True):
+            record = _read_line(line)
+            if record is None:
+                LOG.warning("%s: a damaged line is left out: %r", self._path, line[:80])
+            elif record["step"] <= state.global_step:
+                lines.append(line)
+        write_atomically(self._path, b"".join(lines))
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         if state.is_world_process_zero and logs is not None:
             with open(self._path, "a") as stream:
                 stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
-    def on_save(self, args, state, control, **kwargs) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            # other processes write the states of their own generators at the same time
-            names = [path.name for path in folder.iterdir() if path.is_file()]
-            write_checksums(folder, [name for name in names if not name.startswith(GENERATORS)])
+            write_checksums(folder, _bound_names(folder))

@@ -261,9 +261,9 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="likelihood-shift",
-        file="eval_encoder/lmm/likelihood.py",
-        old="keep = (places - 1).to(model.device)",
-        new="keep = places.to(model.device)",
+        file="eval_encoder/lmm/generate.py",
+        old="keep = (positions - 1).to(model.device)",
+        new="keep = positions.to(model.device)",
         why="multiple choice is decided by the token after each",
         tests=(
             "eval_encoder/lmm/test_lmm_lmms_eval.py::test_log_likelihood_is_that_of_the_logits_and_ends_with_eos",
@@ -271,9 +271,9 @@ EVAL_ENCODER = (
     ),
     Mutant(
         name="likelihood-of-all-answers",
-        file="eval_encoder/lmm/likelihood.py",
-        old="return Example(ids, [IGNORE_INDEX] * start + labels[start:], items)",
-        new="return Example(ids, labels, items)",
+        file="eval_encoder/lmm/generate.py",
+        old="labels = [IGNORE_INDEX] * start + labels[start:]",
+        new="labels = list(labels)",
         why="earlier answers of a conversation count",
         tests=(
             "eval_encoder/lmm/test_lmm_lmms_eval.py::test_earlier_answers_of_a_conversation_do_not_count",
@@ -356,8 +356,8 @@ EVAL_ENCODER = (
     Mutant(
         name="sampler-deals-to-the-largest",
         file="eval_encoder/lmm/data/sampler.py",
-        old='for place in np.argsort(-lengths, kind="stable"):',
-        new='for place in np.argsort(lengths, kind="stable"):',
+        old='for longest in np.argsort(-lengths, kind="stable"):',
+        new='for longest in np.argsort(lengths, kind="stable"):',
         why="batches of a step are uneven: ranks wait",
         tests=("eval_encoder/lmm/test_lmm_sampler.py",),
     ),
@@ -374,8 +374,8 @@ EVAL_ENCODER = (
     Mutant(
         name="alignment-samples-by-item",
         file="eval_encoder/lmm/model/lmm.py",
-        old="text = torch.stack(text)[:, samples.to(states.cross.device)]",
-        new="text = torch.stack(text)[:, : len(samples)]",
+        old="text_tokens = torch.stack(list(text))[:, samples.to(cross.device)]",
+        new="text_tokens = torch.stack(list(text))[:, : len(samples)]",
         why="pictures are aligned with other samples' text",
         tests=(
             "eval_encoder/lmm/test_lmm_model.py::test_every_picture_is_aligned_with_the_text_of_its_own_sample",
@@ -384,8 +384,8 @@ EVAL_ENCODER = (
     Mutant(
         name="square-padding-rounded-up",
         file="eval_encoder/lmm/data/visuals.py",
-        old="top, left = (side - height) // 2, (side - width) // 2",
-        new="top, left = (side - height + 1) // 2, (side - width + 1) // 2",
+        old="top = (side - height) // 2",
+        new="top = (side - height + 1) // 2",
         why="pictures of odd difference lie one pixel off the published place",
         tests=(
             "eval_encoder/lmm/test_lmm_visuals.py::test_padding_is_that_of_transformers_and_keeps_the_picture_in_the_middle",

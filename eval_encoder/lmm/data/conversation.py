@@ -1,14 +1,18 @@
-"""Conversations about pictures -> token ids and labels, exact by construction.
+"""Conversations about images and clips -> token ids and labels, exact by construction.
 
-    JSON of LLaVA -> Sample -> text of the template, cut at its visuals -> ids and labels
+    LLaVA's list -> Sample -> every n-th of them -> without visuals, for the blind baseline
+      -> checked, before anything heavy is imported or loaded (`stage_samples`)
+    Sample -> text of the template, cut at its visuals -> ids and labels (`encode`)
 
     plain       [BOS, visual, caption, newline]; the human text is thrown away; no EOS
     v1          system text, then "USER: q ASSISTANT: a</s>" for every round, without a space
                 between </s> and the next USER
     llava_v1    the same with another system text
 
-What breaks a rule of the format is an error that names the sample, never a masked sample. Needs no
-more than the standard library. Cost: that of `lmm_labels`; a list is held in memory as a whole.
+What breaks a rule of the format is an error that names the sample, never a masked sample. A wrong
+path, a broken line or an absent image ends a stage within seconds, not after minutes of loading
+weights. Needs no more than the standard library. Cost: that of labels.py; a list is held in memory
+as a whole, and every image and clip is looked up in the file system once.
 """
 
 import json
@@ -16,15 +20,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from model_factory.command_line.plain_text import printable
 from model_factory.files import stays_below
 
+from ..config import LmmArguments
 from .labels import IGNORE_INDEX, Encoded, Piece, assemble
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 IMAGE = "<image>"
 VIDEO = "<video>"
+# a conversation alternates between them, in this order
 SPEAKERS = ("human", "gpt")
 
 _PLACEHOLDER = re.compile(f"{IMAGE}|{VIDEO}")
@@ -42,7 +51,7 @@ TEMPLATES: dict[str, str | None] = {
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says. Human text may hold placeholders of visuals."""
+    """The text of one side. Human text may hold placeholders of visuals."""
 
     speaker: Literal["human", "gpt"]
     text: str
@@ -50,7 +59,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Visual:
-    """A picture or a video, by its path in the list, relative to a folder that the list does not
+    """An image or a video, by its path in the list, relative to a folder that the list does not
     know."""
 
     kind: Literal["image", "video"]
@@ -84,33 +93,80 @@ def read_samples(path: str | Path, folder: str | Path | None = None) -> list[Sam
     The placeholders of a turn are moved to its front, each followed by a newline, and the rest is
     stripped: the published rule for one image, ours for several.
 
-    Raises ValueError that names file, place and id of the first sample that breaks these rules.
+    Raises ValueError that names file, line and id of the first sample that breaks these rules.
     """
     path = Path(path)
     samples = []
-    for place, entry in _entries(path):
+    for location, entry in _entries(path):
         try:
             sample = _sample(entry)
             for visual in sample.visuals:
                 check_below(visual, folder)
             samples.append(sample)
         except ValueError as error:
-            known = isinstance(entry, dict) and "id" in entry
-            name = f" (id {entry['id']!r})" if known else ""
-            raise ValueError(f"{place}{name}: {error}") from error
+            has_id = isinstance(entry, dict) and "id" in entry
+            name = f" (id {entry['id']!r})" if has_id else ""
+            raise ValueError(f"{location}{name}: {error}") from error
     if not samples:
         raise ValueError(f"{path} holds no sample: give a list of conversations")
     return samples
 
 
-def check_template(samples: Sequence[Sample], version: str) -> None:
-    """Raises ValueError that names the first sample that a template does not take, or the templates
-    for an unknown one."""
+def stage_samples(arguments: LmmArguments) -> list[Sample]:
+    """The samples that a stage trains on, checked.
+
+    Raises ValueError for an --image_folder that is none, what `read_samples` raises, a
+    --data_fraction that leaves nothing, a sample that the template does not take, and for images
+    and clips that are absent.
+    """
+    folder = Path(arguments.image_folder)
+    if not folder.is_dir():
+        raise ValueError(f"--image_folder {folder} is no folder: name the one that paths begin at")
+    # a blind model reads no files, so that its list may name any
+    samples = read_samples(arguments.data_path, None if arguments.blind else folder)
+    count = int(len(samples) * arguments.data_fraction)
+    if not count:
+        raise ValueError(
+            f"--data_fraction {arguments.data_fraction} of the {len(samples)} samples of "
+            f"{arguments.data_path} is none: give a larger one"
+        )
+    # spread evenly, as lists are often sorted by their source
+    samples = [samples[int(number / arguments.data_fraction)] for number in range(count)]
+    if arguments.blind:
+        samples = [without_visuals(sample) for sample in samples]
     for sample in samples:
         try:
-            _render(sample.turns, version, eos="")
+            _render(sample.turns, version=arguments.version, eos="")
         except ValueError as error:
             raise ValueError(f"sample {sample.id!r}: {error}") from error
+    _check_present(samples, folder)
+    return samples
+
+
+def without_visuals(sample: Sample) -> Sample:
+    """The same conversation, text only: what a blind reader is given."""
+    turns = [
+        Turn(turn.speaker, turn.text.replace("<image>\n", "").replace("<video>\n", ""))
+        for turn in sample.turns
+    ]
+    return Sample(id=sample.id, turns=tuple(turns), visuals=())
+
+
+def _check_present(samples: Sequence[Sample], folder: Path) -> None:
+    """Raises ValueError that counts the files below `folder` that are absent and names the first
+    of them."""
+    # {file: a sample that shows it}; a packed folder holds many visuals and is looked up once
+    users: dict[Path, str] = {}
+    for sample in samples:
+        for visual in sample.visuals:
+            users.setdefault(visual.place(folder), sample.id)
+    absent = [(path, name) for path, name in users.items() if not path.exists()]
+    if absent:
+        first = ", ".join(f"{path} (sample {name!r})" for path, name in absent[:5])
+        raise ValueError(
+            f"{len(absent)} of {len(users)} pictures and clips are not there; the first: {first}; "
+            "check --image_folder"
+        )
 
 
 def check_below(visual: Visual, folder: str | Path | None) -> None:
@@ -144,7 +200,7 @@ def words(sample: Sample) -> int:
 
 def encode(
     sample_or_turns: Sample | Sequence[Turn],
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     version: str,
     visual_tokens: Sequence[int],
     image_token_id: int,
@@ -165,21 +221,25 @@ def encode(
     name, turns = _named(sample_or_turns)
     try:
         _check_order(turns, last="gpt")
-        pieces = _render(turns, version, tokenizer.eos_token)
-        encoded, needed = assemble(pieces, tokenizer, visual_tokens, image_token_id)
-        return _cut(encoded, needed, max_length)
+        encoded, visuals_end = assemble(
+            _render(turns, version=version, eos=tokenizer.eos_token),
+            tokenizer=tokenizer,
+            visual_tokens=visual_tokens,
+            image_token_id=image_token_id,
+        )
+        return _cut(encoded, visuals_end=visuals_end, max_length=max_length)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
 def encode_prompt(
     question_or_turns: str | Sequence[Turn],
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     version: str,
     visual_tokens: Sequence[int],
     image_token_id: int,
 ) -> list[int]:
-    """Ids after which the model is to speak: those of `encode` up to and including the last
+    """Ids after which the model answers: those of `encode` up to and including the last
     "ASSISTANT:" (plain: up to the visual).
 
     Takes a question with its placeholders, or turns that end with a human one; the rest is as in
@@ -190,16 +250,22 @@ def encode_prompt(
     name, turns = _named(question_or_turns)
     try:
         _check_order(turns, last="human")
-        pieces = _render(turns, version, tokenizer.eos_token)
-        return assemble(pieces, tokenizer, visual_tokens, image_token_id)[0].input_ids
+        encoded, _ = assemble(
+            _render(turns, version=version, eos=tokenizer.eos_token),
+            tokenizer=tokenizer,
+            visual_tokens=visual_tokens,
+            image_token_id=image_token_id,
+        )
+        return encoded.input_ids
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, content) of every sample of a file."""
+    """(file and line or rank, content) of every sample of a file."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a JSON list or JSONL of conversations")
+    # a byte order mark and blanks may stand in front; lists of millions are read line by line
     with open(path, "rb") as stream:
         is_list = stream.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     if is_list:
@@ -212,33 +278,35 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path} line {number}", _parse(line, f"{path} line {number}")
 
 
-def _parse(text: bytes, place: str):
+def _parse(text: bytes, location: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{place} is no JSON: {error}; give one JSON list, or one object per line"
+            f"{location} is no JSON: {error}; give one JSON list, or one object per line"
         ) from error
 
 
-def _sample(entry) -> Sample:
+def _sample(entry: Any) -> Sample:
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str | int):
         raise ValueError("a sample is an object with an id, a text or a whole number: give it one")
     turns = _read_turns(entry.get("conversations"))
     _check_order(turns, last="gpt")
-    visuals = [
-        Visual(kind, path) for kind in ("image", "video") for path in _paths(entry.get(kind), kind)
-    ]
-    return Sample(str(entry["id"]), *_place_visuals(turns, visuals))
+    visuals = [Visual("image", path) for path in _paths(entry.get("image"), "image")]
+    visuals += [Visual("video", path) for path in _paths(entry.get("video"), "video")]
+    ordered = _in_order(turns, visuals)
+    return Sample(
+        id=str(entry["id"]), turns=_placeholders_in_front(turns, ordered), visuals=ordered
+    )
 
 
-def _read_turns(conversations) -> list[Turn]:
+def _read_turns(conversations: Any) -> list[Turn]:
     if not isinstance(conversations, list):
         raise ValueError("conversations is no list: give the turns there")
     turns = []
     for number, turn in enumerate(conversations, start=1):
-        known = isinstance(turn, dict) and isinstance(turn.get("value"), str)
-        if not known or turn.get("from") not in SPEAKERS:
+        has_text = isinstance(turn, dict) and isinstance(turn.get("value"), str)
+        if not has_text or turn.get("from") not in SPEAKERS:
             raise ValueError(f'turn {number} is no {{"from": "human" or "gpt", "value": text}}')
         turns.append(Turn(turn["from"], turn["value"]))
     return turns
@@ -253,48 +321,61 @@ def _check_order(turns: Sequence[Turn], last: str) -> None:
             f"with human and end with {last}; merge or take out turns"
         )
     for number, turn in enumerate(turns, start=1):
-        if turn.speaker == "gpt" and _PLACEHOLDER.search(turn.text):
+        shown = _PLACEHOLDER.search(turn.text)
+        if turn.speaker == "gpt" and shown is not None:
             raise ValueError(
-                f"turn {number}, an answer, holds {_PLACEHOLDER.search(turn.text)[0]}: only human "
-                "turns show something; write it in another way, for example without the brackets"
+                f"turn {number}, an answer, holds {shown[0]}: only human turns show something; "
+                "write it in another way, for example without the brackets"
             )
 
 
-def _paths(value, kind: str) -> list[str]:
+def _paths(value: Any, kind: str) -> list[str]:
     """Paths of a field that holds one, several, or nothing (absent or null)."""
-    paths = [] if value is None else value if isinstance(value, list) else [value]
+    if value is None:
+        return []
+    paths = value if isinstance(value, list) else [value]
     if not all(isinstance(path, str) and path for path in paths):
         raise ValueError(f"{kind} is {value!r}: give a path or a list of paths")
     return paths
 
 
-def _place_visuals(turns: list[Turn], visuals: list[Visual]):
-    """(turns with their placeholders in front, visuals in the order of these)."""
-    found = [_PLACEHOLDER.findall(turn.text) for turn in turns]
-    if len(visuals) == 1 and not any(found):
-        found[0] = [f"<{visuals[0].kind}>"]
-    kinds = [placeholder[1:-1] for placeholders in found for placeholder in placeholders]
+def _in_order(turns: Sequence[Turn], visuals: Sequence[Visual]) -> tuple[Visual, ...]:
+    """The visuals in the order of their placeholders."""
+    kinds = [shown[1:-1] for turn in turns for shown in _PLACEHOLDER.findall(turn.text)]
+    if len(visuals) == 1 and not kinds:
+        return tuple(visuals)
     if len(kinds) != len(visuals):
         raise ValueError(
             f"{len(kinds)} placeholders for {len(visuals)} visuals: write {IMAGE} or {VIDEO} once "
             "for each path"
         )
     given = [visual.kind for visual in visuals]
-    if len(set(given)) == 1:
-        kinds = given
+    if len(set(given)) <= 1:
+        return tuple(visuals)
     if sorted(kinds) != sorted(given):
         raise ValueError(
             f"{kinds.count('video')} {VIDEO} for {given.count('video')} videos: where images and "
             "videos meet, each needs a placeholder of its kind"
         )
     waiting = {kind: iter([v for v in visuals if v.kind == kind]) for kind in given}
-    ordered = tuple(next(waiting[kind]) for kind in kinds)
-    placed, taken = [], iter(ordered)
-    for turn, placeholders in zip(turns, found, strict=True):
-        front = "".join(f"<{next(taken).kind}>\n" for _ in placeholders)
-        rest = _PLACEHOLDER.sub("", turn.text).strip() if front else turn.text
-        placed.append(Turn(turn.speaker, front + rest))
-    return tuple(placed), ordered
+    return tuple(next(waiting[kind]) for kind in kinds)
+
+
+def _placeholders_in_front(turns: Sequence[Turn], visuals: Sequence[Visual]) -> tuple[Turn, ...]:
+    """The turns, each with the placeholders of its visuals moved to its front."""
+    counts = [len(_PLACEHOLDER.findall(turn.text)) for turn in turns]
+    if not any(counts):
+        # a visual without a placeholder belongs in front of the first turn
+        counts[0] = len(visuals)
+    remaining = iter(visuals)
+    placed = []
+    for turn, count in zip(turns, counts, strict=True):
+        text = turn.text
+        if count:
+            front = "".join(f"<{next(remaining).kind}>\n" for _ in range(count))
+            text = front + _PLACEHOLDER.sub("", text).strip()
+        placed.append(Turn(turn.speaker, text))
+    return tuple(placed)
 
 
 def _named(sample_or_turns: Sample | Sequence[Turn]) -> tuple[str, Sequence[Turn]]:
@@ -317,7 +398,7 @@ def _render(turns: Sequence[Turn], version: str, eos: str | None) -> list[Piece]
     pieces = [Piece(f"{system} ")]
     for turn in turns:
         if turn.speaker == "gpt":
-            pieces[-1].add_answer(" ", turn.text, eos)
+            pieces[-1].add_answer(turn.text, lead=" ", eos=eos)
             continue
         first, *others = _PLACEHOLDER.split(turn.text)
         pieces[-1].text += f"USER: {first}"
@@ -327,6 +408,7 @@ def _render(turns: Sequence[Turn], version: str, eos: str | None) -> list[Piece]
 
 
 def _render_plain(turns: Sequence[Turn]) -> list[Piece]:
+    """The visual and its caption; the human text is thrown away."""
     shown = _PLACEHOLDER.findall(turns[0].text)
     if len(turns) > 2 or len(shown) != 1:
         raise ValueError(
@@ -335,18 +417,20 @@ def _render_plain(turns: Sequence[Turn]) -> list[Piece]:
         )
     pieces = [Piece(), Piece()]
     for turn in turns[1:]:
-        pieces[1].add_answer("", f"{turn.text}\n", "")
+        pieces[1].add_answer(f"{turn.text}\n")
     return pieces
 
 
-def _cut(encoded: Encoded, needed: int, max_length: int) -> Encoded:
+def _cut(encoded: Encoded, visuals_end: int, max_length: int) -> Encoded:
+    """The first `max_length` tokens. ValueError where these lack part of a visual, which the model
+    could not match with its tokens, or have no label."""
     length = len(encoded.input_ids)
     if length <= max_length:
         return encoded
-    if needed > max_length:
+    if visuals_end > max_length:
         raise ValueError(
-            f"{length} tokens, the last visual ends at {needed}, --model_max_length {max_length} "
-            f"would cut it: raise --model_max_length to more than {needed}"
+            f"{length} tokens, the last visual ends at {visuals_end}, --model_max_length "
+            f"{max_length} would cut it: raise --model_max_length to more than {visuals_end}"
         )
     labels = encoded.labels[:max_length]
     if all(label == IGNORE_INDEX for label in labels):

@@ -1,28 +1,30 @@
-"""Conversations and their pictures and clips -> batches of an LmmForConditionalGeneration.
+"""Conversations and their images and clips -> batches of an LmmForConditionalGeneration.
 
     Sample -> visuals read or their features taken from the store -> placeholders counted by the
-    model's own rule -> ids and labels (lmm_conversation.py) -> padded batch
+    model's own rule -> ids and labels (conversation.py) -> padded batch
 
 Everything is lazy: a list costs its text. A visual that cannot be read stops the training with the
-sample's name; whether all are there is asked beforehand (lmm_samples.py). Cost: that of
-lmm_visuals.
+sample's name; whether all files exist is checked beforehand (conversation.stage_samples). Cost:
+that of visuals.py.
 
-Shape legend: B samples, T tokens, N items (pictures and clips).
+Shape legend: B samples, T tokens, N items (images and clips).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from model_factory.llava.towers import Grid, VisualInputs
 
 from ..model.lmm import Visuals
 from .conversation import IGNORE_INDEX, Sample, Visual, encode, read_samples, words
 from .features import FeatureStore, StoredItem
-from .visuals import VisualItem, VisualReader, read_visual
+from .visuals import VisualItem, VisualReader, packed_inputs, read_visual
 
 TokensFor = Callable[[Grid | None, int], int]
 
@@ -33,7 +35,7 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-    visuals: list[VisualItem | StoredItem]
+    visuals: Sequence[VisualItem | StoredItem]
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,24 @@ class ConversationDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         samples: Sequence[Sample],
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         text: TextConfig,
         reader: VisualReader,
         tokens_for: TokensFor,
         store: FeatureStore | None = None,
-    ):
+    ) -> None:
         """tokens_for(grid, patches): placeholders of an item."""
-        self.samples, self.tokenizer, self.text = samples, tokenizer, text
-        self.reader, self.tokens_for, self.store = reader, tokens_for, store
+        self.samples = samples
+        self.tokenizer = tokenizer
+        self.text = text
+        self.reader = reader
+        self.tokens_for = tokens_for
+        self.store = store
 
     @classmethod
-    def from_file(cls, path: str | Path, *args, **kwargs) -> "ConversationDataset":
-        """The samples of a list."""
-        return cls(read_samples(path), *args, **kwargs)
+    def from_file(cls, path: str | Path, **options: Any) -> "ConversationDataset":
+        """The samples of a list; `options` are those of the class."""
+        return cls(read_samples(path), **options)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -74,9 +80,13 @@ class ConversationDataset(torch.utils.data.Dataset):
         sample = self.samples[index]
         visuals = [self._visual(sample, visual) for visual in sample.visuals]
         counts = [visual_tokens(visual, self.tokens_for) for visual in visuals]
-        text = self.text
         encoded = encode(
-            sample, self.tokenizer, text.version, counts, text.image_token_id, text.max_length
+            sample,
+            tokenizer=self.tokenizer,
+            version=self.text.version,
+            visual_tokens=counts,
+            image_token_id=self.text.image_token_id,
+            max_length=self.text.max_length,
         )
         return Example(encoded.input_ids, encoded.labels, visuals)
 
@@ -93,17 +103,17 @@ class ConversationDataset(torch.utils.data.Dataset):
     def _visual(self, sample: Sample, visual: Visual) -> VisualItem | StoredItem:
         if self.store is not None:
             return self.store.get(visual)
-        return read_visual(self.reader, visual, f"sample {sample.id!r}")
+        return read_visual(self.reader, visual=visual, name=f"sample {sample.id!r}")
 
 
 def visual_tokens(visual: VisualItem | StoredItem, tokens_for: TokensFor) -> int:
-    """Placeholders of one visual; a clip given as pictures counts all of them."""
+    """Placeholders of one visual; a clip given as images counts all of them."""
     if isinstance(visual, StoredItem):
         return tokens_for(visual.grid, visual.patches) * visual.count
     if visual.pictures is not None:
         frames, rows, columns = visual.grids[0]
         return tokens_for(visual.grids[0], frames * rows * columns) * len(visual.pictures)
-    return tokens_for(visual.grids[0], len(visual.rows))
+    return tokens_for(visual.grids[0], len(cast(torch.Tensor, visual.rows)))
 
 
 @dataclass(frozen=True)
@@ -115,15 +125,17 @@ class Collator:
     left: bool = False
     store: FeatureStore | None = None
 
-    def __call__(self, examples: Sequence[Example]) -> dict:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """input_ids, attention_mask, labels int64 [B, T] and `visuals`."""
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self._padded([e.input_ids for e in examples], self.pad_token_id),
             "attention_mask": self._padded([[1] * len(e.input_ids) for e in examples], 0),
             "labels": self._padded([e.labels for e in examples], IGNORE_INDEX),
         }
         visuals = collate_visuals([example.visuals for example in examples], self.store)
-        return batch if visuals is None else {**batch, "visuals": visuals}
+        if visuals is not None:
+            batch["visuals"] = visuals
+        return batch
 
     def _padded(self, rows: list[list[int]], value: int) -> torch.Tensor:
         side = "left" if self.left else "right"
@@ -140,30 +152,33 @@ def collate_visuals(
 ) -> Visuals | None:
     """Items of all samples in order, None where there are none.
 
-    Raises ValueError where pictures of different sizes meet in a tower that takes one size.
+    Raises ValueError where images of different sizes meet in a tower that takes one size.
     """
-    flat = [(row, visual) for row, group in enumerate(visuals) for visual in group]
-    if not flat:
+    items: list[VisualItem] = []
+    stored: list[StoredItem] = []
+    samples: list[int] = []  # of every image or clip, the row of the batch
+    for row, group in enumerate(visuals):
+        for visual in group:
+            if isinstance(visual, StoredItem):
+                stored.append(visual)
+                samples += [row] * visual.count
+            else:
+                items.append(visual)
+                samples += [row] * len(visual.grids)
+    if not samples:
         return None
-    items = [visual for _, visual in flat]
-    if isinstance(items[0], StoredItem):
-        samples = [row for row, item in flat for _ in range(item.count)]
-        return Visuals(None, torch.tensor(samples), store.states(items))
-    samples = torch.tensor([row for row, item in flat for _ in item.grids])
-    if items[0].pictures is not None:
-        sizes = sorted({tuple(item.pictures.shape[-2:]) for item in items})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"pictures and clips of {sizes} pixels meet in a tower that takes one size at a "
-                "time: set --video_size to that of the pictures, and take an image processor that "
-                "crops"
-            )
-        pixels = torch.cat([item.pictures for item in items])
-        return Visuals(VisualInputs(pixel_values=pixels), samples)
-    inputs = VisualInputs(
-        rows=torch.cat([item.rows for item in items]),
-        positions=torch.cat([item.positions for item in items]),
-        lengths=torch.tensor([len(item.rows) for item in items]),
-        grids=torch.tensor([item.grids[0] or (0, 0, 0) for item in items]),
-    )
-    return Visuals(inputs, samples)
+    if store is not None and stored:
+        states = store.states(stored)
+        return Visuals(inputs=None, samples=torch.tensor(samples), states=states)
+    images = [item.pictures for item in items if item.pictures is not None]
+    if not images:
+        return Visuals(inputs=packed_inputs(items), samples=torch.tensor(samples))
+    sizes = sorted({tuple(image.shape[-2:]) for image in images})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"pictures and clips of {sizes} pixels meet in a tower that takes one size at a "
+            "time: set --video_size to that of the pictures, and take an image processor that "
+            "crops"
+        )
+    inputs = VisualInputs(pixel_values=torch.cat(images))
+    return Visuals(inputs=inputs, samples=torch.tensor(samples))

@@ -10,9 +10,13 @@ call per piece, one decoding per answer; about 0.7 ms for 500 tokens.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from typing import TYPE_CHECKING
 
-IGNORE_INDEX = -100
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100  # torch's cross entropy passes such labels over
+Span = tuple[int, int]  # [first, behind the last), of characters or of tokens
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,12 @@ class Encoded:
 @dataclass(frozen=True)
 class Answer:
     """Characters [start, end) of a piece are supervised; [stop, end) is the EOS, if there is one;
-    `said` is what the tokens before it must decode to."""
+    `text` is what the tokens before it must decode to."""
 
     start: int
     stop: int
     end: int
-    said: str
+    text: str
 
 
 @dataclass
@@ -42,17 +46,20 @@ class Piece:
     text: str = ""
     answers: list[Answer] = field(default_factory=list)
 
-    def add_answer(self, lead: str, said: str, eos: str) -> None:
+    def add_answer(self, text: str, lead: str = "", eos: str = "") -> None:
         """Append an answer, with the text that leads to its first word and an EOS or ""; all of
         it is supervised."""
         start = len(self.text)
-        stop = start + len(lead) + len(said)
-        self.text += lead + said + eos
-        self.answers.append(Answer(start, stop, stop + len(eos), said))
+        stop = start + len(lead) + len(text)
+        self.text += lead + text + eos
+        self.answers.append(Answer(start=start, stop=stop, end=stop + len(eos), text=text))
 
 
 def assemble(
-    pieces: Sequence[Piece], tokenizer, visual_tokens: Sequence[int], image_token_id: int
+    pieces: Sequence[Piece],
+    tokenizer: "PreTrainedTokenizerBase",
+    visual_tokens: Sequence[int],
+    image_token_id: int,
 ) -> tuple[Encoded, int]:
     """(the whole sequence, its length up to the end of the last visual).
 
@@ -77,21 +84,26 @@ def assemble(
     added = tokenizer.added_tokens_decoder.items()
     special = {token for token, content in added if content.special}
     special |= {*tokenizer.all_special_ids, image_token_id}
-    ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids: list[int] = []
+    if tokenizer.bos_token_id is not None:
+        ids.append(tokenizer.bos_token_id)
     labels = [IGNORE_INDEX] * len(ids)
-    needed = 0
-    for piece, count in zip_longest(pieces, visual_tokens, fillvalue=0):
+    visuals_end = 0
+    # no visual follows the last piece
+    for piece, count in zip(pieces, [*visual_tokens, 0], strict=True):
         piece_ids, piece_labels = _tokenise(piece, tokenizer, special)
         ids += piece_ids + [image_token_id] * count
         labels += piece_labels + [IGNORE_INDEX] * count
         if count:
-            needed = len(ids)
-    return Encoded(ids, labels), needed
+            visuals_end = len(ids)
+    return Encoded(input_ids=ids, labels=labels), visuals_end
 
 
-def _tokenise(piece: Piece, tokenizer, special: set[int]) -> tuple[list[int], list[int]]:
+def _tokenise(
+    piece: Piece, tokenizer: "PreTrainedTokenizerBase", special: set[int]
+) -> tuple[list[int], list[int]]:
     """(ids, labels) of a piece."""
-    out = tokenizer(
+    encoded = tokenizer(
         piece.text,
         add_special_tokens=False,
         return_offsets_mapping=True,
@@ -99,48 +111,50 @@ def _tokenise(piece: Piece, tokenizer, special: set[int]) -> tuple[list[int], li
         padding=False,
         verbose=False,
     )
-    ids, spans = out["input_ids"], out["offset_mapping"]
-    located = [_locate(answer, piece, spans) for answer in piece.answers]
-    eos_places = set()
-    for answer, (_, last) in zip(piece.answers, located, strict=True):
+    ids: list[int] = encoded["input_ids"]
+    spans: list[Span] = encoded["offset_mapping"]
+    labels = [IGNORE_INDEX] * len(ids)
+    eos_indices = set()
+    answer_ids = []
+    for answer in piece.answers:
+        first, last = _tokens_of(answer, piece=piece, spans=spans)
+        labels[first:last] = ids[first:last]
+        text_end = last
         if answer.end > answer.stop:
-            is_eos = ids[last - 1] == tokenizer.eos_token_id
-            if not is_eos or spans[last - 1] != (answer.stop, answer.end):
+            text_end = last - 1
+            is_eos = ids[text_end] == tokenizer.eos_token_id
+            if not is_eos or spans[text_end] != (answer.stop, answer.end):
                 raise ValueError(
-                    f"{tokenizer.eos_token!r} does not become the EOS after {answer.said!r}: load "
+                    f"{tokenizer.eos_token!r} does not become the EOS after {answer.text!r}: load "
                     "a tokenizer that keeps special tokens whole"
                 )
-            eos_places.add(last - 1)
-    for place, (token, span) in enumerate(zip(ids, spans, strict=True)):
-        if token in special and place not in eos_places:
+            eos_indices.add(text_end)
+        answer_ids.append((answer, ids[first:text_end]))
+    for index, (token, (start, end)) in enumerate(zip(ids, spans, strict=True)):
+        if token in special and index not in eos_indices:
             raise ValueError(
-                f"the text {piece.text[slice(*span)]!r} becomes the special token "
+                f"the text {piece.text[start:end]!r} becomes the special token "
                 f"{tokenizer.convert_ids_to_tokens(token)!r}: write it in another way"
             )
-    labels = [IGNORE_INDEX] * len(ids)
-    for answer, (first, last) in zip(piece.answers, located, strict=True):
-        labels[first:last] = ids[first:last]
-        said = ids[first : last - (last - 1 in eos_places)]
-        _check_decoding(said, answer.said, tokenizer)
+    # after the special tokens, which would be found here too, with a less useful message
+    for answer, text_ids in answer_ids:
+        decoded = tokenizer.decode(text_ids, clean_up_tokenization_spaces=False)
+        if decoded not in (answer.text, f" {answer.text}"):  # the space belongs to the first token
+            raise ValueError(
+                f"the answer {answer.text!r} becomes tokens that say {decoded!r}: rewrite it with "
+                "what the tokenizer keeps"
+            )
     return ids, labels
 
 
-def _locate(answer: Answer, piece: Piece, spans: list[tuple[int, int]]) -> tuple[int, int]:
+def _tokens_of(answer: Answer, piece: Piece, spans: Sequence[Span]) -> Span:
     """(first token of an answer, one behind its last token), from the characters of all tokens."""
     for border in (answer.start, answer.stop, answer.end):
         before = bisect_left(spans, (border,)) - 1  # the last token that begins before the border
         if before >= 0 and spans[before][1] > border:
+            start, end = spans[before]
             raise ValueError(
-                f"the token of {piece.text[slice(*spans[before])]!r} lies across a border of the "
-                f"answer {answer.said!r}: this tokenizer does not fit the version"
+                f"the token of {piece.text[start:end]!r} lies across a border of the "
+                f"answer {answer.text!r}: this tokenizer does not fit the version"
             )
     return bisect_left(spans, (answer.start,)), bisect_left(spans, (answer.end,))
-
-
-def _check_decoding(ids: list[int], said: str, tokenizer) -> None:
-    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    if decoded not in (said, f" {said}"):  # the space before it belongs to its first token
-        raise ValueError(
-            f"the answer {said!r} becomes tokens that say {decoded!r}: rewrite it with what the "
-            "tokenizer keeps"
-        )

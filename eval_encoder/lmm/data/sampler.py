@@ -1,6 +1,6 @@
-"""The order of training samples that lets ranks wait little: like kinds and lengths meet.
+"""Samplers: shuffled, or with samples of like kind and length together, so that ranks wait little.
 
-    mega-batch   the samples of one optimiser step: `batches_per_step` batches of `batch_size`,
+    mega-batch   the samples of one optimizer step: `batches_per_step` batches of `batch_size`,
                  where batches_per_step = world size x accumulation
     kinds        multimodal (positive length) and text-only (negative length)
 
@@ -20,7 +20,11 @@ from data_pipeline.random import counter_rng
 
 
 def modality_length_order(
-    lengths: Sequence[int], batch_size: int, batches_per_step: int, seed: int, epoch: int
+    lengths: Sequence[int] | np.ndarray,
+    batch_size: int,
+    batches_per_step: int,
+    seed: int,
+    epoch: int,
 ) -> list[list[int]]:
     """Mega-batches of sample indices, a partition of all samples.
 
@@ -30,15 +34,22 @@ def modality_length_order(
     """
     lengths = np.asarray(lengths, np.int64)
     size = batch_size * batches_per_step
-    full, last = [], []
-    for number, of_kind in enumerate((lengths > 0, lengths < 0)):
-        indices = np.flatnonzero(of_kind)
-        indices = counter_rng(seed, "modality length samples", epoch, number).permutation(indices)
-        pieces = [indices[start : start + size] for start in range(0, len(indices), size)]
-        full += [_deal(piece, np.abs(lengths[piece]), batch_size) for piece in pieces[:-1]]
-        last += [int(index) for piece in pieces[-1:] for index in piece]
-    order = counter_rng(seed, "modality length mega-batches", epoch).permutation(len(full))
-    return [*(full[place] for place in order), *([sorted(last)] if last else [])]
+    mega_batches: list[list[int]] = []
+    last: list[int] = []
+    for number, is_of_kind in enumerate((lengths > 0, lengths < 0)):
+        draw = counter_rng(seed, "modality length samples", epoch, number)
+        indices = draw.permutation(np.flatnonzero(is_of_kind))
+        # the last mega-batch of a kind, full or not, goes into the mixed one
+        mixed_from = max(0, len(indices) - 1) // size * size
+        for start in range(0, mixed_from, size):
+            piece = indices[start : start + size]
+            mega_batches.append(_deal(piece, np.abs(lengths[piece]), batch_size=batch_size))
+        last += indices[mixed_from:].tolist()
+    draw = counter_rng(seed, "modality length mega-batches", epoch)
+    order = [mega_batches[index] for index in draw.permutation(len(mega_batches))]
+    if last:
+        order.append(sorted(last))
+    return order
 
 
 def _deal(indices: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[int]:
@@ -46,11 +57,12 @@ def _deal(indices: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[int
     batch with the smallest sum that has room; the lower batch where sums are equal."""
     batches: list[list[int]] = [[] for _ in range(len(indices) // batch_size)]
     open_batches = [(0, number) for number in range(len(batches))]  # a heap: (sum, batch)
-    for place in np.argsort(-lengths, kind="stable"):
+    # stable, so that equal lengths keep their drawn order on every machine
+    for longest in np.argsort(-lengths, kind="stable"):
         total, number = heapq.heappop(open_batches)
-        batches[number].append(int(indices[place]))
+        batches[number].append(int(indices[longest]))
         if len(batches[number]) < batch_size:
-            heapq.heappush(open_batches, (total + int(lengths[place]), number))
+            heapq.heappush(open_batches, (total + int(lengths[longest]), number))
     return [index for batch in batches for index in batch]
 
 
@@ -81,7 +93,9 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         for name, value in (("batch_size", batch_size), ("batches_per_step", batches_per_step)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        self._batch_size, self._batches_per_step, self._seed = batch_size, batches_per_step, seed
+        self._batch_size = batch_size
+        self._batches_per_step = batches_per_step
+        self._seed = seed
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -92,8 +106,14 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        settings = (self._batch_size, self._batches_per_step, self._seed, self._epoch)
-        for mega_batch in modality_length_order(self._lengths, *settings):
+        order = modality_length_order(
+            self._lengths,
+            batch_size=self._batch_size,
+            batches_per_step=self._batches_per_step,
+            seed=self._seed,
+            epoch=self._epoch,
+        )
+        for mega_batch in order:
             yield from mega_batch
 
 
@@ -101,7 +121,9 @@ class ShuffledSampler(torch.utils.data.Sampler[int]):
     """All indices in an order drawn from (seed, epoch)."""
 
     def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed, self._epoch = count, seed, 0
+        self._count = count
+        self._seed = seed
+        self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is given next."""

@@ -1,24 +1,27 @@
-"""A path of a conversation -> what a tower sees: a picture, a clip's frames, or a clip's patches.
+"""A path of a conversation -> what a tower sees: an image, a clip's frames, or a clip's patches.
 
     picture.jpg       padded to a square with the mean colour (`pad`) or cropped (`square`), then
                       the tower's image processor
     clip.mp4          whole frames or codec patches with true positions, as the attentive probe
-                      reads clips (probe_video.py); a tower of pictures gets its frames one by one
+                      reads clips (probe/clips.py); a tower of images gets its frames one by one
     SHARDS#KEY        a clip of a packed folder: its patches and positions
     FOLDER            with mosaics and positions_thw.npy, as public tools write clips: the same
 
 Nothing is drawn at random: the same path gives the same numbers, so features can be stored. Cost: a
-few milliseconds per picture, tens per clip.
+few milliseconds per image, tens per clip.
 
-Shape legend: K patches of an item, p patch size, F pictures.
+Shape legend: K patches of an item, p patch size, F images.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from transformers import BaseImageProcessor
 
 from data_pipeline.codec.guard import WALL_SECONDS
 from data_pipeline.codec.open_video import InputLimits, is_image
@@ -34,7 +37,7 @@ from data_pipeline.shards.schema import (
     decode_array,
     decode_patches,
 )
-from model_factory.llava.towers import Grid
+from model_factory.llava.towers import Grid, VisualInputs
 from model_factory.packing import compute_patch_positions_from_grid_thw, patchify
 
 from ...clip_input import InputConfig
@@ -49,8 +52,8 @@ VIEWS = {"frame": "llava_vit_sampling", "codec": "llava_vit_codec"}
 
 @dataclass(frozen=True)
 class VisualConfig:
-    """patch_size     of the tower; `packs`: whether it takes packs, or pictures only
-    aspect         of pictures, one of ASPECTS
+    """patch_size     of the tower; `packs`: whether it takes packs, or images only
+    aspect         of images, one of ASPECTS
     video_size     side of clips in pixels
     video_view     frame or codec; num_frames of the first, num_tokens of the second"""
 
@@ -62,7 +65,7 @@ class VisualConfig:
     num_frames: int = 8
     num_tokens: int = 1568
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, known in (("aspect", ASPECTS), ("video_view", tuple(VIEWS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: {' or '.join(known)}")
@@ -70,10 +73,11 @@ class VisualConfig:
             raise ValueError("codec patches need an encoder of ours: --video_view frame")
 
     def clips(self) -> InputConfig:
-        """The same in the words of the probe."""
+        """The same as a configuration of the attentive probe, whose reader decodes clips."""
         return InputConfig(
             family=VIEWS[self.video_view],
             num_frames=self.num_frames,
+            # all positions of the codec's time base (data_pipeline/codec/decompose.py)
             target_frames=64,
             num_tokens=self.num_tokens,
             gop=0,
@@ -96,8 +100,8 @@ class VisualConfig:
 
 @dataclass(frozen=True)
 class VisualItem:
-    """pictures float [F, 3, H, W] for a tower of pictures, else patch rows float [K, 3*p*p] with
-    positions int64 [K, 3]; all normalised. `grids` of its items: one, or one per picture; None for
+    """pictures float [F, 3, H, W] for a tower of images, else patch rows float [K, 3*p*p] with
+    positions int64 [K, 3]; all normalised. `grids` of its items: one, or one per image; None for
     patches that fill no grid."""
 
     grids: tuple[Grid | None, ...]
@@ -109,38 +113,39 @@ class VisualItem:
 class VisualReader:
     """Reads paths below a folder; see the module's text."""
 
-    def __init__(self, config: VisualConfig, image_processor, folder: str | Path = "."):
+    def __init__(
+        self, config: VisualConfig, image_processor: BaseImageProcessor, folder: str | Path = "."
+    ) -> None:
         self.config = config
         self.folder = Path(folder)
         self.processor = image_processor
 
-    def place(self, visual: Visual) -> Path:
-        """File or folder that a path names."""
-        return visual.place(self.folder)
-
     def identity(self, visual: Visual) -> str:
-        """Text that changes with the bytes that are read: place, size and time of files."""
-        place = self.place(visual)
+        """Text that changes with the bytes that are read: path, size and time of files."""
+        path = visual.place(self.folder)
         if "#" in visual.path:
-            return f"{visual.path} {file_identity(place / MANIFEST_NAME)}"
-        files = sorted(place.iterdir()) if place.is_dir() else [place]
-        return " ".join(file_identity(path) for path in files)
+            return f"{visual.path} {file_identity(path / MANIFEST_NAME)}"
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return " ".join(file_identity(file) for file in files)
 
     def __call__(self, visual: Visual, limits: InputLimits | None = None) -> VisualItem:
-        """What is seen of a path, whose file may be at most of the `limits`.
+        """What the tower sees of a path, whose file may be at most of the `limits`.
 
         Raises RejectedInput for a file that cannot be read, DataPipelineError for shards, and
         ValueError for mosaics that do not fit."""
-        place, _, key = str(self.folder / visual.path).partition("#")
+        path = visual.place(self.folder)
+        _, _, key = visual.path.partition("#")
         if key:
-            return self._patches(*_packed_clip(place, key))
-        if Path(place).is_dir():
-            clip = read_mosaics(Path(place))
+            patches, positions = _packed_clip(str(path), key)
+            return self._patches(patches, positions)
+        if path.is_dir():
+            clip = read_mosaics(path)
+            # behind the valid ones stand repeats of the last patch, which fill the mosaics
             return self._patches(clip.patches[: clip.valid], clip.positions[: clip.valid])
-        if visual.kind == "image" or is_image(Path(place)):
-            return self.picture(shared_reader().picture(Path(place), limits))
+        if visual.kind == "image" or is_image(path):
+            return self.picture(shared_reader().picture(path, limits))
         view = view_of_file(
-            Path(place),
+            path,
             Look(0),
             self.config.clips(),
             size=self.config.video_size,
@@ -150,7 +155,7 @@ class VisualReader:
         return self._clip(view)
 
     def picture(self, picture: np.ndarray) -> VisualItem:
-        """Of a picture uint8 [H, W, 3]."""
+        """What the tower sees of an image uint8 [H, W, 3]."""
         from PIL import Image
 
         if self.config.aspect == "pad":
@@ -166,41 +171,44 @@ class VisualReader:
 
     def _clip(self, view: View) -> VisualItem:
         view = replace(view, colour=self._colour())
-        zeros = torch.zeros(1)
-        rows = pack_views([view], zeros.long(), zeros[None].long(), zeros).hidden_states()
-        sparse = view.grid[0] == 1 and view.grid[1] == 1
-        if self.config.packs:
-            grid = None if sparse else view.grid
-            return VisualItem((grid,), rows=rows, positions=view.positions)
+        # labels and weights, which a pack for training has, are not used here
+        zero = torch.zeros(1)
+        pack = pack_views([view], zero.long(), zero[None].long(), zero)
+        rows = pack.hidden_states()
         frames, height, width = view.grid
+        if self.config.packs:
+            # selected patches, which fill no grid, come as one row of one frame
+            is_sparse = frames == 1 and height == 1
+            grid = None if is_sparse else view.grid
+            return VisualItem((grid,), rows=rows, positions=view.positions)
         p = self.config.patch_size
         squares = rows.view(frames, height, width, 3, p, p)
-        pictures = squares.permute(0, 3, 1, 4, 2, 5).reshape(frames, 3, height * p, width * p)
-        return VisualItem(((1, height, width),) * frames, pictures=pictures)
+        images = squares.permute(0, 3, 1, 4, 2, 5).reshape(frames, 3, height * p, width * p)
+        return VisualItem(((1, height, width),) * frames, pictures=images)
 
     def _patches(self, patches: np.ndarray, positions: np.ndarray) -> VisualItem:
-        """Of packed patches uint8 [K, p, p, 3]."""
+        """What the tower sees of packed patches uint8 [K, p, p, 3] at positions [K, 3]."""
         side = patches.shape[1]
         if not self.config.packs or side != self.config.patch_size:
             raise ValueError(
                 f"packed patches of {side} px need an encoder of ours with that patch size, not "
                 f"{self.config.patch_size}: pack again, or give the video file"
             )
-        where = torch.from_numpy(positions.astype(np.int64))
-        pieces = torch.from_numpy(np.ascontiguousarray(patches)).movedim(-1, 1)
-        return self._clip(View((pieces,), where, (1, 1, len(where))))
+        channels_first = torch.from_numpy(np.ascontiguousarray(patches)).movedim(-1, 1)
+        view = View(
+            (channels_first,), torch.from_numpy(positions.astype(np.int64)), (1, 1, len(positions))
+        )
+        return self._clip(view)
 
     def _colour(self) -> torch.Tensor:
         """Gain and offset [2, 3] that normalise bytes as the image processor does."""
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32)
-            for values in (self.processor.image_mean, self.processor.image_std)
-        )
+        mean = torch.tensor(self.processor.image_mean, dtype=torch.float32)
+        std = torch.tensor(self.processor.image_std, dtype=torch.float32)
         return torch.stack([1 / (255 * std), -mean / std])
 
 
 def read_visual(reader: VisualReader, visual: Visual, name: str) -> VisualItem:
-    """What the reader gives; ValueError that names the sample and the file where it cannot."""
+    """What the reader gives; ValueError names the sample and the file that cannot be read."""
     try:
         return reader(visual)
     except (DataPipelineError, ValueError, OSError) as error:
@@ -210,24 +218,39 @@ def read_visual(reader: VisualReader, visual: Visual, name: str) -> VisualItem:
         ) from error
 
 
+def packed_inputs(items: Sequence[VisualItem]) -> VisualInputs:
+    """Items one after the other, as a tower that takes packs has them."""
+    rows = [cast(torch.Tensor, item.rows) for item in items]
+    return VisualInputs(
+        rows=torch.cat(rows),
+        positions=torch.cat([cast(torch.Tensor, item.positions) for item in items]),
+        lengths=torch.tensor([len(item_rows) for item_rows in rows]),
+        # zeros stand for patches that fill no grid
+        grids=torch.tensor([item.grids[0] or (0, 0, 0) for item in items]),
+    )
+
+
 def pad_to_square(picture: np.ndarray, mean: list[float]) -> np.ndarray:
     """uint8 [H, W, 3] in the middle of a square of the longer side, filled with the mean colour
-    (0..1, cut to whole numbers as published); an odd difference leaves one more behind."""
+    (0..1, cut to whole numbers as published). Where the difference is odd, the margin behind is one
+    pixel wider."""
     height, width = picture.shape[:2]
     side = max(height, width)
     if height == width:
         return picture
     square = np.empty((side, side, 3), np.uint8)
     square[:] = [int(255 * channel) for channel in mean]
-    top, left = (side - height) // 2, (side - width) // 2
+    top = (side - height) // 2
+    left = (side - width) // 2
     square[top : top + height, left : left + width] = picture
     return square
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(folder: str):
+def _opened(folder: str) -> tuple[ShardReader, dict[str, int]]:
+    """(reader, {key: index}) of a packed folder; a list names many clips of few folders."""
     manifest = load_manifest(folder)
-    keys = {manifest.locate(i)[1]["key"]: i for i in range(len(manifest))}
+    keys = {manifest.locate(index)[1]["key"]: index for index in range(len(manifest))}
     return ShardReader(manifest), keys
 
 
@@ -236,9 +259,12 @@ def _packed_clip(folder: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     reader, keys = _opened(folder)
     if key not in keys:
         raise DataPipelineError(f"{folder} holds no clip with the key {key!r}")
-    info = SampleInfo.from_bytes(reader.read(keys[key], "json"), key)
+    index = keys[key]
+    info = SampleInfo.from_bytes(reader.read(index, "json"), key)
     if info.kind != "video":
         raise DataPipelineError(f"{folder}: {key!r} is a picture: give its file")
-    positions = decode_array(reader.read(keys[key], "positions.npy"), "positions.npy", info.source)
+    member = "positions.npy"
+    positions = decode_array(reader.read(index, member), member, info.source)
     check_positions(positions, count=info.num_patches, grid=info.grid, name=info.source)
-    return decode_patches(info, reader.read(keys[key], "tiles.jpg"), info.source), positions
+    patches = decode_patches(info, reader.read(index, "tiles.jpg"), info.source)
+    return patches, positions

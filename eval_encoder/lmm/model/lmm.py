@@ -1,6 +1,6 @@
 """A vision tower, a projector and a language model: transformers' Llava with any of our towers.
 
-    pictures, packed clips, or stored states
+    images, packed clips, or stored states
       -> tower (model_factory/llava/towers.py, with CrossGET's reduction where asked for)
       -> projector (model_factory/llava/projectors.py)
       -> in place of the placeholder tokens, one each
@@ -10,11 +10,13 @@ Importing this module registers `univit_lmm` with transformers' AutoConfig and
 AutoModelForImageTextToText; a folder written by save_pretrained loads after that import. Needs
 transformers 5. Cost: that of its parts; a frozen tower runs without a graph.
 
-Shape legend: B samples, T tokens of a sample, N items (pictures and clips) of the batch, H width of
+Shape legend: B samples, T tokens of a sample, N items (images and clips) of the batch, H width of
 the language model, L its layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,12 +24,15 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    Cache,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaPreTrainedModel,
+    PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from model_factory.llava.crossget import CrossGetTower, CrossTokens, alignment_loss
 from model_factory.llava.projectors import build_projector, layers_of, project, tokens_after
@@ -47,16 +52,16 @@ from .cross_tokens import TextCrossTokens
 
 
 class LmmConfig(LlavaConfig):
-    """LlavaConfig and what it has no word for.
+    """LlavaConfig with fields of our towers, projectors and training.
 
-    projector_type     of llava_projectors.PROJECTORS
+    projector_type     of model_factory.llava.projectors.PROJECTORS
     frozen_layers, tuned_layers, keep_extra_tokens    of ViT-Split
     reduction          {"r", "rule", "weights", "mask_cross_token"} of CrossGET; None: no reduction
-    alignment_weight   of the alignment loss; its direction: see crossget_tower.alignment_loss
+    alignment_weight   of the alignment loss; its direction: see crossget.alignment_loss
     version            conversation template that the model was trained with
     image_aspect_ratio `pad` to a square before resizing, or `square`: crop
     video              how clips are shown: {"video_view", "video_size", "num_frames",
-                       "num_tokens"}; None: the defaults of lmm_visuals.VisualConfig
+                       "num_tokens"}; None: the defaults of visuals.VisualConfig
     lora               {"r", "alpha", "dropout", "bias"} of peft's additions to the language model
     """
 
@@ -77,23 +82,25 @@ class LmmConfig(LlavaConfig):
 
 @dataclass(frozen=True)
 class Visuals:
-    """What of a batch the tower sees: `inputs` or, instead, `states` computed earlier; `samples`
-    int64 [N]: the row of the batch that each item belongs to."""
+    """Inputs of the tower for a batch, or `states` that it computed earlier; `samples` int64 [N]:
+    the row of the batch that each item belongs to."""
 
     inputs: VisualInputs | None
     samples: torch.Tensor
     states: TowerStates | None = None
 
-    def to(self, device, **_how) -> "Visuals":
+    def to(self, device: torch.device, **_options: object) -> "Visuals":
         """The same on a device; transformers' Trainer moves batches with it."""
-        inputs, states = (part and part.to(device) for part in (self.inputs, self.states))
-        return Visuals(inputs, self.samples, states)
+        inputs = None if self.inputs is None else self.inputs.to(device)
+        states = None if self.states is None else self.states.to(device)
+        return Visuals(inputs=inputs, samples=self.samples, states=states)
 
 
 class LmmModel(LlavaModel):
     """LlavaModel with our tower and projector under its names."""
 
-    def __init__(self, config: LmmConfig, tower: VisionTower | None = None):
+    def __init__(self, config: LmmConfig, tower: VisionTower | None = None) -> None:
+        # not LlavaModel's own, which would build CLIP and a projector of its own
         LlavaPreTrainedModel.__init__(self, config)
         tower = tower_from_config(config.vision_config) if tower is None else tower
         self.multi_modal_projector = _projector(config, tower)
@@ -122,7 +129,8 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
     config_class = LmmConfig
     config: LmmConfig
 
-    def __init__(self, config: LmmConfig, tower: VisionTower | None = None):
+    def __init__(self, config: LmmConfig, tower: VisionTower | None = None) -> None:
+        # not LlavaModel's own, which would build CLIP and a projector of its own
         LlavaPreTrainedModel.__init__(self, config)
         self.model = LmmModel(config, tower)
         text = config.text_config
@@ -130,15 +138,17 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
         self.post_init()
 
     @classmethod
-    def from_parts(cls, config: LmmConfig, tower: nn.Module, language_model: nn.Module):
+    def from_parts(
+        cls, config: LmmConfig, tower: nn.Module, language_model: PreTrainedModel
+    ) -> "LmmForConditionalGeneration":
         """A model around a loaded vision model and a loaded causal language model; projector and
         cross tokens start anew, ViT-Split's blocks as copies of the tower's."""
+        # parts are replaced below, so none of them is worth memory or an initialisation
         with torch.device("meta"):
             model = cls(config)
-        model.model.vision_tower = None
-        face = tower_of(tower)
-        model.model.multi_modal_projector = _projector(config, face)
-        model.model.vision_tower = _reduced(config, face)
+        vision_tower = tower_of(tower)
+        model.model.multi_modal_projector = _projector(config, vision_tower)
+        model.model.vision_tower = _reduced(config, vision_tower)
         model.model.language_model = language_model.get_decoder()
         add_lora(model.model.language_model, config.lora)
         model.lm_head = language_model.get_output_embeddings()
@@ -151,12 +161,12 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
 
     @property
     def tower(self) -> VisionTower:
-        """The eye."""
+        """Vision tower, with CrossGET's reduction where asked for."""
         return self.model.vision_tower
 
     @property
     def projector(self) -> nn.Module:
-        """What leads from the tower to the language model."""
+        """Module between the tower and the language model."""
         return self.model.multi_modal_projector
 
     @property
@@ -170,7 +180,7 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
         return layers_of(self.projector, self.tower, self.config.vision_feature_layer)
 
     def tokens_for(self, grid: Grid | None, patches: int) -> int:
-        """Placeholders of an item: what the language model will receive for it."""
+        """Number of placeholders of an item: the tokens that the language model receives for it."""
         tower = self.tower
         if isinstance(tower, CrossGetTower):
             return tower.tokens_of(grid, patches, self.config.vision_feature_layer)
@@ -186,25 +196,33 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         visuals: Visuals | None = None,
-        mm_encoder_outputs: dict | None = None,
-        past_key_values=None,
-        **kwargs,
-    ):
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> LlavaCausalLMOutputWithPast:
         """Logits and, with labels, the loss; `visuals` or, already encoded, `mm_encoder_outputs`.
 
-        In training a batch without visuals sends a gray picture through tower and projector and
+        In training a batch without visuals sends a gray image through tower and projector and
         multiplies it with zero, so that every rank runs the same modules and has all gradients.
         Raises ValueError when placeholders and tokens of the items do not agree.
         """
-        states, idle = None, None
+        states = None
+        unused = None  # tokens of the gray image
         if visuals is not None:
             mm_encoder_outputs, states = self._encode(visuals)
         elif self.training and mm_encoder_outputs is None:
-            visuals = self._gray_picture()
+            side = self.config.vision_config.image_size
+            # zero after normalisation
+            pixels = torch.zeros(1, 3, side, side, device=self.device)
+            samples = torch.zeros(1, dtype=torch.int64)
+            visuals = Visuals(inputs=VisualInputs(pixels), samples=samples)
             encoded, states = self._encode(visuals)
-            idle = encoded["image"].pooler_output[0]
+            unused = encoded["image"].pooler_output[0]
+        # cross tokens act once; later passes find them in the cache
         prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        with TextCrossTokens(self.model, attention_mask, prefill) as text_cross:
+        with TextCrossTokens(
+            self.model, attention_mask=attention_mask, prefill=prefill
+        ) as text_cross:
             out = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -213,15 +231,22 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
                 mm_encoder_outputs=mm_encoder_outputs,
                 **kwargs,
             )
-        if idle is not None and out.loss is not None:
-            out.loss = out.loss + 0 * idle.sum()
-        if out.loss is not None and self.config.alignment_weight and states is not None:
-            share = _share(labels, kwargs.get("num_items_in_batch")) if idle is None else 0
-            alignment = self._alignment(states, text_cross.seen, visuals.samples)
+        if out.loss is None:
+            return out
+        if unused is not None:
+            out.loss = out.loss + 0 * unused.sum()
+        if self.config.alignment_weight and states is not None and visuals is not None:
+            share: torch.Tensor | float = 0.0
+            if unused is None and labels is not None:
+                share = _share(labels, kwargs.get("num_items_in_batch"))
+            alignment = self._alignment(states, text=text_cross.seen, samples=visuals.samples)
             out.loss = out.loss + share * alignment
         return out
 
-    def _encode(self, visuals: Visuals):
+    def _encode(
+        self, visuals: Visuals
+    ) -> tuple[dict[str, BaseModelOutputWithPooling], TowerStates]:
+        """(tokens of every item, hidden states of the tower)."""
         if visuals.states is None:
             states = self.tower(visuals.inputs, self.needed_layers)
         else:
@@ -230,21 +255,21 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
         items = list(tokens.split(counts))
         return {"image": BaseModelOutputWithPooling(pooler_output=items)}, states
 
-    def _gray_picture(self) -> Visuals:
-        side = self.config.vision_config.image_size
-        pixels = torch.zeros(1, 3, side, side, device=self.device)
-        return Visuals(VisualInputs(pixels), torch.zeros(1, dtype=torch.int64))
-
-    def _alignment(self, states: TowerStates, text: list[torch.Tensor], samples: torch.Tensor):
-        """The weighted loss; the projector is held fixed in it."""
+    def _alignment(
+        self, states: TowerStates, text: Sequence[torch.Tensor], samples: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted alignment loss of cross tokens; the projector does not learn from it."""
         learning = [p for p in self.projector.parameters() if p.requires_grad]
         for parameter in learning:  # autograd looks at this when the operation runs
             parameter.requires_grad_(False)
-        image = self.projector(states.cross)
+        cross = cast(torch.Tensor, states.cross)  # a tower with CrossGET gives them
+        image_tokens = self.projector(cross)
         for parameter in learning:
             parameter.requires_grad_(True)
-        text = torch.stack(text)[:, samples.to(states.cross.device)]
-        loss = alignment_loss(image.float(), text.float(), self.config.alignment_direction)
+        text_tokens = torch.stack(list(text))[:, samples.to(cross.device)]
+        loss = alignment_loss(
+            image_tokens.float(), text_tokens.float(), self.config.alignment_direction
+        )
         return self.config.alignment_weight * loss
 
     def train_parts(
@@ -266,10 +291,13 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
             self.tower.cross_tokens.requires_grad_(language_model)
 
 
-def _share(labels: torch.Tensor, num_items) -> torch.Tensor | float:
+def _share(labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | float:
     """Part of a step's supervised tokens that is in this batch: transformers' Trainer sums the
     losses of accumulated batches, each divided by the tokens of them all."""
-    return 1.0 if num_items is None else (labels[:, 1:] != -100).sum() / num_items
+    if num_items is None:
+        return 1.0
+    # the first token of a sample is predicted from nothing, so it has no loss
+    return (labels[:, 1:] != -100).sum() / num_items
 
 
 def _projector(config: LmmConfig, tower: VisionTower) -> nn.Module:
@@ -286,8 +314,14 @@ def _projector(config: LmmConfig, tower: VisionTower) -> nn.Module:
         )
     if config.projector_type != "vitsplit":
         return build_projector(config.projector_type, tower.width, width)
-    shape = (tower.width, width, tuple(config.frozen_layers), config.tuned_layers)
-    return ViTSplit(ViTSplitConfig(*shape, config.keep_extra_tokens), tower.blocks)
+    split = ViTSplitConfig(
+        tower.width,
+        width,
+        tuple(config.frozen_layers),
+        config.tuned_layers,
+        config.keep_extra_tokens,
+    )
+    return ViTSplit(split, cast(nn.ModuleList, tower.blocks))
 
 
 def _reduced(config: LmmConfig, tower: VisionTower) -> VisionTower:
@@ -295,7 +329,7 @@ def _reduced(config: LmmConfig, tower: VisionTower) -> VisionTower:
         return tower
     fields = dict(config.reduction)
     masked = fields.pop("mask_cross_token", False)
-    r = fields.pop("r", 13)
+    r = fields.pop("r", 13)  # as published for LLaVA-1.5
     reduction = ReductionConfig(r if isinstance(r, int) else tuple(r), **fields)
     return CrossGetTower(tower, reduction, masked)
 
@@ -306,24 +340,28 @@ def add_lora(language_model: nn.Module, lora: dict | None) -> None:
         return
     from peft import LoraConfig, inject_adapter_in_model
 
-    linears = sorted(
-        {n.split(".")[-1] for n, m in language_model.named_modules() if isinstance(m, nn.Linear)}
-    )
+    linears = {
+        name.rpartition(".")[2]
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     config = LoraConfig(
         r=lora["r"],
         lora_alpha=lora["alpha"],
         lora_dropout=lora["dropout"],
         bias=lora["bias"],
-        target_modules=linears,
+        target_modules=sorted(linears),
     )
     inject_adapter_in_model(config, language_model)
 
 
 def takes_packs(model: LmmForConditionalGeneration) -> bool:
-    """Whether the tower takes packs of clips, or pictures only."""
-    return isinstance(model.tower, PackedTower) or (
-        isinstance(model.tower, CrossGetTower) and not model.tower.num_class_tokens
-    )
+    """Whether the tower takes packs of clips, or images only."""
+    tower = model.tower
+    if isinstance(tower, CrossGetTower):
+        # of the towers that CrossGET reduces, ours alone has no class token
+        return not tower.num_class_tokens
+    return isinstance(tower, PackedTower)
 
 
 AutoConfig.register(LmmConfig.model_type, LmmConfig)

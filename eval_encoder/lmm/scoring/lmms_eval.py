@@ -14,18 +14,18 @@ plain `lmms-eval` knows the model.
                    K_keep       patches of a clip, with codec
 
     lmms-eval             here
-    context               a human turn; its placeholders are taken out, and one for each picture and
+    context               a human turn; its placeholders are taken out, and one for each image and
                           clip is put in front, as in training
-    PIL image             a picture, alpha laid on white
-    path                  a picture or a clip, by its ending
+    PIL image             an image, alpha laid on white
+    path                  an image or a clip, by its ending
     generation_kwargs     those of ARGUMENTS; stop strings are cut off afterwards
-    log-likelihood        of the whole answer, its end included: see lmm_likelihood.py
+    log-likelihood        of the whole answer, its end included: see generate.py
 
 lmms-eval 0.7.3 turns log-likelihoods into text on their way to a task, and takes the choice with
 the smallest: tasks of the types loglikelihood and multiple_choice fail there, with any model.
 
 Without lmms-eval this module imports, and what needs it raises ImportError. Cost: that of
-lmm_generate.
+generate.py.
 """
 
 import logging
@@ -35,6 +35,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -45,18 +46,28 @@ from data_pipeline.codec.open_video import is_image
 from data_pipeline.errors import MissingLibrary
 from model_factory.command_line.command import run_command
 
-from ...lmm_eval import Question, request_of
 from ..data.conversation import Visual
 from ..data.visuals import VisualItem
-from ..generate import Decoding, Request, Speaker, open_speaker
-from ..likelihood import Likelihood, log_likelihood
+from ..generate import (
+    Decoding,
+    Likelihood,
+    Request,
+    Speaker,
+    log_likelihood,
+    open_speaker,
+)
+from ..questions import Question, request_of
 
+_ABSENT: ImportError | None = None
 try:
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    lmms, _ABSENT = object, error
-else:
-    _ABSENT = None
+    lmms = object
+    _ABSENT = error
+
+if TYPE_CHECKING:
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.models.registry_v2 import ModelManifest
 
 LOG = logging.getLogger("univit")
 MODEL_NAME = "univit_lmm"
@@ -65,7 +76,7 @@ ARGUMENTS = ("max_new_tokens", "temperature", "do_sample", "top_p", "num_beams",
 
 @dataclass(frozen=True)
 class Asked:
-    """One request of lmms-eval. `fetch` gives its pictures (PIL) and paths, or None; it is called
+    """One request of lmms-eval. `fetch` gives its images (PIL) and paths, or None; it is called
     when its batch comes, as all of them at once would fill the memory. `name` is for errors."""
 
     context: str
@@ -73,12 +84,12 @@ class Asked:
     name: str
 
     def request(self, speaker: Speaker) -> Request:
-        """The same in our words, with everything read. Raises ValueError with the name."""
+        """The same as a Request, with everything read. Raises ValueError with the name."""
         try:
             read = [_read(speaker, visual) for visual in self.fetch() or ()]
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.name}: {error}") from error
-        unnamed = tuple((kind, "") for kind, _ in read)  # a PIL image has no path
+        unnamed = tuple(Visual(kind, "") for kind, _ in read)  # a PIL image has no path
         request = request_of(Question(self.name, self.context, unnamed))
         return replace(request, visuals=tuple(item for _, item in read))
 
@@ -87,15 +98,19 @@ def decoding_of(arguments: dict, default: Decoding) -> Decoding:
     """Of generation_kwargs, where None stands for what is not given; `default` for the rest. Greedy
     unless do_sample or a temperature says otherwise."""
     given = {name: value for name, value in arguments.items() if value is not None}
-    drawn = given.get("do_sample", given.get("temperature", 0) > 0)
     fields = {n: given[n] for n in ("max_new_tokens", "top_p", "num_beams") if n in given}
-    return replace(default, temperature=given.get("temperature", 1.0) if drawn else 0.0, **fields)
+    is_drawn = given.get("do_sample", given.get("temperature", 0) > 0)
+    # 1 is transformers' own default where do_sample alone is given
+    temperature = given.get("temperature", 1.0) if is_drawn else 0.0
+    return replace(default, temperature=temperature, **fields)
 
 
 def stop_strings(arguments: dict) -> tuple[str, ...]:
     """`until` of generation_kwargs: a text, several, or none."""
     until = arguments.get("until") or ()
-    return tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+    if isinstance(until, str):
+        until = [until]
+    return tuple(text for text in until if text)
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -117,24 +132,25 @@ def answer_until(
     unknown = sorted({name for given in arguments for name in given} - set(ARGUMENTS))
     if unknown:
         LOG.warning("generation_kwargs %s: no effect on %s", ", ".join(unknown), MODEL_NAME)
-    groups: dict[tuple, list[int]] = {}
-    for place, given in enumerate(arguments):
-        how = decoding_of(given, speaker.decoding), stop_strings(given)
-        groups.setdefault(how, []).append(place)
+    groups: dict[tuple[Decoding, tuple[str, ...]], list[int]] = {}
+    for index, given in enumerate(arguments):
+        group = (decoding_of(given, speaker.decoding), stop_strings(given))
+        groups.setdefault(group, []).append(index)
     texts = [""] * len(asked)
     with tqdm(total=len(asked), desc="answers", disable=quiet) as bar:
-        for (decoding, stops), places in groups.items():
-            for batch in _batches(places, batch_size):
+        for (decoding, stops), indices in groups.items():
+            for batch in _batches(indices, batch_size):
                 # another seed for every batch: lmms-eval repeats a request to draw several answers
-                told = replace(speaker, decoding=replace(decoding, seed=decoding.seed + batch[0]))
-                said = told.answer([asked[place].request(speaker) for place in batch])
-                for place, text in zip(batch, said, strict=True):
-                    texts[place] = cut(text, stops)
+                decoding_of_batch = replace(decoding, seed=decoding.seed + batch[0])
+                batch_speaker = replace(speaker, decoding=decoding_of_batch)
+                answers = batch_speaker.answer([asked[index].request(speaker) for index in batch])
+                for index, answer in zip(batch, answers, strict=True):
+                    texts[index] = cut(answer, stops)
                 bar.update(len(batch))
     return texts
 
 
-def judge_answers(
+def rate_answers(
     speaker: Speaker,
     asked: Sequence[Asked],
     answers: Sequence[str],
@@ -143,13 +159,16 @@ def judge_answers(
 ) -> list[Likelihood]:
     """How likely each answer is, in order. Space around an answer does not count: the conversation
     template has its own."""
-    judged: list[Likelihood] = []
+    likelihoods: list[Likelihood] = []
     with tqdm(total=len(asked), desc="log-likelihoods", disable=quiet) as bar:
         for batch in _batches(range(len(asked)), batch_size):
-            requests = [asked[place].request(speaker) for place in batch]
-            judged += log_likelihood(speaker, requests, [answers[p].strip() for p in batch])
+            likelihoods += log_likelihood(
+                speaker,
+                requests=[asked[index].request(speaker) for index in batch],
+                answers=[answers[index].strip() for index in batch],
+            )
             bar.update(len(batch))
-    return judged
+    return likelihoods
 
 
 class UnivitLmm(lmms):
@@ -164,7 +183,7 @@ class UnivitLmm(lmms):
         num_frames: int | None = None,
         video_view: str | None = None,
         K_keep: int | None = None,
-    ):
+    ) -> None:
         """device: by default a GPU where there is one. Raises ImportError without lmms-eval."""
         _require()
         super().__init__()
@@ -178,41 +197,53 @@ class UnivitLmm(lmms):
             num_tokens=K_keep,
         )
         if dist.is_initialized():  # by lmms-eval, which then hands each rank its own documents
-            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+            self._rank = dist.get_rank()
+            self._world_size = dist.get_world_size()
 
-    def generate_until(self, requests: list) -> list[str]:
+    def generate_until(self, requests: list["Instance"]) -> list[str]:
         """Answers to (context, generation_kwargs, doc_to_visual, document, task, split)."""
-        asked = [self._asked(r.args[0], *r.args[2:]) for r in requests]
-        arguments = [r.args[1] for r in requests]
-        return answer_until(self.speaker, asked, arguments, self.batch_size, self.rank > 0)
+        return answer_until(
+            self.speaker,
+            asked=[self._asked(request) for request in requests],
+            arguments=[request.args[1] for request in requests],
+            batch_size=self.batch_size,
+            quiet=self.rank > 0,
+        )
 
-    def loglikelihood(self, requests: list) -> list[Likelihood]:
+    def loglikelihood(self, requests: list["Instance"]) -> list[Likelihood]:
         """Of (context, answer or doc_to_target, doc_to_visual, document, task, split)."""
-        asked = [self._asked(r.args[0], *r.args[2:]) for r in requests]
-        answers = [self._answer(r.args[1], *r.args[3:]) for r in requests]
-        return judge_answers(self.speaker, asked, answers, self.batch_size, self.rank > 0)
+        return rate_answers(
+            self.speaker,
+            asked=[self._asked(request) for request in requests],
+            answers=[self._answer(request) for request in requests],
+            batch_size=self.batch_size,
+            quiet=self.rank > 0,
+        )
 
-    def generate_until_multi_round(self, requests: list) -> list[str]:
+    def generate_until_multi_round(self, requests: list["Instance"]) -> list[str]:
         """Raises NotImplementedError."""
         raise NotImplementedError(
             f"{MODEL_NAME} answers single rounds: in tasks of several rounds the pictures of one "
             "depend on the answer before; choose other tasks"
         )
 
-    def _asked(self, context: str, fetch: Callable, document, task: str, split: str) -> Asked:
-        def visuals():
-            return fetch(self.task_dict[task][split][document])
+    def _asked(self, request: "Instance") -> Asked:
+        context, _, doc_to_visual, document, task, split = request.args
 
-        return Asked(context, visuals, f"{task} {split} document {document}")
+        def fetch() -> Sequence[object] | None:
+            return doc_to_visual(self.task_dict[task][split][document])
 
-    def _answer(self, target: str | Callable, document, task: str, split: str) -> str:
+        return Asked(context=context, fetch=fetch, name=f"{task} {split} document {document}")
+
+    def _answer(self, request: "Instance") -> str:
+        _, target, _, document, task, split = request.args
         if isinstance(target, str):
             return target
         return str(target(self.task_dict[task][split][document]))
 
 
-def model_manifest():
-    """What lmms-eval's registry of models is told. Raises ImportError without lmms-eval."""
+def model_manifest() -> "ModelManifest":
+    """The entry of lmms-eval's registry of models. Raises ImportError without lmms-eval."""
     _require()
     from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -244,19 +275,19 @@ def _require() -> None:
         ) from _ABSENT
 
 
-def _batches(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (places[start : start + size] for start in range(0, len(places), size))
+def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (indices[start : start + size] for start in range(0, len(indices), size))
 
 
-def _read(speaker: Speaker, visual) -> tuple[str, VisualItem]:
+def _read(speaker: Speaker, visual: object) -> tuple[Literal["image", "video"], VisualItem]:
     """(image or video, what the tower sees) of a PIL image or a path."""
     if isinstance(visual, str | os.PathLike):
-        kind = "image" if is_image(Path(visual)) else "video"
+        kind: Literal["image", "video"] = "image" if is_image(Path(visual)) else "video"
         return kind, speaker.reader(Visual(kind, str(visual)))
-    return "image", speaker.picture(_pixels(visual))
+    return "image", speaker.reader.picture(_pixels(visual))
 
 
-def _pixels(picture) -> np.ndarray:
+def _pixels(picture: object) -> np.ndarray:
     """uint8 [H, W, 3] of a PIL image."""
     from PIL import Image
 

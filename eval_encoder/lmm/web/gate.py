@@ -9,9 +9,17 @@ neither gradio nor its web framework. Cost: microseconds, a body of JSON is pars
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
+
+# as ASGI has them: https://asgi.readthedocs.io/en/latest/specs/main.html
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 API = "/gradio_api"
 # what a browser that shows the page asks for, and the server itself when it starts
@@ -41,7 +49,7 @@ POLICY = (
 class Refused(Exception):
     """A request that is answered by a status and a line of text."""
 
-    def __init__(self, status: int, text: str):
+    def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
 
@@ -50,13 +58,13 @@ class Gate:
     """ASGI application around another one. `folder` holds the uploads, each of at most `max_upload`
     bytes, all together of at most `max_stored`."""
 
-    def __init__(self, app, folder: Path, max_upload: int, max_stored: int):
+    def __init__(self, app: App, folder: Path, max_upload: int, max_stored: int) -> None:
         self.app = app
         self.folder = folder.resolve()
         self.max_upload = max_upload
         self.max_stored = max_stored
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request: by the application within, or by a refusal."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
@@ -65,8 +73,11 @@ class Gate:
             return
         answer = _with_policy(send)
         try:
-            headers = {name.decode("latin-1"): v.decode("latin-1") for name, v in scope["headers"]}
-            _check_place(headers)
+            # latin-1 maps every byte to a character, so no header fails here
+            headers = {
+                name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+            }
+            _check_host(headers)
             self._check_path(scope["method"], scope["path"])
             if scope["method"] == "POST":
                 self._check_size(scope["path"], headers)
@@ -102,7 +113,7 @@ class Gate:
             if stored + int(stated) > self.max_stored:
                 raise Refused(507, "too many uploads are kept here: try again in an hour")
 
-    def _checked(self, body: bytes, receive):
+    def _checked(self, body: bytes, receive: Receive) -> Receive:
         """A `receive` that gives the body once; refuses one that names a file elsewhere, which
         gradio would read, or load from another host."""
         try:
@@ -111,9 +122,9 @@ class Gate:
             raise Refused(400, "this is no JSON") from None
         if not all(isinstance(path, str) and self._is_upload(path) for path in named):
             raise Refused(403, "a file that was not uploaded here")
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def give():
+        async def give() -> Message:
             return messages.pop() if messages else await receive()
 
         return give
@@ -121,13 +132,13 @@ class Gate:
     def _is_upload(self, path: str) -> bool:
         """Whether a path names something below the folder, links followed."""
         try:
-            place = Path(path).resolve()
+            target = Path(path).resolve()
         except (ValueError, OSError, RuntimeError):  # NUL, too long a name, links in a circle
             return False
-        return place != self.folder and place.is_relative_to(self.folder)
+        return target != self.folder and target.is_relative_to(self.folder)
 
 
-def _check_place(headers: dict[str, str]) -> None:
+def _check_host(headers: dict[str, str]) -> None:
     """Refuse a host that is not this machine, as a browser asks for after another site has turned
     its own name to 127.0.0.1, and forms and scripts of other sites."""
     host = headers.get("host", "")
@@ -141,7 +152,7 @@ def _check_place(headers: dict[str, str]) -> None:
         raise Refused(403, "only the page itself may ask")
 
 
-async def _whole_body(receive) -> bytes:
+async def _whole_body(receive: Receive) -> bytes:
     body = b""
     while True:
         message = await receive()
@@ -150,7 +161,7 @@ async def _whole_body(receive) -> bytes:
             return body
 
 
-def _paths(value) -> Iterator[object]:
+def _paths(value: object) -> Iterator[object]:
     """What stands under the key `path`, at any depth: how gradio names files."""
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -162,10 +173,10 @@ def _paths(value) -> Iterator[object]:
             yield from _paths(inner)
 
 
-def _with_policy(send):
+def _with_policy(send: Send) -> Send:
     """A `send` that adds POLICY to every answer: the browser loads nothing from other places."""
 
-    async def with_policy(message):
+    async def with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":
             header = (b"content-security-policy", POLICY.encode())
             message = {**message, "headers": [*message.get("headers", ()), header]}
@@ -174,7 +185,7 @@ def _with_policy(send):
     return with_policy
 
 
-async def _refuse(send, refusal: Refused) -> None:
+async def _refuse(send: Send, refusal: Refused) -> None:
     headers = [(b"content-type", b"text/plain; charset=utf-8")]
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": str(refusal).encode()})

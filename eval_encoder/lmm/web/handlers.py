@@ -1,23 +1,30 @@
-"""What happens on the page: a visitor uploads, asks, stops, begins anew.
+"""What happens on the page: a visitor uploads, asks, stops, begins a new chat.
 
-    upload -> size, then content: a picture or a clip within the limits, whatever its name says
-    question -> its length -> lmm_growing: the answer while it grows -> a Dialogue of lmm_chat
+    upload -> size, then content: an image or a clip within the limits, whatever its name says
+    question -> its length -> GrowingAnswers: the answer while it grows -> a Dialogue
 
 Needs no gradio: handlers take values and give values. Where they yield, gradio may close them: a
-visitor who left. Cost: that of lmm_chat.
+visitor who left. Cost: that of lmm/chat.py.
 """
 
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
 from model_factory.command_line.plain_text import RUNNING, in_html
 
-from ...lmm_chat import Dialogue, one_line
+from ..chat import Dialogue, one_line
 from ..data.conversation import IMAGE, Visual
+
+if TYPE_CHECKING:  # imports torch, which --help must not
+    from ..data.visuals import VisualItem
+    from ..generate import Request, Speaker
 
 # of an upload; its pixels are limited by InputLimits
 MAX_BYTES = 64 << 20
@@ -26,7 +33,10 @@ MAX_SESSIONS = 64  # visitors whose dialogues are remembered, some 10 MB each wi
 # characters: the context of LLaVA-1.5's language models, 4096 tokens of some four characters
 LONGEST_QUESTION = 16_384
 HALT_S = 5.0  # that Stop waits for an answer to end, which takes a block of the model's layers
+POLL_S = 0.3  # between two texts: seldom enough to cost nothing, often enough to read along
 NOT_SEEN = ("container", "no_video")  # reasons of RejectedInput for what is no clip at all
+
+Messages = list[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -36,17 +46,17 @@ class Limits:
     max_seconds: float = 120.0
     max_waiting: int = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.max_seconds > 0:
             raise ValueError(f"--max_seconds {self.max_seconds}: give more than 0")
         if self.max_waiting < 1:
             raise ValueError(f"--max_waiting {self.max_waiting}: at least 1")
 
 
-def read_upload(speaker, path: Path):
-    """The VisualItem of a file that a stranger gave.
+def read_upload(speaker: "Speaker", path: Path) -> "VisualItem":
+    """What the tower sees of a file that a stranger gave.
 
-    Raises ValueError with the file's name for what is too large, damaged, or neither a picture nor
+    Raises ValueError with the file's name for what is too large, damaged, or neither an image nor
     a clip.
     """
     from data_pipeline.codec.open_video import InputLimits
@@ -55,11 +65,12 @@ def read_upload(speaker, path: Path):
 
     limits = InputLimits(max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder, "upload")  # readers go by names too; this one says nothing
+        # readers go by names too; this one says nothing
+        plain = Path(folder, "upload")
         plain.symlink_to(path)
         try:
             try:
-                return speaker.picture(shared_reader().picture(plain, limits))
+                return speaker.reader.picture(shared_reader().picture(plain, limits))
             except RejectedInput as error:
                 if error.reason != "image":
                     raise
@@ -69,6 +80,59 @@ def read_upload(speaker, path: Path):
             if error.reason in NOT_SEEN:
                 detail = f"{path.name} is neither a picture nor a clip that can be read"
             raise ValueError(detail) from error
+
+
+class GrowingAnswers:
+    """Answers of at most `max_seconds` each, one at a time."""
+
+    def __init__(self, max_seconds: float) -> None:
+        self.max_seconds = max_seconds
+        self._alone = threading.Lock()
+
+    def texts(self, speaker: "Speaker", request: "Request") -> Generator[str, None, None]:
+        """The text so far, every POLL_S and at the end. A beam search gives nothing before its end.
+
+        Whoever no longer wants the rest closes the iterator; the thread that answers then ends at
+        the next block of the model's layers. Raises what Speaker.answer raises, and AnswerStopped
+        where the time is over: at once, also where the model does not come to its next block.
+        """
+        from ..generate import AnswerStopped, WordStreamer
+
+        deadline = time.monotonic() + self.max_seconds
+        is_closed = threading.Event()
+        words: list[str] = []
+        streamer = None
+        # a beam search takes no streamer: it changes its mind about earlier words
+        if speaker.decoding.num_beams == 1:
+            streamer = WordStreamer(speaker.lmm.tokenizer, write=lambda text, _: words.append(text))
+        outcome: SimpleQueue[list[str] | BaseException] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                with self._alone:
+                    outcome.put(speaker.answer([request], streamer, stop=is_closed.is_set))
+            except BaseException as error:  # whatever it is, it is raised where texts are read
+                outcome.put(error)
+
+        # daemon: a command that is ended does not wait for an answer
+        threading.Thread(target=work, name="answer", daemon=True).start()
+        try:
+            while True:
+                try:
+                    result = outcome.get(timeout=POLL_S)
+                    break
+                except Empty:
+                    yield "".join(words).strip()
+                if time.monotonic() > deadline:
+                    raise AnswerStopped(
+                        f"the answer was stopped after {self.max_seconds:g} s, the longest time "
+                        "that one may take (--max_seconds)"
+                    )
+        finally:
+            is_closed.set()
+        if isinstance(result, BaseException):
+            raise result
+        yield result[0]
 
 
 @dataclass(frozen=True)
@@ -82,9 +146,7 @@ class Visit:
 class Handlers:
     """What happens on an upload, on a question, for a new chat; `tell` shows a text, as HTML."""
 
-    def __init__(self, speaker, tell, limits: Limits):
-        from eval_encoder.lmm.web.growing import GrowingAnswers
-
+    def __init__(self, speaker: "Speaker", tell: Callable[[str], object], limits: Limits) -> None:
         self._speaker = speaker
         self._tell = tell
         self._answers = GrowingAnswers(limits.max_seconds)
@@ -92,7 +154,7 @@ class Handlers:
         self._answered: str | None = None  # session whose answer is being made
         self._changed = threading.Condition()
 
-    def show(self, path: str | None):
+    def show(self, path: str | None) -> tuple[str | None, Dialogue, Messages]:
         """(upload, dialogue, messages) of a new upload, of none where it is refused."""
         dialogue = Dialogue()
         if path is not None:
@@ -111,7 +173,7 @@ class Handlers:
         dialogue: Dialogue,
         temperature: float,
         length: float,
-    ):
+    ) -> Iterator[tuple[str, Dialogue, Messages]]:
         """(question, dialogue, messages), again and again while the answer grows.
 
         The question comes back where nothing was said; what was said of a stopped answer stays.
@@ -127,9 +189,11 @@ class Handlers:
             self._problem(ValueError(text))
             yield question[:LONGEST_QUESTION], dialogue, _messages(dialogue, path)
             return
-        asked = seen = dialogue.ask(question)
-        decoding = self._speaker.decoding
-        decoding = replace(decoding, temperature=temperature, max_new_tokens=int(length))
+        asked = dialogue.ask(question)
+        shown = asked
+        decoding = replace(
+            self._speaker.decoding, temperature=temperature, max_new_tokens=int(length)
+        )
         speaker = replace(self._speaker, decoding=decoding)
         yield "", dialogue, _messages(asked, path)
         texts = self._answers.texts(speaker, asked.request())
@@ -137,16 +201,17 @@ class Handlers:
             try:
                 for text in texts:
                     if text:  # until the first word the question stands alone
-                        dialogue = seen = asked.said(text)
-                    yield "", dialogue, _messages(seen, path)
+                        dialogue = asked.said(text)
+                        shown = dialogue
+                    yield "", dialogue, _messages(shown, path)
                     if self._is_stopped(visit):
                         break
                 else:
                     dialogue = asked.said(text)  # an answer may be empty
             except (ValueError, RuntimeError) as error:  # RuntimeError: no memory left, or no time
                 self._problem(error)
-        is_lost = len(dialogue.turns) < len(asked.turns)
-        yield question if is_lost else "", dialogue, _messages(dialogue, path)
+        is_unanswered = len(dialogue.turns) < len(asked.turns)
+        yield question if is_unanswered else "", dialogue, _messages(dialogue, path)
 
     def halt(self, visit: Visit) -> int:
         """Stop what the visitor has asked for, whether it is answered or waits; the next turn."""
@@ -159,9 +224,10 @@ class Handlers:
             self._changed.wait_for(lambda: self._answered != visit.session, timeout=HALT_S)
         return visit.turn + 1
 
-    def forget(self, path: str | None, dialogue: Dialogue):
+    def forget(self, path: str | None, dialogue: Dialogue) -> tuple[Dialogue, Messages]:
         """(dialogue, messages) of a new chat about the same upload."""
-        return dialogue.forget(), _messages(dialogue.forget(), path)
+        dialogue = dialogue.forget()
+        return dialogue, _messages(dialogue, path)
 
     def _is_stopped(self, visit: Visit) -> bool:
         return self._stopped.get(visit.session, -1) >= visit.turn
@@ -182,15 +248,14 @@ class Handlers:
         self._tell(in_html(one_line(error)))  # a file's name is not ours
 
 
-def _messages(dialogue: Dialogue, path: str | None) -> list[dict]:
-    """A dialogue as the page shows it: the upload, then what was said. The page takes a text for
-    HTML, so that its signs are escaped: neither a visitor nor the model writes markup."""
-    shown = [{"role": "user", "content": {"path": path}}] if dialogue.visuals else []
+def _messages(dialogue: Dialogue, path: str | None) -> Messages:
+    """A dialogue as the page shows it: the upload, then the turns. The page takes a text for HTML,
+    so that its signs are escaped: neither a visitor nor the model writes markup."""
+    messages: Messages = []
+    if dialogue.visuals:
+        messages.append({"role": "user", "content": {"path": path}})
     roles = {"human": "user", "gpt": "assistant"}
-    return shown + [
-        {
-            "role": roles[turn.speaker],
-            "content": in_html(turn.text.replace(f"{IMAGE}\n", ""), keep=RUNNING),
-        }
-        for turn in dialogue.turns
-    ]
+    for turn in dialogue.turns:
+        text = in_html(turn.text.replace(f"{IMAGE}\n", ""), keep=RUNNING)
+        messages.append({"role": roles[turn.speaker], "content": text})
+    return messages

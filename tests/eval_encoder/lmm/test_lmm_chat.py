@@ -12,7 +12,7 @@ import torch
 from conftest import run, write_video
 from PIL import Image
 
-from eval_encoder import lmm_chat
+from eval_encoder.lmm import chat as lmm_chat
 from eval_encoder.lmm.config import parse_arguments
 from eval_encoder.lmm.data.conversation import IMAGE, TEMPLATES, Turn, Visual, encode
 from eval_encoder.lmm.data.dataset import Collator, Example, visual_tokens
@@ -219,7 +219,7 @@ def test_what_a_terminal_would_obey_is_shown_as_escapes(capsys, beams):
                 streamer.on_finalized_text("\x1b[2Jred\n\u202egreen", stream_end=True)
             return ["\x1b[2Jred\n\u202egreen"]
 
-    lmm_chat._say(Hostile(), lmm_chat.Dialogue().ask(COLOUR))
+    lmm_chat._print_answer(Hostile(), lmm_chat.Dialogue().ask(COLOUR))
     assert capsys.readouterr().out == "\\x1b[2Jred\n\\u202egreen\n"
 
 

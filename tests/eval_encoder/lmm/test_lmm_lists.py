@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from eval_encoder import lmm_eval
+from eval_encoder.lmm import questions as lmm_eval
 from eval_encoder.lmm.data.conversation import read_samples
-from eval_encoder.lmm_eval import read_questions
+from eval_encoder.lmm.questions import read_questions
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def read_both(tmp_path, folder, kind, path):
         rows = [row, {**row, "question_id": 2, kind: path}]
         file.write_text("".join(json.dumps(one) + "\n" for one in rows))
         visuals = reader(file, folder)[1].visuals
-        read.append(visuals[0][1] if name == "questions" else visuals[0].path)
+        read.append(visuals[0].path)
     return read
 
 

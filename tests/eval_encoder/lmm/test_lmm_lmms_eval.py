@@ -17,16 +17,22 @@ from eval_encoder.lmm.data.conversation import TEMPLATES, Sample, Turn, Visual, 
 from eval_encoder.lmm.data.dataset import Collator, ConversationDataset, TextConfig, collate_visuals
 from eval_encoder.lmm.data.visuals import VisualReader
 from eval_encoder.lmm.demo.tiny import write_language_model
-from eval_encoder.lmm.generate import Decoding, Request, Speaker, open_speaker, visual_config
-from eval_encoder.lmm.likelihood import log_likelihood
+from eval_encoder.lmm.generate import (
+    Decoding,
+    Request,
+    Speaker,
+    log_likelihood,
+    open_speaker,
+    visual_config,
+)
 from eval_encoder.lmm.model.open import compose
 from eval_encoder.lmm.scoring.lmms_eval import (
     Asked,
     answer_until,
     cut,
     decoding_of,
-    judge_answers,
     model_manifest,
+    rate_answers,
     stop_strings,
 )
 from model_factory.configuration import LlavaViTPackingConfig
@@ -227,7 +233,7 @@ def test_answers_are_a_speakers_in_order_whatever_the_batches(folder, speaker):
 
 def test_judged_answers_are_in_order_and_spaces_around_them_do_not_count(folder, speaker):
     requests = [asked(folder, name) for name in CAPTIONS]
-    judged = judge_answers(speaker, requests, [" blue", "blue", "blue "], 2, quiet=True)
+    judged = rate_answers(speaker, requests, [" blue", "blue", "blue "], 2, quiet=True)
     plain = log_likelihood(speaker, [request_for(name) for name in CAPTIONS], ["blue"] * 3)
     for one, other in zip(judged, plain, strict=True):
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)

@@ -14,15 +14,14 @@ from lmm_parts import write_parts
 from PIL import Image
 
 from eval_encoder.lmm.config import RECIPES, parse_arguments
-from eval_encoder.lmm.data.conversation import Turn, Visual
+from eval_encoder.lmm.data.conversation import Turn, Visual, stage_samples
 from eval_encoder.lmm.data.dataset import Collator
 from eval_encoder.lmm.data.features import FeatureStore
-from eval_encoder.lmm.data.samples import stage_samples
 from eval_encoder.lmm.generate import Decoding, Request, open_speaker
 from eval_encoder.lmm.model.open import compose, open_lmm
+from eval_encoder.lmm.questions import main as answer
 from eval_encoder.lmm.stage import build_dataset, build_reader, training_arguments
 from eval_encoder.lmm.trainer import LmmTrainer
-from eval_encoder.lmm_eval import main as answer
 from eval_encoder.lmm_probe import main as probe
 
 EPOCHS = 20

@@ -23,9 +23,9 @@ from PIL import Image
 from test_lmm_chat import COLOUR, SUM, SURE, write_model
 from test_lmm_web_parts import Slow
 
-from eval_encoder import lmm_web
 from eval_encoder.lmm.generate import open_speaker
 from eval_encoder.lmm.web import handlers as lmm_web_handlers
+from eval_encoder.lmm.web import page as lmm_web
 from eval_encoder.lmm.web.handlers import Limits
 
 CHROMIUM = shutil.which("chromium")

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import wait_until
 
+from eval_encoder.lmm.chat import Dialogue
 from eval_encoder.lmm.generate import AnswerStopped, Decoding
-from eval_encoder.lmm.web import growing as lmm_growing
+from eval_encoder.lmm.web import handlers as lmm_growing
 from eval_encoder.lmm.web.gate import LARGEST_BODY, POLICY, Gate
 from eval_encoder.lmm.web.handlers import LONGEST_QUESTION, Handlers, Limits, Visit
-from eval_encoder.lmm_chat import Dialogue
 
 OWN = {"host": "127.0.0.1:7860"}
 
