@@ -110,10 +110,11 @@ def visual_tokens(visual: VisualItem | StoredItem, tokens_for: TokensFor) -> int
     """Placeholders of one visual; a clip given as images counts all of them."""
     if isinstance(visual, StoredItem):
         return tokens_for(visual.grid, visual.patches) * visual.count
-    if visual.pictures is not None:
-        frames, rows, columns = visual.grids[0]
-        return tokens_for(visual.grids[0], frames * rows * columns) * len(visual.pictures)
-    return tokens_for(visual.grids[0], len(cast(torch.Tensor, visual.rows)))
+    grid = visual.grids[0]
+    if visual.pictures is not None and grid is not None:
+        frames, rows, columns = grid
+        return tokens_for(grid, frames * rows * columns) * len(visual.pictures)
+    return tokens_for(grid, len(cast(torch.Tensor, visual.rows)))
 
 
 @dataclass(frozen=True)

@@ -321,7 +321,7 @@ def _projector(config: LmmConfig, tower: VisionTower) -> nn.Module:
         config.tuned_layers,
         config.keep_extra_tokens,
     )
-    return ViTSplit(split, cast(nn.ModuleList, tower.blocks))
+    return ViTSplit(split, tower.blocks)
 
 
 def _reduced(config: LmmConfig, tower: VisionTower) -> VisionTower:
