@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # takes seconds to import, which --help must not
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
-HEAD_WIDTH = 32  # of an attention head: four heads at the default width
+HEAD_WIDTH = 32  # channels of an attention head: four heads at the default width
 CONTEXT = 4096  # tokens, as in LLaVA-1.5's language models
 
 

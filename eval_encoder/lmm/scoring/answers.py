@@ -27,7 +27,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,6 +130,10 @@ class Answers:
             answers.setdefault(key_of(row), []).append(row)
         return [answers[key].pop() for key in asked]
 
+    def with_questions(self, questions: Mapping[str, dict]) -> Iterator[tuple[dict, dict]]:
+        """(question, answer) in the order of {id: question}. ValueError as of `pair`."""
+        return zip(questions.values(), self.pair(list(questions)), strict=True)
+
 
 def read_answers(path: Path, fields: Fields = ANSWER) -> Answers:
     """Answers from JSON lines; ValueError for a line that lacks one of the fields."""
@@ -189,10 +193,9 @@ def _some(ids: list) -> str:
     return ", ".join(map(repr, ids[:EXAMPLES])) + dots
 
 
-def _paired(answers: Answers, path: Path, fields: Fields = QUESTION) -> list[tuple[dict, dict]]:
+def _paired(answers: Answers, path: Path, fields: Fields = QUESTION) -> Iterator[tuple[dict, dict]]:
     """(question, answer) in the order of a file of questions."""
-    questions = by_id(read_lines(path, fields), path)
-    return list(zip(questions.values(), answers.pair(list(questions)), strict=True))
+    return answers.with_questions(by_id(read_lines(path, fields), path))
 
 
 def write_normalised(
@@ -225,12 +228,13 @@ def write_llavabench(answers: Answers, questions: Path, output: Path) -> None:
 def write_mmbench(answers: Answers, questions: Path, output: Path) -> None:
     """The official table and `prediction`. Without the column `image`: the server has the images,
     and no cell of a workbook could hold one."""
+    # before the table, which holds all images, is read
     if output.suffix not in (".tsv", ".xlsx"):
         raise ValueError(f"--output {output}: a table for MMBench ends with .tsv or .xlsx")
     table = _read_mmbench(questions)
     columns = [*next(iter(table.values())), "prediction"]
     cells = [columns]
-    for row, answer in zip(table.values(), answers.pair(list(table)), strict=True):
+    for row, answer in answers.with_questions(table):
         cells.append([*row.values(), answer["text"]])
     if output.suffix == ".xlsx":
         write_atomically(output, _xlsx(cells, output))
@@ -245,6 +249,7 @@ def _read_mmbench(path: Path) -> dict[str, dict]:
     """{index: row without image}"""
     csv.field_size_limit(LONGEST_FIELD)
     rows = []
+    # utf-8-sig also reads files without a byte order mark
     with open(existing(path), newline="", encoding="utf-8-sig") as stream:
         table = csv.DictReader(stream, delimiter="\t")
         columns = table.fieldnames or ()

@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 POPE_FILES = ("random", "popular", "adversarial")
-OPTIONS = "ABCDE"
+OPTIONS = "ABCDE"  # a question of ScienceQA has at most five
+# MME's own division of its tasks, which the two sums follow
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
               "landmark", "artwork", "OCR")  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -152,7 +153,7 @@ def option_letter(text: str) -> str | None:
     """The option that ScienceQA's rule reads: `B`, `B. anything`, or one `The answer is B.`
     somewhere; None for all else."""
     text = text.strip()
-    if text[:1] and text[0] in OPTIONS and text[1:3] in ("", ". "):
+    if text and text[0] in OPTIONS and text[1:3] in ("", ". "):
         return text[0]
     stated = re.findall(r"The answer is ([A-Z])\.", text)
     return stated[0] if len(stated) == 1 else None
@@ -217,10 +218,11 @@ def evaluate_seed(answers: Answers, annotations: Path, images_only: bool) -> Out
     fields: Fields = {**QUESTION, "answer": str, "data_type": str, "question_type_id": int}
     rows = read_annotation_list(annotations, key="questions", fields=fields)
     rows = [row for row in rows if row["data_type"] == "image" or not images_only]
+    # a stable sort: questions of a type keep the order of the file
     rows.sort(key=lambda row: row["question_type_id"])
     questions = by_id(rows, annotations)
     outcomes: Outcomes = defaultdict(list)
-    for row, answer in zip(questions.values(), answers.pair(list(questions)), strict=True):
+    for row, answer in answers.with_questions(questions):
         group = f"{row['data_type']}_type_{row['question_type_id']}"
         outcomes[group].append(answer["text"].strip() == row["answer"])
     return outcomes
@@ -283,6 +285,7 @@ def _mme_rows(annotations: Path, task: str) -> Iterator[tuple[tuple[str, str, st
             if not line.strip():
                 continue
             cells = line.strip("\n").split("\t")
+            # [-1], as a damaged line may have no third cell
             label = cells[-1].strip().lower()
             if len(cells) != 3 or label not in ("yes", "no"):
                 raise ValueError(f"{path} line {number}: {line!r} is no image, question, Yes/No")
@@ -300,6 +303,7 @@ def _mme_key(row: dict) -> tuple[str, str, str]:
 
 def _first_line(prompt: str) -> str:
     """A question as it is compared: the first line, lower case, single spaces."""
+    # further lines hold instructions and OCR tokens, which are the prompt's and no annotation's
     return " ".join(prompt.strip().partition("\n")[0].lower().split())
 
 

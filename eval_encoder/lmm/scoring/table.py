@@ -53,9 +53,9 @@ def demo_accuracy(answers: Path, labels: Path) -> dict[str, float]:
     questions would not compare.
     """
     questions = by_id(read_lines(labels, {**QUESTION, "label": str, "category": str}), labels)
-    paired = read_answers(answers, fields={**QUESTION, "text": str}).pair(list(questions))
+    given = read_answers(answers, fields={**QUESTION, "text": str})
     rights: dict[str, list[bool]] = defaultdict(list)
-    for question, answer in zip(questions.values(), paired, strict=True):
+    for question, answer in given.with_questions(questions):
         text = answer["text"].strip().lower().removesuffix(".").strip()
         rights[question["category"]].append(text == question["label"])
     rights["overall"] = [right for category in rights.values() for right in category]
