@@ -20,7 +20,8 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval_encoder.lmm.demo.question_set import write_demo_set
+from eval_encoder.lmm.demo.question_set import DemoSet
+from eval_encoder.lmm.demo.samples import write_demo_set
 from eval_encoder.lmm.demo.tiny import write_language_model
 from eval_encoder.lmm_probe import main as probe
 from model_factory.configuration import LlavaViTPackingConfig
@@ -91,7 +92,7 @@ def bench_tower() -> dict:
 
 def bench_cache(root: Path, pictures: int) -> dict:
     """train_runtime of one epoch of lmm_probe.py, the first one to fill the store left out."""
-    write_demo_set(root / "set", num_train=pictures, num_val=192, size=224)
+    write_demo_set(DemoSet(root / "set", num_train=pictures, num_val=192, size=224))
     write_language_model(["a red star ."], root / "llm", layers=2, width=128)
     fields = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
     fields |= dict(num_attention_heads=12, image_size=224)

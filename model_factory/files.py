@@ -173,6 +173,24 @@ def parse_json_line(line: bytes, name: str) -> dict:
     return content
 
 
+def json_lines(
+    path: Path, fields: Mapping[str, type | tuple[type, ...]]
+) -> Iterator[tuple[str, dict]]:
+    """(name of the line for messages, object) of each line of a file of JSON lines that others
+    wrote, so without digests. Empty lines are skipped.
+
+    DamagedFile for a line that is no JSON object or lacks a field.
+    """
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            name = f"{path} line {number}"
+            row = parse_json(line, name)
+            check_fields(row, fields=fields, name=name)
+            yield name, row
+
+
 def open_seal(content: dict, data: bytes, name: str) -> dict:
     """An object that was parsed from `data`, without its digest. Raises DamagedFile when it has
     none, or when any byte differs from what was written."""

@@ -21,10 +21,10 @@ from model_factory.command_line.command import run_command
 from model_factory.command_line.flags import add_flags, flag, from_flags
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.quiet import quiet_libraries
-from model_factory.files import DamagedFile, check_fields, parse_json
+from model_factory.files import DamagedFile, check_fields, json_lines, parse_json
 
 from .data.conversation import IMAGE, VIDEO, Turn, Visual, check_below
-from .scoring.answers import QUESTION, checked, numbered_rows
+from .scoring.answers import QUESTION
 
 if TYPE_CHECKING:  # imports torch, which --help must not
     from .generate import Request, Speaker
@@ -127,7 +127,7 @@ def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a JSONL of questions")
     questions = []
-    for name, row in numbered_rows(path):
+    for name, row in json_lines(path, fields={**QUESTION, "text": str}):
         question = _question(row, name)
         for visual in question.visuals:
             try:
@@ -146,7 +146,6 @@ def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
 
 def _question(row: dict, name: str) -> Question:
     """ValueError with `name`, the line, for a row of another form."""
-    row = checked(row, kinds=QUESTION | {"text": str}, location=name)
     visuals = []
     kinds: tuple[Literal["image", "video"], ...] = ("image", "video")
     for kind in kinds:
@@ -211,7 +210,7 @@ def _answered(path: Path, model: Path) -> set[str | int]:
     for number, line in enumerate(lines, start=1):
         name = f"{path} line {number}"
         row = parse_json(line, name=name)
-        check_fields(row, fields=QUESTION | {"model_id": str}, name=name)
+        check_fields(row, fields={**QUESTION, "model_id": str}, name=name)
         rows.append(row)
     others = sorted({row["model_id"] for row in rows} - {model.name})
     if others:

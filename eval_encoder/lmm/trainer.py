@@ -50,6 +50,8 @@ TOWER = ".vision_tower."
 class LmmTrainer(Trainer):
     """Trains what `lmm.model` lets learn."""
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         lmm: Lmm,
@@ -136,14 +138,15 @@ class LmmTrainer(Trainer):
             groups.setdefault((rate, decay), []).append(parameter)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         options.pop("lr", None)
-        self.optimizer = optimizer_class(
+        optimizer = optimizer_class(
             [
                 {"params": parameters, "lr": rate, "weight_decay": decay}
                 for (rate, decay), parameters in groups.items()
             ],
             **options,
         )
-        return self.optimizer
+        self.optimizer = optimizer
+        return optimizer
 
     def _save(
         self,

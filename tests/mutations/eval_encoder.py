@@ -316,8 +316,8 @@ EVAL_ENCODER = (
     Mutant(
         name="pope-precision-and-recall",
         file="eval_encoder/lmm/scoring/scorers.py",
-        old='f"{name}_precision": 100 * hits / max(1, said),',
-        new='f"{name}_precision": 100 * hits / max(1, are),',
+        old='f"{name}_precision": 100 * hits / max(1, answered),',
+        new='f"{name}_precision": 100 * hits / max(1, positive),',
         why="precision is recall",
         tests=("eval_encoder/lmm/test_lmm_scorers.py",),
     ),

@@ -1,14 +1,37 @@
-"""Samples of the demonstration set: attributes, captions, questions and answers.
+"""Samples of the demonstration set: attributes, captions, questions, answers; and their files.
 
-Attributes follow from a medium's place by arithmetic, so that any answer is right as often as any
-other; the order of a training medium's questions is drawn from (seed, index). Nothing here renders
-or writes: see question_set.py.
+Attributes follow from the rank of an image or clip by arithmetic, so that any answer is right as
+often as any other; the order of a training medium's questions is drawn from (seed, index). The
+command is question_set.py, which says what the files hold.
 """
 
-from collections.abc import Iterator, Sequence
+import io
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from data_pipeline.motion_shapes import (
+    CLASSES,
+    COLOURS,
+    GENERATOR_VERSION,
+    OUTLINES,
+    Appearance,
+    check_settings,
+    render_clip,
+    write_clip,
+)
+from data_pipeline.random import counter_rng
+from eval_encoder.lmm.demo.question_set import DemoSet
+from model_factory.files import write_atomically
+
+SET_VERSION = 1  # moves when the same arguments give other samples
 INSTRUCTION = "Answer with one word."  # on a line of its own after every question
 ASKED = {  # of a training medium, in an order of its own
     "image": ("colour", "shape", "yes_no"),
@@ -25,8 +48,14 @@ HELD_OUT = (
     ("video", "direction"),
     ("video", "direction"),
 )
-ROUND = 24  # places after which every colour, outline, motion and yes_no answer came equally often
-EXTRAS_EVERY = 20  # training media for each sample of the two rarer kinds
+# ranks after which every colour, outline, motion and yes_no answer occurred equally often: the
+# least common multiple of 6 colours, 3 outlines and 8 motions
+ROUND = 24
+EXTRAS_EVERY = 20  # training media for each sample on two images, and for each without an image
+# index of the first held-out medium: beyond any training set, so that no draw is shared
+HELD_OUT_INDEX = 1 << 24
+# of the brightest channel: the background stays below, every colour of a shape above
+SHAPE_BRIGHTNESS = 140
 MOTION_PHRASES = {
     "left": "moving left",
     "right": "moving right",
@@ -38,27 +67,37 @@ MOTION_PHRASES = {
     "shrink": "shrinking",
 }
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
-OPPOSITES = {"hot": "cold", "day": "night", "big": "small", "old": "new", "up": "down"}
-OPPOSITES |= {"left": "right", "first": "second", "yes": "no"}
+OPPOSITES = {
+    "hot": "cold",
+    "day": "night",
+    "big": "small",
+    "old": "new",
+    "up": "down",
+    "left": "right",
+    "first": "second",
+    "yes": "no",
+}
+
+Turns = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Medium:
-    """One image or clip. `kind` is image or video, `path` relative to the set, `index` the
-    counter of its random draws, `place` the number that its attributes follow from.
+    """One image or clip. `kind` is image or video, `path` relative to the set, `index` the counter
+    of its random draws, `rank` the number that its attributes follow from.
     """
 
     kind: str
     path: str
     index: int
-    place: int
+    rank: int
     colour: str
     shape: str
     motion: str
 
     @property
     def caption(self) -> str:
-        """The target text of stage 1."""
+        """The answer of stage 1."""
         moving = f" {MOTION_PHRASES[self.motion]}" if self.kind == "video" else ""
         return f"a {self.colour} {self.shape}{moving} ."
 
@@ -74,43 +113,42 @@ class Medium:
 
     def _ask_yes_no(self) -> tuple[str, str]:
         """Within a round every colour is asked for, and is right, as often as any other."""
-        from data_pipeline.motion_shapes import COLOURS
-
-        if (self.place // len(COLOURS) + self.place // ROUND) % 2 == 0:
-            return f"Is the shape {self.colour}?", "yes"
         names = list(COLOURS)
-        step = 1 + self.place // len(names) % (len(names) - 1)
-        asked = names[(names.index(self.colour) + step) % len(names)]
-        return f"Is the shape {asked}?", "no"
+        turn = self.rank // len(names)
+        if (turn + self.rank // ROUND) % 2 == 0:
+            return f"Is the shape {self.colour}?", "yes"
+        # 1 to 5 further on, so never the colour that is shown
+        step = 1 + turn % (len(names) - 1)
+        other = names[(names.index(self.colour) + step) % len(names)]
+        return f"Is the shape {other}?", "no"
 
 
-def medium_at(kind: str, name: str, index: int, place: int) -> Medium:
-    """The medium at a place. Attributes are in equal shares in every round of 24 places, and all
-    144 combinations of them in every six rounds.
+def medium_at(kind: str, name: str, index: int, rank: int) -> Medium:
+    """The medium of a rank. Attributes are in equal shares in every round of 24 ranks, and all 144
+    combinations of them in every six rounds.
     """
-    from data_pipeline.motion_shapes import CLASSES, COLOURS, OUTLINES
-
-    path = f"images/{name}.png" if kind == "image" else f"clips/{name}.mp4"
-    colour = tuple(COLOURS)[(place + place // ROUND) % len(COLOURS)]
-    shape = tuple(OUTLINES.values())[place // len(CLASSES) % len(OUTLINES)]
     return Medium(
         kind=kind,
-        path=path,
+        path=f"images/{name}.png" if kind == "image" else f"clips/{name}.mp4",
         index=index,
-        place=place,
-        colour=colour,
-        shape=shape,
-        motion=CLASSES[place % len(CLASSES)],
+        rank=rank,
+        # one colour further each round: otherwise each motion would always have the same colours
+        colour=list(COLOURS)[(rank + rank // ROUND) % len(COLOURS)],
+        shape=list(OUTLINES.values())[rank // len(CLASSES) % len(OUTLINES)],
+        motion=CLASSES[rank % len(CLASSES)],
     )
 
 
 def training_medium(number: int) -> Medium:
-    """Three of every five are pictures; pictures and clips have places of their own."""
+    """Three of every five are images; images and clips have ranks of their own."""
     five, within = divmod(number, 5)
-    name = f"train_{number:05d}"
-    if within < 3:
-        return medium_at("image", name, number, 3 * five + within)
-    return medium_at("video", name, number, 2 * five + within - 3)
+    is_image = within < 3
+    return medium_at(
+        kind="image" if is_image else "video",
+        name=f"train_{number:05d}",
+        index=number,
+        rank=3 * five + within if is_image else 2 * five + within - 3,
+    )
 
 
 def held_out(num_val: int) -> Iterator[tuple[Medium, str]]:
@@ -118,76 +156,176 @@ def held_out(num_val: int) -> Iterator[tuple[Medium, str]]:
     for number in range(num_val):
         turn, within = divmod(number, len(HELD_OUT))
         kind, category = HELD_OUT[within]
-        # directions come twice in HELD_OUT
-        place = 2 * turn + within % 2 if category == "direction" else turn
-        # indices apart from those of training, so that no random draw is shared
-        index = (1 << 24) + number
-        yield medium_at(kind, name=f"val_{number:05d}", index=index, place=place), category
+        medium = medium_at(
+            kind=kind,
+            name=f"val_{number:05d}",
+            index=HELD_OUT_INDEX + number,
+            # HELD_OUT has two questions of direction in a turn, which need ranks of their own
+            rank=2 * turn + within % 2 if category == "direction" else turn,
+        )
+        yield medium, category
 
 
 def tuning_samples(seed: int, num_train: int) -> list[dict]:
     """All samples of stage 2."""
     extras = range(num_train // EXTRAS_EVERY)
     samples = [_dialogue(seed, number) for number in range(num_train)]
-    samples += [_two_pictures(seed, number) for number in extras]
+    samples += [_two_images(seed, number) for number in extras]
     samples += [_text_only(seed, number) for number in extras]
-    return [{"id": f"tune_{i:05d}", **sample} for i, sample in enumerate(samples)]
+    return [{"id": f"tune_{index:05d}", **sample} for index, sample in enumerate(samples)]
 
 
 def _dialogue(seed: int, number: int) -> dict:
     """All categories of a medium, one after the other, in an order of its own."""
-    from data_pipeline.random import counter_rng
-
     medium = training_medium(number)
-    asked = ASKED[medium.kind]
-    order = counter_rng(seed, "lmm_demo_set", number).permutation(len(asked))
-    rounds = [medium.ask(asked[place]) for place in order]
+    categories = ASKED[medium.kind]
+    order = counter_rng(seed, "lmm_demo_set", number).permutation(len(categories))
+    rounds = [medium.ask(categories[index]) for index in order]
     return {medium.kind: medium.path, "conversations": _turns(f"<{medium.kind}>\n", rounds)}
 
 
-def _two_pictures(seed: int, number: int) -> dict:
-    """Two of twelve pictures, which differ in colour."""
-    from data_pipeline.random import counter_rng
-
+def _two_images(seed: int, number: int) -> dict:
+    """Two of twelve images, which differ in colour."""
+    # the purpose of the draws is part of the set: another text would give other samples
     rng = counter_rng(seed, "lmm_demo_set two pictures", number)
-    media = [training_medium(EXTRAS_EVERY * number + i) for i in range(EXTRAS_EVERY) if i % 5 < 3]
+    first = EXTRAS_EVERY * number
+    media = [training_medium(first + offset) for offset in range(EXTRAS_EVERY)]
+    media = [medium for medium in media if medium.kind == "image"]
     asked = media[rng.integers(len(media))]
     others = [medium for medium in media if medium.colour != asked.colour]
     pair = [asked, others[rng.integers(len(others))]]
+    answer = "first"
     if number % 2:
         pair.reverse()
+        answer = "second"
     question = f"Which picture shows the {asked.colour} shape, first or second?"
-    answer = "second" if number % 2 else "first"
     turns = _turns("<image>\n<image>\n", [(question, answer)])
     return {"image": [medium.path for medium in pair], "conversations": turns}
 
 
 def _text_only(seed: int, number: int) -> dict:
-    from data_pipeline.random import counter_rng
-
     rng = counter_rng(seed, "lmm_demo_set text", number)
     if number % 2:
         word = list(OPPOSITES)[rng.integers(len(OPPOSITES))]
         question = f"What is the opposite of {word}?"
-        return {"conversations": _turns("", [(question, OPPOSITES[word])])}
-    # neither is above four, so that their sum has a word
-    left, right = rng.integers(0, len(NUMBERS) // 2 + 1, 2).tolist()
-    question = f"What is {NUMBERS[left]} plus {NUMBERS[right]}?"
-    return {"conversations": _turns("", [(question, NUMBERS[left + right])])}
+        answer = OPPOSITES[word]
+    else:
+        # summands of at most four, since NUMBERS ends with eight
+        left, right = rng.integers(0, len(NUMBERS) // 2 + 1, 2).tolist()
+        question = f"What is {NUMBERS[left]} plus {NUMBERS[right]}?"
+        answer = NUMBERS[left + right]
+    return {"conversations": _turns("", [(question, answer)])}
 
 
-def _turns(placeholders: str, rounds: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """LLaVA's conversation; placeholders of the media stand before the first question."""
-    turns: list[dict[str, str]] = []
+def _turns(placeholders: str, rounds: Iterable[tuple[str, str]]) -> Turns:
+    """LLaVA's conversation; the placeholders stand before the first question."""
+    turns: Turns = []
     for question, answer in rounds:
-        text = f"{question}\n{INSTRUCTION}"
-        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+        turns.append({"from": "human", "value": f"{question}\n{INSTRUCTION}"})
+        turns.append({"from": "gpt", "value": answer})
     turns[0]["value"] = placeholders + turns[0]["value"]
     return turns
 
 
 def caption_sample(medium: Medium) -> dict:
     """The sample of stage 1."""
-    turns = [{"from": "human", "value": f"<{medium.kind}>"}]
-    turns += [{"from": "gpt", "value": medium.caption}]
+    turns = [
+        {"from": "human", "value": f"<{medium.kind}>"},
+        {"from": "gpt", "value": medium.caption},
+    ]
     return {"id": Path(medium.path).stem, medium.kind: medium.path, "conversations": turns}
+
+
+def render_image(medium: Medium, seed: int, size: int) -> np.ndarray:
+    """The image of a medium, uint8 [size, size, 3].
+
+    The world wraps around, so it is rolled until the shape, the only bright thing, lies whole in
+    the middle.
+    """
+    image = _render(medium, seed, size=size, frames=1)[0]
+    is_shape = image.max(axis=2) > SHAPE_BRIGHTNESS
+    # the mean of positions on a circle, since the shape may lie across the border
+    circle = np.exp(2j * np.pi / size * np.arange(size))
+    shifts = []
+    for axis in (0, 1):
+        centre = np.angle(is_shape.sum(axis=1 - axis) @ circle) * size / (2 * np.pi)
+        shifts.append(size // 2 - round(float(centre)))
+    return np.roll(image, shifts, axis=(0, 1))
+
+
+def _render(medium: Medium, seed: int, size: int, frames: int) -> np.ndarray:
+    corners = {name: number for number, name in OUTLINES.items()}[medium.shape]
+    return render_clip(
+        label=CLASSES.index(medium.motion),
+        seed=seed,
+        index=medium.index,
+        difficulty="easy",
+        size=size,
+        frames=frames,
+        appearance=Appearance(medium.colour, corners),
+    )
+
+
+def _write_medium(config: DemoSet, medium: Medium) -> None:
+    path = config.output / medium.path
+    if medium.kind == "video":
+        write_clip(path, frames=_render(medium, config.seed, size=config.size, frames=64))
+        return
+    stream = io.BytesIO()
+    Image.fromarray(render_image(medium, config.seed, size=config.size)).save(stream, "PNG")
+    write_atomically(path, stream.getvalue())
+
+
+def write_demo_set(config: DemoSet) -> None:
+    """Write the set.
+
+    Media that exist are kept, so a killed run goes on; lists come last. Raises ValueError for
+    counts or sizes that cannot be, and for a folder of other settings.
+    """
+    _check_counts(config)
+    for folder in ("images", "clips"):
+        (config.output / folder).mkdir(parents=True, exist_ok=True)
+    check_settings(
+        config.output / "settings.json",
+        settings=[SET_VERSION, GENERATOR_VERSION, config.size, config.seed],
+        names="set version, generator version, size, seed",
+    )
+    train = [training_medium(number) for number in range(config.num_train)]
+    questions = list(held_out(config.num_val))
+    media = train + [medium for medium, _ in questions]
+    absent = [medium for medium in media if not (config.output / medium.path).exists()]
+    # spawned: forking a process that has threads may deadlock its child
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(_write_medium, config), absent, chunksize=8))
+    captions = [caption_sample(medium) for medium in train]
+    tuning = tuning_samples(config.seed, config.num_train)
+    for name, samples in (("align", captions), ("tune", tuning)):
+        write_atomically(config.output / f"{name}.json", json.dumps(samples, indent=1).encode())
+    _write_questions(config.output, questions)
+
+
+def _check_counts(config: DemoSet) -> None:
+    if config.num_train < EXTRAS_EVERY:
+        raise ValueError(f"num_train is {config.num_train}: {EXTRAS_EVERY} or more give every kind")
+    whole = ROUND * len(HELD_OUT)
+    if config.num_val < whole or config.num_val % whole:
+        raise ValueError(
+            f"num_val is {config.num_val}: answers are in equal shares at multiples of {whole}"
+        )
+    if config.size < 32 or config.size % 2:
+        raise ValueError(f"size is {config.size}: give an even number of pixels, 32 or more")
+
+
+def _write_questions(directory: Path, questions: list[tuple[Medium, str]]) -> None:
+    """questions.jsonl, then answers.jsonl."""
+    asked = []
+    labels = []
+    for number, (medium, category) in enumerate(questions):
+        question, label = medium.ask(category)
+        text = f"{question}\n{INSTRUCTION}"
+        row = {"question_id": number, medium.kind: medium.path, "text": text, "category": category}
+        asked.append(row)
+        labels.append({"question_id": number, "label": label, "category": category})
+    for name, rows in (("questions", asked), ("answers", labels)):
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        write_atomically(directory / f"{name}.jsonl", lines.encode())

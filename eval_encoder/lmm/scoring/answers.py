@@ -29,28 +29,28 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.reading import names_place
-from model_factory.files import parse_json, write_atomically
+from model_factory.files import DamagedFile, check_fields, json_lines, parse_json, write_atomically
 
-Kinds = Mapping[str, type | tuple[type, ...]]  # {field: types that its value may have}
+Fields = Mapping[str, type | tuple[type, ...]]  # {field that must be there: its type or types}
 
 ID = (str, int)
-QUESTION: dict[str, type | tuple[type, ...]] = {"question_id": ID}
-ANSWER = QUESTION | {"prompt": str, "text": str}
-# fields that LLaVA-Bench's judge reads
-JUDGED = ANSWER | {"answer_id": ID, "model_id": str, "metadata": dict}
+QUESTION: Fields = {"question_id": ID}
+ANSWER: Fields = {**QUESTION, "prompt": str, "text": str}
+JUDGED: Fields = {**ANSWER, "answer_id": ID, "model_id": str, "metadata": dict}
 EXAMPLES = 3  # ids that an error names
 LONGEST_FIELD = 2**31 - 1  # bytes; MMBench holds images as text, the csv module allows 128 KiB
 
-# the lists of VQA's official evaluation
+# the lists of VQA's evaluation (vqaEval.py), which servers and LLaVA's scripts share
 ARTICLES = {"a", "an", "the"}
-NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(),
-                   map(str, range(11)), strict=True)) | {"none": "0"}  # fmt: skip
-PUNCTUATION = ';/[]"{}()=+\\_-><@`!'  # comma and question mark are gone before
+WORDS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = {word: str(value) for value, word in enumerate(WORDS)} | {"none": "0"}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`!'  # comma and question mark are removed before
 FULL_CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
@@ -82,6 +82,7 @@ def normalise_answer(text: str) -> str:
     text = text.replace("\n", " ").replace("\t", " ").strip()
     bare = text
     for sign in PUNCTUATION:
+        # looked up in `text`: signs that were replaced before must not change the rule for others
         beside_space = f"{sign} " in text or f" {sign}" in text
         bare = bare.replace(sign, "" if beside_space else " ")
     words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", bare).split()]
@@ -103,96 +104,80 @@ class Answers:
     def pair(
         self, asked: Sequence[Hashable], key_of: Callable[[dict], Hashable] = question_id
     ) -> list[dict]:
-        """The answer to each question, in the order of `asked`, the keys of the questions; `key_of`
-        gives that of an answer. A key may be asked several times where the very same prompt is:
-        its answers are then taken in their order. ValueError unless every question is answered
-        exactly once and nothing else is."""
+        """The answer to each question, in the order of `asked`.
+
+        asked: keys of the questions. key_of: gives the key of an answer. A key may be asked several
+        times where the very same prompt is: its answers are then taken in their order. ValueError
+        unless every question is answered exactly once and nothing else is.
+        """
         questions = Counter(asked)
-        answered = Counter(key_of(row) for row in self.rows)
-        surplus = answered - questions
-        by_fault = {
+        answered = Counter(map(key_of, self.rows))
+        more = answered - questions
+        problems = {
             "missing (asked, not answered)": list(questions - answered),
-            "doubled (answered more often than asked)": [k for k in surplus if k in questions],
-            "foreign (answered, not asked)": [k for k in surplus if k not in questions],
+            "doubled (answered more often than asked)": [key for key in more if key in questions],
+            "foreign (answered, not asked)": [key for key in more if key not in questions],
         }
-        wrong = [f"{len(keys)} {name}: {_some(keys)}" for name, keys in by_fault.items() if keys]
-        if wrong:
+        listed = [f"{len(keys)} {name}: {_some(keys)}" for name, keys in problems.items() if keys]
+        if listed:
             raise ValueError(
                 f"{self.path} does not answer each of {len(asked)} questions once. Ids "
-                f"{'; '.join(wrong)}. Ids asked: {_some(questions)}"
+                f"{'; '.join(listed)}. Ids asked: {_some(list(questions))}"
             )
-        # reversed, so that pop takes the first answer of a key first
         answers: dict[Hashable, list[dict]] = {}
+        # reversed, so that pop() takes answers to the same key in their order
         for row in reversed(self.rows):
             answers.setdefault(key_of(row), []).append(row)
         return [answers[key].pop() for key in asked]
 
-
-def read_answers(path: Path) -> Answers:
-    """Answers from JSON lines; ValueError for a line without question_id, prompt or text."""
-    return Answers(path, read_jsonl(path, ANSWER))
-
-
-def numbered_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(file and line, object) of a file of JSON lines; blank lines are passed over. ValueError for
-    a line that is no JSON object."""
-    with open(existing(path), "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                location = f"{path} line {number}"
-                yield location, parse_json(line, name=location)
+    def with_questions(self, questions: Mapping[str, dict]) -> Iterator[tuple[dict, dict]]:
+        """(question, answer) in the order of {id: question}. ValueError as of `pair`."""
+        return zip(questions.values(), self.pair(list(questions)), strict=True)
 
 
-def read_jsonl(path: Path, kinds: Kinds) -> list[dict]:
-    """Objects of a file of JSON lines; `kinds` must be in each, else ValueError."""
-    return [checked(row, kinds=kinds, location=where) for where, row in numbered_rows(path)]
+def read_answers(path: Path, fields: Fields = ANSWER) -> Answers:
+    """Answers from JSON lines; ValueError for a line that lacks one of the fields."""
+    return Answers(path, rows=read_lines(path, fields))
 
 
-def read_object(path: Path, kinds: Kinds) -> dict:
-    """Object of a JSON file that holds `kinds`; ValueError for anything else."""
+def read_lines(path: Path, fields: Fields) -> list[dict]:
+    """Objects of a file of JSON lines; ValueError for one that lacks one of the fields."""
+    return [row for _, row in json_lines(existing(path), fields)]
+
+
+def read_annotations(path: Path, fields: Fields) -> dict:
+    """Object of an official JSON file; ValueError where it lacks one of the fields."""
     content = parse_json(existing(path).read_bytes(), name=str(path))
-    return checked(content, kinds=kinds, location=str(path))
+    return checked(content, fields, name=str(path))
 
 
-def read_list(path: Path, field: str, kinds: Kinds) -> list[dict]:
-    """Objects of the list that is one field of a JSON file; `kinds` must be in each, else
-    ValueError."""
-    rows = read_object(path, {field: list})[field]
-    return [
-        checked(row, kinds=kinds, location=f"{path} {field}[{index}]")
-        for index, row in enumerate(rows)
-    ]
+def read_annotation_list(path: Path, key: str, fields: Fields) -> list[dict]:
+    """Objects of the list that stands under `key` in an official JSON file; ValueError for one
+    that lacks one of the fields."""
+    rows = read_annotations(path, {key: list})[key]
+    return [checked(row, fields, name=f"{path} {key}[{index}]") for index, row in enumerate(rows)]
 
 
-def checked(row: object, kinds: Kinds, location: str) -> dict:
-    """The row itself; ValueError that names its location unless it is an object that holds
-    `kinds`."""
+def checked(row: object, fields: Fields, name: str) -> dict:
+    """The row itself; DamagedFile (a ValueError) with the row's name unless it is an object that
+    holds the fields."""
     if not isinstance(row, dict):
-        raise ValueError(f"{location}: {str(row)[:80]!r} is no JSON object")
-    for field, kind in kinds.items():
-        if field not in row:
-            raise ValueError(f"{location} lacks {field!r}: it has {_some(row)}")
-        value = row[field]
-        if not isinstance(value, kind):
-            wanted = kind if isinstance(kind, tuple) else (kind,)
-            names = " or ".join(one.__name__ for one in wanted)
-            raise ValueError(
-                f"{location}: {field} is {str(value)[:80]!r}, of type {type(value).__name__}, "
-                f"not {names}"
-            )
+        raise DamagedFile(f"{name} is {row!r:.80}, which is no JSON object")
+    check_fields(row, fields=fields, name=name)
     return row
 
 
 def by_id(rows: Iterable[dict], path: Path, field: str = "question_id") -> dict[str, dict]:
     """{id: row}; ValueError for a file without rows or one that names an id twice."""
-    found: dict[str, dict] = {}
+    unique: dict[str, dict] = {}
     for row in rows:
-        if str(row[field]) in found:
+        key = str(row[field])
+        if key in unique:
             raise ValueError(f"{path} names {field} {row[field]!r} twice: give the official file")
-        found[str(row[field])] = row
-    if not found:
+        unique[key] = row
+    if not unique:
         raise ValueError(f"{path} holds no question")
-    return found
+    return unique
 
 
 def existing(path: Path) -> Path:
@@ -202,34 +187,24 @@ def existing(path: Path) -> Path:
     return path
 
 
-def _some(ids: Iterable[Hashable]) -> str:
-    ids = list(ids)
-    shown = [repr(one) for one in ids[:EXAMPLES]]
-    if len(ids) > EXAMPLES:
-        shown.append("...")
-    return ", ".join(shown)
+def _some(ids: list) -> str:
+    """The first ids, as errors show them."""
+    dots = ", ..." if len(ids) > EXAMPLES else ""
+    return ", ".join(map(repr, ids[:EXAMPLES])) + dots
 
 
-def _paired(answers: Answers, path: Path, kinds: Kinds = QUESTION) -> list[tuple[dict, dict]]:
+def _paired(answers: Answers, path: Path, fields: Fields = QUESTION) -> Iterator[tuple[dict, dict]]:
     """(question, answer) in the order of a file of questions."""
-    questions = by_id(read_jsonl(path, kinds), path)
-    return list(zip(questions.values(), answers.pair(list(questions)), strict=True))
+    return answers.with_questions(by_id(read_lines(path, fields), path))
 
 
-def write_vqav2(answers: Answers, questions: Path, output: Path) -> None:
-    """[{question_id, answer}]; ids keep the type that the questions have."""
-    _write_normalised(_paired(answers, questions), field="question_id", output=output)
-
-
-def write_vizwiz(answers: Answers, questions: Path, output: Path) -> None:
-    """[{image, answer}]"""
-    pairs = _paired(answers, questions, kinds=QUESTION | {"image": str})
-    _write_normalised(pairs, field="image", output=output)
-
-
-def _write_normalised(pairs: Sequence[tuple[dict, dict]], field: str, output: Path) -> None:
+def write_normalised(
+    answers: Answers, questions: Path, output: Path, key: str, kind: type | tuple[type, ...]
+) -> None:
+    """[{key, answer}]; `key` is a field of the questions, of type `kind`, and keeps its value."""
+    pairs = _paired(answers, questions, fields={**QUESTION, key: kind})
     rows = [
-        {field: question[field], "answer": normalise_answer(answer["text"])}
+        {key: question[key], "answer": normalise_answer(answer["text"])}
         for question, answer in pairs
     ]
     write_atomically(output, json.dumps(rows).encode())
@@ -245,53 +220,53 @@ def write_llavabench(answers: Answers, questions: Path, output: Path) -> None:
     """The six fields of each answer, in the order of the questions."""
     lines = []
     for _, answer in _paired(answers, questions):
-        location = f"{answers.path} id {question_id(answer)}"
-        row = checked(answer, kinds=JUDGED, location=location)
-        lines.append(json.dumps({field: row[field] for field in JUDGED}) + "\n")
+        checked(answer, JUDGED, name=f"{answers.path} id {question_id(answer)}")
+        lines.append(json.dumps({field: answer[field] for field in JUDGED}) + "\n")
     write_atomically(output, "".join(lines).encode())
 
 
 def write_mmbench(answers: Answers, questions: Path, output: Path) -> None:
     """The official table and `prediction`. Without the column `image`: the server has the images,
     and no cell of a workbook could hold one."""
+    # before the table, which holds all images, is read
     if output.suffix not in (".tsv", ".xlsx"):
         raise ValueError(f"--output {output}: a table for MMBench ends with .tsv or .xlsx")
     table = _read_mmbench(questions)
-    texts = [answer["text"] for answer in answers.pair(list(table))]
-    columns = list(next(iter(table.values())))
-    cells = [[*columns, "prediction"]]
-    cells += [[*row.values(), text] for row, text in zip(table.values(), texts, strict=True)]
-    data = _xlsx(cells, output) if output.suffix == ".xlsx" else _tsv(cells)
-    write_atomically(output, data)
+    columns = [*next(iter(table.values())), "prediction"]
+    cells = [columns]
+    for row, answer in answers.with_questions(table):
+        cells.append([*row.values(), answer["text"]])
+    if output.suffix == ".xlsx":
+        write_atomically(output, _xlsx(cells, output))
+        return
+    stream = io.StringIO(newline="")
+    csv.writer(stream, delimiter="\t", lineterminator="\n").writerows(cells)
+    write_atomically(output, stream.getvalue().encode())
 
 
 @names_place("path")
 def _read_mmbench(path: Path) -> dict[str, dict]:
-    """{index: row without its image}"""
+    """{index: row without image}"""
     csv.field_size_limit(LONGEST_FIELD)
     rows = []
+    # utf-8-sig also reads files without a byte order mark
     with open(existing(path), newline="", encoding="utf-8-sig") as stream:
         table = csv.DictReader(stream, delimiter="\t")
         columns = table.fieldnames or ()
         if "index" not in columns:
             raise ValueError(f"{path} has no column `index`: give the official .tsv")
         for row in table:
-            if None in row or None in row.values():  # more or fewer cells than the first line
+            # DictReader puts surplus cells under None, and None for missing ones
+            if None in row or None in row.values():
                 raise ValueError(
                     f"{path} line {table.line_num}: not {len(columns)} cells as above it"
                 )
             rows.append({name: cell for name, cell in row.items() if name != "image"})
-    return by_id(rows, path=path, field="index")
-
-
-def _tsv(cells: list[list[str]]) -> bytes:
-    stream = io.StringIO()
-    csv.writer(stream, delimiter="\t", lineterminator="\n").writerows(cells)
-    return stream.getvalue().encode()
+    return by_id(rows, path, field="index")
 
 
 def _xlsx(cells: list[list[str]], output: Path) -> bytes:
-    """The bytes of a workbook; ValueError with `output` where openpyxl is absent."""
+    """A workbook of one sheet; `output` is for the error."""
     try:
         from openpyxl import Workbook
     except ImportError as error:
@@ -308,9 +283,9 @@ def _xlsx(cells: list[list[str]], output: Path) -> bytes:
     return stream.getvalue()
 
 
-FORMATS = {
-    "vqav2": write_vqav2,
-    "vizwiz": write_vizwiz,
+FORMATS: dict[str, Callable[[Answers, Path, Path], None]] = {
+    "vqav2": partial(write_normalised, key="question_id", kind=ID),
+    "vizwiz": partial(write_normalised, key="image", kind=str),
     "mmbench": write_mmbench,
     "mmvet": write_mmvet,
     "llavabench": write_llavabench,

@@ -9,22 +9,23 @@
     gqa         testdev_balanced_questions.json            equal, lower case, without a final dot
     sqa         folder of problems.json, pid_splits.json   the letter, see `option_letter`
     textvqa     TextVQA_0.5.1_val.json                     three annotators agree; soft
-    seed        SEED-Bench.json                            the very letter
+    seed        SEED-Bench.json                            exactly the letter
     seed_image  the same; its questions about images only
     mme         folder of the 14 tasks' .txt files         yes and no agree, see `leading_yes`
 
-Answers are JSON lines {question_id, prompt, text, ...}, paired by id (answers.py). Peculiar
-ids: POPE counts each file anew, so an id is `random/1`; MME's `task/picture` and TextVQA's image id
-are shared by several questions, which the first line of the prompt tells apart. Figures are in
-percent, MME's sums in points. `--confidence` adds 95 % intervals: questions are drawn anew within
-their file, task or type. Cost: below a second, a few with intervals.
+Answers are JSON lines {question_id, prompt, text, ...}, paired by id (answers.py). Peculiar ids:
+POPE numbers each file from 1, so an id is `random/1`; MME's `task/image` and TextVQA's image id are
+shared by several questions, which the first line of the prompt tells apart. Figures are in percent,
+MME's sums in points. `--confidence` adds 95 % intervals: questions are resampled within their file,
+task or type. Cost: below a second, a few with intervals.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,15 +35,16 @@ from typing import TYPE_CHECKING
 from eval_encoder.lmm.scoring.answers import (
     QUESTION,
     Answers,
-    Kinds,
+    Fields,
     by_id,
     checked,
     existing,
     normalise_answer,
+    question_id,
+    read_annotation_list,
+    read_annotations,
     read_answers,
-    read_jsonl,
-    read_list,
-    read_object,
+    read_lines,
 )
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
@@ -53,13 +55,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 POPE_FILES = ("random", "popular", "adversarial")
-OPTIONS = "ABCDE"
+OPTIONS = "ABCDE"  # a question of ScienceQA has at most five
+# MME's own division of its tasks, which the two sums follow
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
               "landmark", "artwork", "OCR")  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 TASKS = PERCEPTION + COGNITION
-MME_INSTRUCTION = "please answer yes or no."
-RESAMPLINGS = 1000
+MME_INSTRUCTION = "please answer yes or no."  # the end of each official question, lower case
+RESAMPLINGS = 1000  # 25 of them lie beyond each bound
 
 Outcomes = dict[str, list]  # group of questions -> outcome of each, as its scorer defines it
 Figures = dict[str, float]
@@ -81,15 +84,15 @@ def score(benchmark: str, answers: Path, annotations: Path, confidence: bool = F
     together, and for an unknown benchmark."""
     if benchmark not in SCORERS:
         raise ValueError(f"unknown benchmark {benchmark!r}: choose one of {', '.join(SCORERS)}")
-    compare, summarise = SCORERS[benchmark]
-    rows = read_answers(answers)
-    outcomes = compare(rows, annotations)
+    evaluate, summarise = SCORERS[benchmark]
+    given = read_answers(answers)
+    outcomes = evaluate(given, annotations)
     for group, values in outcomes.items():
         if not values:
             raise ValueError(f"{annotations} holds no question of {benchmark} ({group})")
     return Score(
         benchmark=benchmark,
-        questions=len(rows.rows),
+        questions=len(given.rows),
         figures=summarise(outcomes),
         intervals=_intervals(summarise, outcomes) if confidence else None,
     )
@@ -101,19 +104,19 @@ def says_yes(text: str) -> bool:
     return not {"no", "not"} & set(words)
 
 
-def compare_pope(answers: Answers, annotations: Path) -> Outcomes:
-    """{file: [(said yes, is yes)]}"""
-    labels: dict[str, str] = {}
+def evaluate_pope(answers: Answers, annotations: Path) -> Outcomes:
+    """{file: [(answer is yes, label is yes)]}"""
+    labels: dict[str, bool] = {}
     for name in POPE_FILES:
         path = annotations / f"coco_pope_{name}.json"
-        rows = by_id(read_jsonl(path, QUESTION | {"label": str}), path)
+        rows = by_id(read_lines(path, {**QUESTION, "label": str}), path)
         for number, row in rows.items():
             if row["label"] not in ("yes", "no"):
                 raise ValueError(f"{path} id {number}: label {row['label']!r} is not yes or no")
-            labels[f"{name}/{number}"] = row["label"]
+            labels[f"{name}/{number}"] = row["label"] == "yes"
     outcomes: Outcomes = {name: [] for name in POPE_FILES}
     for key, answer in zip(labels, answers.pair(list(labels)), strict=True):
-        outcomes[key.partition("/")[0]].append((says_yes(answer["text"]), labels[key] == "yes"))
+        outcomes[key.partition("/")[0]].append((says_yes(answer["text"]), labels[key]))
     return outcomes
 
 
@@ -122,27 +125,26 @@ def summarise_pope(outcomes: Outcomes) -> Figures:
     share of yes. Precision and recall of nothing are 0."""
     files: Figures = {}
     for name, pairs in outcomes.items():
-        said = sum(says for says, _ in pairs)
-        are = sum(is_yes for _, is_yes in pairs)
+        answered = sum(answer for answer, _ in pairs)
+        positive = sum(label for _, label in pairs)
         hits = pairs.count((True, True))
         files |= {
-            f"{name}_accuracy": _percent(one == other for one, other in pairs),
-            f"{name}_precision": 100 * hits / max(1, said),
-            f"{name}_recall": 100 * hits / max(1, are),
-            f"{name}_f1": 200 * hits / max(1, said + are),
-            f"{name}_yes": 100 * said / len(pairs),
+            f"{name}_accuracy": _percent(answer == label for answer, label in pairs),
+            f"{name}_precision": 100 * hits / max(1, answered),
+            f"{name}_recall": 100 * hits / max(1, positive),
+            f"{name}_f1": 200 * hits / max(1, answered + positive),
+            f"{name}_yes": 100 * answered / len(pairs),
         }
-    return {"f1": sum(files[f"{name}_f1"] for name in outcomes) / len(outcomes)} | files
+    return {"f1": fmean(files[f"{name}_f1"] for name in outcomes)} | files
 
 
-def compare_gqa(answers: Answers, annotations: Path) -> Outcomes:
+def evaluate_gqa(answers: Answers, annotations: Path) -> Outcomes:
     """{"all": [right]}"""
-    questions = read_object(annotations, {})
+    questions = read_annotations(annotations, {})
     rights = []
     for number, answer in zip(questions, answers.pair(list(questions)), strict=True):
-        question = checked(
-            questions[number], kinds={"answer": str}, location=f"{annotations} id {number}"
-        )
+        name = f"{annotations} id {number}"
+        question = checked(questions[number], fields={"answer": str}, name=name)
         rights.append(answer["text"].strip().lower().rstrip(".") == question["answer"])
     return {"all": rights}
 
@@ -151,30 +153,33 @@ def option_letter(text: str) -> str | None:
     """The option that ScienceQA's rule reads: `B`, `B. anything`, or one `The answer is B.`
     somewhere; None for all else."""
     text = text.strip()
-    if text[:1] and text[0] in OPTIONS and text[1:3] in ("", ". "):
+    if text and text[0] in OPTIONS and text[1:3] in ("", ". "):
         return text[0]
     stated = re.findall(r"The answer is ([A-Z])\.", text)
     return stated[0] if len(stated) == 1 else None
 
 
-def compare_sqa(answers: Answers, annotations: Path) -> Outcomes:
-    """{"image": [right], "text": [right]} of the test split, by whether there is an image."""
-    numbers = read_object(annotations / "pid_splits.json", {"test": list})["test"]
+def evaluate_sqa(answers: Answers, annotations: Path) -> Outcomes:
+    """{"image": [right], "text": [right]} of the test split, by whether a question has an image."""
+    numbers = read_annotations(annotations / "pid_splits.json", {"test": list})["test"]
     path = annotations / "problems.json"
-    problems = read_object(path, dict.fromkeys(numbers, dict))
-    kinds: Kinds = {"answer": int, "image": (str, type(None))}
+    problems = read_annotations(path, dict.fromkeys(numbers, dict))
     outcomes: Outcomes = {"image": [], "text": []}
     for number, answer in zip(numbers, answers.pair(numbers), strict=True):
-        problem = checked(problems[number], kinds=kinds, location=f"{path} id {number}")
-        letter = option_letter(answer["text"])
-        is_right = letter is not None and OPTIONS.find(letter) == problem["answer"]
-        outcomes["image" if problem["image"] else "text"].append(is_right)
+        problem = checked(
+            problems[number],
+            fields={"answer": int, "image": (str, type(None))},
+            name=f"{path} id {number}",
+        )
+        # -1, which is never right, for an answer without an option
+        option = OPTIONS.find(option_letter(answer["text"]) or "none")
+        outcomes["image" if problem["image"] else "text"].append(option == problem["answer"])
     return outcomes
 
 
 def summarise_sqa(outcomes: Outcomes) -> Figures:
     """`image`, the published subset, and `all`."""
-    return {"image": _percent(outcomes["image"]), "all": _percent(sum(outcomes.values(), []))}
+    return {"image": _percent(outcomes["image"]), "all": _percent(_all_values(outcomes))}
 
 
 def soft_accuracy(answer: str, references: list[str]) -> float:
@@ -186,46 +191,52 @@ def soft_accuracy(answer: str, references: list[str]) -> float:
     return sum(min(1.0, (total - own) / 3) for own in agreeing) / len(agreeing)
 
 
-def compare_textvqa(answers: Answers, annotations: Path) -> Outcomes:
+def evaluate_textvqa(answers: Answers, annotations: Path) -> Outcomes:
     """{"all": [soft accuracy]}. LLaVA's question_id is the image's id, shared by several questions:
     the prompt's first line tells them apart, and answers to the same one are taken in order."""
-    kinds = QUESTION | {"image_id": str, "question": str, "answers": list}
-    rows = read_list(annotations, field="data", kinds=kinds)
+    fields: Fields = {**QUESTION, "image_id": str, "question": str, "answers": list}
+    rows = read_annotation_list(annotations, key="data", fields=fields)
     for row in rows:
+        # soft accuracy leaves one annotator out, and needs another
         if len(row["answers"]) < 2:
             raise ValueError(f"{annotations} id {row['question_id']} has fewer than two annotators")
-    asked = [(row["image_id"], _first_line(row["question"])) for row in rows]
-    paired = answers.pair(asked, lambda row: (str(row["question_id"]), _first_line(row["prompt"])))
+    paired = answers.pair(
+        [(row["image_id"], _first_line(row["question"])) for row in rows],
+        key_of=lambda answer: (question_id(answer), _first_line(answer["prompt"])),
+    )
     pairs = zip(paired, rows, strict=True)
     return {"all": [soft_accuracy(answer["text"], row["answers"]) for answer, row in pairs]}
 
 
 def summarise_accuracy(outcomes: Outcomes) -> Figures:
     """`accuracy` over all questions."""
-    return {"accuracy": _percent(sum(outcomes.values(), []))}
+    return {"accuracy": _percent(_all_values(outcomes))}
 
 
-def compare_seed(answers: Answers, annotations: Path, images_only: bool) -> Outcomes:
+def evaluate_seed(answers: Answers, annotations: Path, images_only: bool) -> Outcomes:
     """{"image_type_1": [right]} by kind of data and type of question, in the types' order."""
-    kinds = QUESTION | {"answer": str, "data_type": str, "question_type_id": int}
-    rows = read_list(annotations, field="questions", kinds=kinds)
+    fields: Fields = {**QUESTION, "answer": str, "data_type": str, "question_type_id": int}
+    rows = read_annotation_list(annotations, key="questions", fields=fields)
     rows = [row for row in rows if row["data_type"] == "image" or not images_only]
+    # a stable sort: questions of a type keep the order of the file
     rows.sort(key=lambda row: row["question_type_id"])
     questions = by_id(rows, annotations)
-    outcomes: Outcomes = {}
-    for row, answer in zip(questions.values(), answers.pair(list(questions)), strict=True):
-        group = outcomes.setdefault(f"{row['data_type']}_type_{row['question_type_id']}", [])
-        group.append(answer["text"].strip() == row["answer"])
+    outcomes: Outcomes = defaultdict(list)
+    for row, answer in answers.with_questions(questions):
+        group = f"{row['data_type']}_type_{row['question_type_id']}"
+        outcomes[group].append(answer["text"].strip() == row["answer"])
     return outcomes
 
 
 def summarise_seed(outcomes: Outcomes) -> Figures:
     """`total` where there are both, `image`, `video`, and each type."""
-    kinds: Outcomes = {}
+    kinds: Outcomes = defaultdict(list)
     for group, values in outcomes.items():
-        kinds.setdefault(group.partition("_")[0], []).extend(values)
-    total = {"total": sum(kinds.values(), [])} if len(kinds) > 1 else {}
-    return {name: _percent(values) for name, values in (total | kinds | outcomes).items()}
+        kinds[group.partition("_")[0]] += values
+    groups = {**kinds, **outcomes}
+    if len(kinds) > 1:
+        groups = {"total": _all_values(kinds), **groups}
+    return {name: _percent(values) for name, values in groups.items()}
 
 
 def leading_yes(text: str) -> bool | None:
@@ -237,61 +248,62 @@ def leading_yes(text: str) -> bool | None:
     return False if "no" in head else None
 
 
-def compare_mme(answers: Answers, annotations: Path) -> Outcomes:
+def evaluate_mme(answers: Answers, annotations: Path) -> Outcomes:
     """{task: [(first right, second right)]}, one pair for each image."""
-    truths = [row for task in TASKS for row in _mme_rows(annotations, task)]
-    paired = answers.pair([key for key, _ in truths], _mme_key)
-    pictures: dict[tuple[str, str], list[bool]] = {}
-    for ((task, picture, _), truth), answer in zip(truths, paired, strict=True):
-        pictures.setdefault((task, picture), []).append(leading_yes(answer["text"]) is truth)
+    labels = [row for task in TASKS for row in _mme_rows(annotations, task)]
+    paired = answers.pair([key for key, _ in labels], key_of=_mme_key)
+    images: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for ((task, image, _), label), answer in zip(labels, paired, strict=True):
+        images[task, image].append(leading_yes(answer["text"]) is label)
     outcomes: Outcomes = {task: [] for task in TASKS}
-    for (task, picture), rights in pictures.items():
+    for (task, image), rights in images.items():
         if len(rights) != 2:
-            raise ValueError(f"{annotations}: {task}.txt asks {len(rights)}, not 2, of {picture}")
+            raise ValueError(f"{annotations}: {task}.txt asks {len(rights)}, not 2, of {image}")
         outcomes[task].append(tuple(rights))
     return outcomes
 
 
 def summarise_mme(outcomes: Outcomes) -> Figures:
     """Points of `perception` (of 2000) and `cognition` (of 800), which are the sums over tasks of
-    `accuracy` and of `accuracy_plus`, the share of pictures with both questions right."""
+    `accuracy` and of `accuracy_plus`, the share of images with both questions right."""
     tasks: Figures = {}
     for task, pairs in outcomes.items():
         tasks[f"{task}_accuracy"] = _percent(right for pair in pairs for right in pair)
         tasks[f"{task}_accuracy_plus"] = _percent(map(all, pairs))
-    sums = {
-        name: sum(tasks[f"{task}_accuracy"] + tasks[f"{task}_accuracy_plus"] for task in part)
-        for name, part in (("perception", PERCEPTION), ("cognition", COGNITION))
-    }
-    return sums | tasks
+
+    def points(names: tuple[str, ...]) -> float:
+        return sum(tasks[f"{task}_accuracy"] + tasks[f"{task}_accuracy_plus"] for task in names)
+
+    return {"perception": points(PERCEPTION), "cognition": points(COGNITION), **tasks}
 
 
-def _mme_rows(annotations: Path, task: str) -> list[tuple[tuple[str, str, str], bool]]:
-    """(key, is yes) of each question."""
+def _mme_rows(annotations: Path, task: str) -> Iterator[tuple[tuple[str, str, str], bool]]:
+    """(key, label is yes) of each question of a task."""
     path = existing(annotations / f"{task}.txt")
-    rows = []
     with open(path, encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             cells = line.strip("\n").split("\t")
-            if len(cells) != 3 or cells[2].strip().lower() not in ("yes", "no"):
-                raise ValueError(f"{path} line {number}: {line!r} is no picture, question, Yes/No")
-            answer = {"question_id": f"{task}/{cells[0]}", "prompt": cells[1]}
-            rows.append((_mme_key(answer), cells[2].strip().lower() == "yes"))
-    return rows
+            # [-1], as a damaged line may have no third cell
+            label = cells[-1].strip().lower()
+            if len(cells) != 3 or label not in ("yes", "no"):
+                raise ValueError(f"{path} line {number}: {line!r} is no image, question, Yes/No")
+            key = _mme_key({"question_id": f"{task}/{cells[0]}", "prompt": cells[1]})
+            yield key, label == "yes"
 
 
 def _mme_key(row: dict) -> tuple[str, str, str]:
-    """(task, picture, question); folders between task and picture do not count, nor whether the
+    """(task, image, question); folders between task and image do not count, nor whether the
     instruction was left out."""
-    task, _, picture = str(row["question_id"]).partition("/")
+    task, _, image = question_id(row).partition("/")
     question = _first_line(row["prompt"]).removesuffix(MME_INSTRUCTION).strip()
-    return task, picture.rpartition("/")[2], question
+    return task, image.rpartition("/")[2], question
 
 
 def _first_line(prompt: str) -> str:
     """A question as it is compared: the first line, lower case, single spaces."""
+    # further lines hold instructions and OCR tokens, which are the prompt's and no annotation's
     return " ".join(prompt.strip().partition("\n")[0].lower().split())
 
 
@@ -299,32 +311,36 @@ def _percent(values: Iterable[float]) -> float:
     return 100 * fmean(values)
 
 
+def _all_values(outcomes: Outcomes) -> list:
+    return [value for values in outcomes.values() for value in values]
+
+
 def _intervals(
     summarise: Callable[[Outcomes], Figures], outcomes: Outcomes
 ) -> dict[str, tuple[float, float]]:
-    """95 % bounds of each figure when questions are drawn anew within their groups."""
+    """95 % bounds of each figure when questions are resampled within their groups."""
     # numpy takes longer to import than figures without intervals take in all
     from eval_encoder.intervals import bootstrap_bounds
 
-    def resampled(draw: "np.random.Generator") -> Figures:
+    def resampled(rng: "np.random.Generator") -> Figures:
         drawn = {}
         for group, values in outcomes.items():
-            indices = draw.integers(0, len(values), len(values)).tolist()
+            indices = rng.integers(0, len(values), len(values)).tolist()
             drawn[group] = [values[index] for index in indices]
         return summarise(drawn)
 
     return bootstrap_bounds(resampled, purpose="lmm interval", resamplings=RESAMPLINGS)
 
 
-# how answers are compared with annotations, and how outcomes become figures
+# {benchmark: (how answers are compared with annotations, how outcomes become figures)}
 SCORERS: dict[str, tuple[Callable[[Answers, Path], Outcomes], Callable[[Outcomes], Figures]]] = {
-    "pope": (compare_pope, summarise_pope),
-    "gqa": (compare_gqa, summarise_accuracy),
-    "sqa": (compare_sqa, summarise_sqa),
-    "textvqa": (compare_textvqa, summarise_accuracy),
-    "seed": (partial(compare_seed, images_only=False), summarise_seed),
-    "seed_image": (partial(compare_seed, images_only=True), summarise_seed),
-    "mme": (compare_mme, summarise_mme),
+    "pope": (evaluate_pope, summarise_pope),
+    "gqa": (evaluate_gqa, summarise_accuracy),
+    "sqa": (evaluate_sqa, summarise_sqa),
+    "textvqa": (evaluate_textvqa, summarise_accuracy),
+    "seed": (partial(evaluate_seed, images_only=False), summarise_seed),
+    "seed_image": (partial(evaluate_seed, images_only=True), summarise_seed),
+    "mme": (evaluate_mme, summarise_mme),
 }
 
 
@@ -335,8 +351,8 @@ def format_table(result: Score) -> str:
     for name, value in result.figures.items():
         line = f"{printable(name):{width}} {value:8.2f}"
         if result.intervals is not None:
-            low, high = result.intervals[name]
-            line += f"{low:9.2f} .. {high:.2f}"
+            lower, upper = result.intervals[name]
+            line += f"{lower:9.2f} .. {upper:.2f}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -371,7 +387,7 @@ def _score(args: argparse.Namespace) -> None:
     print(format_table(result))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.output, (json.dumps(asdict(result), indent=2) + "\n").encode())
+        write_atomically(args.output, f"{json.dumps(asdict(result), indent=2)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -12,15 +12,18 @@ questions. Seconds were measured as the stages ran, so with whatever ran beside 
 import argparse
 import math
 import sys
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
+from eval_encoder.lmm.scoring.answers import QUESTION, Fields, by_id, read_answers, read_lines
 from eval_encoder.tables import markdown_table
 from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.files import read_json, write_atomically
 
-# what the table shows of record.json
-RECORD: dict[str, type | tuple[type, ...]] = {
+# fields of record.json that the table shows
+RECORD: Fields = {
     "arguments": dict,
     "tokens_per_picture": int,
     "parameters": int,
@@ -41,10 +44,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def demo_accuracy(answers: Path, labels: Path) -> dict[str, float]:
+    """Accuracy in percent of every category of the demo set, and `overall`, over all questions.
+
+    answers: a model's JSON lines. labels: answers.jsonl of the set. Texts are right when they equal
+    the label, lower-cased and without a final dot. Raises ValueError for lines that cannot be read,
+    and for questions that are missing, unknown or answered twice: a score over some of the
+    questions would not compare.
+    """
+    questions = by_id(read_lines(labels, {**QUESTION, "label": str, "category": str}), labels)
+    given = read_answers(answers, fields={**QUESTION, "text": str})
+    rights: dict[str, list[bool]] = defaultdict(list)
+    for question, answer in given.with_questions(questions):
+        text = answer["text"].strip().lower().removesuffix(".").strip()
+        rights[question["category"]].append(text == question["label"])
+    rights["overall"] = [right for category in rights.values() for right in category]
+    return {name: 100 * fmean(values) for name, values in rights.items()}
+
+
 def rows_of(models: dict[str, Path], labels: Path, seconds: dict[str, float]) -> list[dict]:
     """One row per model. Raises ValueError for a folder without record or answers."""
+    # numpy takes longer to import than --help takes in all
     from eval_encoder.intervals import normal_half_width, with_half_width
-    from eval_encoder.lmm.demo.question_set import score
 
     rows = []
     for name, folder in models.items():
@@ -52,20 +73,22 @@ def rows_of(models: dict[str, Path], labels: Path, seconds: dict[str, float]) ->
         if not path.is_file():
             raise ValueError(f"{path} does not exist: train {name} with lmm_probe.py first")
         record = read_json(path, RECORD)
-        accuracy = score(folder / "answers.jsonl", labels)
-        share = accuracy["overall"] / 100
-        num_questions = len(labels.read_text().splitlines())
-        half_width = normal_half_width(math.sqrt(share * (1 - share)), num_questions)
-        tokens = 0 if record["arguments"]["blind"] else record["tokens_per_picture"]
+        accuracy = demo_accuracy(folder / "answers.jsonl", labels)
+        overall = accuracy.pop("overall")
+        share = overall / 100
+        half_width = normal_half_width(
+            deviation=math.sqrt(share * (1 - share)), count=len(read_lines(labels, QUESTION))
+        )
         rows.append(
             {
                 "model": name,
-                "tokens": tokens,
+                # a blind model is trained and asked without its images
+                "tokens": 0 if record["arguments"]["blind"] else record["tokens_per_picture"],
                 "parameters": f"{record['parameters'] / 1e6:.2f} M",
                 "learning": f"{record['learning'] / 1e6:.2f} M",
                 "seconds": f"{seconds.get(name, record['seconds']):.0f}",
-                **{kind: f"{value:.1f}" for kind, value in accuracy.items() if kind != "overall"},
-                "overall": with_half_width(accuracy["overall"], half_width),
+                **{category: f"{value:.1f}" for category, value in accuracy.items()},
+                "overall": with_half_width(overall, half_width),
             }
         )
     return rows
@@ -73,7 +96,7 @@ def rows_of(models: dict[str, Path], labels: Path, seconds: dict[str, float]) ->
 
 def markdown(rows: list[dict]) -> str:
     """The rows as a table."""
-    return markdown_table(list(rows[0]), [row.values() for row in rows])
+    return markdown_table(columns=list(rows[0]), rows=[row.values() for row in rows])
 
 
 def main(argv: list[str] | None = None) -> int:

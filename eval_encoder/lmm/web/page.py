@@ -2,8 +2,8 @@
 
     request -> gate.py: what the page itself asks for, and nothing else
     upload -> size, then content: an image or a clip within the limits, whatever its name says
-    question -> gradio's queue, which shows each visitor's rank -> handlers.py: an answer within its
-                limit of time, shown while it grows
+    question -> gradio's queue, which shows each visitor's position -> handlers.py: an answer within
+                its limit of time, shown while it grows
 
 One answer is made at a time; who stops it, begins a new chat or leaves gives way to the next.
 The page listens on 127.0.0.1 and loads nothing from elsewhere: its fonts are the system's, and a

@@ -13,14 +13,17 @@ from forked import forked
 from PIL import Image
 
 from data_pipeline.motion_shapes import CLASSES, COLOURS, OUTLINES
-from eval_encoder.lmm.demo.question_set import render_picture, score, write_demo_set
+from eval_encoder.lmm.demo.question_set import DemoSet
 from eval_encoder.lmm.demo.samples import (
     INSTRUCTION,
     held_out,
     medium_at,
+    render_image,
     training_medium,
     tuning_samples,
+    write_demo_set,
 )
+from eval_encoder.lmm.scoring.table import demo_accuracy
 
 SIZE, TRAIN, VAL = 48, 20, 192
 PLACEHOLDER = re.compile("<image>|<video>")
@@ -76,7 +79,7 @@ def test_shapes_have_the_corners_of_their_names_and_stand_whole_in_the_middle(co
     media = [medium_at("image", "", index, index) for index in range(48)]
     media = [medium for medium in media if medium.shape == OUTLINES[corners]]
     for medium in media:
-        mask = mask_of(render_picture(medium, seed=0, size=224))
+        mask = mask_of(render_image(medium, seed=0, size=224))
         assert not mask[[0, -1]].any() and not mask[:, [0, -1]].any(), "a border cuts it"
         rows, columns = np.nonzero(mask)
         assert abs(rows.mean() - 112) < 4 and abs(columns.mean() - 112) < 4
@@ -178,7 +181,7 @@ def test_samples_are_a_pure_function_of_seed_and_index():
     assert other != large
     media = [medium for medium, _ in held_out(384)]
     assert media[:192] == [medium for medium, _ in held_out(192)]
-    first, again, second = (render_picture(media[0], seed, 32) for seed in (0, 0, 1))
+    first, again, second = (render_image(media[0], seed, 32) for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, second)
 
 
@@ -190,7 +193,7 @@ def test_a_killed_run_goes_on(folder):
     stamp = kept.stat().st_mtime_ns
     for path in lost:
         path.unlink()
-    write_demo_set(folder, TRAIN, VAL, SIZE)
+    write_demo_set(DemoSet(folder, TRAIN, VAL, SIZE))
     assert [path.read_bytes() for path in lost] == before
     assert kept.stat().st_mtime_ns == stamp
     assert not [path for path in folder.rglob("*") if "tmp" in path.name]
@@ -198,13 +201,13 @@ def test_a_killed_run_goes_on(folder):
 
 def test_impossible_and_other_settings_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="other settings .* size, seed"):
-        write_demo_set(folder, TRAIN, VAL, SIZE, seed=1)
+        write_demo_set(DemoSet(folder, TRAIN, VAL, SIZE, seed=1))
     with pytest.raises(ValueError, match="multiples of 192"):
-        write_demo_set(tmp_path, num_val=300)
+        write_demo_set(DemoSet(tmp_path, num_val=300))
     with pytest.raises(ValueError, match="num_train is 3: 20 or more"):
-        write_demo_set(tmp_path, num_train=3)
+        write_demo_set(DemoSet(tmp_path, num_train=3))
     with pytest.raises(ValueError, match="size is 33: give an even number"):
-        write_demo_set(tmp_path, size=33)
+        write_demo_set(DemoSet(tmp_path, size=33))
     assert not list(tmp_path.iterdir())
 
 
@@ -216,11 +219,11 @@ def write_lines(path, rows):
 def test_a_blind_guesser_gets_its_share_and_a_seeing_one_everything(folder, tmp_path):
     labels = lines(folder / "answers.jsonl")
     seen = [{"question_id": r["question_id"], "text": f" {r['label'].title()}. "} for r in labels]
-    perfect = score(write_lines(tmp_path / "seen.jsonl", seen), folder / "answers.jsonl")
+    perfect = demo_accuracy(write_lines(tmp_path / "seen.jsonl", seen), folder / "answers.jsonl")
     assert perfect == dict.fromkeys(("colour", "shape", "direction", "yes_no", "overall"), 100.0)
     guess = {"colour": "blue", "shape": "star", "direction": "up", "yes_no": "yes"}
     blind = [{"question_id": r["question_id"], "text": guess[r["category"]]} for r in labels]
-    found = score(write_lines(tmp_path / "blind.jsonl", blind), folder / "answers.jsonl")
+    found = demo_accuracy(write_lines(tmp_path / "blind.jsonl", blind), folder / "answers.jsonl")
     shares = {"colour": 1 / 6, "shape": 1 / 3, "direction": 1 / 8, "yes_no": 1 / 2}
     shares["overall"] = sum(shares.values()) / 4
     assert found == pytest.approx({name: 100 * share for name, share in shares.items()})
@@ -229,21 +232,21 @@ def test_a_blind_guesser_gets_its_share_and_a_seeing_one_everything(folder, tmp_
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([(0, "red")], "has no answer to questions: 1 of them, first 1"),
-        ([(0, "red"), (1, "yes"), (2, "no")], "answers unknown questions: 1 of them, first 2"),
-        ([(0, "red"), (1, "yes"), (0, "red")], "names question_id 0 twice"),
-        ([(0, "red"), (1, None)], "line 2: text is 'None'"),
-        ([(0, "red"), (None, "yes")], "line 2: question_id is 'None'"),
-        ([], "holds no question"),
+        ([(0, "red")], "1 missing .*: '1'"),
+        ([(0, "red"), (1, "yes"), (2, "no")], "1 foreign .*: '2'"),
+        ([(0, "red"), (1, "yes"), (0, "red")], "1 doubled .*: '0'"),
+        ([(0, "red"), (1, None)], "line 2: 'text' is None"),
+        ([(0, "red"), (None, "yes")], "line 2: 'question_id' is None"),
+        ([], "2 missing .*: '0', '1'"),
     ],
 )
-def test_a_score_over_some_of_the_questions_is_none(tmp_path, rows, message):
+def test_a_score_over_some_of_the_questions_is_refused(tmp_path, rows, message):
     named = [("colour", "red"), ("yes_no", "yes")]
     labels = [{"question_id": i, "category": c, "label": word} for i, (c, word) in enumerate(named)]
     answers = [{"question_id": question_id, "text": text} for question_id, text in rows]
     files = [tmp_path / "given.jsonl", tmp_path / "labels.jsonl"]
     with pytest.raises(ValueError, match=message):
-        score(write_lines(files[0], answers), write_lines(files[1], labels))
+        demo_accuracy(write_lines(files[0], answers), write_lines(files[1], labels))
 
 
 def test_help_needs_no_library():

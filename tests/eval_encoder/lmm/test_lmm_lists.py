@@ -80,9 +80,9 @@ def test_a_list_that_nothing_is_read_of_may_name_anything(tmp_path):
         (b"[" * 100_000, "no readable JSON"),
         (b'{"question_id": "\xff", "text": "a"}', "no readable JSON"),
         (b"[1]", "holds a list"),
-        (b'{"text": "a"}', "lacks 'question_id'"),
-        (b'{"question_id": [1], "text": "a"}', "question_id is"),
-        (b'{"question_id": 1, "text": null}', "text is"),
+        (b'{"text": "a"}', "has no 'question_id'"),
+        (b'{"question_id": [1], "text": "a"}', "'question_id' is"),
+        (b'{"question_id": 1, "text": null}', "'text' is"),
         (b'{"question_id": 1, "text": "a", "image": [7]}', "image is 7"),
     ],
 )

@@ -92,10 +92,10 @@ def test_a_damaged_line_is_named(tmp_path, gqa):
     with pytest.raises(ValueError, match=r"answers\.jsonl line 2 is no readable JSON"):
         score("gqa", path, gqa)
     lines(path, [{"question_id": "10", "prompt": ""}])
-    with pytest.raises(ValueError, match=r"answers\.jsonl line 1 lacks 'text'"):
+    with pytest.raises(ValueError, match=r"answers\.jsonl line 1 has no 'text'"):
         score("gqa", path, gqa)
     lines(path, [{"question_id": "10", "prompt": "", "text": 3}])
-    with pytest.raises(ValueError, match=r"line 1: text is '3', of type int, not str"):
+    with pytest.raises(ValueError, match=r"line 1: 'text' is 3, expected str"):
         score("gqa", path, gqa)
     path.write_bytes(b'{"question_id": "\xff"}\n')
     with pytest.raises(ValueError, match=r"answers\.jsonl line 1 is no readable JSON"):
@@ -213,7 +213,7 @@ def test_scienceqa_reports_the_questions_with_pictures_and_all(tmp_path):
     assert found == {"image": 50, "all": pytest.approx(200 / 3)}
     del problems["8"]
     dump(tmp_path / "problems.json", problems)
-    with pytest.raises(ValueError, match=r"problems\.json lacks '8'"):
+    with pytest.raises(ValueError, match=r"problems\.json has no '8'"):
         score("sqa", path, tmp_path)
 
 
@@ -440,7 +440,7 @@ def test_llavabench_keeps_the_rows_in_the_questions_order(tmp_path):
     kept = {row["question_id"]: row for row in map(json.loads, given.read_text().splitlines())}
     assert rows == [kept[0], kept[1], kept[2]]
     lines(given, [{"question_id": n, "prompt": "", "text": ""} for n in range(3)])
-    with pytest.raises(ValueError, match=r"answers\.jsonl id 0 lacks 'answer_id'"):
+    with pytest.raises(ValueError, match=r"answers\.jsonl id 0 has no 'answer_id'"):
         write(tmp_path, "llavabench", given, questions, ".jsonl")
 
 
