@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.motion_shapes import write_motion_shapes
-from eval_encoder.clip_views import Look, RawClips
+from eval_encoder.clip_views import Look
 from eval_encoder.probe.benchmarks import LabelledList, read_lists
+from eval_encoder.probe.clips import RawClips
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.encoders import build_encoder
 from eval_encoder.probe.features import ClipFeatures

@@ -50,11 +50,16 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def folder_command(name: str, help_text: str, run: Run) -> argparse.ArgumentParser:
+        sub = command(name, help_text, run)
+        sub.add_argument("directory", type=Path)
+        return sub
+
     _add_making(command)
     _add_packing(command)
-    _add_looking(command)
-    _add_exporting(command)
-    _add_labelling(command)
+    _add_looking(folder_command)
+    _add_exporting(folder_command)
+    _add_labelling(folder_command)
     return parser
 
 
@@ -158,14 +163,11 @@ def _add_looking(command: AddCommand) -> None:
     sub = command(
         "verify", "check every byte of shards, labels, centroids, features", commands.verify
     )
-    sub.add_argument("directory", type=Path)
 
     sub = command("stats", "count what a packed folder holds", commands.stats)
-    sub.add_argument("directory", type=Path)
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     sub = command("view", "draw what the encoder sees", commands.view)
-    sub.add_argument("directory", type=Path)
     sub.add_argument(
         "--output", type=output_path, required=True, help="FILE.png (sheet), FILE.gif or FILE.webp"
     )
@@ -174,7 +176,6 @@ def _add_looking(command: AddCommand) -> None:
 
 def _add_exporting(command: AddCommand) -> None:
     sub = command("export", "clips as mosaics with positions, for codec LLaVA", commands.export)
-    sub.add_argument("directory", type=Path)
     sub.add_argument(
         "--output", type=output_path, required=True, help="folder of mosaics and samples.jsonl"
     )
@@ -183,7 +184,6 @@ def _add_exporting(command: AddCommand) -> None:
 
 def _add_labelling(command: AddCommand) -> None:
     sub = command("features", "one vector per sample, shard by shard", commands.features)
-    sub.add_argument("directory", type=Path)
     sub.add_argument("--output", type=output_path, required=True, help="folder of the vectors")
     _add_feature_options(sub)
     sub.add_argument(
@@ -196,7 +196,6 @@ def _add_labelling(command: AddCommand) -> None:
     )
 
     sub = command("cluster", "features of all samples -> k-means centroids", commands.cluster)
-    sub.add_argument("directory", type=Path)
     sub.add_argument("--num-centroids", type=int, required=True, help="number of classes")
     sub.add_argument("--output", type=output_path, required=True, help="folder of the centroids")
     _add_feature_options(sub)
@@ -212,7 +211,6 @@ def _add_labelling(command: AddCommand) -> None:
     )
 
     sub = command("label", "nearest centroids of every sample -> labels.npy", commands.label)
-    sub.add_argument("directory", type=Path)
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--centroids", type=Path, help="folder written by cluster")
     source.add_argument(
@@ -230,7 +228,6 @@ def _add_labelling(command: AddCommand) -> None:
     )
 
     sub = command("browse", "draw the largest, smallest and some other clusters", commands.browse)
-    sub.add_argument("directory", type=Path)
     sub.add_argument("--output", type=output_path, required=True, help="FILE.png")
     sub.add_argument("--labels", type=Path, help="folder of labels.npy (the packed folder)")
     sub.add_argument("--truth", type=Path, help="list of `relative path,label`: gives purities")

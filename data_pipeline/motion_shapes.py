@@ -15,6 +15,7 @@ import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -276,26 +277,9 @@ def _read_settings(path: Path) -> list:
         raise ValueError(f"{error}: delete the folder or take another") from error
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One clip to render and where it goes."""
-
-    path: Path
-    label: int
-    seed: int
-    index: int
-    difficulty: str
-    size: int
-
-    def run(self) -> None:
-        frames = render_clip(
-            self.label,
-            seed=self.seed,
-            index=self.index,
-            difficulty=self.difficulty,
-            size=self.size,
-        )
-        write_clip(self.path, frames=frames)
+def _write_one(path: Path, label: int, index: int, seed: int, difficulty: str, size: int) -> None:
+    frames = render_clip(label, seed=seed, index=index, difficulty=difficulty, size=size)
+    write_clip(path, frames)
 
 
 def write_motion_shapes(
@@ -318,7 +302,9 @@ def write_motion_shapes(
         settings=[GENERATOR_VERSION, difficulty, size, seed],
         names="generator version, difficulty, size, seed",
     )
-    jobs = []
+    paths = []
+    labels = []
+    indices = []
     for split, count, first in (("train", num_train, 0), ("val", num_val, VAL_INDEX)):
         lines = []
         for i in range(count):
@@ -326,18 +312,13 @@ def write_motion_shapes(
             label = i % len(CLASSES)
             lines.append(f"{name},{label}\n")
             if not (directory / name).exists():
-                job = _Job(
-                    path=directory / name,
-                    label=label,
-                    seed=seed,
-                    index=first + i,
-                    difficulty=difficulty,
-                    size=size,
-                )
-                jobs.append(job)
+                paths.append(directory / name)
+                labels.append(label)
+                indices.append(first + i)
         write_atomically(directory / f"{split}.csv", "".join(lines).encode())
     write_atomically(directory / "classes.txt", ("\n".join(CLASSES) + "\n").encode())
     context = get_context("spawn")
+    write_one = partial(_write_one, seed=seed, difficulty=difficulty, size=size)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=leave_to_parent) as pool:
-        for _ in pool.map(_Job.run, jobs, chunksize=8):
-            pass
+        # the list waits for all, and raises what went wrong in a worker
+        list(pool.map(write_one, paths, labels, indices, chunksize=8))

@@ -59,7 +59,7 @@ def verify_folder(directory: Path) -> Findings:
     if not _is_ours(directory):
         load_manifest(directory)  # raises the error for what is missing, and how to make it
     findings = Findings()
-    _Folder(directory, findings, prefix="").check()
+    _Folder(directory, findings).check()
     return findings
 
 
@@ -67,15 +67,16 @@ def _is_ours(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _CHECKS)
 
 
+@dataclass
 class _Folder:
-    """One folder; `known` are the files in it that a record names."""
+    """One folder; `known` are the files in it that a record names, `prefix` stands before names in
+    messages: where this folder lies in the one asked for."""
 
-    def __init__(self, directory: Path, findings: Findings, prefix: str):
-        self.directory = directory
-        self.findings = findings
-        self.prefix = prefix  # of names in messages: where this folder lies in the one asked for
-        self.manifest: Manifest | None = None
-        self.known: set[str] = set()
+    directory: Path
+    findings: Findings
+    prefix: str = ""
+    manifest: Manifest | None = None
+    known: set[str] = field(default_factory=set)
 
     def check(self) -> None:
         """All that lies here, and below."""

@@ -1,6 +1,7 @@
 """How a clip becomes what an encoder sees, as settings; both probes read clips by them.
 
-Each setting is a flag of the attentive probe at the same time (probe/config.py). Needs no torch.
+Each setting is a flag of the attentive probe at the same time (probe/config.py), of the field's
+name where no other is given. Needs no torch.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,16 +35,13 @@ class InputConfig:
         help=f"{', '.join(VIDEO_FAMILIES)} (ours, whole frames or codec patches), or frame by "
         f"frame {', '.join(IMAGE_FAMILIES)}",
     )
-    num_frames: int = flag("--num_frames", default=8, help="whole frames of a clip")
+    num_frames: int = flag(default=8, help="whole frames of a clip")
     target_frames: int = flag(
-        "--target_frames",
         default=64,
         help="time base of positions, and frames the codec selects from",
     )
     num_tokens: int = flag("--K_keep", default=2048, help="patches of a clip under codec input")
-    gop: int = flag(
-        "--gop", default=0, help="frames between I-frames of raw codec input; 0: by the budget"
-    )
+    gop: int = flag(default=0, help="frames between I-frames of raw codec input; 0: by the budget")
     camera: str = flag(
         "--mv_compensate",
         default="median",
@@ -70,7 +68,6 @@ class InputConfig:
         help="squares along the long side of a validation clip, averaged",
     )
     train_views: int = flag(
-        "--train_views",
         default=0,
         help="drawn versions of a raw training clip; 0: one per epoch, 1: plain",
     )
@@ -78,13 +75,11 @@ class InputConfig:
         "--augment", default=AUGMENTATIONS, help="of drawn versions; `none` for none"
     )
     mean: tuple[float, ...] | None = flag(
-        "--mean",
         default=None,
         help="of the normalisation; default: what the encoder was trained with",
     )
-    std: tuple[float, ...] | None = flag("--std", default=None, help="of the normalisation")
+    std: tuple[float, ...] | None = flag(default=None, help="of the normalisation")
     decoder: str = flag(
-        "--decoder",
         default="auto",
         help=f"raw video reader: {', '.join(DECODERS)} (auto: av, the packer's)",
     )
@@ -92,7 +87,6 @@ class InputConfig:
         "--decord_num_threads", default=2, help="threads of one decord reader"
     )
     wall_seconds: float = flag(
-        "--wall_seconds",
         default=300.0,
         help="limit of reading one raw clip; beyond it is unreadable",
     )

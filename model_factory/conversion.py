@@ -101,8 +101,8 @@ def _same_tensors(weights: dict[str, torch.Tensor], reloaded: LlavaViTPackingMod
 def _verify(source: LlavaViTEncoder, target: LlavaViTPackingModel) -> list[str]:
     """Compare both models input by input; ConversionError names the first one that differs."""
     p = target.config.patch_size
-    cases = [_image_case(number, *grid, p) for number, grid in enumerate(IMAGE_GRIDS)]
-    cases += [_video_case(*grid, p) for grid in VIDEO_GRIDS]
+    cases = [_image_case(seed, grid=grid, p=p) for seed, grid in enumerate(IMAGE_GRIDS)]
+    cases += [_video_case(grid, p=p) for grid in VIDEO_GRIDS]
     with torch.inference_mode():
         dense = [_dense(source, case.pixels) for case in cases]
         lines = [
@@ -113,22 +113,24 @@ def _verify(source: LlavaViTEncoder, target: LlavaViTPackingModel) -> list[str]:
     return lines
 
 
-def _image_case(seed: int, height: int, width: int, p: int) -> _Case:
-    """Noise of the range that normalised pixels have; height and width in patches of p pixels."""
+def _image_case(seed: int, grid: tuple[int, int], p: int) -> _Case:
+    """Noise in the range of normalised pixels; the grid counts patches of p x p pixels."""
+    height, width = grid
     generator = torch.Generator().manual_seed(seed)
     image = torch.rand(1, 3, height * p, width * p, generator=generator) * 4 - 2
-    grid = torch.tensor([[1, height, width]])
+    grid_thw = torch.tensor([[1, height, width]])
     return _Case(
         name=f"image {height * p}x{width * p}",
         pixels=image,
         rows=patchify(image, p)[0],
-        grid=grid,
-        positions=compute_patch_positions_from_grid_thw(grid),
+        grid=grid_thw,
+        positions=compute_patch_positions_from_grid_thw(grid_thw),
     )
 
 
-def _video_case(height: int, width: int, p: int) -> _Case:
+def _video_case(grid: tuple[int, int], p: int) -> _Case:
     """A texture that moves from frame to frame, so that a wrong frame order shows."""
+    height, width = grid
     texture = torch.randn(3, height * p, width * p, generator=torch.Generator().manual_seed(1))
     frames = [texture.roll((5 * t, 11 * t), dims=(1, 2)) for t in range(NUM_FRAMES)]
     video = torch.stack(frames)  # [T, 3, H, W]

@@ -1,4 +1,4 @@
-"""The Hugging Face folder of an encoder: what `LlavaViTPackingModel.from_pretrained` and
+"""Writer of an encoder's Hugging Face folder, which `LlavaViTPackingModel.from_pretrained` and
 `AutoModel` load.
 
     config.json, model.safetensors    the model
@@ -66,13 +66,13 @@ code and allow it (`trust_remote_code`).
 def save_encoder_folder(
     model: LlavaViTPackingModel, folder: str | Path, run: dict[str, object] | None = None
 ) -> None:
-    """Write the folder; `run` says where the weights come from, as rows of the model card."""
+    """Write the folder; `run` are rows of the model card on the origin of the weights."""
     folder = Path(folder)
     LlavaViTPackingConfig.register_for_auto_class()
     LlavaViTPackingModel.register_for_auto_class("AutoModel")
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
-        # safetensors writes for the owner alone, whatever the umask says
+        # safetensors writes files that only their owner may read, whatever the umask
         shutil.copymode(folder / "config.json", weights)
     processor = image_processor_json(model.config.image_size)
     (folder / "preprocessor_config.json").write_text(processor)
@@ -81,13 +81,13 @@ def save_encoder_folder(
 
 
 def image_processor_json(size: int) -> str:
-    """Text of a preprocessor_config.json: CLIP's processor for pictures of size x size pixels,
-    written by hand so that no image library is needed."""
+    """Text of a preprocessor_config.json: CLIP's processor for images of size x size pixels.
+    Written without transformers' class, which needs an image library."""
     fields = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": size},
-        "resample": 3,
+        "resample": 3,  # PIL's bicubic
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,

@@ -1,13 +1,13 @@
-"""Files that decide something: written whole or not at all, and bound by digests.
+"""Files that later steps depend on: written atomically and protected by digests.
 
     write_atomically   bytes: readers see the old file or the whole new one
     write_json         a JSON object with its own digest; read_json refuses it when a byte changed
-    naming             errors of the system get the path that they lack
-    writing_into       a folder that is removed meanwhile is named
+    naming             adds the path to errors of the system that lack it
+    writing_into       names a folder that is removed while a command writes into it
     write_checksums    SHA256SUMS of a folder, or FILE.sha256 of one file, as `sha256sum -c` reads
 
-This is the one owner of how the system writes, hashes and reads such files. It lies in the lowest
-layer, since all packages write some, and needs the standard library alone.
+This is the one owner of writing, hashing and reading such files. It lies in the lowest layer, since
+all packages write some, and needs the standard library alone.
 """
 
 import contextlib
@@ -26,14 +26,15 @@ HASHED_AT_ONCE = 1 << 20  # bytes: large enough that the loop costs nothing besi
 
 
 class DamagedFile(ValueError):
-    """A file that is not as it was written; the message names it and what is wrong."""
+    """A file that differs from what was written; the message names it and the fault."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write, sync, rename, sync the folder: readers see the old file or the whole new one.
+    """Write a file by a temporary one that is synced and renamed: readers see the old file or the
+    whole new one.
 
-    A write that fails (OSError with the path, as of a full disk) leaves the old file and nothing
-    beside it.
+    A write that fails (OSError with the path, for example on a full disk) leaves the old file and
+    no temporary one.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,7 +44,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
-        # what was written takes the room that others may need
+        # on a full disk the partial file takes space that others need
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
@@ -51,7 +52,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give the system's errors the path: a write or a sync that fails knows its number only."""
+    """Add the path to errors of the system: those of a write or a sync hold a number only."""
     try:
         yield
     except OSError as error:
@@ -62,19 +63,19 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Say so when a folder is gone that a command writes into, instead of naming some file of it:
-    FileNotFoundError with the folder's path."""
+    """Raise FileNotFoundError with the folder's path when the folder that a command writes into was
+    removed; the original error would name some file in it."""
     try:
         yield
     except FileNotFoundError as error:
         if folder.is_dir():
             raise
-        said = "it was removed while this command wrote into it; run the command again"
-        raise FileNotFoundError(errno.ENOENT, said, str(folder)) from error
+        message = "it was removed while this command wrote into it; run the command again"
+        raise FileNotFoundError(errno.ENOENT, message, str(folder)) from error
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on disk."""
+    """Force a file's bytes, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -92,9 +93,9 @@ def file_sha256(path: Path) -> str:
 
 
 def parse_json(data: bytes, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict:
-    """A JSON object from bytes that may be hostile: bounded size and depth, no key twice.
+    """A JSON object of bytes that may be hostile: bounded size and depth, no duplicate key.
 
-    DamagedFile names the file or sample.
+    Raises DamagedFile, which contains `name`, the file or sample.
     """
     if len(data) > max_bytes:
         raise DamagedFile(f"{name} has {len(data)} bytes of JSON, at most {max_bytes} are read")
@@ -116,10 +117,10 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
 
 
 def json_bytes(content: Mapping, indent: int | None = 1) -> bytes:
-    """The bytes of a sealed JSON file: sorted keys, and under `digest` the sha256 of the text that
-    the object has without it. ValueError for NaN and infinity, which JSON does not have.
+    """Bytes of a sealed JSON file: sorted keys, and under `digest` the sha256 of the object's text
+    without that key. Raises ValueError for NaN and infinity, which JSON does not have.
 
-    `indent` None puts all on one line, for large files that nobody reads by eye.
+    indent: None puts everything on one line, for large files.
     """
     digest = hashlib.sha256(_text(content, indent)).hexdigest()
     return _text({**content, DIGEST_KEY: digest}, indent)
@@ -133,8 +134,8 @@ def write_json(path: Path, content: Mapping) -> None:
 def read_json(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> dict:
     """The object that write_json wrote, without its digest.
 
-    `fields` are the keys that must be there, with their types (as of isinstance; an int is no
-    bool). Other keys may follow. FileNotFoundError where there is no file; DamagedFile for one that
+    fields: required keys with their types (as of isinstance, but a bool is no int); other keys are
+    allowed. Raises FileNotFoundError where there is no file, and DamagedFile for a file that
     differs from what was written in any byte, or lacks a field.
     """
     return parse_sealed_json(path.read_bytes(), name=str(path), fields=fields)
@@ -143,22 +144,22 @@ def read_json(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> dict
 def parse_sealed_json(
     data: bytes, name: str, fields: Mapping[str, type | tuple[type, ...]]
 ) -> dict:
-    """The same of bytes that were read already; `name` is what messages call them."""
+    """The same for bytes that were read already; `name` stands for them in messages."""
     content = open_seal(parse_json(data, name), data=data, name=name)
     check_fields(content, fields=fields, name=name)
     return content
 
 
 def json_line(content: Mapping) -> bytes:
-    """A line of a file of JSON lines that carries its own digest."""
+    """A line of a JSONL file, with its own digest."""
     return json_bytes(content, indent=None) + b"\n"
 
 
 def parse_json_line(line: bytes, name: str) -> dict:
     """The object of such a line, without its digest; DamagedFile for a line that changed.
 
-    A line without a digest is taken as it is: older versions wrote such into the same files. No
-    single damaged byte turns a line of ours into one that says something else.
+    A line without a digest is accepted, as older versions wrote such into the same files. No single
+    damaged byte turns a line of ours into a different valid line.
     """
     line = line.rstrip(b"\n")
     content = parse_json(line, name)
@@ -166,15 +167,15 @@ def parse_json_line(line: bytes, name: str) -> dict:
         return open_seal(content, data=line, name=name)
     for key, value in content.items():
         rest = {other: content[other] for other in content if other != key}
-        # a damaged key must not make a line of ours look like an older one
+        # a line whose key `digest` itself was damaged must not pass for an older one
         if isinstance(value, str) and value == hashlib.sha256(_text(rest, None)).hexdigest():
             raise DamagedFile(f"{name} changed since it was written ({key!r} is no key of ours)")
     return content
 
 
 def open_seal(content: dict, data: bytes, name: str) -> dict:
-    """An object that was parsed from `data`, without its digest; DamagedFile when it has none, or
-    when any byte differs from what was written."""
+    """An object that was parsed from `data`, without its digest. Raises DamagedFile when it has
+    none, or when any byte differs from what was written."""
     if DIGEST_KEY not in content:
         raise DamagedFile(f"{name} has no digest: it was written by an older version or by hand")
     content = {key: value for key, value in content.items() if key != DIGEST_KEY}
@@ -182,9 +183,9 @@ def open_seal(content: dict, data: bytes, name: str) -> dict:
     try:
         written = json_bytes(content, indent)
     except (ValueError, RecursionError):
-        # NaN, infinity and endless depth, which are parsed and never written
+        # NaN, infinity and extreme depth, which can be parsed but are never written
         written = b""
-    # comparing the whole text also finds changes that mean nothing, such as other white space
+    # comparing the whole text also finds changes without a meaning, such as other white space
     if written != data:
         raise DamagedFile(f"{name} changed since it was written (its digest differs)")
     return content
@@ -193,7 +194,7 @@ def open_seal(content: dict, data: bytes, name: str) -> dict:
 def check_fields(
     content: Mapping, fields: Mapping[str, type | tuple[type, ...]], name: str
 ) -> None:
-    """DamagedFile where a field is absent or of another type."""
+    """Raise DamagedFile where a field is absent or of another type."""
     for key, kind in fields.items():
         if key not in content:
             raise DamagedFile(f"{name} has no {key!r}")
@@ -215,8 +216,9 @@ def write_checksums(
 ) -> None:
     """Write SHA256SUMS of the named files of a folder (default: all below it).
 
-    `sha256sum -c SHA256SUMS` checks the same. Call it last, when every file is as it shall stay.
-    `listing` is the name of the list, where one file has a list of its own.
+    `sha256sum -c SHA256SUMS` checks the same. Call it last, when no file changes any more.
+
+    listing: name of the list, where one file has a list of its own.
     """
     if names is None:
         files = (path for path in folder.rglob("*") if path.is_file())
@@ -229,10 +231,10 @@ def write_checksums(
 def check_checksums(
     folder: Path, names: Iterable[str] | None = None, listing: str = CHECKSUMS_NAME
 ) -> bool:
-    """Compare files of a folder with its SHA256SUMS; whether there is one.
+    """Compare files of a folder with its SHA256SUMS; returns whether there is one.
 
-    `names` are the files that are about to be read: each must be listed, and only these are hashed
-    (default: all that are listed). DamagedFile names every file that is absent, changed, or not
+    names: files that are about to be read; each must be listed, and only these are hashed (default:
+    all listed ones). Raises DamagedFile that names every file that is absent, changed, or not
     listed.
     """
     path = folder / listing
@@ -257,9 +259,9 @@ def check_checksums(
 
 
 def read_checksums(path: Path) -> dict[str, str] | None:
-    """{name: sha256} of a list that sha256sum reads, None where there is no such file.
+    """{name: sha256} of a list in the format of sha256sum, None where there is no such file.
 
-    DamagedFile for a line of another form, and for a name that leads out of the folder.
+    Raises DamagedFile for a line of another form, and for a name that leads out of the folder.
     """
     if not os.path.lexists(path):  # a folder or a dead link in its place is an error below
         return None
@@ -282,14 +284,14 @@ def read_checksums(path: Path) -> dict[str, str] | None:
 
 
 def listing_of(path: Path) -> str:
-    """Name of the list that speaks of one file: `NAME.sha256` where that lies beside it, else
+    """Name of the checksum list of one file: `NAME.sha256` where that lies beside it, else
     SHA256SUMS of its folder."""
     own = f"{path.name}{OWN_LISTING}"
     return own if (path.parent / own).is_file() else CHECKSUMS_NAME
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a value names a file beside the one that states it: no folder, no way out."""
+    """Whether a value is the name of a file in the same folder, without any path."""
     return isinstance(name, str) and stays_below(name) and "/" not in name
 
 

@@ -100,9 +100,11 @@ class FrozenImageEncoder(nn.Module):
         self.width: int = model.config.hidden_size
         registers = getattr(model.config, "num_register_tokens", 0)
         self.num_extra_tokens = registers + kind.class_token
+        # filled by set_normalisation; not persistent, as they are no weights of the model
+        self.register_buffer("mean", torch.empty(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(3, 1, 1), persistent=False)
         mean, std = preprocessing.norm
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.set_normalisation(mean, std)
 
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise by another mean and std per channel, of pixels from 0 to 1."""

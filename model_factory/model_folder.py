@@ -1,4 +1,5 @@
-"""A model's folder before anything in it is parsed: its bytes are as written, nothing of it runs.
+"""Checks of a model's folder before anything in it is parsed: its bytes are those that were
+written, and nothing of it is executed.
 
     SHA256SUMS            written last by every export of ours (`seal_folder`). Where it lies in a
                           folder, each file that is about to be read must be listed there and equal
@@ -8,8 +9,8 @@
     adapter_config.json   has transformers add weights to the model, or read another one: refused
     *.index.json          names of shards may not lead out of the folder
 
-README, Python files and whatever a user adds are not read, so they may change. An exported folder
-carries this file with the modelling code, so it imports the standard library and files.py alone.
+README, Python files and files that a user adds are not read, so they may change. An exported folder
+contains this file with the modelling code, so it imports the standard library and files.py alone.
 """
 
 import fnmatch
@@ -20,13 +21,14 @@ from pathlib import Path
 from .files import (
     CHECKSUMS_NAME,
     check_checksums,
+    is_plain_name,
     parse_json,
     read_checksums,
-    stays_below,
     write_checksums,
 )
 
-LOCAL = {"local_files_only": True, "trust_remote_code": False}  # not even a question about code
+# for transformers; without the second, some versions ask the user whether code may run
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 DESCRIPTIONS = (
     "*config.json",  # of the model, its generation, processors and tokenizer
@@ -63,11 +65,11 @@ def check_model_folder(
 
     weights         whether weights are about to be read as well, or descriptions only
     own_classes     whether classes of ours read config.json, which never execute its auto_map
-    allows_pickles  whether weights may be a .bin, to be read as nothing but tensors
+    allows_pickles  whether weights may be a .bin that its reader reads as tensors only
     also            further names that are about to be read
 
-    A folder that is not there, or lacks a file, is left to its reader. Cost: sha256 of the files
-    about to be read, once per load, where there is a SHA256SUMS.
+    A missing folder or file is left to its reader. Cost: sha256 of the files about to be read, once
+    per load, where there is a SHA256SUMS.
     """
     if not folder.is_dir():
         return
@@ -75,14 +77,14 @@ def check_model_folder(
     present = _present(folder, patterns)
     listed = read_checksums(folder / CHECKSUMS_NAME)
     if listed is not None:
-        # what is listed and absent would leave a default in its place
+        # a listed file that is absent counts too: its reader would silently use defaults
         expected = [name for name in listed if _fits(name, patterns)]
         check_checksums(folder, {*present, *expected})
     for name in present:
         if name.endswith("config.json"):
             _refuse_code(folder / name, may_have_auto_map=own_classes and name == "config.json")
     if weights:
-        _refuse_weights(folder, present, allows_pickles)
+        _refuse_weights(folder, present=present, allows_pickles=allows_pickles)
 
 
 def json_object(path: Path) -> dict:
@@ -102,16 +104,17 @@ def pickled_weights(folder: Path) -> list[Path]:
         return []
     whole = folder / "pytorch_model.bin"
     index = folder / "pytorch_model.bin.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole] if whole.is_file() else []
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return []
     shards = parse_json(index.read_bytes(), name=str(index))["weight_map"]
     return [folder / name for name in sorted(set(shards.values()))]
 
 
 def _present(folder: Path, patterns: Iterable[str]) -> list[str]:
-    """Names of the files of a folder that fit a pattern, sorted."""
-    templates = folder / "additional_chat_templates"
-    paths = [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
+    """Names of the files of a folder that match a pattern, sorted."""
+    paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     names = (path.relative_to(folder).as_posix() for path in paths if path.is_file())
     return sorted(name for name in names if _fits(name, patterns))
 
@@ -124,7 +127,7 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _refuse_code(path: Path, may_have_auto_map: bool) -> None:
-    """Raise ValueError where a description makes transformers run or fetch code."""
+    """Raise ValueError for a description that makes transformers run or fetch code."""
     if path.name == "adapter_config.json":
         raise ValueError(
             f"{path}: adapters are not read, as they change the model or name another one: merge "
@@ -146,8 +149,8 @@ def _refuse_code(path: Path, may_have_auto_map: bool) -> None:
 
 
 def _entries(content: dict) -> Iterator[tuple[str, object]]:
-    """All keys and values of an object and of the objects inside of it. No recursion, as depth is
-    what a hostile file has most of."""
+    """All keys and values of an object and of the objects inside it. Not recursive, as a hostile
+    file may be nested deeper than Python's stack."""
     waiting: list[object] = [content]
     while waiting:
         value = waiting.pop()
@@ -179,8 +182,7 @@ def _check_index(path: Path) -> None:
         raise ValueError(f"{path} has no weight_map: download the folder again")
     ending = ".safetensors" if path.name.endswith(".safetensors.index.json") else ".bin"
     for shard in shards.values():
-        is_beside = isinstance(shard, str) and stays_below(shard) and "/" not in shard
-        if not (is_beside and shard.endswith(ending)):
+        if not (is_plain_name(shard) and shard.endswith(ending)):
             raise ValueError(
                 f"{path} names {shard!r:.100} as a shard: only *{ending} files beside it are read"
             )

@@ -147,8 +147,9 @@ def open_encoder(
         if location.kind is Kind.RUN and read_run is not None:
             return read_run(path)
         if location.kind is Kind.WEIGHTS:
+            # the name is an assumption, which a configuration beside the weights overrules
             assumed_name = None if location.is_described else model_name
-            return load_backbone(path, assumed_name, rope_pairing)
+            return load_backbone(path, model_name=assumed_name, rope_pairing=rope_pairing)
     raise ValueError(_refusal(location))
 
 

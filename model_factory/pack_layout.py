@@ -61,7 +61,12 @@ def resolve_layout(
         raise ValueError(
             "cu_seqlens alone places no patch: give patch_positions [S, 3] or grid_thw [N, 3] too"
         )
-    lengths = _item_lengths(grid_thw, cu_seqlens, num_rows, exact=patch_positions is None)
+    lengths = _item_lengths(
+        grid_thw,
+        cu_seqlens=cu_seqlens,
+        num_rows=num_rows,
+        exact=patch_positions is None,
+    )
     if patch_positions is None:
         assert grid_thw is not None  # or the error above
         patch_positions = compute_patch_positions_from_grid_thw(grid_thw.cpu())

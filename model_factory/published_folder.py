@@ -15,9 +15,9 @@ from .model_folder import json_object, model_type_of
 from .state_dict_adapter import to_packing
 
 MODEL_TYPES = ("llava_vit", "onevision_encoder")
-# fields of ours that a published configuration does not have; the others mean the same in both
+# fields of ours that a published configuration lacks; all others have one meaning in both
 OURS_ONLY = ("head_norm_eps", "rope_pairing", "rope_position_scale")
-DEFAULTS = {  # what the published configuration class assumes for a field that is not written
+DEFAULTS = {  # of the published configuration class, for fields that are not written
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -35,8 +35,9 @@ def published_model_type(folder: str | Path) -> str | None:
 def read_published_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Fields of LlavaViTPackingConfig and weights in the packing layout, in the folder's dtype.
 
-    The folder was checked (model_folder.py), so an index names shards beside it. Raises ValueError
-    for an activation other than GELU, a folder without safetensors, and names that fit no rule.
+    Expects a folder that model_folder.py has checked, so that an index names shards beside it only.
+    Raises ValueError for an activation other than GELU, a folder without safetensors, and names
+    that fit no rule.
     """
     folder = Path(folder)
     published = json_object(folder / "config.json")
@@ -45,10 +46,12 @@ def read_published_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str,
             f"{folder}/config.json: hidden_act is {published['hidden_act']!r}, this encoder has "
             "the exact gelu only"
         )
-    same = set(LlavaViTPackingConfig.own_fields()) - set(OURS_ONLY)
-    fields = {name: published[name] for name in same if name in published}
-    fields = {**DEFAULTS, **fields, "rope_pairing": "legacy"}
+    shared = set(LlavaViTPackingConfig.own_fields()) - set(OURS_ONLY)
+    fields = {**DEFAULTS, "rope_pairing": "legacy"}
+    fields |= {name: published[name] for name in shared if name in published}
+    # published heads use the norm eps of the blocks
     fields["head_norm_eps"] = fields.get("layer_norm_eps", 1e-6)
+    # transformers 4 writes the first name, transformers 5 the second
     for spelling in ("torch_dtype", "dtype"):
         if published.get(spelling):
             fields["dtype"] = published[spelling]

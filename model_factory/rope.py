@@ -75,10 +75,11 @@ def rope_tables(
         raise ValueError(f"rope_pairing is {pairing!r}; choose one of {', '.join(ROPE_PAIRINGS)}")
     scales = (1.0, position_scale, position_scale)
     coordinates = positions.to(torch.float32)
-    frequencies = axis_frequencies(head_dim, theta, positions.device)
+    frequencies = axis_frequencies(head_dim, theta=theta, device=positions.device)
     by_axis = [coordinates[:, axis, None] * scales[axis] * frequencies[axis] for axis in range(3)]
     angles = torch.cat(by_axis, dim=-1)[:, None]  # [S, 1, d/2]
     legacy = pairing == "legacy"
+    # every angle once per channel of a pair: halves repeated, or neighbours repeated
     angles = torch.cat([angles, angles], -1) if legacy else angles.repeat_interleave(2, -1)
     cos = angles.cos()
     sin = angles.sin()

@@ -227,8 +227,14 @@ import forked
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.run import main
 
+def start(handler, args, env):
+    # PYTHON_EXEC may name a script that goes before the ranks' own
+    words = args[1:] if args[0] == sys.executable else args
+    return forked.Forked(list(words), env, (0, 1, 2))
+
+
 forked.share_through(Path({folder!r}))
-SubprocessHandler._popen = lambda self, args, env: forked.Forked(list(args[1:]), env, (0, 1, 2))
+SubprocessHandler._popen = start
 main(sys.argv[1:])
 """
 

@@ -7,7 +7,7 @@
 
 Figures, per package and together:
 
-    nodes             syntax nodes, without expression contexts (Load, Store, Del)
+    nodes             statements and expressions, as ast.walk meets them
     lines             lines that are neither empty nor of a comment or a docstring
     nodes per line    of those lines
     comments          lines with a comment per 100 lines
@@ -26,6 +26,7 @@ process and counts. From shards to a saved step:
 import argparse
 import ast
 import collections
+import inspect
 import io
 import runpy
 import sys
@@ -97,7 +98,7 @@ def figures_of(path: Path, own: set[str], uses: collections.Counter) -> Figures:
     alone = {number for number in comments if rows[number - 1].lstrip().startswith("#")}
     result = Figures(files=1, lines=len(rows) - len(silent | alone), comments=len(comments))
     for node in ast.walk(tree):
-        if not isinstance(node, ast.expr_context):
+        if isinstance(node, ast.expr | ast.stmt):
             result.nodes += 1
         kinds = list(_kinds(node, own, uses))
         for kind in kinds:
@@ -226,7 +227,9 @@ def entered_files(module: str, argv: list[str]) -> list[str]:
     seen = set()
 
     def note(frame, event, _):
-        if event == "call" and frame.f_code.co_name != "<module>":
+        # bodies of modules and classes run when they are imported, and are not optimised
+        is_function = bool(frame.f_code.co_flags & inspect.CO_OPTIMIZED)
+        if event == "call" and is_function:
             seen.add(frame.f_code.co_filename)
 
     sys.argv = [module, *argv]

@@ -34,7 +34,7 @@ def build_encoder(config: ModelConfig, seed: int) -> LlavaViTPackingModel:
 
 def _check_matches(built: LlavaViTPackingConfig, config: ModelConfig) -> None:
     """Raise ValueError unless the loaded encoder is the one that the configuration names."""
-    check_is_model(built, config.name, config.init_from or "")
+    check_is_model(built, model_name=config.name, origin=config.init_from or "")
     if built.rope_pairing != config.rope_pairing:
         raise ValueError(
             f"{config.init_from} has the {built.rope_pairing} rotary rule, the run is set to "
@@ -49,4 +49,4 @@ def _check_matches(built: LlavaViTPackingConfig, config: ModelConfig) -> None:
 def export_encoder(encoder: LlavaViTPackingModel, output: Path, run: dict[str, object]) -> None:
     """Write backbone.pt and hf/; `run` are rows of the model card: where the weights come from."""
     save_backbone(encoder, output / "backbone.pt")
-    save_encoder_folder(encoder, output / "hf", run)
+    save_encoder_folder(encoder, folder=output / "hf", run=run)

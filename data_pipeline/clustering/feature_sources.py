@@ -1,11 +1,11 @@
-"""Samples -> vectors: from the codec descriptor, which needs no weights, from an encoder of
-ours, or from a frozen public image encoder.
+"""Feature vectors of samples: by the codec descriptor, which needs no weights, by an encoder of
+ours, or by a frozen public image encoder.
 
-Vectors are as they come; `normalise` and the projection of clustering come after.
+Vectors are neither scaled nor projected here; clustering does both later.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -23,12 +23,14 @@ from .descriptor import codec_descriptor
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """Where vectors come from.
+    """Source of the vectors.
 
-    encoder: None (codec descriptor), a Hugging Face folder of our packing model (codec view of
-    clips, whole pictures; the pooled vector), or FAMILY:FOLDER of a frozen image encoder (mean
-    patch token of each of `num_frames` frames; of that the first `keep_dims` numbers, normalised;
-    then their mean, or side by side with `concat`).
+    encoder     None (codec descriptor); an encoder of ours, as model_factory/open_encoder.py names
+                it (pooled vector of a clip's codec view or of a whole image); or FAMILY:FOLDER of
+                a frozen image encoder (mean patch token of each frame, normalised)
+    num_frames  of a clip, for image encoders
+    concat      whether vectors of frames are concatenated; otherwise their mean is taken
+    keep_dims   leading dimensions of a frame's vector that are used; None: all
     """
 
     encoder: str | None = None
@@ -37,7 +39,8 @@ class FeatureConfig:
     keep_dims: int | None = None
 
     def weights_sha256(self) -> str | None:
-        """Hash of the encoder's weight files; MissingData when there are none."""
+        """Hash of the encoder's weight files; MissingData when there are none. The path does not
+        enter, so that a moved folder is the same encoder."""
         if self.encoder is None:
             return None
         files = sorted(locate_encoder(self.encoder).path.glob("*.safetensors"))
@@ -48,18 +51,24 @@ class FeatureConfig:
             )
         return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
-    def identity(self, weights_sha256: str | None) -> dict:
-        """What decides the vectors: a folder counts by its weights, not by its path."""
+    def identity(self, weights_sha256: str | None) -> dict[str, object]:
+        """Everything that the vectors depend on; a folder stands by its weights, not by its
+        path."""
         values = asdict(self)
         if self.encoder is not None:
             values["encoder"] = locate_encoder(self.encoder).family or "ours"
         return {**values, "weights_sha256": weights_sha256}
 
     def flags(self) -> str:
-        """The flags of `features` that are not as by default, but for the encoder."""
-        words = "" if self.num_frames == 1 else f" --num-frames {self.num_frames}"
-        words += " --concat" if self.concat else ""
-        return words + ("" if self.keep_dims is None else f" --keep-dims {self.keep_dims}")
+        """Flags of the command `features` that differ from the defaults, the encoder apart."""
+        flags = ""
+        if self.num_frames != 1:
+            flags += f" --num-frames {self.num_frames}"
+        if self.concat:
+            flags += " --concat"
+        if self.keep_dims is not None:
+            flags += f" --keep-dims {self.keep_dims}"
+        return flags
 
     @classmethod
     def of(cls, values: dict, name: str) -> "FeatureConfig":
@@ -77,7 +86,7 @@ CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def source_of(manifest: Manifest, config: FeatureConfig) -> Callable[[range], np.ndarray]:
-    """The function from sample ids to rows float32 [n, D]."""
+    """The function that maps n sample ids to vectors float32 [n, D]."""
     if config.encoder is None:
         return lambda ids: descriptor_rows(manifest, ids)
     quiet_libraries()
@@ -87,7 +96,7 @@ def source_of(manifest: Manifest, config: FeatureConfig) -> Callable[[range], np
     return _packing_model_rows(manifest, location)
 
 
-def descriptor_rows(manifest: Manifest, ids) -> np.ndarray:
+def descriptor_rows(manifest: Manifest, ids: Iterable[int]) -> np.ndarray:
     """Codec descriptors of samples, float32 [n, D], neither centred nor scaled."""
     rows = []
     with ShardReader(manifest) as reader:
@@ -97,8 +106,11 @@ def descriptor_rows(manifest: Manifest, ids) -> np.ndarray:
     return np.stack(rows)
 
 
-def _frames(reader: ShardReader, manifest: Manifest, sample_id: int, with_motion: bool = False):
-    """(stored frames uint8 [M, H, W, 3], coarse motion or None) of a clip or a picture."""
+def _frames(
+    reader: ShardReader, manifest: Manifest, sample_id: int, with_motion: bool = False
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(stored frames uint8 [M, H, W, 3], coarse motion or None) of a clip or an image, whose motion
+    is None."""
     _, sample = manifest.locate(sample_id)
     name = sample["key"]
     info = SampleInfo.from_bytes(reader.read(sample_id, "json"), name)
@@ -129,8 +141,9 @@ def _packing_model_rows(
     @torch.inference_mode()
     def rows_of(ids: range) -> np.ndarray:
         rows = []
-        for batch in sequential_batches(manifest, ids, 32, "codec"):
+        for batch in sequential_batches(manifest, ids, batch_size=32, view="codec"):
             pooled = model(**batch.to(device).model_inputs()).pooler_output
+            # rows behind the samples are padding of the last batch
             rows.append(pooled[: batch.num_samples].float().cpu().numpy())
         return np.concatenate(rows)
 
@@ -151,7 +164,8 @@ def _image_encoder_rows(
 
     @torch.inference_mode()
     def vector(frames: np.ndarray) -> np.ndarray:
-        chosen = choose_frames(len(frames), config.num_frames, None)  # a picture stands for each
+        # an image has one frame, which is then chosen `num_frames` times
+        chosen = choose_frames(len(frames), count=config.num_frames, draw=None)
         pixels = torch.from_numpy(frames[chosen]).movedim(-1, 1).to(device)
         means = encoder.encode(pixels).mean(dim=1).float().cpu().numpy()[:, : config.keep_dims]
         each = normalise(means)

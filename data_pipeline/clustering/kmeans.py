@@ -91,14 +91,9 @@ def spherical_kmeans(
     progress = progress or Progress()
     if num_centroids > single:
         levels = _TwoLevels(
-            features,
-            num_centroids=num_centroids,
-            seed=seed,
-            num_iterations=num_iterations,
-            report=report,
-            progress=progress,
+            features, seed=seed, num_iterations=num_iterations, report=report, progress=progress
         )
-        return levels.centroids(initial), report
+        return levels.centroids(num_centroids, initial), report
     report.started_from = 0 if initial is None else num_centroids
     centroids = _lloyd(
         features,
@@ -175,46 +170,40 @@ def _lloyd(
     return centroids
 
 
+@dataclass(frozen=True)
 class _TwoLevels:
     """Coarse cells, then a k-means with repairs inside each."""
 
-    def __init__(
-        self,
-        features: np.ndarray,
-        num_centroids: int,
-        seed: int,
-        num_iterations: int,
-        report: Report,
-        progress: Progress,
-    ):
-        self._features = features
-        self._seed = seed
-        self._iterations = num_iterations
-        self._report = report
-        self._progress = progress
+    features: np.ndarray
+    seed: int
+    num_iterations: int
+    report: Report
+    progress: Progress
+
+    def centroids(self, num_centroids: int, initial: np.ndarray | None) -> np.ndarray:
+        """All fine centroids, cell after cell."""
+        report = self.report
+        features = self.features
         num_cells = max(1, int(round(num_centroids**0.5)))
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(self.seed)
         some = rng.permutation(len(features))[: POINTS_PER_COARSE * num_cells]
-        self._coarse = _lloyd(
+        coarse = _lloyd(
             features[np.sort(some)],
             num_centroids=num_cells,
-            seed=seed,
-            num_iterations=num_iterations,
+            seed=self.seed,
+            num_iterations=self.num_iterations,
         )
-        self._cell_of = self._cells(features)
-        sizes = np.bincount(self._cell_of, minlength=num_cells)
-        self._shares = allot(num_centroids, sizes)
-
-    def centroids(self, initial: np.ndarray | None) -> np.ndarray:
-        """All fine centroids, cell after cell."""
-        report = self._report
-        start_cell = None if initial is None else self._cells(initial)
+        cell_of = _nearest(features, coarse)
+        start_cell = None if initial is None else _nearest(initial, coarse)
+        shares = allot(num_centroids, np.bincount(cell_of, minlength=num_cells))
         smallest = []
         largest = []
         centroids = []
-        for cell in np.flatnonzero(self._shares):
+        for cell in np.flatnonzero(shares).tolist():
             starts = None if initial is None else initial[start_cell == cell]
-            centroids.append(self._cell(int(cell), starts))
+            members = features[cell_of == cell]
+            share = int(shares[cell])
+            centroids.append(self._cell(cell, members=members, share=share, starts=starts))
             smallest.append(report.smallest_cluster)
             largest.append(report.largest_cluster)
         report.smallest_cluster = min(smallest)
@@ -223,22 +212,18 @@ class _TwoLevels:
         report.cells = len(centroids)
         return np.concatenate(centroids)
 
-    def _cells(self, rows: np.ndarray) -> np.ndarray:
-        """The cell of each row, int64 [n]."""
-        nearest, _ = search(rows, self._coarse, count=1)
-        return nearest[:, 0]
-
-    def _cell(self, cell: int, starts: np.ndarray | None) -> np.ndarray:
-        members = self._features[self._cell_of == cell]
-        share = int(self._shares[cell])
-        done = self._progress.load_cell(cell)
+    def _cell(
+        self, cell: int, members: np.ndarray, share: int, starts: np.ndarray | None
+    ) -> np.ndarray:
+        """As many centroids of a cell's members as its share."""
+        done = self.progress.load_cell(cell)
         if done is not None and len(done) == share:
-            _faults(members, done, self._report)  # for its sizes
+            _faults(members, done, self.report)  # for its sizes
             return done
         if share == len(members):
             # every sample is a centroid
-            self._report.smallest_cluster = 1
-            self._report.largest_cluster = 1
+            self.report.smallest_cluster = 1
+            self.report.largest_cluster = 1
             return members
         if starts is not None:
             starts = self._filled(starts, members=members, share=share, cell=cell)
@@ -246,21 +231,26 @@ class _TwoLevels:
         centroids = _lloyd(
             members,
             num_centroids=share,
-            seed=self._seed + cell,
-            num_iterations=self._iterations,
+            seed=self.seed + cell,
+            num_iterations=self.num_iterations,
             initial=starts,
         )
-        centroids = _repair(members, centroids, self._report)
-        self._progress.save_cell(cell, centroids)
+        centroids = _repair(members, centroids, self.report)
+        self.progress.save_cell(cell, centroids)
         return centroids
 
     def _filled(self, starts: np.ndarray, members: np.ndarray, share: int, cell: int) -> np.ndarray:
         """As many starts as the cell needs: some of those given, or members beside them."""
-        rng = np.random.default_rng([self._seed, cell])
+        rng = np.random.default_rng([self.seed, cell])
         taken = starts[np.sort(rng.permutation(len(starts))[:share])]
-        self._report.started_from += len(taken)
+        self.report.started_from += len(taken)
         more = members[rng.permutation(len(members))[: share - len(taken)]]
         return np.concatenate([taken, more])
+
+
+def _nearest(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The point of largest cosine for each row, int64 [n]."""
+    return search(rows, points, count=1)[0][:, 0]
 
 
 def allot(total: int, sizes: np.ndarray) -> np.ndarray:

@@ -196,7 +196,8 @@ def cell_means(field: np.ndarray) -> np.ndarray:
     height, width = field.shape
     rows = np.arange(0, height, MOTION_CELL)
     columns = np.arange(0, width, MOTION_CELL)
-    sums = np.add.reduceat(np.add.reduceat(field, rows, axis=0, dtype=np.float32), columns, axis=1)
+    sums = np.add.reduceat(field, rows, axis=0, dtype=np.float32)
+    sums = np.add.reduceat(sums, columns, axis=1)
     # the last row and column of cells may be smaller
     heights = np.diff(rows, append=height)
     widths = np.diff(columns, append=width)
@@ -205,7 +206,8 @@ def cell_means(field: np.ndarray) -> np.ndarray:
 
 def per_pixel(cells: np.ndarray, height: int, width: int) -> np.ndarray:
     """A field on motion cells [T, y, x, ...] at every pixel, [T, height, width, ...]."""
-    return np.repeat(np.repeat(cells, MOTION_CELL, axis=1), MOTION_CELL, axis=2)[:, :height, :width]
+    pixels = np.repeat(np.repeat(cells, MOTION_CELL, axis=1), MOTION_CELL, axis=2)
+    return pixels[:, :height, :width]
 
 
 def rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:

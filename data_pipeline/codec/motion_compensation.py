@@ -24,10 +24,11 @@ def predict_luma(reference: np.ndarray, vectors: np.ndarray, cell: int) -> np.nd
     plane = _half_pel_plane(reference)
     shift = np.repeat(np.repeat(vectors.astype(np.int32), cell, axis=0), cell, axis=1)
     shift = shift[:height, :width] + np.int32(4 * PAD)
-    x = np.arange(0, 4 * width, 4, dtype=np.int32)[None, :] + shift[..., 0]
-    y = np.arange(0, 4 * height, 4, dtype=np.int32)[:, None] + shift[..., 1]
-    x = np.clip(x, 0, 2 * plane.shape[1] - 4)
-    y = np.clip(y, 0, 2 * plane.shape[0] - 4)
+    columns = np.arange(0, 4 * width, 4, dtype=np.int32)
+    rows = np.arange(0, 4 * height, 4, dtype=np.int32)
+    # beyond the padding all samples are equal
+    x = np.clip(columns[None, :] + shift[..., 0], 0, 2 * plane.shape[1] - 4)
+    y = np.clip(rows[:, None] + shift[..., 1], 0, 2 * plane.shape[0] - 4)
     # in quarter pixels: half-pel index, and whether the vector lies between it and the next one
     left = x >> 1
     top = y >> 1

@@ -192,6 +192,7 @@ def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:
     channels = np.concatenate([motion, clip.residual[..., None].astype(np.float32)], axis=-1)
     rows = np.linspace(0, height, grid + 1).astype(int)
     columns = np.linspace(0, width, grid + 1).astype(int)
-    sums = np.add.reduceat(np.add.reduceat(channels, rows[:-1], axis=1), columns[:-1], axis=2)
+    sums = np.add.reduceat(channels, rows[:-1], axis=1)
+    sums = np.add.reduceat(sums, columns[:-1], axis=2)
     areas = np.diff(rows)[:, None] * np.diff(columns)
     return (sums / areas[..., None]).astype(np.float16)

@@ -95,7 +95,7 @@ def select_patches(
         order = _best_first(scores, num_p_frames=frames - num_i_frames, time_buckets=time_buckets)
     selected = np.concatenate([intra, inter[order]])[:budget]
     selected_scores = np.concatenate([np.ones(len(intra)), scores[order]])[:budget]
-    positions = np.stack([selected // per_frame, selected // width % height, selected % width], -1)
+    positions = np.stack(np.unravel_index(selected, saliency.shape), axis=-1)
     return Selection(
         positions=positions.astype(np.uint16),
         scores=selected_scores.astype(np.float16),
@@ -123,6 +123,9 @@ def _even_frames(num_p_frames: int, per_frame: int) -> np.ndarray:
     frame indices with their bits reversed (van der Corput order).
     """
     bits = max(1, (num_p_frames - 1).bit_length())
-    reversed_times = [int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits)]
-    times = np.array([t for t in reversed_times if t < num_p_frames])
-    return (times[:, None] * per_frame + np.arange(per_frame)).ravel()
+    times = []
+    for i in range(1 << bits):
+        time = int(format(i, f"0{bits}b")[::-1], 2)
+        if time < num_p_frames:
+            times.append(time)
+    return (np.array(times)[:, None] * per_frame + np.arange(per_frame)).ravel()

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import deque
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -146,6 +147,7 @@ class MixtureLoader:
         return f"{self._current}: {self._streams[self._current].activity}"
 
 
+@dataclass
 class SyntheticStream:
     """The stream's contract without files: noise around one pattern per class, for smoke runs and
     the throughput ceiling.
@@ -153,53 +155,44 @@ class SyntheticStream:
     Batch i is a pure function of (seed, rank, i); the first label names the pattern.
     """
 
-    activity = "making noise"
+    batch_size: int
+    tokens: int  # of an item
+    patch_size: int
+    num_classes: int
+    num_labels: int
+    seed: int
+    rank: int
+    activity: ClassVar[str] = "making noise"
 
-    def __init__(
-        self,
-        batch_size: int,
-        tokens: int,
-        patch_size: int,
-        num_classes: int,
-        num_labels: int,
-        seed: int,
-        rank: int,
-    ):
-        self._batch_size = batch_size
-        self._tokens = tokens
-        self._patch_size = patch_size
-        self._num_classes = num_classes
-        self._num_labels = num_labels
-        self._seed = seed
-        self._rank = rank
+    def __post_init__(self) -> None:
         self._next = 0
-        shape = (batch_size, tokens, patch_size)
-        self.plan_sha256 = f"noise {shape} {num_classes} {num_labels} {seed}"
         self._buffers = PackBuffers(torch.device("cpu"))
+        shape = (self.batch_size, self.tokens, self.patch_size)
+        self.plan_sha256 = f"noise {shape} {self.num_classes} {self.num_labels} {self.seed}"
 
     def seek(self, epoch: int, next_batch: int) -> None:
         """Go on with this batch; noise has one epoch."""
         self._next = next_batch
 
     def __next__(self) -> PackedBatch:
-        rng = counter_rng(self._seed, "synthetic", self._rank, self._next)
-        shape = (3, self._patch_size, self._patch_size)
+        rng = counter_rng(self.seed, "synthetic", self.rank, self._next)
+        shape = (3, self.patch_size, self.patch_size)
         # any positions inside the time base and a grid of eight columns
-        token = torch.arange(self._tokens)
+        token = torch.arange(self.tokens)
         positions = torch.stack([token % 64, token // 8, token % 8], dim=-1)
-        labels = rng.integers(0, self._num_classes, (self._batch_size, self._num_labels))
+        labels = rng.integers(0, self.num_classes, (self.batch_size, self.num_labels))
         views = []
         for label in labels[:, 0]:
             # pattern and noise stay inside 0..255 together
-            pattern = counter_rng(self._seed, "pattern", int(label)).integers(64, 192, shape)
-            pixels = pattern + rng.integers(-64, 64, (self._tokens, *shape))
+            pattern = counter_rng(self.seed, "pattern", int(label)).integers(64, 192, shape)
+            pixels = pattern + rng.integers(-64, 64, (self.tokens, *shape))
             patches = torch.from_numpy(pixels.astype("uint8"))
-            views.append(View((patches,), positions=positions, grid=(1, 1, self._tokens)))
+            views.append(View((patches,), positions=positions, grid=(1, 1, self.tokens)))
         batch = pack_views(
             views,
-            sample_ids=torch.arange(self._batch_size) + self._batch_size * self._rank,
+            sample_ids=torch.arange(self.batch_size) + self.batch_size * self.rank,
             labels=torch.from_numpy(labels),
-            weights=torch.ones(self._batch_size),
+            weights=torch.ones(self.batch_size),
             buffers=self._buffers,
             index=self._next,
         )

@@ -20,18 +20,14 @@ import torch
 import torch.nn.functional as F
 
 from model_factory.packing import (
-    CLIP_MEAN,
-    CLIP_STD,
     compute_patch_positions_with_interpolated_temporal,
+    gain_and_offset,
 )
 
 from ..shards.schema import TILE_COLUMNS, SampleInfo, strip_rows, tile_side
 from .choices import scaled_grid
 
-# gain and offset that make (byte / 255 - mean) / std of a byte
-_GAIN = [1 / (255 * s) for s in CLIP_STD]
-_OFFSET = [-m / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]
-NORMALISATION = torch.tensor([_GAIN, _OFFSET])
+NORMALISATION = gain_and_offset()
 
 
 @dataclass(frozen=True)

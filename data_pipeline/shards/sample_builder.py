@@ -246,7 +246,8 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
     )
     patches = cut_patches(clip.frames, selection.positions, patch_size=config.patch_size)
     # a short clip has fewer frames than are to be stored
-    stored = np.unique(np.rint(np.linspace(0, count - 1, config.num_full_frames)).astype(int))
+    even = np.rint(np.linspace(0, count - 1, config.num_full_frames))
+    stored = np.unique(even.astype(int))
     info = SampleInfo(
         kind="video",
         source=source,

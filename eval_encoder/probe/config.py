@@ -1,4 +1,7 @@
-"""The probe's command line: public flags, declared on the fields that they fill. Needs no torch."""
+"""The probe's command line: public flags, declared on the fields that they fill. Needs no torch.
+
+A flag has the name of its field where no other is given.
+"""
 
 import argparse
 import difflib
@@ -55,20 +58,18 @@ class HeadsConfig:
     )
     seed: int = seed_flag()
     num_seeds: int = flag(
-        "--num_seeds",
         default=1,
         help="heads per setting, seeds counted up: other initial weights, for linear heads also "
         "another order of the clips",
     )
     epochs: int = flag("--default_epoch", default=10, help="epochs of every head")
-    batch_size: int = flag("--batch_size", default=32, help="clips per process")
+    batch_size: int = flag(default=32, help="clips per process")
     min_lr: float = flag(
         "--default_min_lr", default=1e-7, help="learning rate at the end of the linear schedule"
     )
-    clip_grad: float = flag("--clip_grad", default=5.0, help="gradient norm of each head")
-    smoothing: float = flag("--smoothing", default=0.1, help="label smoothing")
+    clip_grad: float = flag(default=5.0, help="gradient norm of each head")
+    smoothing: float = flag(default=0.1, help="label smoothing")
     holdout: float = flag(
-        "--holdout",
         default=0.1,
         help="share of the training list that chooses among settings and epochs",
     )
@@ -91,13 +92,10 @@ class ProbeConfig:
     """One probe: which heads, on features of which encoder, evaluated on which clips."""
 
     dataset: str = flag(
-        "--dataset",
         default="ssv2",
         help="benchmark, see probe/benchmarks.py, or a folder of lists",
     )
-    data_root: Path = flag(
-        "--data_root", default=Path("data"), help="folder that holds one folder per benchmark"
-    )
+    data_root: Path = flag(default=Path("data"), help="folder that holds one folder per benchmark")
     train_csv: str | None = flag(
         "--train_data_csv_path", default=None, help="training list inside the benchmark's folder"
     )
@@ -105,22 +103,18 @@ class ProbeConfig:
         "--val_data_csv_path", default=None, help="validation list inside the benchmark's folder"
     )
     num_classes: int = flag(
-        "--num_classes",
         default=0,
         help="0: the benchmark's own, or one more than the largest label",
     )
     protocol: str | None = flag(
-        "--protocol",
         default=None,
         help="single_label or multi_label (mean average precision)",
     )
     model_name: str = flag(
-        "--model_name",
         default="llava_vit_base_ln",
         help="registered encoder; only for weights without a configuration",
     )
     model_weight: str = flag(
-        "--model_weight",
         default="NULL",
         help="Hugging Face folder, backbone.pt, a training run or checkpoint, or `random`",
     )
@@ -133,7 +127,6 @@ class ProbeConfig:
         "--feature_cache_gb", default=4.0, help="fixed features kept in memory per process"
     )
     cache_dir: Path | None = flag(
-        "--cache_dir",
         default=None,
         parse=_cache_dir,
         help="folder of stored features (fp16), read by every later probe",

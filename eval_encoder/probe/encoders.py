@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from data_pipeline.loading.packing import PackedBatch
 from model_factory.hf_image_encoders import FrozenImageEncoder, load_image_encoder
@@ -29,6 +28,7 @@ from .config import IMAGE_FAMILIES, InputConfig
 TIME_BASE = 10_000.0  # the usual base of sine codes
 # fields of a configuration that depend on where and how the same weights were stored
 STORAGE_FIELDS = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+Model = FrozenImageEncoder | LlavaViTPackingModel
 LOG = logging.getLogger("univit")
 
 
@@ -54,7 +54,7 @@ class ProbeEncoder:
     patch_size: int
     size: int | None = None
 
-    def __init__(self, model: nn.Module, colours: torch.Tensor | None):
+    def __init__(self, model: Model, colours: torch.Tensor | None):
         self._model = model.eval().requires_grad_(False)
         self._colours = colours  # gain and offset [2, 3] in place of the batch's own
         self.sha256 = _identity(model, colours)
@@ -102,6 +102,8 @@ class FramewiseEncoder(ProbeEncoder):
     Frames are cropped to the encoder's own size when they are read, so the larger resize that its
     folder asks for before the crop is left out, as published. In a pack a frame is one patch.
     """
+
+    _model: FrozenImageEncoder
 
     def __init__(self, model: FrozenImageEncoder):
         preprocessing = model.preprocessing
@@ -162,7 +164,8 @@ def build_encoder(
     colours = None
     if config.mean is not None and config.std is not None:
         colours = gain_and_offset(config.mean, config.std)
-    return PackedEncoder(packed_model(model_name, model_weight, seed), colours)
+    model = packed_model(model_name, model_weight=model_weight, seed=seed)
+    return PackedEncoder(model, colours)
 
 
 def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> LlavaViTPackingModel:
@@ -194,10 +197,14 @@ def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> Ll
     )
 
 
-def _identity(model: nn.Module, colours: torch.Tensor | None) -> str:
+def _identity(model: Model, colours: torch.Tensor | None) -> str:
     """Hash of the configuration, the preprocessing and every weight."""
-    config = model.config if hasattr(model, "config") else model.model.config
-    preprocessing = getattr(model, "preprocessing", colours)
+    if isinstance(model, FrozenImageEncoder):
+        config = model.model.config
+        preprocessing: object = model.preprocessing
+    else:
+        config = model.config
+        preprocessing = colours
     fields = {
         name: value
         for name, value in config.to_dict().items()

@@ -127,7 +127,9 @@ def message_of(error: BaseException, written: Path | None = None) -> str:
     if isinstance(error, ModuleNotFoundError):
         return printable(f"{error}: install the package that brings it")
     if isinstance(error, OSError) and error.strerror:
-        paths = [os.fsdecode(p) for p in (error.filename, error.filename2) if _is_path(p)]
+        # a file name may also be the number of a descriptor
+        names = (error.filename, error.filename2)
+        paths = [os.fsdecode(n) for n in names if isinstance(n, (str, bytes, os.PathLike))]
         if not paths and error.errno in WRITE_FAULTS:
             paths = ["standard output" if written is None else str(written)]
         return ": ".join(printable(part) for part in (*paths, error.strerror))
@@ -137,10 +139,6 @@ def message_of(error: BaseException, written: Path | None = None) -> str:
     lines = [printable(line) for line in str(error).split("\n")]
     text = "\n".join(lines).rstrip()
     return text or type(error).__name__
-
-
-def _is_path(name: object) -> bool:
-    return isinstance(name, (str, bytes, os.PathLike))
 
 
 def _report(error: BaseException, args: object, is_heard: Callable[[str], bool]) -> int:

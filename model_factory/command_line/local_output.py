@@ -1,7 +1,7 @@
-"""Outputs are files of this machine: a URL given as one is refused before anything is written.
+"""Type of flags for outputs, which are local paths: a URL is refused before anything is written.
 
-`Path("s3://bucket/run")` is a folder called `s3:` in the working directory, which fills up while
-everything seems to go well. Needs nothing heavy: command lines use it as the type of their flags.
+`Path("s3://bucket/run")` would be a folder called `s3:` in the working directory, into which a
+command writes without an error. Needs the standard library alone.
 """
 
 import argparse
@@ -12,16 +12,16 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.S)
 
 
 class NotLocal(argparse.ArgumentTypeError, ValueError):
-    """An output that is a URL; argparse shows the message of the first base as it is."""
+    """An output that is a URL. The first base makes argparse print the message unchanged."""
 
 
 def local_output(text: str) -> str:
-    """The same text; NotLocal says what to do when it is a URL."""
+    """The same text; raises NotLocal, with advice, for a URL."""
     url = URL.fullmatch(str(text))
     if url is None:
         return text
     if url[1].lower() == "file":
-        path = "/" + url[2].partition("/")[2]  # what stands before the slash is a host
+        path = "/" + url[2].partition("/")[2]  # a host may precede the first slash
         advice = f"write {path}"
     else:
         advice = (
@@ -32,5 +32,5 @@ def local_output(text: str) -> str:
 
 
 def output_path(text: str) -> Path:
-    """Path of an output; NotLocal as above. Either function is the type of a flag of argparse."""
+    """Path of an output; raises NotLocal for a URL."""
     return Path(local_output(text))

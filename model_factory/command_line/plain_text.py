@@ -1,7 +1,7 @@
-"""Names that came with data, made safe to show: in a terminal, in Markdown, in a page.
+"""Escaping of names that come from data, for terminals, Markdown, web pages and plots.
 
-A file, class or cluster may be called anything: an escape sequence that clears the screen, a line
-break that forges a row of a table, `<script>`. Whatever shows such a name passes it through here.
+A file, class or cluster may have any name: an escape sequence that clears the screen, a line break
+that forges a row of a table, `<script>`. All code that shows such a name passes it through here.
 
     printable     a terminal, a message       in_markdown, in_code   report.md, cards, tables
     show          print of it                 in_html                a page
@@ -24,11 +24,11 @@ MARKDOWN = re.compile(r"([\\`*_\[\]|#~!])")
 
 
 def printable(text: object, keep: str = "") -> str:
-    """One line that shows every character: what would act or stay invisible becomes an escape such
-    as \\x1b.
+    """One line in which every character is visible: control and invisible characters become escapes
+    such as \\x1b.
 
-    keep: characters that stay as they are, such as LINES where the text's own line breaks shall
-    count, and RUNNING for what somebody wrote as prose.
+    keep: characters that stay, such as LINES for texts with line breaks of their own, and RUNNING
+    for prose.
     """
     return "".join(c if c in keep else _escaped(c) for c in str(text))
 
@@ -40,35 +40,35 @@ def _escaped(character: str) -> str:
 
 
 def show(text: object, error: bool = False) -> None:
-    """Print a text whose own line breaks count, to standard error if `error`."""
+    """Print a text with its own line breaks, to standard error if `error`."""
     print(printable(text, keep=LINES), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 class PlainFormatter(logging.Formatter):
-    """A formatter of log lines, tracebacks included, that shows what would act as escapes."""
+    """A formatter of log lines, tracebacks included, in which every character is visible."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, or lines where the message has some."""
+        """The line, or the lines of a message with line breaks."""
         return printable(super().format(record), keep=LINES)
 
 
 def in_markdown(text: object) -> str:
-    """The same for Markdown, also inside of a table: shown as typed, never read as markup."""
+    """The same for Markdown, also inside a table: markup in the text is shown, not interpreted."""
     escaped = html.escape(printable(text), quote=False)
     return MARKDOWN.sub(r"\\\1", escaped)
 
 
 def in_code(text: object) -> str:
-    """The same as inline code of Markdown, outside of tables: between more backticks than it has in
-    a row."""
+    """The same as inline code of Markdown, outside of tables. The fence has more backticks than the
+    text has in a row."""
     shown = printable(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
-    # a space inside of the fence is dropped again, and parts it from backticks of the text
+    # the spaces separate the fence from backticks of the text; Markdown drops them again
     return f"{fence} {shown} {fence}" if len(fence) > 1 else f"`{shown}`"
 
 
 def in_plot(text: object) -> str:
-    """The same for texts of matplotlib, which reads formulas between dollars."""
+    """The same for texts of matplotlib, which interprets formulas between dollar signs."""
     return printable(text).replace("$", r"\$")
 
 

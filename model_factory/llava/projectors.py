@@ -97,4 +97,4 @@ def tokens_after(projector: nn.Module, grid: Grid | None, tokens: int) -> int:
             f"a grid of {grid} patches is not made of 2 x 2 squares: choose a picture size with an "
             "even number of patches on both sides, and whole frames of clips"
         )
-    return tokens // 4
+    return tokens // 4  # 2 x 2 patches make one token

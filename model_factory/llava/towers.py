@@ -150,6 +150,7 @@ class VisionTower(nn.Module):
 
     def forward(self, visuals: VisualInputs, layers: Iterable[int]) -> TowerStates:
         """States of the requested layers (absolute indices)."""
+        # activations of a frozen tower would be stored for a backward pass that never comes
         learns = any(p.requires_grad for p in self.model.parameters())
         with contextlib.nullcontext() if learns else torch.no_grad():
             return self._states(visuals, list(layers))

@@ -6,8 +6,8 @@ CODEC = (
     Mutant(
         name="selection-sides",
         file="data_pipeline/codec/selection.py",
-        old="frames, height, width = saliency.shape",
-        new="frames, width, height = saliency.shape",
+        old="np.unravel_index(selected, saliency.shape)",
+        new="np.unravel_index(selected, (frames, width, height))",
         why="patches of pictures that are not square are cut at wrong places",
         tests=("data_pipeline/codec/test_selection.py",),
     ),

@@ -157,9 +157,9 @@ LOADING = (
     ),
     Mutant(
         name="mean-not-scaled",
-        file="data_pipeline/loading/views.py",
-        old="[-m / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]",
-        new="[-m for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]",
+        file="model_factory/packing.py",
+        old="torch.stack([1 / (MAX_BYTE * stds), -means / stds])",
+        new="torch.stack([1 / (MAX_BYTE * stds), -means])",
         why="pixels are not centred as the public weights expect",
         tests=("data_pipeline/shards/test_packing.py",),
     ),
@@ -202,8 +202,8 @@ LOADING = (
     Mutant(
         name="noise-shared-by-ranks",
         file="data_pipeline/loading/loader.py",
-        old='counter_rng(self._seed, "synthetic", self._rank, self._next)',
-        new='counter_rng(self._seed, "synthetic", self._next)',
+        old='counter_rng(self.seed, "synthetic", self.rank, self._next)',
+        new='counter_rng(self.seed, "synthetic", self._next)',
         why="all ranks train on the same noise",
         tests=("data_pipeline/loading/test_loading.py::test_every_rank_has_noise_of_its_own",),
     ),

@@ -1,30 +1,33 @@
-"""Folders -> a model, its tokenizer and its image processor.
+"""Loading of a multimodal model, its tokenizer and its image processor from folders.
 
     language model    any causal language model of transformers
     vision tower      a run, checkpoint or export of ours, or a transformers vision model, ConvNeXt
                       included
-    whole             what a later stage of this probe wrote: univit_lmm with all weights
-    mm_projector.bin  what stage 1 writes (lmm_projector_file.py); parts.json beside it names the
-                      two folders above
+    whole model       output of a later stage of this probe: univit_lmm with all weights
+    mm_projector.bin  output of stage 1 (projector_file.py); parts.json beside it names the two
+                      folders above
 
 Everything is read from local folders, as safetensors or as tensors only, after
-model_factory/model_folder.py has looked at them: at their checksums, and at what could run code.
+model_factory/model_folder.py has checked their checksums and refused what could run code.
 """
 
 import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BaseImageProcessor,
     BitsAndBytesConfig,
     CLIPImageProcessor,
     ConvNextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from model_factory.backbone import read_tensors
@@ -49,25 +52,28 @@ PARTS_FILE = "parts.json"
 
 @dataclass
 class Lmm:
-    """A model and what it is fed by."""
+    """A model with the tokenizer and the image processor of its inputs."""
 
     model: LmmForConditionalGeneration
-    tokenizer: object
-    image_processor: object
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
     has_parts: bool = False  # tower and language model lie in folders of their own
 
     def save_processors(self, folder: Path) -> None:
-        """Tokenizer and image processor, beside a model."""
+        """Write tokenizer and image processor beside a model."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
 
 @names_place("path")
-def open_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
-    """(vision model in evaluation mode, image processor).
+def open_tower(
+    path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """(vision model in evaluation mode, image processor) of anything that open_encoder.py names, or
+    of a vision model's folder.
 
-    Raises ValueError for a folder of neither kind, for weights that are not all there and for what
-    model_folder.py refuses.
+    Raises ValueError for any other folder, for missing weights and for what model_folder.py
+    refuses.
     """
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist: name a run, an export or a vision model's folder")
@@ -75,9 +81,11 @@ def open_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn
     tower_classes = (ConvNextModel, ConvNextVisionModel, LlavaViTVisionModel)
     classes = {tower.config_class.model_type: tower for tower in tower_classes}
     if location.model_type in classes:
-        model = _read_tower(classes[location.model_type], location.path, dtype)
+        model = _read_tower(classes[location.model_type], path=location.path, dtype=dtype)
     elif location.families:
-        model = load_image_encoder(location.families[0], location.path, dtype).model
+        # families that share a model type are read by the same class
+        family = location.families[0]
+        model = load_image_encoder(family, folder=location.path, dtype=dtype).model
     else:
         encoder = open_encoder(location, read_run=lambda run: read_encoder(run)[0]).to(dtype)
         size = encoder.config.image_size
@@ -86,28 +94,29 @@ def open_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn
     return model.eval(), AutoImageProcessor.from_pretrained(location.path, **LOCAL)
 
 
-def _read_tower(tower_class: type, path: Path, dtype: torch.dtype) -> nn.Module:
+def _read_tower(tower_class: Any, path: Path, dtype: torch.dtype) -> PreTrainedModel:
     check_model_folder(path)
     model, info = tower_class.from_pretrained(
         path, output_loading_info=True, use_safetensors=True, dtype=dtype, **LOCAL
     )
+    # the norm of ConvNeXt's pooled vector, which is not used
     missing = [name for name in info["missing_keys"] if not name.startswith("layernorm.")]
     if missing:
         raise ValueError(f"{path} lacks the weights {', '.join(sorted(missing))}")
     return model
 
 
-def set_resolution(model: nn.Module, processor, side: int) -> None:
-    """Give pictures another size: for towers that take any, ConvNeXt and ours."""
+def set_resolution(model: PreTrainedModel, processor: BaseImageProcessor, side: int) -> None:
+    """Set the side of the images in pixels, for towers that take any size: ConvNeXt and ours."""
     model.config.image_size = side
     processor.crop_size = {"height": side, "width": side}
     processor.size = {"shortest_edge": side}
 
 
 @names_place("folder")
-def open_tokenizer(folder: str | Path):
-    """A fast tokenizer with an image token and something to pad with. Raises ValueError for one
-    that brings code, and for files that differ from their checksums."""
+def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer with an image token and a padding token. Raises ValueError for one that brings
+    code, and for files that differ from their checksums."""
     check_model_folder(Path(folder), weights=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
     if IMAGE not in tokenizer.get_vocab():
@@ -118,28 +127,33 @@ def open_tokenizer(folder: str | Path):
 
 
 def compose(arguments: LmmArguments, dtype: torch.dtype = torch.float32) -> Lmm:
-    """A new model out of a language model's and a tower's folder, or a whole one of an earlier
-    stage with what the flags change. Raises ValueError for parts that are missing or do not fit."""
+    """A new model from a language model's and a tower's folder, or the whole model of an earlier
+    stage with the changes that the flags make. Raises ValueError for parts that are missing or do
+    not fit."""
     folder = Path(arguments.model_name_or_path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder / 'config.json'} does not exist: give a language model's folder")
     if json_object(folder / "config.json").get("model_type") == LmmConfig.model_type:
-        lmm = open_lmm(folder, dtype, _changes(arguments))
+        lmm = open_lmm(folder, dtype=dtype, changes=_changes(arguments))
         _check_whole(arguments, lmm)
     else:
-        lmm = _from_parts(arguments, folder, dtype)
+        lmm = _from_parts(arguments, folder=folder, dtype=dtype)
     if arguments.pretrain_mm_mlp_adapter is not None:
         load_projector(lmm.model, Path(arguments.pretrain_mm_mlp_adapter))
     return lmm
 
 
 @names_place("folder")
-def open_lmm(folder: str | Path, dtype: torch.dtype = torch.float32, changes: dict | None = None):
+def open_lmm(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    changes: dict[str, Any] | None = None,
+) -> Lmm:
     """A model that the probe wrote: a whole one, or a projector with the parts it names.
 
-    changes: fields of its configuration to set; cross tokens may then start at zero, nothing else.
-    Raises ValueError for weights that are missing or left over, and for files that are not as they
-    were written.
+    changes: fields of its configuration to set; cross tokens may then be new and start at zero, no
+    other weights. Raises ValueError for weights that are missing or left over, and for files that
+    differ from what was written.
     """
     folder = Path(folder)
     check_model_folder(folder, allows_pickles=True, also=[PARTS_FILE])
@@ -160,22 +174,25 @@ def open_lmm(folder: str | Path, dtype: torch.dtype = torch.float32, changes: di
         output_loading_info=True,
         **LOCAL,
     )
-    new = [name for name in info["missing_keys"] if changes and "cross_tokens" in name]
-    for name in new:  # what transformers leaves there is not defined
+    new = []
+    if changes:
+        new = [name for name in info["missing_keys"] if "cross_tokens" in name]
+    for name in new:  # transformers leaves missing weights undefined
         torch.nn.init.zeros_(model.get_parameter(name))
-    wrong = [name for name in info["missing_keys"] if name not in new]
-    wrong += list(info["unexpected_keys"]) + [str(key) for key in info["mismatched_keys"]]
-    if wrong:
-        raise ValueError(f"{folder} does not fit its configuration: {', '.join(sorted(wrong))}")
+    problems = [name for name in info["missing_keys"] if name not in new]
+    problems += [*info["unexpected_keys"], *map(str, info["mismatched_keys"])]
+    if problems:
+        raise ValueError(f"{folder} does not fit its configuration: {', '.join(sorted(problems))}")
     if lora is not None:
         model.config.lora = lora
         add_lora(model.model.language_model, lora)
     processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
-    return Lmm(model.eval(), open_tokenizer(folder), processor)
+    return Lmm(model.eval(), tokenizer=open_tokenizer(folder), image_processor=processor)
 
 
 def write_parts(folder: Path, arguments: LmmArguments) -> None:
-    """Where the frozen parts of a projector are."""
+    """Write parts.json: the folders of a projector's frozen parts."""
+    assert arguments.vision_tower is not None, "a model with parts was made from a tower's folder"
     parts = {
         "model_name_or_path": str(Path(arguments.model_name_or_path).resolve()),
         "vision_tower": str(Path(arguments.vision_tower).resolve()),
@@ -184,9 +201,9 @@ def write_parts(folder: Path, arguments: LmmArguments) -> None:
 
 
 def _check_whole(arguments: LmmArguments, lmm: Lmm) -> None:
-    """ValueError for typed flags that a whole model has decided on already; a resolution is set."""
+    """Raise ValueError for typed flags whose values a whole model has already; set a resolution."""
     config = lmm.model.config
-    has = {
+    trained_with = {
         "mm_projector_type": config.projector_type,
         "mm_vision_select_layer": [config.vision_feature_layer],
         "mm_frozen_select_layer": config.frozen_layers,
@@ -196,66 +213,66 @@ def _check_whole(arguments: LmmArguments, lmm: Lmm) -> None:
         "vision_add_five_stage": 0,
         "vision_tower": None,
     }
-    for name, value in has.items():
+    for name, value in trained_with.items():
         if name in arguments.typed and getattr(arguments, name) != value:
             raise ValueError(
                 f"--{name} {getattr(arguments, name)}: {arguments.model_name_or_path} is a whole "
                 f"model, trained with {value}; leave the flag out, or start from its parts"
             )
     if arguments.mm_vision_resolution is not None:
-        set_resolution(lmm.model.tower.model, lmm.image_processor, arguments.mm_vision_resolution)
+        set_resolution(
+            lmm.model.tower.model,
+            processor=lmm.image_processor,
+            side=arguments.mm_vision_resolution,
+        )
         config.vision_config.image_size = arguments.mm_vision_resolution
 
 
-def _changes(arguments: LmmArguments) -> dict:
-    """Fields that a later stage sets anew in an earlier stage's configuration."""
-    changes = {
+def _changes(arguments: LmmArguments) -> dict[str, Any]:
+    """Fields of an earlier stage's configuration that a later stage sets."""
+    changes: dict[str, Any] = {
         "version": arguments.version,
         "image_aspect_ratio": arguments.image_aspect_ratio,
-        "lora": _lora(arguments),
+        "lora": None,
     }
-    if arguments.mm_reduction_r is not None:
-        changes |= _reduction(arguments)
-    return changes
-
-
-def _reduction(arguments: LmmArguments) -> dict:
+    if arguments.lora_enable:
+        changes["lora"] = {
+            "r": arguments.lora_r,
+            "alpha": arguments.lora_alpha,
+            "dropout": arguments.lora_dropout,
+            "bias": arguments.lora_bias,
+        }
     r = arguments.mm_reduction_r
-    reduction = {
-        "r": r[0] if len(r) == 1 else r,
-        "rule": arguments.mm_reduction_rule,
-        "weights": arguments.mm_reduction_weights,
-        "mask_cross_token": arguments.mask_cross_token,
-    }
-    return {
-        "reduction": reduction,
-        "alignment_weight": arguments.alignment_weight,
-        "alignment_direction": arguments.alignment_direction,
-    }
-
-
-def _lora(arguments: LmmArguments) -> dict | None:
-    if not arguments.lora_enable:
-        return None
-    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
-    return {name.removeprefix("lora_"): getattr(arguments, name) for name in names}
+    if r is not None:
+        changes["reduction"] = {
+            "r": r[0] if len(r) == 1 else r,
+            "rule": arguments.mm_reduction_rule,
+            "weights": arguments.mm_reduction_weights,
+            "mask_cross_token": arguments.mask_cross_token,
+        }
+        changes["alignment_weight"] = arguments.alignment_weight
+        changes["alignment_direction"] = arguments.alignment_direction
+    return changes
 
 
 def _from_parts(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> Lmm:
     if arguments.vision_tower is None:
         raise ValueError("--vision_tower is missing: name a run, an export or a vision model")
     tokenizer = open_tokenizer(folder)
-    language_model = _language_model(arguments, folder, dtype)
+    language_model = _language_model(arguments, folder=folder, dtype=dtype)
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
         grow_vocabulary(language_model, -(-len(tokenizer) // VOCABULARY_STEP) * VOCABULARY_STEP)
     tower, processor = open_tower(arguments.vision_tower, dtype)
     if arguments.vision_add_five_stage and isinstance(tower, ConvNextModel):
-        grown = (arguments.vision_five_stage_width, arguments.vision_add_five_stage)
-        tower = grow_stage(tower, *grown).to(dtype)
+        tower = grow_stage(
+            tower,
+            width=arguments.vision_five_stage_width,
+            depth=arguments.vision_add_five_stage,
+        ).to(dtype)
     if isinstance(tower, ConvNextModel):
         tower = ConvNextVisionModel.from_network(tower)
     if arguments.mm_vision_resolution is not None:
-        set_resolution(tower, processor, arguments.mm_vision_resolution)
+        set_resolution(tower, processor=processor, side=arguments.mm_vision_resolution)
     fields = {
         "projector_type": arguments.mm_projector_type,
         "frozen_layers": arguments.mm_frozen_select_layer,
@@ -275,15 +292,16 @@ def _from_parts(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> Lm
     return Lmm(model, tokenizer, processor, has_parts=True)
 
 
-def grow_vocabulary(language_model: nn.Module, rows: int) -> None:
-    """New rows are drawn the same way at every load."""
+def grow_vocabulary(language_model: PreTrainedModel, rows: int) -> None:
+    """Resize the vocabulary; new rows are drawn from a fixed seed, as parts are loaded again for
+    every evaluation."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         language_model.resize_token_embeddings(rows)
 
 
 @names_place("folder")
-def _language_model(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _language_model(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     options = {}
     if arguments.bits in (4, 8):
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -300,12 +318,12 @@ def _language_model(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -
     return read_language_model(folder, dtype, **options)
 
 
-def read_language_model(folder: Path, dtype: torch.dtype, **options) -> nn.Module:
+def read_language_model(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """A causal language model of transformers, from safetensors or, where a folder has none, from
     .bin files that hold nothing but tensors. Raises ValueError for what model_folder.py refuses."""
     check_model_folder(folder, allows_pickles=True)
     for path in pickled_weights(folder):
-        try:
+        try:  # transformers would unpickle it without a check
             read_tensors(path, device="meta")
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
@@ -313,7 +331,7 @@ def read_language_model(folder: Path, dtype: torch.dtype, **options) -> nn.Modul
 
 
 def _with_projector(folder: Path, dtype: torch.dtype) -> Lmm:
-    """The model of a folder of stage 1."""
+    """The model of a projector's folder, from the parts that it names."""
     parts = json_object(folder / PARTS_FILE)
     check_fields(
         parts,
@@ -329,4 +347,4 @@ def _with_projector(folder: Path, dtype: torch.dtype) -> Lmm:
     model = LmmForConditionalGeneration.from_parts(config, tower, language_model)
     load_projector(model, folder / PROJECTOR_FILE)
     processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
-    return Lmm(model.eval(), open_tokenizer(folder), processor)
+    return Lmm(model.eval(), tokenizer=open_tokenizer(folder), image_processor=processor)
