@@ -3,9 +3,9 @@
     python -m eval_encoder.lmm.demo.tiny LIST.json ... --output DIR [--layers 4] [--width 128]
 
 The tokenizer is a byte-level BPE trained on the texts of the lists, with <s>, </s>, <pad> and
-<image>; the model is a Llama with random weights, which learns the language in stage 2. With --convnext
-DIR a small random ConvNeXt of four stages is written too, for the convllava recipe where no
-pretrained one is at hand. Cost: seconds.
+<image>; the model is a Llama with random weights, which learns the language in stage 2. With
+--convnext DIR a small random ConvNeXt of four stages is written too, for the convllava recipe where
+no pretrained one is at hand. Cost: seconds.
 """
 
 import argparse
