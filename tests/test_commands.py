@@ -54,7 +54,9 @@ class Call:
 DATA = "data_pipeline.__main__"
 EVAL = "eval_encoder."
 PROBE = f"{EVAL}attentive_probe"
-PREPARE = f"{EVAL}probe_prepare"
+SCORERS = f"{EVAL}lmm.scoring.scorers"
+ANSWERS = f"{EVAL}lmm.scoring.answers"
+PREPARE = f"{EVAL}probe.prepare"
 CLOUD = "--features SET/centroids/train/features --output NEW/v.gif --steps 2 --samples 20"
 SHORT = "--num_frames 2 --default_epoch 1 --head linear"
 UNTRAINED = f"--data_root ROOT --model_weight random --model_name llava_vit_tiny_ln {SHORT}"
@@ -90,9 +92,9 @@ CALLS = [
         "label SHARDS --centroids SET/centroids/train --output BAD",
         "browse SHARDS --output BAD/b.png",
     )),
-    Call(f"{EVAL}probe_results", "folder", "compare BAD --output NEW/c"),
-    Call(f"{EVAL}probe_report", "folder", "BAD --shards SHARDS"),
-    Call(f"{EVAL}probe_report", "folder", "NEW --shards BAD"),
+    Call(f"{EVAL}probe.compare", "folder", "compare BAD --output NEW/c"),
+    Call(f"{EVAL}probe.report", "folder", "BAD --shards SHARDS"),
+    Call(f"{EVAL}probe.report", "folder", "NEW --shards BAD"),
     Call(PREPARE, "folder", "ssv2 --videos SET/clips --output NEW/o --annotations BAD"),
     Call(PREPARE, "folder", "ucf101 --videos SET/clips --output NEW/o --splits BAD"),
     Call(PREPARE, "folder", "hmdb51 --videos SET/clips --output NEW/o --splits BAD"),
@@ -108,25 +110,25 @@ CALLS = [
     Call(PROBE, "folder", "--dataset motion_shapes --data_root ROOT --model_family clip "
          f"--model_weight BAD --output NEW/o {SHORT}"),
     Call(PROBE, "output", f"--dataset motion_shapes --output BAD {UNTRAINED}"),
-    Call(f"{EVAL}lmm_tiny", "file", "BAD --output NEW/o"),
-    Call(f"{EVAL}lmm_tiny", "output", "NEW/list.json --output BAD"),
-    Call(f"{EVAL}lmm_demo_set", "output", "--output BAD --num_train 40 --num_val 192"),
-    Call(f"{EVAL}lmm_table", "folder", "a=BAD --labels NEW/labels.jsonl"),
-    Call(f"{EVAL}lmm_table", "file", "a=NEW/model --labels BAD"),
-    *(Call(f"{EVAL}lmm_scorers", "folder", f"{name} --answers NEW/answers.jsonl --annotations BAD")
+    Call(f"{EVAL}lmm.demo.tiny", "file", "BAD --output NEW/o"),
+    Call(f"{EVAL}lmm.demo.tiny", "output", "NEW/list.json --output BAD"),
+    Call(f"{EVAL}lmm.demo.question_set", "output", "--output BAD --num_train 40 --num_val 192"),
+    Call(f"{EVAL}lmm.scoring.table", "folder", "a=BAD --labels NEW/labels.jsonl"),
+    Call(f"{EVAL}lmm.scoring.table", "file", "a=NEW/model --labels BAD"),
+    *(Call(SCORERS, "folder", f"{name} --answers NEW/answers.jsonl --annotations BAD")
       for name in ("pope", "sqa", "mme")),
-    *(Call(f"{EVAL}lmm_scorers", "file", f"{name} --answers NEW/answers.jsonl --annotations BAD")
+    *(Call(SCORERS, "file", f"{name} --answers NEW/answers.jsonl --annotations BAD")
       for name in ("textvqa", "seed")),
-    Call(f"{EVAL}lmm_scorers", "file", "gqa --answers BAD --annotations NEW/gqa.json"),
-    *(Call(f"{EVAL}lmm_answers", "file", f"{name} --answers NEW/answers.jsonl --questions BAD "
+    Call(SCORERS, "file", "gqa --answers BAD --annotations NEW/gqa.json"),
+    *(Call(ANSWERS, "file", f"{name} --answers NEW/answers.jsonl --questions BAD "
            f"--output NEW/o{'.tsv' if name == 'mmbench' else ''}")
       for name in ("vqav2", "vizwiz", "mmbench", "mmvet", "llavabench")),
-    Call(f"{EVAL}lmm_answers", "file",
+    Call(ANSWERS, "file",
          "mmvet --answers BAD --questions NEW/questions.jsonl --output NEW/o"),
-    Call(f"{EVAL}lmm_eval", "file", "--model ABSENT --questions BAD --answers NEW/a.jsonl"),
-    Call(f"{EVAL}lmm_eval", "folder",
+    Call(f"{EVAL}lmm.questions", "file", "--model ABSENT --questions BAD --answers NEW/a.jsonl"),
+    Call(f"{EVAL}lmm.questions", "folder",
          "--model BAD --questions NEW/questions.jsonl --answers NEW/a.jsonl"),
-    Call(f"{EVAL}lmm_chat", "folder", "--model BAD --question x"),
+    Call(f"{EVAL}lmm.chat", "folder", "--model BAD --question x"),
     Call(f"{EVAL}lmm_probe", "file", f"{STAGE} --image_folder NEW --data_path BAD"),
     Call(f"{EVAL}lmm_probe", "folder", f"{STAGE} --data_path NEW/seen.json --image_folder BAD"),
     Call(f"{EVAL}lmm_probe", "folder", "--data_path NEW/list.json --image_folder NEW --output_dir "
@@ -263,11 +265,14 @@ def test_every_command_is_called_here():
         if "\ndef main(" in path.read_text()
     }
     # the page has lmm_chat's paths and needs gradio; lmms-eval has a command line of its own
-    apart = {"eval_encoder.lmm_web", "eval_encoder.lmm.scoring.lmms_eval"}
+    apart = {"eval_encoder.lmm.web.page", "eval_encoder.lmm.scoring.lmms_eval"}
     assert mains == {case.module for case in CALLS} | apart
+    thin = [path.read_text() for path in (ROOT / "eval_encoder").glob("*.py")]
     for name in mains:
         text = (ROOT / (name.replace(".", "/") + ".py")).read_text()
-        assert "run_command(" in text and "sys.exit(" in text, name
+        callers = [caller for caller in thin if f"from {name} import" in caller]
+        assert "run_command(" in text, name
+        assert any("sys.exit(" in part for part in (text, *callers)), name
 
 
 def ended(error: BaseException, capsys, **args) -> tuple[int, str]:

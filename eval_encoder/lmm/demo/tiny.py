@@ -3,9 +3,9 @@
     python -m eval_encoder.lmm.demo.tiny LIST.json ... --output DIR [--layers 4] [--width 128]
 
 The tokenizer is a byte-level BPE trained on the texts of the lists, with <s>, </s>, <pad> and
-<image>; the model is a Llama with random weights, which learns to speak in stage 2. With --convnext
-DIR a small random ConvNeXt of four stages is written too, for the convllava recipe where no
-pretrained one is at hand. Cost: seconds.
+<image>; the model is a Llama with random weights, which learns the language in stage 2. With
+--convnext DIR a small random ConvNeXt of four stages is written too, for the convllava recipe where
+no pretrained one is at hand. Cost: seconds.
 """
 
 import argparse
@@ -18,12 +18,11 @@ from model_factory.command_line.command import run_command
 from model_factory.command_line.local_output import output_path
 from model_factory.command_line.quiet import quiet_libraries
 
-if TYPE_CHECKING:  # takes seconds to import, which --help must not
+if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
-HEAD_WIDTH = 32  # channels of an attention head: four heads at the default width
-CONTEXT = 4096  # tokens, as in LLaVA-1.5's language models
+HEAD_WIDTH = 32  # channels of an attention head
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m eval_encoder.lmm.demo.tiny", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "lists", nargs="+", type=Path, help="conversations whose words the tokenizer learns"
+        "lists", nargs="+", type=Path, help="conversations whose words it shall know"
     )
     parser.add_argument(
         "--output", type=output_path, required=True, help="folder of model and tokenizer"
@@ -46,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> "PreTrainedTokenizerFast":
-    """A fast tokenizer that knows the texts; any other text becomes bytes."""
+    """A fast tokenizer trained on the texts; unseen text becomes single bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -56,7 +55,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> "PreTrained
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=list(SPECIAL),
-        # all bytes, so that no text is unknown
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -79,7 +77,7 @@ def write_language_model(
     vocabulary: int = 1024,
     seed: int = 0,
 ) -> None:
-    """Write a tokenizer and a random Llama of `layers` blocks; `width` is a multiple of 32."""
+    """Tokenizer and random Llama of `layers` blocks; `width` a multiple of 32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,9 +92,8 @@ def write_language_model(
         num_hidden_layers=layers,
         num_attention_heads=width // HEAD_WIDTH,
         num_key_value_heads=width // HEAD_WIDTH,
-        max_position_embeddings=CONTEXT,
-        # from the usual 0.02 so narrow a model hardly learns
-        initializer_range=width**-0.5,
+        max_position_embeddings=4096,
+        initializer_range=width**-0.5,  # so narrow a model hardly moves from weights of 0.02
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -107,7 +104,7 @@ def write_language_model(
 
 
 def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
-    """Write a random ConvNeXt of four stages, with a CLIP image processor for squares of `side`."""
+    """A random ConvNeXt of four stages with a CLIP image processor for squares of `side`."""
     import torch
     from transformers import ConvNextConfig, ConvNextModel
 
@@ -115,7 +112,6 @@ def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
     from model_factory.model_folder import seal_folder
 
     torch.manual_seed(seed)
-    # a third of ConvNeXt-T's widths, and fewer blocks
     config = ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=[1, 1, 2, 1], image_size=side)
     ConvNextModel(config).save_pretrained(output)
     (output / "preprocessor_config.json").write_text(image_processor_json(side))
@@ -131,9 +127,8 @@ def _write(args: argparse.Namespace) -> None:
     quiet_libraries()
     from eval_encoder.lmm.data.conversation import TEMPLATES, read_samples
 
-    # transformers only logs a file that is in the way of the folder
-    args.output.mkdir(parents=True, exist_ok=True)
     samples = [sample for path in args.lists for sample in read_samples(path)]
+    args.output.mkdir(parents=True, exist_ok=True)  # transformers logs what is in the way, no more
     texts = [turn.text for sample in samples for turn in sample.turns]
     texts += [f"{system} USER: ASSISTANT:" for system in TEMPLATES.values() if system]
     if args.convnext is not None:
