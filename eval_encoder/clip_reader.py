@@ -212,11 +212,12 @@ def _is_plain(path: Path, limits: InputLimits) -> bool:
     container, stream = open_video(path, limits)
     try:
         first = next(container.decode(stream))
+        # read before the container is closed, which frees the stream
+        aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
     except (av.FFmpegError, StopIteration) as error:
         raise RejectedInput("decode", f"{path}: no frame can be decoded: {error}") from error
     finally:
         container.close()
-    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
     return first.rotation == 0 and aspect == 1 and not first.interlaced_frame
 
 

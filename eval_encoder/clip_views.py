@@ -107,7 +107,9 @@ def chosen_gop(config: InputConfig, frame_tokens: int) -> int:
         return -(-frames // gop) * frame_tokens
 
     fitting = [gop for gop in GOPS if i_frame_tokens(gop) <= budget // 2]
-    gop = config.gop or (fitting or GOPS[-1:])[0]
+    gop = config.gop  # 0: not given
+    if not gop:
+        gop = fitting[0] if fitting else GOPS[-1]
     needed = i_frame_tokens(gop)
     if needed > budget:
         raise ValueError(

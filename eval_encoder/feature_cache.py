@@ -4,11 +4,11 @@
     folder   by option, for every item: FOLDER/KEY/ab/DIGEST.npy and FOLDER/KEY/key.json
 
 KEY hashes what all features have in common: the encoder's weights, the input settings, tokens or
-pooled. DIGEST hashes the identity of one item, such as a look at a clip: path, size and time of
-change of its file, or its sample in a packed set, and the crop. So another encoder, sampling or
-file is never answered by old features, while other lists, heads and seeds of heads share them.
-Files are written beside and renamed, so several processes may fill one folder. Cost: a file of
-tokens * width * 2 bytes per item.
+pooled. DIGEST hashes the identity of one item, such as a look at a clip: path, size and
+modification time of its file, or its sample in a packed set, and the crop. So another encoder,
+sampling or file is never answered by old features, while other lists, heads and seeds of heads
+share them. Files are written beside and renamed, so several processes may fill one folder. Cost: a
+file of tokens * width * 2 bytes per item.
 
 An entry ends with the sha256 of its name and its bytes, which NumPy's own reader passes over. One
 that differs, or cannot be read, is named in the log and made again; one that cannot be written is
@@ -177,7 +177,7 @@ def weights_sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def file_identity(path: Path) -> str:
-    """Path, size and time of change of a file."""
+    """Resolved path, size and modification time of a file."""
     try:
         stat = os.stat(path)
     except OSError:

@@ -33,8 +33,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file by a temporary one that is synced and renamed: readers see the old file or the
     whole new one.
 
-    A write that fails (OSError with the path, for example on a full disk) leaves the old file and
-    no temporary one.
+    A write that fails before the rename (OSError with the path, for example on a full disk) leaves
+    the old file and no temporary one; after it the new file stands.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -47,7 +47,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         # on a full disk the partial file takes space that others need
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    with naming(path.parent):
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -284,7 +285,9 @@ def read_checksums(path: Path) -> dict[str, str] | None:
     if not os.path.lexists(path):  # a folder or a dead link in its place is an error below
         return None
     listed: dict[str, str] = {}
-    for line in path.read_bytes().decode(errors="replace").splitlines():
+    text = path.read_bytes().decode(errors="replace")
+    # not splitlines: it also breaks at characters that names may have
+    for line in text.removesuffix("\n").split("\n") if text else []:
         # after the digest stand two characters: two spaces, or " *" where sha256sum read bytes
         digest = line[:64]
         separator = line[64:66]

@@ -33,7 +33,8 @@ class _Side:
     """How the rows of queries, or those of keys and values, are grouped by length.
 
     shapes   (sequences, length) of each group
-    order    index of the row that comes to each place; None where groups already lie together
+    order    index of the row at each position of the grouped order; None where groups already lie
+             together
     inverse  the way back
     """
 
@@ -42,7 +43,8 @@ class _Side:
     inverse: torch.Tensor | None = None
 
     def batches(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Rows [S, ...] as a view [sequences, H, L, ...] per group, for the batched kernels."""
+        """Rows [S, ...] as [sequences, H, L, ...] per group, for the batched kernels: views where
+        `order` is None, else of one reordered copy."""
         if self.order is not None:
             rows = rows.index_select(0, self.order)
         pieces = rows.split([count * length for count, length in self.shapes])

@@ -175,5 +175,7 @@ class AttentionPoolingHead(nn.Module):
         backend: str | None = None,
     ) -> torch.Tensor:
         """tokens [S, D] -> [N, D]."""
-        pooled = self.attention(self.probe, tokens, cu_seqlens, max_seqlen, backend)
+        pooled = self.attention(
+            self.probe, tokens, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=backend
+        )
         return pooled + self.mlp(self.norm(pooled))

@@ -119,11 +119,11 @@ def open_encoder(
     """An encoder of ours.
 
     model_name, rope_pairing  of random weights, and of a file that no .json beside it describes
-    seed                      of random weights
+    seed                      for random weights
     read_run                  reads a run's newest checkpoint, or a checkpoint: training.export has
                               it, which this layer may not import
-    dtype                     of a Hugging Face folder: torch's name, or `auto` for the stored one;
-                              all else is float32
+    dtype                     in which a Hugging Face folder is loaded: torch's name, or `auto` (as
+                              stored); all other kinds are float32
 
     Raises ValueError, naming the path, for another model, for nothing that holds an encoder, for
     tensors that do not all fit and for what model_folder.py refuses.

@@ -49,7 +49,7 @@ def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Patches [S, 3, p, p] of patch rows [S, 3*p*p]."""
+    """Patches [..., 3, p, p] of patch rows [..., 3*p*p]."""
     return patches.unflatten(-1, (3, patch_size, patch_size))
 
 

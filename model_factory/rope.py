@@ -1,9 +1,9 @@
 """Three-dimensional rotary position embedding over (t, h, w).
 
-Every token carries integer patch coordinates. Half of a head's channels are split 4:6:6 between
-time, row and column; each axis spans its own full frequency range. Tables are computed in fp32 from
-the positions of the pack, once per forward, and shared by all layers: S * head_dim
-multiplications. Nothing of them is stored in a checkpoint.
+Every token carries integer patch coordinates. All channels of a head are rotated, in head_dim / 2
+pairs; the head_dim / 2 angles are split 4:6:6 between time, row and column. Each axis spans its own
+full frequency range. Tables are computed in fp32 from the positions of the pack, once per forward,
+and shared by all layers: S * head_dim multiplications. Nothing of them is stored in a checkpoint.
 
 Two pairings exist because public weights were trained with a rule that is not a rotation:
 
@@ -31,7 +31,7 @@ def axis_frequencies(
 ) -> list[torch.Tensor]:
     """Inverse frequencies of the three axes, fp32, lengths 4u, 6u, 6u with u = head_dim / 32.
 
-    inv_freq[i] = theta ** (-i / n) for an axis with n channels. Raises ValueError when the 4:6:6
+    inv_freq[i] = theta ** (-i / n) for an axis with n angles. Raises ValueError when the 4:6:6
     split does not fit.
     """
     if head_dim % 32:
@@ -79,7 +79,7 @@ def rope_tables(
     by_axis = [coordinates[:, axis, None] * scales[axis] * frequencies[axis] for axis in range(3)]
     angles = torch.cat(by_axis, dim=-1)[:, None]  # [S, 1, d/2]
     legacy = pairing == "legacy"
-    # every angle once per channel of a pair: halves repeated, or neighbours repeated
+    # one angle per channel. legacy: channel j has angle j mod (d / 2); rotary: angle j // 2
     angles = torch.cat([angles, angles], -1) if legacy else angles.repeat_interleave(2, -1)
     cos = angles.cos()
     sin = angles.sin()

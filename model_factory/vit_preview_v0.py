@@ -40,10 +40,11 @@ class LlavaViTEncoder(nn.Module):
         """Encode pictures [B, 3, H, W] or clips [B, 3, T, H, W].
 
         visible_indices: integer [B, K] patch indices t*gh*gw + row*gw + column; default all,
-        ignored for pictures. patch_positions: [L, 3] for the whole batch or [B, L, 3], replaces the
-        grid's own positions. Returns visible_embeddings [B, K, D] (post-normed) and head_output
-        [B, D], None without a head. Raises ValueError, naming the argument and both numbers, for
-        whatever does not fit; checking the range of indices on a GPU waits for it once.
+        ignored for images and for clips of one frame, as in the source. patch_positions: [L, 3] for
+        the whole batch or [B, L, 3], replaces the grid's own positions. Returns visible_embeddings
+        [B, K, D] (post-normed) and head_output [B, D], None without a head. Raises ValueError,
+        naming the argument and both numbers, for whatever does not fit; checking the range of
+        indices on a GPU waits for it once.
         """
         rows, grid = self._rows(pixel_values)
         batch, total = rows.shape[:2]
@@ -105,10 +106,11 @@ class LlavaViTEncoder(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights of any key layout, `module.` and `_orig_mod.` prefixes allowed.
+        """Load weights, `module.` and `_orig_mod.` prefixes allowed.
 
-        With `strict`, ValueError lists every missing, unexpected or misshapen tensor by its source
-        name; without, what fits is loaded, as torch does.
+        With `strict`, any key layout is read, and ValueError lists every missing, unexpected or
+        misshapen tensor by its source name. Without, what fits is loaded, as torch does: q, k and v
+        that are stored apart are not joined and count as unexpected.
         """
         if strict:
             state_dict = from_packing(to_packing(state_dict), "source")

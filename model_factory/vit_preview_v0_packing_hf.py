@@ -222,10 +222,11 @@ class LlavaViTPackingModel(PreTrainedModel):
         3] (t, h, w), by default the grid's own; cu_seqlens: int32 [N+1] boundaries, the truth for
         sparse items that fill no grid; max_seqlen: longest item as a host integer. On a GPU, a
         caller that gives patch_positions, cu_seqlens and max_seqlen (as our packer does) is trusted
-        with the values and nothing waits for the device. Returns last_hidden_state [S, D]
-        (post-normed), pooler_output [N, D] when the model has a head, and on request hidden_states,
-        a tuple of num_hidden_layers + 1 entries before the post norm. Raises ValueError, naming the
-        argument and both numbers, when shapes or totals disagree.
+        with the values and nothing waits for the device. Returns last_hidden_state [S, D], after
+        the post norm when the model has a head and else the last block's output; pooler_output [N,
+        D] when the model has a head; and on request hidden_states, a tuple of num_hidden_layers + 1
+        entries before the post norm. Raises ValueError, naming the argument and both numbers, when
+        shapes or totals disagree.
         """
         config = self.config
         layout = resolve_layout(

@@ -27,16 +27,17 @@ from .distributed import Ranks, all_gather_json
 from .record.speed import StepClock
 
 SYNTHETIC_CLASSES = 16
-# errors that other ranks raise as the rank that met them
+# Errors that every rank raises with the same type; any other one keeps its type on the rank that
+# met it, and ends the others as a lost peer does.
 DATA_ERRORS = {error.__name__: error for error in (BudgetExceeded, DataTimeout)}
 Wishes = Callable[[], tuple[bool, bool]]  # () -> (stop, save)
 
 
 @dataclass(frozen=True)
 class DataCounts:
-    """Of all heads and ranks in one micro step: samples that count, their tokens and the squares of
-    their lengths, the token budgets; how many ranks wish to stop and to save; the bad samples of
-    the running epochs so far."""
+    """Of all heads and ranks in one micro step: samples that count, their tokens and the sum of
+    their squared lengths, which attention costs; the token budgets, filling included (`room`); how
+    many ranks wish to stop and to save; the bad samples of the running epochs so far."""
 
     samples: int = 0
     tokens: int = 0
@@ -166,7 +167,7 @@ class TrainingData:
             logger=self._logger,
         )
 
-    def draw(self, loader: MixtureLoader, clock: StepClock, wishes: Wishes) -> None:
+    def prefetch(self, loader: MixtureLoader, clock: StepClock, wishes: Wishes) -> None:
         """Take the next batches and start to sum their counts over the ranks, without waiting.
 
         wishes() returns whether this rank wishes to stop and to save: all ranks learn of it in the
@@ -208,6 +209,10 @@ class TrainingData:
             self._stop(drawn.failure)
         if replaced:
             self._num_bad = self._count_bad(drawn.batches)
+        for name, batch in drawn.batches.items():
+            # an epoch in which nothing was replaced yet has no bad samples
+            if name in self._met and self._met[name][0] != batch.epoch:
+                self._num_bad[name] = 0
         self._position.update(drawn.position)
         counts = DataCounts(
             samples=samples,

@@ -3,9 +3,10 @@
 batches = loader                                  {head: PackedBatch}
 pooled  = encoder(batch)                          ddp or fsdp; heads may share a forward
 loss    = sum of weight * PartialFC(pooled)       centres sharded over the ranks
-backward, one global gradient norm, stop unless finite, clip, AdamW
+backward, one global gradient norm, clip, AdamW; a step whose norm is not finite is left out, or
+ends the run
 
-The batches of the next step are drawn before the optimizer works, so that ranks agree on them
+The batches of the next step are prefetched before the optimizer works, so that ranks agree on them
 meanwhile.
 """
 
@@ -86,7 +87,7 @@ class TrainStep:
                 with self.clock.section("backward"):
                     (objective / accumulate).backward()
             if not last or step + 1 < total_steps:
-                self.data.draw(loader, clock=self.clock, wishes=wishes)
+                self.data.prefetch(loader, clock=self.clock, wishes=wishes)
 
         with self.clock.section("optimizer"):
             # one norm over encoder and all heads: a head's outlier shortens the whole step
@@ -129,7 +130,9 @@ class TrainStep:
             for head, batch in zip(group, moved, strict=True):
                 own = pooled[start : start + batch.num_samples]
                 with self.clock.section("loss"):
-                    loss = self.heads[head.name](own, batch.labels, batch.weights, draw)
+                    loss = self.heads[head.name](
+                        embeddings=own, labels=batch.labels, weights=batch.weights, draw=draw
+                    )
                 reported[head.name] += loss.reported
                 total = total + head.loss_weight * loss.objective
                 # filling is an item of its own in cu_seqlens, but no sample
@@ -157,8 +160,8 @@ class TrainStep:
         reported: dict[str, torch.Tensor],
         batches: dict[str, PackedBatch],
     ) -> bool:
-        """Whether the gradients are finite. The norm covers all ranks, so all of them decide alike;
-        it is the one value read back per step.
+        """Whether the gradients are finite. The norm covers all ranks, so all of them decide alike.
+        Reading it back waits for the whole backward pass.
 
         Raises NonFiniteLoss when no further step may be left out.
         """

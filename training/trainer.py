@@ -25,7 +25,7 @@ from .checkpoint.folder import Commit
 from .checkpoint.resume import compare, find_commit, heads_on_record, with_stored_names
 from .config.schema import HeadConfig, TrainConfig, fingerprint, fingerprint_difference
 from .data import SYNTHETIC_CLASSES, TrainingData
-from .distributed import Ranks
+from .distributed import Ranks, all_gather_json
 from .encoder import build_encoder, export_encoder
 from .errors import Preempted
 from .losses.partial_fc import PartialFC
@@ -39,7 +39,8 @@ from .stop_signals import StopSignals
 from .train_step import StepResult, TrainStep
 
 # Shares of pairs of starting centres that the inter-class filter takes out of each other's
-# negatives: from CROWDED on a warning, beyond DEAD hardly anything is left to learn from.
+# negatives: from CROWDED on a warning, beyond DEAD hardly anything is left to learn from. Both are
+# choices, not measured.
 CROWDED = 0.2
 DEAD = 0.95
 
@@ -95,25 +96,29 @@ class Trainer:
         )
         self.total_steps = config.schedule.total_steps(self.data.samples_per_step)
         self.clock = StepClock(ranks.device)
-        self.train_step = TrainStep(
-            config=config,
+        # recorded in checkpoints; a difference moves last bits and is a warning, no error
+        self._numerics = arithmetic(ranks) | dataclasses.asdict(config.parallel)
+        self.train_step = self._build_step()
+        self._restore(commit)
+
+    def _build_step(self) -> TrainStep:
+        return TrainStep(
+            config=self.config,
             encoder=self.encoder,
             heads=self.heads,
             optimizer=self.optimizer,
             data=self.data,
-            ranks=ranks,
+            ranks=self.ranks,
             clock=self.clock,
-            logger=logger,
+            logger=self.logger,
         )
-        self._may_differ = arithmetic(ranks) | dataclasses.asdict(config.parallel)
-        self._restore(commit)
 
     def train(self, last_step: int | None = None) -> None:
         """Run to the last step; leaves checkpoints, logs and the exported encoder in the output
         folder.
 
         With `last_step`, a trial: run to that step without saving or exporting anything. Raises
-        Preempted, after saving, when any rank was asked to stop.
+        Preempted when any rank was asked to stop, after saving unless this is a trial.
         """
         self._log_start()
         ledger = Ledger(self.output, self.ranks.rank)
@@ -140,7 +145,8 @@ class Trainer:
         last_step = trial_step or self.total_steps
         self._saved_at = time.monotonic()
         tracing = trace(self.output, steps=self.config.profile_steps, ranks=self.ranks)
-        patch_size = self.encoder.module.train().config.patch_size
+        self.encoder.module.train()
+        patch_size = self.encoder.module.config.patch_size
         pictured = False
         with (
             self.signals.deferred(),  # signals wait for the end of the step
@@ -165,6 +171,8 @@ class Trainer:
                 self._end_step(
                     result, ledger=ledger, metrics=metrics, is_trial=trial_step is not None
                 )
+                if result.stop and trial_step is not None:
+                    raise Preempted(f"asked to stop at step {self.step} of a trial: nothing saved")
                 if result.stop:
                     saved = f"asked to stop: saved at step {self.step} of {last_step}"
                     raise Preempted(saved, saved=True)
@@ -208,7 +216,7 @@ class Trainer:
             "image_size": self.encoder.module.config.image_size,
             "world_size": self.ranks.world_size,
             "fingerprint": fingerprint(self.config, self.ranks.world_size),
-            "may_differ": self._may_differ,
+            "may_differ": self._numerics,
         }
 
     def _restore(self, commit: Commit | None) -> None:
@@ -239,7 +247,7 @@ class Trainer:
     def _warn_of_other_arithmetic(self, saved: dict) -> None:
         """One warning for everything that moves last bits and is not as it was at the save."""
         # only what the checkpoint has on record: one of an earlier version has less
-        now = {name: self._may_differ.get(name) for name in saved}
+        now = {name: self._numerics.get(name) for name in saved}
         difference = fingerprint_difference(saved, now)
         if difference:
             self.logger.warning(
@@ -273,7 +281,9 @@ class Trainer:
         )
         if head.init_from:
             partial_fc.load_centers(torch.from_numpy(start_centers(Path(head.init_from))))
-            self._check_crowding(head, partial_fc.crowding())
+            # of all ranks, so that all of them raise or none does
+            share = max(all_gather_json(partial_fc.crowding()))
+            self._check_crowding(head, share)
         return partial_fc
 
     def _check_crowding(self, head: HeadConfig, share: float) -> None:

@@ -1,11 +1,11 @@
 """Any readable video -> T frames by timestamp, scaled to the working size.
 
-Two passes: the timeline knows when frames are shown (codec/timeline.py), T of them are chosen, and
-one decoding pass keeps only those, already scaled (codec/framing.py). The i-th frame out of the
-decoder is the i-th of the timeline; where a frame's own timestamp contradicts that, the frames are
-counted by decoding once more. Memory is T working-size frames whatever the length; time is one full
-decode. Errors are never concealed: damaged bytes reject the input, or with `salvage` cut it before
-the damage.
+Two passes, unless the timeline proves wrong: the timeline knows when frames are shown
+(codec/timeline.py), T of them are chosen, and one decoding pass keeps only those, already scaled
+(codec/framing.py). The i-th frame out of the decoder is the i-th of the timeline; where a frame's
+own timestamp contradicts that, the frames are counted by decoding once more. Memory is T
+working-size frames whatever the length; time is one full decode. Errors are never concealed:
+damaged bytes reject the input, or with `salvage` cut it before the damage.
 
 Shape legend: T frames, H, W working height and width.
 """
@@ -72,7 +72,7 @@ def decode_video(
     but damage in others may go unnoticed.
     Raises RejectedInput: container, no_video, too_large, decode (damaged), truncated (announced
     frames are missing), timestamps (several at one time, or running backwards), varying (the frame
-    size changes), rotation (no quarter turn), hdr.
+    size changes), rotation (no quarter turn), hdr, changed (fewer frames at a second reading).
     """
     timeline = read_timeline(path, framing.limits, salvage=framing.salvage)
     is_usable = timeline.is_certain

@@ -3,9 +3,10 @@
 Sources come in many codecs, most of which export no motion vectors, and at any frame rate. So the T
 chosen frames are encoded again, in memory, to one canonical H.264 stream (I and P frames only,
 fixed closed GOP, one reference, one thread, fixed preset): its vectors say how each frame follows
-from the frame *shown before*, at the sampled rate, and the same frames give the same bytes
-everywhere. The residual is what motion compensation leaves unexplained. Cost at 224 px and 64
-frames on one core: about 0.1 s to encode and decode, 0.07 s to predict.
+from the frame *shown before*, at the sampled rate, and the same frames give the same bytes on every
+machine with the same libx264 and FFmpeg. The residual is what motion compensation leaves
+unexplained. Cost at 224 px and 64 frames on one core: about 0.1 s to encode and decode, 0.07 s to
+predict.
 
 Shape legend: T frames, H, W working size.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import RejectedInput
+from ..shards.schema import TIME_BASE
 from .decode import decode_video
 from .framing import Framing
 from .motion_compensation import predict_luma
@@ -25,12 +27,11 @@ from .motion_compensation import predict_luma
 if TYPE_CHECKING:
     import av
 
-TIME_BASE = 64  # temporal positions run over 0..63 whatever the number of frames
 MOTION_CELL = 8  # side of a motion cell in pixels: the smallest block of the canonical stream
 DECOMPOSITION_VERSION = 3  # goes up whenever equal files would give other frames or fields
 
 # I and P frames only, one reference, one thread: a vector always refers to the frame before, and
-# the same frames give the same bytes on every machine.
+# the same frames give the same bytes on every machine with the same libraries.
 CANONICAL_STRUCTURE = (
     "scenecut=0:bframes=0:ref=1:threads=1:open-gop=0:weightp=0:mbtree=0:rc-lookahead=0:"
     "sync-lookahead=0"

@@ -101,7 +101,7 @@ class Crop:
 def crop_of(height: float, width: float, framing: Framing, frames_are_fields: bool = False) -> Crop:
     """Choose the working size and box of frames of any shape (pixels already square).
 
-    Sides of the box are even multiples of the patch size.
+    Sides of the box are multiples of the patch size, and even in pixels.
     """
     size = framing.size
     if framing.fit == "crop":

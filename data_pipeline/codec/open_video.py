@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..errors import RejectedInput
 
 if TYPE_CHECKING:
     import av
+    import numpy as np
 
 # demuxers of libavformat that may be probed, by FFmpeg's names
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
@@ -159,12 +158,13 @@ def _best_stream(container: "av.container.InputContainer") -> "av.VideoStream | 
     return best
 
 
-def open_image(path: Path, limits: InputLimits) -> np.ndarray:
+def open_image(path: Path, limits: InputLimits) -> "np.ndarray":
     """Read one image as uint8 RGB [H, W, 3]: EXIF rotation applied, alpha laid on white, the first
     frame of an animation.
 
     Raises RejectedInput with reason image or too_large.
     """
+    import numpy as np
     from PIL import Image, ImageOps
 
     check_file(path, limits)

@@ -1,8 +1,8 @@
-"""How much news each patch of each frame carries: motion that the camera does not explain, and
-residual that motion does not.
+"""Saliency of each patch: motion that the camera does not explain, and residual that motion
+compensation leaves.
 
-    motion_TP    mean over the patch of |v - v_camera|
-    residual_TP  mean over the patch of the luma residual
+    motion       mean over the patch of |v - v_camera|
+    residual     mean over the patch of the luma residual
     saliency     (w_m * motion / p95(motion) + w_r * residual / p95(residual)) / (w_m + w_r), each
                  clipped to 1, times 1 + centre_prior * exp(-d^2 / (2 sigma^2)) where asked
 
@@ -33,13 +33,13 @@ from .decompose import CodecClip, per_pixel
 from .framing import check_choice
 
 CAMERA_MODELS = ("none", "median", "similarity", "affine")
-ROUNDS = 8  # of reweighting
+ROUNDS = 8  # of reweighting; a choice, not tuned
 RIDGE = 1e-9  # keeps the normal equations solvable where few cells cannot separate all parameters
 SMALLEST_SCALE = 0.05  # pixels: a fifth of the quarter pixels in which vectors come
 NORMALISATIONS = ("clip", "frame")
 STILL_CHANGE = 3.0  # luma steps: noise and recompression of a still scene stay below
 STILL_SHARE = 0.002  # of all cells of P-frames; more of them changed is news
-CENTRE_WIDTH = 0.35  # sigma of the centre prior in shares of the shorter side
+CENTRE_WIDTH = 0.35  # sigma of the centre prior in shares of the shorter side; a choice
 PERCENTILE = 95  # taken for full scale: a few outliers do not flatten the rest
 
 

@@ -1,12 +1,12 @@
 """Which patches of a clip are selected: every I-frame patch, then the best P-frame patches, within
 a token budget. The same for packing and for the probe.
 
-The order is the contract: I-frame patches first (raster order), then P-frame patches by falling
-saliency, ties by position. So any smaller budget is a prefix of a larger one and nothing has to be
-selected again. With `time_buckets` the P-frames are cut into that many spans of time which take
-turns, each giving its next best patch: still a prefix, but no span of a clip goes without. A clip
-in which nothing moves (saliency.is_static) has no best P-frame patches; whole P-frames at even
-times are taken instead, and the selection says so.
+The order is the contract: the selection of a smaller budget is a prefix of that of a larger one, so
+nothing has to be selected again. By default I-frame patches come first (raster order), then P-frame
+patches by falling saliency, ties by position. With `time_buckets` the P-frames are cut into that
+many spans of time which take turns, each giving its next best patch: still a prefix, but no span of
+a clip goes without. A clip in which nothing moves (saliency.is_static) has no best P-frame patches;
+whole P-frames at even times are taken instead, and the selection says so.
 
 The published rule, `keep_i_frames=False`, gives I-frame patches no score and so never takes one.
 

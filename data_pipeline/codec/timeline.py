@@ -23,8 +23,9 @@ from .open_video import InputLimits, announced_seconds, open_video
 if TYPE_CHECKING:
     import av
 
-# Of what is announced: a video that lacks more than both is truncated. Durations are rounded, and
-# the last frame's is often left out of them.
+# A video is truncated when more than MISSING_SHARE of its announced duration and more than
+# MISSING_SECONDS are missing. Durations are rounded, and the last frame's is often left out of
+# them: both bounds are choices, far above that and far below a lost tail that matters.
 MISSING_SHARE = 0.1
 MISSING_SECONDS = 0.5
 # Containers without a header, whose duration libavformat estimates.
@@ -70,7 +71,8 @@ class Timeline:
         all that comes after it."""
         good = self.pts[:num_good]
         starts = [key for key in self.key_pts if good and key <= good[-1]]
-        whole = [time for time in good if starts and time < max(starts)]
+        last_start = max(starts, default=None)
+        whole = [] if last_start is None else [time for time in good if time < last_start]
         return replace(self, pts=whole, num_cut=len(self.pts) - len(whole) + self.num_cut)
 
 
@@ -86,7 +88,8 @@ class _Packets:
     last_dts, last_byte   DTS and first byte of the packet before
     is_decoding_order     whether PTS are copies of DTS
     is_edited      whether packets are left out, or read again: an edit list does both
-    num_discarded, num_before_start   packets that libavformat leaves out, and that it should have
+    num_discarded    packets that libavformat marks as outside the edit list
+    num_before_start   packets before the start that it failed to mark
     is_joined      whether a DTS falls
     """
 
@@ -366,8 +369,9 @@ def even_frames(pts: list[int], num_frames: int) -> list[int]:
 
 
 def segment_frames(total: int, within: tuple[float, ...]) -> np.ndarray:
-    """Indices of frames of a clip of `total` frames at the shares `within` its equal segments,
-    int64 [len(within)]; those of a short clip repeat.
+    """Indices int64 [n] of one frame from each of n = len(within) equal segments of a clip of
+    `total` frames: within[i], from 0 to 1, is the position inside segment i. Those of a short clip
+    repeat.
 
     Segments are (total - 1) / len(within) frames long, as published: the middles of 8 segments of
     64 frames are 3, 11, 19, ...

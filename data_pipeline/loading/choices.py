@@ -26,8 +26,9 @@ VIEWS = ("codec", "frame", "collage", "image")
 CODEC, FRAME, COLLAGE, IMAGE = range(4)
 # Columns of the draws: one for the flip, nine for colours (views.jitter_colours), the rest of the
 # sixteen unused, then one for each whole frame.
-FRAME_DRAWS = 16
-_ABSENT = 1e-9  # a ratio below is what rounding leaves of 1 - 0.7 - 0.3
+FIRST_FRAME_DRAW = 16
+_ABSENT = 1e-9  # smaller ratios count as 0: 1 - 0.7 - 0.3 is 5.6e-17, not 0
+ESTIMATED_FROM = 10_000  # samples; a choice, far more than a mean needs
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ def possible_lengths(table: SampleTable, view: ViewConfig) -> np.ndarray:
 
 
 def draws(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
-    """Uniform numbers of each sample, float32 [n, FRAME_DRAWS + MAX_FRAMES]."""
-    words = _words(ids, FRAME_DRAWS + MAX_FRAMES)
+    """Uniform numbers of each sample, float32 [n, FIRST_FRAME_DRAW + MAX_FRAMES]."""
+    words = _words(ids, FIRST_FRAME_DRAW + MAX_FRAMES)
     return counter_uniform(words, seed, "pixels", epoch).numpy()
 
 
@@ -184,7 +185,7 @@ def samples_per_batch(
     if pack_tokens is None:
         return units
     table = SampleTable.of(dataset.manifest)
-    ids = np.unique(np.linspace(0, len(table.rows) - 1, 10_000).astype(np.int64))
+    ids = np.unique(np.linspace(0, len(table.rows) - 1, ESTIMATED_FROM).astype(np.int64))
     starts = [0.0, *(stage.start for stage in config.stages[1:])]
     ends = [*starts[1:], 1.0]
     batches = 0.0  # per sample of the run: stages are shares of its samples

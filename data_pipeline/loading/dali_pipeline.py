@@ -69,7 +69,7 @@ class PictureDecoder:
         except Exception as error:
             if self._error is not None:
                 raise self._error from None
-            raise DecodeFailed(_last_line(error)) from error
+            raise DecodeFailed(_cause(error)) from error
         images = [pictures[i] for i in range(len(pictures))]
         if self._device.type == "cpu":
             return [torch.from_numpy(np.asarray(image)) for image in images]
@@ -149,7 +149,7 @@ def _decoding_pipeline(
     return pipeline
 
 
-def _last_line(error: Exception) -> str:
-    # DALI's text is a stack of its frames; the line with "Error" or "error" holds the cause
+def _cause(error: Exception) -> str:
+    """The line of DALI's message that holds the cause; the others are a stack of its frames."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "rror" in line), lines[0] if lines else "no reason")

@@ -49,7 +49,7 @@ class MixtureLoader:
         logger: logging.Logger | None = None,
     ):
         """prefetch_bytes: memory of the batches that may wait; one step's may always. Beside them
-        DALI holds three decoded batches of each head.
+        DALI holds decoded batches of each head: those of its queue, and the one that is packed.
         """
         self.wait_s = 0.0  # what the consumer waited in all
         self._streams = streams

@@ -22,7 +22,7 @@ CHUNK_ROWS = 256  # normalised at a time on a CPU, so that a chunk stays in its 
 class PackBuffers:
     """Host memory that packs are written into, for several threads.
 
-    Fresh pages cost more than the copy into them: a pack of 16 clips of 2048 tokens has 19 MB, and
+    Fresh pages cost more than the copy into them: 16 clips of 2048 tokens of 16 px are 25 MB, and
     memory just mapped is cleared page by page by the system. So a block is handed out again, but
     only after the last tensor that shows it is gone. On a CUDA machine torch's cache of pinned
     memory does the same and makes copies to the device asynchronous.
@@ -148,10 +148,12 @@ def pack_views(
     weights: torch.Tensor,
     token_budget: int | None = None,
     buffers: PackBuffers | None = None,
-    **facts: Any,
+    epoch: int = 0,
+    index: int = 0,
+    replaced: tuple[tuple[int, int], ...] = (),
 ) -> PackedBatch:
     """Concatenate views in order and fill up to `token_budget` (None: no filling). labels and
-    weights may have more rows than there are views; `facts` are further fields of PackedBatch.
+    weights may have more rows than there are views; the rest are fields of PackedBatch.
 
     Raises DataPipelineError when the views do not fit.
     """
@@ -191,7 +193,9 @@ def pack_views(
         num_samples=len(views),
         num_tokens=used,
         buffers=buffers,
-        **facts,
+        epoch=epoch,
+        index=index,
+        replaced=replaced,
     )
 
 

@@ -24,8 +24,8 @@ import torch
 from ..errors import DataPipelineError
 from ..random import counter_rng, counter_uniform
 
-LOOK_AHEAD = 64  # samples that a pack may pass over; part of the plan's identity
-RESERVES = 64  # replacements that are tried for one bad sample
+LOOK_AHEAD = 64  # samples that a pack may pass over, a choice; part of the plan's identity
+RESERVES = 64  # replacements that are tried for one bad sample; a choice
 
 # (sample ids, stages, epoch) -> tokens of each sample
 TokensOf = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -219,7 +219,7 @@ class EpochPlan:
         if available <= 0:
             return None
         total = self._pack_counts[epoch][-1]
-        # a count below the units means that all of the epoch is packed: its first packs fill up
+        # fewer packs than units: the epoch ends here, and its first packs fill up at weight 0
         packs = [self._pack(epoch, start + n) for n in range(available)]
         packs += [self._pack(epoch, n % total) for n in range(self.units - available)]
         sizes = np.array([len(ids) for ids, _ in packs])
@@ -235,7 +235,8 @@ class EpochPlan:
         )
 
     def reserve(self, epoch: int, sample_id: int, attempt: int) -> int:
-        """The attempt-th sample that stands in for a bad one: any of the epoch, at random."""
+        """The attempt-th sample that stands in for a bad one, at a uniformly drawn position of the
+        epoch; of more than 2**24 samples only as many, evenly spaced, can be drawn."""
         word = torch.tensor([sample_id * RESERVES + attempt])
         # a uniform float32 is a multiple of 2 ** -24: whole numbers from here on, so no rounding
         position = int(counter_uniform(word, self.order.seed, "reserve", epoch).item() * 2**24)

@@ -13,7 +13,7 @@ from ..errors import CorruptShard
 from ..shards.jpeg import check_jpeg
 from ..shards.manifest import Manifest
 from ..shards.schema import SampleInfo, check_positions, decode_array, mosaic_size, strip_size
-from .choices import CODEC, COLLAGE, FRAME_DRAWS, IMAGE, VIEWS, SampleTable, num_frames
+from .choices import CODEC, COLLAGE, FIRST_FRAME_DRAW, IMAGE, VIEWS, SampleTable, num_frames
 from .config import ViewConfig
 from .dali_pipeline import DecodeFailed, PictureDecoder, undecodable
 from .packing import PackedBatch, pack_views
@@ -129,7 +129,7 @@ class SampleReader:
             if request.view == IMAGE:
                 view = image_view(picture, patch_size=self._patch_size, scale=config.scale)
             else:
-                frame_draws = None if draw is None else draw[FRAME_DRAWS:]
+                frame_draws = None if draw is None else draw[FIRST_FRAME_DRAW:]
                 view = self._frames(request, strip=picture, draw=frame_draws)
             columns = view.grid[2]
         if draw is not None and draw[0] < config.flip:

@@ -36,7 +36,8 @@ from .quarantine import Quarantine
 from .samples import Request, SampleReader, wrong_sizes
 
 PLAN_VERSION = 1  # raised when the same arguments would give other batches
-MAX_REBUILDS = 3  # of a decoding pipeline that dies although every image alone decodes
+# of a decoding pipeline that dies although every image alone decodes; a choice
+MAX_REBUILDS = 3
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,19 @@ class HeadStream:
         self._next += 1
         share = slot.share
         ids = np.array([request.sample_id for request in slot.requests])
-        rows = zip(slot.requests, pictures, draws(self._seed, share.epoch, ids), strict=True)
-        views = [self._samples.view(request, picture, draw) for request, picture, draw in rows]
+        random_numbers = draws(self._seed, share.epoch, ids)
+        views = [
+            self._samples.view(request, picture, draw)
+            for request, picture, draw in zip(slot.requests, pictures, random_numbers, strict=True)
+        ]
         # rows beyond this rank's samples: absent labels at weight 0
         drawn = self._labels(ids, share.epoch)
         labels = np.full((share.rows, drawn.shape[1]), -1, np.int64)
         labels[: len(ids)] = drawn
         weights = np.zeros(share.rows, np.float32)
         weights[: len(ids)] = slot.weights
-        if self._world_size == 1:  # else who joins the ranks counts what all of them met
+        # with several ranks, TrainingData counts the bad samples of all of them
+        if self._world_size == 1:
             self.count_bad(share.epoch, [bad for bad, _ in slot.replaced])
         return pack_views(
             views,
@@ -173,6 +178,8 @@ class HeadStream:
     def _identity(self, units: int, starts: list[int]) -> str:
         """Hash of all that decides the batches; decoding threads and the like do not."""
         config = asdict(self._config)
+        # the batch size enters through units, so that world sizes may differ; the others change no
+        # batch
         for free in ("batch_size", "dali_num_threads", "error_budget"):
             config.pop(free)
         manifest = self._dataset.manifest
@@ -215,7 +222,8 @@ class HeadStream:
         return chosen, tokens
 
     def _make_decoder(self) -> PictureDecoder:
-        """Decodes from the next batch on."""
+        """A decoder that starts at the next batch; `max_batch` is the most images that one rank's
+        share can hold."""
         max_batch = self._config.batch_size
         if self._pack_tokens is not None:
             shortest = min(int(possible_lengths(self._table, view).min()) for view in self._views)
@@ -234,7 +242,7 @@ class HeadStream:
             self._planned[iteration] = next(self._batches)
         batch = self._planned[iteration]
         share = batch.share(self._rank, self._world_size)
-        # tokens of a unit: all ranks' budgets are equal, so the longest item of any stage in it
+        # token budget of a unit, over the whole global batch, so that all ranks have the same one
         unit = self._pack_tokens or max(self._longest[stage] for stage in np.unique(batch.stages))
         chosen, tokens = self._choose(share.sample_ids, share.stages, share.epoch)
         requests = []

@@ -38,12 +38,14 @@ class View:
     positions  int64 [K, 3]
     grid       (t, h, w) with t*h*w = K
     colour     float32 [2, 3]: gain and offset of the channels that make a byte a model input
+    is_sparse  whether the patches are a selection instead of whole frames
     """
 
     pieces: tuple[torch.Tensor, ...]
     positions: torch.Tensor
     grid: tuple[int, int, int]
     colour: torch.Tensor = NORMALISATION
+    is_sparse: bool = False
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -80,6 +82,7 @@ def codec_view(
         pieces=tuple(pieces),
         positions=torch.from_numpy(positions[:count].astype(np.int64)),
         grid=(1, 1, count),
+        is_sparse=True,
     )
 
 
@@ -137,7 +140,7 @@ def shrink(picture: torch.Tensor, patch_size: int, scale: float) -> torch.Tensor
 
 def flip(view: View, columns: int) -> View:
     """The item mirrored left to right; `columns` patches are a whole frame's width."""
-    if view.grid[:2] != (1, 1):
+    if not view.is_sparse:
         # pixels in each patch, and the columns of patches: positions stay as they are
         return replace(view, pieces=tuple(piece.flip(-1, -4) for piece in view.pieces))
     # sparse patches have no columns to exchange: each is mirrored, and its position moves

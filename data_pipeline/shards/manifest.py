@@ -4,8 +4,9 @@
                     its record; its own digest
     NAME.json       one record per shard (see writer): members with offset, size and crc32
 
-Version 1, of older packings, has no digest and just the other keys. It is read, and written again
-for records without a digest, so that labels stay bound to it.
+Version 1, of older packings, has no digest and just the other keys. A folder whose records have
+none keeps a manifest of version 1 when it is written again: its sha256, to which labels are bound,
+must not change.
 
 Sample ids are counted through the shards in manifest order; labels.npy has one row per id. The
 manifest's own sha256 names the dataset: labels and training plans are bound to it.

@@ -8,6 +8,8 @@
 
 A packing is identified by its inputs (source names and bytes) and its settings. A folder without a
 manifest holds a packing that was killed: what its records name must be a part of what is asked for.
+A shard is bound when the manifest names it, unbound when it has a record but no manifest names it;
+a tar without either is loose.
 """
 
 from collections import Counter
@@ -38,7 +40,7 @@ from .tasks import PackConfig, Task, default_samples_per_shard, list_tasks, shar
 from .writer import only_here
 
 MODES = ("refuse", "append", "replace")
-CUT = "samples_per_shard"  # the one setting that decides no byte of a sample
+SHARD_SIZE = "samples_per_shard"  # the one setting that changes no byte of a sample
 PLAN_LOCK = ".pack.lock"
 
 
@@ -96,7 +98,7 @@ class _Planner:
         """The plan of the same packing; of another, an error or the plan of a fresh one."""
         found = self.found
         # as the folder was cut, unless the user names another number
-        size = self.config.samples_per_shard or found.settings.get(CUT)
+        size = self.config.samples_per_shard or found.settings.get(SHARD_SIZE)
         if type(size) is not int or size < 1:
             size = self._default_size(self.inputs)
         differences = Differences(settings=self._other_settings(size))
@@ -115,7 +117,8 @@ class _Planner:
                 self.config,
                 samples_per_shard=self.config.samples_per_shard or self._default_size(self.inputs),
             )
-            self._lost_sources(tasks)  # whose errors come before anything is removed
+            # raises where a tar is not ours, before anything is removed
+            self._lost_sources(tasks)
             remove_packing(found)
             self.report(f"removed the {len(found.names)} shards that {found.directory} held")
             return PackPlan((), tuple(tasks))
@@ -134,7 +137,7 @@ class _Planner:
     def appended(self, is_array: bool) -> PackPlan:
         """The plan that keeps the shards of the folder and packs new inputs behind them."""
         found = self.found
-        other = self._other_settings(found.settings.get(CUT, 1))
+        other = self._other_settings(found.settings.get(SHARD_SIZE, 1))
         if other:
             what = "was packed with other settings"
             raise refusal(found.directory, Differences(settings=other), what=what)
@@ -144,7 +147,7 @@ class _Planner:
         size = self.config.samples_per_shard or self._default_size(new)
         # an append that was stopped is gone on with as it was cut
         if found.unbound and self.config.samples_per_shard is None:
-            size = found.records[found.unbound[0]]["settings"][CUT]
+            size = found.records[found.unbound[0]]["settings"][SHARD_SIZE]
         tasks = self._tasks_behind(kept, new, size=size)
         differences = Differences()
         _compare_unbound(new, tasks, found=found, differences=differences)

@@ -16,7 +16,7 @@ import numpy as np
 
 from model_factory.files import file_sha256
 
-from ..codec.decompose import TIME_BASE, CodecClip, decompose_video
+from ..codec.decompose import CodecClip, decompose_video
 from ..codec.framing import Framing, check_choice, crop_of
 from ..codec.guard import Answer, GuardedPool, serve
 from ..codec.native import decompose_native
@@ -25,7 +25,7 @@ from ..codec.saliency import SaliencyConfig, motion_summary
 from ..codec.selection import choose_patches, cut_patches
 from ..errors import RejectedInput
 from .inputs import Input, local_copy
-from .schema import SampleInfo, encode_clip, encode_image, strip_rows
+from .schema import TIME_BASE, SampleInfo, encode_clip, encode_image, strip_rows
 
 MODULE = "data_pipeline.shards.sample_builder"
 NICENESS = 5  # children decode all the time; the parent, which writes, goes first
@@ -40,7 +40,7 @@ Built = tuple[dict[str, bytes], SampleInfo]  # members by extension, metadata
 @dataclass(frozen=True)
 class SampleConfig:
     """How inputs become samples. `budget` is the number of selected patches of a full clip, by
-    default an eighth of all.
+    default an eighth of all: half of it for the four I-frames of GOP 16, half for P-frames.
     """
 
     size: int = 224
@@ -126,7 +126,8 @@ class SamplePool:
         )
 
     def build(self, item: Input) -> Built:
-        """As build_sample, with the reasons of guard.GuardedProcess.ask besides."""
+        """Members and metadata of one input, built in a child. Raises RejectedInput as build_sample
+        does, and for a child that hangs, crashes or runs out of memory."""
         header, parts = self._pool.ask(asdict(item), name=item.location)
         members = dict(zip(header["members"], parts, strict=True))
         return members, SampleInfo.from_bytes(members["json"], name=item.source)

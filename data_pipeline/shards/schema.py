@@ -4,8 +4,9 @@
     KEY.tiles.jpg      the K selected patches as a mosaic of tiles, TILE_COLUMNS wide, JPEG 4:4:4;
                        each tile is the patch, edge-padded to a multiple of 8 px, so that no JPEG
                        block holds pixels of two patches
-    KEY.positions.npy  uint16 [K, 3] (t, h, w) in tile order: I-frame patches first, then by falling
-                       score
+    KEY.positions.npy  uint16 [K, 3] (t, h, w) in tile order, which is the order of selection
+                       (codec.selection): any prefix is the selection of a smaller budget. t is a
+                       temporal position from 0 to 63, not the index of a frame
     KEY.scores.npy     float16 [K]
     KEY.motion.npy     float16 [T, G, G, 3] coarse mean motion (x, y) in pixels and residual, see
                        codec.saliency
@@ -37,7 +38,7 @@ MAX_ARRAY_BYTES = 1 << 28
 MAX_INFO_BYTES = 1 << 22
 MAX_SIDE = 1 << 20
 MAX_PATCHES = 1 << 24
-TIME_BASE = 64  # temporal positions run over 0..63; codec.decompose has it too, which needs PyAV
+TIME_BASE = 64  # temporal positions run over 0..63 whatever the number of frames
 ARRAYS: dict[str, tuple[type, tuple[int | None, ...]]] = {  # dtype and shape, None: any size
     "positions.npy": (np.uint16, (None, 3)),
     "scores.npy": (np.float16, (None,)),

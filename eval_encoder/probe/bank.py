@@ -42,7 +42,13 @@ class AttentiveClassifier(nn.Module):
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         num_heads = max(1, width // HEAD_WIDTH)
-        self.pool = AttentionPoolingHead(width, 4 * width, num_heads, norm_eps=1e-6)
+        if width % num_heads:
+            raise ValueError(
+                f"attentive heads cannot divide a width of {width} by {num_heads}: --head linear"
+            )
+        self.pool = AttentionPoolingHead(
+            width, hidden=4 * width, num_heads=num_heads, norm_eps=1e-6
+        )
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, num_classes)
         for module in self.modules():

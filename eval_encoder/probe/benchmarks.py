@@ -40,8 +40,9 @@ class Benchmark:
 
     num_classes         0: read off the labels
     train_csv, val_csv  file names of the lists
-    prepare             the command that makes them, if there is one; {folder} stands for theirs
-    repeats_clips       whether they name a clip once per label, as published lists of several
+    prepare             command that makes the lists, or empty; {folder} stands for the benchmark's
+                        folder
+    repeats_clips       whether the lists name a clip once per label, as published lists of several
                         labels do
     """
 
@@ -142,9 +143,9 @@ def read_lists(
 ) -> tuple[LabelledList, LabelledList]:
     """Training and validation list of a benchmark, or of a folder.
 
-    Raises MissingBenchmark without the files, ValueError with file and line for what is no
-    `path,label`, a label that is no integer (in a list of one's own: or word) or out of range, a
-    clip in two lines, or several labels under the single-label protocol.
+    Raises MissingBenchmark when the files are absent. Raises ValueError with file and line for a
+    line that is not `path,label`, a label out of range or not an integer (lists of one's own may
+    have words), a clip in two lines, or several labels under the single-label protocol.
     """
     # The name of a benchmark comes before a folder that happens to be called so.
     is_own = name.lower() not in BENCHMARKS and Path(name).is_dir()
@@ -369,7 +370,8 @@ def _split_by_hash(
     held: set[str] = set()
     for members in classes.values():
         ordered = sorted(members, key=_hash)
-        # The hash of a path decides, not its rank: a file that is added moves no other.
+        # A path's own hash decides, so that added files move no others; but where no hash of a
+        # class is below the share, its lowest one validates, and where all are, its highest trains.
         below = sum(_hash(name) < VALIDATION_SHARE for name in ordered)
         count = min(max(below, 1), len(ordered) - 1)
         held.update(ordered[:count])

@@ -92,7 +92,8 @@ class RawClips:
             yield ready, _packed(ready, views)
 
     def _views(self, looks: list[Look], ahead: int) -> Iterator[tuple[Look, View | None]]:
-        """(look, its view or None) in order, `ahead` clips being read at a time."""
+        """(look, its view or None) in order. Up to `ahead` clips are submitted beyond the one that
+        is yielded; `workers` of them are read at a time."""
         reader = self._reader or PixelReader(self._config.workers, self._config.wall_seconds)
         self._reader = reader
         pool = ThreadPoolExecutor(self._config.workers, thread_name_prefix="probe")

@@ -1,5 +1,5 @@
-"""Weights -> a frozen encoder. What is named is what is evaluated: a path that does not fit is an
-error.
+"""Weights -> a frozen encoder. A path that does not hold the named encoder is an error; there is no
+fallback.
 
     our encoders      packs as they are: whole frames or codec patches with positions
     image encoders    frame by frame, tokens of all frames joined, plus a fixed sine code of the
@@ -100,7 +100,8 @@ class FramewiseEncoder(ProbeEncoder):
     """An image encoder on every frame; pooled by the mean of all tokens, without the time code.
 
     Frames are cropped to the encoder's own size when they are read, so the larger resize that its
-    folder asks for before the crop is left out, as published. In a pack a frame is one patch.
+    folder asks for before the crop is left out, as published. The reader takes the frame's side for
+    the patch size, so that each frame arrives as one patch of a pack.
     """
 
     _model: FrozenImageEncoder
@@ -171,7 +172,8 @@ def build_encoder(
 def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> LlavaViTPackingModel:
     """An encoder of ours from anything that open_encoder.py names; ValueError for another.
 
-    A file without a .json beside it is read as --model_name with the public rotary rule.
+    A file without a .json beside it is read as --model_name with the rope pairing `legacy`, that of
+    the public weights.
     """
     location = locate_encoder(model_weight)
     if location.kind is Kind.NOTHING:
@@ -185,7 +187,13 @@ def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> Ll
             f"{location.path} is a {location.model_type} model: pass --model_family {families}"
         )
     if location.kind is Kind.WEIGHTS and not location.is_described:
-        LOG.warning("%s has no backbone.json: %s, public rotary rule", location.path, model_name)
+        described = location.path.with_suffix(".json").name
+        LOG.warning(
+            "%s has no %s beside it: read as %s with the rope pairing of public weights",
+            location.path,
+            described,
+            model_name,
+        )
     # public weights follow the legacy rule, new ones of ours the rotary rule
     rope_pairing = "rotary" if location.kind is Kind.RANDOM else "legacy"
     return open_encoder(

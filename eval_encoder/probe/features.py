@@ -93,7 +93,9 @@ class ClipFeatures:
         if not any(passes for _, passes in counts):
             # Nothing was encoded on any rank, so the first clip that can be read stands for all.
             for index in range(len(self.clips)):
-                if next(self._encoded([Look(index)])) is not None:
+                # exhausted, so that nothing of the generator closes the reader later
+                (encoded,) = self._encoded([Look(index)])
+                if encoded is not None:
                     break
             counts = [[self._num_tokens, self.passes]]
         num_tokens = sum(tokens for tokens, _ in counts)
@@ -106,8 +108,10 @@ class ClipFeatures:
         views = self._config.input.train_views
         if views == 1 or not self._reader.several_versions:
             version = 0
+        elif views == 0:
+            version = epoch  # a new draw in every epoch
         else:
-            version = 1 + (epoch - 1) % views if views else epoch
+            version = 1 + (epoch - 1) % views  # the stored versions in turn
         return [Look(int(index), version) for index in indices]
 
     def crops(self, indices: Iterable[int]) -> list[Look]:
@@ -138,7 +142,7 @@ class ClipFeatures:
                 else:
                     found = self._cache.get(look, comes_again=self._comes_again(look))
                     if found is None:  # stored, but damaged
-                        found = next(self._encoded([look]))
+                        (found,) = self._encoded([look])
                 if found is not None:
                     looks.append(look)
                     features.append(found.to(self._device).float())

@@ -151,6 +151,7 @@ class EvaluationBuilder:
     def add(self, indices: list[int], scores: torch.Tensor) -> None:
         """Add scores [B, n, K] of the n clips `indices`; a larger score is more likely."""
         rows = torch.tensor([self._row[index] for index in indices])
+        # true infinities become finite, so that afterwards -inf marks NaN and nothing else
         scores = torch.nan_to_num(scores.float().cpu(), nan=-torch.inf)
         self._evaluated[:, rows] = 1
         self._predicted[:, rows] = scores.argmax(dim=-1).int()

@@ -76,7 +76,9 @@ def _probe(
         model_weight=config.model_weight,
         seed=config.heads.seed,
     ).to(ranks.device)
-    train, val = (ClipFeatures(clips, config, encoder, ranks.device) for clips in lists)
+    train_list, val_list = lists
+    train = ClipFeatures(train_list, config=config, encoder=encoder, device=ranks.device)
+    val = ClipFeatures(val_list, config=config, encoder=encoder, device=ranks.device)
     _check_lists(train, val, log=log)
     # Missing files are reported before anything is decoded, damaged ones after the first pass.
     for features in (train, val):

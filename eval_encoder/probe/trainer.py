@@ -1,9 +1,9 @@
 """Training and evaluation of the bank of heads on frozen features.
 
     order of an epoch   drawn from (seed, epoch), the same on any number of ranks
-    seeds               attentive heads differ in their initial weights and share every batch; a
-                        linear head's problem is convex, so initial weights change nothing, and each
-                        seed has an order of its own instead
+    seeds               attentive heads differ in their initial weights and share every batch;
+                        linear heads start almost at zero, so their initial weights change next to
+                        nothing, and each seed has an order of its own instead
     global batch        batch_size clips per rank; the loss is the mean over all of its clips
     evaluation          the held-out part of train (to choose with) and the validation list
 
@@ -184,8 +184,8 @@ class ProbeTrainer:
         self.history.seeds_matter = config.kind != "linear" or steps > 1
         if config.num_seeds > 1 and not self.history.seeds_matter:
             self._log.warning(
-                "--num_seeds %d does nothing: one batch holds all training clips, and a linear "
-                "head comes to the same end from any start; lower --batch_size %d",
+                "--num_seeds %d does nothing: one batch holds all training clips, and linear "
+                "heads of all seeds start almost at zero; lower --batch_size %d",
                 config.num_seeds,
                 config.batch_size,
             )
@@ -286,6 +286,7 @@ class ProbeTrainer:
         counts = torch.tensor([float(len(batch.clips)) for batch in batches])
         counts = counts.to(self._ranks.device)
         dist.all_reduce(counts)
+        # zeros, not None: a head without clips on this rank takes part in the sum over ranks
         self._optimizer.zero_grad(set_to_none=False)
         losses = torch.zeros(len(self.bank.heads))
         for batch, count in zip(batches, counts, strict=True):
@@ -371,7 +372,8 @@ def _chunks(seed: int, epoch: int, clips: np.ndarray, size: int) -> list[np.ndar
 
 def _losses(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
     """Sum over the clips of every head's loss [B], of logits [B, n, K]: cross entropy, or for
-    several labels [n, K] the mean over the classes of binary cross entropies."""
+    several labels [n, K] the mean over the classes of binary cross entropies, which are never
+    smoothed."""
     if labels.ndim == 2:
         targets = labels.float().expand_as(logits)
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1).sum(1)

@@ -29,8 +29,8 @@ from .plain_text import printable
 EXIT_CODES = {
     "done": 0,
     "error": 1,  # a user's mistake, or a fault of ours; 2 is argparse's, for its own messages
-    "preempted": 3,  # saved
-    "stopped": 3,  # where there was nothing to save
+    "preempted": 3,  # stopped by a signal, after a checkpoint was saved
+    "stopped": 3,  # stopped by a signal where there was nothing to save; the same code on purpose
     "data budget": 4,
     "non-finite": 5,
     "bad checkpoint": 6,
@@ -42,7 +42,7 @@ EXIT_CODES = {
 }
 # what a file system says when the fault is its own, not that of a path
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
-# those of them that writing alone can meet: the file is below the command's output
+# those of them that only a write raises: the path at fault is then the command's output
 WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 OUR_PACKAGES = ("model_factory", "data_pipeline", "training", "eval_encoder")
 TRACEBACK = "UNIVIT_TRACEBACK"

@@ -102,7 +102,9 @@ class Declared:
             options["default"] = self.default
         kind, is_list = _value_type(self.annotation)
         if kind is bool and self.flag.parse is None:
-            # a default of True has no flag of this kind: it could not be turned off
+            # typed means True, absent means False
+            if self.default is True:
+                raise TypeError(f"{self.path}: this flag can only turn a setting on")
             options["action"] = "store_true"
             options["default"] = None if only_given else False
             return options

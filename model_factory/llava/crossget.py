@@ -112,6 +112,7 @@ class CrossGetTower(VisionTower):
         states = self.hidden_states(pixels.to(self.model.dtype))
         return TowerStates(
             states={index: states[index] for index in layers},
+            # tokens at the last layer that was asked for, cross token included: others have more
             lengths=[states[layers[-1]].shape[1] - 1] * len(pixels),
             grids=[None] * len(pixels),  # merged tokens fill no grid
             extra=1,
@@ -186,7 +187,8 @@ class CrossGetTower(VisionTower):
         probabilities = logits.softmax(dim=-1)
         mixed = (probabilities @ v).transpose(1, 2).flatten(2)
         attention = layer.self_attn
-        x = x + (attention.out_proj if positions is None else attention.proj)(mixed)
+        output = attention.out_proj if positions is None else attention.proj
+        x = x + output(mixed)
         protected = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         protected[:, -1] = True
         protected[:, : self.num_class_tokens] = True
@@ -230,7 +232,8 @@ def alignment_loss(
     repeated to the language model's depth, and of the language model's own [L_t, B, H]; mean over
     layers and batch.
 
-    With M the mean of both distributions: `published` averages KL(M || P) and KL(M || Q),
+    P is the softmax of the tower's cross tokens, Q that of the language model's, M their mean:
+    `published` averages KL(M || P) and KL(M || Q),
     `jensen_shannon` KL(P || M) and KL(Q || M).
     """
     repeats = layer_repeats(len(image_tokens), len(text_tokens))

@@ -1,9 +1,10 @@
 """Token merging between the two halves of a transformer block: redundant tokens merge into similar
 ones.
 
-    rule complete_graph   CrossGET: any free token may merge into any other; tokens are ordered by
-                          their best match, and a token chooses among those behind it only, so that
-                          no two choose each other
+    rule complete_graph   CrossGET: any free token may merge into any other. A token's score is its
+                          best match among the less redundant tokens; the r least important tokens
+                          of a high score are the sources, and each merges into its most similar
+                          token that is no source
     rule bipartite        ToMe: every second token may merge into one of the others
 
     weights size          ToMe: means weighted with sizes
@@ -161,8 +162,8 @@ def tokens_left(tokens: int, config: ReductionConfig, layers: int, protected: in
 def _complete_graph(
     similarity: torch.Tensor, importance: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sources [B, R], possible destinations bool [B, T]). Sources are the least important tokens
-    with a similar one among those that are less redundant than they are."""
+    """(sources [B, R], possible destinations bool [B, T]). Sources are the tokens with the smallest
+    importance - match, where match is the similarity to the most similar less redundant token."""
     best = similarity.max(dim=-1).values
     order = best.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)  # 0 is the most redundant token

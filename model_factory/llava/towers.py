@@ -6,10 +6,12 @@
     ConvTower      a hierarchical network, whose only state is its last map (convnext.py)
 
 Hidden state 0 is the input of the first block, i the output of block i - 1; negative numbers count
-from the end. A tower without trainable parameters runs without a graph. Cost: that of the model.
+from the end. The last state of our encoder is taken after the post norm where its configuration
+says `post_norm`. A tower without trainable parameters runs without a graph. Cost: that of the
+model.
 
-Shape legend: B images, N patches of one, E extra tokens before them (class, registers), D width,
-S tokens of a pack, L blocks, p patch size.
+Shape legend: B images, I items of a pack, N patches of one image, E extra tokens before them
+(class, registers), D width, S tokens of a pack, L blocks, p patch size.
 """
 
 import contextlib
@@ -36,8 +38,8 @@ class VisualInputs:
     pixel_values  float [B, 3, H, W], normalised
     rows          float [S, 3*p*p] patch rows, normalised
     positions     int64 [S, 3]
-    lengths       int64 [N items]
-    grids         int64 [N items, 3] frames, rows, columns; zeros for patches that fill no grid
+    lengths       int64 [I]
+    grids         int64 [I, 3] frames, rows, columns; zeros for patches that fill no grid
     """
 
     pixel_values: torch.Tensor | None = None
@@ -68,7 +70,8 @@ class TowerStates:
     lengths    patches of each item
     grids      of each item; None for patches that fill no grid
     extra      E
-    call       (args, kwargs) that a block takes beside its state; None: nothing but absent masks
+    call       (args, kwargs) that a block takes beside its state; None for blocks that need only
+               masks, which are then None
     cross      cross tokens [L, items, D] of every layer, of a tower that has them
     positions  int64 [sum of lengths, 3] of a pack's patches, for states that were stored
     """
@@ -166,7 +169,7 @@ class VisionTower(nn.Module):
         return patches
 
     def with_call(self, states: TowerStates) -> TowerStates:
-        """Stored states with the arguments of the blocks; here nothing but absent masks."""
+        """Stored states with `call` filled in; for image towers unchanged."""
         return states
 
     def patches_of(self, height: int, width: int) -> Grid:

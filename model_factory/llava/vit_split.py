@@ -49,6 +49,8 @@ class ViTSplitConfig:
     published_border: bool = False
 
     def __post_init__(self) -> None:
+        if self.tuned_layers < 0:
+            raise ValueError(f"tuned_layers is {self.tuned_layers}, must be at least 0")
         if not self.frozen_layers and self.tuned_layers < 1:
             raise ValueError(
                 "ViT-Split needs frozen layers or tuned layers: give --mm_frozen_select_layer or "
@@ -77,7 +79,7 @@ class ViTSplitConfig:
 
 
 class ViTSplit(nn.Module):
-    """The projector; `blocks` are the tower's, of which the last K but one are copied."""
+    """The projector; `blocks` are the tower's, of which the K before the last one are copied."""
 
     def __init__(self, config: ViTSplitConfig, blocks: nn.ModuleList):
         """Raises ValueError for a tower with too few blocks."""
@@ -89,7 +91,8 @@ class ViTSplit(nn.Module):
         out = config.output_width
         tuned = config.tuned_layers
         self.tuned_head = nn.ModuleList(
-            copy.deepcopy(block) for block in blocks[-(tuned + 1) : -1] if tuned
+            copy.deepcopy(block)
+            for block in blocks[-(tuned + 1) : -1]  # empty for K = 0
         )
         self.tuned_head.requires_grad_(True)
         self.frozen_conv: nn.Sequential | None = None
@@ -99,11 +102,11 @@ class ViTSplit(nn.Module):
             self.frozen_conv = _convolutions(self.prior_width, self.prior_width)
             self.fusion_conv = _convolutions(self.prior_width + config.tower_width, out)
         elif config.frozen_layers:
-            first, second = (0, 1) if config.published_border else (1, 0)
+            spatial_padding = 0 if config.published_border else 1
             self.frozen_conv = nn.Sequential(
-                nn.Conv2d(self.prior_width, self.prior_width, 3, padding=first),
+                nn.Conv2d(self.prior_width, self.prior_width, 3, padding=spatial_padding),
                 nn.GELU(),
-                nn.Conv2d(self.prior_width, out, 1, padding=second),
+                nn.Conv2d(self.prior_width, out, 1, padding=1 - spatial_padding),
                 nn.GELU(),
             )
         else:

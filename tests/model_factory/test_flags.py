@@ -77,3 +77,12 @@ def test_flags_that_are_not_typed_can_be_told_from_defaults():
 def test_every_flag_knows_its_path():
     paths = [declared.path for declared in flags_of(Probe)]
     assert paths[0] == "dataset" and paths[-3:] == ["heads.lrs", "heads.epochs", "heads.seed"]
+
+
+def test_a_setting_that_is_on_by_default_cannot_be_a_flag_that_turns_it_on():
+    @dataclass(frozen=True)
+    class Always:
+        on: bool = flag("--on", default=True, help="nothing could turn it off")
+
+    with pytest.raises(TypeError, match="on: this flag can only turn a setting on"):
+        add_flags(argparse.ArgumentParser(), Always)

@@ -62,8 +62,8 @@ CODEC = (
     Mutant(
         name="damage-keeps-its-gop",
         file="data_pipeline/codec/timeline.py",
-        old="if starts and time < max(starts)]",
-        new="if starts and time <= max(starts)]",
+        old="if time < last_start]",
+        new="if time <= last_start]",
         why="the key frame of the damaged GOP is kept",
         tests=("data_pipeline/codec/test_timeline.py",),
     ),

@@ -226,8 +226,8 @@ EVAL_ENCODER = (
     Mutant(
         name="views-without-the-last",
         file="eval_encoder/probe/features.py",
-        old="version = 1 + (epoch - 1) % views if views else epoch",
-        new="version = 1 + epoch % views if views else epoch",
+        old="version = 1 + (epoch - 1) % views",
+        new="version = 1 + epoch % views",
         why="stored versions are met in another order than recorded",
         tests=("eval_encoder/probe/test_probe_looks.py",),
     ),

@@ -192,7 +192,7 @@ LOADING = (
     Mutant(
         name="frames-drawn-by-the-flip",
         file="data_pipeline/loading/samples.py",
-        old="frame_draws = None if draw is None else draw[FRAME_DRAWS:]",
+        old="frame_draws = None if draw is None else draw[FIRST_FRAME_DRAW:]",
         new="frame_draws = draw",
         why="the number that decides on the flip also chooses the first frame",
         tests=(

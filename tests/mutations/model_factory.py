@@ -279,8 +279,8 @@ MODEL_FACTORY = (
     Mutant(
         name="vit-split-blocks",
         file="model_factory/llava/vit_split.py",
-        old="blocks[-(tuned + 1) : -1] if tuned",
-        new="blocks[-tuned:] if tuned",
+        old="blocks[-(tuned + 1) : -1]",
+        new="blocks[-tuned:]",
         why="the last block is copied, which the published model leaves out",
         tests=("model_factory/llava/test_vit_split.py",),
     ),

@@ -151,7 +151,7 @@ TRAINING = (
     Mutant(
         name="one-sample-of-negatives",
         file="training/losses/partial_fc.py",
-        old="counter_uniform(classes, self.seed, self._negatives_draw, step)",
+        old="counter_uniform(classes, self.seed, self._negatives_draw, draw)",
         new="counter_uniform(classes, self.seed, self._negatives_draw, 0)",
         why="most classes are never a negative",
         tests=(DENSE,),

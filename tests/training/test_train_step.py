@@ -46,7 +46,7 @@ class Given:
     def next_batches(self, loader, clock, wishes):
         return next(self._batches), DataCounts()
 
-    def draw(self, loader, clock, wishes):
+    def prefetch(self, loader, clock, wishes):
         pass
 
     def record(self, step, batches):

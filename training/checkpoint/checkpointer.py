@@ -115,7 +115,8 @@ class Checkpointer:
 
     def save(self, step: int, state: dict, wait: bool = False) -> None:
         """Start saving the checkpoint of `step`, after the one before is done; `state` is
-        JSON-like. With `wait`, return when it is committed, after a second try if need be.
+        JSON-like. With `wait`, return when it is committed; a failed save is tried once more,
+        unless it is the MAX_FAILURES-th failure in a row.
 
         Raises StorageError on all ranks when MAX_FAILURES saves in a row failed, or with `wait`.
         """

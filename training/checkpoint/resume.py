@@ -42,7 +42,9 @@ def find_commit(output: Path, resume: str, ranks: Ranks, logger: logging.Logger)
     if ranks.restarted and resume != "auto":
         logger.warning("--resume %s was for the first start: going on from the newest", resume)
         resume = "auto"
-    chosen: dict = {}  # on rank 0 alone, whose hashing of a large checkpoint takes minutes
+    # Only rank 0 verifies, since hashing a large checkpoint takes minutes; on_main lets the others
+    # poll meanwhile, so that no collective times out.
+    chosen: dict = {}
     on_main(ranks, lambda: chosen.update(_choose(output, resume, logger)))
     chosen = broadcast_object(chosen)
     if "error" in chosen:

@@ -121,6 +121,7 @@ class PartialFC(nn.Module):
         self.num_classes = num_classes
         self.config = config
         self.seed = seed
+        self._range: torch.Tensor | None = None  # smallest and largest label since the last check
         self.class_start, self.class_end = class_range(
             num_classes, rank=ranks.rank, world_size=ranks.world_size
         )
@@ -150,7 +151,10 @@ class PartialFC(nn.Module):
 
     def crowding(self, most: int = 2048) -> float:
         """Share of pairs of this rank's first `most` centres that are closer than the filter's
-        threshold: classes of such a pair would not be each other's negatives."""
+        threshold: classes of such a pair would not be each other's negatives.
+
+        2048 centres make a matrix of cosines of 16 MB, which is enough to estimate a share.
+        """
         unit = F.normalize(self.centers.detach()[:most].float(), dim=-1)
         pairs = len(unit) * (len(unit) - 1)
         if pairs == 0 or self.config.threshold >= 1:
@@ -179,10 +183,11 @@ class PartialFC(nn.Module):
         )
 
     def forward(
-        self, embeddings: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, step: int
+        self, embeddings: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, draw: int
     ) -> PartialFCLoss:
         """embeddings fp32 [b, D], labels int64 [R, L] (-1 ignored), weights [R] (0 takes a row
-        out); the same R on every rank, b at most R: rows beyond b must weigh 0.
+        out); the same R on every rank, b at most R: rows beyond b must weigh 0. `draw` numbers the
+        random choice of negatives.
 
         Raises ValueError on all ranks when any label is below -1 or not below num_classes; on a
         GPU, where reading labels would wait for the device, loss and gradients become NaN and
@@ -190,15 +195,21 @@ class PartialFC(nn.Module):
         """
         if not labels.numel():
             raise ValueError(f"labels are {list(labels.shape)}: give at least one row and label")
-        clamped = labels.clamp(-2, self.num_classes)  # labels out of range stay so as int32
+        # to one beyond either end: still recognised as out of range, and fits int32
+        clamped = labels.clamp(-2, self.num_classes)
         rows, all_labels, all_weights = self._gather(
             embeddings.detach(), labels=clamped, weights=weights
         )
-        self._range = torch.stack([all_labels.min(), all_labels.max()])
+        lowest, highest = all_labels.aminmax()
+        # over all micro steps since the last check: a GPU is asked when a step is not finite
+        earlier_lowest, earlier_highest = (lowest, highest) if self._range is None else self._range
+        self._range = torch.stack(
+            [torch.minimum(lowest, earlier_lowest), torch.maximum(highest, earlier_highest)]
+        )
         if not labels.is_cuda:
             self.check_labels()
         all_labels = all_labels.masked_fill(all_weights[:, None] == 0, -1)
-        sampled, columns = self._sample(all_labels, step)
+        sampled, columns = self._sample(all_labels, draw)
         plan = _Plan(
             head=self,
             labels=all_labels,
@@ -208,15 +219,17 @@ class PartialFC(nn.Module):
             columns=columns,
         )
         objective, mean, losses = _Loss.apply(embeddings, self.centers, rows, plan)
-        lowest, highest = self._range
         wrong = (lowest < -1) | (highest >= self.num_classes)
         return PartialFCLoss(
             objective=objective * torch.where(wrong, torch.nan, 1.0), reported=mean, losses=losses
         )
 
     def check_labels(self) -> None:
-        """Raise ValueError when a label of the last batch was out of range."""
+        """Raise ValueError when a label was out of range since the last check."""
+        if self._range is None:
+            return
         lowest, highest = self._range.tolist()
+        self._range = None
         if lowest < -1 or highest >= self.num_classes:
             raise ValueError(
                 f"a label is out of range: the head has {self.num_classes} classes, 0 to "
@@ -236,7 +249,7 @@ class PartialFC(nn.Module):
         rows, bits, all_weights = gathered.split(sizes, dim=1)
         return rows, bits.contiguous().view(torch.int32).long(), all_weights.squeeze(1)
 
-    def _sample(self, labels: torch.Tensor, step: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _sample(self, labels: torch.Tensor, draw: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(ascending local indices of the sampled classes [M], None: all; index of each label among
         them [B, L], -1: not this rank's)."""
         local = labels - self.class_start
@@ -245,7 +258,7 @@ class PartialFC(nn.Module):
             return None, local.masked_fill(~here, -1)
         classes = torch.arange(self.class_start, self.class_end, device=labels.device)
         chosen = (
-            counter_uniform(classes, self.seed, self._negatives_draw, step)
+            counter_uniform(classes, self.seed, self._negatives_draw, draw)
             < self.config.sample_rate
         )
         chosen[local[here]] = True
@@ -320,7 +333,7 @@ class _Loss(torch.autograd.Function):
         grad_centers = ctx.softmax.backward_centers()
         grad_embeddings = None
         if exchange is not None:
-            # of the unit vector, from which the part along it is taken out
+            # gradient of x / |x|: without its component along x, divided by |x|
             own = exchange()[: len(embeddings)] * dist.get_world_size()
             norms = embeddings.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             unit = embeddings / norms

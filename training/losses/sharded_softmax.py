@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = 8192  # classes at a time, which bounds temporaries to [B, CHUNK]
-KEPT = 1 << 25  # cosines that are kept for backward: 128 MB in fp32
+CHUNK = 8192  # classes at a time, which bounds temporaries to [B, CHUNK]; a choice, not tuned
+KEPT = 1 << 25  # cosines that are kept for backward: 128 MB in fp32, a choice
 
 
 @dataclass
@@ -155,7 +155,7 @@ class SampledSoftmax:
 
 def filtered(cosines: torch.Tensor, threshold: float) -> torch.Tensor:
     """The inter-class filter: non-target cosines above the threshold become 0, without gradient,
-    since a class so close is rather the same class than a negative."""
+    since a class that close is more likely a duplicate of the row's own than a negative."""
     return torch.where(cosines <= threshold, cosines, torch.zeros_like(cosines))
 
 

@@ -36,7 +36,7 @@ def golden(ranks, path):
         size = len(case["embeddings"]) // ranks.world_size
         mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
         rows = case["embeddings"][mine].clone().requires_grad_()
-        loss = head(rows, case["labels"][mine], torch.ones(size), step=0)
+        loss = head(rows, case["labels"][mine], torch.ones(size), draw=0)
         loss.objective.backward()
         floored = loss.losses.clamp(max=-torch.log(torch.tensor(1e-30))).mean()
         shard = slice(head.class_start, head.class_end)
