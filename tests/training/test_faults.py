@@ -394,7 +394,7 @@ def test_a_resume_on_other_arithmetic_names_every_difference_and_goes_on(straigh
         "from training.train_univit import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    _, _, *flags = command(output, "--list_batch_size", BATCH)
+    flags = command(output, "--list_batch_size", BATCH)[3:]
     again = forked("-c", alike, *flags, UNIVIT_NUM_THREADS=other)
     assert "last bits" not in again.stderr, "nothing has changed since"
 
