@@ -535,10 +535,16 @@ def test_a_record_that_was_removed_ends_the_run_with_its_path(tmp_path):
 
 
 def test_an_output_folder_that_is_removed_ends_the_run_and_is_not_made_again(tmp_path):
-    """Removed by the run itself after its third step, as another process would."""
+    """After the third step, as by another process."""
     output = tmp_path / "run"
     wrappers = faulty.Wrappers()
-    wrappers.after(Trainer, "_end_step", lambda a: a["self"].step == 3 and shutil.rmtree(output))
+
+    def remove(arguments):
+        if arguments["self"].step == 3:
+            # first out of reach of TensorBoard's thread, which may be opening a file in it
+            shutil.rmtree(output.rename(tmp_path / "gone"))
+
+    wrappers.after(Trainer, "_end_step", remove)
     try:
         with pytest.raises(StorageError, match="consumed-00000.jsonl was removed"):
             train(output)
