@@ -22,6 +22,8 @@ from .grouped_attention import grouped_eager, grouped_sdpa
 BACKENDS = ("varlen", "flash", "sdpa", "eager")
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
+# looked up, not imported: flash-attn is optional, and whether its build fits the installed torch
+# shows only at its import, which varlen_attention makes
 _FLASH_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 
 
