@@ -170,7 +170,7 @@ def _(
     bounds_q: torch.Tensor,
     bounds_k: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # strides as `_Side.rows` gives them: q itself is a view of the joined projection
+    # strides as `_Side.rows` gives them: q may be a view of a joined projection
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     on_cpu = q.device.type == "cpu"
     lse_shape = q.shape[:2] if on_cpu else (0,)
