@@ -73,7 +73,8 @@ def _side(lengths: tuple[int, ...], groups: list[list[int]], device: str) -> _Si
         return _Side(shapes)
     starts = np.cumsum((0, *lengths[:-1]))
     ends = starts + lengths
-    order = np.concatenate([np.arange(starts[i], ends[i]) for i in items])
+    rows_of = [np.arange(starts[item], ends[item]) for item in items]
+    order = np.concatenate(rows_of)
     return _Side(
         shapes,
         order=torch.from_numpy(order).to(device),
@@ -113,7 +114,12 @@ def _batched(
     queries: _Side, keys: _Side, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Queries, keys and values [sequences, H, L, d] of each group."""
-    return zip(queries.batches(q), keys.batches(k), keys.batches(v), strict=True)
+    return zip(
+        queries.batches(q),
+        keys.batches(k),
+        keys.batches(v),
+        strict=True,
+    )
 
 
 def grouped_eager(

@@ -85,8 +85,9 @@ class PackedAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, context: PackContext) -> torch.Tensor:
-        joined = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = joined.unbind(1)  # each [S, H, d]
+        joined = self.qkv(x)
+        by_kind = joined.unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = by_kind.unbind(1)  # each [S, H, d]
         q = apply_rope(q, context.rope)
         k = apply_rope(k, context.rope)
         mixed = varlen_attention(

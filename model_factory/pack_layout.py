@@ -80,10 +80,10 @@ def resolve_layout(
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(f"max_seqlen is {max_seqlen}, the longest item has {longest} patches")
     ends = lengths.cumsum()
-    bounds = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
+    bounds = np.concatenate([[0], ends]).astype(np.int32)
     return PackLayout(
         positions=patch_positions.to(device),
-        cu_seqlens=bounds.to(device),
+        cu_seqlens=torch.from_numpy(bounds).to(device),
         max_seqlen=max_seqlen or longest,
     )
 

@@ -97,10 +97,16 @@ def rope_tables(
     sin_pairs = sin.unflatten(-1, (-1, 2))
     cos_a, cos_b = cos_pairs.unbind(-1)
     sin_a, sin_b = sin_pairs.unbind(-1)
-    turn = torch.complex((cos_a + cos_b) / 2, (sin_a + sin_b) / 2)
+    turn = torch.complex(
+        real=(cos_a + cos_b) / 2,
+        imag=(sin_a + sin_b) / 2,
+    )
     skew = None
     if legacy:
-        skew = torch.complex((cos_a - cos_b) / 2, (sin_b - sin_a) / 2)
+        skew = torch.complex(
+            real=(cos_a - cos_b) / 2,
+            imag=(sin_b - sin_a) / 2,
+        )
     return RopeTables(cos=cos, sin=sin, turn=turn, skew=skew)
 
 

@@ -129,7 +129,8 @@ def message_of(error: BaseException, written: Path | None = None) -> str:
     if isinstance(error, OSError) and error.strerror:
         # a file name may also be the number of a descriptor
         names = (error.filename, error.filename2)
-        paths = [os.fsdecode(n) for n in names if isinstance(n, (str, bytes, os.PathLike))]
+        given = [name for name in names if isinstance(name, (str, bytes, os.PathLike))]
+        paths = [os.fsdecode(name) for name in given]
         if not paths and error.errno in WRITE_FAULTS:
             paths = ["standard output" if written is None else str(written)]
         return ": ".join(printable(part) for part in (*paths, error.strerror))
@@ -172,7 +173,8 @@ def _own_fault(error: BaseException, written: Path | None) -> str:
 
 
 def _trace(error: BaseException) -> str:
-    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__)).split("\n")
+    parts = traceback.format_exception(type(error), error, error.__traceback__)
+    lines = "".join(parts).split("\n")
     return "\n".join(printable(line) for line in lines).rstrip()
 
 

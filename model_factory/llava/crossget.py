@@ -190,14 +190,16 @@ class CrossGetTower(VisionTower):
             positions=positions,
         )
         scale = q.shape[-1] ** -0.5
-        logits = q @ k.transpose(-1, -2) * scale + log_sizes(sizes)
+        scores = q @ k.transpose(-1, -2) * scale
+        logits = scores + log_sizes(sizes)
         if self.mask_cross_token:
             # the last key, for all queries but the last, in every item and head
             hidden = torch.zeros_like(logits[:1, :1], dtype=torch.bool)
             hidden[..., :-1, -1] = True
             logits = logits.masked_fill(hidden, -torch.inf)
         probabilities = logits.softmax(dim=-1)
-        mixed = (probabilities @ v).transpose(1, 2).flatten(2)
+        by_head = probabilities @ v
+        mixed = by_head.transpose(1, 2).flatten(2)
         attention = layer.self_attn
         output = attention.out_proj if positions is None else attention.proj
         x = x + output(mixed)
@@ -230,7 +232,8 @@ class CrossGetTower(VisionTower):
         config = self.model.config
         # in rows as of a pack, which is the shape that apply_rope takes
         joined = attention.qkv(normed.flatten(0, 1))
-        q, k, v = joined.unflatten(-1, (3, heads, -1)).unbind(1)
+        by_kind = joined.unflatten(-1, (3, heads, -1))
+        q, k, v = by_kind.unbind(1)
         tables = rope_tables(
             positions.flatten(0, 1),
             head_dim=q.shape[-1],

@@ -117,12 +117,14 @@ def choose_merge(
     else:
         source, candidates = _complete_graph(similarity, importance=importance, count=count)
     source = source.sort(dim=1).values
-    every_column = source[..., None].expand(-1, -1, similarity.shape[-1])
+    num_tokens = similarity.shape[-1]
+    every_column = source[..., None].expand(-1, -1, num_tokens)
     rows = similarity.gather(1, every_column)
     allowed = rows.masked_fill(~candidates[:, None], -torch.inf)
     destination = allowed.argmax(dim=-1)
     remains = torch.ones_like(protected).scatter(1, source, False)
-    kept = remains.nonzero()[:, 1].view(len(remains), -1)  # as many in each row
+    columns = remains.nonzero()[:, 1]
+    kept = columns.view(len(remains), -1)  # as many in each row
     of_source = importance.gather(1, source)
     of_destination = importance.gather(1, destination)
     pair = torch.stack([of_source, of_destination], dim=-1)

@@ -86,7 +86,9 @@ class TowerStates:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TowerStates":
         """The same on a device, for states that were stored."""
-        states = {index: state.to(device, dtype) for index, state in self.states.items()}
+        states = {}
+        for index, state in self.states.items():
+            states[index] = state.to(device, dtype)
         positions = None if self.positions is None else self.positions.to(device)
         return replace(self, states=states, positions=positions)
 
@@ -279,7 +281,8 @@ class PackedTower(VisionTower):
         if pixels is None:
             return visuals
         height, width = pixels.shape[-2:]
-        grids = torch.tensor([self.patches_of(height, width)] * len(pixels))
+        grid = self.patches_of(height, width)
+        grids = torch.tensor([grid] * len(pixels))
         return VisualInputs(
             rows=patchify(pixels, self.model.config.patch_size).flatten(0, 1),
             positions=compute_patch_positions_from_grid_thw(grids).to(pixels.device),
@@ -302,7 +305,8 @@ class PackedTower(VisionTower):
         pack = self.packed(visuals)
         assert pack.rows is not None and pack.lengths is not None and pack.grids is not None
         ends = pack.lengths.cumsum(0)
-        bounds = torch.cat([pack.lengths.new_zeros(1), ends]).to(torch.int32)
+        start = pack.lengths.new_zeros(1)
+        bounds = torch.cat([start, ends]).to(torch.int32)
         with self._watched(layers) as record:
             out = self.model.packing(
                 pack.rows.to(self.model.dtype),

@@ -201,8 +201,11 @@ def _without_masks(block: nn.Module) -> dict[str, None]:
     parameters = inspect.signature(block.forward).parameters
     others = list(parameters.values())[1:]
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    required = [p for p in others if p.kind is plain and p.default is p.empty]
-    return {parameter.name: None for parameter in required}
+    masks: dict[str, None] = {}
+    for parameter in others:
+        if parameter.kind is plain and parameter.default is parameter.empty:
+            masks[parameter.name] = None
+    return masks
 
 
 def _convolutions(width: int, out: int) -> nn.Sequential:
