@@ -58,7 +58,7 @@ def varlen_attention(
     """
     bounds_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     longest_q = max_seqlen if max_seqlen_q is None else max_seqlen_q
-    choices = available_backends(q)
+    choices = available_backends(q)  # fastest first
     chosen = backend or choices[0]
     if chosen not in choices:
         raise ValueError(

@@ -47,7 +47,7 @@ class _Case:
 
 
 class ConversionError(ValueError):
-    """A checkpoint that does not convert faithfully; the message says where."""
+    """A checkpoint that does not convert faithfully; the message names the check that failed."""
 
 
 def convert(

@@ -110,8 +110,11 @@ class FrozenImageEncoder(nn.Module):
 
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise by another mean and std per channel, of pixels from 0 to 1."""
-        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
-        self.std.copy_(torch.tensor(std).view(3, 1, 1))
+        # one number per channel, against frames [B, 3, H, W]
+        means = torch.tensor(mean)
+        stds = torch.tensor(std)
+        self.mean.copy_(means.view(3, 1, 1))
+        self.std.copy_(stds.view(3, 1, 1))
 
     def train(self, mode: bool = True) -> FrozenImageEncoder:
         """Stay in evaluation mode, whatever mode the surrounding module is put into: dropout would
@@ -286,4 +289,6 @@ def _centre_crop(pixels: torch.Tensor, side: int) -> torch.Tensor:
     height, width = pixels.shape[-2:]
     top = (height - side) // 2
     left = (width - side) // 2
-    return pixels[..., top : top + side, left : left + side]
+    rows = slice(top, top + side)
+    columns = slice(left, left + side)
+    return pixels[..., rows, columns]

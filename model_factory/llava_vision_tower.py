@@ -83,6 +83,7 @@ class LlavaViTVisionModel(PreTrainedModel):
         states = list(out.hidden_states)
         if self.config.post_norm:
             states[-1] = out.last_hidden_state
+        # images are of one size here, so the pack's rows are cut evenly
         images = tuple(state.unflatten(0, (batch, -1)) for state in states)
         return BaseModelOutput(last_hidden_state=images[-1], hidden_states=images)
 
@@ -125,7 +126,8 @@ def load_whole(model_class: Any, folder: str | Path, **options: Any) -> PreTrain
     problems = {}
     for kind in ("missing", "unexpected", "mismatched"):
         # mismatched ones are names, or tuples with shapes, by the release of transformers
-        problems[kind] = sorted(map(str, info[f"{kind}_keys"]))
+        keys = info[f"{kind}_keys"]
+        problems[kind] = sorted(map(str, keys))
     raise_problems(problems, origin=str(folder))
     return model
 

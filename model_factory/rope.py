@@ -39,7 +39,7 @@ def axis_frequencies(
             f"head_dim is {head_dim}; the 4:6:6 rotary split needs a multiple of 32: change "
             "hidden_size or heads"
         )
-    unit = head_dim // 32
+    unit = head_dim // 32  # two channels for each of the 16 shares
     counts = [share * unit for share in AXIS_SHARES]
     # every axis starts at frequency 1, however many angles it has
     exponents = [-torch.arange(n, dtype=torch.float32, device=device) / n for n in counts]

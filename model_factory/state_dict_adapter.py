@@ -75,8 +75,10 @@ def detect_layout(keys: Iterable[str]) -> str:
     counts = {}
     for layout, column in LAYOUTS.items():
         patterns = [pattern for pattern, _ in _rules(column, column)]
-        fitting = [key for key in joined if any(pattern.match(key) for pattern in patterns)]
-        counts[layout] = len(fitting)
+        counts[layout] = 0
+        for key in joined:
+            if any(pattern.match(key) for pattern in patterns):
+                counts[layout] += 1
     best = max(counts, key=lambda layout: counts[layout])
     if counts[best] == 0:
         raise ValueError(

@@ -85,7 +85,8 @@ class LlavaViTEncoder(nn.Module):
                 "mean and divide by the standard deviation first"
             )
         clips = pixel_values.unsqueeze(2) if len(shape) == 4 else pixel_values
-        rows = patchify(clips.transpose(1, 2), config.patch_size)  # [B, T, gh*gw, P]
+        frames = clips.transpose(1, 2)
+        rows = patchify(frames, config.patch_size)  # [B, T, gh*gw, P]
         height = shape[-2] // config.patch_size
         width = shape[-1] // config.patch_size
         return rows.flatten(1, 2), (rows.shape[1], height, width)
@@ -158,7 +159,9 @@ def _check_indices(visible_indices: torch.Tensor, batch: int, total: int) -> Non
         )
     if visible_indices.is_floating_point() or visible_indices.dtype == torch.bool:
         raise ValueError(f"visible_indices must be integers, got {visible_indices.dtype}")
-    low, high = torch.stack(visible_indices.aminmax()).tolist()
+    # both in one tensor, so that a GPU is waited for once
+    extremes = torch.stack(visible_indices.aminmax())
+    low, high = extremes.tolist()
     if low < 0 or high >= total:
         raise ValueError(
             f"visible_indices run from {low} to {high}, the clip has patches 0 to {total - 1}"

@@ -47,7 +47,7 @@ __all__ = [
 
 
 class PackedEncoder(nn.Module):
-    """The stack of blocks (a module of its own because the key layout says `encoder.layers.i`).
+    """The stack of blocks (a module of its own, as the key layout has `encoder.layers.i`).
 
     With `gradient_checkpointing` (set by `model.gradient_checkpointing_enable()`) a block keeps
     only its input for the backward pass and runs again there.

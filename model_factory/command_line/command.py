@@ -40,7 +40,7 @@ EXIT_CODES = {
     "out of memory": 10,
     "launcher gone": 11,
 }
-# what a file system says when the fault is its own, not that of a path
+# errors of a file system itself, not of one path on it
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 # those of them that only a write raises: the path at fault is then the command's output
 WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -189,7 +189,7 @@ def _written(args: object) -> Path | None:
 
 def _is_pipe_closed() -> bool:
     """Whether the standard output is a pipe that was closed at its other end. A BrokenPipeError
-    alone does not tell, as other pipes, a child's for example, break as well."""
+    alone does not show it, as other pipes, a child's for example, break as well."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

@@ -24,8 +24,8 @@ Result = TypeVar("Result")
 def reading(path: object) -> Iterator[None]:
     """Raise DamagedFile, a ValueError, with the path and the message, for an error of a library.
 
-    Errors that say more pass unchanged: our own messages, those that name the path, errors of the
-    operating system with a path, a library that is not installed, and a lack of memory.
+    Errors with more detail pass unchanged: our own messages, those that name the path, errors of
+    the operating system with a path, a library that is not installed, and a lack of memory.
     """
     try:
         yield

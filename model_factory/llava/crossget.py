@@ -265,6 +265,7 @@ def alignment_loss(
     both = torch.stack([log_p, log_q])
     log_m = both.logsumexp(dim=0) - math.log(2)
     if direction == "published":
+        # the two divergences share their weights M
         divergence = log_m.exp() * (2 * log_m - log_p - log_q)
     elif direction == "jensen_shannon":
         from_p = log_p.exp() * (log_p - log_m)

@@ -336,8 +336,10 @@ def _verify(source: TowerSource, folder: Path) -> list[str]:
         expected = {"pixel_values": pixels.contiguous(), "features": features.contiguous()}
         save_file(expected, reference)
         check = [sys.executable, "-m", f"{__package__}.tower_check", folder, reference]
-        done = subprocess.run(list(map(str, check)), capture_output=True, text=True)
+        command = [str(part) for part in check]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
+        # the messages alone; without any, the whole standard error, such as a traceback
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         raise ValueError("; ".join(errors).replace("error: ", "") or done.stderr)
     lines = [line for line in done.stdout.splitlines() if line.startswith(FOUND)]

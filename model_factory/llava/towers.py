@@ -204,7 +204,7 @@ class VisionTower(nn.Module):
             # some models' blocks return a tuple, with the state first
             record.states[last] = out[0] if isinstance(out, tuple) else out
 
-        # block 0 always, as its input tells the number of tokens
+        # block 0 always, as the number of tokens is that of its input
         watched = {index for index in layers if index < last} | {0}
         handles = [
             self.blocks[index].register_forward_pre_hook(before(index), with_kwargs=True)
