@@ -119,7 +119,7 @@ class FrozenImageEncoder(nn.Module):
     def train(self, mode: bool = True) -> FrozenImageEncoder:
         """Stay in evaluation mode, whatever mode the surrounding module is put into: dropout would
         change the tokens of a frozen model."""
-        return super().train(False)  # `mode` is ignored on purpose
+        return super().train(False)
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor) -> torch.Tensor:

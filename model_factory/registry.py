@@ -68,7 +68,6 @@ def _parts(name: str) -> tuple[str, str, str]:
     if name.startswith(PUBLISHED_PREFIX):
         return PUBLISHED_PREFIX, name.removeprefix(PUBLISHED_PREFIX), "ln"
     prefix = PACKING_PREFIX if name.startswith(PACKING_PREFIX) else SOURCE_PREFIX
-    # the norm is what follows the last underscore
     shape, norm = name.removeprefix(prefix).rsplit("_", 1)
     return prefix, shape, norm
 
