@@ -49,7 +49,8 @@ class LlavaViTVisionConfig(LlavaViTPackingConfig):
     @classmethod
     def of(cls, config: LlavaViTPackingConfig, post_norm: bool = True) -> "LlavaViTVisionConfig":
         """The same shape."""
-        return cls(post_norm, **{name: getattr(config, name) for name in config.own_fields()})
+        fields = {name: getattr(config, name) for name in config.own_fields()}
+        return cls(post_norm, **fields)
 
 
 class LlavaViTVisionModel(PreTrainedModel):
@@ -179,7 +180,9 @@ class LlavaViTVisionTower(nn.Module):
             model = LlavaViTVisionModel.from_encoder(encoder)
         model = model.eval()
         if device_map is not None:
-            model = model.to(device_map if isinstance(device_map, str) else device_map[""])
+            # a map {"": device}, which is how transformers names one device for a whole model
+            device = device_map if isinstance(device_map, str) else device_map[""]
+            model = model.to(device)
         self.image_processor = AutoImageProcessor.from_pretrained(self.vision_tower_name, **LOCAL)
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True

@@ -115,7 +115,8 @@ def pickled_weights(folder: Path) -> list[Path]:
 def _present(folder: Path, patterns: Iterable[str]) -> list[str]:
     """Names of the files of a folder that match a pattern, sorted."""
     paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    names = (path.relative_to(folder).as_posix() for path in paths if path.is_file())
+    files = [path for path in paths if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
     return sorted(name for name in names if _fits(name, patterns))
 
 

@@ -70,7 +70,8 @@ def compute_patch_positions_from_grid_thw(grid_thw: torch.Tensor) -> torch.Tenso
         raise ValueError(f"grid_thw must be positive, got the smallest entry {int(grid_thw.min())}")
     grid = grid_thw.long()
     lengths = grid.prod(dim=-1)
-    item = torch.repeat_interleave(torch.arange(len(grid), device=grid.device), lengths)
+    items = torch.arange(len(grid), device=grid.device)
+    item = torch.repeat_interleave(items, lengths)
     starts = lengths.cumsum(0) - lengths
     row = torch.arange(int(lengths.sum()), device=grid.device)
     index = row - starts[item]  # of a patch within its own item

@@ -122,7 +122,8 @@ def apply_rope(x: torch.Tensor, tables: RopeTables) -> torch.Tensor:
         b = pairs[..., 1]
         swapped = torch.stack((-b, a), dim=-1).flatten(-2)
         # the tables are fp32, so the products are too, whatever the dtype of x
-        return (x * tables.cos + swapped * tables.sin).to(x.dtype)
+        turned = x * tables.cos + swapped * tables.sin
+        return turned.to(x.dtype)
     z = torch.view_as_complex(pairs)
     out = z * tables.turn
     if tables.skew is not None:

@@ -58,7 +58,8 @@ class LlavaViTEncoder(nn.Module):
             positions = positions.gather(1, pick.expand(-1, -1, 3))
         num_visible = rows.shape[1]
         # equal items: boundaries, and with them the longest item, are known without reading values
-        bounds = torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * num_visible
+        counts = torch.arange(batch + 1, dtype=torch.int32, device=rows.device)
+        bounds = counts * num_visible
         out = self.trunk(
             rows.flatten(0, 1),
             patch_positions=positions.flatten(0, 1),

@@ -144,7 +144,8 @@ class LlavaViTPackingModel(PreTrainedModel):
         that differs from its SHA256SUMS or holds what could run code (model_folder.py).
         """
         folder: str | Path | None = pretrained_model_name_or_path
-        inside = Path(str(folder)) / (kwargs.get("subfolder") or "")
+        subfolder = kwargs.get("subfolder") or ""
+        inside = Path(str(folder)) / subfolder
         check_model_folder(inside, own_classes=True)
         kwargs.setdefault("use_safetensors", True)
         if published_model_type(inside) is not None:

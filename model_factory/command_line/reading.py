@@ -40,7 +40,8 @@ def reading(path: object) -> Iterator[None]:
         if knows_better:
             raise
         # the first sentence names the fault; libraries go on with general advice
-        message = " ".join(str(error).split()).partition(". ")[0]
+        one_line = " ".join(str(error).split())
+        message = one_line.partition(". ")[0]
         raise DamagedFile(
             f"{path} cannot be read ({type(error).__name__}: {message}): it is damaged, or of "
             "another kind than what was asked for"

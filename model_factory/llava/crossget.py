@@ -138,7 +138,8 @@ class CrossGetTower(VisionTower):
         cross_of: dict[int, torch.Tensor] = {}
         for items in groups.values():
             tokens = torch.stack([tokens_of[item] for item in items])
-            tokens = torch.cat([tokens, tokens.mean(dim=1, keepdim=True)], dim=1)
+            mean = tokens.mean(dim=1, keepdim=True)
+            tokens = torch.cat([tokens, mean], dim=1)
             positions = torch.stack([positions_of[item] for item in items])
             origin = positions.new_zeros(len(items), 1, 3)
             positions = torch.cat([positions, origin], dim=1)
@@ -167,7 +168,8 @@ class CrossGetTower(VisionTower):
         for number, layer in enumerate(self.blocks):
             previous = x[:, -1:].detach()
             cross = previous + learned[:, number : number + 1]
-            x = torch.cat([x[:, :-1], cross], dim=1)
+            others = x[:, :-1]
+            x = torch.cat([others, cross], dim=1)
             x, sizes, positions = self._layer(
                 layer, x, sizes=sizes, positions=positions, r=self.config.at(number)
             )

@@ -100,7 +100,8 @@ def choose_merge(
 
     At most half of the free tokens merge. Of equal scores the lower index comes first.
     """
-    free = keys.shape[1] - int(protected[0].sum())
+    num_protected = int(protected[0].sum())
+    free = keys.shape[1] - num_protected
     count = min(r, free // 2)
     if count <= 0:
         return None
@@ -191,8 +192,10 @@ def _complete_graph(
     less_redundant = similarity.masked_fill(~behind, -torch.inf)
     # the token of the last rank has no match (-inf), and is the last that can become a source
     match = less_redundant.max(dim=-1).values
-    source = (importance - match).argsort(dim=1, stable=True)[:, :count]
-    return source, torch.ones_like(rank, dtype=torch.bool).scatter_(1, source, False)
+    by_score = (importance - match).argsort(dim=1, stable=True)
+    source = by_score[:, :count]
+    candidates = torch.ones_like(rank, dtype=torch.bool).scatter_(1, source, False)
+    return source, candidates
 
 
 def _bipartite(similarity: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,5 +206,5 @@ def _bipartite(similarity: torch.Tensor, count: int) -> tuple[torch.Tensor, torc
     to_odd = similarity.masked_fill(~odd[:, None], -torch.inf)
     best = to_odd.max(dim=-1).values
     best = best.masked_fill(odd, -torch.inf)
-    source = best.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return source, odd
+    by_similarity = best.argsort(dim=1, descending=True, stable=True)
+    return by_similarity[:, :count], odd

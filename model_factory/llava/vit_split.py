@@ -166,7 +166,8 @@ class ViTSplit(nn.Module):
             if self.fusion_conv is not None:
                 task = maps[:, self.prior_width :]
                 fused = self.fusion_conv(torch.cat([fused, task], dim=1))
-            out.append(fused.movedim(1, -1).flatten(0, 2))
+            channels_last = fused.movedim(1, -1)
+            out.append(channels_last.flatten(0, 2))
         return torch.cat(out)
 
     def _task(self, states: TowerStates) -> torch.Tensor:
