@@ -22,6 +22,8 @@ from .grouped_attention import grouped_eager, grouped_sdpa
 BACKENDS = ("varlen", "flash", "sdpa", "eager")
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
+# looked up, not imported: flash-attn is optional, and whether its build fits the installed torch
+# shows only at its import, which varlen_attention makes
 _FLASH_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -56,7 +58,7 @@ def varlen_attention(
     """
     bounds_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     longest_q = max_seqlen if max_seqlen_q is None else max_seqlen_q
-    choices = available_backends(q)
+    choices = available_backends(q)  # fastest first
     chosen = backend or choices[0]
     if chosen not in choices:
         raise ValueError(

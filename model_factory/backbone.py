@@ -43,7 +43,9 @@ SHAPE_FIELDS = (
 
 def save_backbone(model: LlavaViTPackingModel, path: Path) -> None:
     """Write weights and configuration of a packing model, and the checksums of both."""
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        weights[name] = tensor.detach().cpu().clone()
     listing = path.with_name(f"{path.name}{OWN_LISTING}")
     temporary = path.with_name(f".{path.name}.tmp")
     torch.save(from_packing(weights, "source"), temporary)
@@ -69,6 +71,7 @@ def backbone_config(
     config_path = path.with_suffix(".json")
     listing = listing_of(path)
     listed = read_checksums(path.parent / listing) or {}
+    # a configuration that is listed and lost is an error of the check, not a file without one
     if config_path.is_file() or config_path.name in listed:
         check_checksums(path.parent, names=[config_path.name], listing=listing)
         return LlavaViTPackingConfig.from_dict(json_object(config_path))
@@ -154,7 +157,10 @@ def named_tensors(content: object) -> dict[str, torch.Tensor]:
             content = content[key]
     if not isinstance(content, dict):
         raise ValueError(f"holds a {type(content).__name__}, not a mapping of names to tensors")
-    strange = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    strange = []
+    for key, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            strange.append(str(key))
     if strange:
         raise ValueError(f"these entries are no tensors: {first_keys(strange)}")
     return content

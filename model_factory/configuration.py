@@ -72,6 +72,7 @@ class LlavaViTPackingConfig(PretrainedConfig):
         for name in _POSITIVE:
             if not getattr(self, name) > 0:  # NaN fails too
                 raise ValueError(f"{name} is {getattr(self, name)}, must be greater than 0")
+        # 32 = 2 * (4 + 6 + 6): channels of the smallest head whose pairs split 4:6:6
         if self.hidden_size % (32 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} over num_attention_heads "

@@ -47,7 +47,7 @@ class _Case:
 
 
 class ConversionError(ValueError):
-    """A checkpoint that does not convert faithfully; the message says where."""
+    """A checkpoint that does not convert faithfully; the message names the check that failed."""
 
 
 def convert(
@@ -67,6 +67,7 @@ def convert(
     source = LlavaViTEncoder(target.config)
     source.load_state_dict(read_weights(weight_path))
     lines = [f"before saving: {line}" for line in _verify(source.eval(), target)]
+    # the name alone: a card that is published should not show this machine's folders
     origin: dict[str, object] = {"converted from": f"{weight_path.name} ({model_name})"}
     if output_dir.exists() and not output_dir.is_dir():
         raise ConversionError(f"{output_dir} is a file: give a folder as --output_dir")
@@ -91,6 +92,7 @@ def _same_tensors(weights: dict[str, torch.Tensor], reloaded: LlavaViTPackingMod
     changed = [
         name
         for name, tensor in weights.items()
+        # in the file's dtype: the models are fp32, which holds half precision exactly
         if not torch.equal(tensor, saved[name].to(tensor.dtype))
     ]
     if changed:
@@ -117,7 +119,8 @@ def _image_case(seed: int, grid: tuple[int, int], p: int) -> _Case:
     """Noise in the range of normalised pixels; the grid counts patches of p x p pixels."""
     height, width = grid
     generator = torch.Generator().manual_seed(seed)
-    image = torch.rand(1, 3, height * p, width * p, generator=generator) * 4 - 2
+    noise = torch.rand(1, 3, height * p, width * p, generator=generator)
+    image = noise * 4 - 2  # CLIP's normalisation maps 0..1 to some -1.8..2.2
     grid_thw = torch.tensor([[1, height, width]])
     return _Case(
         name=f"image {height * p}x{width * p}",
@@ -131,15 +134,22 @@ def _image_case(seed: int, grid: tuple[int, int], p: int) -> _Case:
 def _video_case(grid: tuple[int, int], p: int) -> _Case:
     """A texture that moves from frame to frame, so that a wrong frame order shows."""
     height, width = grid
-    texture = torch.randn(3, height * p, width * p, generator=torch.Generator().manual_seed(1))
-    frames = [texture.roll((5 * t, 11 * t), dims=(1, 2)) for t in range(NUM_FRAMES)]
+    generator = torch.Generator().manual_seed(1)
+    texture = torch.randn(3, height * p, width * p, generator=generator)
+    frames = []
+    for t in range(NUM_FRAMES):
+        # in pixels: no later frame is shifted by whole patches of 14 or 16
+        shift = (5 * t, 11 * t)
+        frames.append(texture.roll(shift, dims=(1, 2)))
     video = torch.stack(frames)  # [T, 3, H, W]
     return _Case(
         name=f"moving video {height * p}x{width * p}",
         pixels=video.transpose(0, 1)[None],
         rows=patchify(video, p).flatten(0, 1),
         grid=torch.tensor([[NUM_FRAMES, height, width]]),
-        positions=compute_patch_positions_with_interpolated_temporal(_times(), height, width),
+        positions=compute_patch_positions_with_interpolated_temporal(
+            _times(), height=height, width=width
+        ),
     )
 
 
@@ -158,7 +168,9 @@ def _dense(source: LlavaViTEncoder, pixels: torch.Tensor) -> dict[str, torch.Ten
     clip = torch.zeros(1, 3, TARGET_FRAMES, height, width)
     clip[:, :, times] = pixels
     per_frame = height * width // source.config.patch_size**2
-    visible = (times[:, None] * per_frame + torch.arange(per_frame)).reshape(1, -1)
+    index_in_frame = torch.arange(per_frame)
+    index_in_clip = times[:, None] * per_frame + index_in_frame
+    visible = index_in_clip.reshape(1, -1)
     return source(clip, visible_indices=visible)
 
 
@@ -185,7 +197,9 @@ def _compare(
     if out.pooler_output is not None:  # a model without a head pools nothing
         pooled = torch.cat([result["head_output"] for result in dense])
         differences.append(out.pooler_output - pooled)
-    worst = float(torch.stack([difference.abs().max() for difference in differences]).max())
+    largest = [difference.abs().max() for difference in differences]
+    worst = float(torch.stack(largest).max())
+    # not `worst > TOLERANCE`: outputs with NaN must fail
     if not worst <= TOLERANCE:
         raise ConversionError(
             f"{name}: source and packing model differ by {worst:.2e}, allowed are {TOLERANCE:.0e}"

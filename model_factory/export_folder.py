@@ -68,6 +68,7 @@ def save_encoder_folder(
 ) -> None:
     """Write the folder; `run` are rows of the model card on the origin of the weights."""
     folder = Path(folder)
+    # save_pretrained then copies the classes' code and names them in config.json's auto_map
     LlavaViTPackingConfig.register_for_auto_class()
     LlavaViTPackingModel.register_for_auto_class("AutoModel")
     model.save_pretrained(folder)
@@ -77,7 +78,7 @@ def save_encoder_folder(
     processor = image_processor_json(model.config.image_size)
     (folder / "preprocessor_config.json").write_text(processor)
     (folder / "README.md").write_text(_model_card(model, run or {"weights": "not recorded"}))
-    seal_folder(folder)
+    seal_folder(folder)  # last, as it hashes the files above
 
 
 def image_processor_json(size: int) -> str:
@@ -116,5 +117,7 @@ def _model_card(model: LlavaViTPackingModel, run: dict[str, object]) -> str:
 
 
 def _table(name: str, rows: dict[str, object]) -> str:
-    body = [f"| {key} | {in_markdown(value)} |" for key, value in rows.items()]
+    body = []
+    for key, value in rows.items():
+        body.append(f"| {key} | {in_markdown(value)} |")
     return "\n".join([f"| {name} | value |", "| --- | --- |", *body])

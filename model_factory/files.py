@@ -47,6 +47,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         # on a full disk the partial file takes space that others need
         temporary.unlink(missing_ok=True)
         raise
+    # the rename is an entry of the folder, which has to reach the disk as well
     with naming(path.parent):
         sync(path.parent)
 
@@ -112,6 +113,7 @@ def parse_json(data: bytes, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict:
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
     values = dict(pairs)
+    # readers differ in which of two values they take
     if len(values) != len(pairs):
         raise ValueError("a key occurs twice")
     return values
@@ -242,8 +244,11 @@ def write_checksums(
     if names is None:
         files = (path for path in folder.rglob("*") if path.is_file())
         names = (path.relative_to(folder).as_posix() for path in files)
-    listed = sorted(set(names) - {listing})
-    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in listed]
+    listed = sorted(set(names) - {listing})  # a list cannot hold its own digest
+    lines = []
+    for name in listed:
+        digest = file_sha256(folder / name)
+        lines.append(f"{digest}  {name}\n")
     write_atomically(folder / listing, "".join(lines).encode())
 
 
@@ -292,7 +297,8 @@ def read_checksums(path: Path) -> dict[str, str] | None:
         digest = line[:64]
         separator = line[64:66]
         name = line[66:]
-        is_digest = len(digest) == 64 and set(digest) <= set("0123456789abcdef")
+        is_hexadecimal = set(digest) <= set("0123456789abcdef")
+        is_digest = len(digest) == 64 and is_hexadecimal
         if not (is_digest and separator in ("  ", " *") and stays_below(name)):
             raise DamagedFile(
                 f"{path} is damaged: {line!r:.100} is no line of sha256sum. Copy the files again, "

@@ -47,7 +47,8 @@ class _Side:
         `order` is None, else of one reordered copy."""
         if self.order is not None:
             rows = rows.index_select(0, self.order)
-        pieces = rows.split([count * length for count, length in self.shapes])
+        rows_per_group = [count * length for count, length in self.shapes]
+        pieces = rows.split(rows_per_group)
         return [
             piece.unflatten(0, shape).transpose(1, 2)
             for piece, shape in zip(pieces, self.shapes, strict=True)
@@ -56,6 +57,7 @@ class _Side:
     def rows(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
         """Inverse of `batches`, contiguous."""
         pieces = [batch.transpose(1, 2).flatten(0, 1) for batch in batches]
+        # torch.cat would copy a single piece too
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if self.inverse is not None:
             rows = rows.index_select(0, self.inverse)
@@ -66,10 +68,13 @@ def _side(lengths: tuple[int, ...], groups: list[list[int]], device: str) -> _Si
     """Grouping of rows by groups of sequences of one length each."""
     shapes = [(len(members), lengths[members[0]]) for members in groups]
     items = [item for members in groups for item in members]
+    # the groups follow each other in the pack as it is: views suffice
     if items == sorted(items):
         return _Side(shapes)
     starts = np.cumsum((0, *lengths[:-1]))
-    order = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in items])
+    ends = starts + lengths
+    rows_of = [np.arange(starts[item], ends[item]) for item in items]
+    order = np.concatenate(rows_of)
     return _Side(
         shapes,
         order=torch.from_numpy(order).to(device),
@@ -82,19 +87,23 @@ def _side(lengths: tuple[int, ...], groups: list[list[int]], device: str) -> _Si
 def _group(
     lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], device: str
 ) -> tuple[_Side, _Side]:
+    # by both lengths: a batch of one kernel needs equal queries and equal keys
     groups: dict[tuple[int, int], list[int]] = {}
     for item, key in enumerate(zip(lengths_q, lengths_k, strict=True)):
         groups.setdefault(key, []).append(item)
     members = list(groups.values())
     # cached tensors must serve a backward pass too, which inference tensors cannot
     with torch.inference_mode(False):
-        return _side(lengths_q, members, device), _side(lengths_k, members, device)
+        queries = _side(lengths_q, groups=members, device=device)
+        keys = _side(lengths_k, groups=members, device=device)
+    return queries, keys
 
 
 def _groups_of(bounds_q: torch.Tensor, bounds_k: torch.Tensor) -> tuple[_Side, _Side]:
     """Grouping of queries and of keys; waits for the device where boundaries are not on the
     host."""
     lengths_q = tuple(np.diff(bounds_q.cpu().numpy()).tolist())
+    # self-attention passes one tensor as both, and one copy to the host is enough for it
     lengths_k = lengths_q
     if bounds_k is not bounds_q:
         lengths_k = tuple(np.diff(bounds_k.cpu().numpy()).tolist())
@@ -105,7 +114,12 @@ def _batched(
     queries: _Side, keys: _Side, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Queries, keys and values [sequences, H, L, d] of each group."""
-    return zip(queries.batches(q), keys.batches(k), keys.batches(v), strict=True)
+    return zip(
+        queries.batches(q),
+        keys.batches(k),
+        keys.batches(v),
+        strict=True,
+    )
 
 
 def grouped_eager(
@@ -117,10 +131,12 @@ def grouped_eager(
 ) -> torch.Tensor:
     """Attention with materialised scores, softmax in fp32: memory and time of sum(L ** 2) * H."""
     queries, keys = _groups_of(bounds_q, bounds_k)
+    scale = q.shape[-1] ** -0.5
     outputs = []
     for q_g, k_g, v_g in _batched(queries, keys, q, k, v):
-        scores = q_g @ k_g.transpose(-1, -2) * q.shape[-1] ** -0.5
-        outputs.append(scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v_g)
+        scores = q_g @ k_g.transpose(-1, -2) * scale
+        probabilities = scores.softmax(-1, dtype=torch.float32)
+        outputs.append(probabilities.to(q.dtype) @ v_g)
     return queries.rows(outputs)
 
 
@@ -147,6 +163,7 @@ def _grouped_sdpa(
         else:
             out = F.scaled_dot_product_attention(q_g, k_g, v_g)
         outputs.append(out)
+    # an operator returns a tensor in every case; other devices recompute and need no sums
     lse = queries.rows(sums) if sums else q.new_empty(0, dtype=torch.float32)
     return queries.rows(outputs), lse
 
@@ -159,8 +176,10 @@ def _(
     bounds_q: torch.Tensor,
     bounds_k: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # strides as `_Side.rows` gives them: q may be a view of a joined projection
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse_shape = q.shape[:2] if q.device.type == "cpu" else (0,)
+    on_cpu = q.device.type == "cpu"
+    lse_shape = q.shape[:2] if on_cpu else (0,)
     return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
@@ -194,6 +213,7 @@ def _grouped_sdpa_backward(
             # no dropout, not causal
             gradients.append(_flash_backward(grad_g, q_g, k_g, v_g, out_g, lse_g, 0.0, False))
         else:
+            # an operator runs below autograd, so this group gets a graph of its own
             inputs = [x.detach().requires_grad_() for x in (q_g, k_g, v_g)]
             with torch.enable_grad():
                 again = F.scaled_dot_product_attention(*inputs)
@@ -210,11 +230,13 @@ def _(
     v: torch.Tensor,
     *rest: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    contiguous = torch.contiguous_format
+    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs, *output)
+    # an output without a gradient then gives None, not zeros, and `_backward` skips the kernels
     ctx.set_materialize_grads(False)
 
 

@@ -58,14 +58,16 @@ class _VisionModel:
 
 
 VISION_MODELS = {
-    "clip": _VisionModel("CLIPVisionModel", True, CLIP_NORM),
-    "metaclip_2": _VisionModel("MetaClip2VisionModel", True, CLIP_NORM),
-    "siglip": _VisionModel("SiglipVisionModel", False, HALF_NORM),
-    "siglip2": _VisionModel("Siglip2VisionModel", False, HALF_NORM, naflex=True),
-    "dinov2": _VisionModel("Dinov2Model", True, IMAGENET_NORM),
-    "dinov2_with_registers": _VisionModel("Dinov2WithRegistersModel", True, IMAGENET_NORM),
-    "dinov3_vit": _VisionModel("DINOv3ViTModel", True, IMAGENET_NORM),
-    "aimv2": _VisionModel("Aimv2VisionModel", False, CLIP_NORM),
+    "clip": _VisionModel("CLIPVisionModel", class_token=True, norm=CLIP_NORM),
+    "metaclip_2": _VisionModel("MetaClip2VisionModel", class_token=True, norm=CLIP_NORM),
+    "siglip": _VisionModel("SiglipVisionModel", class_token=False, norm=HALF_NORM),
+    "siglip2": _VisionModel("Siglip2VisionModel", class_token=False, norm=HALF_NORM, naflex=True),
+    "dinov2": _VisionModel("Dinov2Model", class_token=True, norm=IMAGENET_NORM),
+    "dinov2_with_registers": _VisionModel(
+        "Dinov2WithRegistersModel", class_token=True, norm=IMAGENET_NORM
+    ),
+    "dinov3_vit": _VisionModel("DINOv3ViTModel", class_token=True, norm=IMAGENET_NORM),
+    "aimv2": _VisionModel("Aimv2VisionModel", class_token=False, norm=CLIP_NORM),
 }
 
 
@@ -108,8 +110,11 @@ class FrozenImageEncoder(nn.Module):
 
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise by another mean and std per channel, of pixels from 0 to 1."""
-        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
-        self.std.copy_(torch.tensor(std).view(3, 1, 1))
+        # one number per channel, against frames [B, 3, H, W]
+        means = torch.tensor(mean)
+        stds = torch.tensor(std)
+        self.mean.copy_(means.view(3, 1, 1))
+        self.std.copy_(stds.view(3, 1, 1))
 
     def train(self, mode: bool = True) -> FrozenImageEncoder:
         """Stay in evaluation mode, whatever mode the surrounding module is put into: dropout would
@@ -141,9 +146,11 @@ class FrozenImageEncoder(nn.Module):
         p = self.patch_size
         height, width = pixels.shape[-2:]
         grid = naflex_grid(height, width, max_patches=self.preprocessing.max_patches)
-        pixels = self._normalised(_resize(pixels, (grid[0] * p, grid[1] * p)))
+        size = (grid[0] * p, grid[1] * p)
+        resized = self._normalised(_resize(pixels, size))
+        patches = patchify(resized, p).unflatten(-1, (3, p, p))
         # these models take the channel last inside of a patch
-        rows = patchify(pixels, p).unflatten(-1, (3, p, p)).movedim(-3, -1).flatten(-3)
+        rows = patches.movedim(-3, -1).flatten(-3)
         batch, count = rows.shape[:2]
         mask = torch.ones(batch, count, dtype=torch.int32, device=rows.device)
         shapes = torch.tensor([grid] * batch, device=rows.device)
@@ -188,8 +195,10 @@ def load_image_encoder(
         key_mapping={r"^vision_model\.": ""} if base == "aimv2" else None,
         **LOCAL,
     )
+    # unexpected tensors are no error: the text half of a two-tower folder is among them
     if info["missing_keys"]:
-        raise ValueError(f"{folder} lacks the weights {', '.join(sorted(info['missing_keys']))}")
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise ValueError(f"{folder} lacks the weights {missing}")
     image_size = getattr(model.config, "image_size", None)
     preprocessing = _preprocessing(Path(folder), kind=kind, image_size=image_size)
     return FrozenImageEncoder(model, kind=kind, preprocessing=preprocessing)
@@ -203,8 +212,10 @@ def naflex_grid(height: int, width: int, max_patches: int) -> tuple[int, int]:
     best = (0.0, 1, 1)
     for count in range(1, max_patches + 1):
         # the largest scales at which one side fills exactly `count` patches
-        by_rows = (count / height, count, math.ceil(width * count / height))
-        by_columns = (count / width, math.ceil(height * count / width), count)
+        matching_columns = math.ceil(width * count / height)
+        matching_rows = math.ceil(height * count / width)
+        by_rows = (count / height, count, matching_columns)
+        by_columns = (count / width, matching_rows, count)
         for scale, rows, columns in (by_rows, by_columns):
             if rows * columns <= max_patches:
                 best = max(best, (scale, rows, columns))
@@ -233,7 +244,10 @@ def _preprocessing(folder: Path, kind: _VisionModel, image_size: int | None) -> 
     described = json_object(path) if path.is_file() else {}
     mean, std = kind.norm
     resize = _side(described.get("size"))
-    crop = _side(described.get("crop_size")) if described.get("do_center_crop", True) else None
+    crop = None
+    if described.get("do_center_crop", True):
+        crop = _side(described.get("crop_size"))
+    # the folder's statements before the model's own size
     crop = crop or resize or image_size or DEFAULT_SIZE
     return Preprocessing(
         norm=(
@@ -248,7 +262,9 @@ def _preprocessing(folder: Path, kind: _VisionModel, image_size: int | None) -> 
 
 def _side(size: int | dict[str, int] | None) -> int | None:
     """Side in pixels, from 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
-    return next(iter(size.values()), None) if isinstance(size, dict) else size
+    if isinstance(size, dict):
+        return next(iter(size.values()), None)
+    return size
 
 
 def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -261,7 +277,10 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def _scale_short_side(pixels: torch.Tensor, side: int) -> torch.Tensor:
     height, width = pixels.shape[-2:]
     scale = side / min(height, width)
-    return _resize(pixels, (max(side, int(height * scale)), max(side, int(width * scale))))
+    # the product of the short side may round to just below `side`
+    scaled_height = max(side, int(height * scale))
+    scaled_width = max(side, int(width * scale))
+    return _resize(pixels, (scaled_height, scaled_width))
 
 
 def _centre_crop(pixels: torch.Tensor, side: int) -> torch.Tensor:
@@ -270,4 +289,6 @@ def _centre_crop(pixels: torch.Tensor, side: int) -> torch.Tensor:
     height, width = pixels.shape[-2:]
     top = (height - side) // 2
     left = (width - side) // 2
-    return pixels[..., top : top + side, left : left + side]
+    rows = slice(top, top + side)
+    columns = slice(left, left + side)
+    return pixels[..., rows, columns]

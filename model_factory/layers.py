@@ -56,7 +56,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size, bias=False)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        weight = self.proj.weight
+        # stride and kernel are equal, and rows are flattened as the kernel is (channel, row,
+        # column): the convolution is this one product
+        return F.linear(patches.to(weight.dtype), weight.flatten(1))
 
 
 class MLP(nn.Module):
@@ -82,7 +85,9 @@ class PackedAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, context: PackContext) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # each [S, H, d]
+        joined = self.qkv(x)
+        by_kind = joined.unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = by_kind.unbind(1)  # each [S, H, d]
         q = apply_rope(q, context.rope)
         k = apply_rope(k, context.rope)
         mixed = varlen_attention(
@@ -101,9 +106,9 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, width: int, hidden: int, num_heads: int, norm_type: str, eps: float):
         super().__init__()
-        self.layer_norm1 = build_norm(norm_type, width, eps)
+        self.layer_norm1 = build_norm(norm_type, width=width, eps=eps)
         self.self_attn = PackedAttention(width, num_heads)
-        self.layer_norm2 = build_norm(norm_type, width, eps)
+        self.layer_norm2 = build_norm(norm_type, width=width, eps=eps)
         self.mlp = MLP(width, hidden)
 
     def forward(self, x: torch.Tensor, context: PackContext) -> torch.Tensor:
@@ -138,10 +143,14 @@ class ProbeAttention(nn.Module):
         """probe [1, 1, D], tokens [S, D] -> [N, D]."""
         width = tokens.shape[-1]
         num_items = cu_seqlens.shape[0] - 1
-        query = F.linear(probe[0], self.in_proj_weight[:width], self.in_proj_bias[:width])
-        keys_values = F.linear(tokens, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        # rows of in_proj are queries, keys and values in this order, as in MultiheadAttention
+        weight = self.in_proj_weight
+        bias = self.in_proj_bias
+        query = F.linear(probe[0], weight[:width], bias[:width])
+        keys_values = F.linear(tokens, weight[width:], bias[width:])
         k, v = keys_values.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        q = query.expand(num_items, -1).unflatten(-1, (self.num_heads, -1))
+        queries = query.expand(num_items, -1)
+        q = queries.unflatten(-1, (self.num_heads, -1))
         one_each = torch.arange(num_items + 1, dtype=torch.int32, device=tokens.device)
         pooled = varlen_attention(
             q,

@@ -49,7 +49,8 @@ class LlavaViTVisionConfig(LlavaViTPackingConfig):
     @classmethod
     def of(cls, config: LlavaViTPackingConfig, post_norm: bool = True) -> "LlavaViTVisionConfig":
         """The same shape."""
-        return cls(post_norm, **{name: getattr(config, name) for name in config.own_fields()})
+        fields = {name: getattr(config, name) for name in config.own_fields()}
+        return cls(post_norm, **fields)
 
 
 class LlavaViTVisionModel(PreTrainedModel):
@@ -75,13 +76,15 @@ class LlavaViTVisionModel(PreTrainedModel):
         type of `output_hidden_states` (a bool, or layer numbers) differs between callers. Raises
         ValueError for sides that are no multiples of the patch size."""
         batch = len(pixel_values)
-        rows, columns = self.grid(*pixel_values.shape[-2:])
+        height, width = pixel_values.shape[-2:]
+        rows, columns = self.grid(height, width)
         patches = patchify(pixel_values, self.config.patch_size).flatten(0, 1)
-        grid = torch.tensor([[1, rows, columns]] * batch)
+        grid = torch.tensor([[1, rows, columns]] * batch)  # an image is a clip of one frame
         out = self.packing(patches, grid.to(patches.device), output_hidden_states=True)
         states = list(out.hidden_states)
         if self.config.post_norm:
             states[-1] = out.last_hidden_state
+        # images are of one size here, so the pack's rows are cut evenly
         images = tuple(state.unflatten(0, (batch, -1)) for state in states)
         return BaseModelOutput(last_hidden_state=images[-1], hidden_states=images)
 
@@ -100,7 +103,7 @@ class LlavaViTVisionModel(PreTrainedModel):
         cls, encoder: LlavaViTPackingModel, post_norm: bool = True
     ) -> "LlavaViTVisionModel":
         """A vision model around an encoder, sharing its weights."""
-        with torch.device("meta"):
+        with torch.device("meta"):  # its weights are replaced
             model = cls(LlavaViTVisionConfig.of(encoder.config, post_norm))
         model.packing = encoder
         return model
@@ -121,8 +124,12 @@ def load_whole(model_class: Any, folder: str | Path, **options: Any) -> PreTrain
         **LOCAL,
         **options,
     )
-    names = {kind: info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")}
-    raise_problems({kind: sorted(map(str, keys)) for kind, keys in names.items()}, str(folder))
+    problems = {}
+    for kind in ("missing", "unexpected", "mismatched"):
+        # mismatched ones are names, or tuples with shapes, by the release of transformers
+        keys = info[f"{kind}_keys"]
+        problems[kind] = sorted(map(str, keys))
+    raise_problems(problems, origin=str(folder))
     return model
 
 
@@ -173,7 +180,9 @@ class LlavaViTVisionTower(nn.Module):
             model = LlavaViTVisionModel.from_encoder(encoder)
         model = model.eval()
         if device_map is not None:
-            model = model.to(device_map if isinstance(device_map, str) else device_map[""])
+            # a map {"": device}, which is how transformers names one device for a whole model
+            device = device_map if isinstance(device_map, str) else device_map[""]
+            model = model.to(device)
         self.image_processor = AutoImageProcessor.from_pretrained(self.vision_tower_name, **LOCAL)
         self.vision_tower = model.requires_grad_(False)
         self.is_loaded = True
@@ -189,6 +198,7 @@ class LlavaViTVisionTower(nn.Module):
         """Features [B, N, D] of images [B, 3, H, W]; of a list of [3, H, W], a list of [1, N, D].
         In the dtype of the images."""
         if isinstance(images, list):
+            # one by one, as images of a list may differ in size
             return [self(image[None]) for image in images]
         states = self.vision_tower(images.to(self.device, self.dtype)).hidden_states
         return states[self.select_layer].to(images.dtype)

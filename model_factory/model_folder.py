@@ -115,7 +115,8 @@ def pickled_weights(folder: Path) -> list[Path]:
 def _present(folder: Path, patterns: Iterable[str]) -> list[str]:
     """Names of the files of a folder that match a pattern, sorted."""
     paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    names = (path.relative_to(folder).as_posix() for path in paths if path.is_file())
+    files = [path for path in paths if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
     return sorted(name for name in names if _fits(name, patterns))
 
 
@@ -166,6 +167,7 @@ def _refuse_weights(folder: Path, present: list[str], allows_pickles: bool) -> N
     for name in present:
         if name.endswith(".index.json"):
             _check_index(folder / name)
+    # transformers prefers safetensors, so pickles beside them are never opened
     pickles = [name for name in sorted(os.listdir(folder)) if _fits(name, PICKLES)]
     if pickles and not allows_pickles and not set(SAFE_WEIGHTS) & set(present):
         raise ValueError(
@@ -180,6 +182,7 @@ def _check_index(path: Path) -> None:
     shards = parse_json(path.read_bytes(), name=str(path)).get("weight_map")
     if not isinstance(shards, dict):
         raise ValueError(f"{path} has no weight_map: download the folder again")
+    # an index of safetensors that named a .bin would have it unpickled
     ending = ".safetensors" if path.name.endswith(".safetensors.index.json") else ".bin"
     for shard in shards.values():
         if not (is_plain_name(shard) and shard.endswith(ending)):

@@ -78,6 +78,7 @@ def locate_encoder(name: str | Path | None) -> EncoderLocation:
         return EncoderLocation(Kind.RANDOM, Path(RANDOM))
     path = Path(name)
     family, separator, folder = str(name).partition(":")
+    # a path that exists may contain a colon itself
     if separator and not path.exists():
         return EncoderLocation(Kind.IMAGE, Path(folder), family)
     if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
@@ -138,6 +139,7 @@ def open_encoder(
         if location.kind is Kind.RANDOM:
             if model_name is None:
                 raise ValueError("random weights need the name of a model: list_models() names all")
+            # of the process, as the layers' initialisation takes no generator
             torch.manual_seed(seed)
             config = packing_config(packing_name(model_name), rope_pairing=rope_pairing)
             return LlavaViTPackingModel(config)

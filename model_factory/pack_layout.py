@@ -56,11 +56,16 @@ def resolve_layout(
     # the fast path on a GPU: reading a value there would wait for all kernels before it
     if patch_positions is not None and cu_seqlens is not None and max_seqlen is not None:
         if cu_seqlens.device.type != "cpu":
-            return PackLayout(patch_positions.to(device), cu_seqlens.to(device).int(), max_seqlen)
+            return PackLayout(
+                positions=patch_positions.to(device),
+                cu_seqlens=cu_seqlens.to(device).int(),
+                max_seqlen=max_seqlen,
+            )
     if grid_thw is None and cu_seqlens is not None and patch_positions is None:
         raise ValueError(
             "cu_seqlens alone places no patch: give patch_positions [S, 3] or grid_thw [N, 3] too"
         )
+    # from here on values are read, which on a GPU waits for the boundaries
     lengths = _item_lengths(
         grid_thw,
         cu_seqlens=cu_seqlens,
@@ -69,12 +74,18 @@ def resolve_layout(
     )
     if patch_positions is None:
         assert grid_thw is not None  # or the error above
+        # on the host: that function reads values of the grid, each of which a GPU would wait for
         patch_positions = compute_patch_positions_from_grid_thw(grid_thw.cpu())
     longest = int(lengths.max())
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(f"max_seqlen is {max_seqlen}, the longest item has {longest} patches")
-    bounds = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
-    return PackLayout(patch_positions.to(device), bounds.to(device), max_seqlen or longest)
+    ends = lengths.cumsum()
+    bounds = np.concatenate([[0], ends]).astype(np.int32)
+    return PackLayout(
+        positions=patch_positions.to(device),
+        cu_seqlens=torch.from_numpy(bounds).to(device),
+        max_seqlen=max_seqlen or longest,
+    )
 
 
 def _item_lengths(
@@ -135,7 +146,8 @@ def _checked_shape(tensor: torch.Tensor, name: str, shape: str) -> torch.Tensor:
     """Integers of the shape "[N + 1]" or "[N, 3]"; reads no value, so a GPU is not waited for."""
     tensor = torch.as_tensor(tensor)
     if shape == "[N, 3]":
-        fits = tensor.ndim == 2 and tensor.shape[1] == 3 and len(tensor) >= 1
+        has_sides = tensor.ndim == 2 and tensor.shape[1] == 3
+        fits = has_sides and len(tensor) >= 1
     else:
         fits = tensor.ndim == 1 and len(tensor) >= 2
     if not fits:
@@ -154,6 +166,7 @@ def _checked_grid(grid_thw: torch.Tensor) -> np.ndarray:
 
 
 def _checked_lengths(cu_seqlens: torch.Tensor, num_rows: int) -> np.ndarray:
+    # signed, as differences of unsigned boundaries would wrap around instead of being negative
     bounds = host_array(cu_seqlens).astype(np.int64)
     lengths = np.diff(bounds)
     if bounds[0] != 0 or (lengths <= 0).any():

@@ -29,7 +29,9 @@ def gain_and_offset(
     """
     means = torch.tensor(mean, dtype=torch.float64)
     stds = torch.tensor(std, dtype=torch.float64)
-    return torch.stack([1 / (MAX_BYTE * stds), -means / stds]).float()
+    gain = 1 / (MAX_BYTE * stds)
+    offset = -means / stds
+    return torch.stack([gain, offset]).float()
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -45,7 +47,9 @@ def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
         )
     bands = pixels.unflatten(-2, (-1, patch_size))
     grid = bands.unflatten(-1, (-1, patch_size))  # [..., 3, h, p, w, p]
-    return grid.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
+    patches = grid.movedim((-4, -2), (-5, -4))  # [..., h, w, 3, p, p]
+    rows = patches.flatten(-3)
+    return rows.flatten(-3, -2)
 
 
 def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -66,13 +70,18 @@ def compute_patch_positions_from_grid_thw(grid_thw: torch.Tensor) -> torch.Tenso
         raise ValueError(f"grid_thw must be positive, got the smallest entry {int(grid_thw.min())}")
     grid = grid_thw.long()
     lengths = grid.prod(dim=-1)
-    item = torch.repeat_interleave(torch.arange(len(grid), device=grid.device), lengths)
+    items = torch.arange(len(grid), device=grid.device)
+    item = torch.repeat_interleave(items, lengths)
     starts = lengths.cumsum(0) - lengths
-    # index of a patch within its own item
-    index = torch.arange(int(lengths.sum()), device=grid.device) - starts[item]
+    row = torch.arange(int(lengths.sum()), device=grid.device)
+    index = row - starts[item]  # of a patch within its own item
     height = grid[item, 1]
     width = grid[item, 2]
-    return torch.stack((index // (height * width), index // width % height, index % width), dim=-1)
+    # rows of an item run t-major, then row, then column
+    t = index // (height * width)
+    h = index // width % height
+    w = index % width
+    return torch.stack((t, h, w), dim=-1)
 
 
 def interpolate_frame_indices(
@@ -90,7 +99,9 @@ def interpolate_frame_indices(
         )
     # in float64, as a half that fp32 misses would round to another frame
     total = total_frames.reshape(-1, 1).to(torch.float64)
-    scaled = frame_indices.to(torch.float64) / (total - 1).clamp(min=1) * (target_frames - 1)
+    # a clip of one frame would divide by 0
+    fraction = frame_indices.to(torch.float64) / (total - 1).clamp(min=1)
+    scaled = fraction * (target_frames - 1)
     return scaled.round().long().clamp(0, target_frames - 1)
 
 

@@ -61,7 +61,8 @@ def read_published_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str,
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json_object(index).get("weight_map", {}).values()))
+        file_of_tensor = json_object(index).get("weight_map", {})
+        names = sorted(set(file_of_tensor.values()))
     else:
         names = ["model.safetensors"]
     tensors: dict[str, torch.Tensor] = {}

@@ -1,6 +1,6 @@
 """Model names: `create_model(name)` for every size, in every front end.
 
-    llava_vit_<size>_<norm>              LlavaViTEncoder, dense pictures and clips, source key
+    llava_vit_<size>_<norm>              LlavaViTEncoder, dense images and clips, source key
                                          layout, norm eps 1e-5
     hf_llava_vit_packing_<size>_<norm>   LlavaViTPackingModel, packed patch rows, norm eps 1e-6
     ov_encoder_<size>                    the packed model in the published encoders' shapes: patch
@@ -112,6 +112,7 @@ def packing_config(name: str, **overrides: Any) -> LlavaViTPackingConfig:
         layer_norm_type=NORMS[norm],
     )
     if prefix == SOURCE_PREFIX:
+        # torch's defaults, of LayerNorm and of RMSNorm: the source model was trained with them
         fields.update(layer_norm_eps=1e-5, head_norm_eps=None)
     elif prefix == PUBLISHED_PREFIX:
         fields.update(patch_size=PUBLISHED_PATCH, image_size=CLIP_SIZE)

@@ -39,9 +39,11 @@ def axis_frequencies(
             f"head_dim is {head_dim}; the 4:6:6 rotary split needs a multiple of 32: change "
             "hidden_size or heads"
         )
-    unit = head_dim // 32
+    unit = head_dim // 32  # two channels for each of the 16 shares
     counts = [share * unit for share in AXIS_SHARES]
-    return [theta ** (-torch.arange(n, dtype=torch.float32, device=device) / n) for n in counts]
+    # every axis starts at frequency 1, however many angles it has
+    exponents = [-torch.arange(n, dtype=torch.float32, device=device) / n for n in counts]
+    return [theta**exponent for exponent in exponents]
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,35 @@ def rope_tables(
     scales = (1.0, position_scale, position_scale)
     coordinates = positions.to(torch.float32)
     frequencies = axis_frequencies(head_dim, theta=theta, device=positions.device)
-    by_axis = [coordinates[:, axis, None] * scales[axis] * frequencies[axis] for axis in range(3)]
+    by_axis = []
+    for axis in range(3):
+        coordinate = coordinates[:, axis, None] * scales[axis]
+        by_axis.append(coordinate * frequencies[axis])
     angles = torch.cat(by_axis, dim=-1)[:, None]  # [S, 1, d/2]
     legacy = pairing == "legacy"
     # one angle per channel. legacy: channel j has angle j mod (d / 2); rotary: angle j // 2
-    angles = torch.cat([angles, angles], -1) if legacy else angles.repeat_interleave(2, -1)
+    if legacy:
+        angles = torch.cat([angles, angles], dim=-1)
+    else:
+        angles = angles.repeat_interleave(2, dim=-1)
     cos = angles.cos()
     sin = angles.sin()
-    # a pair (a, b) as the number z = a + ib: the map of its two angles is linear in z and conj(z)
-    cos_a, cos_b = cos.unflatten(-1, (-1, 2)).unbind(-1)
-    sin_a, sin_b = sin.unflatten(-1, (-1, 2)).unbind(-1)
-    turn = torch.complex((cos_a + cos_b) / 2, (sin_a + sin_b) / 2)
-    skew = torch.complex((cos_a - cos_b) / 2, (sin_b - sin_a) / 2) if legacy else None
+    # a pair (a, b) as the number z = a + ib: the map of its two angles is linear in z and conj(z).
+    # From a' = a cos_a - b sin_a and b' = b cos_b + a sin_b follow the two factors
+    cos_pairs = cos.unflatten(-1, (-1, 2))
+    sin_pairs = sin.unflatten(-1, (-1, 2))
+    cos_a, cos_b = cos_pairs.unbind(-1)
+    sin_a, sin_b = sin_pairs.unbind(-1)
+    turn = torch.complex(
+        real=(cos_a + cos_b) / 2,
+        imag=(sin_a + sin_b) / 2,
+    )
+    skew = None
+    if legacy:
+        skew = torch.complex(
+            real=(cos_a - cos_b) / 2,
+            imag=(sin_b - sin_a) / 2,
+        )
     return RopeTables(cos=cos, sin=sin, turn=turn, skew=skew)
 
 
@@ -99,8 +118,12 @@ def apply_rope(x: torch.Tensor, tables: RopeTables) -> torch.Tensor:
     """
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        swapped = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
-        return (x * tables.cos + swapped * tables.sin).to(x.dtype)
+        a = pairs[..., 0]
+        b = pairs[..., 1]
+        swapped = torch.stack((-b, a), dim=-1).flatten(-2)
+        # the tables are fp32, so the products are too, whatever the dtype of x
+        turned = x * tables.cos + swapped * tables.sin
+        return turned.to(x.dtype)
     z = torch.view_as_complex(pairs)
     out = z * tables.turn
     if tables.skew is not None:

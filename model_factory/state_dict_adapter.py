@@ -58,6 +58,7 @@ def strip_wrappers(state_dict: Mapping[str, torch.Tensor]) -> Weights:
     """
     stripped: Weights = {}
     for key, tensor in state_dict.items():
+        # the two wrappers nest in either order, and more than once
         while key.startswith(WRAPPERS):
             key = key.split(".", 1)[1]
         key = key.replace("._orig_mod.", ".")
@@ -69,12 +70,15 @@ def strip_wrappers(state_dict: Mapping[str, torch.Tensor]) -> Weights:
 
 def detect_layout(keys: Iterable[str]) -> str:
     """Layout whose rules fit the most of these names; ValueError when no name fits any rule."""
+    # as KEY_TABLE names them: its split column has q, k and v joined
     joined = [re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", key) for key in keys]
     counts = {}
     for layout, column in LAYOUTS.items():
         patterns = [pattern for pattern, _ in _rules(column, column)]
-        fitting = [key for key in joined if any(pattern.match(key) for pattern in patterns)]
-        counts[layout] = len(fitting)
+        counts[layout] = 0
+        for key in joined:
+            if any(pattern.match(key) for pattern in patterns):
+                counts[layout] += 1
     best = max(counts, key=lambda layout: counts[layout])
     if counts[best] == 0:
         raise ValueError(
@@ -108,15 +112,18 @@ def _join_qkv(weights: Weights) -> Weights:
     for key, tensor in weights.items():
         match = _PARTED.match(key)
         if match:
-            triples.setdefault(f"{match[1]}qkv_proj.{match[3]}", {})[match[2]] = tensor
+            joined_key = f"{match[1]}qkv_proj.{match[3]}"
+            triples.setdefault(joined_key, {})[match[2]] = tensor
         else:
             joined[key] = tensor
     missing = []
     for key, parts in triples.items():
-        missing += [key.replace("qkv_proj", f"{part}_proj") for part in "qkv" if part not in parts]
+        absent = [part for part in "qkv" if part not in parts]
+        missing += [key.replace("qkv_proj", f"{part}_proj") for part in absent]
     if missing:
         raise ValueError(f"missing of a q, k, v triple: {first_keys(missing)}")
     for key, parts in triples.items():
+        # torch.cat alone would join rows of different numbers without an error
         shapes = [list(parts[part].shape) for part in "qkv"]
         if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
             raise ValueError(f"{key}: q, k and v have the shapes {shapes}, they must be equal")
@@ -129,6 +136,7 @@ def _part_qkv(weights: Weights) -> Weights:
     for key, tensor in weights.items():
         if ".qkv_proj." in key:
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                # a chunk is a view, and safetensors refuses tensors that share memory
                 parted[key.replace("qkv_proj", f"{part}_proj")] = piece.clone()
         else:
             parted[key] = tensor
@@ -155,8 +163,10 @@ def raise_problems(problems: dict[str, list[str]], origin: str) -> None:
     """Raise ValueError that lists every named problem; nothing where all lists are empty."""
     present = {name: keys for name, keys in problems.items() if keys}
     if present:
+        # all lists share the room of one message
         most = max(1, MOST_KEYS // len(present))
-        listed = "; ".join(f"{name}: {first_keys(keys, most)}" for name, keys in present.items())
+        parts = [f"{name}: {first_keys(keys, most)}" for name, keys in present.items()]
+        listed = "; ".join(parts)
         raise ValueError(
             f"{origin} does not hold this model's tensors, is the model name right? {listed}"
         )
@@ -164,7 +174,9 @@ def raise_problems(problems: dict[str, list[str]], origin: str) -> None:
 
 def first_keys(keys: list[str], most: int = MOST_KEYS) -> str:
     """The first names of a list, and how many more there are."""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    more = ""
+    if len(keys) > most:
+        more = f" and {len(keys) - most} more"
     return ", ".join(keys[:most]) + more
 
 
@@ -172,8 +184,10 @@ def _rules(old: int, new: int) -> list[tuple[re.Pattern, str]]:
     """(pattern of a prefix, replacement) of every table row; `old` and `new` are its columns."""
     rules = []
     for row in KEY_TABLE:
-        pattern = re.escape(row[old]).replace(re.escape("{i}"), r"(\d+)")
-        rules.append((re.compile(f"^{pattern}"), row[new].replace("{i}", r"\g<1>")))
+        escaped = re.escape(row[old])
+        pattern = escaped.replace(re.escape("{i}"), r"(\d+)")
+        replacement = row[new].replace("{i}", r"\g<1>")
+        rules.append((re.compile(f"^{pattern}"), replacement))
     return rules
 
 

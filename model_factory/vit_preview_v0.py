@@ -1,4 +1,4 @@
-"""The source encoder: dense pictures and clips in, the same trunk and the source key layout.
+"""The source encoder: dense images and clips in, the same trunk and the source key layout.
 
 `LlavaViTEncoder` cuts pixels into patch rows, selects the visible ones and runs the packed trunk;
 only visible patches are embedded. Its `state_dict` has the source layout (`conv1.weight`,
@@ -37,7 +37,7 @@ class LlavaViTEncoder(nn.Module):
         visible_indices: torch.Tensor | None = None,
         patch_positions: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Encode pictures [B, 3, H, W] or clips [B, 3, T, H, W].
+        """Encode images [B, 3, H, W] or clips [B, 3, T, H, W].
 
         visible_indices: integer [B, K] patch indices t*gh*gw + row*gw + column; default all,
         ignored for images and for clips of one frame, as in the source. patch_positions: [L, 3] for
@@ -53,13 +53,17 @@ class LlavaViTEncoder(nn.Module):
         if visible_indices is not None and grid[0] > 1:
             _check_indices(visible_indices, batch=batch, total=total)
             pick = visible_indices.to(rows.device).long().unsqueeze(-1)
-            rows = rows.gather(1, pick.expand(-1, -1, rows.shape[-1]))
+            every_number = pick.expand(-1, -1, rows.shape[-1])
+            rows = rows.gather(1, every_number)
             positions = positions.gather(1, pick.expand(-1, -1, 3))
         num_visible = rows.shape[1]
+        # equal items: boundaries, and with them the longest item, are known without reading values
+        counts = torch.arange(batch + 1, dtype=torch.int32, device=rows.device)
+        bounds = counts * num_visible
         out = self.trunk(
             rows.flatten(0, 1),
             patch_positions=positions.flatten(0, 1),
-            cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * num_visible,
+            cu_seqlens=bounds,
             max_seqlen=num_visible,
         )
         return {
@@ -82,8 +86,10 @@ class LlavaViTEncoder(nn.Module):
                 "mean and divide by the standard deviation first"
             )
         clips = pixel_values.unsqueeze(2) if len(shape) == 4 else pixel_values
-        rows = patchify(clips.transpose(1, 2), config.patch_size)  # [B, T, gh*gw, P]
-        height, width = (side // config.patch_size for side in shape[-2:])
+        frames = clips.transpose(1, 2)
+        rows = patchify(frames, config.patch_size)  # [B, T, gh*gw, P]
+        height = shape[-2] // config.patch_size
+        width = shape[-1] // config.patch_size
         return rows.flatten(1, 2), (rows.shape[1], height, width)
 
     def _positions(
@@ -136,7 +142,7 @@ def _from_source_names(
     it."""
     for name in [name for name in state_dict if name.startswith(prefix)]:
         inner = name.removeprefix(prefix)
-        if inner.startswith("trunk."):
+        if inner.startswith("trunk."):  # named as this module's tensors are: nothing to rename
             continue
         try:
             (renamed,) = to_packing({inner: state_dict[name]})
@@ -154,7 +160,9 @@ def _check_indices(visible_indices: torch.Tensor, batch: int, total: int) -> Non
         )
     if visible_indices.is_floating_point() or visible_indices.dtype == torch.bool:
         raise ValueError(f"visible_indices must be integers, got {visible_indices.dtype}")
-    low, high = torch.stack(visible_indices.aminmax()).tolist()
+    # both in one tensor, so that a GPU is waited for once
+    extremes = torch.stack(visible_indices.aminmax())
+    low, high = extremes.tolist()
     if low < 0 or high >= total:
         raise ValueError(
             f"visible_indices run from {low} to {high}, the clip has patches 0 to {total - 1}"

@@ -47,7 +47,7 @@ __all__ = [
 
 
 class PackedEncoder(nn.Module):
-    """The stack of blocks (a module of its own because the key layout says `encoder.layers.i`).
+    """The stack of blocks (a module of its own, as the key layout has `encoder.layers.i`).
 
     With `gradient_checkpointing` (set by `model.gradient_checkpointing_enable()`) a block keeps
     only its input for the backward pass and runs again there.
@@ -103,16 +103,24 @@ class LlavaViTPackingModel(PreTrainedModel):
 
     def __init__(self, config: LlavaViTPackingConfig):
         super().__init__(config)
-        self.patch_embed = PatchEmbed(config.patch_size, config.hidden_size, config.num_channels)
+        self.patch_embed = PatchEmbed(
+            config.patch_size,
+            width=config.hidden_size,
+            channels=config.num_channels,
+        )
         self.layernorm_pre = build_norm(
-            config.layer_norm_type, config.hidden_size, config.layer_norm_eps
+            config.layer_norm_type,
+            width=config.hidden_size,
+            eps=config.layer_norm_eps,
         )
         self.encoder = PackedEncoder(config)
         self.layernorm_post: nn.Module | None = None
         self.head: AttentionPoolingHead | None = None
         if config.use_head:
             self.layernorm_post = build_norm(
-                config.layer_norm_type, config.hidden_size, config.layer_norm_eps
+                config.layer_norm_type,
+                width=config.hidden_size,
+                eps=config.layer_norm_eps,
             )
             self.head = AttentionPoolingHead(
                 width=config.hidden_size,
@@ -136,7 +144,8 @@ class LlavaViTPackingModel(PreTrainedModel):
         that differs from its SHA256SUMS or holds what could run code (model_folder.py).
         """
         folder: str | Path | None = pretrained_model_name_or_path
-        inside = Path(str(folder)) / (kwargs.get("subfolder") or "")
+        subfolder = kwargs.get("subfolder") or ""
+        inside = Path(str(folder)) / subfolder
         check_model_folder(inside, own_classes=True)
         kwargs.setdefault("use_safetensors", True)
         if published_model_type(inside) is not None:
@@ -148,6 +157,7 @@ class LlavaViTPackingModel(PreTrainedModel):
                     fields, return_unused_kwargs=True, **kwargs
                 )
             kwargs.update(config=config, state_dict=weights)
+            # the second is transformers 4's name; "auto" is the dtype that the fields state
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
             folder = None  # transformers then reads no file, as the weights are given
         want_info = kwargs.pop("output_loading_info", False)
@@ -155,7 +165,7 @@ class LlavaViTPackingModel(PreTrainedModel):
         model, info = super().from_pretrained(
             folder, *model_args, output_loading_info=True, **kwargs
         )
-        _check_complete(info, model.config, str(pretrained_model_name_or_path))
+        _check_complete(info, config=model.config, origin=str(pretrained_model_name_or_path))
         return (model, info) if want_info else model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -201,6 +211,7 @@ class LlavaViTPackingModel(PreTrainedModel):
             if bias is not None:
                 nn.init.zeros_(bias)
         elif isinstance(module, ProbeAttention):
+            # as torch's MultiheadAttention, whose parameter names it has
             nn.init.xavier_uniform_(module.in_proj_weight)
             nn.init.zeros_(module.in_proj_bias)
         elif isinstance(module, AttentionPoolingHead):
@@ -264,7 +275,9 @@ class LlavaViTPackingModel(PreTrainedModel):
             theta=config.rope_theta,
             position_scale=config.rope_position_scale,
         )
-        asked = {"eager": "eager", "flash_attention_2": "flash"}.get(config._attn_implementation)
+        # transformers' default, "sdpa", asks for nothing: the fastest kernel is taken
+        by_implementation = {"eager": "eager", "flash_attention_2": "flash"}
+        asked = by_implementation.get(config._attn_implementation)
         longest = torch.empty(0, layout.max_seqlen)
         if self._blocks_compiled:
             # sizes that change from pack to pack: one graph for all of them

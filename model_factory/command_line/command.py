@@ -40,7 +40,7 @@ EXIT_CODES = {
     "out of memory": 10,
     "launcher gone": 11,
 }
-# what a file system says when the fault is its own, not that of a path
+# errors of a file system itself, not of one path on it
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 # those of them that only a write raises: the path at fault is then the command's output
 WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -129,7 +129,8 @@ def message_of(error: BaseException, written: Path | None = None) -> str:
     if isinstance(error, OSError) and error.strerror:
         # a file name may also be the number of a descriptor
         names = (error.filename, error.filename2)
-        paths = [os.fsdecode(n) for n in names if isinstance(n, (str, bytes, os.PathLike))]
+        given = [name for name in names if isinstance(name, (str, bytes, os.PathLike))]
+        paths = [os.fsdecode(name) for name in given]
         if not paths and error.errno in WRITE_FAULTS:
             paths = ["standard output" if written is None else str(written)]
         return ": ".join(printable(part) for part in (*paths, error.strerror))
@@ -172,7 +173,8 @@ def _own_fault(error: BaseException, written: Path | None) -> str:
 
 
 def _trace(error: BaseException) -> str:
-    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__)).split("\n")
+    parts = traceback.format_exception(type(error), error, error.__traceback__)
+    lines = "".join(parts).split("\n")
     return "\n".join(printable(line) for line in lines).rstrip()
 
 
@@ -187,7 +189,7 @@ def _written(args: object) -> Path | None:
 
 def _is_pipe_closed() -> bool:
     """Whether the standard output is a pipe that was closed at its other end. A BrokenPipeError
-    alone does not tell, as other pipes, a child's for example, break as well."""
+    alone does not show it, as other pipes, a child's for example, break as well."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

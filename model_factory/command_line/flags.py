@@ -31,7 +31,7 @@ class Flag:
 
     names    as typed, with dashes; () for `--` and the name of the field
     help     what the value means; a default is appended by the formatter of the parser
-    parse    text -> value where the annotation does not say it (None: by the annotation)
+    parse    text -> value where the annotation does not determine it (None: by the annotation)
     options  more arguments of `argparse.add_argument`, such as choices or metavar
     """
 
@@ -60,6 +60,7 @@ def add_flags(parser: argparse._ActionsContainer, config: type, only_given: bool
     that the value of a preset can stay. A flag that the parser has already is left as it is.
     """
     for declared in flags_of(config):
+        # several fields may share a flag, and argparse refuses a repetition
         if declared.names[0] not in parser._option_string_actions:
             parser.add_argument(*declared.names, **declared.argparse_options(only_given))
 
@@ -69,6 +70,7 @@ def values_of(config: type, args: argparse.Namespace) -> dict[str, Any]:
     values = {}
     for declared in flags_of(config):
         value = getattr(args, declared.destination)
+        # argparse collects a list where the field is declared as a tuple
         values[declared.path] = tuple(value) if isinstance(value, list) else value
     return values
 
@@ -91,7 +93,8 @@ class Declared:
     @property
     def destination(self) -> str:
         """Name of the value among parsed arguments, as argparse derives it."""
-        return self.flag.options.get("dest") or self.names[0].lstrip("-").replace("-", "_")
+        bare = self.names[0].lstrip("-")
+        return self.flag.options.get("dest") or bare.replace("-", "_")
 
     def argparse_options(self, only_given: bool) -> dict[str, Any]:
         """Arguments of `add_argument` beside the names."""

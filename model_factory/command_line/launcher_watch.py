@@ -28,7 +28,8 @@ class LauncherWatch:
     @property
     def is_gone(self) -> bool:
         """Whether a launcher started this process and has ended since."""
-        return any(name in os.environ for name in LAUNCHERS) and os.getppid() != PARENT
+        has_launcher = any(name in os.environ for name in LAUNCHERS)
+        return has_launcher and os.getppid() != PARENT
 
     def poll(self) -> None:
         """Poll until `stop` is called; ends the process where the launcher ends first."""
@@ -37,6 +38,7 @@ class LauncherWatch:
                 with suppress(Exception):  # a full disk must not keep the process alive
                     if self.last_words is not None:
                         self.last_words()
+                # not sys.exit, which would end this thread alone
                 os._exit(EXIT_CODES["launcher gone"])
 
     def stop(self) -> None:

@@ -30,7 +30,8 @@ def printable(text: object, keep: str = "") -> str:
     keep: characters that stay, such as LINES for texts with line breaks of their own, and RUNNING
     for prose.
     """
-    return "".join(c if c in keep else _escaped(c) for c in str(text))
+    visible = [c if c in keep else _escaped(c) for c in str(text)]
+    return "".join(visible)
 
 
 def _escaped(character: str) -> str:
@@ -62,9 +63,11 @@ def in_code(text: object) -> str:
     """The same as inline code of Markdown, outside of tables. The fence has more backticks than the
     text has in a row."""
     shown = printable(text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    runs = re.findall("`+", shown)
+    longest = max(map(len, runs), default=0)
+    fence = "`" * (1 + longest)
     # the spaces separate the fence from backticks of the text; Markdown drops them again
-    return f"{fence} {shown} {fence}" if len(fence) > 1 else f"`{shown}`"
+    return f"{fence} {shown} {fence}" if longest else f"`{shown}`"
 
 
 def in_plot(text: object) -> str:

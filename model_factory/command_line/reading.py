@@ -24,8 +24,8 @@ Result = TypeVar("Result")
 def reading(path: object) -> Iterator[None]:
     """Raise DamagedFile, a ValueError, with the path and the message, for an error of a library.
 
-    Errors that say more pass unchanged: our own messages, those that name the path, errors of the
-    operating system with a path, a library that is not installed, and a lack of memory.
+    Errors with more detail pass unchanged: our own messages, those that name the path, errors of
+    the operating system with a path, a library that is not installed, and a lack of memory.
     """
     try:
         yield
@@ -40,7 +40,8 @@ def reading(path: object) -> Iterator[None]:
         if knows_better:
             raise
         # the first sentence names the fault; libraries go on with general advice
-        message = " ".join(str(error).split()).partition(". ")[0]
+        one_line = " ".join(str(error).split())
+        message = one_line.partition(". ")[0]
         raise DamagedFile(
             f"{path} cannot be read ({type(error).__name__}: {message}): it is damaged, or of "
             "another kind than what was asked for"

@@ -63,7 +63,7 @@ class ConvNextVisionModel(PreTrainedModel):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of an image's tokens. Raises ValueError for sides that are no multiple
-        of the stride: a convolution would leave out the rest without a word."""
+        of the stride: a convolution would silently leave out the rest."""
         if height % self.stride or width % self.stride:
             raise ValueError(
                 f"a picture of {height}x{width} is no multiple of {self.stride}: pad or resize it"
@@ -81,7 +81,8 @@ class ConvNextVisionModel(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
         """hidden_states has one entry, whatever is requested."""
-        tokens = self.stages(pixel_values)[-1].flatten(2).transpose(1, 2)
+        last_map = self.stages(pixel_values)[-1]
+        tokens = last_map.flatten(2).transpose(1, 2)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
     def train_from(self, stage: int | None) -> None:
@@ -114,13 +115,15 @@ def grow_stage(
     Raises ValueError when anything but the new stage (and the final norm, which is not used) would
     have random weights.
     """
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(model.config)  # the given model keeps its own
     config.hidden_sizes = [*config.hidden_sizes, width]
     config.depths = [*config.depths, depth]
     config.num_stages = len(config.depths)
-    config.stage_names = ["stem", *(f"stage{i}" for i in range(1, config.num_stages + 1))]
+    stages = [f"stage{number}" for number in range(1, config.num_stages + 1)]
+    config.stage_names = ["stem", *stages]
     config.out_features = [config.stage_names[-1]]
     grown = type(model)(config)
+    # the final norm has the width of the last stage, which is another one now
     weights = {
         name: tensor
         for name, tensor in model.state_dict().items()

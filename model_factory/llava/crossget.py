@@ -103,7 +103,8 @@ class CrossGetTower(VisionTower):
         then every layer's output; class token first, cross token last."""
         inner = getattr(self.model, "vision_model", self.model)  # transformers 4 wraps it once more
         x = inner.pre_layrnorm(inner.embeddings(pixel_values))
-        return self._run(torch.cat([x, x[:, :1]], dim=1))[0]
+        class_token = x[:, :1]  # the cross token starts as a copy of it
+        return self._run(torch.cat([x, class_token], dim=1))[0]
 
     def _images(self, visuals: VisualInputs, layers: list[int]) -> TowerStates:
         pixels = visuals.pixel_values
@@ -125,7 +126,8 @@ class CrossGetTower(VisionTower):
         pack = tower.packed(visuals)
         assert pack.rows is not None and pack.positions is not None and pack.lengths is not None
         encoder = self.model.packing
-        x = encoder.layernorm_pre(encoder.patch_embed(pack.rows.to(self.model.dtype)))
+        embedded = encoder.patch_embed(pack.rows.to(self.model.dtype))
+        x = encoder.layernorm_pre(embedded)
         lengths = pack.lengths.tolist()
         tokens_of = x.split(lengths)
         positions_of = pack.positions.split(lengths)
@@ -136,15 +138,18 @@ class CrossGetTower(VisionTower):
         cross_of: dict[int, torch.Tensor] = {}
         for items in groups.values():
             tokens = torch.stack([tokens_of[item] for item in items])
-            tokens = torch.cat([tokens, tokens.mean(dim=1, keepdim=True)], dim=1)
+            mean = tokens.mean(dim=1, keepdim=True)
+            tokens = torch.cat([tokens, mean], dim=1)
             positions = torch.stack([positions_of[item] for item in items])
-            positions = torch.cat([positions, positions.new_zeros(len(items), 1, 3)], dim=1)
+            origin = positions.new_zeros(len(items), 1, 3)
+            positions = torch.cat([positions, origin], dim=1)
             states, cross = self._run(tokens, positions)
             if self.model.config.post_norm and encoder.layernorm_post is not None:
                 states[-1] = encoder.layernorm_post(states[-1])
             for row, item in enumerate(items):
                 states_of[item] = [state[row] for state in states]
                 cross_of[item] = cross[:, row]
+        # groups are of one length each; the pack's own order is restored here
         in_order = [states_of[item] for item in range(len(lengths))]
         return TowerStates(
             states={index: torch.cat([s[index] for s in in_order]) for index in layers},
@@ -161,13 +166,16 @@ class CrossGetTower(VisionTower):
         states = [x]
         learned = self.cross_tokens()
         for number, layer in enumerate(self.blocks):
-            cross = x[:, -1:].detach() + learned[:, number : number + 1]
-            x = torch.cat([x[:, :-1], cross], dim=1)
+            previous = x[:, -1:].detach()
+            cross = previous + learned[:, number : number + 1]
+            others = x[:, :-1]
+            x = torch.cat([others, cross], dim=1)
             x, sizes, positions = self._layer(
                 layer, x, sizes=sizes, positions=positions, r=self.config.at(number)
             )
             states.append(x)
-        return states, torch.stack([state[:, -1] for state in states[1:]])
+        after_layers = states[1:]  # the first state is the input of the first layer
+        return states, torch.stack([state[:, -1] for state in after_layers])
 
     def _layer(
         self,
@@ -178,17 +186,26 @@ class CrossGetTower(VisionTower):
         r: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Tokens, sizes and positions after a block that merges r tokens between its halves."""
-        q, k, v = self._queries_keys_values(layer.self_attn, layer.layer_norm1(x), positions)
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + log_sizes(sizes)
+        q, k, v = self._queries_keys_values(
+            layer.self_attn,
+            normed=layer.layer_norm1(x),
+            positions=positions,
+        )
+        scale = q.shape[-1] ** -0.5
+        scores = q @ k.transpose(-1, -2) * scale
+        logits = scores + log_sizes(sizes)
         if self.mask_cross_token:
+            # the last key, for all queries but the last, in every item and head
             hidden = torch.zeros_like(logits[:1, :1], dtype=torch.bool)
             hidden[..., :-1, -1] = True
             logits = logits.masked_fill(hidden, -torch.inf)
         probabilities = logits.softmax(dim=-1)
-        mixed = (probabilities @ v).transpose(1, 2).flatten(2)
+        by_head = probabilities @ v
+        mixed = by_head.transpose(1, 2).flatten(2)
         attention = layer.self_attn
         output = attention.out_proj if positions is None else attention.proj
         x = x + output(mixed)
+        # the class token (of CLIP) comes first, the cross token last
         protected = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         protected[:, -1] = True
         protected[:, : self.num_class_tokens] = True
@@ -201,7 +218,8 @@ class CrossGetTower(VisionTower):
         )
         x, sizes = apply_merge(x, sizes=sizes, merge=merge, weights=self.config.weights)
         if positions is not None and merge is not None:
-            positions = positions.gather(1, merge.kept[..., None].expand(-1, -1, 3))
+            index = merge.kept[..., None].expand(-1, -1, 3)
+            positions = positions.gather(1, index)
         return x + layer.mlp(layer.layer_norm2(x)), sizes, positions
 
     def _queries_keys_values(
@@ -211,9 +229,13 @@ class CrossGetTower(VisionTower):
         heads = attention.num_heads
         if positions is None:
             projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-            return [p(normed).unflatten(-1, (heads, -1)).transpose(1, 2) for p in projections]
+            by_head = [project(normed).unflatten(-1, (heads, -1)) for project in projections]
+            return [rows.transpose(1, 2) for rows in by_head]
         config = self.model.config
-        q, k, v = attention.qkv(normed.flatten(0, 1)).unflatten(-1, (3, heads, -1)).unbind(1)
+        # in rows as of a pack, which is the shape that apply_rope takes
+        joined = attention.qkv(normed.flatten(0, 1))
+        by_kind = joined.unflatten(-1, (3, heads, -1))
+        q, k, v = by_kind.unbind(1)
         tables = rope_tables(
             positions.flatten(0, 1),
             head_dim=q.shape[-1],
@@ -222,7 +244,8 @@ class CrossGetTower(VisionTower):
             position_scale=config.rope_position_scale,
         )
         rotated = (apply_rope(q, tables), apply_rope(k, tables), v)
-        return [rows.unflatten(0, (len(normed), -1)).transpose(1, 2) for rows in rotated]
+        batched = [rows.unflatten(0, (len(normed), -1)) for rows in rotated]
+        return [rows.transpose(1, 2) for rows in batched]
 
 
 def alignment_loss(
@@ -240,11 +263,16 @@ def alignment_loss(
     image = image_tokens.repeat_interleave(repeats.to(image_tokens.device), dim=0)
     log_p = image.log_softmax(dim=-1)
     log_q = text_tokens.log_softmax(dim=-1)
-    log_m = torch.stack([log_p, log_q]).logsumexp(dim=0) - math.log(2)
+    # log((P + Q) / 2) without leaving log space, where small probabilities do not underflow
+    both = torch.stack([log_p, log_q])
+    log_m = both.logsumexp(dim=0) - math.log(2)
     if direction == "published":
+        # the two divergences share their weights M
         divergence = log_m.exp() * (2 * log_m - log_p - log_q)
     elif direction == "jensen_shannon":
-        divergence = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
+        from_p = log_p.exp() * (log_p - log_m)
+        from_q = log_q.exp() * (log_q - log_m)
+        divergence = from_p + from_q
     else:
         raise ValueError(f"direction is {direction!r}; choose published or jensen_shannon")
     return divergence.sum(dim=-1).mean() / 2
@@ -252,5 +280,6 @@ def alignment_loss(
 
 def layer_repeats(vision_layers: int, text_layers: int) -> torch.Tensor:
     """Number of text layers that each vision layer is aligned with, int64 [L_v] of sum L_t."""
+    # rounded edges spread a remainder evenly: 24 layers on 32 repeat 1, 1, 2 times in turn
     edges = torch.arange(vision_layers + 1) * text_layers // vision_layers
     return edges.diff()

@@ -41,8 +41,10 @@ class SpatialMerge(nn.Module):
                 f"{tokens.shape[1]} tokens on a grid of {rows} x {columns} are not whole 2 x 2 "
                 "squares: choose a picture size with an even number of patches on both sides"
             )
-        squares = self.norm(tokens).unflatten(1, (rows // 2, 2, columns // 2, 2))
-        return self.mlp(squares.transpose(2, 3).flatten(3).flatten(1, 2))
+        normed = self.norm(tokens)
+        squares = normed.unflatten(1, (rows // 2, 2, columns // 2, 2))
+        merged = squares.transpose(2, 3).flatten(3)  # [B, rows / 2, columns / 2, 4 * D]
+        return self.mlp(merged.flatten(1, 2))
 
 
 def build_projector(kind: str, width: int, output_width: int) -> nn.Module:
@@ -82,7 +84,10 @@ def project(
         return projector.project(states), states.lengths
     tokens = states.patches(states.states[layer])
     if isinstance(projector, SpatialMerge):
-        merged = [projector(maps, grid).flatten(0, 1) for grid, maps in states.maps(tokens)]
+        merged = []
+        for grid, maps in states.maps(tokens):
+            merged.append(projector(maps, grid).flatten(0, 1))
+        # 2 x 2 patches make one token
         return torch.cat(merged), [length // 4 for length in states.lengths]
     return projector(tokens), states.lengths
 

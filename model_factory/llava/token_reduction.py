@@ -73,13 +73,15 @@ def log_sizes(sizes: torch.Tensor) -> torch.Tensor:
 def attention_importance(attention: torch.Tensor) -> torch.Tensor:
     """Importance [B, T] of tokens by attention probabilities [B, H, T, T]: the mean attention that
     a token receives from all tokens but the last, plus that from the last one, the cross token."""
-    mean = attention.mean(dim=1)
+    mean = attention.mean(dim=1)  # [B, T, T]: a row is what one token attends to
     return mean[:, :-1].mean(dim=1) + mean[:, -1]
 
 
 def query_importance(keys: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Importance [B, T] as the cosine of full-width keys [B, T, C] and one query [B, C]."""
-    return (F.normalize(keys, dim=-1) @ F.normalize(query, dim=-1)[..., None]).squeeze(-1)
+    unit_keys = F.normalize(keys, dim=-1)
+    unit_query = F.normalize(query, dim=-1)
+    return (unit_keys @ unit_query[..., None]).squeeze(-1)
 
 
 @torch.no_grad()
@@ -98,7 +100,8 @@ def choose_merge(
 
     At most half of the free tokens merge. Of equal scores the lower index comes first.
     """
-    free = keys.shape[1] - int(protected[0].sum())
+    num_protected = int(protected[0].sum())
+    free = keys.shape[1] - num_protected
     count = min(r, free // 2)
     if count <= 0:
         return None
@@ -106,19 +109,31 @@ def choose_merge(
     similarity = unit @ unit.transpose(1, 2)
     similarity = (similarity + similarity.transpose(1, 2)) / 2  # bitwise symmetric: ties are ties
     is_self = torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
-    blocked = protected[:, :, None] | protected[:, None, :] | is_self
+    # -inf is no token's maximum, so that protected tokens neither merge nor are merged into
+    touches_protected = protected[:, :, None] | protected[:, None, :]
+    blocked = touches_protected | is_self
     similarity = similarity.masked_fill(blocked, -torch.inf)
     if config.rule == "bipartite":
         source, candidates = _bipartite(similarity, count)
     else:
-        source, candidates = _complete_graph(similarity, importance, count)
+        source, candidates = _complete_graph(similarity, importance=importance, count=count)
     source = source.sort(dim=1).values
-    rows = similarity.gather(1, source[..., None].expand(-1, -1, similarity.shape[-1]))
-    destination = rows.masked_fill(~candidates[:, None], -torch.inf).argmax(dim=-1)
+    num_tokens = similarity.shape[-1]
+    every_column = source[..., None].expand(-1, -1, num_tokens)
+    rows = similarity.gather(1, every_column)
+    allowed = rows.masked_fill(~candidates[:, None], -torch.inf)
+    destination = allowed.argmax(dim=-1)
     remains = torch.ones_like(protected).scatter(1, source, False)
-    kept = remains.nonzero()[:, 1].view(len(remains), -1)  # as many in each row
-    pair = torch.stack([importance.gather(1, source), importance.gather(1, destination)], dim=-1)
-    share = torch.full_like(pair, 0.5) if config.weights == "size" else pair.softmax(dim=-1)
+    columns = remains.nonzero()[:, 1]
+    kept = columns.view(len(remains), -1)  # as many in each row
+    of_source = importance.gather(1, source)
+    of_destination = importance.gather(1, destination)
+    pair = torch.stack([of_source, of_destination], dim=-1)
+    if config.weights == "size":
+        # a half makes the weights of apply_merge the sizes alone
+        share = torch.full_like(pair, 0.5)
+    else:
+        share = pair.softmax(dim=-1)
     return Merge(source=source, destination=destination, kept=kept, share=share)
 
 
@@ -139,23 +154,28 @@ def apply_merge(
     merged = sizes.gather(1, source)
     receiving = sizes.gather(1, destination)
     source_weight = 2 * merge.share[..., :1] * merged
+    # `total` starts with the destination at its size, so each source adds the rest of its weight
     own_weight = (2 * merge.share[..., 1:] - 1) * receiving
-    added = source_weight * tokens.gather(1, source.expand(-1, -1, width))
-    added = added + own_weight * tokens.gather(1, destination.expand(-1, -1, width))
-    total = (sizes * tokens).scatter_add(1, destination.expand(-1, -1, width), added)
+    source_index = source.expand(-1, -1, width)
+    destination_index = destination.expand(-1, -1, width)
+    added = source_weight * tokens.gather(1, source_index)
+    added = added + own_weight * tokens.gather(1, destination_index)
+    total = (sizes * tokens).scatter_add(1, destination_index, added)
     new_sizes = sizes.scatter_add(1, destination, merged)
     divisor = new_sizes
     if weights == "guided_normalised":
         divisor = sizes.scatter_add(1, destination, source_weight + own_weight)
     kept = merge.kept[..., None]
-    mixed = (total / divisor).gather(1, kept.expand(-1, -1, width))
+    mean = total / divisor
+    mixed = mean.gather(1, kept.expand(-1, -1, width))
     return mixed, new_sizes.gather(1, kept)
 
 
 def tokens_left(tokens: int, config: ReductionConfig, layers: int, protected: int = 2) -> int:
     """Tokens that remain of `tokens` after a number of layers."""
     for layer in range(layers):
-        tokens -= max(0, min(config.at(layer), (tokens - protected) // 2))
+        half_of_free = (tokens - protected) // 2
+        tokens -= max(0, min(config.at(layer), half_of_free))
     return tokens
 
 
@@ -165,12 +185,17 @@ def _complete_graph(
     """(sources [B, R], possible destinations bool [B, T]). Sources are the tokens with the smallest
     importance - match, where match is the similarity to the most similar less redundant token."""
     best = similarity.max(dim=-1).values
+    # stable sorts, as ties would otherwise depend on the device
     order = best.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)  # 0 is the most redundant token
     behind = rank[:, None, :] > rank[:, :, None]
-    match = similarity.masked_fill(~behind, -torch.inf).max(dim=-1).values
-    source = (importance - match).argsort(dim=1, stable=True)[:, :count]
-    return source, torch.ones_like(rank, dtype=torch.bool).scatter_(1, source, False)
+    less_redundant = similarity.masked_fill(~behind, -torch.inf)
+    # the token of the last rank has no match (-inf), and is the last that can become a source
+    match = less_redundant.max(dim=-1).values
+    by_score = (importance - match).argsort(dim=1, stable=True)
+    source = by_score[:, :count]
+    candidates = torch.ones_like(rank, dtype=torch.bool).scatter_(1, source, False)
+    return source, candidates
 
 
 def _bipartite(similarity: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,7 +203,8 @@ def _bipartite(similarity: torch.Tensor, count: int) -> tuple[torch.Tensor, torc
     that are most similar to one of odd index."""
     index = torch.arange(similarity.shape[1], device=similarity.device)
     odd = (index % 2 == 1).expand(len(similarity), -1)
-    best = similarity.masked_fill(~odd[:, None], -torch.inf).max(dim=-1).values
+    to_odd = similarity.masked_fill(~odd[:, None], -torch.inf)
+    best = to_odd.max(dim=-1).values
     best = best.masked_fill(odd, -torch.inf)
-    source = best.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return source, odd
+    by_similarity = best.argsort(dim=1, descending=True, stable=True)
+    return by_similarity[:, :count], odd

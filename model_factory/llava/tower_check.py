@@ -59,11 +59,14 @@ def _check(tower: Path, config: LlavaConfig, expected: dict[str, torch.Tensor]) 
             f"processor makes of a picture, config.json says {config.image_seq_length}: the "
             "source's preprocessor_config.json must crop to a square"
         )
-    worst = float((features - expected["features"]).abs().max())
+    difference = features - expected["features"]
+    worst = float(difference.abs().max())
+    # not `worst > TOLERANCE`: a tower that gives NaN must fail
     if not worst <= TOLERANCE:
         raise ValueError(f"{tower} differs from its source by {worst:.2e}; at most {TOLERANCE:.0e}")
     count = len(model.state_dict())
-    return f"{tower.name}: all {count} tensors, {features.shape[1]} tokens, difference {worst:.1e}"
+    tokens = features.shape[1]
+    return f"{tower.name}: all {count} tensors, {tokens} tokens, difference {worst:.1e}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -209,9 +209,11 @@ def _our_source(encoder: LlavaViTPackingModel, post_norm: bool) -> TowerSource:
     p = encoder.config.patch_size
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        grid = torch.tensor([[1, pixels.shape[-2] // p, pixels.shape[-1] // p]])
+        height, width = pixels.shape[-2:]
+        grid = torch.tensor([[1, height // p, width // p]])
         out = encoder(patchify(pixels, p)[0], grid, output_hidden_states=True)
-        return (out.last_hidden_state if post_norm else out.hidden_states[-1])[None]
+        state = out.last_hidden_state if post_norm else out.hidden_states[-1]
+        return state[None]
 
     model = LlavaViTVisionModel.from_encoder(encoder, post_norm).eval()
     return TowerSource(
@@ -276,7 +278,11 @@ def _write_towers(source: TowerSource, folder: Path) -> None:
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copyfile(tower / name, legacy / name)
     weights = load_file(tower / "model.safetensors")
-    prefixed = {LEGACY_PREFIX + key.removeprefix(LEGACY_PREFIX): t for key, t in weights.items()}
+    prefixed = {}
+    for key, tensor in weights.items():
+        # whether names have the prefix depends on the release of transformers that saved them
+        bare = key.removeprefix(LEGACY_PREFIX)
+        prefixed[LEGACY_PREFIX + bare] = tensor
     save_file(prefixed, legacy / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -284,6 +290,7 @@ def _llava_config(
     source: TowerSource, text: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> LlavaConfig:
     """The configuration; a vocabulary that has no room for the image token grows."""
+    # without a tokenizer the image token gets the first number behind the vocabulary
     index = text.vocab_size if tokenizer is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if index >= text.vocab_size:
         text.vocab_size = (index // VOCABULARY_STEP + 1) * VOCABULARY_STEP
@@ -296,7 +303,7 @@ def _llava_config(
         vision_feature_select_strategy=source.strategy,
     )
     for part in (config.vision_config, config.text_config):
-        part.dtype = None
+        part.dtype = None  # a model built from two halves of different dtypes would mix them
         part._name_or_path = ""  # a path of this machine
     return config
 
@@ -329,8 +336,10 @@ def _verify(source: TowerSource, folder: Path) -> list[str]:
         expected = {"pixel_values": pixels.contiguous(), "features": features.contiguous()}
         save_file(expected, reference)
         check = [sys.executable, "-m", f"{__package__}.tower_check", folder, reference]
-        done = subprocess.run(list(map(str, check)), capture_output=True, text=True)
+        command = [str(part) for part in check]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
+        # the messages alone; without any, the whole standard error, such as a traceback
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         raise ValueError("; ".join(errors).replace("error: ", "") or done.stderr)
     lines = [line for line in done.stdout.splitlines() if line.startswith(FOUND)]

@@ -86,13 +86,17 @@ class TowerStates:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TowerStates":
         """The same on a device, for states that were stored."""
-        states = {index: state.to(device, dtype) for index, state in self.states.items()}
+        states = {}
+        for index, state in self.states.items():
+            states[index] = state.to(device, dtype)
         positions = None if self.positions is None else self.positions.to(device)
         return replace(self, states=states, positions=positions)
 
     def patches(self, state: torch.Tensor) -> torch.Tensor:
         """Patch tokens [sum of lengths, D] of a state in the layout of the blocks."""
-        return state if state.ndim == 2 else state[:, self.extra :].flatten(0, 1)
+        if state.ndim == 2:  # of a pack, which has no extra tokens
+            return state
+        return state[:, self.extra :].flatten(0, 1)
 
     def maps(self, tokens: torch.Tensor) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
         """Tokens [sum of lengths, D] as maps: ((rows, columns), [frames, rows * columns, D]) for
@@ -112,7 +116,8 @@ class TowerStates:
                 counts.append(0)
             counts[-1] += length
         for (rows, columns), run in zip(sides, tokens.split(counts), strict=True):
-            yield (rows, columns), run.unflatten(0, (-1, rows * columns))
+            frames = run.unflatten(0, (-1, rows * columns))
+            yield (rows, columns), frames
 
 
 @dataclass
@@ -188,6 +193,7 @@ class VisionTower(nn.Module):
 
         def before(index: int) -> Callable[..., None]:
             def hook(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                # models pass the state by position or by this name
                 record.states[index] = args[0] if args else kwargs["hidden_states"]
                 others = {name: v for name, v in kwargs.items() if name != "hidden_states"}
                 record.call = (args[1:], others)
@@ -195,9 +201,10 @@ class VisionTower(nn.Module):
             return hook
 
         def after(_block: nn.Module, _args: tuple, out: Any) -> None:
+            # some models' blocks return a tuple, with the state first
             record.states[last] = out[0] if isinstance(out, tuple) else out
 
-        # block 0 always, as its input tells the number of tokens
+        # block 0 always, as the number of tokens is that of its input
         watched = {index for index in layers if index < last} | {0}
         handles = [
             self.blocks[index].register_forward_pre_hook(before(index), with_kwargs=True)
@@ -207,6 +214,7 @@ class VisionTower(nn.Module):
         try:
             yield record
         finally:
+            # a hook that stays would hold the states of this batch
             for handle in handles:
                 handle.remove()
 
@@ -237,7 +245,8 @@ class PictureTower(VisionTower):
             raise ValueError(
                 f"{type(self.model).__name__} takes pictures, not packs: give clips as frames"
             )
-        grid = self.patches_of(*pixels.shape[-2:])
+        height, width = pixels.shape[-2:]
+        grid = self.patches_of(height, width)
         patches = grid[1] * grid[2]
         with self._watched(layers) as record:
             self.model(pixel_values=pixels.to(self.model.dtype))
@@ -245,6 +254,7 @@ class PictureTower(VisionTower):
             states={index: record.states[index] for index in layers},
             lengths=[patches] * len(pixels),
             grids=[grid] * len(pixels),
+            # counted, as models differ in their class and register tokens
             extra=record.states[0].shape[1] - patches,
             call=record.call,
         )
@@ -270,7 +280,9 @@ class PackedTower(VisionTower):
         pixels = visuals.pixel_values
         if pixels is None:
             return visuals
-        grids = torch.tensor([self.patches_of(*pixels.shape[-2:])] * len(pixels))
+        height, width = pixels.shape[-2:]
+        grid = self.patches_of(height, width)
+        grids = torch.tensor([grid] * len(pixels))
         return VisualInputs(
             rows=patchify(pixels, self.model.config.patch_size).flatten(0, 1),
             positions=compute_patch_positions_from_grid_thw(grids).to(pixels.device),
@@ -292,7 +304,9 @@ class PackedTower(VisionTower):
     def _states(self, visuals: VisualInputs, layers: list[int]) -> TowerStates:
         pack = self.packed(visuals)
         assert pack.rows is not None and pack.lengths is not None and pack.grids is not None
-        bounds = torch.cat([pack.lengths.new_zeros(1), pack.lengths.cumsum(0)]).to(torch.int32)
+        ends = pack.lengths.cumsum(0)
+        start = pack.lengths.new_zeros(1)
+        bounds = torch.cat([start, ends]).to(torch.int32)
         with self._watched(layers) as record:
             out = self.model.packing(
                 pack.rows.to(self.model.dtype),
@@ -301,6 +315,7 @@ class PackedTower(VisionTower):
                 max_seqlen=int(pack.lengths.max()),
             )
         if self.model.config.post_norm:
+            # in place of the hook's state, which is the block's output before the norm
             record.states[self.num_layers] = out.last_hidden_state
         return TowerStates(
             states={index: record.states[index] for index in layers},

@@ -94,7 +94,7 @@ class ViTSplit(nn.Module):
             copy.deepcopy(block)
             for block in blocks[-(tuned + 1) : -1]  # empty for K = 0
         )
-        self.tuned_head.requires_grad_(True)
+        self.tuned_head.requires_grad_(True)  # copies of a frozen tower's blocks are frozen too
         self.frozen_conv: nn.Sequential | None = None
         self.fusion_conv: nn.Sequential | None = None
         self.proj: nn.Sequential | None = None
@@ -102,6 +102,8 @@ class ViTSplit(nn.Module):
             self.frozen_conv = _convolutions(self.prior_width, self.prior_width)
             self.fusion_conv = _convolutions(self.prior_width + config.tower_width, out)
         elif config.frozen_layers:
+            # 1 in all: the 3 x 3 convolution needs it to keep the map's size; given to the 1 x 1
+            # convolution instead, it brings the size back with a border of constants
             spatial_padding = 0 if config.published_border else 1
             self.frozen_conv = nn.Sequential(
                 nn.Conv2d(self.prior_width, self.prior_width, 3, padding=spatial_padding),
@@ -123,7 +125,8 @@ class ViTSplit(nn.Module):
 
         grid: rows and columns of the patches; without it they must be a square.
         """
-        batch, tokens = next(iter(hidden_states.values())).shape[:2]
+        any_state = next(iter(hidden_states.values()))
+        batch, tokens = any_state.shape[:2]
         patches = tokens - num_extra_tokens
         if grid is None:
             side = math.isqrt(patches)
@@ -150,16 +153,21 @@ class ViTSplit(nn.Module):
         if self.proj is not None:
             return self.proj(self._task(states))
         assert self.frozen_conv is not None  # there are frozen layers, or `proj`
-        inputs = [states.patches(self._state(states, i)) for i in self.config.frozen_layers]
+        frozen = [self._state(states, layer) for layer in self.config.frozen_layers]
+        inputs = [states.patches(state) for state in frozen]
         if self.fusion_conv is not None:
             inputs.append(self._task(states))
+        # both heads' channels go through `maps` together, so that they are cut alike
         out = []
         for grid, group in states.maps(torch.cat(inputs, dim=-1)):
             maps = group.unflatten(1, grid).movedim(-1, 1)  # [frames, channels, rows, columns]
-            fused = self.frozen_conv(maps[:, : self.prior_width])
+            prior = maps[:, : self.prior_width]
+            fused = self.frozen_conv(prior)
             if self.fusion_conv is not None:
-                fused = self.fusion_conv(torch.cat([fused, maps[:, self.prior_width :]], dim=1))
-            out.append(fused.movedim(1, -1).flatten(0, 2))
+                task = maps[:, self.prior_width :]
+                fused = self.fusion_conv(torch.cat([fused, task], dim=1))
+            channels_last = fused.movedim(1, -1)
+            out.append(channels_last.flatten(0, 2))
         return torch.cat(out)
 
     def _task(self, states: TowerStates) -> torch.Tensor:
@@ -191,9 +199,14 @@ class ViTSplit(nn.Module):
 def _without_masks(block: nn.Module) -> dict[str, None]:
     """Arguments that a block requires beside its input: masks, one or two of them, depending on
     the release of transformers."""
-    others = list(inspect.signature(block.forward).parameters.values())[1:]
+    parameters = inspect.signature(block.forward).parameters
+    others = list(parameters.values())[1:]
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return {p.name: None for p in others if p.kind is plain and p.default is p.empty}
+    masks: dict[str, None] = {}
+    for parameter in others:
+        if parameter.kind is plain and parameter.default is parameter.empty:
+            masks[parameter.name] = None
+    return masks
 
 
 def _convolutions(width: int, out: int) -> nn.Sequential:

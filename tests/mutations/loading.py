@@ -158,8 +158,8 @@ LOADING = (
     Mutant(
         name="mean-not-scaled",
         file="model_factory/packing.py",
-        old="torch.stack([1 / (MAX_BYTE * stds), -means / stds])",
-        new="torch.stack([1 / (MAX_BYTE * stds), -means])",
+        old="offset = -means / stds",
+        new="offset = -means",
         why="pixels are not centred as the public weights expect",
         tests=("data_pipeline/shards/test_packing.py",),
     ),
