@@ -93,7 +93,8 @@ def _check_resume(config: TrainConfig) -> None:
     if config.resume in ("auto", "never"):
         return
     output = Path(config.output).resolve()
-    rounds = {output / f"round_{number}" for number in range(1, config.rounds + 1)}
+    numbers = range(1, config.rounds + 1)
+    rounds = {output / f"round_{number}" for number in numbers}
     if not rounds & set(Path(config.resume).resolve().parents):
         raise ValueError(
             f"--resume {config.resume} lies in no round of {output}: name one that does"
@@ -107,7 +108,7 @@ def _write_centers(
     clustered = _clustered(datasets)
     for name, head in heads.items():
         if name not in clustered:
-            centers = head.whole_centers()
+            centers = head.whole_centers()  # a collective, so before rank 0 goes on alone
             if ranks.is_main:
                 path = folder / "centers" / f"{name}.npy"
                 path.parent.mkdir(exist_ok=True)
@@ -199,6 +200,7 @@ def normalised_mutual_information(left: np.ndarray, right: np.ndarray) -> float:
     time follow the samples, not the classes."""
     pairs = np.stack([left, right], axis=1).astype(np.int64)
     entropies = _entropy(left) + _entropy(right)
+    # I(X; Y) = H(X) + H(Y) - H(X, Y)
     mutual = entropies - _entropy(pairs)
     # two clusterings into one class each have no entropy
     return round(float(2 * mutual / max(entropies, 1e-12)), 4)

@@ -178,7 +178,8 @@ def outcome_of(error: BaseException, written: Path | None = None) -> tuple[str |
         return None, ""
     message = command.message_of(error, written)
     if outcome in ADVICE:
-        return outcome, f"{type(error).__name__}: {message}; {ADVICE[outcome]}"
+        text = f"{type(error).__name__}: {message}"
+        return outcome, f"{text}; {ADVICE[outcome]}"
     if outcome == "storage" and isinstance(error, OSError):
         return outcome, f"{message}; {DISK_ADVICE}"
     return outcome, message

@@ -194,8 +194,10 @@ class Trainer:
         """Whether this rank wishes to stop and to save; each wish to save is passed on once."""
         now = time.monotonic()
         # rank 0's clock decides for all: with clocks of their own, ranks would ask at other steps
-        due = self.ranks.is_main and now - self._saved_at > 60 * self.config.checkpoint.minutes
+        interval_s = 60 * self.config.checkpoint.minutes
+        due = self.ranks.is_main and now - self._saved_at > interval_s
         if due:
+            # asked for: the save itself sets it again, at the end of the step
             self._saved_at = now
         return self.signals.requested is not None, due
 

@@ -13,8 +13,8 @@ TRAINING = (
     Mutant(
         name="moment-correction",
         file="training/optimizer.py",
-        old="(square / (1 - beta2**steps)[:, None])",
-        new="(square / (1 - beta1**steps)[:, None])",
+        old="corrected = square / (1 - beta2**steps)[:, None]",
+        new="corrected = square / (1 - beta1**steps)[:, None]",
         why="the first steps of a row are too short",
         tests=("training/test_optimizer.py",),
     ),
@@ -135,7 +135,7 @@ TRAINING = (
     Mutant(
         name="gradient-along-the-row",
         file="training/losses/partial_fc.py",
-        old="(own - (own * unit).sum(dim=-1, keepdim=True) * unit) / norms",
+        old="(own - along * unit) / norms",
         new="own / norms",
         why="the norm of embeddings gets a gradient that it does not have",
         tests=(DENSE,),

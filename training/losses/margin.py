@@ -37,6 +37,7 @@ def margin_losses(
     """
     valid = labels >= 0
     target = scale * (positive_cosines - margin)
+    # a row's labels are non-targets in each other's softmax, so the filter applies to them
     logits = scale * filtered(positive_cosines, filter_threshold)
     same = labels[:, :, None] == labels[:, None, :]  # [B, l, k]
     earlier = same.tril(diagonal=-1).any(dim=-1)  # the same class is an earlier label of the row
@@ -44,7 +45,9 @@ def margin_losses(
     if mask_co_positives:
         counts = torch.zeros_like(counts)
     others = logits[:, None, :].expand_as(counts).masked_fill(~counts, NOTHING)
-    negatives = negative_lse.clamp(min=NOTHING)[:, None, None].expand(-1, labels.shape[1], 1)
+    # all negatives together are one more rival of each label, the same for all of a row
+    negatives = negative_lse.clamp(min=NOTHING)  # -inf where there are none
+    negatives = negatives[:, None, None].expand(-1, labels.shape[1], 1)
     rivals = torch.cat([others, negatives], dim=-1).logsumexp(dim=-1)
     # = logsumexp(rivals, target) - target, which would cancel the digits of a small loss
     losses = F.softplus(rivals - target)
