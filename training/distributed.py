@@ -148,7 +148,7 @@ def _session(store: dist.Store, rank: int, world_size: int) -> str:
             if store.check([f"thanks/{session}/{other}"]):
                 missing.discard(other)
             elif store.check([f"hello/{other}"]):
-                # maybe of a process that is gone, whose successor writes over it: asked again
+                # of a process that is gone, maybe, until its successor writes over it
                 token = store.get(f"hello/{other}").decode()
                 if token not in answered:
                     store.set(f"welcome/{token}", session)
@@ -209,7 +209,6 @@ def on_main(ranks: Ranks, work: Callable[[], object]) -> None:
         if outcome != DONE:
             raise PeerFailed(f"rank 0 stopped: {outcome}")
         return
-    # `work` may write where a slower rank still reads, so it waits for all of them
     for rank in range(1, ranks.world_size):
         _await(store, f"{key}/{rank}")
     try:

@@ -197,7 +197,7 @@ class Trainer:
         interval_s = 60 * self.config.checkpoint.minutes
         due = self.ranks.is_main and now - self._saved_at > interval_s
         if due:
-            # asked for: the save itself sets it again, at the end of the step
+            # the wish is passed on once; the save, a step later, sets this again
             self._saved_at = now
         return self.signals.requested is not None, due
 

@@ -152,4 +152,6 @@ def _decoding_pipeline(
 def _cause(error: Exception) -> str:
     """The line of DALI's message that holds the cause; the others are a stack of its frames."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "rror" in line), lines[0] if lines else "no reason")
+    first = lines[0] if lines else "no reason"
+    # Error or error
+    return next((line for line in lines if "rror" in line), first)

@@ -65,6 +65,7 @@ class MixtureLoader:
         self._position: dict[str, dict[str, int]] = {}
         self._current = next(iter(streams), "")  # the head that the thread works on
         self._failure: BaseException | None = None
+        # daemon: one that is left behind in a hanging read must not keep the process alive
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
         self._thread.start()
 
@@ -78,6 +79,7 @@ class MixtureLoader:
         if isinstance(item, BaseException):
             self._failure = item  # the thread has ended: whoever asks again gets the same error
             raise item
+        # counted when they are handed out: batches that were read ahead are read again on resume
         for name, batch in item.items():
             self._position[name] = {"epoch": batch.epoch, "next_batch": batch.index + 1}
         return item
@@ -92,6 +94,7 @@ class MixtureLoader:
             self._stopped = True
             self._changed.notify_all()
         self._thread.join(CLOSE_SECONDS)
+        # a thread in a hanging read still uses its files
         if not self._thread.is_alive():
             for stream in self._streams.values():
                 stream.close()
@@ -115,6 +118,7 @@ class MixtureLoader:
 
     def _offer(self, item: dict[str, PackedBatch] | BaseException, size: int) -> None:
         def may_go_on() -> bool:
+            # one step's batches may always wait, whatever their size
             if self._stopped or not self._ready:
                 return True
             fits = self._waiting_bytes + size <= self._prefetch_bytes

@@ -82,7 +82,7 @@ class SampleReader:
             size = (grid[0] * self._patch_size, grid[1] * self._patch_size)
         elif view == CODEC:
             stored = self.shards.read(sample_id, "positions.npy")
-            positions = decode_array(stored, "positions.npy", name)
+            positions = decode_array(stored, member="positions.npy", name=name)
             count = int(self._table.num_patches[sample_id])
             check_positions(positions, count=count, grid=grid, name=name)
             size = mosaic_size(len(positions), self._patch_size)
@@ -178,7 +178,8 @@ def sequential_batches(
     config = view_config or ViewConfig()
     samples = SampleReader(manifest, table)
     ids = [int(i) for i in sample_ids]
-    chunks = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    starts = range(0, len(ids), batch_size)
+    chunks = [ids[start : start + batch_size] for start in starts]
     pending: dict[int, list[Request]] = {}
 
     def fetch(number: int) -> list[np.ndarray]:
@@ -213,15 +214,19 @@ def _decode(
     """Images of the next batch, each of its right size."""
     try:
         pictures = next(decoder)
-        requests = pending[min(pending)]
+        requests = pending[min(pending)]  # DALI reads ahead: the oldest batch is the one decoded
         bad = wrong_sizes(requests, pictures)
     except DecodeFailed as error:
         requests = [request for batch in pending.values() for request in batch]
-        bad = undecodable([request.encoded for request in requests], torch.device("cpu"))
+        encoded = [request.encoded for request in requests]
+        bad = undecodable(encoded, torch.device("cpu"))
         if not bad:
             raise CorruptShard(f"decoding failed, every picture alone decodes: {error}") from error
     if bad:
-        lines = [f"{samples.name(requests[i].sample_id)}: {reason}" for i, reason in bad.items()]
+        lines = []
+        for i, reason in bad.items():
+            name = samples.name(requests[i].sample_id)
+            lines.append(f"{name}: {reason}")
         raise CorruptShard(
             "samples that cannot be used; to pack them again, remove their shards' .json and"
             " run the `pack` command of the folder again:\n" + "\n".join(lines)

@@ -287,8 +287,8 @@ TRAINING = (
     Mutant(
         name="picture-columns-as-rows",
         file="training/record/pack_picture.py",
-        old="left = column * (wide * size + GAP) + positions[k, 2] * size",
-        new="left = column * (wide * size + GAP) + positions[k, 1] * size",
+        old="left = column * stride + positions[k, 2] * size",
+        new="left = column * stride + positions[k, 1] * size",
         why="packs are drawn with patches on the diagonal",
         tests=("training/record/test_seeing.py::test_a_pack_is_drawn_as_its_items_patch_by_patch",),
     ),

@@ -166,7 +166,7 @@ class Checkpointer:
         """Load the tensors of a commit, and set aside the commits that lie beyond the start."""
         if commit is not None:
             read_tensors(self._tensors(), commit.path)
-        dist.barrier()  # the commit may be renamed below, after every rank has read it
+        dist.barrier()
         if self._ranks.is_main:
             first = 0 if commit is None else commit.state["step"]
             for aside in self._folder.set_aside_beyond(first):

@@ -47,7 +47,7 @@ def write_tensors(
         with safe_open(file, framework="pt") as written:
             for name in written.keys():
                 own = written.get_tensor(name)
-                # the hashes of the manifest are taken from the disk, so this comes before them
+                # the manifest hashes files as they lie there, so it would seal a wrong write, too
                 if not torch.equal(own, local(tensors[name]).cpu()):
                     raise StorageError(f"{name} in {file} is not what was written there")
                 if not torch.isfinite(own).all():

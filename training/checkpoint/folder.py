@@ -150,7 +150,7 @@ def write_manifest(directory: Path, names: Iterable[str]) -> None:
     foreign = sorted(on_disk - {file.name for file in files})
     if foreign:
         raise StorageError(f"{', '.join(foreign)} in {directory}: not written by this save")
-    # on disk before they are hashed: what a later start reads is what the digests are of
+    # the rename that commits must not reach the disk before the files do
     for file in files:
         sync(file)
     entries = {

@@ -42,6 +42,7 @@ class Draft:
     def repeat(self, name: str, count: int) -> None:
         """Let a list be `count` copies of its first item."""
         first = self._root.values[name][0]
+        # copies, since each is changed by itself later
         self._root.values[name] = [copy.deepcopy(first) for _ in range(count)]
 
     def put(self, path: str, value: Any) -> None:
@@ -99,6 +100,7 @@ class Draft:
                 index = int(part)
                 key: str | int = index
                 kinds = typing.get_args(hint)
+                # tuple[X, ...] has one type for all items, tuple[X, Y] one for each
                 hint = kinds[0] if kinds[1:] == (...,) else kinds[index]
             else:
                 holder = node.values if isinstance(node, _Fields) else {}
@@ -157,13 +159,13 @@ def _converted(value: Any, hint: Any) -> Any:
     """A JSON value as a field of this type holds it; TypeError for one of another type."""
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        for kind in kinds:
+        for kind in kinds:  # of `X | None` and the like the first that fits
             try:
                 return _converted(value, kind)
             except TypeError:
                 continue
     elif typing.get_origin(hint) is tuple and isinstance(value, list):
-        if kinds[1:] == (...,):
+        if kinds[1:] == (...,):  # tuple[X, ...]: as many X as there are values
             kinds = kinds[:1] * len(value)
         if len(kinds) == len(value):
             return tuple(_converted(item, kind) for item, kind in zip(value, kinds, strict=True))
