@@ -61,8 +61,8 @@ class DataCounts:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Batches of this rank, or the error in their place; the position after them; and the sums over
-    all ranks, which are there when `work` is done."""
+    """Batches of this rank, or the error that came instead; the position after them; and the sums
+    over all ranks, which are there when `work` is done."""
 
     batches: dict[str, PackedBatch]
     failure: Exception | None

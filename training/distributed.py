@@ -161,7 +161,7 @@ def _session(store: dist.Store, rank: int, world_size: int) -> str:
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone, or did not come to a collective."""
+    """Whether an error means that another rank is gone, or did not come to a collective."""
     if isinstance(error, (PeerFailed, dist.DistBackendError, dist.DistNetworkError)):
         return True
     # gloo's and some of NCCL's errors are plain RuntimeErrors that name their library
@@ -256,7 +256,8 @@ def reduce_scatter_rows(rows: torch.Tensor) -> Callable[[], torch.Tensor]:
 def _single(name: str) -> Callable:
     """A collective on one tensor, under its newer name where torch has it."""
     older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
-    return getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
+    newer = getattr(dist, f"{name}_single", None)
+    return newer or getattr(dist, older[name])
 
 
 def broadcast_object(value: Any) -> Any:

@@ -175,8 +175,8 @@ def check_ranks(ranks: "Ranks") -> Iterator[Finding]:
     data.sum().item()  # waits for the device
     seconds = (time.monotonic() - started) / 5
     text = f"{EXCHANGED >> 20} MB summed over all ranks in {1e3 * seconds:.1f} ms"
-    rate = EXCHANGED / seconds
-    yield Finding(OK, "exchange", f"{text}, {rate / 1e9:.2f} GB/s")
+    gb_per_s = EXCHANGED / seconds / 1e9
+    yield Finding(OK, "exchange", f"{text}, {gb_per_s:.2f} GB/s")
 
 
 def examine(output: Path, ranks: "Ranks") -> list[Finding]:

@@ -136,7 +136,9 @@ def _round_config(config: TrainConfig, number: int, folder: Path) -> TrainConfig
 def _start_of(head: str, before: Path) -> str:
     """Where a head's centres start from: its new centroids, or its centres of the round before."""
     centroids = _clusters(before, head) / "centroids.npy"
-    return str(centroids if centroids.is_file() else before / "centers" / f"{head}.npy")
+    if centroids.is_file():
+        return str(centroids)
+    return str(before / "centers" / f"{head}.npy")
 
 
 def _named_as(other: TrainConfig, config: TrainConfig) -> TrainConfig:
@@ -189,7 +191,10 @@ def _cluster_again(
     for name, dataset in clustered.items():
         new = relabelled(dataset, _clusters(folder, name))
         again[name] = new
-        shared = normalised_mutual_information(dataset.labels[:, 0], new.labels[:, 0])
+        # the first label of a sample is its nearest cluster
+        clusters_before = dataset.labels[:, 0]
+        clusters_now = new.labels[:, 0]
+        shared = normalised_mutual_information(clusters_before, clusters_now)
         changes[name] = {"classes": new.num_classes, "nmi_with_labels_before": shared}
         logger.info("head %s: new clusters share %.3f NMI with the old ones", name, shared)
     return again, changes

@@ -118,7 +118,7 @@ class RunFolder:
             facts = {"code": code, "outcome": outcome, "message": message, "traceback": trace}
             try:
                 write_json(record, facts)
-            except OSError:  # the disk may be what ended the run; the exit code still says so
+            except OSError:  # the disk may be what ended the run; the exit code still reports it
                 pass
         return code
 

@@ -203,8 +203,9 @@ class TrainStep:
                 values = grad.coalesce().values() if grad.is_sparse else grad
                 if not torch.isfinite(values).all():
                     names.append(name)
-        if len(names) > MOST_NAMED:
-            return [*names[:MOST_NAMED], f"and {len(names) - MOST_NAMED} more"]
+        unnamed = len(names) - MOST_NAMED
+        if unnamed > 0:
+            return [*names[:MOST_NAMED], f"and {unnamed} more"]
         return names
 
     def _softmax_flops(self, batches: dict[str, PackedBatch]) -> int:

@@ -175,7 +175,8 @@ def choose_labels(
     # the labels of the smallest keys are drawn; absent ones have keys above 1, so they come last
     words = _words(ids, width)
     keys = counter_uniform(words, seed, "labels", epoch).numpy() + (labels < 0)
-    picks = np.sort(np.argsort(keys, axis=1, kind="stable")[:, :count], axis=1)
+    smallest = np.argsort(keys, axis=1, kind="stable")[:, :count]
+    picks = np.sort(smallest, axis=1)
     return np.take_along_axis(labels, picks, axis=1)
 
 

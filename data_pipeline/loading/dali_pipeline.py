@@ -63,14 +63,14 @@ class PictureDecoder:
         if self._device.type == "cuda":  # copies out of the last batch's buffers are still queued
             torch.cuda.current_stream(self._device).synchronize()
         try:
-            (pictures,) = self._pipeline.run()
+            (decoded,) = self._pipeline.run()
         except StopIteration:
             raise
         except Exception as error:
             if self._error is not None:
                 raise self._error from None
             raise DecodeFailed(_cause(error)) from error
-        images = [pictures[i] for i in range(len(pictures))]
+        images = [decoded[i] for i in range(len(decoded))]
         if self._device.type == "cpu":
             return [torch.from_numpy(np.asarray(image)) for image in images]
         return [torch.from_dlpack(image) for image in images]

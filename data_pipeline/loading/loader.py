@@ -172,7 +172,8 @@ class SyntheticStream:
         self._next = 0
         self._buffers = PackBuffers(torch.device("cpu"))
         shape = (self.batch_size, self.tokens, self.patch_size)
-        self.plan_sha256 = f"noise {shape} {self.num_classes} {self.num_labels} {self.seed}"
+        labels = f"{self.num_classes} {self.num_labels}"
+        self.plan_sha256 = f"noise {shape} {labels} {self.seed}"
 
     def seek(self, epoch: int, next_batch: int) -> None:
         """Go on with this batch; noise has one epoch."""

@@ -83,7 +83,7 @@ class PackedBatch:
     num_tokens: int  # tokens of samples, without filling
     epoch: int = 0
     index: int = 0  # of the global batch in its epoch
-    replaced: tuple[tuple[int, int], ...] = ()  # (bad sample, who stands in for it; -1: nobody)
+    replaced: tuple[tuple[int, int], ...] = ()  # (bad sample, its reserve; -1: none)
     buffers: PackBuffers | None = None  # where memory for normalised rows comes from
 
     def hidden_states(self) -> torch.Tensor:
@@ -99,7 +99,8 @@ class PackedBatch:
             piece = slice(start, start + step)
             gain, offset = self.colours[item[piece]].unbind(1)
             # bytes become floats in the copy; then x * gain + offset of the item's channels
-            out = rows[piece].unflatten(1, (3, -1)).copy_(channels[piece])
+            out = rows[piece].unflatten(1, (3, -1))
+            out.copy_(channels[piece])
             out.mul_(gain[..., None]).add_(offset[..., None])
         return rows
 
@@ -139,7 +140,9 @@ class PackedBatch:
         return {name: value for name, value in fields if isinstance(value, torch.Tensor)}
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
-        changed: dict[str, Any] = {name: change(t) for name, t in self._tensors().items()}
+        changed: dict[str, Any] = {}
+        for name, tensor in self._tensors().items():
+            changed[name] = change(tensor)
         return replace(self, **changed)
 
 

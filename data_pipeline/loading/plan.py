@@ -7,7 +7,7 @@
     batch     `units` consecutive units; rank r of W takes the r-th of W equal pieces
 
 The tail of an epoch is filled with its first units at weight 0: every rank always has units, every
-sample counts exactly once per epoch. Nothing of the size of the dataset is kept: making a plan
+sample counts exactly once per epoch. Nothing of the size of the dataset is held: making a plan
 costs one permutation of the shards, a window 20 ns a sample, packs another 0.6 microseconds. Where
 a batch of packs starts is known after packing the windows before it: resuming packs the epoch's
 past, a minute for 100 million samples.
@@ -77,7 +77,8 @@ class SampleOrder:
         sample ids stay taken."""
         self.seed = seed
         self._shuffle_shards = shuffle_shards
-        self._starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
+        ends = np.cumsum(shard_sizes)
+        self._starts = np.concatenate([[0], ends]).astype(np.int64)
         self._present = np.setdiff1d(
             np.arange(len(shard_sizes)), np.array(sorted(absent), np.int64)
         )
@@ -226,7 +227,8 @@ class EpochPlan:
         total = self._pack_counts[epoch][-1]
         # fewer packs than units: the epoch ends here, and its first packs fill up at weight 0
         packs = [self._pack(epoch, start + n) for n in range(available)]
-        packs += [self._pack(epoch, n % total) for n in range(self.units - available)]
+        missing = self.units - available
+        packs += [self._pack(epoch, n % total) for n in range(missing)]
         sizes = np.array([len(ids) for ids, _ in packs])
         is_padding = np.arange(self.units) >= available
         return PlannedBatch(

@@ -75,11 +75,13 @@ class SampleReader:
         member = MEMBER_OF_VIEW[view]
         data = self.shards.read(sample_id, member)
         name = self.name(sample_id)
-        grid = (int(self._table.rows[sample_id]), int(self._table.columns[sample_id]))
+        rows = int(self._table.rows[sample_id])
+        columns = int(self._table.columns[sample_id])
+        grid = (rows, columns)
         info = None
         positions = None
         if view == IMAGE:
-            size = (grid[0] * self._patch_size, grid[1] * self._patch_size)
+            size = (rows * self._patch_size, columns * self._patch_size)
         elif view == CODEC:
             stored = self.shards.read(sample_id, "positions.npy")
             positions = decode_array(stored, member="positions.npy", name=name)
@@ -195,10 +197,10 @@ def sequential_batches(
     try:
         decoder = PictureDecoder(fetch, batch_size)
         for number, chunk in enumerate(chunks):
-            pictures = _decode(decoder, pending=pending, samples=samples)
-            pairs = zip(pending.pop(number), pictures, strict=True)
+            images = _decode(decoder, pending=pending, samples=samples)
+            pairs = zip(pending.pop(number), images, strict=True)
             yield pack_views(
-                [samples.view(request, picture, draw=None) for request, picture in pairs],
+                [samples.view(request, image, draw=None) for request, image in pairs],
                 sample_ids=torch.tensor(chunk),
                 labels=torch.zeros(len(chunk), 0, dtype=torch.int64),
                 weights=torch.ones(len(chunk)),
@@ -213,9 +215,9 @@ def _decode(
 ) -> list[torch.Tensor]:
     """Images of the next batch, each of its right size."""
     try:
-        pictures = next(decoder)
+        images = next(decoder)
         requests = pending[min(pending)]  # DALI reads ahead: the oldest batch is the one decoded
-        bad = wrong_sizes(requests, pictures)
+        bad = wrong_sizes(requests, images)
     except DecodeFailed as error:
         requests = [request for batch in pending.values() for request in batch]
         encoded = [request.encoded for request in requests]
@@ -231,4 +233,4 @@ def _decode(
             "samples that cannot be used; to pack them again, remove their shards' .json and"
             " run the `pack` command of the folder again:\n" + "\n".join(lines)
         )
-    return pictures
+    return images

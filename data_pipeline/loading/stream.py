@@ -124,7 +124,7 @@ class HeadStream:
         self._batches = batches_from(self.plan, epoch=epoch, index=next_batch)
 
     def __next__(self) -> PackedBatch:
-        pictures = self._decoded()
+        images = self._decoded()
         slot = self._read.pop(self._next)
         self._planned.pop(self._next)
         self._next += 1
@@ -132,8 +132,8 @@ class HeadStream:
         ids = np.array([request.sample_id for request in slot.requests])
         random_numbers = draws(self._seed, epoch=share.epoch, ids=ids)
         views = [
-            self._samples.view(request, picture=picture, draw=draw)
-            for request, picture, draw in zip(slot.requests, pictures, random_numbers, strict=True)
+            self._samples.view(request, picture=image, draw=draw)
+            for request, image, draw in zip(slot.requests, images, random_numbers, strict=True)
         ]
         # rows beyond this rank's samples: absent labels at weight 0
         drawn = self._labels(ids, share.epoch)
@@ -309,15 +309,15 @@ class HeadStream:
             if self._decoder is None:
                 self._decoder = self._make_decoder()
             try:
-                pictures = next(self._decoder)
+                images = next(self._decoder)
             except DecodeFailed as error:
                 self._quarantine_culprits(error)
             else:
                 requests = self._read[self._next].requests
-                wrong = wrong_sizes(requests, pictures)
+                wrong = wrong_sizes(requests, images)
                 if not wrong:
                     self._rebuilds = 0
-                    return pictures
+                    return images
                 self._exclude(requests, wrong)
             self._read.clear()
             self._decoder = None

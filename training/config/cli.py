@@ -168,7 +168,7 @@ class LossFlags:
 @dataclass(frozen=True)
 class HeadFlags:
     """Flags that set fields of HeadConfig: a tuple has a value per head, or one for all of them;
-    what is no tuple is the same for every head."""
+    any other value is the same for every head."""
 
     stream: StreamFlags
     loss: LossFlags

@@ -44,10 +44,12 @@ def margin_losses(
     counts = ~same & (valid & ~earlier)[:, None, :]
     if mask_co_positives:
         counts = torch.zeros_like(counts)
-    others = logits[:, None, :].expand_as(counts).masked_fill(~counts, NOTHING)
+    others = logits[:, None, :].expand_as(counts)
+    others = others.masked_fill(~counts, NOTHING)
     # all negatives together are one more rival of each label, the same for all of a row
     negatives = negative_lse.clamp(min=NOTHING)  # -inf where there are none
-    negatives = negatives[:, None, None].expand(-1, labels.shape[1], 1)
+    num_labels = labels.shape[1]
+    negatives = negatives[:, None, None].expand(-1, num_labels, 1)
     rivals = torch.cat([others, negatives], dim=-1).logsumexp(dim=-1)
     # = logsumexp(rivals, target) - target, which would cancel the digits of a small loss
     losses = F.softplus(rivals - target)

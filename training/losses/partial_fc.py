@@ -158,12 +158,14 @@ class PartialFC(nn.Module):
 
         2048 centres make a matrix of cosines of 16 MB, which is enough to estimate a share.
         """
-        unit = F.normalize(self.centers.detach()[:most].float(), dim=-1)
+        first = self.centers.detach()[:most].float()
+        unit = F.normalize(first, dim=-1)
         pairs = len(unit) * (len(unit) - 1)
         if pairs == 0 or self.config.threshold >= 1:
             return 0.0
         # the diagonal, each centre with itself, is no pair
-        close = ((unit @ unit.T) > self.config.threshold).sum() - len(unit)
+        is_close = (unit @ unit.T) > self.config.threshold
+        close = is_close.sum() - len(unit)
         # a cosine with itself may be rounded below a threshold close to 1
         return max(0.0, close.item() / pairs)
 
@@ -195,7 +197,7 @@ class PartialFC(nn.Module):
 
         Raises ValueError on all ranks when any label is below -1 or not below num_classes; on a
         GPU, where reading labels would wait for the device, loss and gradients become NaN and
-        `check_labels` says why.
+        `check_labels` reports why.
         """
         if not labels.numel():
             raise ValueError(f"labels are {list(labels.shape)}: give at least one row and label")
@@ -255,7 +257,8 @@ class PartialFC(nn.Module):
         gathered = all_gather_rows(own)
         sizes = [embeddings.shape[1], labels.shape[1], 1]
         rows, bits, all_weights = gathered.split(sizes, dim=1)
-        return rows, bits.contiguous().view(torch.int32).long(), all_weights.squeeze(1)
+        all_labels = bits.contiguous().view(torch.int32).long()
+        return rows, all_labels, all_weights.squeeze(1)
 
     def _sample(self, labels: torch.Tensor, draw: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(ascending local indices of the sampled classes [M], None: all; index of each label among

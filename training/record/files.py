@@ -60,7 +60,8 @@ class RecordFile:
         Raises OSError with the path where the disk takes no more, StorageError where the file was
         removed: what is written to it would be lost.
         """
-        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        data = text.encode()
         try:
             # a descriptor goes on taking bytes when its file has no name any more
             if os.fstat(self._descriptor).st_nlink == 0:
@@ -128,8 +129,8 @@ class Ledger:
 
 
 def seal_records(files: Iterable[RecordFile], others: dict[str, dict]) -> dict[str, dict]:
-    """{name: {"bytes", "sha256"}} of the records of all ranks, and of `others`, which nobody writes
-    to any more. Called by all ranks."""
+    """{name: {"bytes", "sha256"}} of the records of all ranks, and of `others`, which no rank
+    writes to any more. Called by all ranks."""
     sealed = dict(others)
     for of_rank in all_gather_json({file.path.name: file.seal() for file in files}):
         sealed.update(of_rank)

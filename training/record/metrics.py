@@ -139,7 +139,7 @@ class MetricLogger:
             if self._record is not None and self._pending:
                 self._record.write(self._numbers())
         except StorageError:
-            pass  # a removed folder has ended the run, whose own error says so
+            pass  # a removed folder has ended the run, whose own error reports it
         except OSError as error:  # must not hide the error that ended the run
             self._logger.warning("the last steps are not on record: %s", error)
         for file in (self._record, self._speed_file):

@@ -26,7 +26,8 @@ def pack_picture(
         rows.append(_row(patches, positions=positions, most_frames=most_frames))
     width = max(row.shape[1] for row in rows)
     height = max(len(row) for row in rows) + GAP
-    image = np.full((len(rows) * height, width, 3), GREY, np.uint8)
+    shape = (len(rows) * height, width, 3)
+    image = np.full(shape, GREY, np.uint8)
     for number, row in enumerate(rows):
         top = number * height
         image[top : top + len(row), : row.shape[1]] = row
@@ -43,7 +44,8 @@ def _row(patches: np.ndarray, positions: np.ndarray, most_frames: int) -> np.nda
     wide = positions[:, 2].max() + 1
     size = patches.shape[1]
     stride = wide * size + GAP  # pixels from one frame to the next
-    row = np.full((high * size, len(shown) * stride, 3), GREY, np.uint8)
+    shape = (high * size, len(shown) * stride, 3)
+    row = np.full(shape, GREY, np.uint8)
     for column, time in enumerate(shown):
         for k in np.flatnonzero(positions[:, 0] == time):
             top = positions[k, 1] * size

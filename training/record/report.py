@@ -29,7 +29,8 @@ SPEED_FIGURES = {
 def write_report(output: Path) -> Path:
     """Write report.md and its images; returns its path."""
     # by number, since by name round_10 would come before round_2
-    rounds = sorted(output.glob("round_*"), key=lambda path: int(path.name.split("_")[1]))
+    folders = output.glob("round_*")
+    rounds = sorted(folders, key=lambda path: int(path.name.split("_")[1]))
     sections = [f"# Run in {in_markdown(output.name)}", _facts(output)]
     sections += [_training(folder, output) for folder in rounds or [output]]
     path = output / REPORT_NAME
@@ -40,13 +41,15 @@ def write_report(output: Path) -> Path:
 def _facts(output: Path) -> str:
     config = read_run_file(output / "config.json")
     run = read_run_file(output / "run.json")
-    lines = [f"- encoder: {in_markdown(config.get('model', {}).get('name'))}"]
+    model = config.get("model", {})
+    lines = [f"- encoder: {in_markdown(model.get('name'))}"]
     for head in config.get("heads", []):
         lines.append(f"- data set: {in_markdown(head['dataset'])}")
     arguments = " ".join(run.get("argv", []))
     lines.append(f"- arguments: {in_code(arguments)}")
     lines.append(f"- git revision: {in_markdown(run.get('git_revision'))}")
-    lines.append(f"- ranks: {run.get('world_size')}, starts: {run.get('starts')}")
+    world_size = run.get("world_size")
+    lines.append(f"- ranks: {world_size}, starts: {run.get('starts')}")
     for name, version in run.get("versions", {}).items():
         lines.append(f"- {name}: {in_markdown(version)}")
     return "\n".join(lines)
@@ -60,7 +63,8 @@ def _training(folder: Path, output: Path) -> str:
         return "\n".join(damage + damage_of_speeds)
     # a name that few lines have comes from a damaged line, and is no curve
     counted = Counter(name for record in records for name in record if name.startswith("loss/"))
-    losses = sorted(name for name, count in counted.items() if 2 * count > len(records))
+    half = len(records) / 2
+    losses = sorted(name for name, count in counted.items() if count > half)
     title = "Training" if folder == output else folder.name
     lines = [f"## {title}", "", *damage, *damage_of_speeds]
     lines += _table(records, speeds=speeds, losses=losses)

@@ -54,8 +54,8 @@ class StepClock:
 
     A section is wall time, but sections of DEVICE on CUDA: there it is the time between two events
     on the stream, read only when `take` is called. Sections of SHARED need other ranks, so a slow
-    rank shows in the rest of its step while everybody's sections of SHARED grow. Cost: two clock
-    reads, or two events.
+    rank shows in the rest of its step while the sections of SHARED grow on all ranks. Cost: two
+    clock reads, or two events.
     """
 
     def __init__(self, device: torch.device):
