@@ -314,7 +314,8 @@ class TrainingData:
                 )
             )
         if dataset.manifest.absent and self._ranks.is_main:
-            names = [dataset.manifest.shards[i]["name"] for i in sorted(dataset.manifest.absent)]
+            absent = sorted(dataset.manifest.absent)
+            names = [dataset.manifest.shards[i]["name"] for i in absent]
             self._logger.warning("%s: training without missing shards %s", head.dataset, names)
         return HeadStream(
             dataset=dataset,

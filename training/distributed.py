@@ -118,7 +118,8 @@ def _meeting_point(rank: int, world_size: int) -> dist.Store:
         session = _session(store, rank=rank, world_size=world_size)
         return dist.PrefixStore(session, store)
     except (dist.DistNetworkError, dist.DistStoreError, OSError, ValueError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '?')}"
+        port = os.environ.get("MASTER_PORT", "?")
+        address = f"{os.environ['MASTER_ADDR']}:{port}"
         raise PeerFailed(
             f"rank {rank} could not meet the others at {address}: {error}; check "
             "that the name resolves on every node, that the port is free on the first and open to "
@@ -262,7 +263,8 @@ def _single(name: str) -> Callable:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's JSON-like value on every rank. It travels as JSON text, so nothing is unpickled."""
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    text = json.dumps(value).encode()
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     # the others need the length first, to have memory of that size
     length = torch.tensor([len(data)])
     dist.broadcast(length, 0)

@@ -71,7 +71,9 @@ def check_gpus() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         text = "none: computing on the CPU, good for the debug and demo presets"
-        yield Finding(NOTE if shutil.which("nvidia-smi") is None else FIX, "GPU", text)
+        # a driver without a usable GPU is a fault, a machine without either is not
+        level = NOTE if shutil.which("nvidia-smi") is None else FIX
+        yield Finding(level, "GPU", text)
         return
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)

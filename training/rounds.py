@@ -208,7 +208,8 @@ def normalised_mutual_information(left: np.ndarray, right: np.ndarray) -> float:
     # I(X; Y) = H(X) + H(Y) - H(X, Y)
     mutual = entropies - _entropy(pairs)
     # two clusterings into one class each have no entropy
-    return round(float(2 * mutual / max(entropies, 1e-12)), 4)
+    shared = 2 * mutual / max(entropies, 1e-12)
+    return round(float(shared), 4)
 
 
 def _entropy(values: np.ndarray) -> float:

@@ -151,7 +151,8 @@ def _decoding_pipeline(
 
 def _cause(error: Exception) -> str:
     """The line of DALI's message that holds the cause; the others are a stack of its frames."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    stripped = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in stripped if line]
     first = lines[0] if lines else "no reason"
     # Error or error
     return next((line for line in lines if "rror" in line), first)

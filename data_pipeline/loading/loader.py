@@ -112,7 +112,8 @@ class MixtureLoader:
                 for name, stream in self._streams.items():
                     self._current = name
                     batches[name] = next(stream).pinned()
-                self._offer(batches, sum(batch.num_bytes() for batch in batches.values()))
+                size = sum(batch.num_bytes() for batch in batches.values())
+                self._offer(batches, size)
         except BaseException as error:  # handed to the trainer, which raises it
             self._offer(error, 0)
 
@@ -132,7 +133,8 @@ class MixtureLoader:
 
     def _take(self, started: float) -> dict[str, PackedBatch] | BaseException:
         with self._changed:
-            if not self._changed.wait_for(lambda: self._ready, min(self._warn_s, self._timeout_s)):
+            first_wait_s = min(self._warn_s, self._timeout_s)
+            if not self._changed.wait_for(lambda: self._ready, first_wait_s):
                 if self._logger is not None and self._warn_s < self._timeout_s:
                     waited = time.monotonic() - started
                     self._logger.warning("waiting for data for %.0f s: %s", waited, self._doing())

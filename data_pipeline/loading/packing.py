@@ -175,7 +175,8 @@ def pack_views(
     device = views[0].pieces[0].device
     buffers_here = buffers or PackBuffers(device)
     pixels = buffers_here.rows(budget, width=views[0].patch_dim, dtype=torch.uint8)
-    for view, rows in zip(views, pixels[:used].split(lengths), strict=True):
+    rows_of_views = pixels[:used].split(lengths)
+    for view, rows in zip(views, rows_of_views, strict=True):
         view.write(rows)
     pixels[used:] = 0  # buffers come with undefined content
     positions = torch.zeros(budget, 3, dtype=torch.int64)

@@ -103,7 +103,8 @@ class SampleOrder:
     def _window(self, epoch: int, window: int) -> np.ndarray:
         """Sample ids int64 of one window, shuffled."""
         first = window * self._shuffle_shards
-        shards = self._layout(epoch)[0][first : first + self._shuffle_shards]
+        order = self._layout(epoch)[0]
+        shards = order[first : first + self._shuffle_shards]
         of_shards = [np.arange(self._starts[s], self._starts[s + 1]) for s in shards]
         ids = np.concatenate(of_shards)
         return counter_rng(self.seed, "window", epoch, window).permutation(ids)
@@ -205,7 +206,8 @@ class EpochPlan:
         weights = np.ones(self.units, np.float32)
         missing = self.units - len(ids)
         if missing:
-            ids = np.concatenate([ids, self.order.ids(epoch, start=0, stop=missing)])
+            first = self.order.ids(epoch, start=0, stop=missing)
+            ids = np.concatenate([ids, first])
             # padding is seen in the stage of the batch, not in that of the epoch's start
             positions = np.concatenate([positions, np.full(missing, stop - 1)])
             weights[-missing:] = 0.0
@@ -221,7 +223,8 @@ class EpochPlan:
 
     def _batch_of_packs(self, epoch: int, index: int) -> PlannedBatch | None:
         start = index * self.units
-        available = min(self._count_packs(epoch, start + self.units) - start, self.units)
+        counted = self._count_packs(epoch, start + self.units)
+        available = min(counted - start, self.units)
         if available <= 0:
             return None
         total = self._pack_counts[epoch][-1]
@@ -272,7 +275,8 @@ class EpochPlan:
         windows = len(self.order.bounds(epoch)) - 1
         while counts[-1] < needed and len(counts) <= windows:
             window = len(counts) - 1
-            counts.append(counts[-1] + len(self._packs(epoch, window)))
+            packs = self._packs(epoch, window)
+            counts.append(counts[-1] + len(packs))
         # a stream only goes on: earlier epochs are forgotten
         self._pack_counts = {e: c for e, c in self._pack_counts.items() if e >= epoch - 1}
         return counts[-1]

@@ -105,7 +105,8 @@ class SampleReader:
     def _read_info(self, sample_id: int, grid: tuple[int, int], name: str) -> SampleInfo:
         info = SampleInfo.from_bytes(self.shards.read(sample_id, "json"), name)
         stored = int(self._table.num_frames[sample_id])
-        if (info.grid, len(info.frame_times), info.patch_size) != (grid, stored, self._patch_size):
+        found = (info.grid, len(info.frame_times), info.patch_size)
+        if found != (grid, stored, self._patch_size):
             raise CorruptShard(
                 f"{name}: {len(info.frame_times)} frames of {info.grid} patches of "
                 f"{info.patch_size} px, its record says {stored} of {grid} of {self._patch_size}"

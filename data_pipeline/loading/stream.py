@@ -137,7 +137,8 @@ class HeadStream:
         ]
         # rows beyond this rank's samples: absent labels at weight 0
         drawn = self._labels(ids, share.epoch)
-        labels = np.full((share.rows, drawn.shape[1]), -1, np.int64)
+        shape = (share.rows, drawn.shape[1])
+        labels = np.full(shape, -1, np.int64)
         labels[: len(ids)] = drawn
         weights = np.zeros(share.rows, np.float32)
         weights[: len(ids)] = slot.weights
@@ -160,7 +161,9 @@ class HeadStream:
     def activity(self) -> str:
         """What the stream is doing, for whoever waits for it."""
         reading = self._samples.shards.reading
-        return f"reading {reading}" if reading else f"decoding {self._dataset.manifest.directory}"
+        if reading:
+            return f"reading {reading}"
+        return f"decoding {self._dataset.manifest.directory}"
 
     def count_bad(self, epoch: int, bad: list[int], reasons: dict[int, str] | None = None) -> int:
         """Count bad samples of all ranks, batch by batch, against the error budget; returns how
@@ -185,7 +188,8 @@ class HeadStream:
         manifest = self._dataset.manifest
         facts = [PLAN_VERSION, LOOK_AHEAD, self._dataset.sha256, sorted(manifest.absent)]
         facts += [self._seed, units, starts, self._pack_tokens, config]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        text = json.dumps(facts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _check_items(self, view: ViewConfig) -> int:
         """Tokens of the longest item under a view; names the sample that no pack can hold."""
@@ -260,7 +264,8 @@ class HeadStream:
                 room = int(tokens[i]) if self._pack_tokens else unit
                 request = self._reserve(planned, stage=stage, epoch=share.epoch, room=room)
                 if share.weights[i]:  # the tail's padding is no sample of the epoch
-                    replaced.append((planned, -1 if request is None else request.sample_id))
+                    reserve = -1 if request is None else request.sample_id
+                    replaced.append((planned, reserve))
             if request is not None:
                 requests.append(request)
                 weights.append(share.weights[i])

@@ -60,7 +60,8 @@ class View:
         start = 0
         for piece in self.pieces:
             count = piece.shape[:-3].numel()
-            rows[start : start + count].view(piece.shape).copy_(piece)
+            target = rows[start : start + count].view(piece.shape)
+            target.copy_(piece)
             start += count
 
 
@@ -72,8 +73,9 @@ def codec_view(
     """
     # the order of stored patches is the contract: any prefix holds the best ones
     count = min(len(positions), max_tokens)
+    tiles = _windows(mosaic, tile_side(patch_size))
     # a tile is a patch padded to whole JPEG blocks
-    tiles = _windows(mosaic, tile_side(patch_size))[..., :patch_size, :patch_size]
+    tiles = tiles[..., :patch_size, :patch_size]
     whole_rows, rest = divmod(count, TILE_COLUMNS)
     pieces = [tiles[:whole_rows]]
     if rest:
@@ -105,8 +107,8 @@ def still_view(frames: list[torch.Tensor], patch_size: int, times: torch.Tensor)
     """Whole images uint8 [H, W, 3] of one size at the given times [F] of the time base."""
     pieces = tuple(_windows(frame, patch_size) for frame in frames)
     rows, columns = pieces[0].shape[:2]
-    # a tuple, which the cache of positions can hash
-    positions = _grid_positions(tuple(times.flatten().tolist()), rows=rows, columns=columns)
+    key = tuple(times.flatten().tolist())  # which the cache of positions can hash
+    positions = _grid_positions(key, rows=rows, columns=columns)
     return View(pieces, positions=positions, grid=(len(frames), rows, columns))
 
 

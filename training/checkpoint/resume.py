@@ -195,7 +195,8 @@ def _advice(config: TrainConfig, refused: list[str], other_data: list[str]) -> s
         return ""
     flags = []
     if fields:
-        flags.append(f"--resume_allow {','.join([*config.resume_allow, *fields])}")
+        allowed = [*config.resume_allow, *fields]
+        flags.append(f"--resume_allow {','.join(allowed)}")
     if other_data:
         flags.append(NEW_EPOCH)
     return f"; to go on all the same, add {' '.join(flags)}"

@@ -126,14 +126,16 @@ def _opened(value: Any) -> Any:
     """A value whose dataclasses are _Fields and whose tuples are lists."""
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
-        return _Fields(type(value), {name: _opened(getattr(value, name)) for name in names})
+        opened = {name: _opened(getattr(value, name)) for name in names}
+        return _Fields(type(value), opened)
     return [_opened(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _closed(node: Any) -> Any:
     """The inverse of _opened."""
     if isinstance(node, _Fields):
-        return node.kind(**{name: _closed(value) for name, value in node.values.items()})
+        closed = {name: _closed(value) for name, value in node.values.items()}
+        return node.kind(**closed)
     return tuple(_closed(item) for item in node) if isinstance(node, list) else node
 
 

@@ -50,7 +50,8 @@ def margin_losses(
     negatives = negative_lse.clamp(min=NOTHING)  # -inf where there are none
     num_labels = labels.shape[1]
     negatives = negatives[:, None, None].expand(-1, num_labels, 1)
-    rivals = torch.cat([others, negatives], dim=-1).logsumexp(dim=-1)
+    logits_of_rivals = torch.cat([others, negatives], dim=-1)
+    rivals = logits_of_rivals.logsumexp(dim=-1)
     # = logsumexp(rivals, target) - target, which would cancel the digits of a small loss
     losses = F.softplus(rivals - target)
     return torch.where(valid, losses, torch.zeros_like(losses))

@@ -129,7 +129,8 @@ class SampledSoftmax:
         needs it, so the ranks can exchange gradients of rows meanwhile.
         """
         for number, grad in enumerate(self._kept):
-            piece = self._grad_centers[number * CHUNK : (number + 1) * CHUNK]
+            start = number * CHUNK
+            piece = self._grad_centers[start : start + CHUNK]
             piece += _product(grad.T, self.rows)
         self._kept.clear()
         return self._grad_centers
@@ -139,7 +140,8 @@ class SampledSoftmax:
         if self.sampled is None:
             chunk = self.centers[start : start + CHUNK]
         else:
-            chunk = self.centers.index_select(0, self.sampled[start : start + CHUNK])
+            classes = self.sampled[start : start + CHUNK]
+            chunk = self.centers.index_select(0, classes)
         norms = torch.linalg.vector_norm(chunk, dim=1)
         return chunk, norms.clamp_(min=1e-12).reciprocal_()  # as in F.normalize
 

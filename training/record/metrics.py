@@ -205,7 +205,8 @@ class MetricLogger:
         lines = self._numbers()
         record.write(lines)
         last = lines[-1]
-        self._write_speed({"step": last["step"], "steps": len(lines), **speed})
+        position = {"step": last["step"], "steps": len(lines)}
+        self._write_speed({**position, **speed})
         for line in lines:
             for name, value in line.items():
                 if name.startswith("loss/") and value is not None:

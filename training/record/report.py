@@ -34,7 +34,8 @@ def write_report(output: Path) -> Path:
     sections = [f"# Run in {in_markdown(output.name)}", _facts(output)]
     sections += [_training(folder, output) for folder in rounds or [output]]
     path = output / REPORT_NAME
-    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    text = "\n\n".join(section for section in sections if section)
+    path.write_text(f"{text}\n")
     return path
 
 
@@ -90,7 +91,8 @@ def _training(folder: Path, output: Path) -> str:
 
 
 def _table(records: list[dict], speeds: list[dict], losses: list[str]) -> list[str]:
-    rows = ["| figure | value |", "| --- | ---: |", f"| steps | {records[-1]['step']} |"]
+    steps = records[-1]["step"]
+    rows = ["| figure | value |", "| --- | ---: |", f"| steps | {steps} |"]
     tenth = max(1, len(records) // 10)
     for name in losses:
         first = statistics.fmean(_values(records[:tenth], name))
