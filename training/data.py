@@ -61,8 +61,8 @@ class DataCounts:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Batches of this rank, or the error in their place; the position after them; and the sums over
-    all ranks, which are there when `work` is done."""
+    """Batches of this rank, or the error that came instead; the position after them; and the sums
+    over all ranks, which are there when `work` is done."""
 
     batches: dict[str, PackedBatch]
     failure: Exception | None
@@ -75,6 +75,7 @@ def _totals(batches: dict[str, PackedBatch]) -> list[int]:
     """[samples, tokens, squares, room] of one rank's batches."""
     samples = sum(int((batch.weights > 0).sum()) for batch in batches.values())
     tokens = sum(batch.num_tokens for batch in batches.values())
+    # without the filling: it is computed, but MFU counts the work that the training needs
     squares = sum(
         int(batch.cu_seqlens[: batch.num_samples + 1].diff().long().square().sum())
         for batch in batches.values()
@@ -145,7 +146,9 @@ class TrainingData:
             # checkpoints of earlier versions hold none
             bad = saved.get("bad", {"epoch": epoch, "samples": []})
             self._met[name] = (bad["epoch"], bad["samples"])
-            self._num_bad[name] = len(bad["samples"]) if bad["epoch"] == epoch else 0
+            # the budget is one epoch's: what an earlier one met does not count
+            is_running = bad["epoch"] == epoch
+            self._num_bad[name] = len(bad["samples"]) if is_running else 0
 
     def start_next_epoch(self, state: dict[str, dict]) -> None:
         """Start the epoch after that of a saved state, whose plan was another."""
@@ -173,7 +176,7 @@ class TrainingData:
         wishes() returns whether this rank wishes to stop and to save: all ranks learn of it in the
         counts.
         """
-        self._drawn = self._draw(loader, clock, wishes)
+        self._drawn = self._draw(loader, clock=clock, wishes=wishes)
 
     def _draw(self, loader: MixtureLoader, clock: StepClock, wishes: Wishes) -> _Drawn:
         batches: dict[str, PackedBatch] = {}
@@ -184,6 +187,7 @@ class TrainingData:
             except Exception as error:  # raised by `next_batches`, on all ranks at the same step
                 failure = error
         replaced = sum(len(batch.replaced) for batch in batches.values())
+        # in the order in which next_batches takes the sums apart
         counts = [failure is not None, replaced, *_totals(batches), *wishes()]
         # on the CPU, so that gloo sums them beside the kernels of the device
         sums = torch.tensor(counts, dtype=torch.int64)
@@ -200,7 +204,8 @@ class TrainingData:
     ) -> tuple[dict[str, PackedBatch], DataCounts]:
         """({head: batch of this rank}, counts of all ranks) of what was drawn, or is now. An error
         that any rank met is raised on all of them."""
-        drawn = self._drawn or self._draw(loader, clock, wishes)
+        # at a start's first step nothing was prefetched
+        drawn = self._drawn or self._draw(loader, clock=clock, wishes=wishes)
         self._drawn = None
         with clock.section("agree"):
             drawn.work.wait()
@@ -234,9 +239,12 @@ class TrainingData:
         counts = {}
         for name, stream in self.streams.items():
             epoch = batches[name].epoch
-            reasons = dict(pair for of_rank in all_gather_json(mine[name]) for pair in of_rank)
+            pairs = [pair for of_rank in all_gather_json(mine[name]) for pair in of_rank]
+            reasons = dict(pairs)
             last_epoch, earlier = self._met.get(name, (epoch, []))
-            bad = sorted({*reasons, *earlier} if last_epoch == epoch else reasons)
+            # those of a finished epoch no longer count
+            counted = earlier if last_epoch == epoch else []
+            bad = sorted({*reasons, *counted})
             self._met[name] = (epoch, bad)
             counts[name] = stream.count_bad(epoch, bad=bad, reasons=reasons)
         return counts
@@ -306,7 +314,8 @@ class TrainingData:
                 )
             )
         if dataset.manifest.absent and self._ranks.is_main:
-            names = [dataset.manifest.shards[i]["name"] for i in sorted(dataset.manifest.absent)]
+            absent = sorted(dataset.manifest.absent)
+            names = [dataset.manifest.shards[i]["name"] for i in absent]
             self._logger.warning("%s: training without missing shards %s", head.dataset, names)
         return HeadStream(
             dataset=dataset,

@@ -115,9 +115,11 @@ def _meeting_point(rank: int, world_size: int) -> dist.Store:
         return dist.HashStore()
     try:
         store = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))[0]
-        return dist.PrefixStore(_session(store, rank, world_size), store)
+        session = _session(store, rank=rank, world_size=world_size)
+        return dist.PrefixStore(session, store)
     except (dist.DistNetworkError, dist.DistStoreError, OSError, ValueError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '?')}"
+        port = os.environ.get("MASTER_PORT", "?")
+        address = f"{os.environ['MASTER_ADDR']}:{port}"
         raise PeerFailed(
             f"rank {rank} could not meet the others at {address}: {error}; check "
             "that the name resolves on every node, that the port is free on the first and open to "
@@ -135,7 +137,7 @@ def _session(store: dist.Store, rank: int, world_size: int) -> str:
     if rank:
         token = uuid.uuid4().hex
         store.set(f"hello/{rank}", token)
-        session = _await(store, f"welcome/{token}", JOIN_TIMEOUT.total_seconds())
+        session = _await(store, key=f"welcome/{token}", at_most_s=JOIN_TIMEOUT.total_seconds())
         store.set(f"thanks/{session}/{rank}", DONE)
         return session
     session = uuid.uuid4().hex
@@ -147,6 +149,7 @@ def _session(store: dist.Store, rank: int, world_size: int) -> str:
             if store.check([f"thanks/{session}/{other}"]):
                 missing.discard(other)
             elif store.check([f"hello/{other}"]):
+                # of a process that is gone, maybe, until its successor writes over it
                 token = store.get(f"hello/{other}").decode()
                 if token not in answered:
                     store.set(f"welcome/{token}", session)
@@ -159,7 +162,7 @@ def _session(store: dist.Store, rank: int, world_size: int) -> str:
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone, or did not come to a collective."""
+    """Whether an error means that another rank is gone, or did not come to a collective."""
     if isinstance(error, (PeerFailed, dist.DistBackendError, dist.DistNetworkError)):
         return True
     # gloo's and some of NCCL's errors are plain RuntimeErrors that name their library
@@ -183,7 +186,9 @@ def naming_peers() -> Iterator[None]:
 
 def _restarted() -> bool:
     """Whether any rank of this start is not the job's first."""
-    restarts = torch.tensor(sum(int(os.environ.get(name, "0")) for name in RESTART_COUNTS))
+    counts = [int(os.environ.get(name, "0")) for name in RESTART_COUNTS]
+    restarts = torch.tensor(sum(counts))
+    # summed over the ranks: all of them must decide alike
     dist.all_reduce(restarts)
     return bool(restarts)
 
@@ -210,6 +215,7 @@ def on_main(ranks: Ranks, work: Callable[[], object]) -> None:
     try:
         work()
     except BaseException as error:
+        # whatever it is, the others must not wait for an answer that never comes
         store.set(key, f"{type(error).__name__}: {error}")
         raise
     store.set(key, DONE)
@@ -227,7 +233,8 @@ def _await(store: dist.Store, key: str, at_most_s: float = math.inf) -> str:
 
 def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """[b, ...] of every rank -> [W * b, ...] in rank order, without gradient."""
-    gathered = rows.new_empty((dist.get_world_size(group) * rows.shape[0], *rows.shape[1:]))
+    total = dist.get_world_size(group) * rows.shape[0]
+    gathered = rows.new_empty((total, *rows.shape[1:]))
     _single("all_gather")(gathered, rows.contiguous(), group=group)
     return gathered
 
@@ -236,7 +243,8 @@ def reduce_scatter_rows(rows: torch.Tensor) -> Callable[[], torch.Tensor]:
     """[W * b, ...] of every rank -> sum over the ranks of this rank's [b, ...], under way: calling
     the result waits for it.
     """
-    own = rows.new_empty((rows.shape[0] // dist.get_world_size(), *rows.shape[1:]))
+    count = rows.shape[0] // dist.get_world_size()
+    own = rows.new_empty((count, *rows.shape[1:]))
     work = _single("reduce_scatter")(own, rows.contiguous(), async_op=True)
 
     def wait() -> torch.Tensor:
@@ -249,12 +257,15 @@ def reduce_scatter_rows(rows: torch.Tensor) -> Callable[[], torch.Tensor]:
 def _single(name: str) -> Callable:
     """A collective on one tensor, under its newer name where torch has it."""
     older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
-    return getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
+    newer = getattr(dist, f"{name}_single", None)
+    return newer or getattr(dist, older[name])
 
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's JSON-like value on every rank. It travels as JSON text, so nothing is unpickled."""
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    text = json.dumps(value).encode()
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    # the others need the length first, to have memory of that size
     length = torch.tensor([len(data)])
     dist.broadcast(length, 0)
     if dist.get_rank() != 0:
@@ -268,5 +279,8 @@ def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list:
     # collectives move equal shapes, and JSON may be padded with blanks
     data = json.dumps(value).encode()
     lengths = all_gather_rows(torch.tensor([len(data)]), group)
-    padded = torch.frombuffer(bytearray(data.ljust(int(lengths.max()))), dtype=torch.uint8)
-    return [json.loads(bytes(row.tolist())) for row in all_gather_rows(padded[None], group)]
+    longest = int(lengths.max())
+    # a bytearray, since torch warns of memory that it may not write to
+    padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
+    gathered = all_gather_rows(padded[None], group)
+    return [json.loads(bytes(row.tolist())) for row in gathered]

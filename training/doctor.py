@@ -54,8 +54,8 @@ def check_python() -> Iterator[Finding]:
     """Versions of what a run imports, and what is missing."""
     from .run_folder import versions
 
-    installed = ", ".join(f"{name} {version}" for name, version in versions().items())
-    yield Finding(OK, "versions", installed)
+    installed = [f"{name} {version}" for name, version in versions().items()]
+    yield Finding(OK, "versions", ", ".join(installed))
     needed = {
         "nvidia.dali": "pip install -e .[cpu], or .[gpu] with a GPU: training reads through it",
         "faiss": "pip install -e .[cpu], or .[gpu] with a GPU: clustering needs it",
@@ -71,20 +71,24 @@ def check_gpus() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         text = "none: computing on the CPU, good for the debug and demo presets"
-        yield Finding(NOTE if shutil.which("nvidia-smi") is None else FIX, "GPU", text)
+        # a driver without a usable GPU is a fault, a machine without either is not
+        level = NOTE if shutil.which("nvidia-smi") is None else FIX
+        yield Finding(level, "GPU", text)
         return
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
-        busy = free < 0.9 * total
-        text = f"{facts.name}, {total / GIB:.0f} GiB, {free / GIB:.0f} GiB free"
+        busy = free < 0.9 * total  # another process has memory there
+        memory = f"{total / GIB:.0f} GiB, {free / GIB:.0f} GiB free"
+        text = f"{facts.name}, {memory}"
         yield Finding(NOTE if busy else OK, f"GPU {number}", text)
         if facts.major < 8:  # Ampere was the first with bf16
             text = (
                 f"compute capability {facts.major}.{facts.minor}: no bf16 kernels, use 8.0 or newer"
             )
             yield Finding(FIX, f"GPU {number}", text)
-    yield Finding(OK, "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+    nccl = [str(part) for part in torch.cuda.nccl.version()]
+    yield Finding(OK, "NCCL", ".".join(nccl))
 
 
 def check_memory() -> Iterator[Finding]:
@@ -95,8 +99,11 @@ def check_memory() -> Iterator[Finding]:
         free = shutil.disk_usage(shm).free
         need = SHM_PER_PROCESS * local
         text = f"{free / GIB:.1f} GiB free for {local} processes"
-        cure = "; start the container with --shm-size 32g, or mount a larger one"
-        yield Finding(OK if free >= need else FIX, "/dev/shm", text + (cure if free < need else ""))
+        if free >= need:
+            yield Finding(OK, "/dev/shm", text)
+        else:
+            cure = "; start the container with --shm-size 32g, or mount a larger one"
+            yield Finding(FIX, "/dev/shm", text + cure)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= 4096:
         yield Finding(OK, "open files", f"at most {soft}")
@@ -114,6 +121,7 @@ def check_output(output: Path) -> Iterator[Finding]:
         output.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         with open(probe, "wb") as file:
+            # random bytes: a file system that compresses would write zeros at no cost
             file.write(os.urandom(EXCHANGED))
             file.flush()
             os.fsync(file.fileno())
@@ -123,7 +131,8 @@ def check_output(output: Path) -> Iterator[Finding]:
         yield Finding(FIX, "output", f"{output} cannot be written to: {error.strerror}")
         return
     free = shutil.disk_usage(output).free
-    yield Finding(NOTE if rate < SLOW_DISK else OK, "output", f"{output}: {rate / 1e6:.0f} MB/s")
+    level = NOTE if rate < SLOW_DISK else OK
+    yield Finding(level, "output", f"{output}: {rate / 1e6:.0f} MB/s")
     text = f"{free / GIB:.0f} GiB free; a checkpoint of large with 2 million classes takes 27"
     yield Finding(OK if free > 100 * GIB else NOTE, "disk", text)
 
@@ -160,15 +169,16 @@ def check_ranks(ranks: "Ranks") -> Iterator[Finding]:
         text = "one rank exchanges nothing: start this under torchrun as the run will be"
         yield Finding(NOTE, "exchange", text)
         return
-    data = torch.ones(EXCHANGED // 4, device=ranks.device)
-    dist.all_reduce(data)
+    data = torch.ones(EXCHANGED // 4, device=ranks.device)  # fp32: four bytes each
+    dist.all_reduce(data)  # the first one connects, so it is not measured
     started = time.monotonic()
     for _ in range(5):
         dist.all_reduce(data)
     data.sum().item()  # waits for the device
     seconds = (time.monotonic() - started) / 5
     text = f"{EXCHANGED >> 20} MB summed over all ranks in {1e3 * seconds:.1f} ms"
-    yield Finding(OK, "exchange", f"{text}, {EXCHANGED / seconds / 1e9:.2f} GB/s")
+    gb_per_s = EXCHANGED / seconds / 1e9
+    yield Finding(OK, "exchange", f"{text}, {gb_per_s:.2f} GB/s")
 
 
 def examine(output: Path, ranks: "Ranks") -> list[Finding]:
@@ -186,14 +196,15 @@ def examine(output: Path, ranks: "Ranks") -> list[Finding]:
         try:
             findings += check()
         except Exception as error:
-            findings.append(Finding(FIX, "check", f"{type(error).__name__}: {error}"))
+            text = f"{type(error).__name__}: {error}"
+            findings.append(Finding(FIX, "check", text))
     return findings
 
 
 def _is_there(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
+    except ModuleNotFoundError:  # of "nvidia.dali", `nvidia` itself is looked for first
         return False
 
 

@@ -41,7 +41,8 @@ def export_checkpoint(checkpoint: Path, output: Path) -> int:
 
     encoder, path, step = read_encoder(checkpoint)
     output.mkdir(parents=True, exist_ok=True)
-    export_encoder(encoder, output, {"steps": step, "checkpoint": path.name})
+    run = {"steps": step, "checkpoint": path.name}
+    export_encoder(encoder, output=output, run=run)
     return step
 
 
@@ -75,6 +76,7 @@ def read_encoder(checkpoint: Path) -> "tuple[LlavaViTPackingModel, Path, int]":
     encoder = build_encoder(ModelConfig(**fields), seed=0)
     tensors = {f"encoder.{name}": p.data for name, p in encoder.named_parameters()}
     read_tensors(tensors, path, alone=True)
+    # of the data that it was trained on, which older checkpoints do not have on record
     encoder.config.image_size = state.get("image_size", encoder.config.image_size)
     return encoder, path, state["step"]
 
@@ -99,7 +101,9 @@ def main(argv: list[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> None:
     quiet_libraries()
     step = export_checkpoint(args.checkpoint, args.output)
-    print(f"step {step}: {args.output / 'hf'} and {args.output / 'backbone.pt'}")
+    folder = args.output / "hf"
+    backbone = args.output / "backbone.pt"
+    print(f"step {step}: {folder} and {backbone}")
 
 
 if __name__ == "__main__":

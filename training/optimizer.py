@@ -133,13 +133,16 @@ class RowAdamW(torch.optim.AdamW):
         for start in range(0, len(rows), ROWS_AT_ONCE):
             index = rows[start : start + ROWS_AT_ONCE]
             grad = grads[start : start + ROWS_AT_ONCE]
+            # indexing copies: the in-place steps below work on the copies, stored at the end
             steps = state["step"][index] + 1
             mean = state["exp_avg"][index].float().lerp_(grad, 1 - beta1)
-            square = state["exp_avg_sq"][index].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            square = state["exp_avg_sq"][index].mul_(beta2)
+            square.addcmul_(grad, grad, value=1 - beta2)
 
             # bias corrections by each row's own number of steps
             scale = (group["lr"] / (1 - beta1**steps))[:, None]
-            denominator = (square / (1 - beta2**steps)[:, None]).sqrt_().add_(group["eps"])
+            corrected = square / (1 - beta2**steps)[:, None]
+            denominator = corrected.sqrt_().add_(group["eps"])
             # decoupled weight decay, before the update, as in torch's AdamW
             decayed = parameter[index].mul_(1 - group["lr"] * group["weight_decay"])
             parameter[index] = decayed.sub_(mean.div(denominator).mul_(scale))
@@ -201,7 +204,7 @@ def build_optimizer(
         if parameter.requires_grad:
             role = decayed if is_decayed(name, parameter) else others
             role.append(parameter)
-    # of the encoder, and of heads below where they say nothing else
+    # of the encoder's groups: one learning rate, dense gradients, first moments in fp32
     common = {"lr_scale": 1.0, "lazy": False, "mean": torch.float32}
     groups: list[dict[str, Any]] = [
         {
@@ -228,6 +231,7 @@ def build_optimizer(
                 "mean": MEAN_DTYPES[config.centers_mean],
             }
         )
+    # a frozen encoder leaves its two groups empty
     filled = [group for group in groups if group["params"]]
     return RowAdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps)
 
@@ -245,6 +249,7 @@ def global_grad_norm(encoder: nn.Module, heads: list[nn.Module]) -> torch.Tensor
         role.append(parameter)
     for head in heads:
         parts += head.parameters()
+    # one scalar for all sharded parts, so one collective however many tensors there are
     sharded = _squared_norm(parts)
     dist.all_reduce(sharded)
     return (_squared_norm(whole).to(sharded.device) + sharded).sqrt()
@@ -276,7 +281,9 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
 
 
 def _squared_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+    # a rank beyond the last class, or beyond the last row of a sharded weight, holds nothing
     grads = [grad for grad in _gradients(parameters) if grad.numel()]
     if not grads:
+        # on the parameters' device, since other ranks' sums meet it in a collective
         return torch.zeros((), device=parameters[0].device if parameters else "cpu")
     return torch.stack(torch._foreach_norm(grads)).square().sum()

@@ -91,6 +91,7 @@ class ParallelEncoder:
         ranks."""
         if not isinstance(self._forward, FSDPModule):
             return self.module if self._ranks.is_main else None
+        # gathering is a collective, so all ranks do it, though rank 0 alone has use for the result
         weights = {
             name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
             for name, tensor in self.module.state_dict().items()
@@ -107,7 +108,9 @@ class ParallelEncoder:
         mesh = init_device_mesh(device, (dist.get_world_size(),))
         precision = MixedPrecisionPolicy()
         if device == "cuda":
+            # gradients are summed over the ranks in fp32, as under DDP
             precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # blocks first: the call for the whole model takes the parameters that are left
         for layer in self.module.encoder.layers:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(self.module, mesh=mesh, mp_policy=precision)

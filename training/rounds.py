@@ -93,7 +93,8 @@ def _check_resume(config: TrainConfig) -> None:
     if config.resume in ("auto", "never"):
         return
     output = Path(config.output).resolve()
-    rounds = {output / f"round_{number}" for number in range(1, config.rounds + 1)}
+    numbers = range(1, config.rounds + 1)
+    rounds = {output / f"round_{number}" for number in numbers}
     if not rounds & set(Path(config.resume).resolve().parents):
         raise ValueError(
             f"--resume {config.resume} lies in no round of {output}: name one that does"
@@ -107,7 +108,7 @@ def _write_centers(
     clustered = _clustered(datasets)
     for name, head in heads.items():
         if name not in clustered:
-            centers = head.whole_centers()
+            centers = head.whole_centers()  # a collective, so before rank 0 goes on alone
             if ranks.is_main:
                 path = folder / "centers" / f"{name}.npy"
                 path.parent.mkdir(exist_ok=True)
@@ -135,7 +136,9 @@ def _round_config(config: TrainConfig, number: int, folder: Path) -> TrainConfig
 def _start_of(head: str, before: Path) -> str:
     """Where a head's centres start from: its new centroids, or its centres of the round before."""
     centroids = _clusters(before, head) / "centroids.npy"
-    return str(centroids if centroids.is_file() else before / "centers" / f"{head}.npy")
+    if centroids.is_file():
+        return str(centroids)
+    return str(before / "centers" / f"{head}.npy")
 
 
 def _named_as(other: TrainConfig, config: TrainConfig) -> TrainConfig:
@@ -188,7 +191,10 @@ def _cluster_again(
     for name, dataset in clustered.items():
         new = relabelled(dataset, _clusters(folder, name))
         again[name] = new
-        shared = normalised_mutual_information(dataset.labels[:, 0], new.labels[:, 0])
+        # the first label of a sample is its nearest cluster
+        clusters_before = dataset.labels[:, 0]
+        clusters_now = new.labels[:, 0]
+        shared = normalised_mutual_information(clusters_before, clusters_now)
         changes[name] = {"classes": new.num_classes, "nmi_with_labels_before": shared}
         logger.info("head %s: new clusters share %.3f NMI with the old ones", name, shared)
     return again, changes
@@ -199,9 +205,11 @@ def normalised_mutual_information(left: np.ndarray, right: np.ndarray) -> float:
     time follow the samples, not the classes."""
     pairs = np.stack([left, right], axis=1).astype(np.int64)
     entropies = _entropy(left) + _entropy(right)
+    # I(X; Y) = H(X) + H(Y) - H(X, Y)
     mutual = entropies - _entropy(pairs)
     # two clusterings into one class each have no entropy
-    return round(float(2 * mutual / max(entropies, 1e-12)), 4)
+    shared = 2 * mutual / max(entropies, 1e-12)
+    return round(float(shared), 4)
 
 
 def _entropy(values: np.ndarray) -> float:

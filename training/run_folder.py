@@ -118,7 +118,7 @@ class RunFolder:
             facts = {"code": code, "outcome": outcome, "message": message, "traceback": trace}
             try:
                 write_json(record, facts)
-            except OSError:  # the disk may be what ended the run; the exit code still says so
+            except OSError:  # the disk may be what ended the run; the exit code still reports it
                 pass
         return code
 
@@ -178,7 +178,8 @@ def outcome_of(error: BaseException, written: Path | None = None) -> tuple[str |
         return None, ""
     message = command.message_of(error, written)
     if outcome in ADVICE:
-        return outcome, f"{type(error).__name__}: {message}; {ADVICE[outcome]}"
+        text = f"{type(error).__name__}: {message}"
+        return outcome, f"{text}; {ADVICE[outcome]}"
     if outcome == "storage" and isinstance(error, OSError):
         return outcome, f"{message}; {DISK_ADVICE}"
     return outcome, message

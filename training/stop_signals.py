@@ -32,6 +32,8 @@ class StopSignals:
 
     def install(self) -> None:
         """Install the handlers; only the main thread can."""
+        # the interpreter writes each signal's number into this socket at once, from C code,
+        # whatever the main thread is waiting for
         receiving, sending = socket.socketpair()
         sending.setblocking(False)
         signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
@@ -55,7 +57,7 @@ class StopSignals:
                 if first is None:
                     first = now
                 if now - first > SAME_REQUEST_S:
-                    os._exit(128 + number)
+                    os._exit(128 + number)  # the code that shells report for a signal
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -86,6 +86,7 @@ class TrainStep:
                 objective = self._objective(batches, reported, draw=step * accumulate + micro)
                 with self.clock.section("backward"):
                     (objective / accumulate).backward()
+            # after the run's last micro step nobody would take them
             if not last or step + 1 < total_steps:
                 self.data.prefetch(loader, clock=self.clock, wishes=wishes)
 
@@ -148,6 +149,7 @@ class TrainStep:
             if groups and tokens <= room:
                 groups[-1].append(head)
             else:
+                # forward_tokens 0 leaves no room for a second head
                 groups.append([head])
                 room = self.config.parallel.forward_tokens
             room -= tokens
@@ -192,7 +194,8 @@ class TrainStep:
     def _non_finite(self) -> list[str]:
         """Names of some gradients of this rank that are not finite."""
         named = list(self.encoder.module.named_parameters())
-        named += [(f"centers of {name}", head.centers) for name, head in self.heads.items()]
+        for head_name, head in self.heads.items():
+            named.append((f"centers of {head_name}", head.centers))
         names = []
         for name, parameter in named:
             if parameter.grad is not None:
@@ -200,8 +203,9 @@ class TrainStep:
                 values = grad.coalesce().values() if grad.is_sparse else grad
                 if not torch.isfinite(values).all():
                     names.append(name)
-        if len(names) > MOST_NAMED:
-            return [*names[:MOST_NAMED], f"and {len(names) - MOST_NAMED} more"]
+        unnamed = len(names) - MOST_NAMED
+        if unnamed > 0:
+            return [*names[:MOST_NAMED], f"and {unnamed} more"]
         return names
 
     def _softmax_flops(self, batches: dict[str, PackedBatch]) -> int:
@@ -210,6 +214,7 @@ class TrainStep:
         for name, batch in batches.items():
             head = self.heads[name]
             flops += softmax_flops(
+                # every rank pads its rows to the same number, and gathers those of all
                 rows=len(batch.weights) * self.ranks.world_size,
                 width=self.encoder.module.config.hidden_size,
                 sampled=head.num_classes * head.config.sample_rate,

@@ -150,7 +150,12 @@ def _load_datasets(
                 folder,
             )
         num_train, num_val = config.embedded_clips
-        on_main(ranks, lambda: prepare_embedded(folder, num_train, num_val, report=logger.info))
+        on_main(
+            ranks,
+            lambda: prepare_embedded(
+                folder, num_train=num_train, num_val=num_val, report=logger.info
+            ),
+        )
         register_dataset(EMBEDDED, lambda: embedded_spec(folder))
     return {
         head.name: resolve_dataset(head.dataset).load(config.allow_missing_shards)

@@ -187,15 +187,18 @@ class Trainer:
             return
         metrics.flush()  # the record must hold the steps that the commit binds it at
         records = seal_records([ledger.file, *metrics.files], self._other_records)
-        self.checkpointer.save(self.step, {**self.state(), "records": records}, wait=is_last)
+        state = {**self.state(), "records": records}
+        self.checkpointer.save(self.step, state, wait=is_last)
         self._saved_at = time.monotonic()
 
     def _wishes(self) -> tuple[bool, bool]:
         """Whether this rank wishes to stop and to save; each wish to save is passed on once."""
         now = time.monotonic()
         # rank 0's clock decides for all: with clocks of their own, ranks would ask at other steps
-        due = self.ranks.is_main and now - self._saved_at > 60 * self.config.checkpoint.minutes
+        interval_s = 60 * self.config.checkpoint.minutes
+        due = self.ranks.is_main and now - self._saved_at > interval_s
         if due:
+            # the wish is passed on once; the save, a step later, sets this again
             self._saved_at = now
         return self.signals.requested is not None, due
 
@@ -317,7 +320,8 @@ class Trainer:
         }
 
     def _log_start(self) -> None:
-        num_parameters = sum(parameter.numel() for parameter in self.encoder.module.parameters())
+        parameters = self.encoder.module.parameters()
+        num_parameters = sum(parameter.numel() for parameter in parameters)
         self.logger.info(
             "%s: %d steps of %d samples on %d x %s (%s); encoder %s, %.1fM parameters",
             f"resuming after step {self.step}" if self.step else "starting",

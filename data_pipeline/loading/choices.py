@@ -52,7 +52,7 @@ class SampleTable:
             raise MissingData(f"{manifest.directory} holds no sample: see `stats` on it")
         # no pairs in between: new objects by the hundred thousand wake the garbage collector
         records = [
-            _checked_record(sample, shard, manifest)
+            _checked_record(sample, shard=shard, manifest=manifest)
             for shard in manifest.shards
             for sample in shard["samples"]
         ]
@@ -68,7 +68,7 @@ class SampleTable:
 
     def frame_tokens(self, ids: np.ndarray | slice | int, scale: float) -> np.ndarray:
         """Tokens of one frame of samples after shrinking, int64."""
-        rows, columns = scaled_grid(self.rows[ids], self.columns[ids], scale)
+        rows, columns = scaled_grid(self.rows[ids], columns=self.columns[ids], scale=scale)
         return rows * columns
 
 
@@ -100,7 +100,8 @@ def scaled_grid(
 
 def _scaled(side: np.ndarray | int, scale: float) -> np.ndarray:
     # halves are rounded up; np.rint would round them to even
-    return np.maximum(np.floor(np.asarray(side) * scale + 0.5).astype(np.int64), 1)
+    rounded = np.floor(np.asarray(side) * scale + 0.5)
+    return np.maximum(rounded.astype(np.int64), 1)
 
 
 def choose_views(
@@ -118,7 +119,9 @@ def num_tokens(
 ) -> np.ndarray:
     """Tokens of each sample under its view, int64 [n]."""
     per_frame = table.frame_tokens(ids, view.scale)
-    of_frames = per_frame * num_frames(per_frame, table.num_frames[ids], view)
+    stored = table.num_frames[ids]
+    of_frames = per_frame * num_frames(per_frame, num_stored=stored, view=view)
+    # any prefix of the stored patches is an item, so the bound cuts it anywhere
     of_patches = np.minimum(table.num_patches[ids], view.max_tokens)
     of_clips = np.where(views == CODEC, of_patches, of_frames)
     return np.where(views == IMAGE, per_frame, of_clips)
@@ -144,7 +147,7 @@ def possible_lengths(table: SampleTable, view: ViewConfig) -> np.ndarray:
     for chosen, ratio in ratios.items():
         if ratio > _ABSENT:
             views = np.where(table.is_image, IMAGE, chosen)
-            lengths.append(num_tokens(table, view, views, ids))
+            lengths.append(num_tokens(table, view=view, views=views, ids=ids))
     return np.stack(lengths)
 
 
@@ -172,7 +175,8 @@ def choose_labels(
     # the labels of the smallest keys are drawn; absent ones have keys above 1, so they come last
     words = _words(ids, width)
     keys = counter_uniform(words, seed, "labels", epoch).numpy() + (labels < 0)
-    picks = np.sort(np.argsort(keys, axis=1, kind="stable")[:, :count], axis=1)
+    smallest = np.argsort(keys, axis=1, kind="stable")[:, :count]
+    picks = np.sort(smallest, axis=1)
     return np.take_along_axis(labels, picks, axis=1)
 
 
@@ -185,12 +189,14 @@ def samples_per_batch(
     if pack_tokens is None:
         return units
     table = SampleTable.of(dataset.manifest)
-    ids = np.unique(np.linspace(0, len(table.rows) - 1, ESTIMATED_FROM).astype(np.int64))
+    spread = np.linspace(0, len(table.rows) - 1, ESTIMATED_FROM)
+    ids = np.unique(spread.astype(np.int64))  # a smaller dataset has each of its samples once
     starts = [0.0, *(stage.start for stage in config.stages[1:])]
     ends = [*starts[1:], 1.0]
     batches = 0.0  # per sample of the run: stages are shares of its samples
     for start, end, view in zip(starts, ends, config.views(), strict=True):
-        views = choose_views(table, view, seed, epoch=0, ids=ids)
-        tokens = float(num_tokens(table, view, views, ids).mean())
+        views = choose_views(table, view=view, seed=seed, epoch=0, ids=ids)
+        lengths = num_tokens(table, view=view, views=views, ids=ids)
+        tokens = float(lengths.mean())
         batches += (end - start) * tokens / (units * pack_tokens)
     return 1 / batches

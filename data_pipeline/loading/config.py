@@ -32,7 +32,8 @@ class ViewConfig:
             raise ValueError(f"flip {self.flip} must lie in [0, 1], scale {self.scale} in (0, 1]")
         # 1e-9: 0.7 + 0.3 and the like may exceed 1 by rounding
         sum_of_ratios = self.codec_ratio + self.frame_ratio
-        if min(self.codec_ratio, self.frame_ratio) < 0 or sum_of_ratios > 1 + 1e-9:
+        smallest = min(self.codec_ratio, self.frame_ratio)
+        if smallest < 0 or sum_of_ratios > 1 + 1e-9:
             raise ValueError(
                 f"--residual_ratio {self.codec_ratio} and --frame_sampling_ratio "
                 f"{self.frame_ratio} must not be "

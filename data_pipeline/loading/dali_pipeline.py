@@ -63,14 +63,14 @@ class PictureDecoder:
         if self._device.type == "cuda":  # copies out of the last batch's buffers are still queued
             torch.cuda.current_stream(self._device).synchronize()
         try:
-            (pictures,) = self._pipeline.run()
+            (decoded,) = self._pipeline.run()
         except StopIteration:
             raise
         except Exception as error:
             if self._error is not None:
                 raise self._error from None
             raise DecodeFailed(_cause(error)) from error
-        images = [pictures[i] for i in range(len(pictures))]
+        images = [decoded[i] for i in range(len(decoded))]
         if self._device.type == "cpu":
             return [torch.from_numpy(np.asarray(image)) for image in images]
         return [torch.from_dlpack(image) for image in images]
@@ -151,5 +151,8 @@ def _decoding_pipeline(
 
 def _cause(error: Exception) -> str:
     """The line of DALI's message that holds the cause; the others are a stack of its frames."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "rror" in line), lines[0] if lines else "no reason")
+    stripped = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in stripped if line]
+    first = lines[0] if lines else "no reason"
+    # Error or error
+    return next((line for line in lines if "rror" in line), first)

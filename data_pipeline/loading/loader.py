@@ -65,6 +65,7 @@ class MixtureLoader:
         self._position: dict[str, dict[str, int]] = {}
         self._current = next(iter(streams), "")  # the head that the thread works on
         self._failure: BaseException | None = None
+        # daemon: one that is left behind in a hanging read must not keep the process alive
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
         self._thread.start()
 
@@ -78,6 +79,7 @@ class MixtureLoader:
         if isinstance(item, BaseException):
             self._failure = item  # the thread has ended: whoever asks again gets the same error
             raise item
+        # counted when they are handed out: batches that were read ahead are read again on resume
         for name, batch in item.items():
             self._position[name] = {"epoch": batch.epoch, "next_batch": batch.index + 1}
         return item
@@ -92,6 +94,7 @@ class MixtureLoader:
             self._stopped = True
             self._changed.notify_all()
         self._thread.join(CLOSE_SECONDS)
+        # a thread in a hanging read still uses its files
         if not self._thread.is_alive():
             for stream in self._streams.values():
                 stream.close()
@@ -109,12 +112,14 @@ class MixtureLoader:
                 for name, stream in self._streams.items():
                     self._current = name
                     batches[name] = next(stream).pinned()
-                self._offer(batches, sum(batch.num_bytes() for batch in batches.values()))
+                size = sum(batch.num_bytes() for batch in batches.values())
+                self._offer(batches, size)
         except BaseException as error:  # handed to the trainer, which raises it
             self._offer(error, 0)
 
     def _offer(self, item: dict[str, PackedBatch] | BaseException, size: int) -> None:
         def may_go_on() -> bool:
+            # one step's batches may always wait, whatever their size
             if self._stopped or not self._ready:
                 return True
             fits = self._waiting_bytes + size <= self._prefetch_bytes
@@ -128,7 +133,8 @@ class MixtureLoader:
 
     def _take(self, started: float) -> dict[str, PackedBatch] | BaseException:
         with self._changed:
-            if not self._changed.wait_for(lambda: self._ready, min(self._warn_s, self._timeout_s)):
+            first_wait_s = min(self._warn_s, self._timeout_s)
+            if not self._changed.wait_for(lambda: self._ready, first_wait_s):
                 if self._logger is not None and self._warn_s < self._timeout_s:
                     waited = time.monotonic() - started
                     self._logger.warning("waiting for data for %.0f s: %s", waited, self._doing())
@@ -168,7 +174,8 @@ class SyntheticStream:
         self._next = 0
         self._buffers = PackBuffers(torch.device("cpu"))
         shape = (self.batch_size, self.tokens, self.patch_size)
-        self.plan_sha256 = f"noise {shape} {self.num_classes} {self.num_labels} {self.seed}"
+        labels = f"{self.num_classes} {self.num_labels}"
+        self.plan_sha256 = f"noise {shape} {labels} {self.seed}"
 
     def seek(self, epoch: int, next_batch: int) -> None:
         """Go on with this batch; noise has one epoch."""

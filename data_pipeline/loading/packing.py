@@ -83,7 +83,7 @@ class PackedBatch:
     num_tokens: int  # tokens of samples, without filling
     epoch: int = 0
     index: int = 0  # of the global batch in its epoch
-    replaced: tuple[tuple[int, int], ...] = ()  # (bad sample, who stands in for it; -1: nobody)
+    replaced: tuple[tuple[int, int], ...] = ()  # (bad sample, its reserve; -1: none)
     buffers: PackBuffers | None = None  # where memory for normalised rows comes from
 
     def hidden_states(self) -> torch.Tensor:
@@ -98,7 +98,9 @@ class PackedBatch:
         for start in range(0, len(rows), step):
             piece = slice(start, start + step)
             gain, offset = self.colours[item[piece]].unbind(1)
-            out = rows[piece].unflatten(1, (3, -1)).copy_(channels[piece])
+            # bytes become floats in the copy; then x * gain + offset of the item's channels
+            out = rows[piece].unflatten(1, (3, -1))
+            out.copy_(channels[piece])
             out.mul_(gain[..., None]).add_(offset[..., None])
         return rows
 
@@ -134,10 +136,13 @@ class PackedBatch:
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        fields = vars(self).items()
+        return {name: value for name, value in fields if isinstance(value, torch.Tensor)}
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
-        changed: dict[str, Any] = {name: change(t) for name, t in self._tensors().items()}
+        changed: dict[str, Any] = {}
+        for name, tensor in self._tensors().items():
+            changed[name] = change(tensor)
         return replace(self, **changed)
 
 
@@ -165,16 +170,19 @@ def pack_views(
         raise DataPipelineError(
             f"{len(views)} items of {used} tokens do not fit the token budget {budget}"
         )
+    # in pieces no longer than the longest sample, which max_seqlen and attention's cost follow
     fill = [min(longest, budget - start) for start in range(used, budget, longest)]
     device = views[0].pieces[0].device
     buffers_here = buffers or PackBuffers(device)
     pixels = buffers_here.rows(budget, width=views[0].patch_dim, dtype=torch.uint8)
-    for view, rows in zip(views, pixels[:used].split(lengths), strict=True):
+    rows_of_views = pixels[:used].split(lengths)
+    for view, rows in zip(views, rows_of_views, strict=True):
         view.write(rows)
-    pixels[used:] = 0
+    pixels[used:] = 0  # buffers come with undefined content
     positions = torch.zeros(budget, 3, dtype=torch.int64)
     torch.cat([view.positions for view in views], out=positions[:used])
-    bounds = torch.tensor([0, *lengths, *fill]).cumsum(0).to(torch.int32)
+    item_lengths = torch.tensor([0, *lengths, *fill])
+    bounds = item_lengths.cumsum(0).to(torch.int32)
     colours = [view.colour for view in views]
     colours += [torch.zeros(2, 3)] * len(fill)
     grids = [view.grid for view in views]
@@ -204,7 +212,7 @@ def joined_inputs(batches: list[PackedBatch]) -> dict[str, Any]:
     stay apart, fillings included."""
     if len(batches) == 1:
         return batches[0].model_inputs()
-    bounds = [batches[0].cu_seqlens[:1]]
+    bounds = [batches[0].cu_seqlens[:1]]  # the leading 0, once
     start = 0
     for batch in batches:
         bounds.append(batch.cu_seqlens[1:] + start)

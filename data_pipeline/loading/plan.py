@@ -7,7 +7,7 @@
     batch     `units` consecutive units; rank r of W takes the r-th of W equal pieces
 
 The tail of an epoch is filled with its first units at weight 0: every rank always has units, every
-sample counts exactly once per epoch. Nothing of the size of the dataset is kept: making a plan
+sample counts exactly once per epoch. Nothing of the size of the dataset is held: making a plan
 costs one permutation of the shards, a window 20 ns a sample, packs another 0.6 microseconds. Where
 a batch of packs starts is known after packing the windows before it: resuming packs the epoch's
 past, a minute for 100 million samples.
@@ -50,7 +50,7 @@ class PlannedBatch:
 
     def share(self, rank: int, world_size: int) -> "PlannedBatch":
         """The piece of one rank; the units must divide by the world size."""
-        sizes = self.unit_sizes.reshape(world_size, -1)
+        sizes = self.unit_sizes.reshape(world_size, -1)  # [ranks, units of each]
         bounds = np.concatenate([[0], sizes.sum(axis=1).cumsum()])
         piece = slice(bounds[rank], bounds[rank + 1])
         return replace(
@@ -77,7 +77,8 @@ class SampleOrder:
         sample ids stay taken."""
         self.seed = seed
         self._shuffle_shards = shuffle_shards
-        self._starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
+        ends = np.cumsum(shard_sizes)
+        self._starts = np.concatenate([[0], ends]).astype(np.int64)
         self._present = np.setdiff1d(
             np.arange(len(shard_sizes)), np.array(sorted(absent), np.int64)
         )
@@ -92,7 +93,8 @@ class SampleOrder:
         shards = counter_rng(self.seed, "shards", epoch).permutation(self._present)
         sizes = np.diff(self._starts)[shards]
         cuts = np.arange(0, len(shards), self._shuffle_shards)
-        return shards, np.concatenate([[0], np.add.reduceat(sizes, cuts).cumsum()])
+        window_sizes = np.add.reduceat(sizes, cuts)
+        return shards, np.concatenate([[0], window_sizes.cumsum()])
 
     def bounds(self, epoch: int) -> np.ndarray:
         """int64 [windows + 1]: where the epoch's windows start, and its length at the end."""
@@ -101,15 +103,19 @@ class SampleOrder:
     def _window(self, epoch: int, window: int) -> np.ndarray:
         """Sample ids int64 of one window, shuffled."""
         first = window * self._shuffle_shards
-        shards = self._layout(epoch)[0][first : first + self._shuffle_shards]
-        ids = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in shards])
+        order = self._layout(epoch)[0]
+        shards = order[first : first + self._shuffle_shards]
+        of_shards = [np.arange(self._starts[s], self._starts[s + 1]) for s in shards]
+        ids = np.concatenate(of_shards)
         return counter_rng(self.seed, "window", epoch, window).permutation(ids)
 
     def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Sample ids at positions start..stop of the epoch."""
         bounds = self.bounds(epoch)
+        # the windows of the first and the last position; whole windows, which are cached
         first, last = np.searchsorted(bounds, [start, stop - 1], side="right") - 1
-        joined = np.concatenate([self.window(epoch, int(w)) for w in range(first, last + 1)])
+        windows = [self.window(epoch, int(w)) for w in range(first, last + 1)]
+        joined = np.concatenate(windows)
         return joined[start - bounds[first] : stop - bounds[first]]
 
 
@@ -134,6 +140,7 @@ def first_fit(lengths: list[int], budget: int, look_ahead: int = LOOK_AHEAD) -> 
                 free -= lengths[item]
             else:
                 passed.append(item)
+            # the pack is as full as any item could make it, or enough items were passed over
             if free < shortest or len(passed) >= look_ahead:
                 break
         if not pack:
@@ -195,11 +202,12 @@ class EpochPlan:
         if start >= stop:
             return None
         positions = np.arange(start, stop)
-        ids = self.order.ids(epoch, start, stop)
+        ids = self.order.ids(epoch, start=start, stop=stop)
         weights = np.ones(self.units, np.float32)
         missing = self.units - len(ids)
         if missing:
-            ids = np.concatenate([ids, self.order.ids(epoch, 0, missing)])
+            first = self.order.ids(epoch, start=0, stop=missing)
+            ids = np.concatenate([ids, first])
             # padding is seen in the stage of the batch, not in that of the epoch's start
             positions = np.concatenate([positions, np.full(missing, stop - 1)])
             weights[-missing:] = 0.0
@@ -215,13 +223,15 @@ class EpochPlan:
 
     def _batch_of_packs(self, epoch: int, index: int) -> PlannedBatch | None:
         start = index * self.units
-        available = min(self._count_packs(epoch, start + self.units) - start, self.units)
+        counted = self._count_packs(epoch, start + self.units)
+        available = min(counted - start, self.units)
         if available <= 0:
             return None
         total = self._pack_counts[epoch][-1]
         # fewer packs than units: the epoch ends here, and its first packs fill up at weight 0
         packs = [self._pack(epoch, start + n) for n in range(available)]
-        packs += [self._pack(epoch, n % total) for n in range(self.units - available)]
+        missing = self.units - available
+        packs += [self._pack(epoch, n % total) for n in range(missing)]
         sizes = np.array([len(ids) for ids, _ in packs])
         is_padding = np.arange(self.units) >= available
         return PlannedBatch(
@@ -239,9 +249,11 @@ class EpochPlan:
         epoch; of more than 2**24 samples only as many, evenly spaced, can be drawn."""
         word = torch.tensor([sample_id * RESERVES + attempt])
         # a uniform float32 is a multiple of 2 ** -24: whole numbers from here on, so no rounding
-        position = int(counter_uniform(word, self.order.seed, "reserve", epoch).item() * 2**24)
+        uniform = counter_uniform(word, self.order.seed, "reserve", epoch).item()
+        position = int(uniform * 2**24)
         position = position * self.order.num_samples >> 24
-        return int(self.order.ids(epoch, position, position + 1)[0])
+        ids = self.order.ids(epoch, start=position, stop=position + 1)
+        return int(ids[0])
 
     def _stage(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         seen = epoch * self.order.num_samples + positions
@@ -251,16 +263,20 @@ class EpochPlan:
         """(sample ids, stages) of each pack of a window, which lies in one stage as a whole."""
         assert self._tokens_of is not None and self.pack_tokens is not None
         ids = self.order.window(epoch, window)
-        stages = self._stage(epoch, np.full(len(ids), self.order.bounds(epoch)[window]))
+        start = self.order.bounds(epoch)[window]
+        stages = self._stage(epoch, np.full(len(ids), start))
         lengths = self._tokens_of(ids, stages, epoch).tolist()
-        return [(ids[pack], stages[pack]) for pack in first_fit(lengths, self.pack_tokens)]
+        packs = first_fit(lengths, budget=self.pack_tokens)
+        return [(ids[pack], stages[pack]) for pack in packs]
 
     def _count_packs(self, epoch: int, needed: int) -> int:
         """Packs of the epoch, counted window by window until there are `needed`."""
         counts = self._pack_counts.setdefault(epoch, [0])
         windows = len(self.order.bounds(epoch)) - 1
         while counts[-1] < needed and len(counts) <= windows:
-            counts.append(counts[-1] + len(self._packs(epoch, len(counts) - 1)))
+            window = len(counts) - 1
+            packs = self._packs(epoch, window)
+            counts.append(counts[-1] + len(packs))
         # a stream only goes on: earlier epochs are forgotten
         self._pack_counts = {e: c for e, c in self._pack_counts.items() if e >= epoch - 1}
         return counts[-1]

@@ -1,7 +1,7 @@
 """Bad samples at training time: named, replaced by the plan's reserve, counted, and too many stop.
 
-A damaged sample is never trained on and never replaced in silence: the batch names who stands in
-for whom, the ledger records it. A sample is checked by the bytes that are read, every time anew,
+A damaged sample is never trained on and never replaced in silence: the batch names it with its
+reserve, the ledger records both. A sample is checked by the bytes that are read, every time anew,
 and never by what a process met before: so a resumed run and any number of ranks replace alike. Only
 what cannot be seen in the bytes, that the decoder died of an image, is remembered.
 """
@@ -89,7 +89,8 @@ class Quarantine:
 
     def _listing(self) -> str:
         """The epoch's bad samples and why, one line each, at most MAX_LISTED."""
-        lines = [f"  sample {bad}: {self.reason(bad)}" for bad in sorted(self._bad)]
+        bad = sorted(self._bad)
+        lines = [f"  sample {sample}: {self.reason(sample)}" for sample in bad]
         unlisted = len(lines) - MAX_LISTED
         if unlisted > 0:
             lines[MAX_LISTED:] = [f"  and {unlisted} more"]

@@ -75,14 +75,16 @@ class SampleReader:
         member = MEMBER_OF_VIEW[view]
         data = self.shards.read(sample_id, member)
         name = self.name(sample_id)
-        grid = (int(self._table.rows[sample_id]), int(self._table.columns[sample_id]))
+        rows = int(self._table.rows[sample_id])
+        columns = int(self._table.columns[sample_id])
+        grid = (rows, columns)
         info = None
         positions = None
         if view == IMAGE:
-            size = (grid[0] * self._patch_size, grid[1] * self._patch_size)
+            size = (rows * self._patch_size, columns * self._patch_size)
         elif view == CODEC:
             stored = self.shards.read(sample_id, "positions.npy")
-            positions = decode_array(stored, "positions.npy", name)
+            positions = decode_array(stored, member="positions.npy", name=name)
             count = int(self._table.num_patches[sample_id])
             check_positions(positions, count=count, grid=grid, name=name)
             size = mosaic_size(len(positions), self._patch_size)
@@ -103,7 +105,8 @@ class SampleReader:
     def _read_info(self, sample_id: int, grid: tuple[int, int], name: str) -> SampleInfo:
         info = SampleInfo.from_bytes(self.shards.read(sample_id, "json"), name)
         stored = int(self._table.num_frames[sample_id])
-        if (info.grid, len(info.frame_times), info.patch_size) != (grid, stored, self._patch_size):
+        found = (info.grid, len(info.frame_times), info.patch_size)
+        if found != (grid, stored, self._patch_size):
             raise CorruptShard(
                 f"{name}: {len(info.frame_times)} frames of {info.grid} patches of "
                 f"{info.patch_size} px, its record says {stored} of {grid} of {self._patch_size}"
@@ -178,7 +181,8 @@ def sequential_batches(
     config = view_config or ViewConfig()
     samples = SampleReader(manifest, table)
     ids = [int(i) for i in sample_ids]
-    chunks = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    starts = range(0, len(ids), batch_size)
+    chunks = [ids[start : start + batch_size] for start in starts]
     pending: dict[int, list[Request]] = {}
 
     def fetch(number: int) -> list[np.ndarray]:
@@ -194,10 +198,10 @@ def sequential_batches(
     try:
         decoder = PictureDecoder(fetch, batch_size)
         for number, chunk in enumerate(chunks):
-            pictures = _decode(decoder, pending=pending, samples=samples)
-            pairs = zip(pending.pop(number), pictures, strict=True)
+            images = _decode(decoder, pending=pending, samples=samples)
+            pairs = zip(pending.pop(number), images, strict=True)
             yield pack_views(
-                [samples.view(request, picture, draw=None) for request, picture in pairs],
+                [samples.view(request, image, draw=None) for request, image in pairs],
                 sample_ids=torch.tensor(chunk),
                 labels=torch.zeros(len(chunk), 0, dtype=torch.int64),
                 weights=torch.ones(len(chunk)),
@@ -212,18 +216,22 @@ def _decode(
 ) -> list[torch.Tensor]:
     """Images of the next batch, each of its right size."""
     try:
-        pictures = next(decoder)
-        requests = pending[min(pending)]
-        bad = wrong_sizes(requests, pictures)
+        images = next(decoder)
+        requests = pending[min(pending)]  # DALI reads ahead: the oldest batch is the one decoded
+        bad = wrong_sizes(requests, images)
     except DecodeFailed as error:
         requests = [request for batch in pending.values() for request in batch]
-        bad = undecodable([request.encoded for request in requests], torch.device("cpu"))
+        encoded = [request.encoded for request in requests]
+        bad = undecodable(encoded, torch.device("cpu"))
         if not bad:
             raise CorruptShard(f"decoding failed, every picture alone decodes: {error}") from error
     if bad:
-        lines = [f"{samples.name(requests[i].sample_id)}: {reason}" for i, reason in bad.items()]
+        lines = []
+        for i, reason in bad.items():
+            name = samples.name(requests[i].sample_id)
+            lines.append(f"{name}: {reason}")
         raise CorruptShard(
             "samples that cannot be used; to pack them again, remove their shards' .json and"
             " run the `pack` command of the folder again:\n" + "\n".join(lines)
         )
-    return pictures
+    return images

@@ -63,6 +63,7 @@ class ShardReader:
                 return os.pread(self._descriptor(member.path), member.size, member.offset)
             except OSError as error:  # a network folder may forget a file for a moment
                 reason = error.strerror
+                # a descriptor of before may be stale, so the next attempt opens the file again
                 self._forget(member.path)
         raise CorruptShard(
             f"{member.path}: {reason}, looking for sample {sample_id}: check the storage; "
@@ -78,7 +79,9 @@ class ShardReader:
         for i, shard in enumerate(self._manifest.shards):
             if i in self._manifest.absent or not shard["samples"]:
                 continue
-            for sample in {int(starts[i]), int(starts[i + 1]) - 1}:
+            first = int(starts[i])
+            last = int(starts[i + 1]) - 1
+            for sample in {first, last}:  # a set, since a shard may hold one sample
                 try:
                     self.read(sample, "json")
                 except DataPipelineError as error:

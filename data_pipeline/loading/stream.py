@@ -93,7 +93,7 @@ class HeadStream:
         self.plan = EpochPlan(
             order,
             units=units,
-            tokens_of=lambda ids, stages, epoch: self._choose(ids, stages, epoch)[1],
+            tokens_of=lambda ids, stages, epoch: self._choose(ids, stages=stages, epoch=epoch)[1],
             pack_tokens=pack_tokens,
             stages=starts,
         )
@@ -121,23 +121,24 @@ class HeadStream:
         Only before the first batch is taken."""
         assert self._decoder is None
         self.plan.batch(epoch, next_batch)  # packs the epoch's past now, before anyone waits
-        self._batches = batches_from(self.plan, epoch, next_batch)
+        self._batches = batches_from(self.plan, epoch=epoch, index=next_batch)
 
     def __next__(self) -> PackedBatch:
-        pictures = self._decoded()
+        images = self._decoded()
         slot = self._read.pop(self._next)
         self._planned.pop(self._next)
         self._next += 1
         share = slot.share
         ids = np.array([request.sample_id for request in slot.requests])
-        random_numbers = draws(self._seed, share.epoch, ids)
+        random_numbers = draws(self._seed, epoch=share.epoch, ids=ids)
         views = [
-            self._samples.view(request, picture, draw)
-            for request, picture, draw in zip(slot.requests, pictures, random_numbers, strict=True)
+            self._samples.view(request, picture=image, draw=draw)
+            for request, image, draw in zip(slot.requests, images, random_numbers, strict=True)
         ]
         # rows beyond this rank's samples: absent labels at weight 0
         drawn = self._labels(ids, share.epoch)
-        labels = np.full((share.rows, drawn.shape[1]), -1, np.int64)
+        shape = (share.rows, drawn.shape[1])
+        labels = np.full(shape, -1, np.int64)
         labels[: len(ids)] = drawn
         weights = np.zeros(share.rows, np.float32)
         weights[: len(ids)] = slot.weights
@@ -160,12 +161,14 @@ class HeadStream:
     def activity(self) -> str:
         """What the stream is doing, for whoever waits for it."""
         reading = self._samples.shards.reading
-        return f"reading {reading}" if reading else f"decoding {self._dataset.manifest.directory}"
+        if reading:
+            return f"reading {reading}"
+        return f"decoding {self._dataset.manifest.directory}"
 
     def count_bad(self, epoch: int, bad: list[int], reasons: dict[int, str] | None = None) -> int:
         """Count bad samples of all ranks, batch by batch, against the error budget; returns how
         many the epoch has so far. Raises BudgetExceeded."""
-        return self._quarantine.count(epoch, bad, reasons)
+        return self._quarantine.count(epoch, bad=bad, reasons=reasons)
 
     def reason(self, sample_id: int) -> str:
         """Why this rank replaced a sample."""
@@ -185,7 +188,8 @@ class HeadStream:
         manifest = self._dataset.manifest
         facts = [PLAN_VERSION, LOOK_AHEAD, self._dataset.sha256, sorted(manifest.absent)]
         facts += [self._seed, units, starts, self._pack_tokens, config]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        text = json.dumps(facts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _check_items(self, view: ViewConfig) -> int:
         """Tokens of the longest item under a view; names the sample that no pack can hold."""
@@ -217,8 +221,10 @@ class HeadStream:
         for stage in np.unique(stages):
             here = stages == stage
             view = self._views[stage]
-            chosen[here] = choose_views(self._table, view, self._seed, epoch, ids[here])
-            tokens[here] = num_tokens(self._table, view, chosen[here], ids[here])
+            chosen[here] = choose_views(
+                self._table, view=view, seed=self._seed, epoch=epoch, ids=ids[here]
+            )
+            tokens[here] = num_tokens(self._table, view=view, views=chosen[here], ids=ids[here])
         return chosen, tokens
 
     def _make_decoder(self) -> PictureDecoder:
@@ -226,7 +232,8 @@ class HeadStream:
         share can hold."""
         max_batch = self._config.batch_size
         if self._pack_tokens is not None:
-            shortest = min(int(possible_lengths(self._table, view).min()) for view in self._views)
+            lengths = [possible_lengths(self._table, view).min() for view in self._views]
+            shortest = int(min(lengths))
             max_batch *= self._pack_tokens // shortest
         return PictureDecoder(
             self._fetch,
@@ -243,8 +250,9 @@ class HeadStream:
         batch = self._planned[iteration]
         share = batch.share(self._rank, self._world_size)
         # token budget of a unit, over the whole global batch, so that all ranks have the same one
-        unit = self._pack_tokens or max(self._longest[stage] for stage in np.unique(batch.stages))
-        chosen, tokens = self._choose(share.sample_ids, share.stages, share.epoch)
+        longest = max(self._longest[stage] for stage in np.unique(batch.stages))
+        unit = self._pack_tokens or longest
+        chosen, tokens = self._choose(share.sample_ids, stages=share.stages, epoch=share.epoch)
         requests = []
         weights = []
         replaced = []
@@ -256,7 +264,8 @@ class HeadStream:
                 room = int(tokens[i]) if self._pack_tokens else unit
                 request = self._reserve(planned, stage=stage, epoch=share.epoch, room=room)
                 if share.weights[i]:  # the tail's padding is no sample of the epoch
-                    replaced.append((planned, -1 if request is None else request.sample_id))
+                    reserve = -1 if request is None else request.sample_id
+                    replaced.append((planned, reserve))
             if request is not None:
                 requests.append(request)
                 weights.append(share.weights[i])
@@ -277,8 +286,11 @@ class HeadStream:
     def _reserve(self, planned: int, stage: int, epoch: int, room: int) -> Request | None:
         """The first good reserve of a bad sample that fits its room; None when none does."""
         for attempt in range(RESERVES):
-            reserve = self.plan.reserve(epoch, planned, attempt)
-            chosen, tokens = self._choose(np.array([reserve]), np.array([stage]), epoch)
+            reserve = self.plan.reserve(epoch, sample_id=planned, attempt=attempt)
+            # under a view of its own, in the stage of the sample that it stands in for
+            chosen, tokens = self._choose(
+                np.array([reserve]), stages=np.array([stage]), epoch=epoch
+            )
             if tokens[0] <= room:
                 request = self._try(reserve, view=int(chosen[0]), stage=stage)
                 if request is not None:
@@ -302,15 +314,15 @@ class HeadStream:
             if self._decoder is None:
                 self._decoder = self._make_decoder()
             try:
-                pictures = next(self._decoder)
+                images = next(self._decoder)
             except DecodeFailed as error:
                 self._quarantine_culprits(error)
             else:
                 requests = self._read[self._next].requests
-                wrong = wrong_sizes(requests, pictures)
+                wrong = wrong_sizes(requests, images)
                 if not wrong:
                     self._rebuilds = 0
-                    return pictures
+                    return images
                 self._exclude(requests, wrong)
             self._read.clear()
             self._decoder = None
@@ -324,7 +336,8 @@ class HeadStream:
             return
         self._rebuilds += 1
         if self._rebuilds > MAX_REBUILDS:
-            names = ", ".join(self._samples.name(request.sample_id) for request in requests[:8])
+            first = [self._samples.name(request.sample_id) for request in requests[:8]]
+            names = ", ".join(first)
             raise DataPipelineError(
                 f"decoding failed {self._rebuilds} times although every picture decodes alone: "
                 f"{error}; first samples of the batches: {names}"
@@ -334,9 +347,11 @@ class HeadStream:
         for i, reason in reasons.items():
             request = requests[i]
             text = f"{self._samples.name(request.sample_id)}: {reason}"
-            self._quarantine.add_undecodable(request.sample_id, request.view, text)
+            self._quarantine.add_undecodable(request.sample_id, view=request.view, reason=text)
 
     def _labels(self, ids: np.ndarray, epoch: int) -> np.ndarray:
         """int64 [n, at most labels_per_step] of samples."""
         table = self._dataset.labels[ids, : self._config.label_width]
-        return choose_labels(table, self._config.labels_per_step, self._seed, epoch, ids)
+        return choose_labels(
+            table, count=self._config.labels_per_step, seed=self._seed, epoch=epoch, ids=ids
+        )

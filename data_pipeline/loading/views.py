@@ -60,7 +60,8 @@ class View:
         start = 0
         for piece in self.pieces:
             count = piece.shape[:-3].numel()
-            rows[start : start + count].view(piece.shape).copy_(piece)
+            target = rows[start : start + count].view(piece.shape)
+            target.copy_(piece)
             start += count
 
 
@@ -72,8 +73,9 @@ def codec_view(
     """
     # the order of stored patches is the contract: any prefix holds the best ones
     count = min(len(positions), max_tokens)
+    tiles = _windows(mosaic, tile_side(patch_size))
     # a tile is a patch padded to whole JPEG blocks
-    tiles = _windows(mosaic, tile_side(patch_size))[..., :patch_size, :patch_size]
+    tiles = tiles[..., :patch_size, :patch_size]
     whole_rows, rest = divmod(count, TILE_COLUMNS)
     pieces = [tiles[:whole_rows]]
     if rest:
@@ -105,14 +107,15 @@ def still_view(frames: list[torch.Tensor], patch_size: int, times: torch.Tensor)
     """Whole images uint8 [H, W, 3] of one size at the given times [F] of the time base."""
     pieces = tuple(_windows(frame, patch_size) for frame in frames)
     rows, columns = pieces[0].shape[:2]
-    positions = _grid_positions(tuple(times.flatten().tolist()), rows, columns)
+    key = tuple(times.flatten().tolist())  # which the cache of positions can hash
+    positions = _grid_positions(key, rows=rows, columns=columns)
     return View(pieces, positions=positions, grid=(len(frames), rows, columns))
 
 
 def collage_view(view: View) -> View:
     """The frames of a frame view as one image of F * H rows."""
     times, rows, columns = view.grid
-    positions = _grid_positions((0,), times * rows, columns)
+    positions = _grid_positions((0,), rows=times * rows, columns=columns)
     return replace(view, positions=positions, grid=(1, times * rows, columns))
 
 
@@ -127,7 +130,7 @@ def shrink(picture: torch.Tensor, patch_size: int, scale: float) -> torch.Tensor
     if scale == 1.0:
         return picture
     height, width = picture.shape[:2]
-    rows, columns = scaled_grid(height // patch_size, width // patch_size, scale)
+    rows, columns = scaled_grid(height // patch_size, columns=width // patch_size, scale=scale)
     size = (int(rows) * patch_size, int(columns) * patch_size)
     pixels = picture.movedim(-1, 0)[None]
     # only a CPU has a kernel for bytes
@@ -142,11 +145,13 @@ def flip(view: View, columns: int) -> View:
     """The item mirrored left to right; `columns` patches are a whole frame's width."""
     if not view.is_sparse:
         # pixels in each patch, and the columns of patches: positions stay as they are
-        return replace(view, pieces=tuple(piece.flip(-1, -4) for piece in view.pieces))
+        pieces = tuple(piece.flip(-1, -4) for piece in view.pieces)
+        return replace(view, pieces=pieces)
     # sparse patches have no columns to exchange: each is mirrored, and its position moves
     positions = view.positions.clone()
     positions[:, 2] = columns - 1 - positions[:, 2]
-    return replace(view, pieces=tuple(p.flip(-1) for p in view.pieces), positions=positions)
+    pieces = tuple(piece.flip(-1) for piece in view.pieces)
+    return replace(view, pieces=pieces, positions=positions)
 
 
 def jitter_colours(view: View, strength: float, draw: np.ndarray) -> View:
@@ -156,9 +161,11 @@ def jitter_colours(view: View, strength: float, draw: np.ndarray) -> View:
     """
     # three numbers order the channels, three scale them, three shift them
     order = torch.from_numpy(np.argsort(draw[:3]).copy())
-    gain, shift = torch.from_numpy(strength * (2 * draw[3:9] - 1)).float().view(2, 3)
+    signed = strength * (2 * draw[3:9] - 1)  # -strength to strength
+    gain, shift = torch.from_numpy(signed).float().view(2, 3)
     colour = view.colour[:, order] * (1 + gain)
     colour[1] += shift
+    # pixels stay bytes: gain and shift enter the normalisation of the item
     pieces = tuple(piece[..., order.to(piece.device), :, :] for piece in view.pieces)
     return replace(view, pieces=pieces, colour=colour)
 
@@ -169,14 +176,17 @@ def choose_frames(num_stored: int, count: int, draw: np.ndarray | None) -> np.nd
     """
     edges = np.linspace(0, num_stored, count + 1)
     inside = np.full(count, 0.5) if draw is None else draw[:count]
-    chosen = (edges[:-1] + inside * np.diff(edges)).astype(int)
+    widths = np.diff(edges)
+    chosen = (edges[:-1] + inside * widths).astype(int)
     return np.minimum(chosen, num_stored - 1)  # rounding may reach the end of the last bin
 
 
 @lru_cache(maxsize=4096)
 def _grid_positions(times: tuple[int, ...], rows: int, columns: int) -> torch.Tensor:
     """int64 [K, 3] of whole frames; shared between views, so never written to."""
-    return compute_patch_positions_with_interpolated_temporal(torch.tensor(times), rows, columns)
+    return compute_patch_positions_with_interpolated_temporal(
+        torch.tensor(times), height=rows, width=columns
+    )
 
 
 def _windows(picture: torch.Tensor, side: int) -> torch.Tensor:

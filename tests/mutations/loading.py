@@ -134,8 +134,8 @@ LOADING = (
     Mutant(
         name="collage-wide",
         file="data_pipeline/loading/views.py",
-        old="_grid_positions((0,), times * rows, columns)",
-        new="_grid_positions((0,), rows, times * columns)",
+        old="_grid_positions((0,), rows=times * rows, columns=columns)",
+        new="_grid_positions((0,), rows=rows, columns=times * columns)",
         why="frames of a collage lie on each other's places",
         tests=("data_pipeline/loading/test_views.py",),
     ),

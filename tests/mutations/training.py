@@ -13,8 +13,8 @@ TRAINING = (
     Mutant(
         name="moment-correction",
         file="training/optimizer.py",
-        old="(square / (1 - beta2**steps)[:, None])",
-        new="(square / (1 - beta1**steps)[:, None])",
+        old="corrected = square / (1 - beta2**steps)[:, None]",
+        new="corrected = square / (1 - beta1**steps)[:, None]",
         why="the first steps of a row are too short",
         tests=("training/test_optimizer.py",),
     ),
@@ -135,7 +135,7 @@ TRAINING = (
     Mutant(
         name="gradient-along-the-row",
         file="training/losses/partial_fc.py",
-        old="(own - (own * unit).sum(dim=-1, keepdim=True) * unit) / norms",
+        old="(own - along * unit) / norms",
         new="own / norms",
         why="the norm of embeddings gets a gradient that it does not have",
         tests=(DENSE,),
@@ -287,8 +287,8 @@ TRAINING = (
     Mutant(
         name="picture-columns-as-rows",
         file="training/record/pack_picture.py",
-        old="left = column * (wide * size + GAP) + positions[k, 2] * size",
-        new="left = column * (wide * size + GAP) + positions[k, 1] * size",
+        old="left = column * stride + positions[k, 2] * size",
+        new="left = column * stride + positions[k, 1] * size",
         why="packs are drawn with patches on the diagonal",
         tests=("training/record/test_seeing.py::test_a_pack_is_drawn_as_its_items_patch_by_patch",),
     ),

@@ -61,7 +61,8 @@ class CheckpointConfig:
     background: bool = True
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1 or self.keep_every < 0 or self.minutes <= 0:
+        counts_fit = self.every >= 1 and self.keep >= 1 and self.keep_every >= 0
+        if not counts_fit or self.minutes <= 0:
             raise ValueError(
                 f"checkpoint.every {self.every} and keep {self.keep} must be at least 1, "
                 f"keep_every {self.keep_every} not negative, minutes {self.minutes} positive"
@@ -191,7 +192,8 @@ class Checkpointer:
     def _moments(self, name: str, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """AdamW's state of a parameter by name; {} for one that is not trained."""
         state = self._optimizer.state.get(parameter, {})
-        return {f"optimizer.{key}.{name}": state[key] for key in MOMENTS if key in state}
+        present = [key for key in MOMENTS if key in state]
+        return {f"optimizer.{key}.{name}": state[key] for key in present}
 
     def _stage(self, step: int) -> dict[str, torch.Tensor]:
         """The tensors of `step`, as they stay while the training goes on: a copy in host memory, in
@@ -204,6 +206,7 @@ class Checkpointer:
             if name not in self._copies:
                 pinned = own.is_cuda  # pageable memory would make each copy wait for the device
                 self._copies[name] = torch.empty(own.shape, dtype=own.dtype, pin_memory=pinned)
+            # all copies are queued first; one wait after the loop covers them
             self._copies[name].copy_(own, non_blocking=True)
             staged[name] = self._like(tensor, self._copies[name])
         if self._ranks.device.type == "cuda":
@@ -211,7 +214,7 @@ class Checkpointer:
         return staged
 
     def _like(self, tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-        """A host copy of this rank's part, at the same place of the whole tensor."""
+        """A host copy of this rank's part, as the same part of the whole tensor."""
         if not isinstance(tensor, DTensor):
             return copy
         return DTensor.from_local(
@@ -240,7 +243,7 @@ class Checkpointer:
         failure = self._agreed(lambda: self._make_room(step, num_bytes))
         failure = failure or self._agreed(write)
         written = [name for of_rank in all_gather_json(names, self._group) for name in of_rank]
-        failure = failure or self._agreed(lambda: self._commit(step, state, written))
+        failure = failure or self._agreed(lambda: self._commit(step, state=state, written=written))
         seconds = time.monotonic() - started
         saved = Saved(
             step=step, waited_s=waited, seconds=seconds, num_bytes=num_bytes, failure=failure
@@ -256,8 +259,10 @@ class Checkpointer:
             work()
         # a CheckpointException is a BaseException; whatever it is, the training goes on
         except BaseException as error:
-            mine = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
-        return next((text for text in all_gather_json(mine, self._group) if text), None)
+            what = f"{type(error).__name__}: {error}"
+            mine = f"rank {self._ranks.rank}: {what}"
+        everywhere = all_gather_json(mine, self._group)
+        return next((text for text in everywhere if text), None)
 
     def _make_room(self, step: int, num_bytes: int) -> None:
         if not self._ranks.is_main:
@@ -265,7 +270,8 @@ class Checkpointer:
         self._folder.discard(step)
         free = self._folder.free_bytes()
         if free < num_bytes:
-            raise StorageError(f"{num_bytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
+            needed_gb = num_bytes / 1e9
+            raise StorageError(f"{needed_gb:.2f} GB to write, {free / 1e9:.2f} GB free")
         self._folder.temporary(step).mkdir()
 
     def _commit(self, step: int, state: dict, written: list[str]) -> None:
@@ -273,6 +279,7 @@ class Checkpointer:
             return
         folder = self._folder.temporary(step)
         write_state(folder, {"step": step, **state})
+        # after the state: the manifest hashes all files, and its presence makes a checkpoint
         write_manifest(folder, [*written, STATE_NAME])
         self._folder.commit(step)
         try:

@@ -47,6 +47,7 @@ def write_tensors(
         with safe_open(file, framework="pt") as written:
             for name in written.keys():
                 own = written.get_tensor(name)
+                # the manifest hashes files as they lie there, so it would seal a wrong write, too
                 if not torch.equal(own, local(tensors[name]).cpu()):
                     raise StorageError(f"{name} in {file} is not what was written there")
                 if not torch.isfinite(own).all():
@@ -123,5 +124,5 @@ def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
             number += 1
             room = FILE_BYTES
         numbers[name] = number
-        room -= size
+        room -= size  # below 0 after a tensor larger than a file: the next one opens another
     return numbers

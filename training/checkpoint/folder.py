@@ -85,7 +85,8 @@ class CheckpointFolder:
 
     def commits(self) -> list[Path]:
         """Committed checkpoints, newest step first."""
-        paths = [path for path in self.path.glob(f"{PREFIX}*") if COMMIT.fullmatch(path.name)]
+        found = self.path.glob(f"{PREFIX}*")
+        paths = [path for path in found if COMMIT.fullmatch(path.name)]
         return sorted(paths, key=step_of, reverse=True)
 
     def commit(self, step: int) -> Path:
@@ -145,9 +146,11 @@ def write_manifest(directory: Path, names: Iterable[str]) -> None:
     loaded with the rest.
     """
     files = [directory / name for name in sorted(names)]
-    foreign = sorted({entry.name for entry in directory.iterdir()} - {file.name for file in files})
+    on_disk = {entry.name for entry in directory.iterdir()}
+    foreign = sorted(on_disk - {file.name for file in files})
     if foreign:
         raise StorageError(f"{', '.join(foreign)} in {directory}: not written by this save")
+    # the rename that commits must not reach the disk before the files do
     for file in files:
         sync(file)
     entries = {
@@ -173,7 +176,8 @@ def read_manifest(path: Path) -> dict[str, dict]:
         )
     check_fields(content, fields={"files": dict}, name=MANIFEST_NAME)
     files = content["files"]
-    if STATE_NAME not in files or not all(_is_entry(*item) for item in files.items()):
+    entries_fit = all(_is_entry(name, entry) for name, entry in files.items())
+    if STATE_NAME not in files or not entries_fit:
         raise DamagedFile(f"{MANIFEST_NAME} does not describe a checkpoint")
     return files
 
@@ -200,8 +204,11 @@ def _is_entry(name: str, entry: object) -> bool:
     is_plain = stays_below(name) and "/" not in name and name != MANIFEST_NAME
     if not (is_plain and isinstance(entry, dict) and set(entry) == {"size", "sha256"}):
         return False
-    is_size = type(entry["size"]) is int and entry["size"] >= 0
-    return is_size and isinstance(entry["sha256"], str) and bool(SHA256.fullmatch(entry["sha256"]))
+    size = entry["size"]
+    digest = entry["sha256"]
+    is_size = type(size) is int and size >= 0  # the very type: True is an int for isinstance
+    is_digest = isinstance(digest, str) and SHA256.fullmatch(digest) is not None
+    return is_size and is_digest
 
 
 def verify_checkpoint(path: Path) -> list[str]:
@@ -235,6 +242,7 @@ def verify_checkpoint(path: Path) -> list[str]:
 def _problem_of(file: Path, entry: dict) -> str | None:
     """The problem of one file of a checkpoint; None: it is as saved."""
     try:
+        # the size first: a file that was cut need not be read
         if not file.is_file() or file.stat().st_size != entry["size"]:
             return f"{file.name} is missing or has another size"
         if file_sha256(file) != entry["sha256"]:

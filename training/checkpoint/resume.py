@@ -45,8 +45,9 @@ def find_commit(output: Path, resume: str, ranks: Ranks, logger: logging.Logger)
     # Only rank 0 verifies, since hashing a large checkpoint takes minutes; on_main lets the others
     # poll meanwhile, so that no collective times out.
     chosen: dict = {}
-    on_main(ranks, lambda: chosen.update(_choose(output, resume, logger)))
+    on_main(ranks, lambda: chosen.update(_choose(output, resume=resume, logger=logger)))
     chosen = broadcast_object(chosen)
+    # an error raised inside on_main would reach the other ranks as a lost peer
     if "error" in chosen:
         raise BadCheckpoint(chosen["error"])
     if chosen["path"] is None:
@@ -194,7 +195,8 @@ def _advice(config: TrainConfig, refused: list[str], other_data: list[str]) -> s
         return ""
     flags = []
     if fields:
-        flags.append(f"--resume_allow {','.join([*config.resume_allow, *fields])}")
+        allowed = [*config.resume_allow, *fields]
+        flags.append(f"--resume_allow {','.join(allowed)}")
     if other_data:
         flags.append(NEW_EPOCH)
     return f"; to go on all the same, add {' '.join(flags)}"

@@ -168,7 +168,7 @@ class LossFlags:
 @dataclass(frozen=True)
 class HeadFlags:
     """Flags that set fields of HeadConfig: a tuple has a value per head, or one for all of them;
-    what is no tuple is the same for every head."""
+    any other value is the same for every head."""
 
     stream: StreamFlags
     loss: LossFlags
@@ -284,9 +284,12 @@ def build_config(args: argparse.Namespace) -> "TrainConfig":
         draft.repeat("heads", num_heads)
     for path, value in values_of(HeadFlags, args).items():
         for index in range(num_heads):
-            own = value[index if len(value) > 1 else 0] if isinstance(value, tuple) else value
+            # a single value stands for all heads
+            position = index if isinstance(value, tuple) and len(value) > 1 else 0
+            own = value[position] if isinstance(value, tuple) else value
             changes[f"heads.{index}.{path}"] = own
     for path, value in changes.items():
+        # None: a flag that was not given, or a path that was given as NULL
         if value is not None:
             draft.put(path, value)
     for assignment in args.set:

@@ -42,6 +42,7 @@ class Draft:
     def repeat(self, name: str, count: int) -> None:
         """Let a list be `count` copies of its first item."""
         first = self._root.values[name][0]
+        # copies, since each is changed by itself later
         self._root.values[name] = [copy.deepcopy(first) for _ in range(count)]
 
     def put(self, path: str, value: Any) -> None:
@@ -99,6 +100,7 @@ class Draft:
                 index = int(part)
                 key: str | int = index
                 kinds = typing.get_args(hint)
+                # tuple[X, ...] has one type for all items, tuple[X, Y] one for each
                 hint = kinds[0] if kinds[1:] == (...,) else kinds[index]
             else:
                 holder = node.values if isinstance(node, _Fields) else {}
@@ -124,14 +126,16 @@ def _opened(value: Any) -> Any:
     """A value whose dataclasses are _Fields and whose tuples are lists."""
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
-        return _Fields(type(value), {name: _opened(getattr(value, name)) for name in names})
+        opened = {name: _opened(getattr(value, name)) for name in names}
+        return _Fields(type(value), opened)
     return [_opened(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _closed(node: Any) -> Any:
     """The inverse of _opened."""
     if isinstance(node, _Fields):
-        return node.kind(**{name: _closed(value) for name, value in node.values.items()})
+        closed = {name: _closed(value) for name, value in node.values.items()}
+        return node.kind(**closed)
     return tuple(_closed(item) for item in node) if isinstance(node, list) else node
 
 
@@ -157,13 +161,13 @@ def _converted(value: Any, hint: Any) -> Any:
     """A JSON value as a field of this type holds it; TypeError for one of another type."""
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        for kind in kinds:
+        for kind in kinds:  # of `X | None` and the like the first that fits
             try:
                 return _converted(value, kind)
             except TypeError:
                 continue
     elif typing.get_origin(hint) is tuple and isinstance(value, list):
-        if kinds[1:] == (...,):
+        if kinds[1:] == (...,):  # tuple[X, ...]: as many X as there are values
             kinds = kinds[:1] * len(value)
         if len(kinds) == len(value):
             return tuple(_converted(item, kind) for item, kind in zip(value, kinds, strict=True))

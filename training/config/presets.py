@@ -176,7 +176,7 @@ def progressive() -> TrainConfig:
 
 
 def _stage1(model: str, batch_size: int, warmup_ratio: float) -> TrainConfig:
-    """One head of pictures of 224 px over random weights."""
+    """One head of images of 224 px over random weights."""
     stream = StreamConfig(batch_size=batch_size, view=ViewConfig(max_tokens=256))
     return TrainConfig(
         model=ModelConfig(name=model),

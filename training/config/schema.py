@@ -68,8 +68,11 @@ class HeadConfig:
         link has its own name, not that of its target."""
         if self.head_name is not None:
             return self.head_name
+        # abspath and not resolve(), which would follow the link
         folder = Path(os.path.abspath(self.dataset))
-        return f"{folder.parent.name}-{folder.name}" if folder.name in SPLITS else folder.name
+        if folder.name in SPLITS:
+            return f"{folder.parent.name}-{folder.name}"
+        return folder.name
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ class TrainConfig:
             )
         shares = [head.stream.token_share for head in self.heads]
         # shares such as 0.1 + 0.2 + 0.7 sum to a little more than 1 in floats
-        if sum(shares) > 1 + 1e-9 or (any(shares) and self.pack_tokens < 1):
+        exceeds = sum(shares) > 1 + 1e-9
+        if exceeds or (any(shares) and self.pack_tokens < 1):
             raise ValueError(
                 f"token_share {shares} of pack_tokens {self.pack_tokens}: they may not exceed "
                 "1 together, and pack_tokens must be set for them"
@@ -176,6 +180,7 @@ def fingerprint(config: TrainConfig, world_size: int) -> dict:
     """{path of a field that must be equal on resume: value}, with global instead of per-rank batch
     sizes. Data are compared by their bytes (checkpoint/resume.py), not by their folders."""
     flat = config.flat()
+    # the global batch is what decides a step, so a run may go on with other numbers of ranks
     for index, head in enumerate(config.heads):
         flat[f"heads.{index}.stream.batch_size"] = head.stream.batch_size * world_size
     return compared(flat)
@@ -183,7 +188,8 @@ def fingerprint(config: TrainConfig, world_size: int) -> dict:
 
 def compared(flat: dict) -> dict:
     """The fields of a fingerprint that are compared; one of an earlier version may hold more."""
-    return {key: value for key, value in flat.items() if not _is_free(key.split("."))}
+    names = [key for key in flat if not _is_free(key.split("."))]
+    return {name: flat[name] for name in names}
 
 
 def _is_free(path: list[str]) -> bool:
@@ -215,7 +221,8 @@ def check_allowed(fields: tuple[str, ...], known: dict) -> None:
     """ValueError for a name of --resume_allow that is no field of the fingerprint, nor a part of
     one's path."""
     for name in fields:
-        if not any(key == name or key.startswith(f"{name}.") for key in known):
+        inside = f"{name}."  # with its dot: heads.1 is no part of heads.10
+        if not any(key == name or key.startswith(inside) for key in known):
             near = difflib.get_close_matches(name, known, n=3)
             raise ValueError(
                 f"--resume_allow {name}: no field that a checkpoint is compared by; nearest: "
@@ -227,7 +234,7 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(node, list):
         node = dict(enumerate(node))
     if not isinstance(node, dict):
-        return {prefix[:-1]: node}
+        return {prefix[:-1]: node}  # without the last dot
     flat: dict[str, Any] = {}
     for key, value in node.items():
         flat |= _flatten(value, f"{prefix}{key}.")

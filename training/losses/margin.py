@@ -37,15 +37,21 @@ def margin_losses(
     """
     valid = labels >= 0
     target = scale * (positive_cosines - margin)
+    # a row's labels are non-targets in each other's softmax, so the filter applies to them
     logits = scale * filtered(positive_cosines, filter_threshold)
     same = labels[:, :, None] == labels[:, None, :]  # [B, l, k]
     earlier = same.tril(diagonal=-1).any(dim=-1)  # the same class is an earlier label of the row
     counts = ~same & (valid & ~earlier)[:, None, :]
     if mask_co_positives:
         counts = torch.zeros_like(counts)
-    others = logits[:, None, :].expand_as(counts).masked_fill(~counts, NOTHING)
-    negatives = negative_lse.clamp(min=NOTHING)[:, None, None].expand(-1, labels.shape[1], 1)
-    rivals = torch.cat([others, negatives], dim=-1).logsumexp(dim=-1)
+    others = logits[:, None, :].expand_as(counts)
+    others = others.masked_fill(~counts, NOTHING)
+    # all negatives together are one more rival of each label, the same for all of a row
+    negatives = negative_lse.clamp(min=NOTHING)  # -inf where there are none
+    num_labels = labels.shape[1]
+    negatives = negatives[:, None, None].expand(-1, num_labels, 1)
+    logits_of_rivals = torch.cat([others, negatives], dim=-1)
+    rivals = logits_of_rivals.logsumexp(dim=-1)
     # = logsumexp(rivals, target) - target, which would cancel the digits of a small loss
     losses = F.softplus(rivals - target)
     return torch.where(valid, losses, torch.zeros_like(losses))

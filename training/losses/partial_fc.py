@@ -98,8 +98,10 @@ class PartialFCLoss:
 def class_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
     """First class and end of a rank's shard: chunks of ceil(N / W), the sharding rule of DTensor's
     Shard(0)."""
-    chunk = -(-num_classes // world_size)
-    return min(rank * chunk, num_classes), min((rank + 1) * chunk, num_classes)
+    chunk = -(-num_classes // world_size)  # rounded up, so the last ranks may have fewer, or none
+    start = min(rank * chunk, num_classes)
+    end = min(start + chunk, num_classes)
+    return start, end
 
 
 class PartialFC(nn.Module):
@@ -139,6 +141,7 @@ class PartialFC(nn.Module):
                 f"{list(expected)}"
             )
         centers = centers[self.class_start : self.class_end]
+        # a row of zeros has no direction, and so no cosine with anything
         lost = ~(centers.isfinite().all(dim=1) & centers.any(dim=1))
         if lost.any():
             first = self.class_start + int(lost.nonzero()[0])
@@ -155,11 +158,14 @@ class PartialFC(nn.Module):
 
         2048 centres make a matrix of cosines of 16 MB, which is enough to estimate a share.
         """
-        unit = F.normalize(self.centers.detach()[:most].float(), dim=-1)
+        first = self.centers.detach()[:most].float()
+        unit = F.normalize(first, dim=-1)
         pairs = len(unit) * (len(unit) - 1)
         if pairs == 0 or self.config.threshold >= 1:
             return 0.0
-        close = ((unit @ unit.T) > self.config.threshold).sum() - len(unit)
+        # the diagonal, each centre with itself, is no pair
+        is_close = (unit @ unit.T) > self.config.threshold
+        close = is_close.sum() - len(unit)
         # a cosine with itself may be rounded below a threshold close to 1
         return max(0.0, close.item() / pairs)
 
@@ -191,7 +197,7 @@ class PartialFC(nn.Module):
 
         Raises ValueError on all ranks when any label is below -1 or not below num_classes; on a
         GPU, where reading labels would wait for the device, loss and gradients become NaN and
-        `check_labels` says why.
+        `check_labels` reports why.
         """
         if not labels.numel():
             raise ValueError(f"labels are {list(labels.shape)}: give at least one row and label")
@@ -208,6 +214,7 @@ class PartialFC(nn.Module):
         )
         if not labels.is_cuda:
             self.check_labels()
+        # labels of padding would be sampled like those of rows that count
         all_labels = all_labels.masked_fill(all_weights[:, None] == 0, -1)
         sampled, columns = self._sample(all_labels, draw)
         plan = _Plan(
@@ -241,13 +248,17 @@ class PartialFC(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Embeddings [B, D], labels [B, L] and weights [B] of all ranks, in one collective: labels
         travel as the bits of floats, so that all three are columns of one tensor."""
-        rows = F.pad(embeddings.float(), (0, 0, 0, len(labels) - len(embeddings)))
+        missing = len(labels) - len(embeddings)
+        rows = F.pad(embeddings.float(), (0, 0, 0, missing))  # the same R on every rank
         rows = rows.masked_fill(weights[:, None] == 0, 0.0)  # padding may hold NaN
+        # their bits and not their values: fp32 holds whole numbers exactly up to 2**24 only
         bits = labels.to(torch.int32).view(torch.float32)
-        gathered = all_gather_rows(torch.cat([rows, bits, weights.float()[:, None]], dim=1))
+        own = torch.cat([rows, bits, weights.float()[:, None]], dim=1)
+        gathered = all_gather_rows(own)
         sizes = [embeddings.shape[1], labels.shape[1], 1]
         rows, bits, all_weights = gathered.split(sizes, dim=1)
-        return rows, bits.contiguous().view(torch.int32).long(), all_weights.squeeze(1)
+        all_labels = bits.contiguous().view(torch.int32).long()
+        return rows, all_labels, all_weights.squeeze(1)
 
     def _sample(self, labels: torch.Tensor, draw: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(ascending local indices of the sampled classes [M], None: all; index of each label among
@@ -257,12 +268,12 @@ class PartialFC(nn.Module):
         if self.config.sample_rate == 1:
             return None, local.masked_fill(~here, -1)
         classes = torch.arange(self.class_start, self.class_end, device=labels.device)
-        chosen = (
-            counter_uniform(classes, self.seed, self._negatives_draw, draw)
-            < self.config.sample_rate
-        )
+        uniform = counter_uniform(classes, self.seed, self._negatives_draw, draw)
+        chosen = uniform < self.config.sample_rate
+        # a row needs the centres of its own labels, whatever was drawn
         chosen[local[here]] = True
         sampled = chosen.nonzero().squeeze(1)  # ascending, which searchsorted needs
+        # a label of another rank gets some index here, which the mask takes away
         columns = torch.searchsorted(sampled, local.clamp(min=0).contiguous())
         return sampled, columns.masked_fill(~here, -1)
 
@@ -311,7 +322,7 @@ class _Loss(torch.autograd.Function):
         with torch.enable_grad():
             lse.requires_grad_()
             cosines.requires_grad_()
-            objective, mean, losses = _objective(cosines, lse, plan)
+            objective, mean, losses = _objective(cosines, lse=lse, plan=plan)
             grad_lse, grad_cosines = torch.autograd.grad(objective, (lse, cosines))
         ctx.softmax = softmax
         ctx.plan = plan
@@ -335,12 +346,15 @@ class _Loss(torch.autograd.Function):
         if exchange is not None:
             # gradient of x / |x|: without its component along x, divided by |x|
             own = exchange()[: len(embeddings)] * dist.get_world_size()
-            norms = embeddings.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            norms = embeddings.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # as in F.normalize
             unit = embeddings / norms
-            grad_embeddings = (own - (own * unit).sum(dim=-1, keepdim=True) * unit) / norms
+            along = (own * unit).sum(dim=-1, keepdim=True)
+            grad_embeddings = (own - along * unit) / norms
+            # padding may hold NaN, which a factor of 0 would not remove
             unused = ctx.plan.own_weights[: len(embeddings), None] == 0
             grad_embeddings = grad_embeddings.masked_fill(unused, 0.0)
-        return grad_embeddings, _of_all(grad_centers, ctx.plan, ctx.num_centers), None, None
+        grad_all = _of_all(grad_centers, plan=ctx.plan, num_centers=ctx.num_centers)
+        return grad_embeddings, grad_all, None, None
 
 
 def _reduce(
@@ -352,9 +366,11 @@ def _reduce(
     to be exchanged first; fp64 holds them up to scales of 350.
     """
     sums = total.double() * (maximum.double() - scale).exp()
+    # a label's cosine is 0 on all ranks but its own, so the sum over ranks is the cosine
     joined = torch.cat([sums[:, None], cosines.double()], dim=1)
     dist.all_reduce(joined)
-    return (joined[:, 0].log() + scale).float(), joined[:, 1:].float()
+    lse = joined[:, 0].log() + scale  # -inf for a row without any negative
+    return lse.float(), joined[:, 1:].float()
 
 
 def _objective(
@@ -373,9 +389,10 @@ def _objective(
     )
     per_row = (plan.labels >= 0).float().sum(dim=1)  # labels; rows may have fewer than L
     row_weights = plan.weights * (per_row > 0)
-    total = row_weights.sum().clamp(min=1e-12)
-    mean = (row_weights * losses.sum(dim=1) / per_row.clamp(min=1)).sum() / total
-    summed = (row_weights * losses.sum(dim=1)).sum() / total
+    total = row_weights.sum().clamp(min=1e-12)  # a batch of padding alone has loss 0, not NaN
+    weighted = row_weights * losses.sum(dim=1)
+    mean = (weighted / per_row.clamp(min=1)).sum() / total
+    summed = weighted.sum() / total
     objective = mean if config.label_reduction == "mean" else summed
     return objective, mean.detach(), losses.detach()
 
@@ -387,6 +404,7 @@ def _of_all(grad: torch.Tensor, plan: _Plan, num_centers: int) -> torch.Tensor:
         return grad
     shape = (num_centers, grad.shape[1])
     if plan.head.config.is_sparse:
+        # ascending and without repeats, so there is nothing to coalesce or to check
         return torch.sparse_coo_tensor(
             sampled[None], grad, shape, is_coalesced=True, check_invariants=False
         )

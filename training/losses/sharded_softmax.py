@@ -64,6 +64,7 @@ class SampledSoftmax:
         maximum = torch.full((len(rows),), -torch.inf, device=rows.device)
         total = torch.zeros(len(rows), device=rows.device)
         label_cosines = torch.zeros(self.columns.shape, device=rows.device)
+        # beyond KEPT, backward computes them again: another product instead of the memory
         keep = self._count * len(rows) <= KEPT
         for start in range(0, self._count, CHUNK):
             chunk, inverse = self._chunk(start)
@@ -73,6 +74,7 @@ class SampledSoftmax:
             here, positives = self._labels_in(start, cosines)
             label_cosines[here] = cosines[positives]
             logits = self._logits(cosines)
+            # a row's own labels are no negatives
             logits[positives] = -torch.inf
             # the sum so far is scaled to the new maximum, as in every streamed softmax
             peak = torch.maximum(maximum, logits.amax(dim=1))
@@ -98,19 +100,25 @@ class SampledSoftmax:
             chunk, inverse = self._chunk(start)
             cosines = self._kept[number] if self._kept else self._cosines(chunk, inverse)
             here, positives = self._labels_in(start, cosines)
-            grad = self._logits(cosines).sub_(shift[:, None]).exp_().mul_(weight)
+            shifted = self._logits(cosines).sub_(shift[:, None])
+            grad = shifted.exp_().mul_(weight)
+            # a filtered cosine counts as the constant 0, which has no gradient
             if self.threshold < 1:
                 grad.mul_(cosines <= self.threshold)
+            # labels are no negatives: what reaches them is their own gradient alone
             grad[positives] = 0.0
             # accumulated, since a class may be a label of the row twice
             grad.index_put_(positives, grad_cosines[here], accumulate=True)
             # the part along the centre, which its norm takes out again
             along = (grad * cosines).sum(dim=0)
+            # from here on for products with raw centres: unit_j = center_j * inverse_j
             grad.mul_(inverse)
             grad_rows += _product(grad, chunk)
             piece = self._grad_centers[start : start + CHUNK]
-            torch.mul(chunk, (along * inverse.square())[:, None].neg_(), out=piece)
+            radial = (along * inverse.square())[:, None].neg_()
+            torch.mul(chunk, radial, out=piece)
             if self._kept:
+                # the cosines are done with; `backward_centers` makes the product of this one
                 self._kept[number] = grad
             else:
                 piece += _product(grad.T, rows)
@@ -121,7 +129,8 @@ class SampledSoftmax:
         needs it, so the ranks can exchange gradients of rows meanwhile.
         """
         for number, grad in enumerate(self._kept):
-            piece = self._grad_centers[number * CHUNK : (number + 1) * CHUNK]
+            start = number * CHUNK
+            piece = self._grad_centers[start : start + CHUNK]
             piece += _product(grad.T, self.rows)
         self._kept.clear()
         return self._grad_centers
@@ -131,15 +140,19 @@ class SampledSoftmax:
         if self.sampled is None:
             chunk = self.centers[start : start + CHUNK]
         else:
-            chunk = self.centers.index_select(0, self.sampled[start : start + CHUNK])
+            classes = self.sampled[start : start + CHUNK]
+            chunk = self.centers.index_select(0, classes)
         norms = torch.linalg.vector_norm(chunk, dim=1)
         return chunk, norms.clamp_(min=1e-12).reciprocal_()  # as in F.normalize
 
     def _cosines(self, chunk: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        return _product(self.rows, chunk.T).mul_(inverse).clamp_(-1.0, 1.0)
+        cosines = _product(self.rows, chunk.T).mul_(inverse)
+        # rounding may lead beyond 1, and no logit may exceed the scale: partial_fc relies on it
+        return cosines.clamp_(-1.0, 1.0)
 
     def _logits(self, cosines: torch.Tensor) -> torch.Tensor:
         logits = cosines * self.scale
+        # from 1 on the filter lets everything pass
         if self.threshold < 1:
             logits.masked_fill_(cosines > self.threshold, 0.0)
         return logits

@@ -46,6 +46,7 @@ class RecordFile:
         self._digest = hashlib.sha256()
         self._size = 0
         try:
+            # read as well as written: the digest is of all bytes from the first on
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
             self._descriptor = os.open(path, flags, 0o666)
             while piece := os.read(self._descriptor, HASHED_AT_ONCE):
@@ -59,8 +60,10 @@ class RecordFile:
         Raises OSError with the path where the disk takes no more, StorageError where the file was
         removed: what is written to it would be lost.
         """
-        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        data = text.encode()
         try:
+            # a descriptor goes on taking bytes when its file has no name any more
             if os.fstat(self._descriptor).st_nlink == 0:
                 raise StorageError(
                     f"{self.path} was removed while the run writes to it, so the run ends: start "
@@ -68,6 +71,7 @@ class RecordFile:
                     "left"
                 )
             while data:
+                # a disk that fills up takes a part; the next call has the error
                 written = os.write(self._descriptor, data)
                 self._count(data[:written])
                 data = data[written:]
@@ -125,8 +129,8 @@ class Ledger:
 
 
 def seal_records(files: Iterable[RecordFile], others: dict[str, dict]) -> dict[str, dict]:
-    """{name: {"bytes", "sha256"}} of the records of all ranks, and of `others`, which nobody writes
-    to any more. Called by all ranks."""
+    """{name: {"bytes", "sha256"}} of the records of all ranks, and of `others`, which no rank
+    writes to any more. Called by all ranks."""
     sealed = dict(others)
     for of_rank in all_gather_json({file.path.name: file.seal() for file in files}):
         sealed.update(of_rank)
@@ -167,6 +171,7 @@ def _restore(path: Path, entry: dict | None, commit: Commit | None, logger: logg
     if commit is not None and entry is not None:
         difference = _difference(path, entry)
         if difference is None:
+            # steps after the commit are run again, and would be on record twice
             if path.stat().st_size > entry["bytes"]:
                 os.truncate(path, entry["bytes"])
                 sync(path)
@@ -249,7 +254,9 @@ def read_line(line: bytes) -> dict | None:
         record = parse_json(line, "line")
     except DamagedFile:
         return None
-    return record if line.endswith(b"\n") and type(record.get("step")) is int else None
+    is_whole = line.endswith(b"\n")
+    has_step = type(record.get("step")) is int  # the very type: True is an int for isinstance
+    return record if is_whole and has_step else None
 
 
 def _set_aside(path: Path) -> Path:

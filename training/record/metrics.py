@@ -93,17 +93,19 @@ class MetricLogger:
         # "." is the run's own folder; by default each call makes a folder named by the clock
         self.board.show(lambda writer: writer.add_hparams(flat, steps, run_name="."))
         if config.wandb_project is not None:
-            self._wandb = _wandb_run(config.wandb_project, flat, Path(config.output))
+            self._wandb = _wandb_run(config.wandb_project, config=flat, output=Path(config.output))
 
     def picture(self, step: int, batches: dict[str, PackedBatch], patch_size: int) -> None:
         """Show the first items of a step's packs as the encoder sees them."""
         if self._record is None:
             return
-        pictures = {f"pack/{name}": pack_picture(b, patch_size) for name, b in batches.items()}
+        images = {}
+        for name, batch in batches.items():
+            images[f"pack/{name}"] = pack_picture(batch, patch_size)
 
         def draw(writer: Any) -> None:
-            for name, picture in pictures.items():
-                writer.add_image(name, picture, step, dataformats="HWC")
+            for name, image in images.items():
+                writer.add_image(name, image, step, dataformats="HWC")
 
         self.board.show(draw)
 
@@ -128,7 +130,7 @@ class MetricLogger:
         self._pending.clear()
         self._counts.clear()
         if self._ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()  # so that a line has the peak of its own steps
 
     def close(self) -> None:
         """Write the steps since the last line to the record and close, so that the last losses
@@ -137,7 +139,7 @@ class MetricLogger:
             if self._record is not None and self._pending:
                 self._record.write(self._numbers())
         except StorageError:
-            pass  # a removed folder has ended the run, whose own error says so
+            pass  # a removed folder has ended the run, whose own error reports it
         except OSError as error:  # must not hide the error that ended the run
             self._logger.warning("the last steps are not on record: %s", error)
         for file in (self._record, self._speed_file):
@@ -177,8 +179,9 @@ class MetricLogger:
             "bad_samples": self._counts[-1].bad_samples,
             "skipped_steps": self._counts[-1].skipped_steps,
         }
-        sections = {f"time/{name}_s": s / steps for name, s in taken.items() if name != "total"}
-        return speed | sections
+        sections = {name: seconds for name, seconds in taken.items() if name != "total"}
+        per_step = {f"time/{name}_s": seconds / steps for name, seconds in sections.items()}
+        return speed | per_step
 
     def _mfu(self, rate: float) -> float | None:
         """Share of the peak of all ranks that `rate` model FLOP/s are; None where no peak is
@@ -202,7 +205,8 @@ class MetricLogger:
         lines = self._numbers()
         record.write(lines)
         last = lines[-1]
-        self._write_speed({"step": last["step"], "steps": len(lines), **speed})
+        position = {"step": last["step"], "steps": len(lines)}
+        self._write_speed({**position, **speed})
         for line in lines:
             for name, value in line.items():
                 if name.startswith("loss/") and value is not None:
@@ -230,6 +234,7 @@ class MetricLogger:
 
     def _line(self, last: dict, speed: dict[str, Any]) -> str:
         """The console line of a step."""
+        # the record has None for what is not finite, which no number format takes
         values = {name: math.nan if value is None else value for name, value in last.items()}
         losses = "  ".join(
             f"{name.removeprefix('loss/')} {value:.4f}"
@@ -237,7 +242,7 @@ class MetricLogger:
             if name.startswith("loss/")
         )
         mfu = "not known" if speed["mfu"] is None else f"{speed['mfu']:.0%}"
-        left = (self._total_steps - last["step"]) * speed["step_s"]
+        left = (self._total_steps - last["step"]) * speed["step_s"]  # seconds
         return (
             f"step {last['step']}/{self._total_steps} | {losses} | {speed['samples_per_s']:.1f} "
             f"samples/s | {speed['tokens_per_s'] / 1000:.1f}k tokens/s | MFU {mfu} | "
@@ -307,8 +312,11 @@ def _wandb_run(project: str, config: dict, output: Path) -> Any:
     decide where it goes."""
     import wandb
 
-    name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-    return wandb.init(project=project, id=name, config=config, dir=str(output), resume="allow")
+    # from the folder, so that every start there finds the same run
+    digest = hashlib.sha256(str(output.resolve()).encode()).hexdigest()
+    return wandb.init(
+        project=project, id=digest[:16], config=config, dir=str(output), resume="allow"
+    )
 
 
 def _memory(device: torch.device) -> int:

@@ -21,28 +21,34 @@ def pack_picture(
         tokens = slice(bounds[item], bounds[item + 1])
         pixels = batch.pixels[tokens].cpu().numpy()
         positions = batch.patch_positions[tokens].cpu().numpy()
+        # rows of a pack are channels first, images have them last
         patches = pixels.reshape(-1, 3, patch_size, patch_size).transpose(0, 2, 3, 1)
-        rows.append(_row(patches, positions, most_frames))
+        rows.append(_row(patches, positions=positions, most_frames=most_frames))
     width = max(row.shape[1] for row in rows)
     height = max(len(row) for row in rows) + GAP
-    picture = np.full((len(rows) * height, width, 3), GREY, np.uint8)
+    shape = (len(rows) * height, width, 3)
+    image = np.full(shape, GREY, np.uint8)
     for number, row in enumerate(rows):
         top = number * height
-        picture[top : top + len(row), : row.shape[1]] = row
-    return picture
+        image[top : top + len(row), : row.shape[1]] = row
+    return image
 
 
 def _row(patches: np.ndarray, positions: np.ndarray, most_frames: int) -> np.ndarray:
     """uint8 [h, w, 3] of one item from its patches [n, p, p, 3] and positions (t, h, w) [n, 3]."""
     times, counts = np.unique(positions[:, 0], return_counts=True)
-    shown = np.sort(times[np.argsort(-counts, kind="stable")[:most_frames]])
+    # stable: of frames with as many patches the earlier ones are shown
+    fullest = np.argsort(-counts, kind="stable")[:most_frames]
+    shown = np.sort(times[fullest])
     high = positions[:, 1].max() + 1
     wide = positions[:, 2].max() + 1
     size = patches.shape[1]
-    row = np.full((high * size, len(shown) * (wide * size + GAP), 3), GREY, np.uint8)
+    stride = wide * size + GAP  # pixels from one frame to the next
+    shape = (high * size, len(shown) * stride, 3)
+    row = np.full(shape, GREY, np.uint8)
     for column, time in enumerate(shown):
         for k in np.flatnonzero(positions[:, 0] == time):
             top = positions[k, 1] * size
-            left = column * (wide * size + GAP) + positions[k, 2] * size
+            left = column * stride + positions[k, 2] * size
             row[top : top + size, left : left + size] = patches[k]
     return row

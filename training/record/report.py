@@ -28,22 +28,29 @@ SPEED_FIGURES = {
 
 def write_report(output: Path) -> Path:
     """Write report.md and its images; returns its path."""
-    rounds = sorted(output.glob("round_*"), key=lambda path: int(path.name.split("_")[1]))
+    # by number, since by name round_10 would come before round_2
+    folders = output.glob("round_*")
+    rounds = sorted(folders, key=lambda path: int(path.name.split("_")[1]))
     sections = [f"# Run in {in_markdown(output.name)}", _facts(output)]
     sections += [_training(folder, output) for folder in rounds or [output]]
     path = output / REPORT_NAME
-    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    text = "\n\n".join(section for section in sections if section)
+    path.write_text(f"{text}\n")
     return path
 
 
 def _facts(output: Path) -> str:
     config = read_run_file(output / "config.json")
     run = read_run_file(output / "run.json")
-    lines = [f"- encoder: {in_markdown(config.get('model', {}).get('name'))}"]
-    lines += [f"- data set: {in_markdown(head['dataset'])}" for head in config.get("heads", [])]
-    lines.append(f"- arguments: {in_code(' '.join(run.get('argv', [])))}")
+    model = config.get("model", {})
+    lines = [f"- encoder: {in_markdown(model.get('name'))}"]
+    for head in config.get("heads", []):
+        lines.append(f"- data set: {in_markdown(head['dataset'])}")
+    arguments = " ".join(run.get("argv", []))
+    lines.append(f"- arguments: {in_code(arguments)}")
     lines.append(f"- git revision: {in_markdown(run.get('git_revision'))}")
-    lines.append(f"- ranks: {run.get('world_size')}, starts: {run.get('starts')}")
+    world_size = run.get("world_size")
+    lines.append(f"- ranks: {world_size}, starts: {run.get('starts')}")
     for name, version in run.get("versions", {}).items():
         lines.append(f"- {name}: {in_markdown(version)}")
     return "\n".join(lines)
@@ -57,7 +64,8 @@ def _training(folder: Path, output: Path) -> str:
         return "\n".join(damage + damage_of_speeds)
     # a name that few lines have comes from a damaged line, and is no curve
     counted = Counter(name for record in records for name in record if name.startswith("loss/"))
-    losses = sorted(name for name, count in counted.items() if 2 * count > len(records))
+    half = len(records) / 2
+    losses = sorted(name for name, count in counted.items() if count > half)
     title = "Training" if folder == output else folder.name
     lines = [f"## {title}", "", *damage, *damage_of_speeds]
     lines += _table(records, speeds=speeds, losses=losses)
@@ -83,16 +91,19 @@ def _training(folder: Path, output: Path) -> str:
 
 
 def _table(records: list[dict], speeds: list[dict], losses: list[str]) -> list[str]:
-    rows = ["| figure | value |", "| --- | ---: |", f"| steps | {records[-1]['step']} |"]
+    steps = records[-1]["step"]
+    rows = ["| figure | value |", "| --- | ---: |", f"| steps | {steps} |"]
     tenth = max(1, len(records) // 10)
     for name in losses:
         first = statistics.fmean(_values(records[:tenth], name))
         last = statistics.fmean(_values(records[-tenth:], name))
-        rows.append(f"| {in_markdown(name)}, first and last tenth | {first:.4f}, {last:.4f} |")
+        label = f"{in_markdown(name)}, first and last tenth"
+        rows.append(f"| {label} | {first:.4f}, {last:.4f} |")
     if not speeds:
         return rows
     for name, text in SPEED_FIGURES.items():
         values = _values(speeds, name)
+        # a median: the first lines hold compiling and fresh memory
         median = f"{statistics.median(values):.4g}" if values else "not known"
         rows.append(f"| {text}, median | {median} |")
     last_speed = speeds[-1]
@@ -117,7 +128,7 @@ def _draw(path: Path, steps: list[int], curves: dict[str, list[float]], title: s
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3), layout="constrained")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # registers itself as the figure's canvas
     axes = figure.subplots()
     for name, values in curves.items():
         axes.plot(steps, values, linewidth=1, label=in_plot(name))
@@ -140,7 +151,8 @@ def _lines(path: Path) -> tuple[list[dict], list[str]]:
     damaged = len(lines) - len(readable)
     if not damaged:
         return readable, []
-    return readable, [f"{path.name}: {damaged} of {len(lines)} lines are damaged, left out.", ""]
+    note = f"{path.name}: {damaged} of {len(lines)} lines are damaged, left out."
+    return readable, [note, ""]
 
 
 def _is_number(value: object) -> bool:

@@ -54,8 +54,8 @@ class StepClock:
 
     A section is wall time, but sections of DEVICE on CUDA: there it is the time between two events
     on the stream, read only when `take` is called. Sections of SHARED need other ranks, so a slow
-    rank shows in the rest of its step while everybody's sections of SHARED grow. Cost: two clock
-    reads, or two events.
+    rank shows in the rest of its step while the sections of SHARED grow on all ranks. Cost: two
+    clock reads, or two events.
     """
 
     def __init__(self, device: torch.device):
@@ -88,8 +88,10 @@ class StepClock:
             self._seconds[name] += first.elapsed_time(last) / 1e3  # milliseconds
         now = time.perf_counter()
         taken = dict(self._seconds)
-        taken["other"] = max(0.0, now - self._since - sum(taken.values()))
-        taken["total"] = now - self._since
+        total = now - self._since
+        # a device may be behind the host: its sections may sum to more than the wall time
+        taken["other"] = max(0.0, total - sum(taken.values()))
+        taken["total"] = total
         self._seconds.clear()
         self._events.clear()
         self._since = now
@@ -106,18 +108,22 @@ def compare_ranks(taken: dict[str, float], steps: int, logger: logging.Logger) -
     per_step = {name: seconds / max(steps, 1) for name, seconds in taken.items()}
     ranks = all_gather_json(per_step)
     waiting = (*SHARED, "total")
-    own = [sum(s for name, s in rank.items() if name not in waiting) for rank in ranks]
+    own: list[float] = []
+    for of_rank in ranks:
+        alone = [seconds for name, seconds in of_rank.items() if name not in waiting]
+        own.append(sum(alone))
+    # the lower of two in the middle: of two ranks the slow one is compared with the other
     median = statistics.median_low(own)
     for rank, seconds in enumerate(own):
         if seconds > SLOW * median and seconds > median + SLOW_S:
             sections = sorted(ranks[rank].items(), key=lambda section: -section[1])
-            shown = ", ".join(f"{name} {s:.3f} s" for name, s in sections if name != "total")
+            parts = [f"{name} {s:.3f} s" for name, s in sections if name != "total"]
             logger.warning(
                 "rank %d is slow: %.3f s a step on its own, the median rank %.3f s (%s)",
                 rank,
                 seconds,
                 median,
-                shown,
+                ", ".join(parts),
             )
     return own
 
@@ -152,8 +158,12 @@ def encoder_flops(config: LlavaViTPackingConfig, tokens: int, squares: int) -> i
     lengths sum to `squares`."""
     width = config.hidden_size
     depth = config.num_hidden_layers
-    per_token = depth * (8 * width**2 + 4 * width * config.intermediate_size)
-    per_token += 2 * width * config.patch_dim + 4 * width**2 + 4 * width
+    # query, key, value and output are four products of width D; the MLP has two of D and I
+    blocks = depth * (8 * width**2 + 4 * width * config.intermediate_size)
+    embedding = 2 * width * config.patch_dim
+    # keys and values of the probe's one query; its scores and its sum are 4 D a token
+    pooling = 4 * width**2 + 4 * width
+    per_token = blocks + embedding + pooling
     return 3 * (tokens * per_token + squares * depth * 4 * width)
 
 
@@ -173,6 +183,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    # in the order of the table: "H100 PCIe" comes before "H100", which is a part of it
     for part, peak in PEAKS.items():
         if part in name:
             return peak
@@ -190,7 +201,8 @@ def product_flops(device: torch.device, seconds: float = 0.2) -> float:
     while time.perf_counter() - started < seconds:
         before = time.perf_counter()
         (ones @ ones)[0, 0].item()  # reading a number waits for the device
-        best = max(best, 2 * GEMM**3 / (time.perf_counter() - before))
+        elapsed = time.perf_counter() - before
+        best = max(best, 2 * GEMM**3 / elapsed)
     return best
 
 
