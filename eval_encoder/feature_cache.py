@@ -100,6 +100,7 @@ class FeatureCache(Generic[Item]):
         if self._folder is None:
             return None
         digest = hashlib.sha256(self._identity(item).encode()).hexdigest()
+        # two hex digits make 256 folders; 32 more leave 136 bits, too many for a collision
         return self._folder / digest[:2] / f"{digest[2:34]}.npy"
 
 
@@ -140,6 +141,7 @@ def _write(path: Path, features: torch.Tensor) -> None:
     buffer = io.BytesIO()
     np.save(buffer, features.contiguous().numpy(), allow_pickle=False)
     path.parent.mkdir(exist_ok=True)
+    # several processes may write the same entry, each beside it under a name of its own
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as stream:
@@ -172,7 +174,9 @@ def weights_sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        # as bytes, since NumPy has no bf16
+        digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -52,7 +52,8 @@ def bootstrap_bounds(
     """
     samples: dict[str, list[float]] = defaultdict(list)
     for number in range(resamplings):
-        for name, value in resampled(counter_rng(0, purpose, number)).items():
+        draw = counter_rng(0, purpose, number)
+        for name, value in resampled(draw).items():
             samples[name].append(value)
     bounds = {}
     for name, values in samples.items():

@@ -110,12 +110,19 @@ def compare(folders: list[Path], output: Path) -> Path:
 
     sections = ["# Probes compared"]
     for (dataset, metric), group in sorted(groups.items()):
-        group.sort(key=lambda r: (encoder_name(r), r["view"], r["costs"]["tokens_per_clip"]))
+        group.sort(
+            key=lambda record: (
+                encoder_name(record),
+                record["view"],
+                record["costs"]["tokens_per_clip"],
+            )
+        )
         # A folder of one's own may have a benchmark's name, and mAP is another figure.
         comparable = metric == "top1" and group[0]["is_benchmark"]
         published = [a for a in anchors() if comparable and dataset in a.values]
         # A name of any characters becomes one that names a file here and needs no escape in a link.
-        plot = output / f"compare_{re.sub(r'[^A-Za-z0-9.-]', '_', dataset)}_{metric}.png"
+        file_name = re.sub(r"[^A-Za-z0-9.-]", "_", dataset)
+        plot = output / f"compare_{file_name}_{metric}.png"
         _draw(group, published, path=plot)
         sections += [
             f"\n## {in_markdown(dataset)}\n",
@@ -151,8 +158,13 @@ def read_results(folder: Path) -> list[dict]:
         if "encoder_sha256" not in record:
             raise ValueError(f"{path} line {number} is no record of this probe: probe again")
         # The folders of cache and report, and the size of the cache, change no figure.
-        config = {k: v for k, v in record["config"].items() if not k.startswith(("cache", "rep"))}
+        config = {
+            name: value
+            for name, value in record["config"].items()
+            if not name.startswith(("cache", "rep"))
+        }
         identity = [record["encoder_sha256"], config, record["clips"], record.get("read_from")]
+        # results.jsonl is appended to, so the last of equal probes is the latest
         records[json.dumps(identity, sort_keys=True)] = record
     if not records:
         raise ValueError(f"{path} holds no result")
@@ -183,6 +195,7 @@ def _draw(records: list[dict], published: list[Anchor], path: Path) -> None:
         label = f"published: {anchor.encoder}, {anchor.input}"
         value = anchor.values[records[0]["dataset"]]
         axes.plot(anchor.tokens, value, "x", alpha=0.6, label=label)
+    # budgets are compared at powers of two, as the published ones are
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens per clip", ylabel=f"{records[0]['metric']}, %")
     axes.grid(alpha=0.3)

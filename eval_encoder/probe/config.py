@@ -176,6 +176,7 @@ def _report_dir(args: argparse.Namespace) -> Path:
     """The folder of --save_report or --output; ValueError where they name two."""
     if args.output is None:
         return args.save_report
+    # the default stands for a flag that was not given
     if args.save_report not in (REPORT_DIR, args.output):
         raise ValueError(
             f"--save_report {args.save_report} and --output {args.output} are one flag under two "
@@ -205,13 +206,15 @@ def _check_choice(flag_name: str, value: str, known: tuple[str, ...]) -> None:
         return
     near = difflib.get_close_matches(value, known, n=1)
     hint = f", nearest: {near[0]}" if near else ""
-    raise ValueError(f"--{flag_name} {value!r}: choose one of {', '.join(known)}{hint}")
+    choices = ", ".join(known)
+    raise ValueError(f"--{flag_name} {value!r}: choose one of {choices}{hint}")
 
 
 def _check_counts(args: argparse.Namespace) -> None:
     """Raise ValueError for a whole number that is too small, or too large under codec input."""
     for declared in flags_of(ProbeConfig):
         name = declared.destination
+        # any integer is a seed
         if declared.annotation is int and name != "seed":
             # for these three, 0 stands for a choice that is made later
             least = 0 if name in ("num_classes", "train_views", "gop") else 1

@@ -110,6 +110,7 @@ class FramewiseEncoder(ProbeEncoder):
         preprocessing = model.preprocessing
         side = preprocessing.crop
         if model.kind.naflex:
+            # takes any grid within a budget of patches: the largest square of that budget
             side = int(preprocessing.max_patches**0.5) * model.patch_size
         model.preprocessing = replace(preprocessing, resize=preprocessing.crop)
         # the model normalises by itself
@@ -125,9 +126,11 @@ class FramewiseEncoder(ProbeEncoder):
         pooled = []
         for rows, grid in zip(batch.pixels.split(lengths), batch.grid_thw.tolist(), strict=True):
             tiles = unpatchify(rows.unflatten(0, grid), side)  # [F, h, w, 3, p, p]
-            frames = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [F, 3, H, W]
+            tiles = tiles.permute(0, 3, 1, 4, 2, 5)  # [F, 3, h, p, w, p]
+            frames = tiles.flatten(4).flatten(2, 3)  # [F, 3, H, W]
             tokens = self._model.encode(frames).float()
             code = time_code(len(frames), self.width).to(tokens.device)
+            # before the time code is added: the mean of the code tells clips apart by nothing
             pooled.append(tokens.mean(dim=(0, 1)))
             tokens_of_items.append((tokens + code[:, None]).flatten(0, 1))
         return EncodedBatch(
@@ -143,7 +146,8 @@ def time_code(count: int, width: int) -> torch.Tensor:
     rates = TIME_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(count, dtype=torch.float64)[:, None] * rates
     code = torch.zeros(count, width)
-    code[:, : 2 * half] = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    code[:, : 2 * half] = waves.float()  # the last channel of an odd width stays zero
     return code
 
 

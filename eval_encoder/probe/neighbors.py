@@ -97,6 +97,7 @@ def _all_features(
     dist.all_reduce(width, op=dist.ReduceOp.MAX)
     if rows is None:
         rows = torch.zeros(len(features.clips), int(width))
+    # rows of clips of other ranks are zero, so the sum is a union
     dist.all_reduce(rows)
     return F.normalize(rows, dim=1), (rows != 0).any(dim=1).numpy()
 
@@ -125,7 +126,9 @@ def _evaluate(
     if targets.ndim == 1:
         targets = F.one_hot(targets, clips.num_classes)
     for start in range(0, len(queries), ROWS):
-        cosine, nearest = (queries[start : start + ROWS] @ keys.T).topk(max(tried))
+        cosines = queries[start : start + ROWS] @ keys.T
+        # one search for the largest k; smaller ones are its first columns
+        cosine, nearest = cosines.topk(max(tried))
         weights = (cosine / TEMPERATURE).exp()[..., None]
         # Cumulative sums over neighbours, nearest first: row k - 1 has the votes of k neighbours.
         votes = (weights * targets[nearest]).cumsum(dim=1) / weights.cumsum(dim=1)

@@ -62,10 +62,13 @@ def read_ssv2(annotations: Path) -> Splits:
             place = f"{path} entry {number}"
             is_entry = isinstance(row, dict) and {"id", "template"} <= row.keys()
             # `Holding [something]` in an entry is `Holding something` in the labels file.
-            template = str(row["template"]).replace("[", "").replace("]", "") if is_entry else ""
+            template = ""
+            if is_entry:
+                template = str(row["template"]).replace("[", "").replace("]", "")
             if template not in classes:
                 raise ValueError(f"{place}: {row} has no id and template of the labels file")
-            splits[split].append(Entry((str(row["id"]),), label=classes[template], place=place))
+            names = (str(row["id"]),)
+            splits[split].append(Entry(names, label=classes[template], place=place))
     return splits
 
 
@@ -110,7 +113,8 @@ def read_hmdb51(folder: Path, number: int) -> Splits:
 
     suffix = f"_test_split{number}.txt"
     # Each list is a class, so a `._CLASS_test_split1.txt` of a file manager would be one too.
-    files = sorted(path for path in folder.glob(f"*{suffix}") if not is_hidden(path.name))
+    found = folder.glob(f"*{suffix}")
+    files = sorted(path for path in found if not is_hidden(path.name))
     if not files:
         raise ValueError(f"{folder} holds no CLASS{suffix}: give the folder of the official lists")
     expected = find_benchmark("hmdb51").num_classes
@@ -123,7 +127,7 @@ def read_hmdb51(folder: Path, number: int) -> Splits:
             video, use = _last_word(line)
             if use not in ("0", "1", "2") or not video:
                 raise ValueError(f"{place}: '{printable(line)}' is no `NAME.avi` with 0, 1 or 2")
-            if use != "0":
+            if use != "0":  # each of the three splits leaves some clips out
                 file = PurePosixPath(video)
                 names = (f"{name}/{file.stem}",)
                 entry = Entry(names, label=label, place=place, ending=file.suffix)
@@ -179,13 +183,15 @@ def _kinetics_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
 def _kinetics_names(row: dict[str, str], place: str) -> tuple[str, ...]:
     """ID_START_END with six digits, as all downloaders write it, else the id alone."""
     try:
+        # names of files hold whole seconds, whatever the list writes
         start = int(float(row["time_start"]))
         end = int(float(row["time_end"]))
     except (ValueError, OverflowError) as error:
         raise ValueError(
             f"{place}: times {row['time_start']!r} and {row['time_end']!r} are no seconds"
         ) from error
-    return f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"]
+    video = row["youtube_id"]
+    return f"{video}_{start:06d}_{end:06d}", video
 
 
 def _read_json(annotations: Path, name: str) -> tuple[Path, object]:

@@ -196,7 +196,8 @@ class VideoIndex:
         if len(own) == 1:
             return own[0]
         if len(best) > 1:
-            first, second = (printable(str(self._folder / path)) for path in best[:2])
+            paths = [str(self._folder / path) for path in best[:2]]
+            first, second = map(printable, paths)
             raise ValueError(
                 f"{entry.place}: {printable(name)} may be {first} or {second}, and the list does "
                 "not say which: move one away"

@@ -74,7 +74,9 @@ def _packed(shards: Path) -> str:
     ]
     for shard in manifest.shards:
         for entry in shard["rejected"]:
-            lines.append(f"- rejected {in_code(entry['source'])}: {in_markdown(entry['reason'])}")
+            source = in_code(entry["source"])
+            reason = in_markdown(entry["reason"])
+            lines.append(f"- rejected {source}: {reason}")
     return "\n".join(lines)
 
 
@@ -132,14 +134,19 @@ def _records(path: Path) -> list[dict]:
 def _sparkline(losses: list[float]) -> str:
     """First and last mean of equal parts of a loss curve, and a bar for each part between them."""
     width = min(MAX_BARS, len(losses))
-    edges = [round(i * len(losses) / width) for i in range(width + 1)]
+    # rounded edges make parts that differ by one step at most
+    edges = [round(part * len(losses) / width) for part in range(width + 1)]
     means = [
         sum(losses[start:end]) / (end - start) for start, end in zip(edges, edges[1:], strict=False)
     ]
     low = min(means)
     spread = max(max(means) - low, 1e-9)  # a flat curve has the lowest bar throughout
-    bars = "".join(BARS[round((mean - low) / spread * (len(BARS) - 1))] for mean in means)
-    return f"{means[0]:.3f} {bars} {means[-1]:.3f}"
+    highest = len(BARS) - 1
+    heights = [round((mean - low) / spread * highest) for mean in means]
+    bars = "".join(BARS[height] for height in heights)
+    first = means[0]
+    last = means[-1]
+    return f"{first:.3f} {bars} {last:.3f}"
 
 
 def _probe(results: Path) -> str:

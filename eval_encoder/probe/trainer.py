@@ -115,7 +115,14 @@ class ProbeTrainer:
 
         settings = settings_of(config.heads)
         num_classes = val.clips.num_classes
-        self.bank = HeadBank(config.heads.kind, width, num_classes, settings).to(ranks.device)
+        bank = HeadBank(
+            config.heads.kind,
+            width=width,
+            num_classes=num_classes,
+            settings=settings,
+        )
+        self.bank = bank.to(ranks.device)
+        # one group per head, which has a learning rate and a weight decay of its own
         groups = [
             {"params": list(head.parameters()), "peak": s.lr, "weight_decay": s.weight_decay}
             for head, s in zip(self.bank.heads, settings, strict=True)
@@ -148,7 +155,8 @@ class ProbeTrainer:
             if epoch == 1 or is_last or epoch % config.eval_every == 0:
                 totals = torch.tensor([*sums, num_clips], dtype=torch.float64)
                 dist.all_reduce(totals)
-                losses = (totals[:-1] / totals[-1].clamp(min=1)).numpy()
+                clips_seen = totals[-1].clamp(min=1)
+                losses = (totals[:-1] / clips_seen).numpy()
                 self._evaluate_epoch(epoch, held, losses=losses)
                 # the first evaluated epoch at or after a multiple of log_every
                 if is_last or epoch % config.log_every < config.eval_every:
@@ -171,6 +179,7 @@ class ProbeTrainer:
         with torch.no_grad():
             for looks, tokens in batches:
                 if looks:  # a batch may hold nothing that can be read
+                    # fp64 until the mean over crops is taken
                     logits = self.bank(tokens).double()
                     scores = logits if clips.is_multi_label else logits.softmax(dim=-1)
                     once, means = _mean_over_crops([look.clip for look in looks], scores)
@@ -258,9 +267,11 @@ class ProbeTrainer:
         self.history.last = evaluation
         if self._board is not None:
             for head, setting in enumerate(self.bank.settings):
-                name = f"lr{setting.lr:g}_wd{setting.weight_decay:g}_seed{setting.seed}"
+                rates = f"lr{setting.lr:g}_wd{setting.weight_decay:g}"
+                name = f"{rates}_seed{setting.seed}"
                 self._board.add_scalar(f"loss/{name}", losses[head], epoch)
-                self._board.add_scalar(f"{evaluation.metric}/{name}", figures.main[head], epoch)
+                tag = f"{evaluation.metric}/{name}"
+                self._board.add_scalar(tag, figures.main[head], epoch)
                 if held_figures is not None:
                     tag = f"held_out_{evaluation.metric}/{name}"
                     self._board.add_scalar(tag, held_figures[head], epoch)
@@ -367,7 +378,8 @@ def settings_of(config: HeadsConfig) -> list[HeadSetting]:
 def _chunks(seed: int, epoch: int, clips: np.ndarray, size: int) -> list[np.ndarray]:
     """Global batches of an epoch in a seed's order."""
     order = counter_rng(seed, "probe order", epoch).permutation(clips)
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    starts = range(0, len(order), size)
+    return [order[start : start + size] for start in starts]
 
 
 def _losses(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -389,5 +401,7 @@ def _mean_over_crops(clips: list[int], scores: torch.Tensor) -> tuple[list[int],
     once = list(dict.fromkeys(clips))
     row_of = {clip: row for row, clip in enumerate(once)}
     rows = torch.tensor([row_of[clip] for clip in clips], device=scores.device)
-    total = scores.new_zeros(len(scores), len(once), scores.shape[-1]).index_add_(1, rows, scores)
+    shape = (len(scores), len(once), scores.shape[-1])
+    total = scores.new_zeros(shape)
+    total.index_add_(1, rows, scores)
     return once, total / rows.bincount()[:, None]
