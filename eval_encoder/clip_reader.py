@@ -244,7 +244,8 @@ def recolour(frames: np.ndarray, draw: np.random.Generator, parts: Collection[st
     is no flip and no moved crop: published training has none. Cost: about a millisecond per frame
     of 224 pixels.
     """
-    chance = draw.random(4)  # of brightness, saturation, hue and channels
+    # of brightness, saturation, hue and channels
+    chance = draw.random(4)
     factor = draw.uniform(1 - STRENGTH, 1 + STRENGTH, 3)  # of brightness, contrast and saturation
     turn = draw.uniform(-HUE_TURN, HUE_TURN)
     # All frames one below the other: contrast turns about the mean of the whole clip.

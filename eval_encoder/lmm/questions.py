@@ -179,7 +179,8 @@ def _answer_all(args: argparse.Namespace) -> None:
     flags.check()
     answered = _answered(flags.answers, args.model)
     size = -(-len(questions) // flags.num_chunks)  # rounded up, so that the last chunk is shorter
-    chunk = questions[flags.chunk_idx * size : (flags.chunk_idx + 1) * size]
+    first = flags.chunk_idx * size
+    chunk = questions[first : first + size]
     waiting = [question for question in chunk if question.id not in answered]
     speaker = speaker_of(args, flags.image_folder)
     flags.answers.parent.mkdir(parents=True, exist_ok=True)
@@ -215,6 +216,7 @@ def _answered(path: Path, model: Path) -> set[str | int]:
     others = sorted({row["model_id"] for row in rows} - {model.name})
     if others:
         raise ValueError(f"{path} holds answers of {', '.join(others)}: name another --answers")
+    # only now, after all checks: a file of other answers stays as it is
     os.truncate(path, path.stat().st_size - len(rest))
     return {row["question_id"] for row in rows}
 

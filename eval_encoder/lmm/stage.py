@@ -51,6 +51,7 @@ def run_stage(arguments: LmmArguments, others: Sequence[str], samples: Sequence[
     handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
     args = training_arguments(arguments, others)
+    # before the model is composed: a new projector starts from random weights
     set_seed(args.seed)
     # DeepSpeed keeps fp32 copies of its own; without it, autocast computes in bf16 on fp32 weights
     dtype = torch.bfloat16 if args.bf16 and args.deepspeed else torch.float32
@@ -183,6 +184,7 @@ def _parse(flags: list[str]) -> TrainingArguments:
             "TrainingArguments; see --help"
         )
     local_output(args.output_dir)
+    # examples are objects of ours, without columns that transformers could remove
     args.remove_unused_columns = False
     return args
 

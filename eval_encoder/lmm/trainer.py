@@ -129,6 +129,7 @@ class LmmTrainer(Trainer):
             if not parameter.requires_grad:
                 continue
             rate = None
+            # a dot in front, so that a name may also begin with the part
             if PROJECTOR in f".{name}":
                 rate = self._arguments.mm_projector_lr
             elif TOWER in f".{name}":
@@ -137,6 +138,7 @@ class LmmTrainer(Trainer):
             decay = self.args.weight_decay if name in decayed else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        # every group has a rate of its own
         options.pop("lr", None)
         optimizer = optimizer_class(
             [

@@ -130,7 +130,7 @@ class FramewiseEncoder(ProbeEncoder):
             frames = tiles.flatten(4).flatten(2, 3)  # [F, 3, H, W]
             tokens = self._model.encode(frames).float()
             code = time_code(len(frames), self.width).to(tokens.device)
-            # before the time code is added: the mean of the code tells clips apart by nothing
+            # before the time code is added: the code is that of any clip of as many frames
             pooled.append(tokens.mean(dim=(0, 1)))
             tokens_of_items.append((tokens + code[:, None]).flatten(0, 1))
         return EncodedBatch(

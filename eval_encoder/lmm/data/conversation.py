@@ -162,7 +162,8 @@ def _check_present(samples: Sequence[Sample], folder: Path) -> None:
             users.setdefault(visual.place(folder), sample.id)
     absent = [(path, name) for path, name in users.items() if not path.exists()]
     if absent:
-        first = ", ".join(f"{path} (sample {name!r})" for path, name in absent[:5])
+        named = [f"{path} (sample {name!r})" for path, name in absent[:5]]
+        first = ", ".join(named)
         raise ValueError(
             f"{len(absent)} of {len(users)} pictures and clips are not there; the first: {first}; "
             "check --image_folder"
@@ -275,7 +276,8 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield f"{path} line {number}", _parse(line, f"{path} line {number}")
+                location = f"{path} line {number}"
+                yield location, _parse(line, location)
 
 
 def _parse(text: bytes, location: str) -> Any:
@@ -357,7 +359,8 @@ def _in_order(turns: Sequence[Turn], visuals: Sequence[Visual]) -> tuple[Visual,
             f"{kinds.count('video')} {VIDEO} for {given.count('video')} videos: where images and "
             "videos meet, each needs a placeholder of its kind"
         )
-    waiting = {kind: iter([v for v in visuals if v.kind == kind]) for kind in given}
+    # visuals of a kind keep their order; the placeholders give the order of the kinds
+    waiting = {kind: iter([visual for visual in visuals if visual.kind == kind]) for kind in given}
     return tuple(next(waiting[kind]) for kind in kinds)
 
 
@@ -372,7 +375,8 @@ def _placeholders_in_front(turns: Sequence[Turn], visuals: Sequence[Visual]) -> 
     for turn, count in zip(turns, counts, strict=True):
         text = turn.text
         if count:
-            front = "".join(f"<{next(remaining).kind}>\n" for _ in range(count))
+            kinds = [next(remaining).kind for _ in range(count)]
+            front = "".join(f"<{kind}>\n" for kind in kinds)
             text = front + _PLACEHOLDER.sub("", text).strip()
         placed.append(Turn(turn.speaker, text))
     return tuple(placed)

@@ -108,6 +108,7 @@ class ConversationDataset(torch.utils.data.Dataset):
 
 def visual_tokens(visual: VisualItem | StoredItem, tokens_for: TokensFor) -> int:
     """Placeholders of one visual; a clip given as images counts all of them."""
+    # the model's own rule counts, so that placeholders and tokens cannot disagree
     if isinstance(visual, StoredItem):
         return tokens_for(visual.grid, visual.patches) * visual.count
     grid = visual.grids[0]
@@ -172,6 +173,7 @@ def collate_visuals(
         states = store.states(stored)
         return Visuals(inputs=None, samples=torch.tensor(samples), states=states)
     images = [item.pictures for item in items if item.pictures is not None]
+    # a tower takes packs or images, so either all items have images or none has
     if not images:
         return Visuals(inputs=packed_inputs(items), samples=torch.tensor(samples))
     sizes = sorted({tuple(image.shape[-2:]) for image in images})

@@ -83,6 +83,7 @@ def assemble(
         )
     added = tokenizer.added_tokens_decoder.items()
     special = {token for token, content in added if content.special}
+    # the image token may be an ordinary one; written in a text it would stand for a visual
     special |= {*tokenizer.all_special_ids, image_token_id}
     ids: list[int] = []
     if tokenizer.bos_token_id is not None:
@@ -91,7 +92,7 @@ def assemble(
     visuals_end = 0
     # no visual follows the last piece
     for piece, count in zip(pieces, [*visual_tokens, 0], strict=True):
-        piece_ids, piece_labels = _tokenise(piece, tokenizer, special)
+        piece_ids, piece_labels = _tokenise(piece, tokenizer=tokenizer, special=special)
         ids += piece_ids + [image_token_id] * count
         labels += piece_labels + [IGNORE_INDEX] * count
         if count:
@@ -120,7 +121,7 @@ def _tokenise(
         first, last = _tokens_of(answer, piece=piece, spans=spans)
         labels[first:last] = ids[first:last]
         text_end = last
-        if answer.end > answer.stop:
+        if answer.end > answer.stop:  # an EOS follows; it must be one token of its own
             text_end = last - 1
             is_eos = ids[text_end] == tokenizer.eos_token_id
             if not is_eos or spans[text_end] != (answer.stop, answer.end):

@@ -39,7 +39,7 @@ def modality_length_order(
     for number, is_of_kind in enumerate((lengths > 0, lengths < 0)):
         draw = counter_rng(seed, "modality length samples", epoch, number)
         indices = draw.permutation(np.flatnonzero(is_of_kind))
-        # the last mega-batch of a kind, full or not, goes into the mixed one
+        # the last mega-batch of a kind, full or not (hence minus one), goes into the mixed one
         mixed_from = max(0, len(indices) - 1) // size * size
         for start in range(0, mixed_from, size):
             piece = indices[start : start + size]
@@ -61,7 +61,7 @@ def _deal(indices: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[int
     for longest in np.argsort(-lengths, kind="stable"):
         total, number = heapq.heappop(open_batches)
         batches[number].append(int(indices[longest]))
-        if len(batches[number]) < batch_size:
+        if len(batches[number]) < batch_size:  # a full batch does not come back to the heap
             heapq.heappush(open_batches, (total + int(lengths[longest]), number))
     return [index for batch in batches for index in batch]
 

@@ -195,7 +195,7 @@ def _two_images(seed: int, number: int) -> dict:
     others = [medium for medium in media if medium.colour != asked.colour]
     pair = [asked, others[rng.integers(len(others))]]
     answer = "first"
-    if number % 2:
+    if number % 2:  # in turns, so that neither answer is the likelier one
         pair.reverse()
         answer = "second"
     question = f"Which picture shows the {asked.colour} shape, first or second?"
@@ -211,7 +211,8 @@ def _text_only(seed: int, number: int) -> dict:
         answer = OPPOSITES[word]
     else:
         # summands of at most four, since NUMBERS ends with eight
-        left, right = rng.integers(0, len(NUMBERS) // 2 + 1, 2).tolist()
+        largest = len(NUMBERS) // 2
+        left, right = rng.integers(0, largest + 1, 2).tolist()
         question = f"What is {NUMBERS[left]} plus {NUMBERS[right]}?"
         answer = NUMBERS[left + right]
     return {"conversations": _turns("", [(question, answer)])}
@@ -245,10 +246,12 @@ def render_image(medium: Medium, seed: int, size: int) -> np.ndarray:
     image = _render(medium, seed, size=size, frames=1)[0]
     is_shape = image.max(axis=2) > SHAPE_BRIGHTNESS
     # the mean of positions on a circle, since the shape may lie across the border
-    circle = np.exp(2j * np.pi / size * np.arange(size))
+    angles = 2j * np.pi / size * np.arange(size)
+    circle = np.exp(angles)
     shifts = []
     for axis in (0, 1):
-        centre = np.angle(is_shape.sum(axis=1 - axis) @ circle) * size / (2 * np.pi)
+        weights = is_shape.sum(axis=1 - axis)  # bright pixels of every row, or column
+        centre = np.angle(weights @ circle) * size / (2 * np.pi)
         shifts.append(size // 2 - round(float(centre)))
     return np.roll(image, shifts, axis=(0, 1))
 

@@ -130,6 +130,7 @@ def _write(args: argparse.Namespace) -> None:
     samples = [sample for path in args.lists for sample in read_samples(path)]
     args.output.mkdir(parents=True, exist_ok=True)  # transformers logs what is in the way, no more
     texts = [turn.text for sample in samples for turn in sample.turns]
+    # what the templates add to every conversation must not fall apart into single bytes
     texts += [f"{system} USER: ASSISTANT:" for system in TEMPLATES.values() if system]
     if args.convnext is not None:
         write_convnext(args.convnext, seed=args.seed)

@@ -60,7 +60,7 @@ def load_projector(model: LmmForConditionalGeneration, path: Path) -> None:
     projector = {}
     for name, tensor in tensors.items():
         _, found, rest = name.partition("mm_projector.")
-        if found:
+        if found:  # a file of LLaVA may hold other tensors beside the projector's
             projector[rest] = tensor
     try:
         model.projector.load_state_dict(projector, strict=True)

@@ -85,7 +85,9 @@ def normalise_answer(text: str) -> str:
         # looked up in `text`: signs that were replaced before must not change the rule for others
         beside_space = f"{sign} " in text or f" {sign}" in text
         bare = bare.replace(sign, "" if beside_space else " ")
-    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", bare).split()]
+    # a period in front of a digit belongs to a number
+    without_periods = re.sub(r"\.(?!\d)", "", bare)
+    words = [NUMBERS.get(word, word) for word in without_periods.split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
@@ -212,7 +214,10 @@ def write_normalised(
 
 def write_mmvet(answers: Answers, questions: Path, output: Path) -> None:
     """{"v1_ID": text}"""
-    texts = {f"v1_{question_id(q)}": answer["text"] for q, answer in _paired(answers, questions)}
+    texts = {
+        f"v1_{question_id(question)}": answer["text"]
+        for question, answer in _paired(answers, questions)
+    }
     write_atomically(output, json.dumps(texts, indent=2).encode())
 
 

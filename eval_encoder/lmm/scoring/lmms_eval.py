@@ -132,6 +132,7 @@ def answer_until(
     unknown = sorted({name for given in arguments for name in given} - set(ARGUMENTS))
     if unknown:
         LOG.warning("generation_kwargs %s: no effect on %s", ", ".join(unknown), MODEL_NAME)
+    # generate takes one decoding for a batch
     groups: dict[tuple[Decoding, tuple[str, ...]], list[int]] = {}
     for index, given in enumerate(arguments):
         group = (decoding_of(given, speaker.decoding), stop_strings(given))
@@ -299,7 +300,8 @@ def _pixels(picture: object) -> np.ndarray:
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         raise ValueError(f"a picture with {picture.mode} pixels: convert it to 8 bit")
     paper = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(paper, picture.convert("RGBA")).convert("RGB"))
+    composed = Image.alpha_composite(paper, picture.convert("RGBA"))
+    return np.asarray(composed.convert("RGB"))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,9 @@ def evaluate_pope(answers: Answers, annotations: Path) -> Outcomes:
             labels[f"{name}/{number}"] = row["label"] == "yes"
     outcomes: Outcomes = {name: [] for name in POPE_FILES}
     for key, answer in zip(labels, answers.pair(list(labels)), strict=True):
-        outcomes[key.partition("/")[0]].append((says_yes(answer["text"]), labels[key]))
+        name = key.partition("/")[0]
+        is_yes = says_yes(answer["text"])
+        outcomes[name].append((is_yes, labels[key]))
     return outcomes
 
 
@@ -145,7 +147,8 @@ def evaluate_gqa(answers: Answers, annotations: Path) -> Outcomes:
     for number, answer in zip(questions, answers.pair(list(questions)), strict=True):
         name = f"{annotations} id {number}"
         question = checked(questions[number], fields={"answer": str}, name=name)
-        rights.append(answer["text"].strip().lower().rstrip(".") == question["answer"])
+        text = answer["text"].strip().lower()
+        rights.append(text.rstrip(".") == question["answer"])
     return {"all": rights}
 
 
@@ -188,7 +191,9 @@ def soft_accuracy(answer: str, references: list[str]) -> float:
     answer = normalise_answer(answer)
     agreeing = [normalise_answer(reference) == answer for reference in references]
     total = sum(agreeing)
-    return sum(min(1.0, (total - own) / 3) for own in agreeing) / len(agreeing)
+    # without each annotator in turn: one who agrees is missing among the agreeing
+    scores = [min(1.0, (total - own) / 3) for own in agreeing]
+    return sum(scores) / len(agreeing)
 
 
 def evaluate_textvqa(answers: Answers, annotations: Path) -> Outcomes:
@@ -272,7 +277,8 @@ def summarise_mme(outcomes: Outcomes) -> Figures:
         tasks[f"{task}_accuracy_plus"] = _percent(map(all, pairs))
 
     def points(names: tuple[str, ...]) -> float:
-        return sum(tasks[f"{task}_accuracy"] + tasks[f"{task}_accuracy_plus"] for task in names)
+        sums = [tasks[f"{task}_accuracy"] + tasks[f"{task}_accuracy_plus"] for task in names]
+        return sum(sums)
 
     return {"perception": points(PERCEPTION), "cognition": points(COGNITION), **tasks}
 
@@ -289,7 +295,9 @@ def _mme_rows(annotations: Path, task: str) -> Iterator[tuple[tuple[str, str, st
             label = cells[-1].strip().lower()
             if len(cells) != 3 or label not in ("yes", "no"):
                 raise ValueError(f"{path} line {number}: {line!r} is no image, question, Yes/No")
-            key = _mme_key({"question_id": f"{task}/{cells[0]}", "prompt": cells[1]})
+            # as a row of answers, so that both sides have their key by one rule
+            image, question = cells[:2]
+            key = _mme_key({"question_id": f"{task}/{image}", "prompt": question})
             yield key, label == "yes"
 
 

@@ -35,7 +35,13 @@ READ = {
 READ_BELOW = ("/assets/", "/static/", "/svelte/", f"{API}/heartbeat/")
 FILE = f"{API}/file="
 UPLOAD = f"{API}/upload"
-WRITTEN = {UPLOAD, f"{API}/queue/join", f"{API}/run/predict", f"{API}/cancel", f"{API}/reset"}
+WRITTEN = {
+    UPLOAD,
+    f"{API}/queue/join",
+    f"{API}/run/predict",
+    f"{API}/cancel",
+    f"{API}/reset",
+}
 NAMES = ("127.0.0.1", "localhost")  # a tunnel may give the page another port, and no other name
 LARGEST_BODY = 1 << 20  # bytes of JSON: a question and two numbers need a few thousand
 ENVELOPE = 1 << 16  # bytes of an upload's body around its file
@@ -109,7 +115,8 @@ class Gate:
         if int(stated) > limit:
             raise Refused(413, f"{stated} bytes exceed the maximum allowed size of {limit}")
         if path == UPLOAD:
-            stored = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+            files = [file for file in self.folder.rglob("*") if file.is_file()]
+            stored = sum(file.stat().st_size for file in files)
             if stored + int(stated) > self.max_stored:
                 raise Refused(507, "too many uploads are kept here: try again in an hour")
 
