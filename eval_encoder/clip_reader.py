@@ -46,7 +46,7 @@ HUE_TURN = 0.1
 
 @dataclass(frozen=True)
 class PixelRequest:
-    """What is wanted of a file.
+    """A request for the pixels of a file.
 
     kind      image: the square crop of an image; picture: all of it; frames: whole frames of a
               clip; patches: a decomposed clip and the patches that are selected of it
@@ -203,7 +203,8 @@ def _read_with_torchcodec(request: PixelRequest) -> Pixels:
 
 
 def _rejected(request: PixelRequest, error: Exception) -> RejectedInput:
-    return RejectedInput("decode", f"{request.path}: {str(error).splitlines()[0]}")
+    first_line = str(error).splitlines()[0]
+    return RejectedInput("decode", f"{request.path}: {first_line}")
 
 
 def _is_plain(path: Path, limits: InputLimits) -> bool:

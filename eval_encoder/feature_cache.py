@@ -56,7 +56,8 @@ class FeatureCache(Generic[Item]):
         self._folder: Path | None = None
         if folder is not None:
             text = json.dumps({**key, "entry": ENTRY_FORMAT}, sort_keys=True, default=str)
-            self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            self._folder = folder / digest[:16]
             self._folder.mkdir(parents=True, exist_ok=True)
             _describe(self._folder / "key.json", text.encode())
 
@@ -164,7 +165,8 @@ def _array(written: np.ndarray) -> np.ndarray:
 def _digest(path: Path, data: memoryview | np.ndarray) -> bytes:
     """sha256 of KEY/ab/DIGEST.npy and the entry's bytes, so that a copy of another entry in its
     place is noticed."""
-    digest = hashlib.sha256("/".join(path.parts[-3:]).encode())
+    name = "/".join(path.parts[-3:])
+    digest = hashlib.sha256(name.encode())
     digest.update(data)
     return digest.digest()
 

@@ -37,7 +37,8 @@ def seed_half_width(values: Sequence[float] | np.ndarray) -> float | None:
         return None
     # a sample of `count` values has count - 1 degrees of freedom, and T975 begins at one
     quantile = T975[count - 2] if count - 2 < len(T975) else NORMAL975
-    return float(quantile * np.std(values, ddof=1) / count**0.5)
+    deviation = np.std(values, ddof=1)
+    return float(quantile * deviation / count**0.5)
 
 
 def bootstrap_bounds(

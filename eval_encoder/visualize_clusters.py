@@ -7,7 +7,7 @@ its batch, also from those that show the same. Right, cluster discrimination: a 
 the centre of its cluster and pushed from all other centres of the set. Both train the same small
 head on the same stored vectors. Embeddings lie on a sphere of three dimensions, which turns slowly
 so that its depth can be seen: what is behind is pale. Below, how far each objective has separated
-the groups. Colours are clusters (or true labels, with --truth). Beside the GIF, its last picture is
+the groups. Colours are clusters (or true labels, with --truth). Beside the GIF, its last image is
 written as PNG. Cost: seconds.
 """
 
@@ -32,10 +32,10 @@ SIDE = 364
 GAP = 16
 TITLE = 58
 CURVES = 92
-SHARPNESS = 2  # pictures are drawn at twice their size and shrunk, which smooths edges
-TURN = np.pi / 2  # of the sphere from the first picture to the last
+SHARPNESS = 2  # images are drawn at twice their size and shrunk, which smooths edges
+TURN = np.pi / 2  # of the sphere from the first image to the last
 TILT = 0.35  # of the view from above, in radians
-PALETTE = 64  # colours of a GIF, one table for all pictures: three times smaller than tables of 128
+PALETTE = 64  # colours of a GIF, one table for all images: three times smaller than tables of 128
 # milliseconds that an image of the animation is shown, and its last one
 PICTURE_MS = 120
 HOLD_MS = 2500
@@ -137,7 +137,8 @@ def _picture(
     height = TITLE + SIDE + CURVES + GAP
     image = Image.new("RGB", (width * SHARPNESS, height * SHARPNESS), "white")
     draw = ImageDraw.Draw(image)
-    angle = TURN * place / max(len(runs[0]) - 1, 1)
+    last = max(len(runs[0]) - 1, 1)
+    angle = TURN * place / last
     for number, (title, run) in enumerate(zip(TITLES, runs, strict=True)):
         left = GAP + number * (SIDE + GAP)
         title_colour = LINES[number] if number else INK
@@ -244,7 +245,7 @@ def _curves(
     place: int,
     coloured_by: str,
 ) -> None:
-    """Separation of both objectives up to this picture's step, below the spheres."""
+    """Separation of both objectives up to this image's step, below the spheres."""
     left = GAP + 210  # the captions stand in front of it
     right = 2 * SIDE + 2 * GAP
     top = TITLE + SIDE + 22
@@ -262,7 +263,8 @@ def _curves(
 
     def at(number: int, value: float) -> tuple[float, float]:
         # 60 pixels on the right are for the figures behind the curves
-        across = left + (right - 60 - left) * number / max(last, 1)
+        width = right - 60 - left
+        across = left + width * number / max(last, 1)
         down = foot - (foot - top) * (value - low) / (high - low)
         return SHARPNESS * across, SHARPNESS * down
 
@@ -279,7 +281,10 @@ def _curves(
         box = (x - size, y - size, x + size, y + size)
         draw.ellipse(box, fill=colour)
         figure = f"{curve[place]:+.2f}"
-        labels.append((y / SHARPNESS - 8, x / SHARPNESS + 7, figure, colour))
+        # a little to the right of the dot, at its height
+        across = x / SHARPNESS + 7
+        down = y / SHARPNESS - 8
+        labels.append((down, across, figure, colour))
     lowest = -np.inf  # the upper label first, so that the lower one can make room
     for down, across, text, colour in sorted(labels):
         lowest = max(down, lowest + 14)

@@ -138,7 +138,8 @@ def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
     if not questions:
         raise ValueError(f"{path} holds no question: give a JSONL of questions")
     counts = Counter(question.id for question in questions)
-    doubled = sorted(str(question_id) for question_id, count in counts.items() if count > 1)
+    twice = [question_id for question_id, count in counts.items() if count > 1]
+    doubled = sorted(map(str, twice))  # ids may be texts and numbers
     if doubled:
         raise ValueError(f"{path}: these questions stand there twice: {', '.join(doubled[:5])}")
     return questions
@@ -149,7 +150,7 @@ def _question(row: dict, name: str) -> Question:
     visuals = []
     kinds: tuple[Literal["image", "video"], ...] = ("image", "video")
     for kind in kinds:
-        value = row.get(kind) or []
+        value = row.get(kind) or []  # null, or an empty text, is no path
         for path in value if isinstance(value, list) else [value]:
             if not isinstance(path, str):
                 raise ValueError(f"{name}: {kind} is {path!r:.80}: give a path or a list of paths")

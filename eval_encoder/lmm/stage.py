@@ -69,6 +69,7 @@ def run_stage(arguments: LmmArguments, others: Sequence[str], samples: Sequence[
         store = FeatureStore(Path(arguments.feature_cache), model=lmm.model, reader=reader)
     dataset = build_dataset(arguments, samples=samples, lmm=lmm, reader=reader, store=store)
     if store is not None:
+        # every rank computes its share, and reads all of it from the common folder
         share = dataset.visuals[args.process_index :: args.world_size]
         LOG.info("features of %d images and clips computed and stored", store.fill(share))
         if dist.is_initialized():  # a batch is read from the store, or not at all

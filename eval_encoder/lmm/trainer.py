@@ -86,6 +86,7 @@ class LmmTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole(Path(self.args.output_dir))
         elif resume_from_checkpoint:
+            # named by the user, so another one is not taken in its place
             check_checksums(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
@@ -177,6 +178,7 @@ def newest_whole(output: Path) -> str | None:
     """The newest checkpoint of a stage that is as it was written; others are named in the log."""
     by_step = {}
     for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        # sorted by number: as a text, checkpoint-1000 comes before checkpoint-200
         step = path.name.rpartition("-")[2]
         if path.is_dir() and step.isdigit():
             by_step[int(step)] = path
@@ -199,6 +201,7 @@ def check_one_size(model: LmmForConditionalGeneration, visuals: Visuals | None) 
     inputs = None if visuals is None else visuals.inputs
     if inputs is None or inputs.lengths is None or inputs.grids is None:
         return
+    # CrossGET reduces items of one length at a time, these projectors work on one grid at a time
     if isinstance(model.tower, CrossGetTower):
         sizes = inputs.lengths[:, None].unique(dim=0)
     elif isinstance(model.projector, ViTSplit | SpatialMerge):
@@ -226,7 +229,8 @@ def _read_line(line: bytes) -> dict | None:
         record = parse_json(line, "line")
     except DamagedFile:
         return None
-    return record if line.endswith(b"\n") and isinstance(record.get("step"), int) else None
+    is_whole = line.endswith(b"\n") and isinstance(record.get("step"), int)
+    return record if is_whole else None
 
 
 class _Record(TrainerCallback):
@@ -241,6 +245,7 @@ class _Record(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not self._path.is_file():
             return
+        # steps behind the checkpoint are run again, and would be in the file twice
         lines = []
         for line in self._path.read_bytes().splitlines(keepends=True):
             record = _read_line(line)

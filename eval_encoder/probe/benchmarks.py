@@ -279,10 +279,12 @@ def _labelled(
     """The list of the split FOLDER/SPLIT. With several labels, lines that name one file are one
     clip. Raises ValueError for a label that is out of range."""
     for row, own in zip(rows, numbers, strict=True):
-        if own and max(own) >= num_classes:
-            raise ValueError(f"{row.place}: label {max(own)}, but there are {num_classes} classes")
+        largest = max(own, default=-1)  # a clip of several labels may have none
+        if largest >= num_classes:
+            raise ValueError(f"{row.place}: label {largest}, but there are {num_classes} classes")
     names = [row.name for row in rows]
     if several:
+        # published lists of several labels name a clip once per label
         clip_of = {name: clip for clip, name in enumerate(dict.fromkeys(names))}
         labels = np.zeros((len(clip_of), num_classes), np.uint8)
         for name, own in zip(names, numbers, strict=True):

@@ -182,8 +182,8 @@ class PackedClips:
         for number, batch in enumerate(batches):
             # batches are consecutive pieces of what was asked for, in its order
             first = number * batch_size
-            pairs = stored[first : first + batch_size]
-            yield [look for look, _ in pairs], batch
+            chunk = stored[first : first + batch_size]
+            yield [look for look, _ in chunk], batch
 
 
 def _packed(looks: list[Look], views: list[View]) -> PackedBatch:

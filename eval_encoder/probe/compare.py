@@ -57,7 +57,8 @@ def encoder_name(record: dict) -> str:
     if record["weight"] == "random":
         return f"random {record['model']}"
     if path.name.startswith("step_"):  # RUN/checkpoints/step_00000010
-        return f"{family}{path.absolute().parents[1].name}/{path.name}"
+        run = path.absolute().parents[1]
+        return f"{family}{run.name}/{path.name}"
     if path.name in GENERAL_NAMES:
         return f"{family}{path.parent.name}/{path.name}"
     return f"{family}{path.name}"
@@ -131,7 +132,10 @@ def compare(folders: list[Path], output: Path) -> Path:
         ]
         if published:
             columns = ("encoder", "input", "tokens", "top-1")
-            rows = [(a.encoder, a.input, a.tokens, a.values[dataset]) for a in published]
+            rows = [
+                (anchor.encoder, anchor.input, anchor.tokens, anchor.values[dataset])
+                for anchor in published
+            ]
             sections += [
                 f"\nPublished by others ({SOURCE}), best epoch on the validation set, one seed, "
                 "another part of the set; not measured here:\n",
@@ -179,7 +183,8 @@ def _draw(records: list[dict], published: list[Anchor], path: Path) -> None:
     axes = figure.add_subplot()
     curves: dict[str, list[dict]] = {}
     for record in records:
-        name = f"{encoder_name(record)}, {record['view']}, {record['head']}"
+        encoder = encoder_name(record)
+        name = f"{encoder}, {record['view']}, {record['head']}"
         curves.setdefault(name, []).append(record)
     # `compare` has sorted the records by their tokens
     for name, curve in curves.items():

@@ -218,8 +218,9 @@ def _check_counts(args: argparse.Namespace) -> None:
         if declared.annotation is int and name != "seed":
             # for these three, 0 stands for a choice that is made later
             least = 0 if name in ("num_classes", "train_views", "gop") else 1
-            if getattr(args, name) < least:
-                raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+            value = getattr(args, name)
+            if value < least:
+                raise ValueError(f"--{name} {value} must be at least {least}")
     if VIDEO_FAMILIES.get(args.model_family) == "codec":
         if args.num_temporal_crops > 1:
             raise ValueError("codec input sees the whole clip: --num_temporal_crops 1")

@@ -46,7 +46,7 @@ class ProbeEncoder:
 
     width       of its tokens
     patch_size  in pixels
-    size        side of the frames that it is given, in pixels; None: as the configuration says
+    size        side of the frames that it is given, in pixels; None: that of the configuration
     sha256      of its configuration, its preprocessing and its weights
     """
 
@@ -132,7 +132,8 @@ class FramewiseEncoder(ProbeEncoder):
             code = time_code(len(frames), self.width).to(tokens.device)
             # before the time code is added: the code is that of any clip of as many frames
             pooled.append(tokens.mean(dim=(0, 1)))
-            tokens_of_items.append((tokens + code[:, None]).flatten(0, 1))
+            coded = tokens + code[:, None]  # all tokens of a frame get the code of its index
+            tokens_of_items.append(coded.flatten(0, 1))
         return EncodedBatch(
             tokens=torch.cat(tokens_of_items),
             lengths=torch.tensor([len(item) for item in tokens_of_items], device=rows.device),

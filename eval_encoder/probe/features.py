@@ -154,7 +154,8 @@ class ClipFeatures:
 
     def _identity(self, look: Look) -> str:
         """Text that changes with what is seen: the clip's content, the crop, and the draw."""
-        seen = f"{self._reader.identity(look.clip)} {look.within} {look.across}"
+        content = self._reader.identity(look.clip)
+        seen = f"{content} {look.within} {look.across}"
         if look.version == 0:
             return seen
         config = self._config.input

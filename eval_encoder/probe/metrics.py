@@ -130,10 +130,12 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     # from behind: a clip takes over the end that follows it
     ends = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
 
+    # hits among the first clips, up to the end of the group, by the number of these clips
     precision = np.take_along_axis(np.cumsum(hits, axis=0), ends, axis=0) / (ends + 1)
     positives = hits.sum(axis=0)
     present = positives > 0
-    return 100 * (precision * hits).sum(axis=0)[present] / positives[present]
+    sums = (precision * hits).sum(axis=0)
+    return 100 * sums[present] / positives[present]
 
 
 class EvaluationBuilder:

@@ -145,7 +145,8 @@ def read_kinetics(train: Path, val: Path) -> Splits:
     """Entries of the official csv files; ValueError for missing columns."""
     rows = {"train": _kinetics_rows(train), "val": _kinetics_rows(val)}
     # over both files, so that a class has one number in both
-    classes = sorted({row["label"] for listed in rows.values() for _, row in listed})
+    labels = {row["label"] for listed in rows.values() for _, row in listed}
+    classes = sorted(labels)
     number = {name: i for i, name in enumerate(classes)}
     splits: Splits = {}
     for split, listed in rows.items():

@@ -94,7 +94,8 @@ def chosen_confusion(history: History, record: dict) -> np.ndarray | None:
     """Confusion matrix at the last epoch of the setting that `summarise` chose."""
     assert history.last is not None
     chosen = record["chosen"]
-    return history.last.confusion(_heads_of(history, (chosen["lr"], chosen["weight_decay"])))
+    heads = _heads_of(history, setting=(chosen["lr"], chosen["weight_decay"]))
+    return history.last.confusion(heads)
 
 
 def summarise_neighbours(

@@ -91,7 +91,8 @@ def _rounds(run: Path, shards: Path, truth: Path | None) -> str:
         if change:
             # one head, and one folder of its labels: the demo trains on one packed set
             (head,) = (change[name] for name in change if name != "after_round")
-            (labels_folder,) = (run / f"round_{number - 1}" / "clusters").iterdir()
+            clusters = run / f"round_{number - 1}" / "clusters"
+            (labels_folder,) = clusters.iterdir()
             source = f"encoder of round {number - 1}"
             agreement = f"{head['nmi_with_labels_before']:.3f}"
         losses = [
@@ -156,7 +157,9 @@ def _probe(results: Path) -> str:
 
     records = _records(results)
     # the demo may have been run again into the same folder
-    latest = {(record["view"], Path(record["weight"]).name): record for record in records}
+    latest = {}
+    for record in records:
+        latest[record["view"], Path(record["weight"]).name] = record
     trained = sorted({name for _, name in latest} - {UNTRAINED})
     weights = [*trained, UNTRAINED]
     chance = 100 / find_benchmark(records[-1]["dataset"]).num_classes
@@ -170,7 +173,8 @@ def _probe(results: Path) -> str:
         rows,
         right_aligned=(*weights, "chance"),
     )
-    heads = max(len(record["last_epoch"]["seeds"]) for record in latest.values())
+    seeds = [record["last_epoch"]["seeds"] for record in latest.values()]
+    heads = max(map(len, seeds))
     return (
         f"## Attentive probe, top-1 on held-out clips\n\n{table}\n"
         f"Percent at the last epoch, mean of {heads} heads, ± half of a 95 % interval, the larger "

@@ -209,6 +209,7 @@ def _show_result(config: ProbeConfig, record: dict) -> None:
     missed = len(unreadable["train"] | unreadable["val"])
     partial = f" without {missed} unreadable clips" if missed else ""
     settings = {name: value for name, value in record["chosen"].items() if name != "held_out"}
+    # learning rate and weight decay of a bank, or k of nearest neighbours
     chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items())
     show(
         f"{record['dataset']} {config.input.family}: {metric.replace('top1', 'top-1')} "

@@ -210,7 +210,8 @@ class ProbeTrainer:
         # Every rank draws the order of all ranks and takes its share, so nothing is exchanged.
         shared = _chunks(config.seed, epoch, clips=keep, size=size)
         mine = [chunk[ranks.rank :: ranks.world_size] for chunk in shared]
-        read = self._train.batches([self._train.drawn_looks(chunk, epoch) for chunk in mine])
+        looks_of_batches = [self._train.drawn_looks(chunk, epoch) for chunk in mine]
+        read = self._train.batches(looks_of_batches)
         if config.kind == "linear" and config.num_seeds > 1:
             yield from self._batches_by_seed(read, epoch=epoch, keep=keep, size=size)
             return
@@ -238,14 +239,16 @@ class ProbeTrainer:
         for step in range(len(orders[self._heads_config.seed])):
             batches = []
             for seed, heads in heads_of_seed.items():
-                clips = [clip for clip in orders[seed][step].tolist() if clip in rows]
+                clips_of_step = orders[seed][step].tolist()
+                clips = [clip for clip in clips_of_step if clip in rows]
                 features = [rows[clip].float() for clip in clips]
                 batches.append(HeadBatch(heads=heads, clips=clips, features=features))
             yield batches
 
     def _evaluate_epoch(self, epoch: int, held: np.ndarray, losses: np.ndarray) -> None:
         """Evaluate both lists and note the figures. held: indices of the held-out clips."""
-        evaluation = self.evaluate(self._val, np.arange(len(self._val.clips)))
+        every_clip = np.arange(len(self._val.clips))
+        evaluation = self.evaluate(self._val, every_clip)
         held_figures = None
         if len(held):
             held_evaluation = self.evaluate(self._train, held)
@@ -291,7 +294,9 @@ class ProbeTrainer:
         the linear schedule, 0 to 1."""
         config = self._heads_config
         for group in self._optimizer.param_groups:
-            group["lr"] = group["peak"] + (config.min_lr - group["peak"]) * progress
+            # linear, from the head's own peak to min_lr
+            change = (config.min_lr - group["peak"]) * progress
+            group["lr"] = group["peak"] + change
         # A rank's share of a batch may be smaller than another's, or lack clips that cannot be
         # read: the loss is the mean over what all ranks have.
         counts = torch.tensor([float(len(batch.clips)) for batch in batches])

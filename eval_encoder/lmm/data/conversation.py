@@ -181,6 +181,7 @@ def check_below(visual: Visual, folder: str | Path | None) -> None:
         return
     named = visual.path.partition("#")[0]
     if named.startswith("/"):
+        # the list may name the folder by its links or by where they lead
         folders = (Path(folder).absolute(), Path(folder).resolve())
         is_plain = stays_below(named.lstrip("/"))
         is_below = is_plain and any(Path(named).is_relative_to(one) for one in folders)
@@ -343,7 +344,8 @@ def _paths(value: Any, kind: str) -> list[str]:
 
 def _in_order(turns: Sequence[Turn], visuals: Sequence[Visual]) -> tuple[Visual, ...]:
     """The visuals in the order of their placeholders."""
-    kinds = [shown[1:-1] for turn in turns for shown in _PLACEHOLDER.findall(turn.text)]
+    placeholders = [shown for turn in turns for shown in _PLACEHOLDER.findall(turn.text)]
+    kinds = [shown[1:-1] for shown in placeholders]  # without the brackets
     if len(visuals) == 1 and not kinds:
         return tuple(visuals)
     if len(kinds) != len(visuals):
@@ -352,6 +354,7 @@ def _in_order(turns: Sequence[Turn], visuals: Sequence[Visual]) -> tuple[Visual,
             "for each path"
         )
     given = [visual.kind for visual in visuals]
+    # published video lists write <image> for clips
     if len(set(given)) <= 1:
         return tuple(visuals)
     if sorted(kinds) != sorted(given):
@@ -360,7 +363,7 @@ def _in_order(turns: Sequence[Turn], visuals: Sequence[Visual]) -> tuple[Visual,
             "videos meet, each needs a placeholder of its kind"
         )
     # visuals of a kind keep their order; the placeholders give the order of the kinds
-    waiting = {kind: iter([visual for visual in visuals if visual.kind == kind]) for kind in given}
+    waiting = {kind: iter([v for v in visuals if v.kind == kind]) for kind in given}
     return tuple(next(waiting[kind]) for kind in kinds)
 
 
@@ -405,6 +408,7 @@ def _render(turns: Sequence[Turn], version: str, eos: str | None) -> list[Piece]
             pieces[-1].add_answer(turn.text, lead=" ", eos=eos)
             continue
         first, *others = _PLACEHOLDER.split(turn.text)
+        # behind an answer this follows </s> without a space, as published
         pieces[-1].text += f"USER: {first}"
         pieces += [Piece(text) for text in others]
         pieces[-1].text += " ASSISTANT:"

@@ -79,6 +79,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         """Raises ValueError that names sample and file."""
         sample = self.samples[index]
         visuals = [self._visual(sample, visual) for visual in sample.visuals]
+        # visuals come first: their sizes decide how many placeholders the text has
         counts = [visual_tokens(visual, self.tokens_for) for visual in visuals]
         encoded = encode(
             sample,
@@ -98,7 +99,8 @@ class ConversationDataset(torch.utils.data.Dataset):
     @property
     def visuals(self) -> list[Visual]:
         """All different visuals, in order of their first use."""
-        return list(dict.fromkeys(visual for sample in self.samples for visual in sample.visuals))
+        visuals = [visual for sample in self.samples for visual in sample.visuals]
+        return list(dict.fromkeys(visuals))
 
     def _visual(self, sample: Sample, visual: Visual) -> VisualItem | StoredItem:
         if self.store is not None:
@@ -163,12 +165,14 @@ def collate_visuals(
         for visual in group:
             if isinstance(visual, StoredItem):
                 stored.append(visual)
+                # for a tower of images, every frame of a clip is an item
                 samples += [row] * visual.count
             else:
                 items.append(visual)
                 samples += [row] * len(visual.grids)
     if not samples:
         return None
+    # with a store all visuals are stored ones (ConversationDataset._visual)
     if store is not None and stored:
         states = store.states(stored)
         return Visuals(inputs=None, samples=torch.tensor(samples), states=states)

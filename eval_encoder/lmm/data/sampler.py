@@ -55,8 +55,9 @@ def modality_length_order(
 def _deal(indices: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[int]:
     """Indices of a full mega-batch, batch after batch: the longest sample that is left goes to the
     batch with the smallest sum that has room; the lower batch where sums are equal."""
-    batches: list[list[int]] = [[] for _ in range(len(indices) // batch_size)]
-    open_batches = [(0, number) for number in range(len(batches))]  # a heap: (sum, batch)
+    num_batches = len(indices) // batch_size
+    batches: list[list[int]] = [[] for _ in range(num_batches)]
+    open_batches = [(0, number) for number in range(num_batches)]  # a heap: (sum, batch)
     # stable, so that equal lengths keep their drawn order on every machine
     for longest in np.argsort(-lengths, kind="stable"):
         total, number = heapq.heappop(open_batches)

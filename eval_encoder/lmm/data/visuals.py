@@ -47,6 +47,7 @@ from ...feature_cache import file_identity
 from .conversation import Visual
 
 ASPECTS = ("pad", "square")
+# --video_view -> the attentive probe's family that sees clips in this view
 VIEWS = {"frame": "llava_vit_sampling", "codec": "llava_vit_codec"}
 
 
@@ -85,6 +86,7 @@ class VisualConfig:
             camera="median",
             centre_prior=0.0,
             size=self.video_size,
+            # one plain look at every clip: the same path gives the same numbers
             temporal_crops=1,
             spatial_crops=1,
             train_views=1,
@@ -126,6 +128,7 @@ class VisualReader:
         path = visual.place(self.folder)
         if "#" in visual.path:
             return f"{visual.path} {file_identity(path / MANIFEST_NAME)}"
+        # sorted, since a folder is listed in any order
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         return " ".join(file_identity(file) for file in files)
 

@@ -2,7 +2,7 @@
 
 Attributes follow from the rank of an image or clip by arithmetic, so that any answer is right as
 often as any other; the order of a training medium's questions is drawn from (seed, index). The
-command is question_set.py, which says what the files hold.
+command is question_set.py, which describes the files.
 """
 
 import io
@@ -181,7 +181,8 @@ def _dialogue(seed: int, number: int) -> dict:
     categories = ASKED[medium.kind]
     order = counter_rng(seed, "lmm_demo_set", number).permutation(len(categories))
     rounds = [medium.ask(categories[index]) for index in order]
-    return {medium.kind: medium.path, "conversations": _turns(f"<{medium.kind}>\n", rounds)}
+    turns = _turns(f"<{medium.kind}>\n", rounds)
+    return {medium.kind: medium.path, "conversations": turns}
 
 
 def _two_images(seed: int, number: int) -> dict:
@@ -303,7 +304,8 @@ def write_demo_set(config: DemoSet) -> None:
     captions = [caption_sample(medium) for medium in train]
     tuning = tuning_samples(config.seed, config.num_train)
     for name, samples in (("align", captions), ("tune", tuning)):
-        write_atomically(config.output / f"{name}.json", json.dumps(samples, indent=1).encode())
+        text = json.dumps(samples, indent=1)
+        write_atomically(config.output / f"{name}.json", text.encode())
     _write_questions(config.output, questions)
 
 

@@ -195,6 +195,7 @@ def open_lmm(
 def write_parts(folder: Path, arguments: LmmArguments) -> None:
     """Write parts.json: the folders of a projector's frozen parts."""
     assert arguments.vision_tower is not None, "a model with parts was made from a tower's folder"
+    # absolute, since the folder may be opened from another working directory
     parts = {
         "model_name_or_path": str(Path(arguments.model_name_or_path).resolve()),
         "vision_tower": str(Path(arguments.vision_tower).resolve()),
@@ -290,7 +291,7 @@ def _from_parts(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> Lm
         text_config=language_model.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         vision_feature_layer=(arguments.mm_vision_select_layer or [-1])[0],
-        # our towers take class and register tokens off themselves; transformers must not again
+        # our projectors take class and register tokens off; transformers must not again
         vision_feature_select_strategy="full",
         **fields,
     )
@@ -332,6 +333,7 @@ def read_language_model(folder: Path, dtype: torch.dtype, **options: Any) -> Pre
     check_model_folder(folder, allows_pickles=True)
     for path in pickled_weights(folder):
         try:  # transformers would unpickle it without a check
+            # on the meta device, a check takes no memory for the weights
             read_tensors(path, device="meta")
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error

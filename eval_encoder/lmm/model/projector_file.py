@@ -38,6 +38,7 @@ def save_projector(
     }
     folder.mkdir(parents=True, exist_ok=True)
     stream = io.BytesIO()
+    # LLaVA's own format; `load_projector` reads it as tensors only
     torch.save(projector, stream)
     write_atomically(folder / PROJECTOR_FILE, stream.getvalue())
     model.config.save_pretrained(folder)

@@ -62,7 +62,7 @@ _ABSENT: ImportError | None = None
 try:
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    lmms = object
+    lmms = object  # a base for the class below, so that the module imports without the library
     _ABSENT = error
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("univit")
 MODEL_NAME = "univit_lmm"
+# generation_kwargs that have an effect
 ARGUMENTS = ("max_new_tokens", "temperature", "do_sample", "top_p", "num_beams", "until")
 
 
@@ -96,9 +97,10 @@ class Asked:
 
 def decoding_of(arguments: dict, default: Decoding) -> Decoding:
     """Of generation_kwargs, where None stands for what is not given; `default` for the rest. Greedy
-    unless do_sample or a temperature says otherwise."""
+    unless do_sample or a temperature asks for draws."""
     given = {name: value for name, value in arguments.items() if value is not None}
-    fields = {n: given[n] for n in ("max_new_tokens", "top_p", "num_beams") if n in given}
+    names = ("max_new_tokens", "top_p", "num_beams")
+    fields = {name: given[name] for name in names if name in given}
     is_drawn = given.get("do_sample", given.get("temperature", 0) > 0)
     # 1 is transformers' own default where do_sample alone is given
     temperature = given.get("temperature", 1.0) if is_drawn else 0.0
@@ -137,7 +139,7 @@ def answer_until(
     for index, given in enumerate(arguments):
         group = (decoding_of(given, speaker.decoding), stop_strings(given))
         groups.setdefault(group, []).append(index)
-    texts = [""] * len(asked)
+    texts = [""] * len(asked)  # filled by index, since groups change the order
     with tqdm(total=len(asked), desc="answers", disable=quiet) as bar:
         for (decoding, stops), indices in groups.items():
             for batch in _batches(indices, batch_size):
@@ -265,6 +267,7 @@ def _run_lmms_eval() -> None:
         raise MissingLibrary(str(error)) from error
     from lmms_eval.models import MODEL_REGISTRY_V2
 
+    # in this process, so that the command line below finds the model among its own
     MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
     runpy.run_module("lmms_eval", run_name="__main__", alter_sys=True)
 
@@ -277,7 +280,8 @@ def _require() -> None:
 
 
 def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (indices[start : start + size] for start in range(0, len(indices), size))
+    starts = range(0, len(indices), size)
+    return (indices[start : start + size] for start in starts)
 
 
 def _read(speaker: Speaker, visual: object) -> tuple[Literal["image", "video"], VisualItem]:

@@ -137,7 +137,8 @@ def summarise_pope(outcomes: Outcomes) -> Figures:
             f"{name}_f1": 200 * hits / max(1, answered + positive),
             f"{name}_yes": 100 * answered / len(pairs),
         }
-    return {"f1": fmean(files[f"{name}_f1"] for name in outcomes)} | files
+    f1 = fmean(files[f"{name}_f1"] for name in outcomes)
+    return {"f1": f1} | files
 
 
 def evaluate_gqa(answers: Answers, annotations: Path) -> Outcomes:
@@ -176,7 +177,8 @@ def evaluate_sqa(answers: Answers, annotations: Path) -> Outcomes:
         )
         # -1, which is never right, for an answer without an option
         option = OPTIONS.find(option_letter(answer["text"]) or "none")
-        outcomes["image" if problem["image"] else "text"].append(option == problem["answer"])
+        group = "image" if problem["image"] else "text"
+        outcomes[group].append(option == problem["answer"])
     return outcomes
 
 
@@ -312,7 +314,8 @@ def _mme_key(row: dict) -> tuple[str, str, str]:
 def _first_line(prompt: str) -> str:
     """A question as it is compared: the first line, lower case, single spaces."""
     # further lines hold instructions and OCR tokens, which are the prompt's and no annotation's
-    return " ".join(prompt.strip().partition("\n")[0].lower().split())
+    first = prompt.strip().partition("\n")[0]
+    return " ".join(first.lower().split())
 
 
 def _percent(values: Iterable[float]) -> float:
@@ -395,7 +398,8 @@ def _score(args: argparse.Namespace) -> None:
     print(format_table(result))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.output, f"{json.dumps(asdict(result), indent=2)}\n".encode())
+        text = json.dumps(asdict(result), indent=2)
+        write_atomically(args.output, f"{text}\n".encode())
 
 
 if __name__ == "__main__":

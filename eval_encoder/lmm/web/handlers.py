@@ -65,7 +65,7 @@ def read_upload(speaker: "Speaker", path: Path) -> "VisualItem":
 
     limits = InputLimits(max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
-        # readers go by names too; this one says nothing
+        # readers go by names too; this one gives nothing away
         plain = Path(folder, "upload")
         plain.symlink_to(path)
         try:
@@ -176,7 +176,7 @@ class Handlers:
     ) -> Iterator[tuple[str, Dialogue, Messages]]:
         """(question, dialogue, messages), again and again while the answer grows.
 
-        The question comes back where nothing was said; what was said of a stopped answer stays.
+        The question comes back where no word was answered; the words of a stopped answer stay.
         gradio closes this generator when the visitor leaves.
         """
         question = question.strip()

@@ -108,7 +108,7 @@ def _draw(decoding: "Decoding") -> Parts:
     with gradio.Row():
         with gradio.Column(scale=2, min_width=280):
             upload = gradio.File(label="Picture or clip", height=170, elem_id="upload")
-            # set as the flags say, within the ends of the controls
+            # the flags' values, within the ends of the controls
             temperature = gradio.Slider(
                 minimum=0,
                 maximum=MAX_TEMPERATURE,
