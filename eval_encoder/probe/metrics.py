@@ -70,8 +70,8 @@ class Evaluation:
         else:
             sums = np.bincount(labels, self._correct(heads), minlength=self.num_classes)
             counts = np.bincount(labels, minlength=self.num_classes)
-            shares = sums / np.maximum(1, counts)
-            values = np.where(counts, 100 * shares, np.nan)
+            percents = 100 * sums / np.maximum(1, counts)
+            values = np.where(counts, percents, np.nan)
         return [None if np.isnan(value) else round(float(value), 2) for value in values]
 
     def confusion(self, heads: list[int]) -> np.ndarray | None:
