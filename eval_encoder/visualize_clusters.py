@@ -108,7 +108,9 @@ def separation(embeddings: np.ndarray, groups: np.ndarray) -> float:
     same = groups[:, None] == groups[None]
     np.fill_diagonal(same, False)
     other = groups[:, None] != groups[None]
-    return float(cosines[same].mean() - cosines[other].mean())
+    within = cosines[same].mean()
+    between = cosines[other].mean()
+    return float(within - between)
 
 
 def animation(

@@ -223,7 +223,8 @@ def log_likelihood(
     is_ignored = labels == IGNORE_INDEX
     # gather needs valid indices; what it gives for ignored labels is masked
     indices = labels.clamp(min=0)[..., None]
-    log_probabilities = logits.log_softmax(-1).gather(-1, indices)[..., 0]
+    log_probabilities = logits.log_softmax(-1)
+    log_probabilities = log_probabilities.gather(-1, indices)[..., 0]  # [B, A]
     counted = log_probabilities.double().masked_fill(is_ignored, 0)
     sums = counted.sum(dim=1)
     is_most_likely = logits.argmax(-1) == labels

@@ -265,7 +265,8 @@ class _Record(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs is not None:
             with open(self._path, "a") as stream:
-                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                record = {"step": state.global_step, **logs}
+                stream.write(json.dumps(record) + "\n")
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

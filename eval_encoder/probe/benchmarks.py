@@ -151,7 +151,10 @@ def read_lists(
     is_own = name.lower() not in BENCHMARKS and Path(name).is_dir()
     benchmark = Benchmark(0, "train.csv", "val.csv") if is_own else find_benchmark(name)
     folder = Path(name) if is_own else data_root / name.lower()
-    files = [folder / (train_csv or benchmark.train_csv), folder / (val_csv or benchmark.val_csv)]
+    files = [
+        folder / (train_csv or benchmark.train_csv),
+        folder / (val_csv or benchmark.val_csv),
+    ]
     several = protocol == "multi_label"
 
     splits = None
@@ -162,7 +165,8 @@ def read_lists(
             classes = _words(splits, several)
     elif not (train_csv or val_csv) and not any(file.is_file() for file in files):
         splits = _class_folder_rows(folder, may_split=is_own, report=report)
-        classes = tuple(sorted({row.label for rows in splits or () for row in rows}))
+        names = {row.label for rows in splits or () for row in rows}
+        classes = tuple(sorted(names))
     if splits is None:
         raise MissingBenchmark(_instructions(name, folder=folder, files=files))
 
@@ -304,7 +308,8 @@ def _labelled(
 
 def _instructions(name: str, folder: Path, files: list[Path]) -> str:
     """What to do for a benchmark, or a folder, whose files are not there."""
-    missing = ", ".join(str(file) for file in files if not file.is_file())
+    absent = [str(file) for file in files if not file.is_file()]
+    missing = ", ".join(absent)
     if Path(name).is_dir():
         return (
             f"{name} holds neither two lists of `relative path,label` ({missing} is missing) nor "

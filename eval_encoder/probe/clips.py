@@ -169,7 +169,8 @@ class PackedClips:
         max_tokens = config.num_tokens
         if config.view == "frame":
             # num_frames whole frames, also of the sample with the largest grid
-            grids = [s["grid"] for shard in self._manifest.shards for s in shard["samples"]]
+            samples = [s for shard in self._manifest.shards for s in shard["samples"]]
+            grids = [sample["grid"] for sample in samples]
             largest = max(grid[0] * grid[1] for grid in grids)
             max_tokens = config.num_frames * largest
         batches = sequential_batches(
@@ -206,7 +207,8 @@ def _check_stored(manifest: Manifest, shards: Path, config: InputConfig, patch_s
             f"{shards} was packed with patch size {packed}, the encoder takes {patch_size}: "
             f"pack again with --patch-size {patch_size}, or move the packed folder away"
         )
-    stored = max(s["num_patches"] for shard in manifest.shards for s in shard["samples"])
+    samples = [sample for shard in manifest.shards for sample in shard["samples"]]
+    stored = max(sample["num_patches"] for sample in samples)
     if config.view == "codec" and config.num_tokens > stored:
         raise ValueError(
             f"--K_keep {config.num_tokens}: {shards} keeps {stored} patches a clip; "

@@ -107,7 +107,8 @@ def compare(folders: list[Path], output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in records:
-        groups.setdefault((record["dataset"], record["metric"]), []).append(record)
+        key = (record["dataset"], record["metric"])
+        groups.setdefault(key, []).append(record)
 
     sections = ["# Probes compared"]
     for (dataset, metric), group in sorted(groups.items()):

@@ -243,10 +243,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
     # Equal settings would be equal heads. A rate of 0 would train nothing.
     for name, least in (("default_lr_list", 1e-12), ("default_weight_decay", 0.0)):
         values = getattr(args, name)
-        if min(values) < least or len(set(values)) < len(values):
+        is_repeated = len(set(values)) < len(values)
+        if min(values) < least or is_repeated:
             raise ValueError(f"--{name} {values}: different numbers, none below {least:g}")
     if (args.mean is None) != (args.std is None):
         raise ValueError("--mean and --std belong together")
     for name, values in (("mean", args.mean), ("std", args.std)):
+        # pixels are divided by std, so that it must be positive
         if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
             raise ValueError(f"--{name} {values}: three numbers, one per channel")

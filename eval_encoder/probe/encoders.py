@@ -145,7 +145,8 @@ def time_code(count: int, width: int) -> torch.Tensor:
     """Sine and cosine code float32 [count, width] of the frame indices 0, 1, ..."""
     half = width // 2
     rates = TIME_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = torch.arange(count, dtype=torch.float64)[:, None] * rates
+    indices = torch.arange(count, dtype=torch.float64)
+    angles = indices[:, None] * rates
     code = torch.zeros(count, width)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     code[:, : 2 * half] = waves.float()  # the last channel of an odd width stays zero

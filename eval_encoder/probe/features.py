@@ -191,7 +191,8 @@ class ClipFeatures:
             if self._pooled:
                 pieces = encoded.pooled.half().cpu().split(1)
             else:
-                pieces = encoded.tokens.half().cpu().split(encoded.lengths.tolist())
+                tokens = encoded.tokens.half().cpu()
+                pieces = tokens.split(encoded.lengths.tolist())
             # `.cpu()` has waited for the device, so these are seconds of the encoder.
             self.encode_s += time.perf_counter() - started
             self._num_tokens += int(encoded.lengths.sum())

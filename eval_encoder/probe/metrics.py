@@ -107,12 +107,14 @@ class Evaluation:
 
     def _correct(self, heads: list[int]) -> np.ndarray:
         """Share of the heads that are right, for every evaluated clip."""
-        return (self.true_rank[heads][:, self.evaluated] == 1).mean(axis=0)
+        is_right = self.true_rank[heads][:, self.evaluated] == 1
+        return is_right.mean(axis=0)
 
     def _precisions(self, head: int) -> np.ndarray:
         """Average precision in percent of the classes that have clips."""
         assert self.scores is not None  # lists of one label have accuracies
-        return average_precision(self.scores[head, self.evaluated], self.labels[self.evaluated])
+        scores = self.scores[head, self.evaluated]
+        return average_precision(scores, labels=self.labels[self.evaluated])
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -172,7 +174,8 @@ class EvaluationBuilder:
         own = scores.gather(-1, truth_of_heads[..., None])  # [B, n, 1]
         # Of equal scores the lowest class comes first, as in argmax. Otherwise a head that scores
         # all classes alike would always be right.
-        is_lower_class = torch.arange(scores.shape[-1]) < truth[:, None]
+        classes = torch.arange(scores.shape[-1])
+        is_lower_class = classes < truth[:, None]
         before = (scores == own) & is_lower_class
         true_rank = 1 + ((scores > own) | before).sum(dim=-1).int()
         # A head whose score of the true class is NaN is wrong, whatever its other scores are.

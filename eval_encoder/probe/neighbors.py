@@ -136,6 +136,7 @@ def _evaluate(
         # Cumulative sums over neighbours, nearest first: row k - 1 has the votes of k neighbours.
         votes = (weights * targets[nearest]).cumsum(dim=1)
         votes = votes / weights.cumsum(dim=1)
-        scores = votes[:, [k - 1 for k in tried]].movedim(1, 0)
+        scores = votes[:, [k - 1 for k in tried]]  # [n, B, K]
+        scores = scores.movedim(1, 0)
         builder.add(indices[start : start + ROWS].tolist(), scores)
     return builder.evaluation()

@@ -49,7 +49,8 @@ def read_ssv2(annotations: Path) -> Splits:
     classes: dict[str, int] = {}
     for name, number in numbers.items():
         # The official file writes numbers as strings; a boolean or a fraction is neither.
-        if type(number) not in (int, str) or not NUMBER.fullmatch(str(number)):
+        is_number = type(number) in (int, str) and NUMBER.fullmatch(str(number))
+        if not is_number:
             raise ValueError(f"{path}: class {name!r} has number {number!r}: no integer from 0 on")
         classes[name] = int(number)
     splits: Splits = {}
@@ -166,7 +167,8 @@ def _kinetics_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
     """(file and line, values by column) of every line after the header."""
     rows = list(csv_rows(path))
     columns = [cell.strip() for cell in rows[0].cells] if rows else []
-    if len(rows) < 2 or not set(KINETICS_COLUMNS) <= set(columns):
+    has_columns = set(KINETICS_COLUMNS) <= set(columns)
+    if len(rows) < 2 or not has_columns:
         raise ValueError(f"{path} lacks the columns {', '.join(KINETICS_COLUMNS)}, or has no line")
     clips = []
     for row in rows[1:]:

@@ -148,7 +148,8 @@ class ProbeTrainer:
             num_clips = 0
             for step, batches in enumerate(self._head_batches(epoch, keep, size=size)):
                 # 0 at the first step; the step after the last one would have 1
-                progress = ((epoch - 1) * steps + step) / (config.epochs * steps)
+                steps_done = (epoch - 1) * steps + step
+                progress = steps_done / (config.epochs * steps)
                 sums += self._step(batches, progress)
                 num_clips += len(batches[0].clips)  # over an epoch, all seeds have the same clips
             is_last = epoch == config.epochs
@@ -283,7 +284,10 @@ class ProbeTrainer:
         """Raise ValueError for several settings without held-out clips that can be read."""
         names = self._train.clips.names
         settings = {(s.lr, s.weight_decay) for s in self.bank.settings}
-        if len(settings) > 1 and all(names[index] in self._train.unreadable for index in held):
+        unreadable = self._train.unreadable
+        # also where nothing is held out, since `all` of nothing is true
+        has_no_choice = all(names[index] in unreadable for index in held)
+        if len(settings) > 1 and has_no_choice:
             raise ValueError(
                 f"{len(settings)} settings but no held-out training clip to choose with: give more "
                 "training clips, a larger --holdout, or one setting"
@@ -357,7 +361,8 @@ class ProbeTrainer:
     def _log_epoch(self, epoch: int) -> None:
         assert self.history.last is not None
         diverged = self.history.diverged
-        heads = [head for head in range(len(self.bank.heads)) if head not in diverged]
+        every_head = range(len(self.bank.heads))
+        heads = [head for head in every_head if head not in diverged]
         figures = self.history.epochs[-1]
         self._log.info(
             "epoch %d/%d | loss %.4f | %s of the heads %.2f to %.2f",

@@ -180,7 +180,8 @@ def collate_visuals(
     # a tower takes packs or images, so either all items have images or none has
     if not images:
         return Visuals(inputs=packed_inputs(items), samples=torch.tensor(samples))
-    sizes = sorted({tuple(image.shape[-2:]) for image in images})
+    different = {tuple(image.shape[-2:]) for image in images}
+    sizes = sorted(different)
     if len(sizes) > 1:
         raise ValueError(
             f"pictures and clips of {sizes} pixels meet in a tower that takes one size at a "

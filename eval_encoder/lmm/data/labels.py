@@ -52,7 +52,8 @@ class Piece:
         start = len(self.text)
         stop = start + len(lead) + len(text)
         self.text += lead + text + eos
-        self.answers.append(Answer(start=start, stop=stop, end=stop + len(eos), text=text))
+        end = stop + len(eos)
+        self.answers.append(Answer(start=start, stop=stop, end=end, text=text))
 
 
 def assemble(
@@ -76,7 +77,8 @@ def assemble(
             f"{type(tokenizer).__name__} is a slow tokenizer without character offsets: load the "
             "fast one"
         )
-    if len(visual_tokens) != len(pieces) - 1 or min(visual_tokens, default=1) < 1:
+    fewest = min(visual_tokens, default=1)
+    if len(visual_tokens) != len(pieces) - 1 or fewest < 1:
         raise ValueError(
             f"visual_tokens is {list(visual_tokens)} for {len(pieces) - 1} placeholders: give a "
             "positive count for each"

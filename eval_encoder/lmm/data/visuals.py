@@ -205,9 +205,11 @@ class VisualReader:
                 f"packed patches of {side} px need an encoder of ours with that patch size, not "
                 f"{self.config.patch_size}: pack again, or give the video file"
             )
-        channels_first = torch.from_numpy(np.ascontiguousarray(patches)).movedim(-1, 1)
+        channels_last = torch.from_numpy(np.ascontiguousarray(patches))
         view = View(
-            (channels_first,), torch.from_numpy(positions.astype(np.int64)), (1, 1, len(positions))
+            pieces=(channels_last.movedim(-1, 1),),
+            positions=torch.from_numpy(positions.astype(np.int64)),
+            grid=(1, 1, len(positions)),  # which `_clip` takes for patches that fill no grid
         )
         return self._clip(view)
 

@@ -119,7 +119,8 @@ class Medium:
             return f"Is the shape {self.colour}?", "yes"
         # 1 to 5 further on, so never the colour that is shown
         step = 1 + turn % (len(names) - 1)
-        other = names[(names.index(self.colour) + step) % len(names)]
+        index = names.index(self.colour) + step
+        other = names[index % len(names)]
         return f"Is the shape {other}?", "no"
 
 
@@ -276,7 +277,8 @@ def _write_medium(config: DemoSet, medium: Medium) -> None:
         write_clip(path, frames=_render(medium, config.seed, size=config.size, frames=64))
         return
     stream = io.BytesIO()
-    Image.fromarray(render_image(medium, config.seed, size=config.size)).save(stream, "PNG")
+    image = render_image(medium, config.seed, size=config.size)
+    Image.fromarray(image).save(stream, "PNG")
     write_atomically(path, stream.getvalue())
 
 

@@ -112,7 +112,11 @@ def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
     from model_factory.model_folder import seal_folder
 
     torch.manual_seed(seed)
-    config = ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=[1, 1, 2, 1], image_size=side)
+    config = ConvNextConfig(
+        hidden_sizes=[32, 64, 128, 256],  # doubled from stage to stage, as in ConvNeXt
+        depths=[1, 1, 2, 1],
+        image_size=side,
+    )
     ConvNextModel(config).save_pretrained(output)
     (output / "preprocessor_config.json").write_text(image_processor_json(side))
     seal_folder(output)

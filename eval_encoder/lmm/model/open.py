@@ -87,7 +87,8 @@ def open_tower(
         family = location.families[0]
         model = load_image_encoder(family, folder=location.path, dtype=dtype).model
     else:
-        encoder = open_encoder(location, read_run=lambda run: read_encoder(run)[0]).to(dtype)
+        encoder = open_encoder(location, read_run=lambda run: read_encoder(run)[0])
+        encoder = encoder.to(dtype)
         size = encoder.config.image_size
         processor = CLIPImageProcessor.from_dict(json.loads(image_processor_json(size)))
         return LlavaViTVisionModel.from_encoder(encoder).eval(), processor

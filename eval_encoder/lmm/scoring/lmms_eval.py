@@ -131,7 +131,8 @@ def answer_until(
 ) -> list[str]:
     """One text for each, in order; those of equal generation_kwargs share batches. Logs what of
     these has no effect. `quiet`: no progress bar."""
-    unknown = sorted({name for given in arguments for name in given} - set(ARGUMENTS))
+    names = {name for given in arguments for name in given}
+    unknown = sorted(names - set(ARGUMENTS))
     if unknown:
         LOG.warning("generation_kwargs %s: no effect on %s", ", ".join(unknown), MODEL_NAME)
     # generate takes one decoding for a batch
@@ -146,7 +147,8 @@ def answer_until(
                 # another seed for every batch: lmms-eval repeats a request to draw several answers
                 decoding_of_batch = replace(decoding, seed=decoding.seed + batch[0])
                 batch_speaker = replace(speaker, decoding=decoding_of_batch)
-                answers = batch_speaker.answer([asked[index].request(speaker) for index in batch])
+                requests = [asked[index].request(speaker) for index in batch]
+                answers = batch_speaker.answer(requests)
                 for index, answer in zip(batch, answers, strict=True):
                     texts[index] = cut(answer, stops)
                 bar.update(len(batch))
@@ -190,7 +192,9 @@ class UnivitLmm(lmms):
         """device: by default a GPU where there is one. Raises ImportError without lmms-eval."""
         _require()
         super().__init__()
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not device:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
         self.batch_size = int(batch_size)
         self.speaker = open_speaker(
             pretrained,

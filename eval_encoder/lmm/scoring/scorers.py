@@ -100,7 +100,8 @@ def score(benchmark: str, answers: Path, annotations: Path, confidence: bool = F
 
 def says_yes(text: str) -> bool:
     """POPE's reading: no if the first sentence holds the word `no` or `not`, else yes."""
-    words = re.findall(r"[a-z']+", text.partition(".")[0].lower())
+    sentence = text.partition(".")[0]
+    words = re.findall(r"[a-z']+", sentence.lower())
     return not {"no", "not"} & set(words)
 
 
@@ -157,7 +158,8 @@ def option_letter(text: str) -> str | None:
     """The option that ScienceQA's rule reads: `B`, `B. anything`, or one `The answer is B.`
     somewhere; None for all else."""
     text = text.strip()
-    if text and text[0] in OPTIONS and text[1:3] in ("", ". "):
+    begins_with_option = bool(text) and text[0] in OPTIONS
+    if begins_with_option and text[1:3] in ("", ". "):
         return text[0]
     stated = re.findall(r"The answer is ([A-Z])\.", text)
     return stated[0] if len(stated) == 1 else None
@@ -212,7 +214,8 @@ def evaluate_textvqa(answers: Answers, annotations: Path) -> Outcomes:
         key_of=lambda answer: (question_id(answer), _first_line(answer["prompt"])),
     )
     pairs = zip(paired, rows, strict=True)
-    return {"all": [soft_accuracy(answer["text"], row["answers"]) for answer, row in pairs]}
+    accuracies = [soft_accuracy(answer["text"], row["answers"]) for answer, row in pairs]
+    return {"all": accuracies}
 
 
 def summarise_accuracy(outcomes: Outcomes) -> Figures:

@@ -127,7 +127,8 @@ class Gate:
             named = list(_paths(json.loads(body)))
         except (ValueError, RecursionError):
             raise Refused(400, "this is no JSON") from None
-        if not all(isinstance(path, str) and self._is_upload(path) for path in named):
+        are_uploads = (isinstance(path, str) and self._is_upload(path) for path in named)
+        if not all(are_uploads):
             raise Refused(403, "a file that was not uploaded here")
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -155,7 +156,8 @@ def _check_host(headers: dict[str, str]) -> None:
         name = None
     if name not in NAMES:
         raise Refused(421, f"this page is at {NAMES[0]} alone")
-    if headers.get("origin", f"http://{host}") != f"http://{host}":
+    own_origin = f"http://{host}"
+    if headers.get("origin", own_origin) != own_origin:
         raise Refused(403, "only the page itself may ask")
 
 
