@@ -75,11 +75,11 @@ def view_of_file(
         positions = pixels.positions.copy()
         # A short clip has fewer frames than instants: frame numbers are no temporal positions.
         positions[:, 0] = pixels.times[positions[:, 0]]
-        # selected patches fill no grid: they stand as one row of one frame
+        # selected patches fill no grid: they are given as one row of one frame
         grid = (1, 1, len(patches))
         channels_first = patches.movedim(-1, 1)
         return View((channels_first,), torch.from_numpy(positions), grid)
-    # Whole frames stand at their times on the time base, whatever the length of the clip.
+    # Whole frames have their times on the time base, whatever the length of the clip.
     times = interpolate_frame_indices(
         torch.from_numpy(pixels.numbers)[None],
         torch.tensor([pixels.total]),

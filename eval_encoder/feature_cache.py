@@ -1,4 +1,4 @@
-"""Cache of features of frozen encoders, kept between epochs and between runs; for both probes.
+"""Cache of features of frozen encoders, between epochs and between runs; for both probes.
 
     memory   up to a number of bytes per process, for items that come again
     folder   by option, for every item: FOLDER/KEY/ab/DIGEST.npy and FOLDER/KEY/key.json

@@ -248,7 +248,7 @@ def _curves(
     coloured_by: str,
 ) -> None:
     """Separation of both objectives up to this image's step, below the spheres."""
-    left = GAP + 210  # the captions stand in front of it
+    left = GAP + 210  # room for the captions in front of it
     right = 2 * SIDE + 2 * GAP
     top = TITLE + SIDE + 22
     foot = TITLE + SIDE + CURVES
@@ -258,7 +258,7 @@ def _curves(
     _text(draw, (GAP, top + 18), text=caption, size=11, colour=MUTED)
     caption = f"groups; colours are {coloured_by}"
     _text(draw, (GAP, top + 32), text=caption, size=11, colour=MUTED)
-    # of all steps, so that the axis stands still; zero is always on it
+    # of all steps, so that the axis is the same in all images; zero is always on it
     low = min([0.0, *map(min, curves)])
     high = max([0.1, *map(max, curves)])
     last = len(steps) - 1

@@ -177,7 +177,7 @@ def _interruptible(model: nn.Module, stop: Callable[[], bool] | None) -> Iterato
         if stop():
             raise AnswerStopped("the answer was stopped")
 
-    # the layers of any transformer, of the tower too, stand in a ModuleList
+    # the layers of any transformer, of the tower too, are in a ModuleList
     block_lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     hooks = [block.register_forward_pre_hook(look) for blocks in block_lists for block in blocks]
     try:

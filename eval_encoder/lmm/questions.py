@@ -122,7 +122,8 @@ def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
     """Questions of a JSONL. `folder`: where their paths begin and stay; None where nothing will be
     read of them.
 
-    Raises ValueError that names file and line of what is no question, or leads out of the folder.
+    Raises ValueError that names file and line of a row of another form, or of a path that leads out
+    of the folder.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a JSONL of questions")

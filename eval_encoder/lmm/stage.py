@@ -75,7 +75,7 @@ def run_stage(arguments: LmmArguments, others: Sequence[str], samples: Sequence[
         if dist.is_initialized():  # a batch is read from the store, or not at all
             dist.barrier()
     _train(arguments, args=args, lmm=lmm, dataset=dataset)
-    if dist.is_initialized():  # nobody leaves while another still needs the group
+    if dist.is_initialized():  # no rank leaves while another still needs the group
         dist.barrier()
         dist.destroy_process_group()
 

@@ -106,7 +106,7 @@ class LmmTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers' own, with ValueError for a loss that is no number: transformers would
+        """As transformers' own, with ValueError for a loss that is not finite: transformers would
         log a loss of zero and go on."""
         if self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3():
             check_one_size(self._lmm.model, inputs.get("visuals"))

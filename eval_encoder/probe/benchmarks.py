@@ -356,7 +356,7 @@ def _class_folder_rows(
 
 
 def _rows_in_classes(folder: Path, report: Report, prefix: str = "") -> list[LabelledRow]:
-    """Images and videos of the class folders. prefix: what stands before their names in lists."""
+    """Images and videos of the class folders. prefix: put before their names in lists."""
     # Links out are followed: sets are often put together from links to where the files are.
     clips = [
         name

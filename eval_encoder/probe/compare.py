@@ -3,7 +3,7 @@
     python -m eval_encoder.probe.compare compare A B ... [--output DIR]
 
 writes compare.md and, per data set, a plot of accuracy against tokens per clip, of the results in
-folders A, B, ...; published figures (published.py) stand in a block of their own.
+folders A, B, ...; published figures (published.py) have a block of their own.
 """
 
 import argparse

@@ -243,7 +243,7 @@ def _figures(history: History, heads: list[int], epoch: EpochFigures) -> dict:
         "seeds": [_rounded(value) for value in values],
         "ci95_seeds": None if half_width is None else _rounded(half_width),
     }
-    if epoch is history.epochs[-1]:  # results clip by clip are kept of the last epoch alone
+    if epoch is history.epochs[-1]:  # results clip by clip are stored for the last epoch alone
         figures["ci95_clips"] = _rounded(history.last.clip_interval(heads))
     return figures
 

@@ -85,7 +85,7 @@ def _rounds(run: Path, shards: Path, truth: Path | None) -> str:
     changes = read_json(run / ROUNDS_NAME, {"rounds": list})["rounds"]
     rows = []
     for number, change in enumerate([None, *changes], start=1):
-        labels_folder = shards  # the first round's labels stand beside the shards
+        labels_folder = shards  # the first round's labels are beside the shards
         source = "codec descriptor"
         agreement = "-"
         if change:

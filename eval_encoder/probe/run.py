@@ -92,7 +92,7 @@ def _probe(
         record, confusion = _probe_bank(
             config, width=encoder.width, train=train, val=val, ranks=ranks, log=log
         )
-    # a collective, so that it stands before what rank 0 does alone
+    # a collective, so that it comes before the part of rank 0 alone
     tokens_per_clip = val.tokens_per_clip()
     if ranks.is_main:
         costs = Costs(

@@ -66,7 +66,7 @@ class Visual:
     path: str
 
     def place(self, folder: Path) -> Path:
-        """File or folder that the path names; behind a `#` stands the key of a packed clip."""
+        """File or folder that the path names; the key of a packed clip follows behind a `#`."""
         return folder / self.path.partition("#")[0]
 
 
@@ -173,7 +173,7 @@ def _check_present(samples: Sequence[Sample], folder: Path) -> None:
 def check_below(visual: Visual, folder: str | Path | None) -> None:
     """ValueError for a path of a list that leads out of the folder where its paths begin.
 
-    A list often comes from others, and must not name what else lies on the disk. An absolute path
+    A list often comes from others, and must not name other files of the disk. An absolute path
     is fine where it is below the folder. Links are followed: whoever has put them there has chosen
     so, as data on other disks needs it.
     """

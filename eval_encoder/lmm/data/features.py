@@ -4,7 +4,7 @@
             side, as the bits of fp16, and the (t, h, w) position of each patch of a pack; the first
             row holds grid, patches and number of items
 
-Kept by eval_encoder/feature_cache.py under a key of tower, layers and reading; so another tower,
+Stored by eval_encoder/feature_cache.py under a key of tower, layers and reading; so another tower,
 size or file is never answered by old features, and later epochs never run the tower. Worth it where
 the tower is frozen and images are not augmented, as in stage 1. Cost on disk: tokens * states * D *
 2 bytes an image, 1.2 MB for CLIP-L/14-336.

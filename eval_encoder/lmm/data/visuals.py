@@ -144,7 +144,7 @@ class VisualReader:
             return self._patches(patches, positions)
         if path.is_dir():
             clip = read_mosaics(path)
-            # behind the valid ones stand repeats of the last patch, which fill the mosaics
+            # the valid ones are followed by repeats of the last patch, which fill the mosaics
             return self._patches(clip.patches[: clip.valid], clip.positions[: clip.valid])
         if visual.kind == "image" or is_image(path):
             return self.picture(shared_reader().picture(path, limits))

@@ -116,7 +116,7 @@ def stop_strings(arguments: dict) -> tuple[str, ...]:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """What stands before the first of the stop strings, without space at its end."""
+    """The text before the first of the stop strings, without space at its end."""
     for stop in stops:
         text = text.partition(stop)[0]
     return text.rstrip()

@@ -171,7 +171,7 @@ async def _whole_body(receive: Receive) -> bytes:
 
 
 def _paths(value: object) -> Iterator[object]:
-    """What stands under the key `path`, at any depth: how gradio names files."""
+    """Values of the key `path`, at any depth: how gradio names files."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key == "path" and inner is not None:
@@ -183,7 +183,7 @@ def _paths(value: object) -> Iterator[object]:
 
 
 def _with_policy(send: Send) -> Send:
-    """A `send` that adds POLICY to every answer: the browser loads nothing from other places."""
+    """A `send` that adds POLICY to every answer: the browser loads nothing from other hosts."""
 
     async def with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":

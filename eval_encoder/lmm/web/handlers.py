@@ -34,7 +34,7 @@ MAX_SESSIONS = 64  # visitors whose dialogues are remembered, some 10 MB each wi
 LONGEST_QUESTION = 16_384
 HALT_S = 5.0  # that Stop waits for an answer to end, which takes a block of the model's layers
 POLL_S = 0.3  # between two texts: seldom enough to cost nothing, often enough to read along
-NOT_SEEN = ("container", "no_video")  # reasons of RejectedInput for what is no clip at all
+NOT_SEEN = ("container", "no_video")  # reasons of RejectedInput for files that are not clips
 
 Messages = list[dict[str, object]]
 
