@@ -91,7 +91,7 @@ class ClipFeatures:
         config = self._config.input
         counts = all_gather_json([self._num_tokens, self.passes])
         if not any(passes for _, passes in counts):
-            # Nothing was encoded on any rank, so the first clip that can be read is encoded and represents all.
+            # Nothing was encoded on any rank, so the first clip that can be read represents all.
             for index in range(len(self.clips)):
                 # exhausted, so that nothing of the generator closes the reader later
                 (encoded,) = self._encoded([Look(index)])
