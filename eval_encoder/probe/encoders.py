@@ -130,7 +130,7 @@ class FramewiseEncoder(ProbeEncoder):
             frames = tiles.flatten(4).flatten(2, 3)  # [F, 3, H, W]
             tokens = self._model.encode(frames).float()
             code = time_code(len(frames), self.width).to(tokens.device)
-            # before the time code is added: the code is that of any clip of as many frames
+            # without the time code, which is the same in all clips of as many frames
             pooled.append(tokens.mean(dim=(0, 1)))
             coded = tokens + code[:, None]  # all tokens of a frame get the code of its index
             tokens_of_items.append(coded.flatten(0, 1))

@@ -50,7 +50,7 @@ class Evaluation:
 
     def top(self, k: int) -> np.ndarray:
         """Share of evaluated clips whose true class is among the k first, in percent, [B]."""
-        # clips that could not be read have rank 0, and must not count as hits
+        # clips that could not be read have a true_rank of 0, and must not count as hits
         return 100 * (self.true_rank[:, self.evaluated] <= k).mean(axis=1)
 
     def top5(self) -> np.ndarray | None:
