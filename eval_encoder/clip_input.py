@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from model_factory.command_line.flags import flag
 
+# names of one view are synonyms: `identity` leaves the family out
 VIDEO_FAMILIES = {  # public name -> view of the packed encoder
     "llava_vit_sampling": "frame",
     "chunk_wise_sampling": "frame",
@@ -104,6 +105,7 @@ class InputConfig:
         ignored = ["workers", "decoder_threads", "wall_seconds", "train_views", "family"]
         ignored += ["temporal_crops", "spatial_crops", "seed", "augmentations"]
         if self.view == "codec":
+            # codec input selects from target_frames, and av alone decodes it
             ignored += ["num_frames", "decoder"]
         else:
             ignored += ["num_tokens", "gop", "camera", "centre_prior"]

@@ -46,7 +46,7 @@ HUE_TURN = 0.1
 
 @dataclass(frozen=True)
 class PixelRequest:
-    """What is wanted of a file.
+    """A request for the pixels of a file.
 
     kind      image: the square crop of an image; picture: all of it; frames: whole frames of a
               clip; patches: a decomposed clip and the patches that are selected of it
@@ -93,6 +93,7 @@ class PixelReader:
     def read(self, request: PixelRequest) -> Pixels:
         """Raises RejectedInput for a file that cannot be read, or not within its time."""
         header, parts = self._pool.ask(asdict(request), request.path)
+        # copied: an array over received bytes is read-only, of which torch warns
         arrays = {
             name: np.frombuffer(data, kind).reshape(shape).copy()
             for (name, kind, shape), data in zip(header["arrays"], parts, strict=True)
@@ -135,9 +136,12 @@ def read_pixels(request: PixelRequest) -> Pixels:
     limits = request.framing.limits
     if request.kind in ("image", "picture"):
         frames = open_image(Path(request.path), limits)[None]
-        return Pixels(_framed(frames, request.framing) if request.kind == "image" else frames)
+        if request.kind == "image":
+            frames = _framed(frames, request.framing)
+        return Pixels(frames)
     if request.kind == "patches":
         return _read_patches(request)
+    # a file that other decoders would show otherwise is read by av, whatever was asked for
     if request.decoder == "av" or not _is_plain(Path(request.path), limits):
         return _read_with_av(request)
     if request.decoder == "decord":
@@ -199,7 +203,8 @@ def _read_with_torchcodec(request: PixelRequest) -> Pixels:
 
 
 def _rejected(request: PixelRequest, error: Exception) -> RejectedInput:
-    return RejectedInput("decode", f"{request.path}: {str(error).splitlines()[0]}")
+    first_line = str(error).splitlines()[0]
+    return RejectedInput("decode", f"{request.path}: {first_line}")
 
 
 def _is_plain(path: Path, limits: InputLimits) -> bool:
@@ -240,8 +245,9 @@ def recolour(frames: np.ndarray, draw: np.random.Generator, parts: Collection[st
     is no flip and no moved crop: published training has none. Cost: about a millisecond per frame
     of 224 pixels.
     """
+    # of brightness, saturation, hue and channels
     chance = draw.random(4)
-    factor = draw.uniform(1 - STRENGTH, 1 + STRENGTH, 3)
+    factor = draw.uniform(1 - STRENGTH, 1 + STRENGTH, 3)  # of brightness, contrast and saturation
     turn = draw.uniform(-HUE_TURN, HUE_TURN)
     # All frames one below the other: contrast turns about the mean of the whole clip.
     sheet = Image.fromarray(frames.reshape(-1, frames.shape[2], 3))
@@ -252,11 +258,14 @@ def recolour(frames: np.ndarray, draw: np.random.Generator, parts: Collection[st
         sheet = ImageEnhance.Color(sheet).enhance(factor[2])
     if "hue" in parts and chance[2] < LIKELY:
         hue, saturation, value = sheet.convert("HSV").split()
-        hue = hue.point([int(round(level + 255 * turn)) % 256 for level in range(256)])
+        # 8-bit hues are a circle: what leaves it at one end enters at the other
+        turned = [int(round(level + 255 * turn)) for level in range(256)]
+        hue = hue.point([level % 256 for level in turned])
         sheet = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     pixels = np.asarray(sheet).reshape(frames.shape)
     if "channels" in parts and chance[3] < RARE:
         pixels = pixels[..., ::-1]
+    # neither a read-only array nor negative strides, of which torch makes no tensor
     return pixels.copy()
 
 
@@ -271,7 +280,10 @@ def _prepare(settings: dict) -> Callable[[dict], Answer]:
         saliency = SaliencyConfig(**values.pop("saliency"))
         request = PixelRequest(framing=Framing(**framing), saliency=saliency, **values)
         pixels = read_pixels(request)
-        arrays = {k: value for k, value in vars(pixels).items() if isinstance(value, np.ndarray)}
+        arrays = {
+            name: value for name, value in vars(pixels).items() if isinstance(value, np.ndarray)
+        }
+        # arrays travel as raw bytes; their types and shapes go into the header
         shapes = [[name, value.dtype.str, value.shape] for name, value in arrays.items()]
         parts = [value.tobytes() for value in arrays.values()]
         return {"total": pixels.total, "arrays": shapes}, parts

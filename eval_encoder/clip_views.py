@@ -75,8 +75,11 @@ def view_of_file(
         positions = pixels.positions.copy()
         # A short clip has fewer frames than instants: frame numbers are no temporal positions.
         positions[:, 0] = pixels.times[positions[:, 0]]
-        return View((patches.movedim(-1, 1),), torch.from_numpy(positions), (1, 1, len(patches)))
-    # Whole frames stand at their times on the time base, whatever the length of the clip.
+        # selected patches fill no grid: they are given as one row of one frame
+        grid = (1, 1, len(patches))
+        channels_first = patches.movedim(-1, 1)
+        return View((channels_first,), torch.from_numpy(positions), grid)
+    # Whole frames have their times on the time base, whatever the length of the clip.
     times = interpolate_frame_indices(
         torch.from_numpy(pixels.numbers)[None],
         torch.tensor([pixels.total]),
@@ -104,6 +107,7 @@ def chosen_gop(config: InputConfig, frame_tokens: int) -> int:
     budget = config.num_tokens
 
     def i_frame_tokens(gop: int) -> int:
+        # rounded up: a shorter last group begins with an I-frame too
         return -(-frames // gop) * frame_tokens
 
     fitting = [gop for gop in GOPS if i_frame_tokens(gop) <= budget // 2]
@@ -146,5 +150,7 @@ def positions_within(look: Look, config: InputConfig) -> tuple[float, ...]:
     """Position of each whole frame in its segment, 0 to 1."""
     if look.version and "jitter" in config.augmentations:
         draw = counter_rng(config.seed, "probe jitter", look.clip, look.version)
-        return tuple(draw.random(config.num_frames).tolist())
+        # one position per segment, so that frames stay in order
+        within = draw.random(config.num_frames)
+        return tuple(within.tolist())
     return (look.within,) * config.num_frames

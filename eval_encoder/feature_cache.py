@@ -1,4 +1,4 @@
-"""Cache of features of frozen encoders, kept between epochs and between runs; for both probes.
+"""Cache of features of frozen encoders, between epochs and between runs; for both probes.
 
     memory   up to a number of bytes per process, for items that come again
     folder   by option, for every item: FOLDER/KEY/ab/DIGEST.npy and FOLDER/KEY/key.json
@@ -56,7 +56,8 @@ class FeatureCache(Generic[Item]):
         self._folder: Path | None = None
         if folder is not None:
             text = json.dumps({**key, "entry": ENTRY_FORMAT}, sort_keys=True, default=str)
-            self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            self._folder = folder / digest[:16]
             self._folder.mkdir(parents=True, exist_ok=True)
             _describe(self._folder / "key.json", text.encode())
 
@@ -100,6 +101,7 @@ class FeatureCache(Generic[Item]):
         if self._folder is None:
             return None
         digest = hashlib.sha256(self._identity(item).encode()).hexdigest()
+        # two hex digits make 256 folders; 32 more leave 136 bits, too many for a collision
         return self._folder / digest[:2] / f"{digest[2:34]}.npy"
 
 
@@ -140,6 +142,7 @@ def _write(path: Path, features: torch.Tensor) -> None:
     buffer = io.BytesIO()
     np.save(buffer, features.contiguous().numpy(), allow_pickle=False)
     path.parent.mkdir(exist_ok=True)
+    # several processes may write the same entry, each beside it under a name of its own
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as stream:
@@ -162,7 +165,8 @@ def _array(written: np.ndarray) -> np.ndarray:
 def _digest(path: Path, data: memoryview | np.ndarray) -> bytes:
     """sha256 of KEY/ab/DIGEST.npy and the entry's bytes, so that a copy of another entry in its
     place is noticed."""
-    digest = hashlib.sha256("/".join(path.parts[-3:]).encode())
+    name = "/".join(path.parts[-3:])
+    digest = hashlib.sha256(name.encode())
     digest.update(data)
     return digest.digest()
 
@@ -172,7 +176,9 @@ def weights_sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        # as bytes, since NumPy has no bf16
+        digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -37,7 +37,8 @@ def seed_half_width(values: Sequence[float] | np.ndarray) -> float | None:
         return None
     # a sample of `count` values has count - 1 degrees of freedom, and T975 begins at one
     quantile = T975[count - 2] if count - 2 < len(T975) else NORMAL975
-    return float(quantile * np.std(values, ddof=1) / count**0.5)
+    deviation = np.std(values, ddof=1)
+    return float(quantile * deviation / count**0.5)
 
 
 def bootstrap_bounds(
@@ -52,7 +53,8 @@ def bootstrap_bounds(
     """
     samples: dict[str, list[float]] = defaultdict(list)
     for number in range(resamplings):
-        for name, value in resampled(counter_rng(0, purpose, number)).items():
+        draw = counter_rng(0, purpose, number)
+        for name, value in resampled(draw).items():
             samples[name].append(value)
     bounds = {}
     for name, values in samples.items():

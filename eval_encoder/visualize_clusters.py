@@ -7,7 +7,7 @@ its batch, also from those that show the same. Right, cluster discrimination: a 
 the centre of its cluster and pushed from all other centres of the set. Both train the same small
 head on the same stored vectors. Embeddings lie on a sphere of three dimensions, which turns slowly
 so that its depth can be seen: what is behind is pale. Below, how far each objective has separated
-the groups. Colours are clusters (or true labels, with --truth). Beside the GIF, its last picture is
+the groups. Colours are clusters (or true labels, with --truth). Beside the GIF, its last image is
 written as PNG. Cost: seconds.
 """
 
@@ -27,16 +27,25 @@ from model_factory.command_line.local_output import output_path
 
 Colour = tuple[int, int, int]
 
-SIDE, GAP, TITLE, CURVES = 364, 16, 58, 92
-SHARPNESS = 2  # pictures are drawn at twice their size and shrunk, which smooths edges
-TURN = np.pi / 2  # of the sphere from the first picture to the last
+# pixels of the result: side of a sphere's square, margins, heights of the titles and the curves
+SIDE = 364
+GAP = 16
+TITLE = 58
+CURVES = 92
+SHARPNESS = 2  # images are drawn at twice their size and shrunk, which smooths edges
+TURN = np.pi / 2  # of the sphere from the first image to the last
 TILT = 0.35  # of the view from above, in radians
-PALETTE = 64  # colours of a GIF, one table for all pictures: three times smaller than tables of 128
-PICTURE_MS, HOLD_MS = 120, 2500
+PALETTE = 64  # colours of a GIF, one table for all images: three times smaller than tables of 128
+# milliseconds that an image of the animation is shown, and its last one
+PICTURE_MS = 120
+HOLD_MS = 2500
 OBJECTIVES = ("contrastive", "clusters")
 TITLES = ("Batch-contrastive", "Cluster discrimination")
 LINES = ((140, 149, 159), (9, 105, 218))
-BATCH, NOISE, TEMPERATURE, SCALE = 64, 0.3, 0.2, 8.0
+BATCH = 64  # samples of a step, for both objectives
+NOISE = 0.3  # of a view, in standard deviations of each feature
+TEMPERATURE = 0.2  # of the contrastive softmax
+SCALE = 8.0  # of the cosines with the centres
 
 
 @dataclass(frozen=True)
@@ -57,11 +66,14 @@ def train(
     import torch.nn.functional as F
 
     generator = torch.manual_seed(seed)
-    rows, classes = torch.from_numpy(features), torch.from_numpy(labels)
+    rows = torch.from_numpy(features)
+    classes = torch.from_numpy(labels)
     head = torch.nn.Sequential(
         torch.nn.Linear(rows.shape[1], 64), torch.nn.GELU(), torch.nn.Linear(64, 3)
     )
-    centers = torch.nn.Parameter(torch.randn(int(classes.max()) + 1, 3, generator=generator))
+    # contrastive training gives them no gradient, so that AdamW passes over them
+    num_classes = int(classes.max()) + 1
+    centers = torch.nn.Parameter(torch.randn(num_classes, 3, generator=generator))
     optimizer = torch.optim.AdamW([*head.parameters(), centers], lr=3e-3)
     spread = NOISE * rows.std(dim=0)
 
@@ -78,8 +90,10 @@ def train(
             snapshots.append(Snapshot(step, drawn, middle))
         chosen = torch.randperm(len(rows), generator=generator)[:BATCH]
         if objective == "clusters":
-            logits, target = SCALE * view(chosen) @ F.normalize(centers).T, classes[chosen]
+            logits = SCALE * view(chosen) @ F.normalize(centers).T
+            target = classes[chosen]
         else:
+            # two views of a batch: the positive pairs lie on the diagonal
             logits = view(chosen) @ view(chosen).T / TEMPERATURE
             target = torch.arange(len(chosen))
         optimizer.zero_grad()
@@ -94,7 +108,9 @@ def separation(embeddings: np.ndarray, groups: np.ndarray) -> float:
     same = groups[:, None] == groups[None]
     np.fill_diagonal(same, False)
     other = groups[:, None] != groups[None]
-    return float(cosines[same].mean() - cosines[other].mean())
+    within = cosines[same].mean()
+    between = cosines[other].mean()
+    return float(within - between)
 
 
 def animation(
@@ -105,7 +121,10 @@ def animation(
     groups int64 [N] are the colours, and `coloured_by` the word for them.
     """
     curves = [[separation(snapshot.embeddings, groups) for snapshot in run] for run in runs]
-    return [_picture(runs, curves, groups, place, coloured_by) for place in range(len(runs[0]))]
+    return [
+        _picture(runs, curves=curves, groups=groups, place=index, coloured_by=coloured_by)
+        for index in range(len(runs[0]))
+    ]
 
 
 def _picture(
@@ -116,21 +135,25 @@ def _picture(
     coloured_by: str,
 ) -> Image.Image:
     # all lengths below are in pixels of the result, scaled when they are drawn
-    size = (2 * SIDE + 3 * GAP, TITLE + SIDE + CURVES + GAP)
-    image = Image.new("RGB", (size[0] * SHARPNESS, size[1] * SHARPNESS), "white")
+    width = 2 * SIDE + 3 * GAP
+    height = TITLE + SIDE + CURVES + GAP
+    image = Image.new("RGB", (width * SHARPNESS, height * SHARPNESS), "white")
     draw = ImageDraw.Draw(image)
-    angle = TURN * place / max(len(runs[0]) - 1, 1)
+    last = max(len(runs[0]) - 1, 1)
+    angle = TURN * place / last
     for number, (title, run) in enumerate(zip(TITLES, runs, strict=True)):
         left = GAP + number * (SIDE + GAP)
-        _text(draw, (left, 8), title, 15, LINES[number] if number else INK, bold=True)
+        title_colour = LINES[number] if number else INK
+        _text(draw, (left, 8), text=title, size=15, colour=title_colour, bold=True)
         centers = run[place].centers
         note = "pushed from every other sample of its batch, similar ones too"
         if centers is not None:
             note = f"pulled to the centre (ring) of its cluster, one of {len(centers)}"
-        _text(draw, (left, 30), note, 11, MUTED)
-        _sphere(draw, left, TITLE, run[place], groups, angle)
-    _curves(draw, runs[0], curves, place, coloured_by)
-    return image.resize(size, Image.Resampling.LANCZOS)
+        _text(draw, (left, 30), text=note, size=11, colour=MUTED)
+        _sphere(draw, x=left, y=TITLE, snapshot=run[place], groups=groups, angle=angle)
+    # the steps of all runs are the same
+    _curves(draw, steps=runs[0], curves=curves, place=place, coloured_by=coloured_by)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _text(
@@ -154,8 +177,8 @@ def _sphere(
     angle: float,
 ) -> None:
     """Embeddings as dots and centres as rings, those behind first and paler."""
-    box = (x, y, x + SIDE, y + SIDE)
-    draw.ellipse([SHARPNESS * v for v in box], fill=(246, 248, 250), outline=(216, 222, 228))
+    box = [SHARPNESS * edge for edge in (x, y, x + SIDE, y + SIDE)]
+    draw.ellipse(box, fill=(246, 248, 250), outline=(216, 222, 228))
     points = _turned(snapshot.embeddings, angle)
     dots: list[tuple[np.ndarray, float, Colour, bool]] = [
         (point, 3.2, _colour(int(group)), False)
@@ -163,16 +186,32 @@ def _sphere(
     ]
     if snapshot.centers is not None:
         dots += [(point, 6.5, INK, True) for point in _turned(snapshot.centers, angle)]
+    # by depth, the third coordinate: what is in front is drawn over what is behind
     for point, radius, colour, ring in sorted(dots, key=lambda dot: dot[0][2]):
-        _dot(draw, x, y, point, radius, colour, ring)
+        _dot(draw, x=x, y=y, point=point, radius=radius, colour=colour, ring=ring)
 
 
 def _turned(points: np.ndarray, angle: float) -> np.ndarray:
     """Points [N, 3] seen after a turn about the upright axis, from slightly above."""
-    cosine, sine = np.cos(angle), np.sin(angle)
-    around = np.array([[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]])
-    cosine, sine = np.cos(TILT), np.sin(TILT)
-    above = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
+    cosine = np.cos(angle)
+    sine = np.sin(angle)
+    around = np.array(
+        [
+            [cosine, 0, sine],
+            [0, 1, 0],
+            [-sine, 0, cosine],
+        ]
+    )
+    cosine = np.cos(TILT)
+    sine = np.sin(TILT)
+    above = np.array(
+        [
+            [1, 0, 0],
+            [0, cosine, -sine],
+            [0, sine, cosine],
+        ]
+    )
+    # points are rows, so the rotations are applied transposed
     return points @ (above @ around).T
 
 
@@ -185,12 +224,14 @@ def _dot(
     colour: Colour,
     ring: bool,
 ) -> None:
+    # coordinates from -1 to 1 become pixels; those of images grow downwards
     across = SHARPNESS * (x + SIDE * (point[0] + 1) / 2)
     down = SHARPNESS * (y + SIDE * (1 - point[1]) / 2)
     depth = (point[2] + 1) / 2
     size = SHARPNESS * radius * (0.7 + 0.3 * depth)
-    # the far side is seen through the sphere
-    red, green, blue = (int(246 + (value - 246) * (0.3 + 0.7 * depth)) for value in colour)
+    # the far side is seen through the sphere, whose gray of 246 it is mixed with
+    strength = 0.3 + 0.7 * depth
+    red, green, blue = (int(246 + (value - 246) * strength) for value in colour)
     shade = (red, green, blue)
     box = (across - size, down - size, across + size, down + size)
     if ring:
@@ -206,37 +247,57 @@ def _curves(
     place: int,
     coloured_by: str,
 ) -> None:
-    """Separation of both objectives up to this picture's step, below the spheres."""
-    left, right = GAP + 210, 2 * SIDE + 2 * GAP
-    top, foot = TITLE + SIDE + 22, TITLE + SIDE + CURVES
-    _text(draw, (GAP, top - 4), f"step {steps[place].step}", 15, INK, bold=True)
-    _text(draw, (GAP, top + 18), "cosine within minus between", 11, MUTED)
-    _text(draw, (GAP, top + 32), f"groups; colours are {coloured_by}", 11, MUTED)
-    low, high = min(0.0, *map(min, curves)), max(0.1, *map(max, curves))
+    """Separation of both objectives up to this image's step, below the spheres."""
+    left = GAP + 210  # room for the captions in front of it
+    right = 2 * SIDE + 2 * GAP
+    top = TITLE + SIDE + 22
+    foot = TITLE + SIDE + CURVES
+    step = f"step {steps[place].step}"
+    _text(draw, (GAP, top - 4), text=step, size=15, colour=INK, bold=True)
+    caption = "cosine within minus between"
+    _text(draw, (GAP, top + 18), text=caption, size=11, colour=MUTED)
+    caption = f"groups; colours are {coloured_by}"
+    _text(draw, (GAP, top + 32), text=caption, size=11, colour=MUTED)
+    # of all steps, so that the axis is the same in all images; zero is always on it
+    low = min([0.0, *map(min, curves)])
+    high = max([0.1, *map(max, curves)])
+    last = len(steps) - 1
 
     def at(number: int, value: float) -> tuple[float, float]:
-        across = left + (right - 60 - left) * number / max(len(steps) - 1, 1)
-        return SHARPNESS * across, SHARPNESS * (foot - (foot - top) * (value - low) / (high - low))
+        # 60 pixels on the right are for the figures behind the curves
+        width = right - 60 - left
+        across = left + width * number / max(last, 1)
+        down = foot - (foot - top) * (value - low) / (high - low)
+        return SHARPNESS * across, SHARPNESS * down
 
-    draw.line([at(0, 0.0), at(len(steps) - 1, 0.0)], fill=(216, 222, 228), width=SHARPNESS)
+    zero_line = [at(0, 0.0), at(last, 0.0)]
+    draw.line(zero_line, fill=(216, 222, 228), width=SHARPNESS)
     labels = []
     for curve, colour in zip(curves, LINES, strict=True):
-        points = [at(number, value) for number, value in enumerate(curve[: place + 1])]
+        so_far = enumerate(curve[: place + 1])
+        points = [at(number, value) for number, value in so_far]
         if len(points) > 1:
             draw.line(points, fill=colour, width=2 * SHARPNESS, joint="curve")
         x, y = points[-1]
         size = 3 * SHARPNESS
-        draw.ellipse((x - size, y - size, x + size, y + size), fill=colour)
-        labels.append((y / SHARPNESS - 8, x / SHARPNESS + 7, f"{curve[place]:+.2f}", colour))
+        box = (x - size, y - size, x + size, y + size)
+        draw.ellipse(box, fill=colour)
+        figure = f"{curve[place]:+.2f}"
+        # a little to the right of the dot, at its height
+        across = x / SHARPNESS + 7
+        down = y / SHARPNESS - 8
+        labels.append((down, across, figure, colour))
     lowest = -np.inf  # the upper label first, so that the lower one can make room
     for down, across, text, colour in sorted(labels):
         lowest = max(down, lowest + 14)
-        _text(draw, (across, lowest), text, 12, colour, bold=True)
+        _text(draw, (across, lowest), text=text, size=12, colour=colour, bold=True)
 
 
 def _colour(group: int) -> Colour:
     """Colours far apart for neighbouring numbers."""
-    red, green, blue = colorsys.hsv_to_rgb(group * 0.618 % 1, 0.75, 0.85)
+    # 0.618 is the golden ratio: such steps on the circle of hues keep neighbours far apart
+    hue = group * 0.618 % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, 0.85)
     return int(255 * red), int(255 * green), int(255 * blue)
 
 
@@ -267,10 +328,18 @@ def _draw(args: argparse.Namespace) -> None:
     _check(args)
     features, labels, groups = _load(args)
     runs = [
-        train(features, labels, objective, args.steps, args.every, args.seed)
+        train(
+            features,
+            labels=labels,
+            objective=objective,
+            steps=args.steps,
+            every=args.every,
+            seed=args.seed,
+        )
         for objective in OBJECTIVES
     ]
-    pictures = animation(runs, groups, "clusters" if args.truth is None else "true labels")
+    coloured_by = "clusters" if args.truth is None else "true labels"
+    pictures = animation(runs, groups=groups, coloured_by=coloured_by)
     colours = pictures[-1].quantize(PALETTE, method=Image.Quantize.MAXCOVERAGE)
     # without dithering flat areas stay flat
     plain = Image.Dither.NONE
@@ -281,8 +350,9 @@ def _draw(args: argparse.Namespace) -> None:
     write_picture(args.output, first, **options)
     write_picture(args.output.with_suffix(".png"), pictures[-1])
     for name, snapshots in zip(("batch-contrastive", "global centres"), runs, strict=True):
-        apart = [separation(snapshots[place].embeddings, groups) for place in (0, -1)]
-        print(f"{name}: same minus other groups {apart[0]:+.3f} -> {apart[1]:+.3f}")
+        before = separation(snapshots[0].embeddings, groups)
+        after = separation(snapshots[-1].embeddings, groups)
+        print(f"{name}: same minus other groups {before:+.3f} -> {after:+.3f}")
     print(args.output, args.output.with_suffix(".png"))
 
 
@@ -305,11 +375,15 @@ def _load(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     manifest = load_manifest(args.shards)
     raw, _ = load_features(manifest, args.features)
     labels, _ = load_labels(args.labels or args.shards, manifest)
-    nearest = labels[labels[:, 0] >= 0, 0]
-    largest = np.argsort(-np.bincount(nearest, minlength=1), kind="stable")[: args.clusters]
+    nearest = labels[labels[:, 0] >= 0, 0]  # samples without a label have -1
+    sizes = np.bincount(nearest, minlength=1)
+    # stable, so that equal sizes keep the order of their numbers
+    largest = np.argsort(-sizes, kind="stable")[: args.clusters]
     chosen = np.flatnonzero(np.isin(labels[:, 0], largest))
-    chosen = np.sort(np.random.default_rng(args.seed).permutation(chosen)[: args.samples])
+    drawn = np.random.default_rng(args.seed).permutation(chosen)
+    chosen = np.sort(drawn[: args.samples])
     features = fit_projection(raw)(raw)[chosen]
+    # numbers of the chosen clusters without gaps, as the centres are indexed by them
     clusters = np.searchsorted(np.sort(largest), labels[chosen, 0])
     if len(np.unique(clusters)) < 2:
         raise ValueError(f"{len(chosen)} samples of one cluster: two show what is apart")

@@ -26,6 +26,8 @@ from typing import Any
 from model_factory.command_line.flags import add_flags, flag, flags_of
 from model_factory.command_line.local_output import local_output
 
+# Figures of the recipes are the published ones; where a published script and its text differ, those
+# of the text (docs/llava.md).
 _COMMON = {
     "num_train_epochs": 1,
     "lr_scheduler_type": "cosine",
@@ -46,6 +48,7 @@ _TUNE = {
     "per_device_train_batch_size": 16,
     "global_batch_size": 128,
 }
+# conversations from the first stage on, where llava15 begins with captions
 _CONVLLAVA = {
     "version": "v1",
     "image_aspect_ratio": "pad",
@@ -66,6 +69,7 @@ RECIPES: dict[str, list[dict[str, object]]] = {
         {**_ALIGN, **_PLAIN, **_VITSPLIT, "learning_rate": 5e-4},
         {**_TUNE, **_VITSPLIT, "global_batch_size": 256},
     ],
+    # one stage, which starts from what llava15 wrote
     "crossget": [{**_TUNE, "mm_reduction_r": 13, "alignment_weight": 1e-3, "data_fraction": 0.1}],
     "convllava": [
         {
@@ -271,7 +275,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[LmmArguments, list[str]]:
     typed = frozenset(name for name in values if f"--{name}" in words)
     arguments = LmmArguments(**values, typed=typed)
     _check(arguments)
-    renamed = {f"--{old}": f"--{new}" for old, new in RENAMED.items()}
+    renamed = {}
+    for old, new in RENAMED.items():
+        renamed[f"--{old}"] = f"--{new}"
     return arguments, [renamed.get(word, word) for word in others]
 
 
@@ -309,8 +315,9 @@ def _check(arguments: LmmArguments) -> None:
         "lora_bias": "none",
     }
     for name, value in fixed.items():
-        if getattr(arguments, name) != value:
-            raise ValueError(f"--{name} {getattr(arguments, name)} is not supported: {value} is")
+        given = getattr(arguments, name)
+        if given != value:
+            raise ValueError(f"--{name} {given} is not supported: {value} is")
     if not 0 < arguments.data_fraction <= 1:
         raise ValueError(f"--data_fraction {arguments.data_fraction}: above 0, at most 1")
     if arguments.bits not in (4, 8, 16):

@@ -122,7 +122,9 @@ class Speaker:
             streamer=streamer,
             **sampling,
         )
-        new_tokens = tokens[:, batch["input_ids"].shape[1] :]
+        # prompts are padded to one length, behind which every answer begins
+        prompt_length = batch["input_ids"].shape[1]
+        new_tokens = tokens[:, prompt_length:]
         texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -170,11 +172,12 @@ def _interruptible(model: nn.Module, stop: Callable[[], bool] | None) -> Iterato
         yield
         return
 
+    # an exception in a hook leaves the pass at once, whatever the model
     def look(*_call: object) -> None:
         if stop():
             raise AnswerStopped("the answer was stopped")
 
-    # the layers of any transformer, of the tower too, stand in a ModuleList
+    # the layers of any transformer, of the tower too, are in a ModuleList
     block_lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     hooks = [block.register_forward_pre_hook(look) for blocks in block_lists for block in blocks]
     try:
@@ -220,9 +223,12 @@ def log_likelihood(
     is_ignored = labels == IGNORE_INDEX
     # gather needs valid indices; what it gives for ignored labels is masked
     indices = labels.clamp(min=0)[..., None]
-    log_probabilities = logits.log_softmax(-1).gather(-1, indices)[..., 0]
-    sums = log_probabilities.double().masked_fill(is_ignored, 0).sum(dim=1)
-    greedy = ((logits.argmax(-1) == labels) | is_ignored).all(dim=1)
+    log_probabilities = logits.log_softmax(-1)
+    log_probabilities = log_probabilities.gather(-1, indices)[..., 0]  # [B, A]
+    counted = log_probabilities.double().masked_fill(is_ignored, 0)
+    sums = counted.sum(dim=1)
+    is_most_likely = logits.argmax(-1) == labels
+    greedy = (is_most_likely | is_ignored).all(dim=1)
     return [
         Likelihood(log_probability=log_probability, greedy=is_greedy)
         for log_probability, is_greedy in zip(sums.tolist(), greedy.tolist(), strict=True)
@@ -239,7 +245,7 @@ def _answered_example(speaker: Speaker, request: Request, answer: str) -> Exampl
         version=model.config.version,
         visual_tokens=[visual_tokens(item, model.tokens_for) for item in items],
         image_token_id=model.config.image_token_id,
-        max_length=sys.maxsize,
+        max_length=sys.maxsize,  # an answer that is cut would be another one
     )
     labels = encoded.labels
     # the last answer is the supervised end; in front of it stands "ASSISTANT:" or a visual

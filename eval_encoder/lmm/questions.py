@@ -122,7 +122,8 @@ def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
     """Questions of a JSONL. `folder`: where their paths begin and stay; None where nothing will be
     read of them.
 
-    Raises ValueError that names file and line of what is no question, or leads out of the folder.
+    Raises ValueError that names file and line of a row of another form, or of a path that leads out
+    of the folder.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a JSONL of questions")
@@ -138,7 +139,8 @@ def read_questions(path: Path, folder: Path | None = None) -> list[Question]:
     if not questions:
         raise ValueError(f"{path} holds no question: give a JSONL of questions")
     counts = Counter(question.id for question in questions)
-    doubled = sorted(str(question_id) for question_id, count in counts.items() if count > 1)
+    twice = [question_id for question_id, count in counts.items() if count > 1]
+    doubled = sorted(map(str, twice))  # ids may be texts and numbers
     if doubled:
         raise ValueError(f"{path}: these questions stand there twice: {', '.join(doubled[:5])}")
     return questions
@@ -149,7 +151,7 @@ def _question(row: dict, name: str) -> Question:
     visuals = []
     kinds: tuple[Literal["image", "video"], ...] = ("image", "video")
     for kind in kinds:
-        value = row.get(kind) or []
+        value = row.get(kind) or []  # null, or an empty text, is no path
         for path in value if isinstance(value, list) else [value]:
             if not isinstance(path, str):
                 raise ValueError(f"{name}: {kind} is {path!r:.80}: give a path or a list of paths")
@@ -179,7 +181,8 @@ def _answer_all(args: argparse.Namespace) -> None:
     flags.check()
     answered = _answered(flags.answers, args.model)
     size = -(-len(questions) // flags.num_chunks)  # rounded up, so that the last chunk is shorter
-    chunk = questions[flags.chunk_idx * size : (flags.chunk_idx + 1) * size]
+    first = flags.chunk_idx * size
+    chunk = questions[first : first + size]
     waiting = [question for question in chunk if question.id not in answered]
     speaker = speaker_of(args, flags.image_folder)
     flags.answers.parent.mkdir(parents=True, exist_ok=True)
@@ -215,6 +218,7 @@ def _answered(path: Path, model: Path) -> set[str | int]:
     others = sorted({row["model_id"] for row in rows} - {model.name})
     if others:
         raise ValueError(f"{path} holds answers of {', '.join(others)}: name another --answers")
+    # only now, after all checks: a file of other answers stays as it is
     os.truncate(path, path.stat().st_size - len(rest))
     return {row["question_id"] for row in rows}
 

@@ -51,6 +51,7 @@ def run_stage(arguments: LmmArguments, others: Sequence[str], samples: Sequence[
     handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
     args = training_arguments(arguments, others)
+    # before the model is composed: a new projector starts from random weights
     set_seed(args.seed)
     # DeepSpeed keeps fp32 copies of its own; without it, autocast computes in bf16 on fp32 weights
     dtype = torch.bfloat16 if args.bf16 and args.deepspeed else torch.float32
@@ -68,12 +69,13 @@ def run_stage(arguments: LmmArguments, others: Sequence[str], samples: Sequence[
         store = FeatureStore(Path(arguments.feature_cache), model=lmm.model, reader=reader)
     dataset = build_dataset(arguments, samples=samples, lmm=lmm, reader=reader, store=store)
     if store is not None:
+        # every rank computes its share, and reads all of it from the common folder
         share = dataset.visuals[args.process_index :: args.world_size]
         LOG.info("features of %d images and clips computed and stored", store.fill(share))
         if dist.is_initialized():  # a batch is read from the store, or not at all
             dist.barrier()
     _train(arguments, args=args, lmm=lmm, dataset=dataset)
-    if dist.is_initialized():  # nobody leaves while another still needs the group
+    if dist.is_initialized():  # no rank leaves while another still needs the group
         dist.barrier()
         dist.destroy_process_group()
 
@@ -183,6 +185,7 @@ def _parse(flags: list[str]) -> TrainingArguments:
             "TrainingArguments; see --help"
         )
     local_output(args.output_dir)
+    # examples are objects of ours, without columns that transformers could remove
     args.remove_unused_columns = False
     return args
 

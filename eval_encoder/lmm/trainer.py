@@ -86,6 +86,7 @@ class LmmTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole(Path(self.args.output_dir))
         elif resume_from_checkpoint:
+            # named by the user, so another one is not taken in its place
             check_checksums(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
@@ -105,7 +106,7 @@ class LmmTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers' own, with ValueError for a loss that is no number: transformers would
+        """As transformers' own, with ValueError for a loss that is not finite: transformers would
         log a loss of zero and go on."""
         if self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3():
             check_one_size(self._lmm.model, inputs.get("visuals"))
@@ -129,6 +130,7 @@ class LmmTrainer(Trainer):
             if not parameter.requires_grad:
                 continue
             rate = None
+            # a dot in front, so that a name may also begin with the part
             if PROJECTOR in f".{name}":
                 rate = self._arguments.mm_projector_lr
             elif TOWER in f".{name}":
@@ -137,6 +139,7 @@ class LmmTrainer(Trainer):
             decay = self.args.weight_decay if name in decayed else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        # every group has a rate of its own
         options.pop("lr", None)
         optimizer = optimizer_class(
             [
@@ -175,6 +178,7 @@ def newest_whole(output: Path) -> str | None:
     """The newest checkpoint of a stage that is as it was written; others are named in the log."""
     by_step = {}
     for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        # sorted by number: as a text, checkpoint-1000 comes before checkpoint-200
         step = path.name.rpartition("-")[2]
         if path.is_dir() and step.isdigit():
             by_step[int(step)] = path
@@ -197,6 +201,7 @@ def check_one_size(model: LmmForConditionalGeneration, visuals: Visuals | None) 
     inputs = None if visuals is None else visuals.inputs
     if inputs is None or inputs.lengths is None or inputs.grids is None:
         return
+    # CrossGET reduces items of one length at a time, these projectors work on one grid at a time
     if isinstance(model.tower, CrossGetTower):
         sizes = inputs.lengths[:, None].unique(dim=0)
     elif isinstance(model.projector, ViTSplit | SpatialMerge):
@@ -224,7 +229,8 @@ def _read_line(line: bytes) -> dict | None:
         record = parse_json(line, "line")
     except DamagedFile:
         return None
-    return record if line.endswith(b"\n") and isinstance(record.get("step"), int) else None
+    is_whole = line.endswith(b"\n") and isinstance(record.get("step"), int)
+    return record if is_whole else None
 
 
 class _Record(TrainerCallback):
@@ -239,6 +245,7 @@ class _Record(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not self._path.is_file():
             return
+        # steps behind the checkpoint are run again, and would be in the file twice
         lines = []
         for line in self._path.read_bytes().splitlines(keepends=True):
             record = _read_line(line)
@@ -258,7 +265,8 @@ class _Record(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs is not None:
             with open(self._path, "a") as stream:
-                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                record = {"step": state.global_step, **logs}
+                stream.write(json.dumps(record) + "\n")
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

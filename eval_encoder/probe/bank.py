@@ -74,8 +74,11 @@ class AttentiveClassifier(nn.Module):
         width = attention.in_proj_weight.shape[1]
         weight = attention.in_proj_weight[:width]
         bias = attention.in_proj_bias[:width]
-        query = F.linear(self.pool.probe[0, 0], weight, bias).view(attention.num_heads, 1, -1)
-        return (query @ keys).squeeze(1) / query.shape[-1] ** 0.5
+        query = F.linear(self.pool.probe[0, 0], weight, bias)
+        query = query.view(attention.num_heads, 1, -1)  # [A, 1, d]
+        rows = (query @ keys).squeeze(1)
+        # the scale of attention is part of the rows, so that products are scores
+        return rows / query.shape[-1] ** 0.5
 
     def classify(self, pooled: torch.Tensor) -> torch.Tensor:
         """Logits [N, classes] of tokens that were pooled by the head's queries, [N, A, C]."""
@@ -83,7 +86,8 @@ class AttentiveClassifier(nn.Module):
         _, values = self._keys_values()
         mixed = torch.einsum("nac,adc->nad", pooled, values).flatten(1)
         # in_proj_bias has three parts, of queries, keys and values; that of the keys cancels
-        mixed = attention.out_proj(mixed + attention.in_proj_bias[2 * pooled.shape[-1] :])
+        value_bias = attention.in_proj_bias[2 * pooled.shape[-1] :]
+        mixed = attention.out_proj(mixed + value_bias)
         mixed = mixed + self.pool.mlp(self.pool.norm(mixed))
         return self.classifier(self.norm(mixed))
 
@@ -103,6 +107,7 @@ class LinearClassifier(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.classifier = nn.Linear(width, num_classes)
+        # as small as the classifier of attentive heads, 0.02 * 1e-3
         nn.init.trunc_normal_(self.classifier.weight, std=2e-5)
         nn.init.zeros_(self.classifier.bias)
 
@@ -123,6 +128,7 @@ class HeadBank(nn.Module):
         self.heads = nn.ModuleList()
         self._is_attentive = kind == "attentive"
         for setting in settings:
+            # set anew for each head: a head does not depend on those before it
             torch.manual_seed(setting.seed)
             head = AttentiveClassifier if self._is_attentive else LinearClassifier
             self.heads.append(head(width, num_classes))
@@ -132,7 +138,9 @@ class HeadBank(nn.Module):
     ) -> torch.Tensor:
         """Features [L_i, C] of N clips -> logits [B, N, classes] of all heads, or of those with the
         given numbers in their order."""
-        chosen = list(self.heads) if numbers is None else [self.heads[n] for n in numbers]
+        chosen = list(self.heads)
+        if numbers is not None:
+            chosen = [self.heads[number] for number in numbers]
         if not self._is_attentive:
             rows = torch.cat(features)
             return torch.stack([head(rows) for head in chosen])
@@ -141,7 +149,8 @@ class HeadBank(nn.Module):
         queries = [head.queries() for head in heads]
         pooled = pool_by_queries(features, torch.cat(queries))
         parts = pooled.split([len(rows) for rows in queries], dim=1)
-        return torch.stack([head.classify(p) for head, p in zip(heads, parts, strict=True)])
+        pairs = zip(heads, parts, strict=True)
+        return torch.stack([head.classify(part) for head, part in pairs])
 
 
 def pool_by_queries(features: list[torch.Tensor], queries: torch.Tensor) -> torch.Tensor:
@@ -152,4 +161,5 @@ def pool_by_queries(features: list[torch.Tensor], queries: torch.Tensor) -> torc
     if int(lengths.min()) < tokens.shape[1]:
         is_padding = torch.arange(tokens.shape[1], device=queries.device) >= lengths[:, None]
         scores = scores.masked_fill(is_padding[..., None], -torch.inf)
-    return scores.softmax(dim=1).transpose(1, 2) @ tokens
+    weights = scores.softmax(dim=1)  # over the tokens of a clip
+    return weights.transpose(1, 2) @ tokens

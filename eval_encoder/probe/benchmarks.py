@@ -151,7 +151,10 @@ def read_lists(
     is_own = name.lower() not in BENCHMARKS and Path(name).is_dir()
     benchmark = Benchmark(0, "train.csv", "val.csv") if is_own else find_benchmark(name)
     folder = Path(name) if is_own else data_root / name.lower()
-    files = [folder / (train_csv or benchmark.train_csv), folder / (val_csv or benchmark.val_csv)]
+    files = [
+        folder / (train_csv or benchmark.train_csv),
+        folder / (val_csv or benchmark.val_csv),
+    ]
     several = protocol == "multi_label"
 
     splits = None
@@ -162,7 +165,8 @@ def read_lists(
             classes = _words(splits, several)
     elif not (train_csv or val_csv) and not any(file.is_file() for file in files):
         splits = _class_folder_rows(folder, may_split=is_own, report=report)
-        classes = tuple(sorted({row.label for rows in splits or () for row in rows}))
+        names = {row.label for rows in splits or () for row in rows}
+        classes = tuple(sorted(names))
     if splits is None:
         raise MissingBenchmark(_instructions(name, folder=folder, files=files))
 
@@ -171,7 +175,8 @@ def read_lists(
         for rows in splits:
             refuse_repeats(rows, "keep one line, or evaluate with --protocol multi_label")
     # A class may lack clips, or have them in one list alone, so the largest number of both counts.
-    largest = max((i for split in numbers for own in split for i in own), default=0)
+    every_label = [label for split in numbers for own in split for label in own]
+    largest = max(every_label, default=0)
     count = num_classes or benchmark.num_classes or len(classes) or largest + 1
     train, val = (
         _labelled(
@@ -191,8 +196,11 @@ def hold_out(clips: LabelledList, share: float) -> tuple[np.ndarray, np.ndarray]
     """(indices to train on, indices held out to choose with), the same for every seed of heads. A
     file that is listed twice is on one side."""
     files = list(dict.fromkeys(clips.names))
-    # at least one file on either side
-    count = min(max(1, round(share * len(files))), len(files) - 1) if share else 0
+    count = 0
+    if share:
+        # at least one file on either side
+        count = max(1, round(share * len(files)))
+        count = min(count, len(files) - 1)
     order = counter_rng(0, "probe holdout").permutation(len(files))
     held = {files[i] for i in order[:count]}
     is_held = np.array([name in held for name in clips.names], bool)
@@ -206,10 +214,13 @@ def shared_files(train: LabelledList, val: LabelledList) -> list[str]:
 
 def unseen_classes(train: LabelledList, val: LabelledList) -> list[int]:
     """Classes of the validation list that no training clip shows."""
-    learned, asked = (
-        np.flatnonzero(clips.labels.any(axis=0)) if clips.is_multi_label else clips.labels
-        for clips in (train, val)
-    )
+    learned = train.labels
+    asked = val.labels
+    # both lists are read under one protocol; a column of several labels is a class
+    if train.is_multi_label:
+        learned = np.flatnonzero(learned.any(axis=0))
+    if val.is_multi_label:
+        asked = np.flatnonzero(asked.any(axis=0))
     return np.setdiff1d(asked, learned).tolist()
 
 
@@ -224,7 +235,9 @@ def _words(rows: list[list[LabelledRow]], several: bool) -> tuple[str, ...]:
     for row in labelled:
         # Several labels are separated by spaces, but one class may be named `riding a bike`.
         own = row.label.split() if several else [row.label]
-        is_mixed = several and not all(any(map(str.isalpha, word)) for word in own)
+        has_letters = [any(map(str.isalpha, word)) for word in own]
+        # one row may mix words and integers only where it has several labels
+        is_mixed = several and not all(has_letters)
         if (row.numbers is None) != has_words or is_mixed:
             raise ValueError(
                 f"{row.place}: label {row.label!r}, but {labelled[0].place} has "
@@ -270,10 +283,12 @@ def _labelled(
     """The list of the split FOLDER/SPLIT. With several labels, lines that name one file are one
     clip. Raises ValueError for a label that is out of range."""
     for row, own in zip(rows, numbers, strict=True):
-        if own and max(own) >= num_classes:
-            raise ValueError(f"{row.place}: label {max(own)}, but there are {num_classes} classes")
+        largest = max(own, default=-1)  # a clip of several labels may have none
+        if largest >= num_classes:
+            raise ValueError(f"{row.place}: label {largest}, but there are {num_classes} classes")
     names = [row.name for row in rows]
     if several:
+        # published lists of several labels name a clip once per label
         clip_of = {name: clip for clip, name in enumerate(dict.fromkeys(names))}
         labels = np.zeros((len(clip_of), num_classes), np.uint8)
         for name, own in zip(names, numbers, strict=True):
@@ -293,7 +308,8 @@ def _labelled(
 
 def _instructions(name: str, folder: Path, files: list[Path]) -> str:
     """What to do for a benchmark, or a folder, whose files are not there."""
-    missing = ", ".join(str(file) for file in files if not file.is_file())
+    absent = [str(file) for file in files if not file.is_file()]
+    missing = ", ".join(absent)
     if Path(name).is_dir():
         return (
             f"{name} holds neither two lists of `relative path,label` ({missing} is missing) nor "
@@ -340,7 +356,7 @@ def _class_folder_rows(
 
 
 def _rows_in_classes(folder: Path, report: Report, prefix: str = "") -> list[LabelledRow]:
-    """Images and videos of the class folders. prefix: what stands before their names in lists."""
+    """Images and videos of the class folders. prefix: put before their names in lists."""
     # Links out are followed: sets are often put together from links to where the files are.
     clips = [
         name
@@ -388,5 +404,6 @@ def _split_by_hash(
 
 def _hash(name: str) -> float:
     """A number in [0, 1) that depends on the relative path alone."""
+    # fsencode gives a name its bytes on disk, also where they are no UTF-8
     digest = hashlib.sha256(os.fsencode(name)).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

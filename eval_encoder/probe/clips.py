@@ -48,6 +48,7 @@ class RawClips:
     def __init__(
         self, clips: LabelledList, config: InputConfig, size: int, patch_size: int
     ) -> None:
+        # a working side must be even for 4:2:0 chroma (data_pipeline/codec/framing.py)
         if size % patch_size or size % 2:
             raise ValueError(
                 f"--input_size {size} must be even and a multiple of the encoder's patch size "
@@ -168,8 +169,10 @@ class PackedClips:
         max_tokens = config.num_tokens
         if config.view == "frame":
             # num_frames whole frames, also of the sample with the largest grid
-            grids = [s["grid"] for shard in self._manifest.shards for s in shard["samples"]]
-            max_tokens = config.num_frames * max(grid[0] * grid[1] for grid in grids)
+            samples = [s for shard in self._manifest.shards for s in shard["samples"]]
+            grids = [sample["grid"] for sample in samples]
+            largest = max(grid[0] * grid[1] for grid in grids)
+            max_tokens = config.num_frames * largest
         batches = sequential_batches(
             self._manifest,
             sample_ids=[sample_id for _, sample_id in stored],
@@ -178,8 +181,10 @@ class PackedClips:
             view_config=ViewConfig(max_tokens=max_tokens, max_frames=config.num_frames),
         )
         for number, batch in enumerate(batches):
+            # batches are consecutive pieces of what was asked for, in its order
             first = number * batch_size
-            yield [look for look, _ in stored[first : first + batch_size]], batch
+            chunk = stored[first : first + batch_size]
+            yield [look for look, _ in chunk], batch
 
 
 def _packed(looks: list[Look], views: list[View]) -> PackedBatch:
@@ -196,12 +201,14 @@ def _check_stored(manifest: Manifest, shards: Path, config: InputConfig, patch_s
     """Raise ValueError where packed shards do not hold what the encoder takes: a budget beyond what
     is stored would silently be a smaller one."""
     packed = manifest.settings["patch_size"]
+    # an image encoder cuts the frames, which are put together again, by its own patch size
     if config.family not in IMAGE_FAMILIES and packed != patch_size:
         raise ValueError(
             f"{shards} was packed with patch size {packed}, the encoder takes {patch_size}: "
             f"pack again with --patch-size {patch_size}, or move the packed folder away"
         )
-    stored = max(s["num_patches"] for shard in manifest.shards for s in shard["samples"])
+    samples = [sample for shard in manifest.shards for sample in shard["samples"]]
+    stored = max(sample["num_patches"] for sample in samples)
     if config.view == "codec" and config.num_tokens > stored:
         raise ValueError(
             f"--K_keep {config.num_tokens}: {shards} keeps {stored} patches a clip; "

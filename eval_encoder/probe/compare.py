@@ -3,7 +3,7 @@
     python -m eval_encoder.probe.compare compare A B ... [--output DIR]
 
 writes compare.md and, per data set, a plot of accuracy against tokens per clip, of the results in
-folders A, B, ...; published figures (published.py) stand in a block of their own.
+folders A, B, ...; published figures (published.py) have a block of their own.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def encoder_name(record: dict) -> str:
     if record["weight"] == "random":
         return f"random {record['model']}"
     if path.name.startswith("step_"):  # RUN/checkpoints/step_00000010
-        return f"{family}{path.absolute().parents[1].name}/{path.name}"
+        run = path.absolute().parents[1]
+        return f"{family}{run.name}/{path.name}"
     if path.name in GENERAL_NAMES:
         return f"{family}{path.parent.name}/{path.name}"
     return f"{family}{path.name}"
@@ -106,16 +107,24 @@ def compare(folders: list[Path], output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in records:
-        groups.setdefault((record["dataset"], record["metric"]), []).append(record)
+        key = (record["dataset"], record["metric"])
+        groups.setdefault(key, []).append(record)
 
     sections = ["# Probes compared"]
     for (dataset, metric), group in sorted(groups.items()):
-        group.sort(key=lambda r: (encoder_name(r), r["view"], r["costs"]["tokens_per_clip"]))
+        group.sort(
+            key=lambda record: (
+                encoder_name(record),
+                record["view"],
+                record["costs"]["tokens_per_clip"],
+            )
+        )
         # A folder of one's own may have a benchmark's name, and mAP is another figure.
         comparable = metric == "top1" and group[0]["is_benchmark"]
         published = [a for a in anchors() if comparable and dataset in a.values]
         # A name of any characters becomes one that names a file here and needs no escape in a link.
-        plot = output / f"compare_{re.sub(r'[^A-Za-z0-9.-]', '_', dataset)}_{metric}.png"
+        file_name = re.sub(r"[^A-Za-z0-9.-]", "_", dataset)
+        plot = output / f"compare_{file_name}_{metric}.png"
         _draw(group, published, path=plot)
         sections += [
             f"\n## {in_markdown(dataset)}\n",
@@ -124,7 +133,10 @@ def compare(folders: list[Path], output: Path) -> Path:
         ]
         if published:
             columns = ("encoder", "input", "tokens", "top-1")
-            rows = [(a.encoder, a.input, a.tokens, a.values[dataset]) for a in published]
+            rows = [
+                (anchor.encoder, anchor.input, anchor.tokens, anchor.values[dataset])
+                for anchor in published
+            ]
             sections += [
                 f"\nPublished by others ({SOURCE}), best epoch on the validation set, one seed, "
                 "another part of the set; not measured here:\n",
@@ -151,8 +163,13 @@ def read_results(folder: Path) -> list[dict]:
         if "encoder_sha256" not in record:
             raise ValueError(f"{path} line {number} is no record of this probe: probe again")
         # The folders of cache and report, and the size of the cache, change no figure.
-        config = {k: v for k, v in record["config"].items() if not k.startswith(("cache", "rep"))}
+        config = {
+            name: value
+            for name, value in record["config"].items()
+            if not name.startswith(("cache", "rep"))
+        }
         identity = [record["encoder_sha256"], config, record["clips"], record.get("read_from")]
+        # results.jsonl is appended to, so the last of equal probes is the latest
         records[json.dumps(identity, sort_keys=True)] = record
     if not records:
         raise ValueError(f"{path} holds no result")
@@ -167,7 +184,8 @@ def _draw(records: list[dict], published: list[Anchor], path: Path) -> None:
     axes = figure.add_subplot()
     curves: dict[str, list[dict]] = {}
     for record in records:
-        name = f"{encoder_name(record)}, {record['view']}, {record['head']}"
+        encoder = encoder_name(record)
+        name = f"{encoder}, {record['view']}, {record['head']}"
         curves.setdefault(name, []).append(record)
     # `compare` has sorted the records by their tokens
     for name, curve in curves.items():
@@ -183,6 +201,7 @@ def _draw(records: list[dict], published: list[Anchor], path: Path) -> None:
         label = f"published: {anchor.encoder}, {anchor.input}"
         value = anchor.values[records[0]["dataset"]]
         axes.plot(anchor.tokens, value, "x", alpha=0.6, label=label)
+    # budgets are compared at powers of two, as the published ones are
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens per clip", ylabel=f"{records[0]['metric']}, %")
     axes.grid(alpha=0.3)

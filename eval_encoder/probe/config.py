@@ -176,6 +176,7 @@ def _report_dir(args: argparse.Namespace) -> Path:
     """The folder of --save_report or --output; ValueError where they name two."""
     if args.output is None:
         return args.save_report
+    # the default stands for a flag that was not given
     if args.save_report not in (REPORT_DIR, args.output):
         raise ValueError(
             f"--save_report {args.save_report} and --output {args.output} are one flag under two "
@@ -205,18 +206,21 @@ def _check_choice(flag_name: str, value: str, known: tuple[str, ...]) -> None:
         return
     near = difflib.get_close_matches(value, known, n=1)
     hint = f", nearest: {near[0]}" if near else ""
-    raise ValueError(f"--{flag_name} {value!r}: choose one of {', '.join(known)}{hint}")
+    choices = ", ".join(known)
+    raise ValueError(f"--{flag_name} {value!r}: choose one of {choices}{hint}")
 
 
 def _check_counts(args: argparse.Namespace) -> None:
     """Raise ValueError for a whole number that is too small, or too large under codec input."""
     for declared in flags_of(ProbeConfig):
         name = declared.destination
+        # any integer is a seed
         if declared.annotation is int and name != "seed":
             # for these three, 0 stands for a choice that is made later
             least = 0 if name in ("num_classes", "train_views", "gop") else 1
-            if getattr(args, name) < least:
-                raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+            value = getattr(args, name)
+            if value < least:
+                raise ValueError(f"--{name} {value} must be at least {least}")
     if VIDEO_FAMILIES.get(args.model_family) == "codec":
         if args.num_temporal_crops > 1:
             raise ValueError("codec input sees the whole clip: --num_temporal_crops 1")
@@ -239,10 +243,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
     # Equal settings would be equal heads. A rate of 0 would train nothing.
     for name, least in (("default_lr_list", 1e-12), ("default_weight_decay", 0.0)):
         values = getattr(args, name)
-        if min(values) < least or len(set(values)) < len(values):
+        is_repeated = len(set(values)) < len(values)
+        if min(values) < least or is_repeated:
             raise ValueError(f"--{name} {values}: different numbers, none below {least:g}")
     if (args.mean is None) != (args.std is None):
         raise ValueError("--mean and --std belong together")
     for name, values in (("mean", args.mean), ("std", args.std)):
+        # pixels are divided by std, so that it must be positive
         if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
             raise ValueError(f"--{name} {values}: three numbers, one per channel")

@@ -46,7 +46,7 @@ class ProbeEncoder:
 
     width       of its tokens
     patch_size  in pixels
-    size        side of the frames that it is given, in pixels; None: as the configuration says
+    size        side of the frames that it is given, in pixels; None: that of the configuration
     sha256      of its configuration, its preprocessing and its weights
     """
 
@@ -110,6 +110,7 @@ class FramewiseEncoder(ProbeEncoder):
         preprocessing = model.preprocessing
         side = preprocessing.crop
         if model.kind.naflex:
+            # takes any grid within a budget of patches: the largest square of that budget
             side = int(preprocessing.max_patches**0.5) * model.patch_size
         model.preprocessing = replace(preprocessing, resize=preprocessing.crop)
         # the model normalises by itself
@@ -125,11 +126,14 @@ class FramewiseEncoder(ProbeEncoder):
         pooled = []
         for rows, grid in zip(batch.pixels.split(lengths), batch.grid_thw.tolist(), strict=True):
             tiles = unpatchify(rows.unflatten(0, grid), side)  # [F, h, w, 3, p, p]
-            frames = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [F, 3, H, W]
+            tiles = tiles.permute(0, 3, 1, 4, 2, 5)  # [F, 3, h, p, w, p]
+            frames = tiles.flatten(4).flatten(2, 3)  # [F, 3, H, W]
             tokens = self._model.encode(frames).float()
             code = time_code(len(frames), self.width).to(tokens.device)
+            # without the time code, which is the same in all clips of as many frames
             pooled.append(tokens.mean(dim=(0, 1)))
-            tokens_of_items.append((tokens + code[:, None]).flatten(0, 1))
+            coded = tokens + code[:, None]  # all tokens of a frame get the code of its index
+            tokens_of_items.append(coded.flatten(0, 1))
         return EncodedBatch(
             tokens=torch.cat(tokens_of_items),
             lengths=torch.tensor([len(item) for item in tokens_of_items], device=rows.device),
@@ -141,9 +145,11 @@ def time_code(count: int, width: int) -> torch.Tensor:
     """Sine and cosine code float32 [count, width] of the frame indices 0, 1, ..."""
     half = width // 2
     rates = TIME_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = torch.arange(count, dtype=torch.float64)[:, None] * rates
+    indices = torch.arange(count, dtype=torch.float64)
+    angles = indices[:, None] * rates
     code = torch.zeros(count, width)
-    code[:, : 2 * half] = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    code[:, : 2 * half] = waves.float()  # the last channel of an odd width stays zero
     return code
 
 

@@ -91,7 +91,7 @@ class ClipFeatures:
         config = self._config.input
         counts = all_gather_json([self._num_tokens, self.passes])
         if not any(passes for _, passes in counts):
-            # Nothing was encoded on any rank, so the first clip that can be read stands for all.
+            # Nothing was encoded on any rank, so the first clip that can be read represents all.
             for index in range(len(self.clips)):
                 # exhausted, so that nothing of the generator closes the reader later
                 (encoded,) = self._encoded([Look(index)])
@@ -100,7 +100,8 @@ class ClipFeatures:
             counts = [[self._num_tokens, self.passes]]
         num_tokens = sum(tokens for tokens, _ in counts)
         passes = sum(passes for _, passes in counts)
-        return num_tokens / max(1, passes) * config.temporal_crops * config.spatial_crops
+        tokens_per_pass = num_tokens / max(1, passes)  # a pass is one crop
+        return tokens_per_pass * config.temporal_crops * config.spatial_crops
 
     def drawn_looks(self, indices: Iterable[int], epoch: int) -> list[Look]:
         """Training looks of an epoch (from 1): drawn versions where the clips have several, else
@@ -118,8 +119,11 @@ class ClipFeatures:
         """All crops of each clip, one clip after the other."""
         times = self._config.input.temporal_crops
         squares = self._config.input.spatial_crops
+        # middles of equal parts of a segment; squares reach both ends of the long side
         within = [(t + 0.5) / times for t in range(times)]
-        across = [0.5] if squares == 1 else [s / (squares - 1) for s in range(squares)]
+        across = [0.5]
+        if squares > 1:
+            across = [square / (squares - 1) for square in range(squares)]
         return [
             Look(int(index), within=segment_position, across=crop_position)
             for index in indices
@@ -150,11 +154,14 @@ class ClipFeatures:
 
     def _identity(self, look: Look) -> str:
         """Text that changes with what is seen: the clip's content, the crop, and the draw."""
-        seen = f"{self._reader.identity(look.clip)} {look.within} {look.across}"
+        content = self._reader.identity(look.clip)
+        seen = f"{content} {look.within} {look.across}"
         if look.version == 0:
             return seen
         config = self._config.input
-        return f"{seen} {look.clip} {look.version} {config.seed} {config.augmentations}"
+        # what the numbers of a drawn version follow from (clip_views.py)
+        drawn = f"{look.clip} {look.version} {config.seed} {config.augmentations}"
+        return f"{seen} {drawn}"
 
     def _comes_again(self, look: Look) -> bool:
         """Whether a later epoch will look the same way."""
@@ -184,7 +191,8 @@ class ClipFeatures:
             if self._pooled:
                 pieces = encoded.pooled.half().cpu().split(1)
             else:
-                pieces = encoded.tokens.half().cpu().split(encoded.lengths.tolist())
+                tokens = encoded.tokens.half().cpu()
+                pieces = tokens.split(encoded.lengths.tolist())
             # `.cpu()` has waited for the device, so these are seconds of the encoder.
             self.encode_s += time.perf_counter() - started
             self._num_tokens += int(encoded.lengths.sum())
@@ -208,7 +216,8 @@ def crop_batches(
     """Features of all crops of the clips `indices` that fall to this rank, batch_size clips at a
     time. The crops of a clip are in one batch."""
     mine = indices[ranks.rank :: ranks.world_size]
-    chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    starts = range(0, len(mine), batch_size)
+    chunks = [mine[start : start + batch_size] for start in starts]
     return features.batches([features.crops(chunk) for chunk in chunks])
 
 
@@ -229,7 +238,8 @@ def refuse_unreadable(train: ClipFeatures, val: ClipFeatures, allow_partial: boo
 
 def _refusal(unreadable: dict[str, str]) -> str:
     """Why there is no accuracy."""
-    clips = [f"{name}: {reason}" for name, reason in sorted(unreadable.items())]
+    in_order = sorted(unreadable.items())
+    clips = [f"{name}: {reason}" for name, reason in in_order]
     lines = [
         f"{len(clips)} clips cannot be evaluated, so there is no accuracy:",
         *clips[:MAX_LISTED],

@@ -45,10 +45,12 @@ class Evaluation:
         """The main figure of every head in percent, float64 [B]."""
         if self.scores is None:
             return self.top(1)
-        return np.array([self._precisions(head).mean() for head in range(len(self.scores))])
+        heads = range(len(self.scores))
+        return np.array([self._precisions(head).mean() for head in heads])
 
     def top(self, k: int) -> np.ndarray:
         """Share of evaluated clips whose true class is among the k first, in percent, [B]."""
+        # clips that could not be read have a true_rank of 0, and must not count as hits
         return 100 * (self.true_rank[:, self.evaluated] <= k).mean(axis=1)
 
     def top5(self) -> np.ndarray | None:
@@ -63,11 +65,13 @@ class Evaluation:
         labels = self.labels[self.evaluated]
         if self.scores is not None:
             values = np.full(labels.shape[1], np.nan)
-            values[labels.any(axis=0)] = np.mean([self._precisions(h) for h in heads], axis=0)
+            has_clips = labels.any(axis=0)
+            values[has_clips] = np.mean([self._precisions(head) for head in heads], axis=0)
         else:
             sums = np.bincount(labels, self._correct(heads), minlength=self.num_classes)
             counts = np.bincount(labels, minlength=self.num_classes)
-            values = np.where(counts, 100 * sums / np.maximum(1, counts), np.nan)
+            percents = 100 * sums / np.maximum(1, counts)
+            values = np.where(counts, percents, np.nan)
         return [None if np.isnan(value) else round(float(value), 2) for value in values]
 
     def confusion(self, heads: list[int]) -> np.ndarray | None:
@@ -77,6 +81,7 @@ class Evaluation:
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
         for head in heads:
             cells = (self.labels[self.evaluated], self.predicted[head, self.evaluated])
+            # unlike counts[cells] += 1, it counts a cell that occurs several times as often
             np.add.at(counts, cells, 1)
         return counts
 
@@ -102,12 +107,14 @@ class Evaluation:
 
     def _correct(self, heads: list[int]) -> np.ndarray:
         """Share of the heads that are right, for every evaluated clip."""
-        return (self.true_rank[heads][:, self.evaluated] == 1).mean(axis=0)
+        is_right = self.true_rank[heads][:, self.evaluated] == 1
+        return is_right.mean(axis=0)
 
     def _precisions(self, head: int) -> np.ndarray:
         """Average precision in percent of the classes that have clips."""
         assert self.scores is not None  # lists of one label have accuracies
-        return average_precision(self.scores[head, self.evaluated], self.labels[self.evaluated])
+        scores = self.scores[head, self.evaluated]
+        return average_precision(scores, labels=self.labels[self.evaluated])
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -120,13 +127,17 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     # Clips with equal scores are one group, as their order in the list is arbitrary: the precision
     # of each is that at the end of its group.
     is_end = np.vstack([ranked[:-1] != ranked[1:], np.ones_like(hits[:1])])
-    ends = np.where(is_end, np.arange(len(hits))[:, None], len(hits) - 1)
+    own_rank = np.arange(len(hits))[:, None]
+    ends = np.where(is_end, own_rank, len(hits) - 1)
+    # from behind: a clip takes over the end that follows it
     ends = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
 
+    # hits among the first clips, up to the end of the group, by the number of these clips
     precision = np.take_along_axis(np.cumsum(hits, axis=0), ends, axis=0) / (ends + 1)
     positives = hits.sum(axis=0)
     present = positives > 0
-    return 100 * (precision * hits).sum(axis=0)[present] / positives[present]
+    sums = (precision * hits).sum(axis=0)
+    return 100 * sums[present] / positives[present]
 
 
 class EvaluationBuilder:
@@ -159,14 +170,18 @@ class EvaluationBuilder:
             self._scores[:, rows] = scores
             return
         truth = torch.from_numpy(self._labels[rows.numpy()])
-        own = scores.gather(-1, truth.expand(len(scores), -1)[..., None])
+        truth_of_heads = truth.expand(len(scores), -1)
+        own = scores.gather(-1, truth_of_heads[..., None])  # [B, n, 1]
         # Of equal scores the lowest class comes first, as in argmax. Otherwise a head that scores
         # all classes alike would always be right.
-        before = (scores == own) & (torch.arange(scores.shape[-1]) < truth[:, None])
+        classes = torch.arange(scores.shape[-1])
+        is_lower_class = classes < truth[:, None]
+        before = (scores == own) & is_lower_class
         true_rank = 1 + ((scores > own) | before).sum(dim=-1).int()
         # A head whose score of the true class is NaN is wrong, whatever its other scores are.
         is_nan = own[..., 0].isinf()
-        self._true_rank[:, rows] = true_rank.masked_fill(is_nan, scores.shape[-1] + 1)
+        behind_all = scores.shape[-1] + 1
+        self._true_rank[:, rows] = true_rank.masked_fill(is_nan, behind_all)
 
     def gather(self) -> Evaluation:
         """The evaluation of all ranks' clips, on all ranks."""

@@ -38,7 +38,8 @@ def evaluate_neighbours(
     """
     vectors, readable = _all_features(train, batch_size, ranks=ranks)
     # clips that cannot be read are on neither side
-    keep, held = (part[readable[part]] for part in hold_out(train.clips, share))
+    parts = hold_out(train.clips, share)
+    keep, held = (part[readable[part]] for part in parts)
     if not len(keep):
         raise ValueError("no training clip outside of the held-out part can be read")
 
@@ -97,8 +98,11 @@ def _all_features(
     dist.all_reduce(width, op=dist.ReduceOp.MAX)
     if rows is None:
         rows = torch.zeros(len(features.clips), int(width))
+    # rows of clips of other ranks are zero, so the sum is a union
     dist.all_reduce(rows)
-    return F.normalize(rows, dim=1), (rows != 0).any(dim=1).numpy()
+    # a clip that could not be read has added nothing
+    readable = (rows != 0).any(dim=1)
+    return F.normalize(rows, dim=1), readable.numpy()
 
 
 def _evaluate(
@@ -125,10 +129,14 @@ def _evaluate(
     if targets.ndim == 1:
         targets = F.one_hot(targets, clips.num_classes)
     for start in range(0, len(queries), ROWS):
-        cosine, nearest = (queries[start : start + ROWS] @ keys.T).topk(max(tried))
+        cosines = queries[start : start + ROWS] @ keys.T
+        # one search for the largest k; smaller ones are its first columns
+        cosine, nearest = cosines.topk(max(tried))
         weights = (cosine / TEMPERATURE).exp()[..., None]
         # Cumulative sums over neighbours, nearest first: row k - 1 has the votes of k neighbours.
-        votes = (weights * targets[nearest]).cumsum(dim=1) / weights.cumsum(dim=1)
-        scores = votes[:, [k - 1 for k in tried]].movedim(1, 0)
+        votes = (weights * targets[nearest]).cumsum(dim=1)
+        votes = votes / weights.cumsum(dim=1)
+        scores = votes[:, [k - 1 for k in tried]]  # [n, B, K]
+        scores = scores.movedim(1, 0)
         builder.add(indices[start : start + ROWS].tolist(), scores)
     return builder.evaluation()

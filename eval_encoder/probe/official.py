@@ -49,7 +49,8 @@ def read_ssv2(annotations: Path) -> Splits:
     classes: dict[str, int] = {}
     for name, number in numbers.items():
         # The official file writes numbers as strings; a boolean or a fraction is neither.
-        if type(number) not in (int, str) or not NUMBER.fullmatch(str(number)):
+        is_number = type(number) in (int, str) and NUMBER.fullmatch(str(number))
+        if not is_number:
             raise ValueError(f"{path}: class {name!r} has number {number!r}: no integer from 0 on")
         classes[name] = int(number)
     splits: Splits = {}
@@ -62,10 +63,13 @@ def read_ssv2(annotations: Path) -> Splits:
             place = f"{path} entry {number}"
             is_entry = isinstance(row, dict) and {"id", "template"} <= row.keys()
             # `Holding [something]` in an entry is `Holding something` in the labels file.
-            template = str(row["template"]).replace("[", "").replace("]", "") if is_entry else ""
+            template = ""
+            if is_entry:
+                template = str(row["template"]).replace("[", "").replace("]", "")
             if template not in classes:
                 raise ValueError(f"{place}: {row} has no id and template of the labels file")
-            splits[split].append(Entry((str(row["id"]),), label=classes[template], place=place))
+            names = (str(row["id"]),)
+            splits[split].append(Entry(names, label=classes[template], place=place))
     return splits
 
 
@@ -110,7 +114,8 @@ def read_hmdb51(folder: Path, number: int) -> Splits:
 
     suffix = f"_test_split{number}.txt"
     # Each list is a class, so a `._CLASS_test_split1.txt` of a file manager would be one too.
-    files = sorted(path for path in folder.glob(f"*{suffix}") if not is_hidden(path.name))
+    found = folder.glob(f"*{suffix}")
+    files = sorted(path for path in found if not is_hidden(path.name))
     if not files:
         raise ValueError(f"{folder} holds no CLASS{suffix}: give the folder of the official lists")
     expected = find_benchmark("hmdb51").num_classes
@@ -123,7 +128,7 @@ def read_hmdb51(folder: Path, number: int) -> Splits:
             video, use = _last_word(line)
             if use not in ("0", "1", "2") or not video:
                 raise ValueError(f"{place}: '{printable(line)}' is no `NAME.avi` with 0, 1 or 2")
-            if use != "0":
+            if use != "0":  # each of the three splits leaves some clips out
                 file = PurePosixPath(video)
                 names = (f"{name}/{file.stem}",)
                 entry = Entry(names, label=label, place=place, ending=file.suffix)
@@ -141,7 +146,8 @@ def read_kinetics(train: Path, val: Path) -> Splits:
     """Entries of the official csv files; ValueError for missing columns."""
     rows = {"train": _kinetics_rows(train), "val": _kinetics_rows(val)}
     # over both files, so that a class has one number in both
-    classes = sorted({row["label"] for listed in rows.values() for _, row in listed})
+    labels = {row["label"] for listed in rows.values() for _, row in listed}
+    classes = sorted(labels)
     number = {name: i for i, name in enumerate(classes)}
     splits: Splits = {}
     for split, listed in rows.items():
@@ -161,7 +167,8 @@ def _kinetics_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
     """(file and line, values by column) of every line after the header."""
     rows = list(csv_rows(path))
     columns = [cell.strip() for cell in rows[0].cells] if rows else []
-    if len(rows) < 2 or not set(KINETICS_COLUMNS) <= set(columns):
+    has_columns = set(KINETICS_COLUMNS) <= set(columns)
+    if len(rows) < 2 or not has_columns:
         raise ValueError(f"{path} lacks the columns {', '.join(KINETICS_COLUMNS)}, or has no line")
     clips = []
     for row in rows[1:]:
@@ -179,13 +186,15 @@ def _kinetics_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
 def _kinetics_names(row: dict[str, str], place: str) -> tuple[str, ...]:
     """ID_START_END with six digits, as all downloaders write it, else the id alone."""
     try:
+        # names of files hold whole seconds, whatever the list writes
         start = int(float(row["time_start"]))
         end = int(float(row["time_end"]))
     except (ValueError, OverflowError) as error:
         raise ValueError(
             f"{place}: times {row['time_start']!r} and {row['time_end']!r} are no seconds"
         ) from error
-    return f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"]
+    video = row["youtube_id"]
+    return f"{video}_{start:06d}_{end:06d}", video
 
 
 def _read_json(annotations: Path, name: str) -> tuple[Path, object]:

@@ -87,7 +87,9 @@ def write_lists(
     }
     for split, (rows, absent) in lists.items():
         if len(absent) == len(rows):
-            example = os.path.relpath(next(iter(rows)), output) if rows else "none is named"
+            example = "none is named"
+            if rows:
+                example = os.path.relpath(next(iter(rows)), output)
             raise ValueError(
                 f"none of the {len(rows)} {split} videos is below {videos}, for example "
                 f"{example}: give the folder of the videos"
@@ -184,19 +186,21 @@ class VideoIndex:
     def _best(
         self, videos: list[PurePosixPath], name: str, entry: Entry, split: str
     ) -> PurePosixPath:
-        """Which of several videos is meant; ValueError where the list does not say."""
+        """Which of several videos is meant; ValueError where that is not clear."""
         if len(videos) == 1:
             return videos[0]
         misfits = {
             path: _misfit(path, name=name, class_name=entry.class_name, split=split)
             for path in videos
         }
-        best = [path for path in videos if misfits[path] == min(misfits.values())]
+        least = min(misfits.values())
+        best = [path for path in videos if misfits[path] == least]
         own = [path for path in best if path.suffix == entry.ending]
         if len(own) == 1:
             return own[0]
         if len(best) > 1:
-            first, second = (printable(str(self._folder / path)) for path in best[:2])
+            paths = [str(self._folder / path) for path in best[:2]]
+            first, second = map(printable, paths)
             raise ValueError(
                 f"{entry.place}: {printable(name)} may be {first} or {second}, and the list does "
                 "not say which: move one away"
@@ -210,12 +214,14 @@ def _misfit(path: PurePosixPath, name: str, class_name: str, split: str) -> tupl
     folders = path.parent.parts
     own = SPLIT_FOLDERS[split]
     other = SPLIT_FOLDERS["val" if split == "train" else "train"]
+    split_misfit = 1
     if any(own.fullmatch(part.lower()) for part in folders):
         split_misfit = 0
-    else:
-        split_misfit = 2 if any(other.fullmatch(part.lower()) for part in folders) else 1
+    elif any(other.fullmatch(part.lower()) for part in folders):
+        split_misfit = 2
     wanted = _plain(class_name)
     in_class = not class_name or any(_plain(part) == wanted for part in folders)
+    # tuples compare from the left, so the split counts most
     return split_misfit, not in_class, str(path.with_suffix("")) != name
 
 

@@ -1,4 +1,4 @@
-"""Published figures to stand beside ours, never mixed with them.
+"""Published figures to show beside ours, never mixed with them.
 
 Top-1 in percent of frozen large encoders under the attentive probe of the OneVision-Encoder paper
 and site (February 2026), 8 or 16 frames, codec input of 2048 or 4096 patches. Their protocol picks

@@ -59,8 +59,10 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
     heads = _heads_of(history, setting)
     metric = history.last.metric
     # The best epoch, too, is chosen on held-out clips: the validation list chooses nothing.
-    held_means = [np.mean(e.held[heads]) for e in history.epochs if e.held is not None]
+    held_figures = [epoch.held for epoch in history.epochs if epoch.held is not None]
+    held_means = [np.mean(figures[heads]) for figures in held_figures]
     best_epoch = None
+    # an epoch without held-out figures might have been the best
     if len(held_means) == len(history.epochs):
         best = history.epochs[int(np.argmax(held_means))]
         best_epoch = _figures(history, heads, epoch=best)
@@ -80,6 +82,7 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
             | {
                 metric: _rounded(last_epoch.main[head]),
                 "held_out": None if held_out is None else _rounded(held_out[head]),
+                # the field keeps the name that records on disk have
                 "astray": head in history.diverged,
             }
             for head, tried in enumerate(history.settings)
@@ -91,7 +94,8 @@ def chosen_confusion(history: History, record: dict) -> np.ndarray | None:
     """Confusion matrix at the last epoch of the setting that `summarise` chose."""
     assert history.last is not None
     chosen = record["chosen"]
-    return history.last.confusion(_heads_of(history, (chosen["lr"], chosen["weight_decay"])))
+    heads = _heads_of(history, setting=(chosen["lr"], chosen["weight_decay"]))
+    return history.last.confusion(heads)
 
 
 def summarise_neighbours(
@@ -156,7 +160,8 @@ def write_results(
             csv.writer(stream).writerows(enumerate(classes))
 
     with open(results, "ab") as stream:
-        stream.write(json_line({key: _without_nan(value) for key, value in record.items()}))
+        line = {key: _without_nan(value) for key, value in record.items()}
+        stream.write(json_line(line))
     table = folder / "table.md"
     head = "" if table.is_file() else table_head(COLUMNS)
     with open(table, "a") as stream:
@@ -164,7 +169,8 @@ def write_results(
     weights = Path(config.model_weight).name
     with open(folder / f"report_attentive_probe_{weights}.txt", "a") as stream:
         figure = record["last_epoch"][record["metric"]]
-        stream.write(f"{printable(record['dataset'])} {figure:.2f}\n")
+        dataset = printable(record["dataset"])
+        stream.write(f"{dataset} {figure:.2f}\n")
     return record
 
 
@@ -196,6 +202,7 @@ def _facts(config: ProbeConfig, num_clips: dict[str, int]) -> dict:
         "seed": config.heads.seed,
         "epochs": config.heads.epochs,
         "clips": num_clips,
+        # through JSON, which turns paths into texts and tuples into lists, as a reader finds them
         "config": json.loads(json.dumps(asdict(config), default=str)),
     }
 
@@ -208,7 +215,10 @@ def _chosen_setting(history: History, held_out: np.ndarray | None) -> tuple[floa
         setting = (head.lr, head.weight_decay)
         heads = _heads_of(history, setting)
         if heads:
-            means[setting] = 0.0 if held_out is None else float(np.mean(held_out[heads]))
+            means[setting] = 0.0
+            if held_out is not None:
+                means[setting] = float(np.mean(held_out[heads]))
+    # of equal means the first setting, as `max` and dictionaries keep the order of the flags
     return max(means, key=means.__getitem__)
 
 
@@ -233,7 +243,7 @@ def _figures(history: History, heads: list[int], epoch: EpochFigures) -> dict:
         "seeds": [_rounded(value) for value in values],
         "ci95_seeds": None if half_width is None else _rounded(half_width),
     }
-    if epoch is history.epochs[-1]:  # results clip by clip are kept of the last epoch alone
+    if epoch is history.epochs[-1]:  # results clip by clip are stored for the last epoch alone
         figures["ci95_clips"] = _rounded(history.last.clip_interval(heads))
     return figures
 

@@ -74,7 +74,9 @@ def _packed(shards: Path) -> str:
     ]
     for shard in manifest.shards:
         for entry in shard["rejected"]:
-            lines.append(f"- rejected {in_code(entry['source'])}: {in_markdown(entry['reason'])}")
+            source = in_code(entry["source"])
+            reason = in_markdown(entry["reason"])
+            lines.append(f"- rejected {source}: {reason}")
     return "\n".join(lines)
 
 
@@ -83,13 +85,14 @@ def _rounds(run: Path, shards: Path, truth: Path | None) -> str:
     changes = read_json(run / ROUNDS_NAME, {"rounds": list})["rounds"]
     rows = []
     for number, change in enumerate([None, *changes], start=1):
-        labels_folder = shards  # the first round's labels stand beside the shards
+        labels_folder = shards  # the first round's labels are beside the shards
         source = "codec descriptor"
         agreement = "-"
         if change:
             # one head, and one folder of its labels: the demo trains on one packed set
             (head,) = (change[name] for name in change if name != "after_round")
-            (labels_folder,) = (run / f"round_{number - 1}" / "clusters").iterdir()
+            clusters = run / f"round_{number - 1}" / "clusters"
+            (labels_folder,) = clusters.iterdir()
             source = f"encoder of round {number - 1}"
             agreement = f"{head['nmi_with_labels_before']:.3f}"
         losses = [
@@ -132,14 +135,19 @@ def _records(path: Path) -> list[dict]:
 def _sparkline(losses: list[float]) -> str:
     """First and last mean of equal parts of a loss curve, and a bar for each part between them."""
     width = min(MAX_BARS, len(losses))
-    edges = [round(i * len(losses) / width) for i in range(width + 1)]
+    # rounded edges make parts that differ by one step at most
+    edges = [round(part * len(losses) / width) for part in range(width + 1)]
     means = [
         sum(losses[start:end]) / (end - start) for start, end in zip(edges, edges[1:], strict=False)
     ]
     low = min(means)
     spread = max(max(means) - low, 1e-9)  # a flat curve has the lowest bar throughout
-    bars = "".join(BARS[round((mean - low) / spread * (len(BARS) - 1))] for mean in means)
-    return f"{means[0]:.3f} {bars} {means[-1]:.3f}"
+    highest = len(BARS) - 1
+    heights = [round((mean - low) / spread * highest) for mean in means]
+    bars = "".join(BARS[height] for height in heights)
+    first = means[0]
+    last = means[-1]
+    return f"{first:.3f} {bars} {last:.3f}"
 
 
 def _probe(results: Path) -> str:
@@ -149,7 +157,9 @@ def _probe(results: Path) -> str:
 
     records = _records(results)
     # the demo may have been run again into the same folder
-    latest = {(record["view"], Path(record["weight"]).name): record for record in records}
+    latest = {}
+    for record in records:
+        latest[record["view"], Path(record["weight"]).name] = record
     trained = sorted({name for _, name in latest} - {UNTRAINED})
     weights = [*trained, UNTRAINED]
     chance = 100 / find_benchmark(records[-1]["dataset"]).num_classes
@@ -163,7 +173,8 @@ def _probe(results: Path) -> str:
         rows,
         right_aligned=(*weights, "chance"),
     )
-    heads = max(len(record["last_epoch"]["seeds"]) for record in latest.values())
+    seeds = [record["last_epoch"]["seeds"] for record in latest.values()]
+    heads = max(map(len, seeds))
     return (
         f"## Attentive probe, top-1 on held-out clips\n\n{table}\n"
         f"Percent at the last epoch, mean of {heads} heads, ± half of a 95 % interval, the larger "

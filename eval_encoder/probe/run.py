@@ -59,6 +59,7 @@ def run_probe(config: ProbeConfig, ignored: list[str]) -> None:
         for note in notes:
             log.info("%s", note)
         _probe(config, lists, notes=notes, ranks=ranks, log=log)
+        # no rank leaves the group while rank 0 still writes the report
         dist.barrier()
 
 
@@ -91,7 +92,7 @@ def _probe(
         record, confusion = _probe_bank(
             config, width=encoder.width, train=train, val=val, ranks=ranks, log=log
         )
-    # a collective, so that it stands before what rank 0 does alone
+    # a collective, so that it comes before the part of rank 0 alone
     tokens_per_clip = val.tokens_per_clip()
     if ranks.is_main:
         costs = Costs(
@@ -172,6 +173,7 @@ def _probe_neighbours(
         batch_size=config.heads.batch_size,
         ranks=ranks,
     )
+    # damaged files are known only now that both lists have been read
     refuse_unreadable(train, val, allow_partial=config.allow_partial)
     record = summarise_neighbours(
         config,
@@ -206,7 +208,9 @@ def _show_result(config: ProbeConfig, record: dict) -> None:
     unreadable = record["unreadable"]
     missed = len(unreadable["train"] | unreadable["val"])
     partial = f" without {missed} unreadable clips" if missed else ""
-    chosen = ", ".join(f"{k} {v:g}" for k, v in record["chosen"].items() if k != "held_out")
+    settings = {name: value for name, value in record["chosen"].items() if name != "held_out"}
+    # learning rate and weight decay of a bank, or k of nearest neighbours
+    chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items())
     show(
         f"{record['dataset']} {config.input.family}: {metric.replace('top1', 'top-1')} "
         f"{last[metric]:.2f} ± {half_interval(last):.2f} at the last epoch, {chosen}{partial}"

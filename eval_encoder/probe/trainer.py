@@ -115,7 +115,14 @@ class ProbeTrainer:
 
         settings = settings_of(config.heads)
         num_classes = val.clips.num_classes
-        self.bank = HeadBank(config.heads.kind, width, num_classes, settings).to(ranks.device)
+        bank = HeadBank(
+            config.heads.kind,
+            width=width,
+            num_classes=num_classes,
+            settings=settings,
+        )
+        self.bank = bank.to(ranks.device)
+        # one group per head, which has a learning rate and a weight decay of its own
         groups = [
             {"params": list(head.parameters()), "peak": s.lr, "weight_decay": s.weight_decay}
             for head, s in zip(self.bank.heads, settings, strict=True)
@@ -141,14 +148,16 @@ class ProbeTrainer:
             num_clips = 0
             for step, batches in enumerate(self._head_batches(epoch, keep, size=size)):
                 # 0 at the first step; the step after the last one would have 1
-                progress = ((epoch - 1) * steps + step) / (config.epochs * steps)
+                steps_done = (epoch - 1) * steps + step
+                progress = steps_done / (config.epochs * steps)
                 sums += self._step(batches, progress)
                 num_clips += len(batches[0].clips)  # over an epoch, all seeds have the same clips
             is_last = epoch == config.epochs
             if epoch == 1 or is_last or epoch % config.eval_every == 0:
                 totals = torch.tensor([*sums, num_clips], dtype=torch.float64)
                 dist.all_reduce(totals)
-                losses = (totals[:-1] / totals[-1].clamp(min=1)).numpy()
+                clips_seen = totals[-1].clamp(min=1)
+                losses = (totals[:-1] / clips_seen).numpy()
                 self._evaluate_epoch(epoch, held, losses=losses)
                 # the first evaluated epoch at or after a multiple of log_every
                 if is_last or epoch % config.log_every < config.eval_every:
@@ -171,6 +180,7 @@ class ProbeTrainer:
         with torch.no_grad():
             for looks, tokens in batches:
                 if looks:  # a batch may hold nothing that can be read
+                    # fp64 until the mean over crops is taken
                     logits = self.bank(tokens).double()
                     scores = logits if clips.is_multi_label else logits.softmax(dim=-1)
                     once, means = _mean_over_crops([look.clip for look in looks], scores)
@@ -201,7 +211,8 @@ class ProbeTrainer:
         # Every rank draws the order of all ranks and takes its share, so nothing is exchanged.
         shared = _chunks(config.seed, epoch, clips=keep, size=size)
         mine = [chunk[ranks.rank :: ranks.world_size] for chunk in shared]
-        read = self._train.batches([self._train.drawn_looks(chunk, epoch) for chunk in mine])
+        looks_of_batches = [self._train.drawn_looks(chunk, epoch) for chunk in mine]
+        read = self._train.batches(looks_of_batches)
         if config.kind == "linear" and config.num_seeds > 1:
             yield from self._batches_by_seed(read, epoch=epoch, keep=keep, size=size)
             return
@@ -229,14 +240,16 @@ class ProbeTrainer:
         for step in range(len(orders[self._heads_config.seed])):
             batches = []
             for seed, heads in heads_of_seed.items():
-                clips = [clip for clip in orders[seed][step].tolist() if clip in rows]
+                clips_of_step = orders[seed][step].tolist()
+                clips = [clip for clip in clips_of_step if clip in rows]
                 features = [rows[clip].float() for clip in clips]
                 batches.append(HeadBatch(heads=heads, clips=clips, features=features))
             yield batches
 
     def _evaluate_epoch(self, epoch: int, held: np.ndarray, losses: np.ndarray) -> None:
         """Evaluate both lists and note the figures. held: indices of the held-out clips."""
-        evaluation = self.evaluate(self._val, np.arange(len(self._val.clips)))
+        every_clip = np.arange(len(self._val.clips))
+        evaluation = self.evaluate(self._val, every_clip)
         held_figures = None
         if len(held):
             held_evaluation = self.evaluate(self._train, held)
@@ -258,9 +271,11 @@ class ProbeTrainer:
         self.history.last = evaluation
         if self._board is not None:
             for head, setting in enumerate(self.bank.settings):
-                name = f"lr{setting.lr:g}_wd{setting.weight_decay:g}_seed{setting.seed}"
+                rates = f"lr{setting.lr:g}_wd{setting.weight_decay:g}"
+                name = f"{rates}_seed{setting.seed}"
                 self._board.add_scalar(f"loss/{name}", losses[head], epoch)
-                self._board.add_scalar(f"{evaluation.metric}/{name}", figures.main[head], epoch)
+                tag = f"{evaluation.metric}/{name}"
+                self._board.add_scalar(tag, figures.main[head], epoch)
                 if held_figures is not None:
                     tag = f"held_out_{evaluation.metric}/{name}"
                     self._board.add_scalar(tag, held_figures[head], epoch)
@@ -269,7 +284,10 @@ class ProbeTrainer:
         """Raise ValueError for several settings without held-out clips that can be read."""
         names = self._train.clips.names
         settings = {(s.lr, s.weight_decay) for s in self.bank.settings}
-        if len(settings) > 1 and all(names[index] in self._train.unreadable for index in held):
+        unreadable = self._train.unreadable
+        # also where nothing is held out, since `all` of nothing is true
+        has_no_choice = all(names[index] in unreadable for index in held)
+        if len(settings) > 1 and has_no_choice:
             raise ValueError(
                 f"{len(settings)} settings but no held-out training clip to choose with: give more "
                 "training clips, a larger --holdout, or one setting"
@@ -280,7 +298,9 @@ class ProbeTrainer:
         the linear schedule, 0 to 1."""
         config = self._heads_config
         for group in self._optimizer.param_groups:
-            group["lr"] = group["peak"] + (config.min_lr - group["peak"]) * progress
+            # linear, from the head's own peak to min_lr
+            change = (config.min_lr - group["peak"]) * progress
+            group["lr"] = group["peak"] + change
         # A rank's share of a batch may be smaller than another's, or lack clips that cannot be
         # read: the loss is the mean over what all ranks have.
         counts = torch.tensor([float(len(batch.clips)) for batch in batches])
@@ -341,7 +361,8 @@ class ProbeTrainer:
     def _log_epoch(self, epoch: int) -> None:
         assert self.history.last is not None
         diverged = self.history.diverged
-        heads = [head for head in range(len(self.bank.heads)) if head not in diverged]
+        every_head = range(len(self.bank.heads))
+        heads = [head for head in every_head if head not in diverged]
         figures = self.history.epochs[-1]
         self._log.info(
             "epoch %d/%d | loss %.4f | %s of the heads %.2f to %.2f",
@@ -367,7 +388,8 @@ def settings_of(config: HeadsConfig) -> list[HeadSetting]:
 def _chunks(seed: int, epoch: int, clips: np.ndarray, size: int) -> list[np.ndarray]:
     """Global batches of an epoch in a seed's order."""
     order = counter_rng(seed, "probe order", epoch).permutation(clips)
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    starts = range(0, len(order), size)
+    return [order[start : start + size] for start in starts]
 
 
 def _losses(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -389,5 +411,7 @@ def _mean_over_crops(clips: list[int], scores: torch.Tensor) -> tuple[list[int],
     once = list(dict.fromkeys(clips))
     row_of = {clip: row for row, clip in enumerate(once)}
     rows = torch.tensor([row_of[clip] for clip in clips], device=scores.device)
-    total = scores.new_zeros(len(scores), len(once), scores.shape[-1]).index_add_(1, rows, scores)
+    shape = (len(scores), len(once), scores.shape[-1])
+    total = scores.new_zeros(shape)
+    total.index_add_(1, rows, scores)
     return once, total / rows.bincount()[:, None]

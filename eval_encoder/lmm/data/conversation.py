@@ -66,7 +66,7 @@ class Visual:
     path: str
 
     def place(self, folder: Path) -> Path:
-        """File or folder that the path names; behind a `#` stands the key of a packed clip."""
+        """File or folder that the path names; the key of a packed clip follows behind a `#`."""
         return folder / self.path.partition("#")[0]
 
 
@@ -162,7 +162,8 @@ def _check_present(samples: Sequence[Sample], folder: Path) -> None:
             users.setdefault(visual.place(folder), sample.id)
     absent = [(path, name) for path, name in users.items() if not path.exists()]
     if absent:
-        first = ", ".join(f"{path} (sample {name!r})" for path, name in absent[:5])
+        named = [f"{path} (sample {name!r})" for path, name in absent[:5]]
+        first = ", ".join(named)
         raise ValueError(
             f"{len(absent)} of {len(users)} pictures and clips are not there; the first: {first}; "
             "check --image_folder"
@@ -172,7 +173,7 @@ def _check_present(samples: Sequence[Sample], folder: Path) -> None:
 def check_below(visual: Visual, folder: str | Path | None) -> None:
     """ValueError for a path of a list that leads out of the folder where its paths begin.
 
-    A list often comes from others, and must not name what else lies on the disk. An absolute path
+    A list often comes from others, and must not name other files of the disk. An absolute path
     is fine where it is below the folder. Links are followed: whoever has put them there has chosen
     so, as data on other disks needs it.
     """
@@ -180,6 +181,7 @@ def check_below(visual: Visual, folder: str | Path | None) -> None:
         return
     named = visual.path.partition("#")[0]
     if named.startswith("/"):
+        # the list may name the folder by its links or by where they lead
         folders = (Path(folder).absolute(), Path(folder).resolve())
         is_plain = stays_below(named.lstrip("/"))
         is_below = is_plain and any(Path(named).is_relative_to(one) for one in folders)
@@ -275,7 +277,8 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield f"{path} line {number}", _parse(line, f"{path} line {number}")
+                location = f"{path} line {number}"
+                yield location, _parse(line, location)
 
 
 def _parse(text: bytes, location: str) -> Any:
@@ -341,7 +344,8 @@ def _paths(value: Any, kind: str) -> list[str]:
 
 def _in_order(turns: Sequence[Turn], visuals: Sequence[Visual]) -> tuple[Visual, ...]:
     """The visuals in the order of their placeholders."""
-    kinds = [shown[1:-1] for turn in turns for shown in _PLACEHOLDER.findall(turn.text)]
+    placeholders = [shown for turn in turns for shown in _PLACEHOLDER.findall(turn.text)]
+    kinds = [shown[1:-1] for shown in placeholders]  # without the brackets
     if len(visuals) == 1 and not kinds:
         return tuple(visuals)
     if len(kinds) != len(visuals):
@@ -350,6 +354,7 @@ def _in_order(turns: Sequence[Turn], visuals: Sequence[Visual]) -> tuple[Visual,
             "for each path"
         )
     given = [visual.kind for visual in visuals]
+    # published video lists write <image> for clips
     if len(set(given)) <= 1:
         return tuple(visuals)
     if sorted(kinds) != sorted(given):
@@ -357,6 +362,7 @@ def _in_order(turns: Sequence[Turn], visuals: Sequence[Visual]) -> tuple[Visual,
             f"{kinds.count('video')} {VIDEO} for {given.count('video')} videos: where images and "
             "videos meet, each needs a placeholder of its kind"
         )
+    # visuals of a kind keep their order; the placeholders give the order of the kinds
     waiting = {kind: iter([v for v in visuals if v.kind == kind]) for kind in given}
     return tuple(next(waiting[kind]) for kind in kinds)
 
@@ -372,7 +378,8 @@ def _placeholders_in_front(turns: Sequence[Turn], visuals: Sequence[Visual]) -> 
     for turn, count in zip(turns, counts, strict=True):
         text = turn.text
         if count:
-            front = "".join(f"<{next(remaining).kind}>\n" for _ in range(count))
+            kinds = [next(remaining).kind for _ in range(count)]
+            front = "".join(f"<{kind}>\n" for kind in kinds)
             text = front + _PLACEHOLDER.sub("", text).strip()
         placed.append(Turn(turn.speaker, text))
     return tuple(placed)
@@ -401,6 +408,7 @@ def _render(turns: Sequence[Turn], version: str, eos: str | None) -> list[Piece]
             pieces[-1].add_answer(turn.text, lead=" ", eos=eos)
             continue
         first, *others = _PLACEHOLDER.split(turn.text)
+        # behind an answer this follows </s> without a space, as published
         pieces[-1].text += f"USER: {first}"
         pieces += [Piece(text) for text in others]
         pieces[-1].text += " ASSISTANT:"

@@ -79,6 +79,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         """Raises ValueError that names sample and file."""
         sample = self.samples[index]
         visuals = [self._visual(sample, visual) for visual in sample.visuals]
+        # visuals come first: their sizes decide how many placeholders the text has
         counts = [visual_tokens(visual, self.tokens_for) for visual in visuals]
         encoded = encode(
             sample,
@@ -98,7 +99,8 @@ class ConversationDataset(torch.utils.data.Dataset):
     @property
     def visuals(self) -> list[Visual]:
         """All different visuals, in order of their first use."""
-        return list(dict.fromkeys(visual for sample in self.samples for visual in sample.visuals))
+        visuals = [visual for sample in self.samples for visual in sample.visuals]
+        return list(dict.fromkeys(visuals))
 
     def _visual(self, sample: Sample, visual: Visual) -> VisualItem | StoredItem:
         if self.store is not None:
@@ -108,6 +110,7 @@ class ConversationDataset(torch.utils.data.Dataset):
 
 def visual_tokens(visual: VisualItem | StoredItem, tokens_for: TokensFor) -> int:
     """Placeholders of one visual; a clip given as images counts all of them."""
+    # the model's own rule counts, so that placeholders and tokens cannot disagree
     if isinstance(visual, StoredItem):
         return tokens_for(visual.grid, visual.patches) * visual.count
     grid = visual.grids[0]
@@ -162,19 +165,23 @@ def collate_visuals(
         for visual in group:
             if isinstance(visual, StoredItem):
                 stored.append(visual)
+                # for a tower of images, every frame of a clip is an item
                 samples += [row] * visual.count
             else:
                 items.append(visual)
                 samples += [row] * len(visual.grids)
     if not samples:
         return None
+    # with a store all visuals are stored ones (ConversationDataset._visual)
     if store is not None and stored:
         states = store.states(stored)
         return Visuals(inputs=None, samples=torch.tensor(samples), states=states)
     images = [item.pictures for item in items if item.pictures is not None]
+    # a tower takes packs or images, so either all items have images or none has
     if not images:
         return Visuals(inputs=packed_inputs(items), samples=torch.tensor(samples))
-    sizes = sorted({tuple(image.shape[-2:]) for image in images})
+    different = {tuple(image.shape[-2:]) for image in images}
+    sizes = sorted(different)
     if len(sizes) > 1:
         raise ValueError(
             f"pictures and clips of {sizes} pixels meet in a tower that takes one size at a "

@@ -4,7 +4,7 @@
             side, as the bits of fp16, and the (t, h, w) position of each patch of a pack; the first
             row holds grid, patches and number of items
 
-Kept by eval_encoder/feature_cache.py under a key of tower, layers and reading; so another tower,
+Stored by eval_encoder/feature_cache.py under a key of tower, layers and reading; so another tower,
 size or file is never answered by old features, and later epochs never run the tower. Worth it where
 the tower is frozen and images are not augmented, as in stage 1. Cost on disk: tokens * states * D *
 2 bytes an image, 1.2 MB for CLIP-L/14-336.
@@ -103,6 +103,7 @@ class FeatureStore:
         else:
             inputs = VisualInputs(pixel_values=item.pictures)
         is_training = self._tower.training  # as the Trainer sets it, also for what is frozen
+        # without dropout: every epoch reads the same entry
         self._tower.eval()
         device = next(self._tower.parameters()).device
         states = self._tower(inputs.to(device), self._layers)
@@ -120,7 +121,9 @@ class FeatureStore:
         rows = torch.cat(columns, dim=1)
         head = torch.zeros(1, rows.shape[1], dtype=torch.int16)
         grid = item.grids[0] or (0, 0, 0)
-        head[0, :HEAD] = torch.tensor([*grid, states.lengths[0], len(states.lengths)])
+        patches = states.lengths[0]
+        count = len(states.lengths)
+        head[0, :HEAD] = torch.tensor([*grid, patches, count])
         entry = torch.cat([head, rows])
         self._cache.put(visual, entry)
         return entry
@@ -134,9 +137,12 @@ class FeatureStore:
             lengths += [item.patches] * item.count
             grids += [item.grid] * item.count
         width = (rows.shape[1] - POSITIONS) // len(self._layers)
-        *columns, positions = rows.split([width] * len(self._layers) + [POSITIONS], dim=1)
+        widths = [width] * len(self._layers) + [POSITIONS]
+        *columns, positions = rows.split(widths, dim=1)
         # class and register tokens of every image
-        num_extra = len(items[0].rows) // items[0].count - items[0].patches
+        first = items[0]
+        tokens_per_image = len(first.rows) // first.count
+        num_extra = tokens_per_image - first.patches
         by_layer = {}
         for layer, bits in zip(self._layers, columns, strict=True):
             states = bits.contiguous().view(torch.float16).float()

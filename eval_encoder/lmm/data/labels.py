@@ -52,7 +52,8 @@ class Piece:
         start = len(self.text)
         stop = start + len(lead) + len(text)
         self.text += lead + text + eos
-        self.answers.append(Answer(start=start, stop=stop, end=stop + len(eos), text=text))
+        end = stop + len(eos)
+        self.answers.append(Answer(start=start, stop=stop, end=end, text=text))
 
 
 def assemble(
@@ -76,13 +77,15 @@ def assemble(
             f"{type(tokenizer).__name__} is a slow tokenizer without character offsets: load the "
             "fast one"
         )
-    if len(visual_tokens) != len(pieces) - 1 or min(visual_tokens, default=1) < 1:
+    fewest = min(visual_tokens, default=1)
+    if len(visual_tokens) != len(pieces) - 1 or fewest < 1:
         raise ValueError(
             f"visual_tokens is {list(visual_tokens)} for {len(pieces) - 1} placeholders: give a "
             "positive count for each"
         )
     added = tokenizer.added_tokens_decoder.items()
     special = {token for token, content in added if content.special}
+    # the image token may be an ordinary one; written in a text it would stand for a visual
     special |= {*tokenizer.all_special_ids, image_token_id}
     ids: list[int] = []
     if tokenizer.bos_token_id is not None:
@@ -91,7 +94,7 @@ def assemble(
     visuals_end = 0
     # no visual follows the last piece
     for piece, count in zip(pieces, [*visual_tokens, 0], strict=True):
-        piece_ids, piece_labels = _tokenise(piece, tokenizer, special)
+        piece_ids, piece_labels = _tokenise(piece, tokenizer=tokenizer, special=special)
         ids += piece_ids + [image_token_id] * count
         labels += piece_labels + [IGNORE_INDEX] * count
         if count:
@@ -120,7 +123,7 @@ def _tokenise(
         first, last = _tokens_of(answer, piece=piece, spans=spans)
         labels[first:last] = ids[first:last]
         text_end = last
-        if answer.end > answer.stop:
+        if answer.end > answer.stop:  # an EOS follows; it must be one token of its own
             text_end = last - 1
             is_eos = ids[text_end] == tokenizer.eos_token_id
             if not is_eos or spans[text_end] != (answer.stop, answer.end):

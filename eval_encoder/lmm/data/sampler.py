@@ -39,7 +39,7 @@ def modality_length_order(
     for number, is_of_kind in enumerate((lengths > 0, lengths < 0)):
         draw = counter_rng(seed, "modality length samples", epoch, number)
         indices = draw.permutation(np.flatnonzero(is_of_kind))
-        # the last mega-batch of a kind, full or not, goes into the mixed one
+        # the last mega-batch of a kind, full or not (hence minus one), goes into the mixed one
         mixed_from = max(0, len(indices) - 1) // size * size
         for start in range(0, mixed_from, size):
             piece = indices[start : start + size]
@@ -55,13 +55,14 @@ def modality_length_order(
 def _deal(indices: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[int]:
     """Indices of a full mega-batch, batch after batch: the longest sample that is left goes to the
     batch with the smallest sum that has room; the lower batch where sums are equal."""
-    batches: list[list[int]] = [[] for _ in range(len(indices) // batch_size)]
-    open_batches = [(0, number) for number in range(len(batches))]  # a heap: (sum, batch)
+    num_batches = len(indices) // batch_size
+    batches: list[list[int]] = [[] for _ in range(num_batches)]
+    open_batches = [(0, number) for number in range(num_batches)]  # a heap: (sum, batch)
     # stable, so that equal lengths keep their drawn order on every machine
     for longest in np.argsort(-lengths, kind="stable"):
         total, number = heapq.heappop(open_batches)
         batches[number].append(int(indices[longest]))
-        if len(batches[number]) < batch_size:
+        if len(batches[number]) < batch_size:  # a full batch does not come back to the heap
             heapq.heappush(open_batches, (total + int(lengths[longest]), number))
     return [index for batch in batches for index in batch]
 

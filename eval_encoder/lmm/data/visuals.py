@@ -47,6 +47,7 @@ from ...feature_cache import file_identity
 from .conversation import Visual
 
 ASPECTS = ("pad", "square")
+# --video_view -> the attentive probe's family that sees clips in this view
 VIEWS = {"frame": "llava_vit_sampling", "codec": "llava_vit_codec"}
 
 
@@ -68,7 +69,8 @@ class VisualConfig:
     def __post_init__(self) -> None:
         for name, known in (("aspect", ASPECTS), ("video_view", tuple(VIEWS))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: {' or '.join(known)}")
+                choices = " or ".join(known)
+                raise ValueError(f"{name} is {getattr(self, name)!r}: {choices}")
         if self.video_view == "codec" and not self.packs:
             raise ValueError("codec patches need an encoder of ours: --video_view frame")
 
@@ -84,6 +86,7 @@ class VisualConfig:
             camera="median",
             centre_prior=0.0,
             size=self.video_size,
+            # one plain look at every clip: the same path gives the same numbers
             temporal_crops=1,
             spatial_crops=1,
             train_views=1,
@@ -125,6 +128,7 @@ class VisualReader:
         path = visual.place(self.folder)
         if "#" in visual.path:
             return f"{visual.path} {file_identity(path / MANIFEST_NAME)}"
+        # sorted, since a folder is listed in any order
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         return " ".join(file_identity(file) for file in files)
 
@@ -140,14 +144,14 @@ class VisualReader:
             return self._patches(patches, positions)
         if path.is_dir():
             clip = read_mosaics(path)
-            # behind the valid ones stand repeats of the last patch, which fill the mosaics
+            # the valid ones are followed by repeats of the last patch, which fill the mosaics
             return self._patches(clip.patches[: clip.valid], clip.positions[: clip.valid])
         if visual.kind == "image" or is_image(path):
             return self.picture(shared_reader().picture(path, limits))
         view = view_of_file(
             path,
-            Look(0),
-            self.config.clips(),
+            look=Look(0),  # version 0: the middle of the segments, nothing drawn
+            config=self.config.clips(),
             size=self.config.video_size,
             patch_size=self.config.patch_size,
             limits=limits,
@@ -163,7 +167,8 @@ class VisualReader:
         image = Image.fromarray(picture)
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
         p = self.config.patch_size
-        grid = (1, pixels.shape[-2] // p, pixels.shape[-1] // p)
+        height, width = pixels.shape[-2:]
+        grid = (1, height // p, width // p)
         if not self.config.packs:
             return VisualItem((grid,), pictures=pixels)
         positions = compute_patch_positions_from_grid_thw(torch.tensor([grid]))
@@ -173,7 +178,12 @@ class VisualReader:
         view = replace(view, colour=self._colour())
         # labels and weights, which a pack for training has, are not used here
         zero = torch.zeros(1)
-        pack = pack_views([view], zero.long(), zero[None].long(), zero)
+        pack = pack_views(
+            [view],
+            sample_ids=zero.long(),
+            labels=zero[None].long(),
+            weights=zero,
+        )
         rows = pack.hidden_states()
         frames, height, width = view.grid
         if self.config.packs:
@@ -183,7 +193,8 @@ class VisualReader:
             return VisualItem((grid,), rows=rows, positions=view.positions)
         p = self.config.patch_size
         squares = rows.view(frames, height, width, 3, p, p)
-        images = squares.permute(0, 3, 1, 4, 2, 5).reshape(frames, 3, height * p, width * p)
+        channels_first = squares.permute(0, 3, 1, 4, 2, 5)  # [F, 3, h, p, w, p]
+        images = channels_first.reshape(frames, 3, height * p, width * p)
         return VisualItem(((1, height, width),) * frames, pictures=images)
 
     def _patches(self, patches: np.ndarray, positions: np.ndarray) -> VisualItem:
@@ -194,9 +205,11 @@ class VisualReader:
                 f"packed patches of {side} px need an encoder of ours with that patch size, not "
                 f"{self.config.patch_size}: pack again, or give the video file"
             )
-        channels_first = torch.from_numpy(np.ascontiguousarray(patches)).movedim(-1, 1)
+        channels_last = torch.from_numpy(np.ascontiguousarray(patches))
         view = View(
-            (channels_first,), torch.from_numpy(positions.astype(np.int64)), (1, 1, len(positions))
+            pieces=(channels_last.movedim(-1, 1),),
+            positions=torch.from_numpy(positions.astype(np.int64)),
+            grid=(1, 1, len(positions)),  # which `_clip` takes for patches that fill no grid
         )
         return self._clip(view)
 
@@ -204,6 +217,7 @@ class VisualReader:
         """Gain and offset [2, 3] that normalise bytes as the image processor does."""
         mean = torch.tensor(self.processor.image_mean, dtype=torch.float32)
         std = torch.tensor(self.processor.image_std, dtype=torch.float32)
+        # (byte / 255 - mean) / std as gain * byte + offset
         return torch.stack([1 / (255 * std), -mean / std])
 
 
@@ -250,7 +264,8 @@ def pad_to_square(picture: np.ndarray, mean: list[float]) -> np.ndarray:
 def _opened(folder: str) -> tuple[ShardReader, dict[str, int]]:
     """(reader, {key: index}) of a packed folder; a list names many clips of few folders."""
     manifest = load_manifest(folder)
-    keys = {manifest.locate(index)[1]["key"]: index for index in range(len(manifest))}
+    samples = (manifest.locate(index)[1] for index in range(len(manifest)))
+    keys = {sample["key"]: index for index, sample in enumerate(samples)}
     return ShardReader(manifest), keys
 
 
@@ -264,7 +279,8 @@ def _packed_clip(folder: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     if info.kind != "video":
         raise DataPipelineError(f"{folder}: {key!r} is a picture: give its file")
     member = "positions.npy"
-    positions = decode_array(reader.read(index, member), member, info.source)
+    positions = decode_array(reader.read(index, member), member=member, name=info.source)
     check_positions(positions, count=info.num_patches, grid=info.grid, name=info.source)
-    patches = decode_patches(info, reader.read(index, "tiles.jpg"), info.source)
+    mosaic = reader.read(index, "tiles.jpg")
+    patches = decode_patches(info, mosaic=mosaic, name=info.source)
     return patches, positions

@@ -2,7 +2,7 @@
 
 Attributes follow from the rank of an image or clip by arithmetic, so that any answer is right as
 often as any other; the order of a training medium's questions is drawn from (seed, index). The
-command is question_set.py, which says what the files hold.
+command is question_set.py, which describes the files.
 """
 
 import io
@@ -119,7 +119,8 @@ class Medium:
             return f"Is the shape {self.colour}?", "yes"
         # 1 to 5 further on, so never the colour that is shown
         step = 1 + turn % (len(names) - 1)
-        other = names[(names.index(self.colour) + step) % len(names)]
+        index = names.index(self.colour) + step
+        other = names[index % len(names)]
         return f"Is the shape {other}?", "no"
 
 
@@ -181,7 +182,8 @@ def _dialogue(seed: int, number: int) -> dict:
     categories = ASKED[medium.kind]
     order = counter_rng(seed, "lmm_demo_set", number).permutation(len(categories))
     rounds = [medium.ask(categories[index]) for index in order]
-    return {medium.kind: medium.path, "conversations": _turns(f"<{medium.kind}>\n", rounds)}
+    turns = _turns(f"<{medium.kind}>\n", rounds)
+    return {medium.kind: medium.path, "conversations": turns}
 
 
 def _two_images(seed: int, number: int) -> dict:
@@ -195,7 +197,7 @@ def _two_images(seed: int, number: int) -> dict:
     others = [medium for medium in media if medium.colour != asked.colour]
     pair = [asked, others[rng.integers(len(others))]]
     answer = "first"
-    if number % 2:
+    if number % 2:  # in turns, so that neither answer is the likelier one
         pair.reverse()
         answer = "second"
     question = f"Which picture shows the {asked.colour} shape, first or second?"
@@ -211,7 +213,8 @@ def _text_only(seed: int, number: int) -> dict:
         answer = OPPOSITES[word]
     else:
         # summands of at most four, since NUMBERS ends with eight
-        left, right = rng.integers(0, len(NUMBERS) // 2 + 1, 2).tolist()
+        largest = len(NUMBERS) // 2
+        left, right = rng.integers(0, largest + 1, 2).tolist()
         question = f"What is {NUMBERS[left]} plus {NUMBERS[right]}?"
         answer = NUMBERS[left + right]
     return {"conversations": _turns("", [(question, answer)])}
@@ -245,10 +248,12 @@ def render_image(medium: Medium, seed: int, size: int) -> np.ndarray:
     image = _render(medium, seed, size=size, frames=1)[0]
     is_shape = image.max(axis=2) > SHAPE_BRIGHTNESS
     # the mean of positions on a circle, since the shape may lie across the border
-    circle = np.exp(2j * np.pi / size * np.arange(size))
+    angles = 2j * np.pi / size * np.arange(size)
+    circle = np.exp(angles)
     shifts = []
     for axis in (0, 1):
-        centre = np.angle(is_shape.sum(axis=1 - axis) @ circle) * size / (2 * np.pi)
+        weights = is_shape.sum(axis=1 - axis)  # bright pixels of every row, or column
+        centre = np.angle(weights @ circle) * size / (2 * np.pi)
         shifts.append(size // 2 - round(float(centre)))
     return np.roll(image, shifts, axis=(0, 1))
 
@@ -272,7 +277,8 @@ def _write_medium(config: DemoSet, medium: Medium) -> None:
         write_clip(path, frames=_render(medium, config.seed, size=config.size, frames=64))
         return
     stream = io.BytesIO()
-    Image.fromarray(render_image(medium, config.seed, size=config.size)).save(stream, "PNG")
+    image = render_image(medium, config.seed, size=config.size)
+    Image.fromarray(image).save(stream, "PNG")
     write_atomically(path, stream.getvalue())
 
 
@@ -300,7 +306,8 @@ def write_demo_set(config: DemoSet) -> None:
     captions = [caption_sample(medium) for medium in train]
     tuning = tuning_samples(config.seed, config.num_train)
     for name, samples in (("align", captions), ("tune", tuning)):
-        write_atomically(config.output / f"{name}.json", json.dumps(samples, indent=1).encode())
+        text = json.dumps(samples, indent=1)
+        write_atomically(config.output / f"{name}.json", text.encode())
     _write_questions(config.output, questions)
 
 

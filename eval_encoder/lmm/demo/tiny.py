@@ -112,7 +112,11 @@ def write_convnext(output: Path, side: int = 128, seed: int = 0) -> None:
     from model_factory.model_folder import seal_folder
 
     torch.manual_seed(seed)
-    config = ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=[1, 1, 2, 1], image_size=side)
+    config = ConvNextConfig(
+        hidden_sizes=[32, 64, 128, 256],  # doubled from stage to stage, as in ConvNeXt
+        depths=[1, 1, 2, 1],
+        image_size=side,
+    )
     ConvNextModel(config).save_pretrained(output)
     (output / "preprocessor_config.json").write_text(image_processor_json(side))
     seal_folder(output)
@@ -130,6 +134,7 @@ def _write(args: argparse.Namespace) -> None:
     samples = [sample for path in args.lists for sample in read_samples(path)]
     args.output.mkdir(parents=True, exist_ok=True)  # transformers logs what is in the way, no more
     texts = [turn.text for sample in samples for turn in sample.turns]
+    # what the templates add to every conversation must not fall apart into single bytes
     texts += [f"{system} USER: ASSISTANT:" for system in TEMPLATES.values() if system]
     if args.convnext is not None:
         write_convnext(args.convnext, seed=args.seed)

@@ -51,7 +51,9 @@ class TextCrossTokens:
             x = args[0] if args else kwargs["hidden_states"]
             samples = torch.arange(len(x), device=x.device)
             first = self._first(x)
-            cross = x[samples, first].detach() + token.to(x.dtype)
+            # detached, so that no gradient of the cross token goes to the layers below
+            stopped = x[samples, first].detach()
+            cross = stopped + token.to(x.dtype)
             self.seen.append(cross)
             is_cross = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
             is_cross[samples, first] = True

@@ -177,14 +177,19 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
     @property
     def needed_layers(self) -> list[int]:
         """Absolute indices of all hidden states that the projector reads."""
-        return layers_of(self.projector, self.tower, self.config.vision_feature_layer)
+        return layers_of(
+            self.projector,
+            tower=self.tower,
+            select_layer=self.config.vision_feature_layer,
+        )
 
     def tokens_for(self, grid: Grid | None, patches: int) -> int:
         """Number of placeholders of an item: the tokens that the language model receives for it."""
         tower = self.tower
         if isinstance(tower, CrossGetTower):
-            return tower.tokens_of(grid, patches, self.config.vision_feature_layer)
-        return tokens_after(self.projector, grid, patches)
+            # reduction leaves no grid, so projectors here keep the number of tokens
+            return tower.tokens_of(grid, patches=patches, layer=self.config.vision_feature_layer)
+        return tokens_after(self.projector, grid=grid, tokens=patches)
 
     def encode(self, visuals: Visuals) -> dict[str, BaseModelOutputWithPooling]:
         """Tokens of every item [count, H], as transformers' `mm_encoder_outputs`."""
@@ -234,6 +239,7 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
         if out.loss is None:
             return out
         if unused is not None:
+            # zero, but part of the graph: its parameters get gradients, of zero
             out.loss = out.loss + 0 * unused.sum()
         if self.config.alignment_weight and states is not None and visuals is not None:
             share: torch.Tensor | float = 0.0
@@ -251,7 +257,7 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
             states = self.tower(visuals.inputs, self.needed_layers)
         else:
             states = self.tower.with_call(visuals.states.to(self.device, self.dtype))
-        tokens, counts = project(self.projector, states, self.needed_layers[-1])
+        tokens, counts = project(self.projector, states=states, layer=self.needed_layers[-1])
         items = list(tokens.split(counts))
         return {"image": BaseModelOutputWithPooling(pooler_output=items)}, states
 
@@ -260,7 +266,9 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> torch.Tensor:
         """The weighted alignment loss of cross tokens; the projector does not learn from it."""
         learning = [p for p in self.projector.parameters() if p.requires_grad]
-        for parameter in learning:  # autograd looks at this when the operation runs
+        # autograd looks at this when the operation runs; under no_grad the tower's cross tokens
+        # would not learn either
+        for parameter in learning:
             parameter.requires_grad_(False)
         cross = cast(torch.Tensor, states.cross)  # a tower with CrossGET gives them
         image_tokens = self.projector(cross)
@@ -268,7 +276,9 @@ class LmmForConditionalGeneration(LlavaForConditionalGeneration):
             parameter.requires_grad_(True)
         text_tokens = torch.stack(list(text))[:, samples.to(cross.device)]
         loss = alignment_loss(
-            image_tokens.float(), text_tokens.float(), self.config.alignment_direction
+            image_tokens.float(),
+            text_tokens=text_tokens.float(),
+            direction=self.config.alignment_direction,
         )
         return self.config.alignment_weight * loss
 
@@ -313,13 +323,13 @@ def _projector(config: LmmConfig, tower: VisionTower) -> nn.Module:
             f"{width}: choose linear or mlp2x_gelu"
         )
     if config.projector_type != "vitsplit":
-        return build_projector(config.projector_type, tower.width, width)
+        return build_projector(config.projector_type, width=tower.width, output_width=width)
     split = ViTSplitConfig(
-        tower.width,
-        width,
-        tuple(config.frozen_layers),
-        config.tuned_layers,
-        config.keep_extra_tokens,
+        tower_width=tower.width,
+        output_width=width,
+        frozen_layers=tuple(config.frozen_layers),
+        tuned_layers=config.tuned_layers,
+        keep_extra_tokens=config.keep_extra_tokens,
     )
     return ViTSplit(split, tower.blocks)
 
@@ -331,7 +341,7 @@ def _reduced(config: LmmConfig, tower: VisionTower) -> VisionTower:
     masked = fields.pop("mask_cross_token", False)
     r = fields.pop("r", 13)  # as published for LLaVA-1.5
     reduction = ReductionConfig(r if isinstance(r, int) else tuple(r), **fields)
-    return CrossGetTower(tower, reduction, masked)
+    return CrossGetTower(tower, config=reduction, mask_cross_token=masked)
 
 
 def add_lora(language_model: nn.Module, lora: dict | None) -> None:
@@ -340,6 +350,7 @@ def add_lora(language_model: nn.Module, lora: dict | None) -> None:
         return
     from peft import LoraConfig, inject_adapter_in_model
 
+    # last parts of names, by which peft looks modules up in every block
     linears = {
         name.rpartition(".")[2]
         for name, module in language_model.named_modules()

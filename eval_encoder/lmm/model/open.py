@@ -87,7 +87,8 @@ def open_tower(
         family = location.families[0]
         model = load_image_encoder(family, folder=location.path, dtype=dtype).model
     else:
-        encoder = open_encoder(location, read_run=lambda run: read_encoder(run)[0]).to(dtype)
+        encoder = open_encoder(location, read_run=lambda run: read_encoder(run)[0])
+        encoder = encoder.to(dtype)
         size = encoder.config.image_size
         processor = CLIPImageProcessor.from_dict(json.loads(image_processor_json(size)))
         return LlavaViTVisionModel.from_encoder(encoder).eval(), processor
@@ -163,6 +164,8 @@ def open_lmm(
         return _with_projector(folder, dtype)
     config = LmmConfig.from_pretrained(folder, **LOCAL)
     changes = dict(changes or {})
+    # LoRA's additions are in no file yet, so they are put in after the weights have been read; a
+    # model that has them already is built with them
     lora = changes.pop("lora", None) if config.lora is None else None
     for name, value in changes.items():
         setattr(config, name, value)
@@ -193,6 +196,7 @@ def open_lmm(
 def write_parts(folder: Path, arguments: LmmArguments) -> None:
     """Write parts.json: the folders of a projector's frozen parts."""
     assert arguments.vision_tower is not None, "a model with parts was made from a tower's folder"
+    # absolute, since the folder may be opened from another working directory
     parts = {
         "model_name_or_path": str(Path(arguments.model_name_or_path).resolve()),
         "vision_tower": str(Path(arguments.vision_tower).resolve()),
@@ -209,6 +213,7 @@ def _check_whole(arguments: LmmArguments, lmm: Lmm) -> None:
         "mm_frozen_select_layer": config.frozen_layers,
         "mm_tuned_layers_num": config.tuned_layers,
         "keep_extra_tokens": config.keep_extra_tokens,
+        # quantising, and adding a stage, are done to parts alone
         "bits": 16,
         "vision_add_five_stage": 0,
         "vision_tower": None,
@@ -260,8 +265,10 @@ def _from_parts(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> Lm
         raise ValueError("--vision_tower is missing: name a run, an export or a vision model")
     tokenizer = open_tokenizer(folder)
     language_model = _language_model(arguments, folder=folder, dtype=dtype)
+    # a vocabulary that is padded already may have a row for the image token
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
-        grow_vocabulary(language_model, -(-len(tokenizer) // VOCABULARY_STEP) * VOCABULARY_STEP)
+        steps = -(-len(tokenizer) // VOCABULARY_STEP)  # rounded up
+        grow_vocabulary(language_model, steps * VOCABULARY_STEP)
     tower, processor = open_tower(arguments.vision_tower, dtype)
     if arguments.vision_add_five_stage and isinstance(tower, ConvNextModel):
         tower = grow_stage(
@@ -285,11 +292,14 @@ def _from_parts(arguments: LmmArguments, folder: Path, dtype: torch.dtype) -> Lm
         text_config=language_model.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         vision_feature_layer=(arguments.mm_vision_select_layer or [-1])[0],
+        # our projectors take class and register tokens off; transformers must not again
         vision_feature_select_strategy="full",
         **fields,
     )
-    model = LmmForConditionalGeneration.from_parts(config, tower, language_model)
-    return Lmm(model, tokenizer, processor, has_parts=True)
+    model = LmmForConditionalGeneration.from_parts(
+        config, tower=tower, language_model=language_model
+    )
+    return Lmm(model, tokenizer=tokenizer, image_processor=processor, has_parts=True)
 
 
 def grow_vocabulary(language_model: PreTrainedModel, rows: int) -> None:
@@ -324,6 +334,7 @@ def read_language_model(folder: Path, dtype: torch.dtype, **options: Any) -> Pre
     check_model_folder(folder, allows_pickles=True)
     for path in pickled_weights(folder):
         try:  # transformers would unpickle it without a check
+            # on the meta device, a check takes no memory for the weights
             read_tensors(path, device="meta")
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
@@ -341,10 +352,13 @@ def _with_projector(folder: Path, dtype: torch.dtype) -> Lmm:
     config = LmmConfig.from_pretrained(folder, **LOCAL)
     language_model = read_language_model(Path(parts["model_name_or_path"]), dtype)
     rows = config.text_config.vocab_size
+    # the language model's folder is as it was before stage 1 added the image token
     if rows != language_model.get_input_embeddings().num_embeddings:
         grow_vocabulary(language_model, rows)
     tower, _ = open_tower(parts["vision_tower"], dtype)
-    model = LmmForConditionalGeneration.from_parts(config, tower, language_model)
+    model = LmmForConditionalGeneration.from_parts(
+        config, tower=tower, language_model=language_model
+    )
     load_projector(model, folder / PROJECTOR_FILE)
     processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
     return Lmm(model.eval(), tokenizer=open_tokenizer(folder), image_processor=processor)

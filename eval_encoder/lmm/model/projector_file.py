@@ -38,6 +38,7 @@ def save_projector(
     }
     folder.mkdir(parents=True, exist_ok=True)
     stream = io.BytesIO()
+    # LLaVA's own format; `load_projector` reads it as tensors only
     torch.save(projector, stream)
     write_atomically(folder / PROJECTOR_FILE, stream.getvalue())
     model.config.save_pretrained(folder)
@@ -60,7 +61,7 @@ def load_projector(model: LmmForConditionalGeneration, path: Path) -> None:
     projector = {}
     for name, tensor in tensors.items():
         _, found, rest = name.partition("mm_projector.")
-        if found:
+        if found:  # a file of LLaVA may hold other tensors beside the projector's
             projector[rest] = tensor
     try:
         model.projector.load_state_dict(projector, strict=True)

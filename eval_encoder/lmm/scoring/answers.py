@@ -78,14 +78,17 @@ def normalise_answer(text: str) -> str:
     of its own; zero to ten and none as digits; a left-out apostrophe put back. Other punctuation
     becomes a space, or nothing where the same sign stands beside a space anywhere in the answer.
     """
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    text = text.lower().replace(",", "").replace("?", "")
+    text = text.replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
     bare = text
     for sign in PUNCTUATION:
         # looked up in `text`: signs that were replaced before must not change the rule for others
         beside_space = f"{sign} " in text or f" {sign}" in text
         bare = bare.replace(sign, "" if beside_space else " ")
-    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", bare).split()]
+    # a period in front of a digit belongs to a number
+    without_periods = re.sub(r"\.(?!\d)", "", bare)
+    words = [NUMBERS.get(word, word) for word in without_periods.split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
@@ -118,7 +121,8 @@ class Answers:
             "doubled (answered more often than asked)": [key for key in more if key in questions],
             "foreign (answered, not asked)": [key for key in more if key not in questions],
         }
-        listed = [f"{len(keys)} {name}: {_some(keys)}" for name, keys in problems.items() if keys]
+        found = {name: keys for name, keys in problems.items() if keys}
+        listed = [f"{len(keys)} {name}: {_some(keys)}" for name, keys in found.items()]
         if listed:
             raise ValueError(
                 f"{self.path} does not answer each of {len(asked)} questions once. Ids "
@@ -155,7 +159,9 @@ def read_annotation_list(path: Path, key: str, fields: Fields) -> list[dict]:
     """Objects of the list that stands under `key` in an official JSON file; ValueError for one
     that lacks one of the fields."""
     rows = read_annotations(path, {key: list})[key]
-    return [checked(row, fields, name=f"{path} {key}[{index}]") for index, row in enumerate(rows)]
+    for index, row in enumerate(rows):
+        checked(row, fields, name=f"{path} {key}[{index}]")
+    return rows
 
 
 def checked(row: object, fields: Fields, name: str) -> dict:
@@ -212,7 +218,10 @@ def write_normalised(
 
 def write_mmvet(answers: Answers, questions: Path, output: Path) -> None:
     """{"v1_ID": text}"""
-    texts = {f"v1_{question_id(q)}": answer["text"] for q, answer in _paired(answers, questions)}
+    texts = {
+        f"v1_{question_id(question)}": answer["text"]
+        for question, answer in _paired(answers, questions)
+    }
     write_atomically(output, json.dumps(texts, indent=2).encode())
 
 
@@ -221,7 +230,8 @@ def write_llavabench(answers: Answers, questions: Path, output: Path) -> None:
     lines = []
     for _, answer in _paired(answers, questions):
         checked(answer, JUDGED, name=f"{answers.path} id {question_id(answer)}")
-        lines.append(json.dumps({field: answer[field] for field in JUDGED}) + "\n")
+        fields = {field: answer[field] for field in JUDGED}
+        lines.append(json.dumps(fields) + "\n")
     write_atomically(output, "".join(lines).encode())
 
 
@@ -261,7 +271,8 @@ def _read_mmbench(path: Path) -> dict[str, dict]:
                 raise ValueError(
                     f"{path} line {table.line_num}: not {len(columns)} cells as above it"
                 )
-            rows.append({name: cell for name, cell in row.items() if name != "image"})
+            row.pop("image", None)
+            rows.append(row)
     return by_id(rows, path, field="index")
 
 

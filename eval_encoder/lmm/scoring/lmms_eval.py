@@ -62,7 +62,7 @@ _ABSENT: ImportError | None = None
 try:
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    lmms = object
+    lmms = object  # a base for the class below, so that the module imports without the library
     _ABSENT = error
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("univit")
 MODEL_NAME = "univit_lmm"
+# generation_kwargs that have an effect
 ARGUMENTS = ("max_new_tokens", "temperature", "do_sample", "top_p", "num_beams", "until")
 
 
@@ -96,9 +97,10 @@ class Asked:
 
 def decoding_of(arguments: dict, default: Decoding) -> Decoding:
     """Of generation_kwargs, where None stands for what is not given; `default` for the rest. Greedy
-    unless do_sample or a temperature says otherwise."""
+    unless do_sample or a temperature asks for draws."""
     given = {name: value for name, value in arguments.items() if value is not None}
-    fields = {n: given[n] for n in ("max_new_tokens", "top_p", "num_beams") if n in given}
+    names = ("max_new_tokens", "top_p", "num_beams")
+    fields = {name: given[name] for name in names if name in given}
     is_drawn = given.get("do_sample", given.get("temperature", 0) > 0)
     # 1 is transformers' own default where do_sample alone is given
     temperature = given.get("temperature", 1.0) if is_drawn else 0.0
@@ -114,7 +116,7 @@ def stop_strings(arguments: dict) -> tuple[str, ...]:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """What stands before the first of the stop strings, without space at its end."""
+    """The text before the first of the stop strings, without space at its end."""
     for stop in stops:
         text = text.partition(stop)[0]
     return text.rstrip()
@@ -129,21 +131,24 @@ def answer_until(
 ) -> list[str]:
     """One text for each, in order; those of equal generation_kwargs share batches. Logs what of
     these has no effect. `quiet`: no progress bar."""
-    unknown = sorted({name for given in arguments for name in given} - set(ARGUMENTS))
+    names = {name for given in arguments for name in given}
+    unknown = sorted(names - set(ARGUMENTS))
     if unknown:
         LOG.warning("generation_kwargs %s: no effect on %s", ", ".join(unknown), MODEL_NAME)
+    # generate takes one decoding for a batch
     groups: dict[tuple[Decoding, tuple[str, ...]], list[int]] = {}
     for index, given in enumerate(arguments):
         group = (decoding_of(given, speaker.decoding), stop_strings(given))
         groups.setdefault(group, []).append(index)
-    texts = [""] * len(asked)
+    texts = [""] * len(asked)  # filled by index, since groups change the order
     with tqdm(total=len(asked), desc="answers", disable=quiet) as bar:
         for (decoding, stops), indices in groups.items():
             for batch in _batches(indices, batch_size):
                 # another seed for every batch: lmms-eval repeats a request to draw several answers
                 decoding_of_batch = replace(decoding, seed=decoding.seed + batch[0])
                 batch_speaker = replace(speaker, decoding=decoding_of_batch)
-                answers = batch_speaker.answer([asked[index].request(speaker) for index in batch])
+                requests = [asked[index].request(speaker) for index in batch]
+                answers = batch_speaker.answer(requests)
                 for index, answer in zip(batch, answers, strict=True):
                     texts[index] = cut(answer, stops)
                 bar.update(len(batch))
@@ -187,7 +192,9 @@ class UnivitLmm(lmms):
         """device: by default a GPU where there is one. Raises ImportError without lmms-eval."""
         _require()
         super().__init__()
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not device:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
         self.batch_size = int(batch_size)
         self.speaker = open_speaker(
             pretrained,
@@ -264,6 +271,7 @@ def _run_lmms_eval() -> None:
         raise MissingLibrary(str(error)) from error
     from lmms_eval.models import MODEL_REGISTRY_V2
 
+    # in this process, so that the command line below finds the model among its own
     MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
     runpy.run_module("lmms_eval", run_name="__main__", alter_sys=True)
 
@@ -276,7 +284,8 @@ def _require() -> None:
 
 
 def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (indices[start : start + size] for start in range(0, len(indices), size))
+    starts = range(0, len(indices), size)
+    return (indices[start : start + size] for start in starts)
 
 
 def _read(speaker: Speaker, visual: object) -> tuple[Literal["image", "video"], VisualItem]:
@@ -299,7 +308,8 @@ def _pixels(picture: object) -> np.ndarray:
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         raise ValueError(f"a picture with {picture.mode} pixels: convert it to 8 bit")
     paper = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(paper, picture.convert("RGBA")).convert("RGB"))
+    composed = Image.alpha_composite(paper, picture.convert("RGBA"))
+    return np.asarray(composed.convert("RGB"))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def score(benchmark: str, answers: Path, annotations: Path, confidence: bool = F
 
 def says_yes(text: str) -> bool:
     """POPE's reading: no if the first sentence holds the word `no` or `not`, else yes."""
-    words = re.findall(r"[a-z']+", text.partition(".")[0].lower())
+    sentence = text.partition(".")[0]
+    words = re.findall(r"[a-z']+", sentence.lower())
     return not {"no", "not"} & set(words)
 
 
@@ -116,7 +117,9 @@ def evaluate_pope(answers: Answers, annotations: Path) -> Outcomes:
             labels[f"{name}/{number}"] = row["label"] == "yes"
     outcomes: Outcomes = {name: [] for name in POPE_FILES}
     for key, answer in zip(labels, answers.pair(list(labels)), strict=True):
-        outcomes[key.partition("/")[0]].append((says_yes(answer["text"]), labels[key]))
+        name = key.partition("/")[0]
+        is_yes = says_yes(answer["text"])
+        outcomes[name].append((is_yes, labels[key]))
     return outcomes
 
 
@@ -135,7 +138,8 @@ def summarise_pope(outcomes: Outcomes) -> Figures:
             f"{name}_f1": 200 * hits / max(1, answered + positive),
             f"{name}_yes": 100 * answered / len(pairs),
         }
-    return {"f1": fmean(files[f"{name}_f1"] for name in outcomes)} | files
+    f1 = fmean(files[f"{name}_f1"] for name in outcomes)
+    return {"f1": f1} | files
 
 
 def evaluate_gqa(answers: Answers, annotations: Path) -> Outcomes:
@@ -145,7 +149,8 @@ def evaluate_gqa(answers: Answers, annotations: Path) -> Outcomes:
     for number, answer in zip(questions, answers.pair(list(questions)), strict=True):
         name = f"{annotations} id {number}"
         question = checked(questions[number], fields={"answer": str}, name=name)
-        rights.append(answer["text"].strip().lower().rstrip(".") == question["answer"])
+        text = answer["text"].strip().lower()
+        rights.append(text.rstrip(".") == question["answer"])
     return {"all": rights}
 
 
@@ -153,7 +158,8 @@ def option_letter(text: str) -> str | None:
     """The option that ScienceQA's rule reads: `B`, `B. anything`, or one `The answer is B.`
     somewhere; None for all else."""
     text = text.strip()
-    if text and text[0] in OPTIONS and text[1:3] in ("", ". "):
+    begins_with_option = bool(text) and text[0] in OPTIONS
+    if begins_with_option and text[1:3] in ("", ". "):
         return text[0]
     stated = re.findall(r"The answer is ([A-Z])\.", text)
     return stated[0] if len(stated) == 1 else None
@@ -173,7 +179,8 @@ def evaluate_sqa(answers: Answers, annotations: Path) -> Outcomes:
         )
         # -1, which is never right, for an answer without an option
         option = OPTIONS.find(option_letter(answer["text"]) or "none")
-        outcomes["image" if problem["image"] else "text"].append(option == problem["answer"])
+        group = "image" if problem["image"] else "text"
+        outcomes[group].append(option == problem["answer"])
     return outcomes
 
 
@@ -188,7 +195,9 @@ def soft_accuracy(answer: str, references: list[str]) -> float:
     answer = normalise_answer(answer)
     agreeing = [normalise_answer(reference) == answer for reference in references]
     total = sum(agreeing)
-    return sum(min(1.0, (total - own) / 3) for own in agreeing) / len(agreeing)
+    # without each annotator in turn: one who agrees is missing among the agreeing
+    scores = [min(1.0, (total - own) / 3) for own in agreeing]
+    return sum(scores) / len(agreeing)
 
 
 def evaluate_textvqa(answers: Answers, annotations: Path) -> Outcomes:
@@ -205,7 +214,8 @@ def evaluate_textvqa(answers: Answers, annotations: Path) -> Outcomes:
         key_of=lambda answer: (question_id(answer), _first_line(answer["prompt"])),
     )
     pairs = zip(paired, rows, strict=True)
-    return {"all": [soft_accuracy(answer["text"], row["answers"]) for answer, row in pairs]}
+    accuracies = [soft_accuracy(answer["text"], row["answers"]) for answer, row in pairs]
+    return {"all": accuracies}
 
 
 def summarise_accuracy(outcomes: Outcomes) -> Figures:
@@ -272,7 +282,8 @@ def summarise_mme(outcomes: Outcomes) -> Figures:
         tasks[f"{task}_accuracy_plus"] = _percent(map(all, pairs))
 
     def points(names: tuple[str, ...]) -> float:
-        return sum(tasks[f"{task}_accuracy"] + tasks[f"{task}_accuracy_plus"] for task in names)
+        sums = [tasks[f"{task}_accuracy"] + tasks[f"{task}_accuracy_plus"] for task in names]
+        return sum(sums)
 
     return {"perception": points(PERCEPTION), "cognition": points(COGNITION), **tasks}
 
@@ -289,7 +300,9 @@ def _mme_rows(annotations: Path, task: str) -> Iterator[tuple[tuple[str, str, st
             label = cells[-1].strip().lower()
             if len(cells) != 3 or label not in ("yes", "no"):
                 raise ValueError(f"{path} line {number}: {line!r} is no image, question, Yes/No")
-            key = _mme_key({"question_id": f"{task}/{cells[0]}", "prompt": cells[1]})
+            # as a row of answers, so that both sides have their key by one rule
+            image, question = cells[:2]
+            key = _mme_key({"question_id": f"{task}/{image}", "prompt": question})
             yield key, label == "yes"
 
 
@@ -304,7 +317,8 @@ def _mme_key(row: dict) -> tuple[str, str, str]:
 def _first_line(prompt: str) -> str:
     """A question as it is compared: the first line, lower case, single spaces."""
     # further lines hold instructions and OCR tokens, which are the prompt's and no annotation's
-    return " ".join(prompt.strip().partition("\n")[0].lower().split())
+    first = prompt.strip().partition("\n")[0]
+    return " ".join(first.lower().split())
 
 
 def _percent(values: Iterable[float]) -> float:
@@ -387,7 +401,8 @@ def _score(args: argparse.Namespace) -> None:
     print(format_table(result))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.output, f"{json.dumps(asdict(result), indent=2)}\n".encode())
+        text = json.dumps(asdict(result), indent=2)
+        write_atomically(args.output, f"{text}\n".encode())
 
 
 if __name__ == "__main__":

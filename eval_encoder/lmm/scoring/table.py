@@ -76,9 +76,10 @@ def rows_of(models: dict[str, Path], labels: Path, seconds: dict[str, float]) ->
         accuracy = demo_accuracy(folder / "answers.jsonl", labels)
         overall = accuracy.pop("overall")
         share = overall / 100
-        half_width = normal_half_width(
-            deviation=math.sqrt(share * (1 - share)), count=len(read_lines(labels, QUESTION))
-        )
+        # the standard deviation of what is right or wrong, a share of it right
+        deviation = math.sqrt(share * (1 - share))
+        count = len(read_lines(labels, QUESTION))
+        half_width = normal_half_width(deviation, count=count)
         rows.append(
             {
                 "model": name,

@@ -35,7 +35,13 @@ READ = {
 READ_BELOW = ("/assets/", "/static/", "/svelte/", f"{API}/heartbeat/")
 FILE = f"{API}/file="
 UPLOAD = f"{API}/upload"
-WRITTEN = {UPLOAD, f"{API}/queue/join", f"{API}/run/predict", f"{API}/cancel", f"{API}/reset"}
+WRITTEN = {
+    UPLOAD,
+    f"{API}/queue/join",
+    f"{API}/run/predict",
+    f"{API}/cancel",
+    f"{API}/reset",
+}
 NAMES = ("127.0.0.1", "localhost")  # a tunnel may give the page another port, and no other name
 LARGEST_BODY = 1 << 20  # bytes of JSON: a question and two numbers need a few thousand
 ENVELOPE = 1 << 16  # bytes of an upload's body around its file
@@ -109,7 +115,8 @@ class Gate:
         if int(stated) > limit:
             raise Refused(413, f"{stated} bytes exceed the maximum allowed size of {limit}")
         if path == UPLOAD:
-            stored = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+            files = [file for file in self.folder.rglob("*") if file.is_file()]
+            stored = sum(file.stat().st_size for file in files)
             if stored + int(stated) > self.max_stored:
                 raise Refused(507, "too many uploads are kept here: try again in an hour")
 
@@ -120,7 +127,8 @@ class Gate:
             named = list(_paths(json.loads(body)))
         except (ValueError, RecursionError):
             raise Refused(400, "this is no JSON") from None
-        if not all(isinstance(path, str) and self._is_upload(path) for path in named):
+        are_uploads = (isinstance(path, str) and self._is_upload(path) for path in named)
+        if not all(are_uploads):
             raise Refused(403, "a file that was not uploaded here")
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -148,7 +156,8 @@ def _check_host(headers: dict[str, str]) -> None:
         name = None
     if name not in NAMES:
         raise Refused(421, f"this page is at {NAMES[0]} alone")
-    if headers.get("origin", f"http://{host}") != f"http://{host}":
+    own_origin = f"http://{host}"
+    if headers.get("origin", own_origin) != own_origin:
         raise Refused(403, "only the page itself may ask")
 
 
@@ -162,7 +171,7 @@ async def _whole_body(receive: Receive) -> bytes:
 
 
 def _paths(value: object) -> Iterator[object]:
-    """What stands under the key `path`, at any depth: how gradio names files."""
+    """Values of the key `path`, at any depth: how gradio names files."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key == "path" and inner is not None:
@@ -174,7 +183,7 @@ def _paths(value: object) -> Iterator[object]:
 
 
 def _with_policy(send: Send) -> Send:
-    """A `send` that adds POLICY to every answer: the browser loads nothing from other places."""
+    """A `send` that adds POLICY to every answer: the browser loads nothing from other hosts."""
 
     async def with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":

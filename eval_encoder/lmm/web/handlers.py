@@ -34,7 +34,7 @@ MAX_SESSIONS = 64  # visitors whose dialogues are remembered, some 10 MB each wi
 LONGEST_QUESTION = 16_384
 HALT_S = 5.0  # that Stop waits for an answer to end, which takes a block of the model's layers
 POLL_S = 0.3  # between two texts: seldom enough to cost nothing, often enough to read along
-NOT_SEEN = ("container", "no_video")  # reasons of RejectedInput for what is no clip at all
+NOT_SEEN = ("container", "no_video")  # reasons of RejectedInput for files that are not clips
 
 Messages = list[dict[str, object]]
 
@@ -65,7 +65,7 @@ def read_upload(speaker: "Speaker", path: Path) -> "VisualItem":
 
     limits = InputLimits(max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
-        # readers go by names too; this one says nothing
+        # readers go by names too; this one gives nothing away
         plain = Path(folder, "upload")
         plain.symlink_to(path)
         try:
@@ -176,7 +176,7 @@ class Handlers:
     ) -> Iterator[tuple[str, Dialogue, Messages]]:
         """(question, dialogue, messages), again and again while the answer grows.
 
-        The question comes back where nothing was said; what was said of a stopped answer stays.
+        The question comes back where no word was answered; the words of a stopped answer stay.
         gradio closes this generator when the visitor leaves.
         """
         question = question.strip()

@@ -108,7 +108,7 @@ def _draw(decoding: "Decoding") -> Parts:
     with gradio.Row():
         with gradio.Column(scale=2, min_width=280):
             upload = gradio.File(label="Picture or clip", height=170, elem_id="upload")
-            # set as the flags say, within the ends of the controls
+            # the flags' values, within the ends of the controls
             temperature = gradio.Slider(
                 minimum=0,
                 maximum=MAX_TEMPERATURE,
@@ -238,7 +238,7 @@ def _open(args: argparse.Namespace) -> None:
 def launch(page: Any, options: dict[str, Any], port: int, folder: Path) -> None:
     """Serve a page of build_page behind the gate, in threads of its own; `folder`: the
     GRADIO_TEMP_DIR that it was built with."""
-    from starlette.middleware import Middleware  # gradio stands on it
+    from starlette.middleware import Middleware  # gradio is built on it
 
     gate = Middleware(Gate, folder=folder, max_upload=MAX_BYTES, max_stored=MAX_STORED)
     page.launch(
