@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     def folder_command(name: str, help_text: str, run: Run) -> argparse.ArgumentParser:
-        sub = command(name, help_text, run)
+        sub = command(name, help_text=help_text, run=run)
         sub.add_argument("directory", type=Path)
         return sub
 
@@ -67,6 +67,7 @@ def _add_making(command: AddCommand) -> None:
     sub = command(
         "motion-shapes", "write labelled clips whose class is the motion", commands.motion_shapes
     )
+    # output_path: a URL would become a folder of that name in the working directory
     sub.add_argument("directory", type=output_path)
     sub.add_argument("--num-train", type=int, default=1200, help="clips to train on")
     sub.add_argument("--num-val", type=int, default=240, help="clips to validate on")

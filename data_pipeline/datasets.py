@@ -106,9 +106,14 @@ def forget_other_clusters(dataset: Dataset, encoder: Path, output: Path) -> bool
     from .clustering.pipeline import FEATURES_NAME
 
     config = FeatureConfig(str(encoder))
-    origin = origin_of(dataset.manifest, config, config.weights_sha256())
+    origin = origin_of(
+        dataset.manifest,
+        config=config,
+        weights_sha256=config.weights_sha256(),
+    )
     if is_of(output / FEATURES_NAME, origin):
         return False
+    # all of it: centroids and labels beside the features are of the same weights
     shutil.rmtree(output)
     return True
 
@@ -205,7 +210,7 @@ def prepare_embedded(
     from .shards.pack import PackConfig, pack
     from .shards.sample_builder import SampleConfig
 
-    write_motion_shapes(directory, num_train, num_val)
+    write_motion_shapes(directory, num_train=num_train, num_val=num_val)
     sample = SampleConfig(size=112, gop=64, budget=98, num_full_frames=8)
     config = PackConfig(sample, samples_per_shard=200)
     for split in ("train", "val"):

@@ -46,7 +46,8 @@ LEFT_OUT = {
 
 def is_hidden(name: str) -> bool:
     """Whether a path relative to the user's folder has a hidden or a system part."""
-    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in name.split("/"))
+    parts = name.split("/")
+    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in parts)
 
 
 def files_below(

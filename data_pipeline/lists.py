@@ -142,7 +142,8 @@ def read_labelled_csv(path: Path, exists: Callable[[str], bool]) -> list[Labelle
                 "separated by spaces; a path with a comma in quotes)"
             )
         # "target" may be a class, but the name of a column has no ending.
-        if not rows and cells[1].lower() in HEADERS and not Path(cells[0]).suffix:
+        names_columns = cells[1].lower() in HEADERS and not Path(cells[0]).suffix
+        if not rows and names_columns:
             raise DataPipelineError(
                 f"{row.place}: {_shown(row.cells)} is a header: remove that line"
             )

@@ -60,7 +60,8 @@ def counter_normal(rows: torch.Tensor, width: int, seed: int, purpose: str) -> t
         ids = piece[:, None] * width + columns
         # log1p of the negative: uniform numbers reach 0, never 1
         radius = (-2 * torch.log1p(-counter_uniform(ids, seed, purpose, 0))).sqrt()
-        normal.append(radius * torch.cos(2 * math.pi * counter_uniform(ids, seed, purpose, 1)))
+        angle = 2 * math.pi * counter_uniform(ids, seed, purpose, 1)
+        normal.append(radius * torch.cos(angle))
     return torch.cat(normal)
 
 

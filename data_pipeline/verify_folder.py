@@ -166,7 +166,7 @@ def _check_progress(folder: _Folder) -> str:
     saved = progress.read_progress(folder.directory)
     for name in saved["files"]:
         folder.known.add(name)
-        if progress.read_saved(folder.directory, saved, name) is None:
+        if progress.read_saved(folder.directory, state=saved, name=name) is None:
             folder.findings.problems.append(
                 f"{folder.prefix}{name}: not what its record says; the clustering computes it again"
             )

@@ -58,7 +58,7 @@ def extract(
         )
     if not 0 <= task_id < num_tasks:
         raise ValueError(f"--task-id {task_id} must be 0 to {num_tasks - 1} with {num_tasks} tasks")
-    origin = origin_of(manifest, config, config.weights_sha256())
+    origin = origin_of(manifest, config=config, weights_sha256=config.weights_sha256())
     folder.mkdir(parents=True, exist_ok=True)
     if not is_of(folder, origin):
         raise DataPipelineError(
@@ -70,14 +70,17 @@ def extract(
     done = _Done(folder, origin, report)
     own = range(task_id, len(manifest.shards), num_tasks)
     todo = [i for i in own if done.lacks(manifest.shards[i])]
-    if todo:
+    if todo:  # an encoder takes seconds to load, and is not needed where all is there
         rows_of = source_of(manifest, config)
         for i in tqdm(todo, desc="features", unit="shard", disable=None):
-            ids = range(int(manifest.starts[i]), int(manifest.starts[i + 1]))
+            first = int(manifest.starts[i])
+            end = int(manifest.starts[i + 1])
+            ids = range(first, end)
             rows = rows_of(ids)
             _check_finite(rows, manifest=manifest, ids=ids)
-            with writing_into(folder):
+            with writing_into(folder):  # names the folder if it was removed meanwhile
                 done.add(manifest.shards[i], rows)
+    # looked for once more, since other tasks have gone on meanwhile
     missing = [shard["name"] for shard in manifest.shards if done.lacks(shard)]
     if missing:
         report(f"{len(missing)} shards are still to be done by other tasks, {missing[0]} first")

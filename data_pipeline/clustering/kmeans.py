@@ -82,7 +82,7 @@ def spherical_kmeans(
     Raises DataPipelineError, before any work, for more centroids than different features, for NaN
     or infinite features and for initial centroids of another shape.
     """
-    check_features(features, num_centroids, initial)
+    check_features(features, num_centroids=num_centroids, initial=initial)
     features = np.ascontiguousarray(features, np.float32)
     pointing = features.any(axis=1)
     report = Report(zero_vectors=int((~pointing).sum()))
@@ -103,7 +103,8 @@ def spherical_kmeans(
         initial=initial,
         save=progress.save,
     )
-    return _repair(features, centroids, report), report
+    centroids = _repair(features, centroids=centroids, report=report)
+    return centroids, report
 
 
 def check_features(
@@ -120,6 +121,7 @@ def check_features(
             f"--num-centroids is {num_centroids}, must be 1 to {len(features)}, the number of "
             "samples"
         )
+    # a row as one value of so many bytes, which np.unique compares as a whole
     rows = np.ascontiguousarray(features).view(f"V{features[0].nbytes}")
     # zeros are one row among the different ones, and no direction
     has_zeros = not features.any(axis=1).all()
@@ -185,8 +187,10 @@ class _TwoLevels:
         """All fine centroids, cell after cell."""
         report = self.report
         features = self.features
+        # the square root: as many cells as centroids in each, where the two levels cost least
         num_cells = max(1, int(round(num_centroids**0.5)))
         rng = np.random.default_rng(self.seed)
+        # cells need few samples each to be found, and all samples are put into them afterwards
         some = rng.permutation(len(features))[: POINTS_PER_COARSE * num_cells]
         coarse = _lloyd(
             features[np.sort(some)],
@@ -219,7 +223,7 @@ class _TwoLevels:
         """As many centroids of a cell's members as its share."""
         done = self.progress.load_cell(cell)
         if done is not None and len(done) == share:
-            _faults(members, done, self.report)  # for its sizes
+            _faults(members, centroids=done, report=self.report)  # for its sizes
             return done
         if share == len(members):
             # every sample is a centroid
@@ -232,11 +236,11 @@ class _TwoLevels:
         centroids = _lloyd(
             members,
             num_centroids=share,
-            seed=self.seed + cell,
+            seed=self.seed + cell,  # its own, whichever cells were done before
             num_iterations=self.num_iterations,
             initial=starts,
         )
-        centroids = _repair(members, centroids, self.report)
+        centroids = _repair(members, centroids=centroids, report=self.report)
         self.progress.save_cell(cell, centroids)
         return centroids
 
@@ -260,6 +264,7 @@ def allot(total: int, sizes: np.ndarray) -> np.ndarray:
     shares = np.minimum(sizes, (total * sizes / sizes.sum()).astype(np.int64))
     if total >= (sizes > 0).sum():
         shares = np.maximum(shares, sizes > 0)
+    # rounding down leaves some over, the minimum of one takes some too many
     # several rounds: a cell may fill up, and takes or gives one in each
     while shares.sum() != total:
         missing = total - shares.sum()
@@ -281,7 +286,7 @@ def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.n
     was_empty: set[int] = set()
     was_twin: set[int] = set()
     for _ in range(REPAIRS):
-        empty, twin, cosines = _faults(features, centroids, report)
+        empty, twin, cosines = _faults(features, centroids=centroids, report=report)
         broken = np.flatnonzero(empty | twin)
         if not len(broken):
             break
@@ -294,7 +299,8 @@ def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.n
         placed = worst[np.sort(first)][: len(broken)]
         centroids[broken[: len(placed)]] = features[placed]
     else:
-        empty, twin, _ = _faults(features, centroids, report)
+        # all rounds were used: what the last one left is counted
+        empty, twin, _ = _faults(features, centroids=centroids, report=report)
         report.left_empty += int((empty | twin).sum())
     report.repaired_empty += len(was_empty)
     report.repaired_duplicate += len(was_twin)
@@ -310,7 +316,8 @@ def _faults(
     neighbours, near = search(centroids, centroids, count=min(2, len(centroids)))
     own = np.arange(len(centroids))
     # of two that are the same, either may come first
-    other = np.where(neighbours[:, 0] == own, neighbours[:, -1], neighbours[:, 0])
+    is_first_own = neighbours[:, 0] == own
+    other = np.where(is_first_own, neighbours[:, -1], neighbours[:, 0])
     twin = (near[:, -1] > 1 - SAME) & (other < own)
     report.smallest_cluster = int(counts.min())
     report.largest_cluster = int(counts.max())
@@ -352,7 +359,8 @@ def load_centroids(directory: Path) -> tuple[np.ndarray, dict, np.ndarray | None
     files = record["files"]
     is_known = {CENTROIDS_NAME} <= files.keys() <= {CENTROIDS_NAME, COMPONENTS_NAME}
     if not is_known or record["sha256"] != files[CENTROIDS_NAME]:
-        raise CorruptShard(f"{path} binds {', '.join(map(repr, files))}: {again}")
+        bound = ", ".join(map(repr, files))
+        raise CorruptShard(f"{path} binds {bound}: {again}")
     width = record["dim"]
     centroids = read_array(
         directory / CENTROIDS_NAME,

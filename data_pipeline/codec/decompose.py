@@ -178,7 +178,8 @@ def _canonical_stream(
 def frame_times(count: int) -> np.ndarray:
     """Temporal positions int64 [T] of evenly timed frames: spread over 0..63 (round half to even),
     as the public `interpolate_frame_indices` does, so a short clip keeps its relative times."""
-    return np.rint(np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)).astype(np.int64)
+    times = np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)
+    return np.rint(times).astype(np.int64)
 
 
 def vectors_of(frame: "av.VideoFrame") -> np.ndarray:

@@ -196,7 +196,9 @@ def _is_idr(stream: "av.VideoStream", packet: "av.Packet") -> bool:
     data = bytes(packet)
     header = bytes(stream.codec_context.extradata or b"")
     if header[:1] != b"\x01":
-        return any(unit[0] & 0x1F == 5 for unit in data.split(b"\0\0\1")[1:] if unit)
+        # what stands before the first start code is no unit
+        units = data.split(b"\0\0\1")[1:]
+        return any(unit[0] & 0x1F == 5 for unit in units if unit)
     size = (header[4] & 3) + 1
     offset = 0
     while offset + size < len(data):

@@ -169,7 +169,9 @@ def _is_mirrored(frame: "av.VideoFrame") -> bool:
     matrix = cast("bytes | None", frame.side_data.get("DISPLAYMATRIX"))
     if matrix is None:
         return False
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
+    # as floats: products of two such numbers do not fit 32 bits
+    numbers = np.frombuffer(matrix, np.int32).astype(float)
+    a, b, _, c, d = numbers[:5]
     return a * d - b * c < 0
 
 

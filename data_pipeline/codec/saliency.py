@@ -62,7 +62,8 @@ class SaliencyConfig:
         check_choice("normalise", self.normalise, choices=NORMALISATIONS)
         weights = (self.motion_weight, self.residual_weight)
         numbers = np.array([*weights, self.centre_prior])
-        if not np.isfinite(numbers).all() or (numbers < 0).any() or sum(weights) == 0:
+        is_wrong = not np.isfinite(numbers).all() or (numbers < 0).any()
+        if is_wrong or sum(weights) == 0:
             raise ValueError(
                 f"weights {weights} and centre_prior {self.centre_prior} must be finite and not "
                 "negative, and one weight must be positive"
@@ -177,7 +178,8 @@ def _centre_prior(height: int, width: int, strength: float) -> np.ndarray:
     y = np.arange(height)[:, None] - (height - 1) / 2
     x = np.arange(width)[None, :] - (width - 1) / 2
     sigma = CENTRE_WIDTH * min(height, width)
-    return 1 + strength * np.exp(-(x**2 + y**2) / (2 * sigma**2))
+    square_distance = x**2 + y**2
+    return 1 + strength * np.exp(-square_distance / (2 * sigma**2))
 
 
 def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:
@@ -189,7 +191,8 @@ def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:
     """
     _, height, width = clip.residual.shape
     motion = per_pixel(clip.motion, height=height, width=width)
-    channels = np.concatenate([motion, clip.residual[..., None].astype(np.float32)], axis=-1)
+    residual = clip.residual[..., None].astype(np.float32)
+    channels = np.concatenate([motion, residual], axis=-1)
     rows = np.linspace(0, height, grid + 1).astype(int)
     columns = np.linspace(0, width, grid + 1).astype(int)
     sums = np.add.reduceat(channels, rows[:-1], axis=1)

@@ -94,7 +94,9 @@ def select_patches(
     else:
         order = _best_first(scores, num_p_frames=frames - num_i_frames, time_buckets=time_buckets)
     selected = np.concatenate([intra, inter[order]])[:budget]
-    selected_scores = np.concatenate([np.ones(len(intra)), scores[order]])[:budget]
+    # I-frame patches have no saliency of their own: 1 puts them before all others
+    intra_scores = np.ones(len(intra))
+    selected_scores = np.concatenate([intra_scores, scores[order]])[:budget]
     positions = np.stack(np.unravel_index(selected, saliency.shape), axis=-1)
     return Selection(
         positions=positions.astype(np.uint16),
@@ -128,4 +130,5 @@ def _even_frames(num_p_frames: int, per_frame: int) -> np.ndarray:
         time = int(format(i, f"0{bits}b")[::-1], 2)
         if time < num_p_frames:
             times.append(time)
-    return (np.array(times)[:, None] * per_frame + np.arange(per_frame)).ravel()
+    first_patches = np.array(times)[:, None] * per_frame
+    return (first_patches + np.arange(per_frame)).ravel()

@@ -119,7 +119,9 @@ def input_stamp(item: Input) -> list:
         if item.is_remote:
             system, name = _filesystem(item.location)
             info = system.info(name)
-            return [info.get("size"), json.dumps([str(info.get(key)) for key in VERSION_KEYS])]
+            # as text: S3 gives a datetime, which JSON does not hold
+            versions = [str(info.get(key)) for key in VERSION_KEYS]
+            return [info.get("size"), json.dumps(versions)]
         status = Path(item.location).stat()
         return [status.st_size, status.st_mtime_ns]
     # each file system has errors of its own; reading the input fails later, and names it
@@ -196,7 +198,11 @@ def _listed_inputs(path: Path) -> list[Input]:
     inputs = []
     for line_of_file, text in lines:
         if text.strip():
-            name = settled_name(text.strip(), lambda name: (folder / name).exists(), line_of_file)
+            name = settled_name(
+                text.strip(),
+                exists=lambda name: (folder / name).exists(),
+                place=line_of_file,
+            )
             inputs.append(Input(name if "://" in name else str(folder / name), name))
     return inputs
 

@@ -97,6 +97,7 @@ class Manifest:
 
     def locate(self, sample_id: int) -> tuple[dict, dict]:
         """(shard record, sample record) of a sample id."""
+        # "right": a shard's first sample is its own, and shards without samples are passed over
         index = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
         shard = self.shards[index]
         return shard, shard["samples"][sample_id - int(self.starts[index])]
@@ -108,6 +109,7 @@ class Manifest:
         if extension not in sample["members"]:
             raise MissingData(f"sample {sample['key']} of {tar} has no member .{extension}")
         try:
+            # operator.index takes integers alone: int() would take 1.5 and "7" too
             offset, size, crc32 = map(operator.index, sample["members"][extension])
         except (TypeError, ValueError):
             offset = size = crc32 = -1

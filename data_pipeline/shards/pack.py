@@ -76,7 +76,7 @@ def pack(
             )
     # after all of ours: whoever finishes last finds all records and writes the manifest
     with writing_into(output):
-        return bind(plan, output, report)
+        return bind(plan, output=output, report=report)
 
 
 def pack_ray(
@@ -120,7 +120,7 @@ def pack_ray(
             progress.report(
                 f"packed a shard: {samples} samples, {rejected} rejected; {left} shards to go"
             )
-    return bind(plan, output, report)
+    return bind(plan, output=output, report=report)
 
 
 def bind(plan: PackPlan, output: Path, report: Report = show) -> Manifest | None:

@@ -228,7 +228,8 @@ class _Planner:
         names = self.found.unbound
         for name in names:
             tar = directory / f"{name}.tar"
-            if not tar.is_file() or tar.stat().st_size != self.found.records[name]["size"]:
+            size = self.found.records[name]["size"]
+            if not tar.is_file() or tar.stat().st_size != size:
                 raise DataPipelineError(
                     f"{tar} is not what its record says, and no manifest names it: remove "
                     f"{name}.json, and start again"
