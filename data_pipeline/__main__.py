@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline", description="Prepare data for pretraining."
     )
+    # required: argparse would otherwise accept no command at all
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help_text: str, run: Run) -> argparse.ArgumentParser:
@@ -106,6 +107,7 @@ def _add_packing(command: AddCommand) -> None:
 
 def _add_running(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("shards, and who packs them")
+    # one destination for both, so that `pack` gets a mode and not two flags
     other = group.add_mutually_exclusive_group()
     other.add_argument(
         "--append",
@@ -253,8 +255,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int | None:
     try:
         with stoppable():
-            return args.run(args)
+            return args.run(args)  # set by `command` in build_parser
     except Stopped as stop:
+        # standard output may be JSON that another program reads
         print(
             f"{stop}: what is finished is kept, run the same command again to go on",
             file=sys.stderr,

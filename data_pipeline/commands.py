@@ -67,7 +67,7 @@ def pack(args: Namespace) -> None:
     sample = config_of(SampleConfig, args, size=size, patch_size=patch_size, saliency=saliency)
     config = config_of(PackConfig, args, sample=sample)
     inputs = list_inputs(args.inputs)
-    mode = args.mode or "refuse"
+    mode = args.mode or "refuse"  # None without --append and --replace
     if args.executor == "ray":
         manifest = pack_ray(inputs, output=args.output, config=config, mode=mode)
     else:
@@ -247,6 +247,7 @@ def label(args: Namespace) -> None:
 
 def browse(args: Namespace) -> None:
     """Draw what clusters hold."""
+    # before the imports, and before anything is read
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output {args.output}: a picture is written as FILE.png")
     from .clustering.browse import overall_purity, read_truth, save_page, summarise

@@ -81,7 +81,7 @@ class _Walk:
 
     def run(self) -> None:
         """Read everything. Links to folders wait until all real folders were read, so that files
-        which can be reached both ways carry the name of their real place."""
+        which can be reached both ways carry the name of their real folder."""
         self._read_tree("", self._root)
         while self._links:
             name, target = self._links.popleft()

@@ -234,7 +234,7 @@ def _json_entry(place: str, line: str) -> tuple[str, list]:
 
 
 def _check_class(label: object, place: str, num_classes: int) -> None:
-    # type() and not isinstance(): True is an int to Python, and no class to anybody else.
+    # type() and not isinstance(): True is an int to Python, and a mistake in a list of labels.
     if type(label) is not int:
         raise DataPipelineError(
             f"{place}: label {_shown(label)} is no integer: classes are the integers from 0 to "

@@ -36,7 +36,7 @@ VAL_INDEX = 1 << 24  # of the first validation clip: no index is in both splits
 @dataclass(frozen=True)
 class Difficulty:
     """Nuisance of a set: `jitter` camera shake in pixels, `clutter` number of resting shapes,
-    `contrast` of the background (0..1), `radius` of the shape as a share of the picture.
+    `contrast` of the background (0..1), `radius` of the shape as a share of the frame.
     """
 
     jitter: float
@@ -114,7 +114,8 @@ def render_clip(
 
 @dataclass
 class _Pose:
-    """Per frame: centre (x, y) in pictures, size factor, angle in radians; float32 [T] each."""
+    """Per frame: centre (x, y) in sides of the frame, size factor, angle in radians; float32 [T]
+    each."""
 
     x: np.ndarray
     y: np.ndarray
@@ -136,8 +137,8 @@ def _random_pose(rng: np.random.Generator, frames: int) -> _Pose:
 def _move(pose: _Pose, motion: str, rng: np.random.Generator, time: np.ndarray, size: int) -> _Pose:
     """Add the class's motion at a random speed to a resting pose.
 
-    Speeds are such that over half a clip nothing passes half a picture or half a turn, beyond which
-    two whole frames could not tell one direction from its opposite.
+    Speeds are such that over half a clip nothing passes half a frame or half a turn, beyond which
+    two whole frames would not distinguish one direction from its opposite.
     """
     pixels = rng.uniform(0.6, 1.5) / size * time
     turn = rng.uniform(0.03, 0.08) * time
@@ -190,7 +191,8 @@ class _Shape:
         scale = TEXTURE / (2 * self.radius)
         u = np.clip((x + self.radius) * scale, 0, TEXTURE - 1)
         v = np.clip((y + self.radius) * scale, 0, TEXTURE - 1)
-        return self.texture[v.astype(np.int32), u.astype(np.int32)], alpha
+        colour = self.texture[v.astype(np.int32), u.astype(np.int32)]
+        return colour, alpha
 
 
 def _draw(canvas: np.ndarray, shape: _Shape, pose: _Pose, shake: np.ndarray) -> None:
@@ -200,7 +202,8 @@ def _draw(canvas: np.ndarray, shape: _Shape, pose: _Pose, shake: np.ndarray) -> 
     size = canvas.shape[1]
     for t in range(len(canvas)):
         # at most half the frame: a wider box would wrap around onto itself
-        reach = min(int(shape.radius * pose.scale[t]) + 2, size // 2)
+        radius = int(shape.radius * pose.scale[t])
+        reach = min(radius + 2, size // 2)
         centre_x = float(pose.x[t] * size + shake[t, 0])
         centre_y = float(pose.y[t] * size + shake[t, 1])
         middle_column = math.floor(centre_x)
@@ -230,7 +233,8 @@ def _background(
     waves = 3 + int(7 * contrast)
     # white noise without its high frequencies: smooth, and periodic, so it can be rolled
     frequency = np.abs(np.fft.fftfreq(size, 1 / size))
-    low = np.maximum(frequency[:, None], frequency[None, :]) <= waves
+    higher = np.maximum(frequency[:, None], frequency[None, :])
+    low = higher <= waves
     real = rng.normal(size=(3, size, size))
     imaginary = rng.normal(size=(3, size, size))
     spectrum = (real + 1j * imaginary) * low
@@ -240,7 +244,8 @@ def _background(
     texture = standard * 0.12 * contrast + brightness
     texture = texture.transpose(1, 2, 0).astype(np.float32)
     whole = np.rint(shake).astype(int)  # in whole pixels a roll loses nothing
-    return np.stack([np.roll(texture, (dy, dx), axis=(0, 1)) for dx, dy in whole])
+    moved = [np.roll(texture, (dy, dx), axis=(0, 1)) for dx, dy in whole]
+    return np.stack(moved)
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: int = 25) -> None:
@@ -262,7 +267,7 @@ def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        # x264's macroblock tree reads memory it never wrote on small pictures: without it off, the
+        # x264's macroblock tree reads memory it never wrote on small frames: unless it is off, the
         # same frames give different bytes from one call to the next
         stream.options = {"preset": "veryfast", "crf": "16", "x264-params": "mbtree=0"}
         for frame in frames:
@@ -273,7 +278,7 @@ def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
 
 def check_settings(path: Path, settings: list, names: str) -> None:
     """Clips of two kinds must not mix in one folder: the first run writes its settings to `path`,
-    and ValueError ends a later one whose settings differ. `names` tells a reader what they are.
+    and ValueError ends a later one whose settings differ. `names` is what the message calls them.
     """
     if path.is_file():
         there = _read_settings(path)
@@ -312,7 +317,7 @@ def write_motion_shapes(
     workers: int = 2,
 ) -> None:
     """Write the set (layout above), classes in equal shares.
-    Files that exist are kept, so a killed run goes on.
+    Files that exist are not written again, so a killed run goes on.
     """
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty is {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}")

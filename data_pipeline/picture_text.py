@@ -1,7 +1,7 @@
-"""Text on pictures: a font that is always there, and names that are safe to draw.
+"""Text on drawn images: a font that is always there, and names that are safe to draw.
 
-The font is DejaVu Sans from matplotlib's own files, so pictures look alike on every machine and
-need no system fonts.
+The font is DejaVu Sans from matplotlib's own files, so images look alike on every machine and need
+no system fonts.
 """
 
 from functools import cache

@@ -3,7 +3,7 @@
 Each is written whole or not at all, and every error of reading names the file and the remedy.
 
 NumPy evaluates the header of a .npy file as Python, which is not safe in threads (CPython 3.11
-counts the depth of syntax trees for all threads together) and believes whatever size it states.
+counts the depth of syntax trees for all threads together), and trusts whatever size it states.
 Here a header has the form that np.save gives it, its dtype is the expected one, and its bytes are
 all there.
 """
@@ -94,7 +94,7 @@ def read_array(
     """The array of a .npy file of ours, bound by the sha256 in the record beside it.
 
     Hash and array come from one reading, so that nothing can change in between. CorruptShard names
-    a file that is absent, changed, or holds something else, and says what to do: `again`.
+    a file that is absent, changed, or holds something else, and ends with the remedy `again`.
     """
     try:
         with naming(path), open(path, "rb") as stream:
@@ -119,7 +119,7 @@ def read_array(
 def read_record(path: Path, fields: Fields, again: str) -> dict:
     """The object that files.write_json wrote, with `fields` of these types.
 
-    FileNotFoundError where there is none; CorruptShard names a damaged one and says what to do:
+    FileNotFoundError where there is none; CorruptShard names a damaged one and ends with the remedy
     `again`.
     """
     data = path.read_bytes()

@@ -1,5 +1,5 @@
 """SIGINT and SIGTERM as an exception, so that a command leaves its processes and locks behind
-in order and says one line."""
+in order and prints one line."""
 
 import contextlib
 import os

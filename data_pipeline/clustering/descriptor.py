@@ -59,11 +59,15 @@ def _motion_blocks(motion: np.ndarray) -> dict[str, np.ndarray]:
     direction = _directions(angle, strength=speed) / total
     # 1 when everything moves one way, 0 when it turns or spreads
     coherent = np.linalg.norm(velocity.sum(axis=(0, 1, 2)) / total)
+    swirl = _swirl(velocity, speed)
+    speeds, _ = np.histogram(speed, [0, *SPEED_EDGES, np.inf])
+    residuals, _ = np.histogram(motion[..., 2], [0, *RESIDUAL_EDGES, np.inf])
+    # weighted against each other: a shift has a direction and no swirl, a turn the reverse
     return {
         "direction": direction * coherent,
-        "swirl": _swirl(velocity, speed) * (1 - coherent),
-        "speed": np.histogram(speed, [0, *SPEED_EDGES, np.inf])[0] / speed.size,
-        "residual": np.histogram(motion[..., 2], [0, *RESIDUAL_EDGES, np.inf])[0] / speed.size,
+        "swirl": swirl * (1 - coherent),
+        "speed": speeds / speed.size,
+        "residual": residuals / speed.size,
     }
 
 
@@ -112,7 +116,10 @@ def _from_centre(coordinate: np.ndarray, weight: np.ndarray, grid: int) -> np.nd
 def _appearance_blocks(picture: np.ndarray) -> dict[str, np.ndarray]:
     dy, dx = np.gradient(picture.mean(axis=-1))
     strength = np.hypot(dx, dy)
+    gradient = _directions(np.arctan2(dy, dx), strength=strength)
+    mean = picture.mean(axis=(0, 1))
+    spread = picture.std(axis=(0, 1))
     return {
-        "colour": np.concatenate([picture.mean(axis=(0, 1)), picture.std(axis=(0, 1))]),
-        "gradient": _directions(np.arctan2(dy, dx), strength) / (strength.sum() + TINY),
+        "colour": np.concatenate([mean, spread]),
+        "gradient": gradient / (strength.sum() + TINY),
     }

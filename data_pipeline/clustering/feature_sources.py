@@ -90,6 +90,7 @@ def source_of(manifest: Manifest, config: FeatureConfig) -> Callable[[range], np
     """The function that maps n sample ids to vectors float32 [n, D]."""
     if config.encoder is None:
         return lambda ids: descriptor_rows(manifest, ids)
+    # only here: the descriptor needs neither torch nor transformers
     quiet_libraries()
     location = locate_encoder(config.encoder)
     if location.kind is Kind.IMAGE:
@@ -142,6 +143,7 @@ def _packing_model_rows(
             f"was packed with {manifest.settings['patch_size']}: pack again with --patch-size "
             f"{model.config.patch_size} into another --output"
         )
+    # the process's own GPU: under torchrun commands.features has chosen it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
 

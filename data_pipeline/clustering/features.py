@@ -7,7 +7,7 @@
 
 Both JSON files carry their own digest.
 
-Work is cut by shards: finished ones are kept, several jobs share a folder by task numbers.
+Work is cut by shards: finished ones are skipped, several jobs share a folder by task numbers.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def extract(
     report: ReportLine = show,
 ) -> bool:
     """Write the vectors of shards task_id, task_id + num_tasks, ... that are not there yet; whether
-    all shards are done now, by whomever.
+    all shards are done now, by this task or others.
 
     Raises DataPipelineError when the folder holds features of something else.
     """
@@ -162,7 +162,7 @@ def feature_pieces(manifest: Manifest, folder: Path) -> Iterator[np.ndarray]:
     """
     features_config(manifest, folder)
     done = _Done(folder, read_features_record(folder)["origin"])
-    width = None
+    width = None  # that of the first shard, which all others must have
     for shard in manifest.shards:
         if shard["samples"]:
             rows = done.read(shard, width)
@@ -171,7 +171,7 @@ def feature_pieces(manifest: Manifest, folder: Path) -> Iterator[np.ndarray]:
 
 
 def quiet(line: str) -> None:
-    """Report to nobody."""
+    """Report nothing."""
 
 
 class _Done:
@@ -180,6 +180,7 @@ class _Done:
     def __init__(self, folder: Path, origin: dict, report: ReportLine = quiet):
         self._folder = folder
         self._report = report
+        # its hash is enough: the whole origin would stand in the record of every shard
         text = json.dumps(origin, sort_keys=True)
         self._origin = hashlib.sha256(text.encode()).hexdigest()
 
@@ -190,7 +191,7 @@ class _Done:
     def has(self, shard: dict) -> bool:
         """Whether a shard's vectors are there; a damaged record is reported and counts as none.
 
-        The vectors are not hashed here: whoever reads them does that.
+        The vectors are not hashed here but where they are read.
         """
         path = self._folder / f"{shard['name']}.json"
         if not path.is_file() or not path.with_suffix(".npy").is_file():
@@ -208,6 +209,7 @@ class _Done:
         remove_temporary(self._folder, shard["name"])
         write_array(path, rows.astype(np.float32, copy=False))
         facts = {"sha256": file_sha256(path), "rows": len(rows), "origin": self._origin}
+        # last: a shard without its record is not done
         write_json(path.with_suffix(".json"), facts)
 
     def read(self, shard: dict, width: int | None) -> np.ndarray:

@@ -4,7 +4,7 @@ Up to SINGLE centroids one k-means finds them all. Beyond, two levels: coarse ce
 centroids inside each cell, as many as the cell's share of the samples. A level costs iterations x
 points x centroids x width; two levels cost about 2 / sqrt(k) of one, repairs included.
 
-What is done is kept by a Progress: centroids after every block of iterations, or, of two levels,
+What is done is saved by a Progress: centroids after every block of iterations, or, of two levels,
 those of every cell that is finished. What k-means leaves empty or twice is put where samples of the
 same level fit worst, and reported. Vectors of zeros have no direction and take no part.
 """
@@ -249,7 +249,8 @@ class _TwoLevels:
         rng = np.random.default_rng([self.seed, cell])
         taken = starts[np.sort(rng.permutation(len(starts))[:share])]
         self.report.started_from += len(taken)
-        more = members[rng.permutation(len(members))[: share - len(taken)]]
+        order = rng.permutation(len(members))
+        more = members[order[: share - len(taken)]]
         return np.concatenate([taken, more])
 
 
@@ -259,16 +260,17 @@ def _nearest(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def allot(total: int, sizes: np.ndarray) -> np.ndarray:
-    """Split `total` in proportion to sizes, by largest remainders; nobody gets more than its size,
-    and everybody that has any gets one if there are enough."""
-    shares = np.minimum(sizes, (total * sizes / sizes.sum()).astype(np.int64))
+    """Split `total` in proportion to sizes, by largest remainders. No cell gets more than its
+    size, and every cell that is not empty gets one if there are enough."""
+    exact = total * sizes / sizes.sum()
+    shares = np.minimum(sizes, exact.astype(np.int64))
     if total >= (sizes > 0).sum():
         shares = np.maximum(shares, sizes > 0)
     # rounding down leaves some over, the minimum of one takes some too many
     # several rounds: a cell may fill up, and takes or gives one in each
     while shares.sum() != total:
         missing = total - shares.sum()
-        rest = total * sizes / sizes.sum() - shares
+        rest = exact - shares
         if missing > 0:
             open_cells = np.flatnonzero(shares < sizes)
             order = np.argsort(-rest[open_cells], kind="stable")

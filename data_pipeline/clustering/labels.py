@@ -145,7 +145,8 @@ def _first_fraction(rows: np.ndarray) -> str:
     if rows.dtype.kind != "f" or rows.ndim != 2:
         return ""
     # NaN equals nothing, so it counts as no integer
-    wrong = np.argwhere(~(rows == np.floor(rows)) | np.isinf(rows))
+    is_whole = rows == np.floor(rows)
+    wrong = np.argwhere(~is_whole | np.isinf(rows))
     if not len(wrong):
         return ""
     row, column = wrong[0]
@@ -222,6 +223,7 @@ def read_labels_array(directory: Path, record: dict, shards: Path) -> np.ndarray
         shape=(None, record["num_labels"]),
         again=again,
     )
+    # on a GPU a label out of range would poison the gradient of a head instead of failing
     if labels.min() < -1 or labels.max() >= record["num_classes"]:
         raise CorruptShard(
             f"{path} has ids {labels.min()}..{labels.max()}, expected -1 and ids below "

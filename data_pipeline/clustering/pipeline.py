@@ -81,6 +81,7 @@ def fit_projection(raw: np.ndarray, dims: int | None = None) -> Projection:
     if not 1 <= dims <= min(raw.shape):
         count, width = raw.shape
         raise DataPipelineError(f"--pca {dims}: {count} vectors of width {width}")
+    # eigenvectors of the D x D products, not an SVD of the N x D vectors: N is far larger than D
     centred_rows = (raw - mean).astype(np.float64)
     _, vectors = np.linalg.eigh(centred_rows.T @ centred_rows)
     components = vectors[:, ::-1][:, :dims].T  # eigh gives the smallest first
@@ -204,6 +205,7 @@ def label(
     except DamagedFile as error:
         again = how_to_cluster("DIR", centroids_folder)
         raise CorruptShard(f"{error}: cluster again: {again}") from error
+    # the vectors of the clustered set itself lie beside its centroids
     same_set = record["manifest_sha256"] == manifest.sha256
     beside = centroids_folder if same_set else output
     folder = features_folder or beside / FEATURES_NAME
@@ -297,5 +299,6 @@ def _centroids(
         )
     if outcome.zero_vectors:
         report(f"{outcome.zero_vectors} vectors of zeros took no part")
+    # the caller writes the centroids next: after a kill between the two all is computed again
     progress.remove()
     return centroids, outcome

@@ -85,7 +85,7 @@ def decode_video(
                 salvage=framing.salvage,
             )
             is_usable = True
-        # where the frames before damage are to be kept, damage is looked for in every frame
+        # salvage: the frames before damage are used, so damage is looked for in every frame
         skips = not (thorough or framing.salvage or timeline.is_counted)
         choice = _Choice(timeline, framing, skips=skips)
         try:

@@ -221,7 +221,8 @@ def rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:
         return field
     moves = np.stack([vectors["motion_x"], vectors["motion_y"]], -1)
     quarter_pels = moves * 4 // vectors["motion_scale"][:, None]
-    sizes = np.stack([vectors["h"], vectors["w"]], -1).astype(int)  # from bytes, which wrap around
+    sizes = np.stack([vectors["h"], vectors["w"]], -1)
+    sizes = sizes.astype(int)  # from bytes, which wrap around
     # FFmpeg gives the centre of a block
     top = vectors["dst_y"] - vectors["h"] // 2
     left = vectors["dst_x"] - vectors["w"] // 2

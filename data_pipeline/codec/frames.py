@@ -158,7 +158,7 @@ def _decode(packet: "av.Packet", may_miss_references: bool) -> "list[av.VideoFra
     """Frames that a packet brings out of the decoder.
 
     Raises FFmpegError for damaged bytes, and _Incomplete where the container has noticed them: a
-    decoder would show something in their place.
+    decoder would show something else instead.
 
     The first packets of a recording that begins inside an H.264 stream may command the decoder to
     drop references that it never had (memory management control operations, ITU-T H.264 8.2.5.4).

@@ -93,7 +93,9 @@ class Crop:
         step_y = image.shape[0] / self.height
         left = self.left * step_x
         top = self.top * step_y
-        box = (left, top, left + self.out_width * step_x, top + self.out_height * step_y)
+        right = left + self.out_width * step_x
+        bottom = top + self.out_height * step_y
+        box = (left, top, right, bottom)
         size = (self.out_width, self.out_height)
         return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box=box))
 

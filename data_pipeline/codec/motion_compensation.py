@@ -22,7 +22,8 @@ def predict_luma(reference: np.ndarray, vectors: np.ndarray, cell: int) -> np.nd
     """
     height, width = reference.shape
     plane = _half_pel_plane(reference)
-    shift = np.repeat(np.repeat(vectors.astype(np.int32), cell, axis=0), cell, axis=1)
+    per_row = np.repeat(vectors.astype(np.int32), cell, axis=0)
+    shift = np.repeat(per_row, cell, axis=1)
     shift = shift[:height, :width] + np.int32(4 * PAD)
     columns = np.arange(0, 4 * width, 4, dtype=np.int32)
     rows = np.arange(0, 4 * height, 4, dtype=np.int32)
@@ -30,8 +31,10 @@ def predict_luma(reference: np.ndarray, vectors: np.ndarray, cell: int) -> np.nd
     # in the plane is its side - 2
     last_x = 2 * plane.shape[1] - 4
     last_y = 2 * plane.shape[0] - 4
-    x = np.clip(columns[None, :] + shift[..., 0], 0, last_x)
-    y = np.clip(rows[:, None] + shift[..., 1], 0, last_y)
+    source_x = columns[None, :] + shift[..., 0]
+    source_y = rows[:, None] + shift[..., 1]
+    x = np.clip(source_x, 0, last_x)
+    y = np.clip(source_y, 0, last_y)
     # in quarter pixels: half-pel index, and whether the vector lies between it and the next one
     left = x >> 1
     top = y >> 1
@@ -75,9 +78,10 @@ def _six_tap(samples: np.ndarray, axis: int) -> np.ndarray:
     """Unscaled filter output halfway between neighbours along an axis, five samples shorter."""
     length = samples.shape[axis] - BEFORE - AFTER
     if axis == 0:
-        a, b, c, d, e, f = (samples[i : i + length] for i in range(6))
+        shifted = [samples[i : i + length] for i in range(6)]
     else:
-        a, b, c, d, e, f = (samples[:, i : i + length] for i in range(6))
+        shifted = [samples[:, i : i + length] for i in range(6)]
+    a, b, c, d, e, f = shifted
     # 20 (c + d) - 5 (b + e) + (a + f), step by step in place: no temporary array per term
     total = c + d
     total *= 4

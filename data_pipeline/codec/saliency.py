@@ -78,8 +78,11 @@ def patch_saliency(
     """Saliency float32 [T, h, w] in 0..1; zero on I-frames, which are selected whole anyway."""
     config = config or SaliencyConfig()
     _, height, width = clip.residual.shape
-    speed = np.linalg.norm(compensate_camera(clip.motion, config.camera), axis=-1)
-    motion = _patch_mean(per_pixel(speed, height=height, width=width), patch_size)
+    compensated = compensate_camera(clip.motion, config.camera)
+    speed = np.linalg.norm(compensated, axis=-1)
+    # by way of pixels: a patch of 14 does not consist of whole motion cells of 8
+    speed_of_pixels = per_pixel(speed, height=height, width=width)
+    motion = _patch_mean(speed_of_pixels, patch_size)
     residual = _patch_mean(clip.residual.astype(np.float32), patch_size)
     p_frames = ~clip.is_i_frame
     if not p_frames.any():
@@ -88,7 +91,8 @@ def patch_saliency(
     motion = _normalised(motion, p_frames, floor=config.motion_floor, per_frame=per_frame)
     residual = _normalised(residual, p_frames, floor=config.residual_floor, per_frame=per_frame)
     total = config.motion_weight + config.residual_weight
-    saliency = (config.motion_weight * motion + config.residual_weight * residual) / total
+    weighted = config.motion_weight * motion + config.residual_weight * residual
+    saliency = weighted / total
     if config.centre_prior:
         prior = _centre_prior(motion.shape[1], motion.shape[2], strength=config.centre_prior)
         saliency = np.minimum(saliency * prior, 1.0)
@@ -121,7 +125,8 @@ def camera_motion(motion: np.ndarray, camera: str) -> np.ndarray:
     fitted = np.broadcast_to(median.reshape(frames, 1, 2), vectors.shape)
     for _ in range(ROUNDS):
         residual = np.linalg.norm(vectors - fitted, axis=-1)  # [T, P]
-        scale = np.maximum(2 * np.median(residual, axis=1, keepdims=True), SMALLEST_SCALE)
+        typical = np.median(residual, axis=1, keepdims=True)
+        scale = np.maximum(2 * typical, SMALLEST_SCALE)
         weights = 1 / (1 + (residual / scale) ** 2)
         normal = np.einsum("tp,pak,pal->tkl", weights, design, design, optimize=True)
         target = np.einsum("tp,pak,tpa->tk", weights, design, vectors, optimize=True)
@@ -152,7 +157,9 @@ def _design(rows: int, columns: int, camera: str) -> np.ndarray:
 def _patch_mean(field: np.ndarray, patch_size: int) -> np.ndarray:
     """Means [T, h, w] of a field [T, H, W] over the patches."""
     frames, height, width = field.shape
-    grid = field.reshape(frames, height // patch_size, patch_size, width // patch_size, patch_size)
+    rows = height // patch_size
+    columns = width // patch_size
+    grid = field.reshape(frames, rows, patch_size, columns, patch_size)
     return grid.mean(axis=(2, 4))
 
 

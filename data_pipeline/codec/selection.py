@@ -6,7 +6,7 @@ nothing has to be selected again. By default I-frame patches come first (raster 
 patches by falling saliency, ties by position. With `time_buckets` the P-frames are cut into that
 many spans of time which take turns, each giving its next best patch: still a prefix, but no span of
 a clip goes without. A clip in which nothing moves (saliency.is_static) has no best P-frame patches;
-whole P-frames at even times are taken instead, and the selection says so.
+whole P-frames at even times are taken instead, and `is_static` of the selection is True.
 
 The published rule, `keep_i_frames=False`, gives I-frame patches no score and so never takes one.
 

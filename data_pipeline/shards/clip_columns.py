@@ -1,4 +1,4 @@
-"""What a picture shows of one sample, read from its shard.
+"""What a drawn image shows of one sample, read from its shard.
 
 A clip is shown in columns: each is a stored frame and what happens from it until the next column,
 so that every selected patch is in exactly one of them.
@@ -36,7 +36,7 @@ class Column:
     intra: np.ndarray  # bool [h, w]: the patch on top is of an I-frame
     num_intra: int  # I-frame patches in the span
     num_inter: int  # P-frame patches in the span
-    bought: bool  # frame sampling would have kept this frame, whole
+    bought: bool  # frame sampling would have taken this frame, whole
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ def read_sample(manifest: Manifest, sample_id: int) -> tuple[SampleInfo, dict[st
     shard, sample = manifest.locate(sample_id)
     with ShardReader(manifest) as reader:
         members = {ext: reader.read(sample_id, ext) for ext in sample["members"]}
-    info = SampleInfo.from_bytes(members["json"], name=f"{shard['name']}/{sample['key']}")
+    name = f"{shard['name']}/{sample['key']}"
+    info = SampleInfo.from_bytes(members["json"], name=name)
     return info, members
 
 
 def sample_view(
     manifest: Manifest, sample_id: int, columns: int | None = None
 ) -> ClipView | ImageView:
-    """What a picture shows of a sample: all stored frames, or `columns` evenly spread ones."""
+    """What an image shows of a sample: all stored frames, or `columns` evenly spread ones."""
     info, members = read_sample(manifest, sample_id)
     if info.kind == "image":
         frames = decode_frames(info, member=members["jpg"], name=info.source)
@@ -97,7 +98,8 @@ def _clip_view(info: SampleInfo, members: dict[str, bytes], columns: int | None)
     for index, (frame, start, stop) in enumerate(zip(shown, starts, stops, strict=True)):
         first, last = _frames_between(info.num_frames, start=start, stop=stop)
         span = field[first:last].mean(axis=0)
-        inside = (positions[:, 0] >= start) & (positions[:, 0] < stop)
+        times = positions[:, 0]
+        inside = (times >= start) & (times < stop)
         made.append(
             Column(
                 frame=frames[frame],
@@ -137,9 +139,11 @@ def _frames_between(num_frames: int, start: int, stop: int) -> tuple[int, int]:
 
 def _bought_columns(info: SampleInfo, num_columns: int) -> set[int]:
     """Columns whose whole frames the clip's token budget buys, evenly spread."""
-    affordable = max(1, info.num_patches // (info.grid[0] * info.grid[1]))
-    places = np.linspace(0, num_columns - 1, min(affordable, num_columns))
-    return set(np.rint(places).astype(int).tolist())
+    rows, columns = info.grid
+    # at least one frame, though a small budget does not pay for a whole one
+    affordable = max(1, info.num_patches // (rows * columns))
+    spread = np.linspace(0, num_columns - 1, min(affordable, num_columns))
+    return set(np.rint(spread).astype(int).tolist())
 
 
 def _selected_maps(

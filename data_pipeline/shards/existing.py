@@ -258,7 +258,10 @@ def known_inputs(record: dict) -> list[KnownInput]:
             for source, stamp, digest in record["inputs"]
         ]
     # a key's last digits are the index among the inputs; rejected ones fill the gaps, in order
-    by_index = {int(sample["key"].split("_")[1]): sample for sample in record["samples"]}
+    by_index = {}
+    for sample in record["samples"]:
+        index = int(sample["key"].split("_")[1])
+        by_index[index] = sample
     rejections = list(record["rejected"])
     known = []
     for index in range(len(record["samples"]) + len(record["rejected"])):

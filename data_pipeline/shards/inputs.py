@@ -203,7 +203,8 @@ def _listed_inputs(path: Path) -> list[Input]:
                 exists=lambda name: (folder / name).exists(),
                 place=line_of_file,
             )
-            inputs.append(Input(name if "://" in name else str(folder / name), name))
+            location = name if "://" in name else str(folder / name)
+            inputs.append(Input(location, source=name))
     return inputs
 
 
@@ -221,7 +222,8 @@ def _remote_inputs(url: str) -> list[Input]:
     for path in sorted(system.find(name)):
         source = path.removeprefix(root)
         if _is_input(source) and not is_hidden(source):
-            inputs.append(Input(f"{scheme}://{path}{chain}{rest}", source))
+            location = f"{scheme}://{path}{chain}{rest}"
+            inputs.append(Input(location, source=source))
     return inputs
 
 

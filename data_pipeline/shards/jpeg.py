@@ -87,7 +87,7 @@ def check_jpeg(data: bytes, size: tuple[int, int], name: str) -> JpegHeader:
 
 def _frame_header(body: bytes, name: str) -> JpegHeader:
     """Precision, rows, columns, components, and three bytes for each of them."""
-    # short-circuit: byte 5, the number of components, may be missing
+    # in this order: byte 5, the number of components, may be missing
     if len(body) < 6 or len(body) != 6 + 3 * body[5]:
         raise CorruptShard(f"{name} is a JPEG with a broken frame header")
     precision = body[0]

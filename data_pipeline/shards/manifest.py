@@ -163,6 +163,7 @@ def manifest_bytes(directory: Path, records: list[dict], settings: dict) -> byte
         "num_rejected": sum(shard["num_rejected"] for shard in shards),
         "shards": shards,
     }
+    # all or none: see the head of this file
     if records and not any(DIGEST_KEY in record for record in records):
         content["schema_version"] = UNSEALED_VERSION
         return json.dumps(content, indent=1, sort_keys=True).encode()
@@ -227,6 +228,7 @@ def load_manifest(directory: str | Path, allow_missing: bool = False) -> Manifes
         elif size != shard["size"]:
             actual = "no file" if size is None else size
             problems.append(f"{tar}: {actual}, the manifest says {shard['size']} bytes")
+        # also of a shard that is absent: its samples keep their ids
         try:
             records.append(_bound_record(tar.with_suffix(".json"), shard))
         except (DamagedFile, OSError) as error:

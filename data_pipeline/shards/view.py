@@ -1,4 +1,4 @@
-"""A picture of what the encoder sees: frames, the motion and residual in them, and the patches that
+"""An image of what the encoder sees: frames, the motion and residual in them, and the patches that
 were selected, beside what plain frame sampling would have bought with the same number of tokens.
 
 Everything drawn comes out of the shard: clip_columns.py reads it, contact_sheet.py draws it.
@@ -27,7 +27,7 @@ WEBP_QUALITY = 60  # edges of patches stay sharp, and a clip of 32 frames below 
 
 
 def contact_sheet(manifest: Manifest, sample_ids: list[int]) -> Image.Image:
-    """The picture of samples below each other, clips in up to COLUMNS columns."""
+    """The image of samples below each other, clips in up to COLUMNS columns."""
     return draw_sheet([sample_view(manifest, sample_id=i, columns=COLUMNS) for i in sample_ids])
 
 
