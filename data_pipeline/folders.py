@@ -150,4 +150,5 @@ class _Walk:
 
 def _holds(outer: str, inner: str) -> bool:
     """Whether a real path is another one or lies below it."""
+    # with the separator, or /data would hold /data2
     return inner == outer or inner.startswith(outer.rstrip("/") + "/")

@@ -144,6 +144,7 @@ def _move(pose: _Pose, motion: str, rng: np.random.Generator, time: np.ndarray, 
     turn = rng.uniform(0.03, 0.08) * time
     sweep = rng.uniform(0.5, 1.0) / len(time) * time
     low, high = SCALE_RANGE
+    # sizes on a logarithmic scale, 0 at the smallest and 1 at the largest
     phase = np.log(pose.scale / low) / np.log(high / low)
     if motion in ("left", "right"):
         pose.x = pose.x + (pixels if motion == "right" else -pixels)

@@ -68,7 +68,8 @@ def parse_array(data: bytes | bytearray, dtype: type, name: str) -> np.ndarray:
     if descr != wanted.str:
         raise CorruptShard(f"{name} holds {descr} {shape}, expected {wanted}")
     # before anything of the stated size is made
-    if len(data) != 10 + length + math.prod(shape) * wanted.itemsize:
+    num_bytes = math.prod(shape) * wanted.itemsize
+    if len(data) != 10 + length + num_bytes:
         raise CorruptShard(f"{name} has not the bytes of a {descr} {shape}")
     flat = np.frombuffer(data, wanted, offset=10 + length)
     return flat.reshape(shape, order="F" if order == "True" else "C")

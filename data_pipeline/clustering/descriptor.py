@@ -60,8 +60,11 @@ def _motion_blocks(motion: np.ndarray) -> dict[str, np.ndarray]:
     # 1 when everything moves one way, 0 when it turns or spreads
     coherent = np.linalg.norm(velocity.sum(axis=(0, 1, 2)) / total)
     swirl = _swirl(velocity, speed)
-    speeds, _ = np.histogram(speed, [0, *SPEED_EDGES, np.inf])
-    residuals, _ = np.histogram(motion[..., 2], [0, *RESIDUAL_EDGES, np.inf])
+    # the last bin is open, so that every cell is in one
+    speed_edges = [0, *SPEED_EDGES, np.inf]
+    residual_edges = [0, *RESIDUAL_EDGES, np.inf]
+    speeds, _ = np.histogram(speed, speed_edges)
+    residuals, _ = np.histogram(motion[..., 2], residual_edges)
     # weighted against each other: a shift has a direction and no swirl, a turn the reverse
     return {
         "direction": direction * coherent,

@@ -175,7 +175,8 @@ def _image_encoder_rows(
     def vector(frames: np.ndarray) -> np.ndarray:
         # an image has one frame, which is then chosen `num_frames` times
         chosen = choose_frames(len(frames), count=config.num_frames, draw=None)
-        pixels = torch.from_numpy(frames[chosen]).movedim(-1, 1).to(device)
+        images = torch.from_numpy(frames[chosen]).movedim(-1, 1)  # [M, 3, H, W]
+        pixels = images.to(device)
         means = encoder.encode(pixels).mean(dim=1)  # of the patch tokens of each frame
         vectors = means.float().cpu().numpy()[:, : config.keep_dims]
         # each frame counts alike, however long its vector is

@@ -247,7 +247,8 @@ class _TwoLevels:
     def _filled(self, starts: np.ndarray, members: np.ndarray, share: int, cell: int) -> np.ndarray:
         """As many starts as the cell needs: some of those given, or members beside them."""
         rng = np.random.default_rng([self.seed, cell])
-        taken = starts[np.sort(rng.permutation(len(starts))[:share])]
+        chosen = rng.permutation(len(starts))[:share]
+        taken = starts[np.sort(chosen)]
         self.report.started_from += len(taken)
         order = rng.permutation(len(members))
         more = members[order[: share - len(taken)]]
@@ -295,7 +296,8 @@ def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.n
         was_empty |= set(np.flatnonzero(empty).tolist())
         was_twin |= set(np.flatnonzero(twin).tolist()) - was_empty
         # some more than needed: copies of one sample would give the same centroid again
-        worst = np.argsort(cosines, kind="stable")[: 4 * len(broken) + 64]
+        num_candidates = 4 * len(broken) + 64
+        worst = np.argsort(cosines, kind="stable")[:num_candidates]
         _, first = np.unique(features[worst], axis=0, return_index=True)
         centroids = centroids.copy()
         placed = worst[np.sort(first)][: len(broken)]
@@ -320,7 +322,8 @@ def _faults(
     # of two that are the same, either may come first
     is_first_own = neighbours[:, 0] == own
     other = np.where(is_first_own, neighbours[:, -1], neighbours[:, 0])
-    twin = (near[:, -1] > 1 - SAME) & (other < own)
+    is_repeated = near[:, -1] > 1 - SAME
+    twin = is_repeated & (other < own)  # the first of two that are the same stays
     report.smallest_cluster = int(counts.min())
     report.largest_cluster = int(counts.max())
     return (counts == 0) & ~twin, twin, cosines[:, 0]

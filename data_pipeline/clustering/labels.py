@@ -112,7 +112,8 @@ def import_labels(manifest: Manifest, path: Path, num_classes: int, width: int) 
     labels = np.full((len(manifest), width), -1, np.int32)
     # row by row, since lists of a .jsonl have lengths of their own
     for number, row in enumerate(rows):
-        labels[number, : min(width, len(row))] = row[:width]
+        count = min(width, len(row))
+        labels[number, :count] = row[:count]
     return labels
 
 

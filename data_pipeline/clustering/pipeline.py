@@ -229,8 +229,9 @@ def label(
         if find is None:
             # once, by the first shard's rows: a recall is measured on samples of the set
             find = CentroidSearch(centroids, count=num_labels, some=recall_samples(rows))
-        labels[start : start + len(rows)] = padded(find(rows), num_labels)
-        start += len(rows)
+        end = start + len(rows)
+        labels[start:end] = padded(find(rows), num_labels)
+        start = end
     details = {"centroids_sha256": record["sha256"]}
     if find is not None:
         details.update(find.how)

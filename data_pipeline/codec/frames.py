@@ -81,7 +81,8 @@ def demux(
     Where the container has no presentation timestamps, `pts` is the decoding timestamp: together
     they are the times at which frames are shown, though not each packet's own frame.
     """
-    packets: Iterator[av.Packet] = container.demux() if stream is None else container.demux(stream)
+    packets: Iterator[av.Packet]
+    packets = container.demux() if stream is None else container.demux(stream)
     for packet in packets:
         if container.format.name in WITHOUT_PRESENTATION_TIMES:
             packet.pts = packet.dts

@@ -131,7 +131,9 @@ def camera_motion(motion: np.ndarray, camera: str) -> np.ndarray:
         normal = np.einsum("tp,pak,pal->tkl", weights, design, design, optimize=True)
         target = np.einsum("tp,pak,tpa->tk", weights, design, vectors, optimize=True)
         normal += RIDGE * np.eye(normal.shape[-1])
-        parameters = np.linalg.solve(normal, target[..., None])[..., 0]
+        # as a column: NumPy 2 takes a stack of vectors for one matrix
+        solved = np.linalg.solve(normal, target[..., None])
+        parameters = solved[..., 0]
         fitted = np.einsum("pak,tk->tpa", design, parameters)
     return fitted.reshape(motion.shape)
 
@@ -150,7 +152,10 @@ def _design(rows: int, columns: int, camera: str) -> np.ndarray:
     if camera == "similarity":
         axes = ([x, -y, one, zero], [y, x, zero, one])
     else:
-        axes = ([x, y, one, zero, zero, zero], [zero, zero, zero, x, y, one])
+        axes = (
+            [x, y, one, zero, zero, zero],
+            [zero, zero, zero, x, y, one],
+        )
     return np.stack([np.stack(axis, -1) for axis in axes], axis=1)
 
 

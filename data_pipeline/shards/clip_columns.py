@@ -118,6 +118,7 @@ def _clip_view(info: SampleInfo, members: dict[str, bytes], columns: int | None)
                 ),
             )
         )
+    # brightness of the whole clip, by its columns' largest values
     speeds = [np.linalg.norm(column.motion, axis=-1).max() for column in made]
     residuals = [column.residual.max() for column in made]
     return ClipView(

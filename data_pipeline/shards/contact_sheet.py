@@ -62,7 +62,8 @@ def draw_sheet(views: list[ClipView | ImageView]) -> Image.Image:
     width = max(block.width for block in blocks)
     if any(isinstance(view, ClipView) for view in views):
         blocks.append(_colour_key(width))
-    sheet = Image.new("RGB", (width, sum(block.height for block in blocks)), PAPER)
+    height = sum(block.height for block in blocks)
+    sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     top = 0
     for block in blocks:
@@ -265,10 +266,11 @@ def _clip_block(view: ClipView) -> Image.Image:
     cell_width, cell_height = pictures[0][0].size  # all have that of the clip
     heights = []
     for row in rows:
-        captioned = any(cell.caption for cell in row.cells)
         # a row is as high as the larger of its images and the notes beside them
+        captioned = any(cell.caption for cell in row.cells)
+        pictured = cell_height + LINE * captioned
         titled = 20 + LINE * len(row.notes)
-        heights.append(max(cell_height + LINE * captioned, titled) + GAP + 2)
+        heights.append(max(pictured, titled) + GAP + 2)
     cells_width = len(rows[0].cells) * (cell_width + GAP)
     width = max(TITLES + cells_width + 2 * MARGIN, NARROWEST)
     height_of_block = HEADER + sum(heights) + MARGIN // 2
@@ -345,7 +347,8 @@ def _animation_picture(view: ClipView, cells: list[Cell], place: int) -> Image.I
     panels = [_scaled(cell.picture, PANEL) for cell in cells]
     across, down = panels[0].size
     pitch = down + LINE + GAP
-    width = max(3 * (across + GAP) - GAP + 2 * MARGIN, NARROWEST)
+    panels_width = 3 * (across + GAP) - GAP
+    width = max(panels_width + 2 * MARGIN, NARROWEST)
     first_top = HEADER + 4
     timeline_top = first_top + 2 * pitch
     picture = Image.new("RGB", (width, timeline_top + TIMELINE + MARGIN), PAPER)
@@ -381,7 +384,8 @@ def _timeline(
     draw.text((left, top), text="patches selected over time", fill=MUTED, font=font(11))
     foot = top + LINE + TIMELINE - 14
     highest = foot - top - LINE
-    most = max(max(c.num_intra + c.num_inter for c in columns), 1)
+    counts = [column.num_intra + column.num_inter for column in columns]
+    most = max(*counts, 1)  # the bar of full height
     pitch = width / len(columns)
     for number, column in enumerate(columns):
         x = left + number * pitch

@@ -79,7 +79,8 @@ def read_existing(directory: Path) -> Existing:
     Raises DataPipelineError where manifest.json is there and is not one of ours.
     """
     manifest, damage = _readable_manifest(directory)
-    bound = {} if manifest is None else {entry["name"]: entry for entry in manifest["shards"]}
+    entries = [] if manifest is None else manifest["shards"]
+    bound = {entry["name"]: entry for entry in entries}
     records = {}
     damaged = set()
     for path in sorted(directory.glob("*.json")):

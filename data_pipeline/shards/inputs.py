@@ -73,7 +73,9 @@ def list_inputs(arguments: Sequence[str | Path], report: Report = show) -> list[
         raise MissingData(f"no video or image in {', '.join(map(str, arguments))}")
     first: dict[str, Input] = {}
     for item in inputs:
-        first.setdefault(item.location if item.is_remote else os.path.abspath(item.location), item)
+        # a.mp4 and ./a.mp4 are one file
+        identity = item.location if item.is_remote else os.path.abspath(item.location)
+        first.setdefault(identity, item)
     repeated = len(inputs) - len(first)
     if repeated:
         report(f"{repeated} inputs are named more than once: each is packed once")

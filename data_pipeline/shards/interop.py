@@ -184,7 +184,8 @@ def _write_clip(folder: Path, clip: MosaicClip, info: SampleInfo, image_format: 
     rows, columns = info.grid
     p = info.patch_size
     # patch rows and pixel rows are adjacent in an image: [row, column, y, x] -> [row, y, column, x]
-    mosaics = clip.patches.reshape(NUM_MOSAICS, rows, columns, p, p, 3).swapaxes(2, 3)
+    grids = clip.patches.reshape(NUM_MOSAICS, rows, columns, p, p, 3)
+    mosaics = grids.swapaxes(2, 3)
     options = {"quality": JPEG_QUALITY, "subsampling": "4:4:4"} if image_format == "jpg" else {}
     names = _mosaic_names(image_format)
     for name, mosaic in zip(names, mosaics, strict=True):
@@ -298,4 +299,5 @@ def read_visidx(path: Path, grid: tuple[int, int], num_frames: int = 64) -> np.n
             f"{' x '.join(map(str, shape))} has 0 to {total - 1}"
         )
     # row-major, as write_visidx counts
-    return np.stack(np.unravel_index(indices, shape), axis=-1).astype(np.int32)
+    positions = np.stack(np.unravel_index(indices, shape), axis=-1)
+    return positions.astype(np.int32)

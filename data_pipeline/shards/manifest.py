@@ -90,7 +90,8 @@ class Manifest:
     @cached_property
     def starts(self) -> np.ndarray:
         """int64 [num_shards + 1]: first sample id of each shard, then the total."""
-        return np.cumsum([0] + [len(shard["samples"]) for shard in self.shards])
+        counts = [len(shard["samples"]) for shard in self.shards]
+        return np.cumsum([0, *counts])
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -204,7 +204,8 @@ def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:
     if record is None or (task.distrusts_record and DIGEST_KEY not in record):
         return None
     sources = [known.source for known in known_inputs(record)]
-    if record["settings"] != task.settings or sources != [item.source for item in task.inputs]:
+    asked = [item.source for item in task.inputs]
+    if record["settings"] != task.settings or sources != asked:
         raise DataPipelineError(
             f"{output / task.name}.json holds other inputs or settings than this command's: "
             "another one packs into the same folder; wait for it, or name another --output"

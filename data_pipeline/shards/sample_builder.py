@@ -290,7 +290,9 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
 
 def _p_frame_mean(field: np.ndarray, clip: CodecClip) -> float:
     p_frames = ~clip.is_i_frame
-    return round(float(field[p_frames].mean()), 3) if p_frames.any() else 0.0
+    if not p_frames.any():
+        return 0.0
+    return round(float(field[p_frames].mean()), 3)
 
 
 if __name__ == "__main__":
