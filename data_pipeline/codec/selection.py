@@ -94,7 +94,7 @@ def select_patches(
     else:
         order = _best_first(scores, num_p_frames=frames - num_i_frames, time_buckets=time_buckets)
     selected = np.concatenate([intra, inter[order]])[:budget]
-    # I-frame patches have no saliency of their own: 1 puts them before all others
+    # the saliency of I-frames is 0, by definition: their patches get the highest score
     intra_scores = np.ones(len(intra))
     selected_scores = np.concatenate([intra_scores, scores[order]])[:budget]
     positions = np.stack(np.unravel_index(selected, saliency.shape), axis=-1)
