@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline", description="Prepare data for pretraining."
     )
+    # required: argparse would otherwise accept no command at all
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help_text: str, run: Run) -> argparse.ArgumentParser:
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     def folder_command(name: str, help_text: str, run: Run) -> argparse.ArgumentParser:
-        sub = command(name, help_text, run)
+        sub = command(name, help_text=help_text, run=run)
         sub.add_argument("directory", type=Path)
         return sub
 
@@ -67,6 +68,7 @@ def _add_making(command: AddCommand) -> None:
     sub = command(
         "motion-shapes", "write labelled clips whose class is the motion", commands.motion_shapes
     )
+    # output_path: a URL would become a folder of that name in the working directory
     sub.add_argument("directory", type=output_path)
     sub.add_argument("--num-train", type=int, default=1200, help="clips to train on")
     sub.add_argument("--num-val", type=int, default=240, help="clips to validate on")
@@ -105,6 +107,7 @@ def _add_packing(command: AddCommand) -> None:
 
 def _add_running(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("shards, and who packs them")
+    # one destination for both, so that `pack` gets a mode and not two flags
     other = group.add_mutually_exclusive_group()
     other.add_argument(
         "--append",
@@ -252,8 +255,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int | None:
     try:
         with stoppable():
-            return args.run(args)
+            return args.run(args)  # set by `command` in build_parser
     except Stopped as stop:
+        # standard output may be JSON that another program reads
         print(
             f"{stop}: what is finished is kept, run the same command again to go on",
             file=sys.stderr,

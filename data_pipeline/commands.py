@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE = 224
 DEFAULT_PATCH_SIZE = 16
-VIEWED = 4  # samples that `view` draws unless told which
+VIEWED = 4  # samples that `view` draws by default
 
 
 def config_of(kind: "type[Config]", args: Namespace, **others: object) -> "Config":
@@ -61,12 +61,13 @@ def pack(args: Namespace) -> None:
     from .shards.sample_builder import SampleConfig
 
     size, patch_size = picture_shape(args)
+    # the published rule takes percentiles of each frame, unless the user asks for others
     normalise = args.normalise or ("frame" if args.rule == "published" else "clip")
     saliency = config_of(SaliencyConfig, args, normalise=normalise)
     sample = config_of(SampleConfig, args, size=size, patch_size=patch_size, saliency=saliency)
     config = config_of(PackConfig, args, sample=sample)
     inputs = list_inputs(args.inputs)
-    mode = args.mode or "refuse"
+    mode = args.mode or "refuse"  # None without --append and --replace
     if args.executor == "ray":
         manifest = pack_ray(inputs, output=args.output, config=config, mode=mode)
     else:
@@ -81,7 +82,8 @@ def pack(args: Namespace) -> None:
     if manifest is None:
         return  # other tasks are still at work
     rejected = manifest.rejected_by_reason()
-    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
+    counts = [f"{count} {reason}" for reason, count in rejected.most_common()]
+    reasons = ", ".join(counts) or "none"
     show(
         f"{len(manifest)} samples in {len(manifest.shards)} shards under {args.output}; rejected: "
         f"{reasons}"
@@ -139,6 +141,7 @@ def view(args: Namespace) -> None:
     from .shards.view import save_view
 
     manifest = load_manifest(args.directory)
+    # a set, since a folder of fewer samples gives the same id several times
     spread = sorted({i * len(manifest) // VIEWED for i in range(VIEWED)})
     save_view(manifest, sample_ids=args.samples or spread, path=args.output)
     show(args.output)
@@ -174,18 +177,20 @@ def features(args: Namespace) -> None:
         task_id=task_id,
         num_tasks=num_tasks,
     )
-    if is_complete and task_id == 0:
+    if is_complete and task_id == 0:  # one line, not one from every process that finds it complete
         show(f"all vectors are in {args.output}")
 
 
 def _part_of_launcher(args: Namespace) -> tuple[int, int]:
     """(task, tasks) as given, else as torchrun sets them; each process on a GPU of its own."""
+    # flags go before what a launcher sets, also one of the two alone
     launched = "TORCHELASTIC_RUN_ID" in os.environ and args.task_id is args.num_tasks is None
     if not launched:
         return args.task_id or 0, args.num_tasks or 1
     import torch
 
     if torch.cuda.is_available():
+        # the remainder: more processes than GPUs share them
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -242,6 +247,7 @@ def label(args: Namespace) -> None:
 
 def browse(args: Namespace) -> None:
     """Draw what clusters hold."""
+    # before the imports, and before anything is read
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output {args.output}: a picture is written as FILE.png")
     from .clustering.browse import overall_purity, read_truth, save_page, summarise

@@ -43,6 +43,7 @@ class Dataset:
     def sha256(self) -> str:
         """Identity of everything a training reads: shards, labels and the number of classes."""
         digest = hashlib.sha256(f"{self.manifest.sha256} {self.num_classes}".encode())
+        # labels too: clustering again changes them and leaves the manifest as it is
         digest.update(np.ascontiguousarray(self.labels).tobytes())
         return digest.hexdigest()
 
@@ -58,7 +59,7 @@ class DatasetSpec:
     labels: Path
 
     def load(self, allow_missing_shards: bool = False) -> Dataset:
-        """Read and check manifest and labels; MissingData or CorruptShard says what to do."""
+        """Read and check manifest and labels; MissingData or CorruptShard name the remedy."""
         from .clustering.labels import are_clusters, load_labels
 
         manifest = load_manifest(self.shards, allow_missing_shards)
@@ -106,9 +107,14 @@ def forget_other_clusters(dataset: Dataset, encoder: Path, output: Path) -> bool
     from .clustering.pipeline import FEATURES_NAME
 
     config = FeatureConfig(str(encoder))
-    origin = origin_of(dataset.manifest, config, config.weights_sha256())
+    origin = origin_of(
+        dataset.manifest,
+        config=config,
+        weights_sha256=config.weights_sha256(),
+    )
     if is_of(output / FEATURES_NAME, origin):
         return False
+    # all of it: centroids and labels beside the features are of the same weights
     shutil.rmtree(output)
     return True
 
@@ -138,7 +144,7 @@ def extract_features(
 
 def recluster(dataset: Dataset, encoder: Path, output: Path, report: Report = show) -> None:
     """Labels by another encoder in `output`: features, as many centroids and as wide labels as
-    before. What is there already is kept; what is damaged is reported and made again.
+    before. What is there already stays; what is damaged is reported and made again.
     """
     from .clustering.feature_sources import FeatureConfig
     from .clustering.pipeline import ClusterConfig, cluster, label
@@ -171,10 +177,11 @@ def relabelled(dataset: Dataset, labels_folder: Path) -> Dataset:
 
 def start_centers(path: Path) -> np.ndarray:
     """Starting centres of a head from a .npy file [num_classes, D] of floats. Those of `cluster`
-    must be as their record says, those of a round of training as the sha256 beside them.
+    must be as their record states, those of a round of training as the sha256 beside them.
     ValueError names a file that is damaged or something else."""
     from .clustering.kmeans import CENTROIDS_NAME, RECORD_NAME, load_centroids
 
+    # a record binds centroids by their hash; a file from elsewhere has none
     if path.name == CENTROIDS_NAME and (path.parent / RECORD_NAME).is_file():
         return load_centroids(path.parent)[0]
     check_checksums(path.parent, [path.name], listing=f"{path.name}{OWN_LISTING}")
@@ -193,7 +200,7 @@ def prepare_embedded(
     directory: Path, num_train: int = 1200, num_val: int = 240, report: Report = show
 ) -> DatasetSpec:
     """Write, pack, cluster and label the embedded motion_shapes set under `directory`;
-    steps already done are kept.
+    steps that are done are skipped.
 
     98 patches are selected of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the
     P-frames), and the pseudo-labels come from 64 clusters of the codec descriptor.
@@ -205,7 +212,7 @@ def prepare_embedded(
     from .shards.pack import PackConfig, pack
     from .shards.sample_builder import SampleConfig
 
-    write_motion_shapes(directory, num_train, num_val)
+    write_motion_shapes(directory, num_train=num_train, num_val=num_val)
     sample = SampleConfig(size=112, gop=64, budget=98, num_full_frames=8)
     config = PackConfig(sample, samples_per_shard=200)
     for split in ("train", "val"):

@@ -1,5 +1,5 @@
-"""The exceptions a user of the data pipeline can meet;
-each says what happened, where, and what to do next. `outcome` names a kind of end that has an exit
+"""The exceptions a user of the data pipeline can meet. The message of each names what happened,
+where, and what to do next. `outcome` names a kind of end that has an exit
 code of its own (model_factory/command_line/command.py).
 """
 

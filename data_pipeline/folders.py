@@ -46,7 +46,8 @@ LEFT_OUT = {
 
 def is_hidden(name: str) -> bool:
     """Whether a path relative to the user's folder has a hidden or a system part."""
-    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in name.split("/"))
+    parts = name.split("/")
+    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in parts)
 
 
 def files_below(
@@ -80,7 +81,7 @@ class _Walk:
 
     def run(self) -> None:
         """Read everything. Links to folders wait until all real folders were read, so that files
-        which can be reached both ways carry the name of their real place."""
+        which can be reached both ways carry the name of their real folder."""
         self._read_tree("", self._root)
         while self._links:
             name, target = self._links.popleft()
@@ -149,4 +150,5 @@ class _Walk:
 
 def _holds(outer: str, inner: str) -> bool:
     """Whether a real path is another one or lies below it."""
+    # with the separator, or /data would hold /data2
     return inner == outer or inner.startswith(outer.rstrip("/") + "/")

@@ -142,7 +142,8 @@ def read_labelled_csv(path: Path, exists: Callable[[str], bool]) -> list[Labelle
                 "separated by spaces; a path with a comma in quotes)"
             )
         # "target" may be a class, but the name of a column has no ending.
-        if not rows and cells[1].lower() in HEADERS and not Path(cells[0]).suffix:
+        names_columns = cells[1].lower() in HEADERS and not Path(cells[0]).suffix
+        if not rows and names_columns:
             raise DataPipelineError(
                 f"{row.place}: {_shown(row.cells)} is a header: remove that line"
             )
@@ -233,7 +234,7 @@ def _json_entry(place: str, line: str) -> tuple[str, list]:
 
 
 def _check_class(label: object, place: str, num_classes: int) -> None:
-    # type() and not isinstance(): True is an int to Python, and no class to anybody else.
+    # type() and not isinstance(): True is an int to Python, and a mistake in a list of labels.
     if type(label) is not int:
         raise DataPipelineError(
             f"{place}: label {_shown(label)} is no integer: classes are the integers from 0 to "

@@ -4,7 +4,7 @@ Eight classes: move left, right, up, down, turn clockwise, counterclockwise, gro
 textured shape moves over a smooth background while the camera shakes; texture, shape, colours,
 place, size, angle and speed are random. Places wrap around, sizes run through a saw-tooth of random
 phase and angles start anywhere, so at every instant all classes show the same distribution of
-pictures: no single frame tells the class. Cost: about 0.04 s per 112 px clip of 64 frames. Layout
+pictures: no single frame shows the class. Cost: about 0.04 s per 112 px clip of 64 frames. Layout
 written, as every labelled set here:
 
     DIR/clips/train_00000.mp4 ...   DIR/train.csv  DIR/val.csv    (lines: relative path,label)
@@ -36,7 +36,7 @@ VAL_INDEX = 1 << 24  # of the first validation clip: no index is in both splits
 @dataclass(frozen=True)
 class Difficulty:
     """Nuisance of a set: `jitter` camera shake in pixels, `clutter` number of resting shapes,
-    `contrast` of the background (0..1), `radius` of the shape as a share of the picture.
+    `contrast` of the background (0..1), `radius` of the shape as a share of the frame.
     """
 
     jitter: float
@@ -93,8 +93,12 @@ def render_clip(
     """
     level = DIFFICULTIES[difficulty]
     rng = counter_rng(seed, "motion_shapes", index)
+    # all draws of a clip come from this generator: another order of them gives other clips, and
+    # needs another GENERATOR_VERSION
     time = np.arange(frames, dtype=np.float32)
-    shake = np.cumsum(rng.normal(0, level.jitter, (frames, 2)), axis=0)
+    steps = rng.normal(0, level.jitter, (frames, 2))
+    # the camera's path: a random walk about zero
+    shake = np.cumsum(steps, axis=0)
     shake = (shake - shake.mean(axis=0)).astype(np.float32)
     canvas = _background(rng, size=size, contrast=level.contrast, shake=shake)
     for _ in range(level.clutter):
@@ -110,7 +114,8 @@ def render_clip(
 
 @dataclass
 class _Pose:
-    """Per frame: centre (x, y) in pictures, size factor, angle in radians; float32 [T] each."""
+    """Per frame: centre (x, y) in sides of the frame, size factor, angle in radians; float32 [T]
+    each."""
 
     x: np.ndarray
     y: np.ndarray
@@ -132,13 +137,14 @@ def _random_pose(rng: np.random.Generator, frames: int) -> _Pose:
 def _move(pose: _Pose, motion: str, rng: np.random.Generator, time: np.ndarray, size: int) -> _Pose:
     """Add the class's motion at a random speed to a resting pose.
 
-    Speeds are such that over half a clip nothing passes half a picture or half a turn, beyond which
-    two whole frames could not tell one direction from its opposite.
+    Speeds are such that over half a clip nothing passes half a frame or half a turn, beyond which
+    two whole frames would not distinguish one direction from its opposite.
     """
     pixels = rng.uniform(0.6, 1.5) / size * time
     turn = rng.uniform(0.03, 0.08) * time
     sweep = rng.uniform(0.5, 1.0) / len(time) * time
     low, high = SCALE_RANGE
+    # sizes on a logarithmic scale, 0 at the smallest and 1 at the largest
     phase = np.log(pose.scale / low) / np.log(high / low)
     if motion in ("left", "right"):
         pose.x = pose.x + (pixels if motion == "right" else -pixels)
@@ -173,19 +179,21 @@ class _Shape:
             self.depth = DEPTHS[appearance.corners]
             spread = blocks - sum(brightness) / 2
             blocks = np.array(COLOURS[appearance.colour], np.float32) + 0.6 * spread
-        self.texture = np.kron(blocks, np.ones((TEXTURE // 8, TEXTURE // 8, 1), np.float32))
+        block = np.ones((TEXTURE // 8, TEXTURE // 8, 1), np.float32)
+        self.texture = np.kron(blocks, block)
 
     def paint(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Colour [..., 3] and softness of the edge [...] at shape coordinates in nominal pixels."""
         distance = np.hypot(x, y)
-        outline = self.radius * (
-            1 - self.depth * (0.5 + 0.5 * np.cos(self.corners * np.arctan2(y, x)))
-        )
-        alpha = np.clip(outline - distance + 0.5, 0, 1)
+        angle = np.arctan2(y, x)
+        notch = 0.5 + 0.5 * np.cos(self.corners * angle)  # 0 at a corner, 1 halfway to the next
+        outline = self.radius * (1 - self.depth * notch)
+        alpha = np.clip(outline - distance + 0.5, 0, 1)  # the edge is one pixel wide
         scale = TEXTURE / (2 * self.radius)
-        u = np.clip((x + self.radius) * scale, 0, TEXTURE - 1).astype(np.int32)
-        v = np.clip((y + self.radius) * scale, 0, TEXTURE - 1).astype(np.int32)
-        return self.texture[v, u], alpha
+        u = np.clip((x + self.radius) * scale, 0, TEXTURE - 1)
+        v = np.clip((y + self.radius) * scale, 0, TEXTURE - 1)
+        colour = self.texture[v.astype(np.int32), u.astype(np.int32)]
+        return colour, alpha
 
 
 def _draw(canvas: np.ndarray, shape: _Shape, pose: _Pose, shake: np.ndarray) -> None:
@@ -194,19 +202,29 @@ def _draw(canvas: np.ndarray, shape: _Shape, pose: _Pose, shake: np.ndarray) -> 
     """
     size = canvas.shape[1]
     for t in range(len(canvas)):
-        reach = min(int(shape.radius * pose.scale[t]) + 2, size // 2)
+        # at most half the frame: a wider box would wrap around onto itself
+        radius = int(shape.radius * pose.scale[t])
+        reach = min(radius + 2, size // 2)
         centre_x = float(pose.x[t] * size + shake[t, 0])
         centre_y = float(pose.y[t] * size + shake[t, 1])
-        columns = np.arange(math.floor(centre_x) - reach, math.floor(centre_x) + reach)
-        rows = np.arange(math.floor(centre_y) - reach, math.floor(centre_y) + reach)
-        dx = (columns - centre_x).astype(np.float32)[None, :] / pose.scale[t]
-        dy = (rows - centre_y).astype(np.float32)[:, None] / pose.scale[t]
+        middle_column = math.floor(centre_x)
+        middle_row = math.floor(centre_y)
+        columns = np.arange(middle_column - reach, middle_column + reach)
+        rows = np.arange(middle_row - reach, middle_row + reach)
+        from_centre_x = (columns - centre_x).astype(np.float32)
+        from_centre_y = (rows - centre_y).astype(np.float32)
+        dx = from_centre_x[None, :] / pose.scale[t]
+        dy = from_centre_y[:, None] / pose.scale[t]
         cos = math.cos(pose.angle[t])
         sin = math.sin(pose.angle[t])
-        colour, alpha = shape.paint(cos * dx + sin * dy, cos * dy - sin * dx)
+        # pixels are turned back into the shape's own coordinates
+        x = cos * dx + sin * dy
+        y = cos * dy - sin * dx
+        colour, alpha = shape.paint(x, y)
         box = np.ix_(rows % size, columns % size)
         alpha = alpha[..., None]
-        canvas[t][box] = canvas[t][box] * (1 - alpha) + colour * alpha
+        behind = canvas[t][box]
+        canvas[t][box] = behind * (1 - alpha) + colour * alpha
 
 
 def _background(
@@ -214,21 +232,28 @@ def _background(
 ) -> np.ndarray:
     """Smooth periodic texture moved by the camera, float32 [T, S, S, 3]."""
     waves = 3 + int(7 * contrast)
+    # white noise without its high frequencies: smooth, and periodic, so it can be rolled
     frequency = np.abs(np.fft.fftfreq(size, 1 / size))
-    low = np.maximum(frequency[:, None], frequency[None, :]) <= waves
-    spectrum = (rng.normal(size=(3, size, size)) + 1j * rng.normal(size=(3, size, size))) * low
+    higher = np.maximum(frequency[:, None], frequency[None, :])
+    low = higher <= waves
+    real = rng.normal(size=(3, size, size))
+    imaginary = rng.normal(size=(3, size, size))
+    spectrum = (real + 1j * imaginary) * low
     texture = np.fft.ifft2(spectrum).real
-    texture = (texture - texture.mean()) / texture.std() * 0.12 * contrast + rng.uniform(0.15, 0.35)
+    standard = (texture - texture.mean()) / texture.std()
+    brightness = rng.uniform(0.15, 0.35)  # below the moving shape, 0.5 to 1
+    texture = standard * 0.12 * contrast + brightness
     texture = texture.transpose(1, 2, 0).astype(np.float32)
-    whole = np.rint(shake).astype(int)
-    return np.stack([np.roll(texture, (dy, dx), axis=(0, 1)) for dx, dy in whole])
+    whole = np.rint(shake).astype(int)  # in whole pixels a roll loses nothing
+    moved = [np.roll(texture, (dy, dx), axis=(0, 1)) for dx, dy in whole]
+    return np.stack(moved)
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: int = 25) -> None:
     """Encode uint8 [T, H, W, 3] as H.264 in mp4; the file appears whole or not at all."""
     temporary = path.with_suffix(".tmp")
     try:
-        _encode(temporary, frames, fps)
+        _encode(temporary, frames=frames, fps=fps)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -243,17 +268,18 @@ def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        # x264's macroblock tree reads memory it never wrote on small pictures: without it off, the
+        # x264's macroblock tree reads memory it never wrote on small frames: unless it is off, the
         # same frames give different bytes from one call to the next
         stream.options = {"preset": "veryfast", "crf": "16", "x264-params": "mbtree=0"}
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
 
 
 def check_settings(path: Path, settings: list, names: str) -> None:
     """Clips of two kinds must not mix in one folder: the first run writes its settings to `path`,
-    and ValueError ends a later one whose settings differ. `names` tells a reader what they are.
+    and ValueError ends a later one whose settings differ. `names` is what the message calls them.
     """
     if path.is_file():
         there = _read_settings(path)
@@ -292,7 +318,7 @@ def write_motion_shapes(
     workers: int = 2,
 ) -> None:
     """Write the set (layout above), classes in equal shares.
-    Files that exist are kept, so a killed run goes on.
+    Files that exist are not written again, so a killed run goes on.
     """
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty is {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}")
@@ -318,6 +344,7 @@ def write_motion_shapes(
         write_atomically(directory / f"{split}.csv", "".join(lines).encode())
     write_atomically(directory / "classes.txt", ("\n".join(CLASSES) + "\n").encode())
     context = get_context("spawn")
+    # label, index and path differ from clip to clip, the rest is the set's
     write_one = partial(_write_one, seed=seed, difficulty=difficulty, size=size)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=leave_to_parent) as pool:
         # the list waits for all, and raises what went wrong in a worker

@@ -1,7 +1,7 @@
-"""Text on pictures: a font that is always there, and names that are safe to draw.
+"""Text on drawn images: a font that is always there, and names that are safe to draw.
 
-The font is DejaVu Sans from matplotlib's own files, so pictures look alike on every machine and
-need no system fonts.
+The font is DejaVu Sans from matplotlib's own files, so images look alike on every machine and need
+no system fonts.
 """
 
 from functools import cache
@@ -31,12 +31,16 @@ def fitted(text: object, width: float, lettering: ImageFont.FreeTypeFont) -> str
     """The text in one printable line of at most `width` pixels, its middle left out if need be."""
     line = printable(text)
     if len(line) > LONGEST_NAME:
-        line = f"{line[: LONGEST_NAME // 2]}…{line[-LONGEST_NAME // 2 :]}"
+        start = line[: LONGEST_NAME // 2]
+        end = line[-LONGEST_NAME // 2 :]
+        line = f"{start}…{end}"
     if lettering.getlength(line) <= width:
         return line
-    for kept in range(len(line) - 1, 1, -1):
-        head = kept // 2
-        shorter = f"{line[:head]}…{line[len(line) - (kept - head) :]}"
+    # one character less at a time, since their widths differ; at most LONGEST_NAME rounds
+    for num_characters in range(len(line) - 1, 1, -1):
+        head = num_characters // 2
+        tail = num_characters - head
+        shorter = f"{line[:head]}…{line[len(line) - tail :]}"
         if lettering.getlength(shorter) <= width:
             return shorter
     return "…"

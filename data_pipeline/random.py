@@ -59,8 +59,10 @@ def counter_normal(rows: torch.Tensor, width: int, seed: int, purpose: str) -> t
     for piece in rows.split(_INIT_ROWS):
         ids = piece[:, None] * width + columns
         # log1p of the negative: uniform numbers reach 0, never 1
-        radius = (-2 * torch.log1p(-counter_uniform(ids, seed, purpose, 0))).sqrt()
-        normal.append(radius * torch.cos(2 * math.pi * counter_uniform(ids, seed, purpose, 1)))
+        uniform = counter_uniform(ids, seed, purpose, 0)
+        radius = (-2 * torch.log1p(-uniform)).sqrt()
+        angle = 2 * math.pi * counter_uniform(ids, seed, purpose, 1)
+        normal.append(radius * torch.cos(angle))
     return torch.cat(normal)
 
 

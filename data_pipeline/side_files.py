@@ -3,7 +3,7 @@
 Each is written whole or not at all, and every error of reading names the file and the remedy.
 
 NumPy evaluates the header of a .npy file as Python, which is not safe in threads (CPython 3.11
-counts the depth of syntax trees for all threads together) and believes whatever size it states.
+counts the depth of syntax trees for all threads together), and trusts whatever size it states.
 Here a header has the form that np.save gives it, its dtype is the expected one, and its bytes are
 all there.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Fields = Mapping[str, type | tuple[type, ...]]
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
-NPY_MAGIC = b"\x93NUMPY\x01\x00"
+NPY_MAGIC = b"\x93NUMPY\x01\x00"  # with version 1.0, which np.save writes for plain arrays
 NPY_HEADER = re.compile(
     rb"\{'descr': '([^']{1,8})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n"
 )
@@ -57,7 +57,9 @@ def parse_array(data: bytes | bytearray, dtype: type, name: str) -> np.ndarray:
     bytes that are no array of the stated size. `name` is what messages call it."""
     # 6 bytes of magic, 2 of the version, 2 that hold the length of the header, the header, the data
     length = int.from_bytes(data[8:10], "little")
-    header = NPY_HEADER.fullmatch(data[10 : 10 + length]) if data.startswith(NPY_MAGIC) else None
+    header = None
+    if data.startswith(NPY_MAGIC):
+        header = NPY_HEADER.fullmatch(data[10 : 10 + length])
     if header is None:
         raise CorruptShard(f"{name} is no .npy array of version 1.0")
     descr, order, sizes = (group.decode() for group in header.groups())
@@ -65,7 +67,9 @@ def parse_array(data: bytes | bytearray, dtype: type, name: str) -> np.ndarray:
     wanted = np.dtype(dtype)
     if descr != wanted.str:
         raise CorruptShard(f"{name} holds {descr} {shape}, expected {wanted}")
-    if len(data) != 10 + length + math.prod(shape) * wanted.itemsize:
+    # before anything of the stated size is made
+    num_bytes = math.prod(shape) * wanted.itemsize
+    if len(data) != 10 + length + num_bytes:
         raise CorruptShard(f"{name} has not the bytes of a {descr} {shape}")
     flat = np.frombuffer(data, wanted, offset=10 + length)
     return flat.reshape(shape, order="F" if order == "True" else "C")
@@ -91,10 +95,11 @@ def read_array(
     """The array of a .npy file of ours, bound by the sha256 in the record beside it.
 
     Hash and array come from one reading, so that nothing can change in between. CorruptShard names
-    a file that is absent, changed, or holds something else, and says what to do: `again`.
+    a file that is absent, changed, or holds something else, and ends with the remedy `again`.
     """
     try:
         with naming(path), open(path, "rb") as stream:
+            # a bytearray: an array that shares it can be written to
             data = bytearray(os.fstat(stream.fileno()).st_size)
             stream.readinto(data)
     except FileNotFoundError:
@@ -115,7 +120,7 @@ def read_array(
 def read_record(path: Path, fields: Fields, again: str) -> dict:
     """The object that files.write_json wrote, with `fields` of these types.
 
-    FileNotFoundError where there is none; CorruptShard names a damaged one and says what to do:
+    FileNotFoundError where there is none; CorruptShard names a damaged one and ends with the remedy
     `again`.
     """
     data = path.read_bytes()
@@ -136,6 +141,7 @@ def parse_record(data: bytes, name: str, max_bytes: int) -> dict:
 
 def write_picture(path: Path, image: "Image.Image", **options: Any) -> None:
     """Write a Pillow image in the format that its suffix names, with Pillow's options of saving."""
+    # into memory first: the file is then written whole or not at all
     stream = io.BytesIO()
     image.save(stream, IMAGE_FORMATS[path.suffix.lower()], **options)
     write_atomically(path, stream.getvalue())

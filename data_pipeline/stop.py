@@ -1,5 +1,5 @@
 """SIGINT and SIGTERM as an exception, so that a command leaves its processes and locks behind
-in order and says one line."""
+in order and prints one line."""
 
 import contextlib
 import os
@@ -34,12 +34,14 @@ def stoppable() -> Iterator[None]:
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
+        # not sys.exit(), which would wait for whatever does not end
         if received:
             os._exit(signal_code(number))
         received.append(number)
         raise Stopped(number)
 
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    # nohup and background jobs of a shell ignore SIGINT: they shall go on doing so
     handlers = {n: handler for n, handler in handlers.items() if handler != signal.SIG_IGN}
     for number in handlers:
         signal.signal(number, stop)

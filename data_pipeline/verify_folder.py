@@ -7,7 +7,7 @@
     partial/record.json  a clustering that was stopped
 
 Folders inside are looked at in the same way. A file of a kind that is read here and that no record
-names is a problem: somebody put it there, and a reader may take it. Other files are named, and not
+names is a problem: it came from elsewhere, and a reader may take it. Other files are named, and not
 checked. Cost: one reading of every byte.
 """
 
@@ -31,7 +31,7 @@ MOST_NAMED = 5  # files of others in the last line
 @dataclass
 class Findings:
     """What a look at a folder has found, one line each: problems, what was checked, and names of
-    files that nobody here wrote."""
+    files that the pipeline did not write."""
 
     problems: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
@@ -90,7 +90,7 @@ class _Folder:
             except (DataPipelineError, DamagedFile, OSError) as error:
                 self.findings.problems.append(str(error))
                 is_whole = False
-        # a damaged record says nothing of the files that it names
+        # a damaged record does not show which files it names
         self._rest(is_whole)
 
     def _rest(self, is_whole: bool) -> None:
@@ -104,6 +104,7 @@ class _Folder:
             elif path.name in self.known or _is_lock(path):
                 continue
             elif path.suffix in KINDS_READ:
+                # after a damaged record it may be one of its files
                 if is_whole:
                     self.findings.problems.append(
                         f"{printable(name)}: no record names this file; move it away"
@@ -131,7 +132,7 @@ def _check_labels(folder: _Folder) -> str:
     if folder.manifest is not None:
         _, num_classes = labels.load_labels(folder.directory, folder.manifest)
         return f"labels of {num_classes} classes"
-    shards = Path("DIR")  # in the commands of messages: nobody knows which folder they label
+    shards = Path("DIR")  # in the commands of messages: the record does not name the folder
     record = labels.read_labels_record(folder.directory, shards)
     rows = labels.read_labels_array(folder.directory, record=record, shards=shards)
     return f"{len(rows)} rows of labels of {record['num_classes']} classes (shards not looked at)"
@@ -157,6 +158,7 @@ def _check_features(folder: _Folder) -> str:
         except DataPipelineError as error:
             folder.findings.problems.append(str(error))
             continue
+        # all shards have vectors of one width: the next ones are checked by the first
         rows += len(vectors)
         width = vectors.shape[1]
     return f"{rows} vectors"
@@ -166,7 +168,7 @@ def _check_progress(folder: _Folder) -> str:
     saved = progress.read_progress(folder.directory)
     for name in saved["files"]:
         folder.known.add(name)
-        if progress.read_saved(folder.directory, saved, name) is None:
+        if progress.read_saved(folder.directory, state=saved, name=name) is None:
             folder.findings.problems.append(
                 f"{folder.prefix}{name}: not what its record says; the clustering computes it again"
             )

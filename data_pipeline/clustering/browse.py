@@ -47,6 +47,8 @@ def summarise(
     int [N], -1 unknown.
     """
     nearest = labels[:, 0]
+    # sorted by cluster once, instead of one search through all samples for each cluster; stable, so
+    # that members stay in the order of their ids
     order = np.argsort(nearest, kind="stable")
     bounds = np.searchsorted(nearest[order], np.arange(num_classes + 1))
     summaries = []
@@ -67,6 +69,7 @@ def overall_purity(summaries: list[ClusterSummary]) -> float | None:
     """Share of the samples of known truth whose truth is the most frequent one of their cluster;
     None when no truth is known."""
     known = sum(summary.known for summary in summaries)
+    # purity times known samples is the number of those with the most frequent truth
     right = sum(s.purity * s.known for s in summaries if s.purity is not None)
     return right / known if known else None
 
@@ -133,11 +136,13 @@ def _picture(reader: ShardReader, manifest: Manifest, sample_id: int) -> np.ndar
     _, sample = manifest.locate(sample_id)
     info = SampleInfo.from_bytes(reader.read(sample_id, "json"), sample["key"])
     data = reader.read(sample_id, frames_member(info.kind))
-    frames = decode_frames(info, data, sample["key"])
+    frames = decode_frames(info, member=data, name=sample["key"])
     small = Image.fromarray(frames[len(frames) // 2])
     small.thumbnail((SIDE, SIDE))
     square = Image.new("RGB", (SIDE, SIDE), "white")
-    square.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
+    left = (SIDE - small.width) // 2
+    top = (SIDE - small.height) // 2
+    square.paste(small, (left, top))
     return np.asarray(square)
 
 

@@ -47,26 +47,38 @@ def codec_descriptor(motion: np.ndarray | None, picture: np.ndarray) -> np.ndarr
 
 
 def _motion_blocks(motion: np.ndarray) -> dict[str, np.ndarray]:
-    velocity = motion[..., :2] - np.median(motion[..., :2], axis=(1, 2), keepdims=True)
+    vectors = motion[..., :2]
+    camera = np.median(vectors, axis=(1, 2), keepdims=True)
+    velocity = vectors - camera
     speed = np.linalg.norm(velocity, axis=-1)
     # slower cells hold the noise of the search for vectors
     velocity = velocity * (speed > SPEED_EDGES[0])[..., None]
     speed = np.linalg.norm(velocity, axis=-1)
     total = speed.sum() + TINY
-    direction = _directions(np.arctan2(velocity[..., 1], velocity[..., 0]), speed) / total
+    angle = np.arctan2(velocity[..., 1], velocity[..., 0])
+    direction = _directions(angle, strength=speed) / total
     # 1 when everything moves one way, 0 when it turns or spreads
     coherent = np.linalg.norm(velocity.sum(axis=(0, 1, 2)) / total)
+    swirl = _swirl(velocity, speed)
+    # the last bin is open, so that every cell is in one
+    speed_edges = [0, *SPEED_EDGES, np.inf]
+    residual_edges = [0, *RESIDUAL_EDGES, np.inf]
+    speeds, _ = np.histogram(speed, speed_edges)
+    residuals, _ = np.histogram(motion[..., 2], residual_edges)
+    # weighted against each other: a shift has a direction and no swirl, a turn the reverse
     return {
         "direction": direction * coherent,
-        "swirl": _swirl(velocity, speed) * (1 - coherent),
-        "speed": np.histogram(speed, [0, *SPEED_EDGES, np.inf])[0] / speed.size,
-        "residual": np.histogram(motion[..., 2], [0, *RESIDUAL_EDGES, np.inf])[0] / speed.size,
+        "swirl": swirl * (1 - coherent),
+        "speed": speeds / speed.size,
+        "residual": residuals / speed.size,
     }
 
 
 def _directions(angle: np.ndarray, strength: np.ndarray) -> np.ndarray:
     """Histogram of angles in radians over DIRECTIONS, weighted by strength."""
-    nearest = np.rint(angle / (2 * np.pi) * DIRECTIONS).astype(int) % DIRECTIONS
+    turns = angle / (2 * np.pi)
+    # the remainder: -pi and pi are one direction
+    nearest = np.rint(turns * DIRECTIONS).astype(int) % DIRECTIONS
     return np.bincount(nearest.ravel(), weights=strength.ravel(), minlength=DIRECTIONS)
 
 
@@ -80,8 +92,12 @@ def _swirl(velocity: np.ndarray, speed: np.ndarray) -> np.ndarray:
     x = _from_centre(columns[None], weight=weight, grid=grid)
     y = _from_centre(rows[None], weight=weight, grid=grid)
     distance = np.hypot(x, y) + TINY
+    # cross and dot product of position and velocity; over the distance, so that far cells do not
+    # outweigh near ones
     turning = (x * velocity[..., 1] - y * velocity[..., 0]) / distance
-    spreading = (x * velocity[..., 0] + y * velocity[..., 1]) / distance
+    along_x = x * velocity[..., 0]
+    along_y = y * velocity[..., 1]
+    spreading = (along_x + along_y) / distance
     total = speed.sum() + TINY
     return np.array([turning.sum(), spreading.sum()]) / total
 
@@ -93,15 +109,20 @@ def _from_centre(coordinate: np.ndarray, weight: np.ndarray, grid: int) -> np.nd
     circular mean.
     """
     phase = 2 * np.pi / grid
-    mean = (weight * np.exp(1j * phase * coordinate)).sum(axis=(1, 2), keepdims=True)
+    on_circle = np.exp(1j * phase * coordinate)
+    mean = (weight * on_circle).sum(axis=(1, 2), keepdims=True)
     centre = np.angle(mean) / phase
+    # the shorter way round
     return (coordinate - centre + grid / 2) % grid - grid / 2
 
 
 def _appearance_blocks(picture: np.ndarray) -> dict[str, np.ndarray]:
     dy, dx = np.gradient(picture.mean(axis=-1))
     strength = np.hypot(dx, dy)
+    gradient = _directions(np.arctan2(dy, dx), strength=strength)
+    mean = picture.mean(axis=(0, 1))
+    spread = picture.std(axis=(0, 1))
     return {
-        "colour": np.concatenate([picture.mean(axis=(0, 1)), picture.std(axis=(0, 1))]),
-        "gradient": _directions(np.arctan2(dy, dx), strength) / (strength.sum() + TINY),
+        "colour": np.concatenate([mean, spread]),
+        "gradient": gradient / (strength.sum() + TINY),
     }

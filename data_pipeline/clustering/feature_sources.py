@@ -43,6 +43,7 @@ class FeatureConfig:
         enter, so that a moved folder is the same encoder."""
         if self.encoder is None:
             return None
+        # sorted: a folder lists its files in any order, and the hash depends on it
         files = sorted(locate_encoder(self.encoder).path.glob("*.safetensors"))
         if not files:
             raise MissingData(
@@ -89,10 +90,11 @@ def source_of(manifest: Manifest, config: FeatureConfig) -> Callable[[range], np
     """The function that maps n sample ids to vectors float32 [n, D]."""
     if config.encoder is None:
         return lambda ids: descriptor_rows(manifest, ids)
+    # only here: the descriptor needs neither torch nor transformers
     quiet_libraries()
     location = locate_encoder(config.encoder)
     if location.kind is Kind.IMAGE:
-        return _image_encoder_rows(manifest, config, location)
+        return _image_encoder_rows(manifest, config=config, location=location)
     return _packing_model_rows(manifest, location)
 
 
@@ -101,7 +103,12 @@ def descriptor_rows(manifest: Manifest, ids: Iterable[int]) -> np.ndarray:
     rows = []
     with ShardReader(manifest) as reader:
         for sample_id in ids:
-            frames, motion = _frames(reader, manifest, sample_id, with_motion=True)
+            frames, motion = _frames(
+                reader,
+                manifest=manifest,
+                sample_id=sample_id,
+                with_motion=True,
+            )
             rows.append(codec_descriptor(motion, frames[0]))
     return np.stack(rows)
 
@@ -114,11 +121,12 @@ def _frames(
     _, sample = manifest.locate(sample_id)
     name = sample["key"]
     info = SampleInfo.from_bytes(reader.read(sample_id, "json"), name)
-    frames = decode_frames(info, reader.read(sample_id, frames_member(info.kind)), name)
+    data = reader.read(sample_id, frames_member(info.kind))
+    frames = decode_frames(info, member=data, name=name)
     if info.kind == "image" or not with_motion:
         return frames, None
     data = reader.read(sample_id, "motion.npy")
-    return frames, decode_array(data, "motion.npy", name)
+    return frames, decode_array(data, member="motion.npy", name=name)
 
 
 def _packing_model_rows(
@@ -135,6 +143,7 @@ def _packing_model_rows(
             f"was packed with {manifest.settings['patch_size']}: pack again with --patch-size "
             f"{model.config.patch_size} into another --output"
         )
+    # the process's own GPU: under torchrun commands.features has chosen it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
 
@@ -166,14 +175,21 @@ def _image_encoder_rows(
     def vector(frames: np.ndarray) -> np.ndarray:
         # an image has one frame, which is then chosen `num_frames` times
         chosen = choose_frames(len(frames), count=config.num_frames, draw=None)
-        pixels = torch.from_numpy(frames[chosen]).movedim(-1, 1).to(device)
-        means = encoder.encode(pixels).mean(dim=1).float().cpu().numpy()[:, : config.keep_dims]
-        each = normalise(means)
+        images = torch.from_numpy(frames[chosen]).movedim(-1, 1)  # [M, 3, H, W]
+        pixels = images.to(device)
+        means = encoder.encode(pixels).mean(dim=1)  # of the patch tokens of each frame
+        vectors = means.float().cpu().numpy()[:, : config.keep_dims]
+        # each frame counts alike, however long its vector is
+        each = normalise(vectors)
         return each.reshape(-1) if config.concat else each.mean(axis=0)
 
     def rows_of(ids: range) -> np.ndarray:
         with ShardReader(manifest) as reader:
-            return np.stack([vector(_frames(reader, manifest, i)[0]) for i in ids])
+            rows = []
+            for sample_id in ids:
+                frames, _ = _frames(reader, manifest=manifest, sample_id=sample_id)
+                rows.append(vector(frames))
+            return np.stack(rows)
 
     return rows_of
 
@@ -181,4 +197,5 @@ def _image_encoder_rows(
 def normalise(features: np.ndarray) -> np.ndarray:
     """Rows divided by their L2 norm, float32; zero rows stay zero."""
     norms = np.linalg.norm(features, axis=1, keepdims=True)
+    # the floor of torch.nn.functional.normalize
     return (features / np.maximum(norms, 1e-12)).astype(np.float32)

@@ -7,7 +7,7 @@
 
 Both JSON files carry their own digest.
 
-Work is cut by shards: finished ones are kept, several jobs share a folder by task numbers.
+Work is cut by shards: finished ones are skipped, several jobs share a folder by task numbers.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def extract(
     report: ReportLine = show,
 ) -> bool:
     """Write the vectors of shards task_id, task_id + num_tasks, ... that are not there yet; whether
-    all shards are done now, by whomever.
+    all shards are done now, by this task or others.
 
     Raises DataPipelineError when the folder holds features of something else.
     """
@@ -58,7 +58,7 @@ def extract(
         )
     if not 0 <= task_id < num_tasks:
         raise ValueError(f"--task-id {task_id} must be 0 to {num_tasks - 1} with {num_tasks} tasks")
-    origin = origin_of(manifest, config, config.weights_sha256())
+    origin = origin_of(manifest, config=config, weights_sha256=config.weights_sha256())
     folder.mkdir(parents=True, exist_ok=True)
     if not is_of(folder, origin):
         raise DataPipelineError(
@@ -70,14 +70,17 @@ def extract(
     done = _Done(folder, origin, report)
     own = range(task_id, len(manifest.shards), num_tasks)
     todo = [i for i in own if done.lacks(manifest.shards[i])]
-    if todo:
+    if todo:  # an encoder takes seconds to load, and is not needed where all is there
         rows_of = source_of(manifest, config)
         for i in tqdm(todo, desc="features", unit="shard", disable=None):
-            ids = range(int(manifest.starts[i]), int(manifest.starts[i + 1]))
+            first = int(manifest.starts[i])
+            end = int(manifest.starts[i + 1])
+            ids = range(first, end)
             rows = rows_of(ids)
             _check_finite(rows, manifest=manifest, ids=ids)
-            with writing_into(folder):
+            with writing_into(folder):  # names the folder if it was removed meanwhile
                 done.add(manifest.shards[i], rows)
+    # looked for once more, since other tasks have gone on meanwhile
     missing = [shard["name"] for shard in manifest.shards if done.lacks(shard)]
     if missing:
         report(f"{len(missing)} shards are still to be done by other tasks, {missing[0]} first")
@@ -159,7 +162,7 @@ def feature_pieces(manifest: Manifest, folder: Path) -> Iterator[np.ndarray]:
     """
     features_config(manifest, folder)
     done = _Done(folder, read_features_record(folder)["origin"])
-    width = None
+    width = None  # that of the first shard, which all others must have
     for shard in manifest.shards:
         if shard["samples"]:
             rows = done.read(shard, width)
@@ -168,7 +171,7 @@ def feature_pieces(manifest: Manifest, folder: Path) -> Iterator[np.ndarray]:
 
 
 def quiet(line: str) -> None:
-    """Report to nobody."""
+    """Report nothing."""
 
 
 class _Done:
@@ -177,6 +180,7 @@ class _Done:
     def __init__(self, folder: Path, origin: dict, report: ReportLine = quiet):
         self._folder = folder
         self._report = report
+        # its hash is enough: the whole origin would stand in the record of every shard
         text = json.dumps(origin, sort_keys=True)
         self._origin = hashlib.sha256(text.encode()).hexdigest()
 
@@ -187,7 +191,7 @@ class _Done:
     def has(self, shard: dict) -> bool:
         """Whether a shard's vectors are there; a damaged record is reported and counts as none.
 
-        The vectors are not hashed here: whoever reads them does that.
+        The vectors are not hashed here but where they are read.
         """
         path = self._folder / f"{shard['name']}.json"
         if not path.is_file() or not path.with_suffix(".npy").is_file():
@@ -205,6 +209,7 @@ class _Done:
         remove_temporary(self._folder, shard["name"])
         write_array(path, rows.astype(np.float32, copy=False))
         facts = {"sha256": file_sha256(path), "rows": len(rows), "origin": self._origin}
+        # last: a shard without its record is not done
         write_json(path.with_suffix(".json"), facts)
 
     def read(self, shard: dict, width: int | None) -> np.ndarray:

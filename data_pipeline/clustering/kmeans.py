@@ -4,7 +4,7 @@ Up to SINGLE centroids one k-means finds them all. Beyond, two levels: coarse ce
 centroids inside each cell, as many as the cell's share of the samples. A level costs iterations x
 points x centroids x width; two levels cost about 2 / sqrt(k) of one, repairs included.
 
-What is done is kept by a Progress: centroids after every block of iterations, or, of two levels,
+What is done is saved by a Progress: centroids after every block of iterations, or, of two levels,
 those of every cell that is finished. What k-means leaves empty or twice is put where samples of the
 same level fit worst, and reported. Vectors of zeros have no direction and take no part.
 """
@@ -82,7 +82,7 @@ def spherical_kmeans(
     Raises DataPipelineError, before any work, for more centroids than different features, for NaN
     or infinite features and for initial centroids of another shape.
     """
-    check_features(features, num_centroids, initial)
+    check_features(features, num_centroids=num_centroids, initial=initial)
     features = np.ascontiguousarray(features, np.float32)
     pointing = features.any(axis=1)
     report = Report(zero_vectors=int((~pointing).sum()))
@@ -103,7 +103,8 @@ def spherical_kmeans(
         initial=initial,
         save=progress.save,
     )
-    return _repair(features, centroids, report), report
+    centroids = _repair(features, centroids=centroids, report=report)
+    return centroids, report
 
 
 def check_features(
@@ -120,6 +121,7 @@ def check_features(
             f"--num-centroids is {num_centroids}, must be 1 to {len(features)}, the number of "
             "samples"
         )
+    # a row as one value of so many bytes, which np.unique compares as a whole
     rows = np.ascontiguousarray(features).view(f"V{features[0].nbytes}")
     # zeros are one row among the different ones, and no direction
     has_zeros = not features.any(axis=1).all()
@@ -185,8 +187,10 @@ class _TwoLevels:
         """All fine centroids, cell after cell."""
         report = self.report
         features = self.features
+        # the square root: as many cells as centroids in each, where the two levels cost least
         num_cells = max(1, int(round(num_centroids**0.5)))
         rng = np.random.default_rng(self.seed)
+        # cells need few samples each to be found, and all samples are put into them afterwards
         some = rng.permutation(len(features))[: POINTS_PER_COARSE * num_cells]
         coarse = _lloyd(
             features[np.sort(some)],
@@ -219,7 +223,7 @@ class _TwoLevels:
         """As many centroids of a cell's members as its share."""
         done = self.progress.load_cell(cell)
         if done is not None and len(done) == share:
-            _faults(members, done, self.report)  # for its sizes
+            _faults(members, centroids=done, report=self.report)  # for its sizes
             return done
         if share == len(members):
             # every sample is a centroid
@@ -232,20 +236,22 @@ class _TwoLevels:
         centroids = _lloyd(
             members,
             num_centroids=share,
-            seed=self.seed + cell,
+            seed=self.seed + cell,  # its own, whichever cells were done before
             num_iterations=self.num_iterations,
             initial=starts,
         )
-        centroids = _repair(members, centroids, self.report)
+        centroids = _repair(members, centroids=centroids, report=self.report)
         self.progress.save_cell(cell, centroids)
         return centroids
 
     def _filled(self, starts: np.ndarray, members: np.ndarray, share: int, cell: int) -> np.ndarray:
         """As many starts as the cell needs: some of those given, or members beside them."""
         rng = np.random.default_rng([self.seed, cell])
-        taken = starts[np.sort(rng.permutation(len(starts))[:share])]
+        chosen = rng.permutation(len(starts))[:share]
+        taken = starts[np.sort(chosen)]
         self.report.started_from += len(taken)
-        more = members[rng.permutation(len(members))[: share - len(taken)]]
+        order = rng.permutation(len(members))
+        more = members[order[: share - len(taken)]]
         return np.concatenate([taken, more])
 
 
@@ -255,15 +261,17 @@ def _nearest(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def allot(total: int, sizes: np.ndarray) -> np.ndarray:
-    """Split `total` in proportion to sizes, by largest remainders; nobody gets more than its size,
-    and everybody that has any gets one if there are enough."""
-    shares = np.minimum(sizes, (total * sizes / sizes.sum()).astype(np.int64))
+    """Split `total` in proportion to sizes, by largest remainders. No cell gets more than its
+    size, and every cell that is not empty gets one if there are enough."""
+    exact = total * sizes / sizes.sum()
+    shares = np.minimum(sizes, exact.astype(np.int64))
     if total >= (sizes > 0).sum():
         shares = np.maximum(shares, sizes > 0)
+    # rounding down leaves some over, the minimum of one takes some too many
     # several rounds: a cell may fill up, and takes or gives one in each
     while shares.sum() != total:
         missing = total - shares.sum()
-        rest = total * sizes / sizes.sum() - shares
+        rest = exact - shares
         if missing > 0:
             open_cells = np.flatnonzero(shares < sizes)
             order = np.argsort(-rest[open_cells], kind="stable")
@@ -281,20 +289,22 @@ def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.n
     was_empty: set[int] = set()
     was_twin: set[int] = set()
     for _ in range(REPAIRS):
-        empty, twin, cosines = _faults(features, centroids, report)
+        empty, twin, cosines = _faults(features, centroids=centroids, report=report)
         broken = np.flatnonzero(empty | twin)
         if not len(broken):
             break
         was_empty |= set(np.flatnonzero(empty).tolist())
         was_twin |= set(np.flatnonzero(twin).tolist()) - was_empty
         # some more than needed: copies of one sample would give the same centroid again
-        worst = np.argsort(cosines, kind="stable")[: 4 * len(broken) + 64]
+        num_candidates = 4 * len(broken) + 64
+        worst = np.argsort(cosines, kind="stable")[:num_candidates]
         _, first = np.unique(features[worst], axis=0, return_index=True)
         centroids = centroids.copy()
         placed = worst[np.sort(first)][: len(broken)]
         centroids[broken[: len(placed)]] = features[placed]
     else:
-        empty, twin, _ = _faults(features, centroids, report)
+        # all rounds were used: what the last one left is counted
+        empty, twin, _ = _faults(features, centroids=centroids, report=report)
         report.left_empty += int((empty | twin).sum())
     report.repaired_empty += len(was_empty)
     report.repaired_duplicate += len(was_twin)
@@ -310,8 +320,10 @@ def _faults(
     neighbours, near = search(centroids, centroids, count=min(2, len(centroids)))
     own = np.arange(len(centroids))
     # of two that are the same, either may come first
-    other = np.where(neighbours[:, 0] == own, neighbours[:, -1], neighbours[:, 0])
-    twin = (near[:, -1] > 1 - SAME) & (other < own)
+    is_first_own = neighbours[:, 0] == own
+    other = np.where(is_first_own, neighbours[:, -1], neighbours[:, 0])
+    is_repeated = near[:, -1] > 1 - SAME
+    twin = is_repeated & (other < own)  # the first of two that are the same stays
     report.smallest_cluster = int(counts.min())
     report.largest_cluster = int(counts.max())
     return (counts == 0) & ~twin, twin, cosines[:, 0]
@@ -352,7 +364,8 @@ def load_centroids(directory: Path) -> tuple[np.ndarray, dict, np.ndarray | None
     files = record["files"]
     is_known = {CENTROIDS_NAME} <= files.keys() <= {CENTROIDS_NAME, COMPONENTS_NAME}
     if not is_known or record["sha256"] != files[CENTROIDS_NAME]:
-        raise CorruptShard(f"{path} binds {', '.join(map(repr, files))}: {again}")
+        bound = ", ".join(map(repr, files))
+        raise CorruptShard(f"{path} binds {bound}: {again}")
     width = record["dim"]
     centroids = read_array(
         directory / CENTROIDS_NAME,

@@ -32,6 +32,7 @@ def nearest_centroids(
     """int32 [N, num_labels]: centroids by falling cosine, -1 where there are fewer; and how they
     were found.
     """
+    # fewer columns where there are fewer centroids than labels asked for
     find = CentroidSearch(centroids, count=num_labels, some=recall_samples(features))
     return padded(find(features), num_labels), find.how
 
@@ -49,6 +50,7 @@ def save_labels(
     """Write labels.npy and labels.json."""
     directory.mkdir(parents=True, exist_ok=True)
     write_array(directory / LABELS_NAME, labels.astype(np.int32))
+    # after the array: a kill between the two leaves a record that does not bind it
     record = {
         "manifest_sha256": manifest.sha256,
         "num_classes": num_classes,
@@ -71,6 +73,7 @@ def read_labels_record(directory: Path, shards: Path) -> dict:
             f"{path} does not exist: make it with {how_to_cluster(shards, 'CENTROIDS')} and {again}"
         )
     record = read_record(path, fields=RECORD_FIELDS, again=f"label again: {again}")
+    # positive: a head has as many rows, and labels.npy as many columns
     for key in ("num_classes", "num_labels"):
         if record[key] < 1:
             raise CorruptShard(f"{path}: {key} is {record[key]}; label again: {again}")
@@ -107,8 +110,10 @@ def import_labels(manifest: Manifest, path: Path, num_classes: int, width: int) 
     else:
         rows = _listed_rows(manifest, path=path, num_classes=num_classes)
     labels = np.full((len(manifest), width), -1, np.int32)
+    # row by row, since lists of a .jsonl have lengths of their own
     for number, row in enumerate(rows):
-        labels[number, : min(width, len(row))] = row[:width]
+        count = min(width, len(row))
+        labels[number, :count] = row[:count]
     return labels
 
 
@@ -119,6 +124,7 @@ def _array_rows(manifest: Manifest, path: Path, num_classes: int) -> np.ndarray:
         raise DataPipelineError(f"{path} is no array of numbers: {error}") from error
     if not isinstance(rows, np.ndarray):
         raise DataPipelineError(f"{path} holds several arrays (npz): save one, integers [N, L]")
+    # in this order: an array without dimensions has no length
     if rows.ndim != 2 or len(rows) != len(manifest) or rows.dtype.kind not in "iu":
         raise DataPipelineError(
             f"{path} holds {rows.dtype} {list(rows.shape)}{_first_fraction(rows)}; expected "
@@ -140,7 +146,8 @@ def _first_fraction(rows: np.ndarray) -> str:
     if rows.dtype.kind != "f" or rows.ndim != 2:
         return ""
     # NaN equals nothing, so it counts as no integer
-    wrong = np.argwhere(~(rows == np.floor(rows)) | np.isinf(rows))
+    is_whole = rows == np.floor(rows)
+    wrong = np.argwhere(~is_whole | np.isinf(rows))
     if not len(wrong):
         return ""
     row, column = wrong[0]
@@ -148,6 +155,7 @@ def _first_fraction(rows: np.ndarray) -> str:
 
 
 def _listed_rows(manifest: Manifest, path: Path, num_classes: int) -> list[list[int]]:
+    # a list may name all inputs, those without a sample too
     rejected = {entry["source"] for shard in manifest.shards for entry in shard["rejected"]}
     ids = ids_of_sources(manifest)
     listed = read_labelled_jsonl(path, ids=ids, others=rejected, num_classes=num_classes)
@@ -175,7 +183,7 @@ def _staleness(directory: Path, manifest: Manifest, record: dict) -> str | None:
         return None
     return (
         f"{directory / LABELS_NAME} is stale: it labels what {manifest.directory} held before. "
-        f"Label again: {how_to_label(manifest.directory, directory, record)}"
+        f"Label again: {how_to_label(manifest.directory, output=directory, record=record)}"
     )
 
 
@@ -196,17 +204,18 @@ def load_labels(directory: Path, manifest: Manifest) -> tuple[np.ndarray, int]:
         raise CorruptShard(stale)
     labels = read_labels_array(directory, record=record, shards=manifest.directory)
     if len(labels) != len(manifest):
+        command = how_to_label(manifest.directory, output=directory, record=record)
         raise CorruptShard(
             f"{directory / LABELS_NAME} has {len(labels)} rows, expected {len(manifest)} rows, one "
-            f"for each sample; label again: "
-            f"{how_to_label(manifest.directory, directory, record)}"
+            f"for each sample; label again: {command}"
         )
     return labels, record["num_classes"]
 
 
 def read_labels_array(directory: Path, record: dict, shards: Path) -> np.ndarray:
     """Labels int32 [N, L] that a record binds, each a class or -1; CorruptShard for others."""
-    again = f"label again: {how_to_label(shards, directory, record)}"
+    command = how_to_label(shards, output=directory, record=record)
+    again = f"label again: {command}"
     path = directory / LABELS_NAME
     labels = read_array(
         path,
@@ -215,6 +224,7 @@ def read_labels_array(directory: Path, record: dict, shards: Path) -> np.ndarray
         shape=(None, record["num_labels"]),
         again=again,
     )
+    # on a GPU a label out of range would poison the gradient of a head instead of failing
     if labels.min() < -1 or labels.max() >= record["num_classes"]:
         raise CorruptShard(
             f"{path} has ids {labels.min()}..{labels.max()}, expected -1 and ids below "

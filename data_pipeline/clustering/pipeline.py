@@ -66,23 +66,30 @@ class Projection:
     def __call__(self, raw: np.ndarray) -> np.ndarray:
         """Unit features float32 [N, d] of raw vectors [N, D]."""
         centred = raw - self.mean
-        return normalise(centred if self.components is None else centred @ self.components.T)
+        if self.components is not None:
+            centred = centred @ self.components.T
+        return normalise(centred)
 
 
 def fit_projection(raw: np.ndarray, dims: int | None = None) -> Projection:
     """Projection of a set [N, D]; `dims` principal components, those directions in which the set
     varies most, None: all directions. DataPipelineError for more than there are."""
+    # summed in float64: float32 sums of millions of rows lose their last digits
     mean = raw.mean(axis=0, dtype=np.float64).astype(np.float32)
     if dims is None:
         return Projection(mean)
     if not 1 <= dims <= min(raw.shape):
-        raise DataPipelineError(f"--pca {dims}: {raw.shape[0]} vectors of width {raw.shape[1]}")
+        count, width = raw.shape
+        raise DataPipelineError(f"--pca {dims}: {count} vectors of width {width}")
+    # eigenvectors of the D x D products, not an SVD of the N x D vectors: N is far larger than D
     centred_rows = (raw - mean).astype(np.float64)
     _, vectors = np.linalg.eigh(centred_rows.T @ centred_rows)
     components = vectors[:, ::-1][:, :dims].T  # eigh gives the smallest first
     # an eigenvector's sign is arbitrary: the largest entry is made positive
-    signs = np.sign(components[np.arange(dims), np.abs(components).argmax(axis=1)])
-    return Projection(mean, components=(components * signs[:, None]).astype(np.float32))
+    largest = np.abs(components).argmax(axis=1)
+    signs = np.sign(components[np.arange(dims), largest])
+    components = components * signs[:, None]
+    return Projection(mean, components=components.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,7 @@ def cluster(
     if config.near_duplicates is not None:
         groups = representatives(features, config.near_duplicates)
         features = features[np.unique(groups)]
+        # before k-means, so that repeated samples do not draw centroids to themselves
         removed = len(groups) - len(features)
         details["near_duplicates_removed"] = removed
         report(f"{removed} of {len(groups)} samples are near-duplicates")
@@ -197,12 +205,13 @@ def label(
     except DamagedFile as error:
         again = how_to_cluster("DIR", centroids_folder)
         raise CorruptShard(f"{error}: cluster again: {again}") from error
+    # the vectors of the clustered set itself lie beside its centroids
     same_set = record["manifest_sha256"] == manifest.sha256
     beside = centroids_folder if same_set else output
     folder = features_folder or beside / FEATURES_NAME
-    origin = origin_of(manifest, config, record["weights_sha256"])
+    origin = origin_of(manifest, config=config, weights_sha256=record["weights_sha256"])
     # vectors that are all there need no encoder, which may have moved since
-    if not is_complete(manifest, folder, origin):
+    if not is_complete(manifest, folder=folder, origin=origin):
         _check_encoder(
             config,
             weights_sha256=record["weights_sha256"],
@@ -218,9 +227,11 @@ def label(
         check_features(raw, num_centroids=1)
         rows = projection(raw)
         if find is None:
+            # once, by the first shard's rows: a recall is measured on samples of the set
             find = CentroidSearch(centroids, count=num_labels, some=recall_samples(rows))
-        labels[start : start + len(rows)] = padded(find(rows), num_labels)
-        start += len(rows)
+        end = start + len(rows)
+        labels[start:end] = padded(find(rows), num_labels)
+        start = end
     details = {"centroids_sha256": record["sha256"]}
     if find is not None:
         details.update(find.how)
@@ -289,5 +300,6 @@ def _centroids(
         )
     if outcome.zero_vectors:
         report(f"{outcome.zero_vectors} vectors of zeros took no part")
+    # the caller writes the centroids next: after a kill between the two all is computed again
     progress.remove()
     return centroids, outcome

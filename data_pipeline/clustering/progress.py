@@ -64,6 +64,7 @@ class SavedProgress(Progress):
 
     def _write(self, name: str, centroids: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        # the record last: after a kill between the two it does not bind the array, see read_saved
         write_array(self.folder / name, centroids)
         self._state["files"][name] = file_sha256(self.folder / name)
         write_json(self._record, self._state)

@@ -15,7 +15,7 @@ import numpy as np
 EXACT = 1 << 17  # centroids up to which every one is compared; likewise samples, for duplicates
 RECALL = 0.99
 RECALL_SAMPLES = 1000  # samples that a recall is measured on
-MIN_PROBES = 8  # cells searched at first
+MIN_PROBES = 8  # cells searched at first, twice as many in each next round
 WORTHWHILE = 4  # a search in more than a fourth of the cells is left to the exact one
 PIECE = 1 << 14  # queries at a time
 PAIRS_PIECE = 1 << 10  # queries at a time where all of their pairs are in memory
@@ -40,7 +40,8 @@ class CentroidSearch:
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """int64 [n, count], nearest first."""
-        return _search_in_pieces(self._index, rows, self._count)[0]
+        nearest, _ = _search_in_pieces(self._index, queries=rows, count=self._count)
+        return nearest
 
     def _search_in_cells(self, centroids: np.ndarray, some: np.ndarray) -> None:
         """Take an inverted file that reaches RECALL, unless cells are no gain."""
@@ -54,10 +55,11 @@ class CentroidSearch:
         index.cp.min_points_per_centroid = 1  # else faiss warns of small cells
         index.train(np.ascontiguousarray(centroids, np.float32))
         index.add(np.ascontiguousarray(centroids, np.float32))
-        truth, _ = search(some, centroids, self._count)
+        truth, _ = search(some, points=centroids, count=self._count)
+        # doubled until the recall is reached, or until so many cells are no gain (WORTHWHILE)
         index.nprobe = MIN_PROBES
         while index.nprobe * WORTHWHILE <= num_cells:
-            nearest, _ = _search_in_pieces(index, some, self._count)
+            nearest, _ = _search_in_pieces(index, queries=some, count=self._count)
             recall = recall_of(nearest, truth)
             if recall >= RECALL:
                 self._index = index
@@ -69,18 +71,21 @@ class CentroidSearch:
 
 def recall_samples(features: np.ndarray) -> np.ndarray:
     """Up to RECALL_SAMPLES features, evenly spread, to measure a recall with."""
-    return features[np.unique(np.linspace(0, len(features) - 1, RECALL_SAMPLES).astype(np.int64))]
+    spread = np.linspace(0, len(features) - 1, RECALL_SAMPLES)
+    # of fewer features several positions round to the same one
+    return features[np.unique(spread.astype(np.int64))]
 
 
 def recall_of(found: np.ndarray, truth: np.ndarray) -> float:
     """Share of the true neighbours [N, L] that are among the found ones [N, L]."""
-    return float((found[:, :, None] == truth[:, None, :]).any(axis=1).mean())
+    is_same = found[:, :, None] == truth[:, None, :]  # [N, found, true]
+    return float(is_same.any(axis=1).mean())
 
 
 def search(queries: np.ndarray, points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The `count` points of largest cosine for each query, int64 [N, count], and those cosines,
     float32 [N, count]; exact, in pieces."""
-    return _search_in_pieces(_exact(points), queries, count)
+    return _search_in_pieces(_exact(points), queries=queries, count=count)
 
 
 def _exact(points: np.ndarray) -> Any:
@@ -139,7 +144,9 @@ def _cells(features: np.ndarray, exact: int) -> Iterator[np.ndarray]:
         yield np.arange(len(features))
         return
     count = -(-len(features) // min(POINTS_PER_CELL, exact))
-    centres = features[np.linspace(0, len(features) - 1, count).astype(np.int64)]
+    # samples evenly spread over the ids stand for the cells
+    spread = np.linspace(0, len(features) - 1, count)
+    centres = features[spread.astype(np.int64)]
     nearest, _ = search(features, centres, count=1)
     for cell in range(count):
         members = np.flatnonzero(nearest[:, 0] == cell)
@@ -156,9 +163,12 @@ def _pairs(features: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray,
     for start in range(0, len(features), PAIRS_PIECE):
         queries = np.ascontiguousarray(features[start : start + PAIRS_PIECE], np.float32)
         # faiss finds what lies above a radius: the next smaller number makes it "at least"
-        limits, _, right = index.range_search(queries, np.nextafter(np.float32(threshold), -1))
-        counts = limits[1:].astype(np.int64) - limits[:-1].astype(np.int64)
+        radius = np.nextafter(np.float32(threshold), -1)
+        limits, _, right = index.range_search(queries, radius)
+        limits = limits.astype(np.int64)  # from unsigned ones
+        counts = limits[1:] - limits[:-1]
         left = start + np.repeat(np.arange(len(queries)), counts)
+        # every pair is found from both of its ends, and each sample with itself
         once = left < right
         yield left[once], right[once]
 
@@ -171,6 +181,7 @@ def _join(groups: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray
         # of the samples themselves and of those that stand for them
         for side in (groups[left], groups[right], left, right):
             np.minimum.at(joined, side, lowest)
+        # a group's group at once: chains of joins shorten to half in each round
         joined = joined[joined]
         if np.array_equal(joined, groups):
             return groups

@@ -78,9 +78,14 @@ def decode_video(
     is_usable = timeline.is_certain
     while True:  # once, and again for frames that have to be counted, and for damage cut off
         if not is_usable:
-            timeline = count_frames(path, timeline, framing.limits, salvage=framing.salvage)
+            timeline = count_frames(
+                path,
+                timeline=timeline,
+                limits=framing.limits,
+                salvage=framing.salvage,
+            )
             is_usable = True
-        # where the frames before damage are to be kept, damage is looked for in every frame
+        # salvage: the frames before damage are used, so damage is looked for in every frame
         skips = not (thorough or framing.salvage or timeline.is_counted)
         choice = _Choice(timeline, framing, skips=skips)
         try:

@@ -123,7 +123,8 @@ def frame_changes(luma: np.ndarray) -> np.ndarray:
     count, height, width = luma.shape
     changes = np.zeros((count, *motion_cells(height, width)), np.float32)
     for t in range(1, count):
-        changes[t] = cell_means(luma_difference(luma[t], luma[t - 1]))
+        difference = luma_difference(luma[t], luma[t - 1])
+        changes[t] = cell_means(difference)
     return changes
 
 
@@ -168,7 +169,8 @@ def _canonical_stream(
     # to_ndarray gives yuv420p as one plane, with the luma in its first rows
     luma = np.stack([frame.to_ndarray()[:height, :width] for frame in decoded])
     is_i_frame = np.array([frame.pict_type == PictureType.I for frame in decoded])
-    if not np.array_equal(is_i_frame, np.arange(len(frames)) % gop == 0):
+    expected = np.arange(len(frames)) % gop == 0
+    if not np.array_equal(is_i_frame, expected):
         raise RejectedInput(
             "canonical", f"I-frames at {np.flatnonzero(is_i_frame).tolist()} instead of every {gop}"
         )
@@ -178,7 +180,8 @@ def _canonical_stream(
 def frame_times(count: int) -> np.ndarray:
     """Temporal positions int64 [T] of evenly timed frames: spread over 0..63 (round half to even),
     as the public `interpolate_frame_indices` does, so a short clip keeps its relative times."""
-    return np.rint(np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)).astype(np.int64)
+    times = np.arange(count) / max(count - 1, 1) * (TIME_BASE - 1)
+    return np.rint(times).astype(np.int64)
 
 
 def vectors_of(frame: "av.VideoFrame") -> np.ndarray:
@@ -220,7 +223,8 @@ def rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:
         return field
     moves = np.stack([vectors["motion_x"], vectors["motion_y"]], -1)
     quarter_pels = moves * 4 // vectors["motion_scale"][:, None]
-    sizes = np.stack([vectors["h"], vectors["w"]], -1).astype(int)  # from bytes, which wrap around
+    sizes = np.stack([vectors["h"], vectors["w"]], -1)
+    sizes = sizes.astype(int)  # from bytes, which wrap around
     # FFmpeg gives the centre of a block
     top = vectors["dst_y"] - vectors["h"] // 2
     left = vectors["dst_x"] - vectors["w"] // 2
@@ -230,7 +234,9 @@ def rasterise(vectors: np.ndarray, height: int, width: int) -> np.ndarray:
         chosen = (sizes == size).all(axis=1)
         for offset in np.ndindex(*-(-size // MOTION_CELL)):
             cells = (corners[chosen] + np.array(offset) * MOTION_CELL) // MOTION_CELL
-            inside = ((cells >= 0) & (cells < field.shape[:2])).all(axis=1)
+            # blocks at the border may reach beyond the frame
+            in_range = (cells >= 0) & (cells < field.shape[:2])
+            inside = in_range.all(axis=1)
             rows, columns = cells[inside].T
             field[rows, columns] = quarter_pels[chosen][inside]
     return field

@@ -81,7 +81,8 @@ def demux(
     Where the container has no presentation timestamps, `pts` is the decoding timestamp: together
     they are the times at which frames are shown, though not each packet's own frame.
     """
-    packets: Iterator[av.Packet] = container.demux() if stream is None else container.demux(stream)
+    packets: Iterator[av.Packet]
+    packets = container.demux() if stream is None else container.demux(stream)
     for packet in packets:
         if container.format.name in WITHOUT_PRESENTATION_TIMES:
             packet.pts = packet.dts
@@ -158,7 +159,7 @@ def _decode(packet: "av.Packet", may_miss_references: bool) -> "list[av.VideoFra
     """Frames that a packet brings out of the decoder.
 
     Raises FFmpegError for damaged bytes, and _Incomplete where the container has noticed them: a
-    decoder would show something in their place.
+    decoder would show something else instead.
 
     The first packets of a recording that begins inside an H.264 stream may command the decoder to
     drop references that it never had (memory management control operations, ITU-T H.264 8.2.5.4).
@@ -196,7 +197,9 @@ def _is_idr(stream: "av.VideoStream", packet: "av.Packet") -> bool:
     data = bytes(packet)
     header = bytes(stream.codec_context.extradata or b"")
     if header[:1] != b"\x01":
-        return any(unit[0] & 0x1F == 5 for unit in data.split(b"\0\0\1")[1:] if unit)
+        # what stands before the first start code is no unit
+        units = data.split(b"\0\0\1")[1:]
+        return any(unit[0] & 0x1F == 5 for unit in units if unit)
     size = (header[4] & 3) + 1
     offset = 0
     while offset + size < len(data):

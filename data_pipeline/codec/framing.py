@@ -93,7 +93,9 @@ class Crop:
         step_y = image.shape[0] / self.height
         left = self.left * step_x
         top = self.top * step_y
-        box = (left, top, left + self.out_width * step_x, top + self.out_height * step_y)
+        right = left + self.out_width * step_x
+        bottom = top + self.out_height * step_y
+        box = (left, top, right, bottom)
         size = (self.out_width, self.out_height)
         return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box=box))
 
@@ -169,7 +171,9 @@ def _is_mirrored(frame: "av.VideoFrame") -> bool:
     matrix = cast("bytes | None", frame.side_data.get("DISPLAYMATRIX"))
     if matrix is None:
         return False
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
+    # as floats: products of two such numbers do not fit 32 bits
+    numbers = np.frombuffer(matrix, np.int32).astype(float)
+    a, b, _, c, d = numbers[:5]
     return a * d - b * c < 0
 
 

@@ -233,7 +233,8 @@ def _reply(answer: Callable[[dict], Answer], request: dict, name: str) -> Answer
     except Exception as error:  # our own mistake: named as such, with the line that made it
         # a disk without room is no fault of the input, which would be rejected for good
         if isinstance(error, OSError) and error.errno in WRITE_FAULTS:
-            return {"errno": error.errno, "path": str(error.filename or tempfile.gettempdir())}, []
+            where = error.filename or tempfile.gettempdir()
+            return {"errno": error.errno, "path": str(where)}, []
         line = traceback.extract_tb(error.__traceback__)[-1]
         source = f"{Path(line.filename).name}:{line.lineno}"
         detail = f"{name}: {type(error).__name__}: {error} ({source})"

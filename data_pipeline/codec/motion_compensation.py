@@ -22,13 +22,19 @@ def predict_luma(reference: np.ndarray, vectors: np.ndarray, cell: int) -> np.nd
     """
     height, width = reference.shape
     plane = _half_pel_plane(reference)
-    shift = np.repeat(np.repeat(vectors.astype(np.int32), cell, axis=0), cell, axis=1)
+    per_row = np.repeat(vectors.astype(np.int32), cell, axis=0)
+    shift = np.repeat(per_row, cell, axis=1)
     shift = shift[:height, :width] + np.int32(4 * PAD)
     columns = np.arange(0, 4 * width, 4, dtype=np.int32)
     rows = np.arange(0, 4 * height, 4, dtype=np.int32)
-    # beyond the padding all samples are equal
-    x = np.clip(columns[None, :] + shift[..., 0], 0, 2 * plane.shape[1] - 4)
-    y = np.clip(rows[:, None] + shift[..., 1], 0, 2 * plane.shape[0] - 4)
+    # beyond the padding all samples are equal, so vectors end at the last whole sample, whose index
+    # in the plane is its side - 2
+    last_x = 2 * plane.shape[1] - 4
+    last_y = 2 * plane.shape[0] - 4
+    source_x = columns[None, :] + shift[..., 0]
+    source_y = rows[:, None] + shift[..., 1]
+    x = np.clip(source_x, 0, last_x)
+    y = np.clip(source_y, 0, last_y)
     # in quarter pixels: half-pel index, and whether the vector lies between it and the next one
     left = x >> 1
     top = y >> 1
@@ -39,9 +45,12 @@ def predict_luma(reference: np.ndarray, vectors: np.ndarray, cell: int) -> np.nd
     anti = odd_x & odd_y & ((left + top) & 1 ^ 1)
     samples = plane.ravel()
     row = plane.shape[1]
-    prediction = samples.take((top + anti) * row + left).astype(np.int16)
-    prediction += samples.take((top + (odd_y ^ anti)) * row + left + odd_x)
-    prediction += 1
+    # on a half-pel position itself the pair is that sample twice
+    first = (top + anti) * row + left
+    second = (top + (odd_y ^ anti)) * row + left + odd_x
+    prediction = samples.take(first).astype(np.int16)
+    prediction += samples.take(second)
+    prediction += 1  # means are rounded up
     prediction >>= 1
     return prediction
 
@@ -49,7 +58,8 @@ def predict_luma(reference: np.ndarray, vectors: np.ndarray, cell: int) -> np.nd
 def _half_pel_plane(reference: np.ndarray) -> np.ndarray:
     """uint8 [2(H+2 PAD), 2(W+2 PAD)]: even indices are whole samples, odd ones half-pel samples."""
     height, width = (side + 2 * PAD for side in reference.shape)
-    wide = np.pad(reference, (PAD + BEFORE, PAD + AFTER), mode="edge").astype(np.int16)
+    border = (PAD + BEFORE, PAD + AFTER)
+    wide = np.pad(reference, border, mode="edge").astype(np.int16)
     rows = slice(BEFORE, BEFORE + height)
     columns = slice(BEFORE, BEFORE + width)
     horizontal = _six_tap(wide, axis=1)  # fits 16 bits: -2550 to 10710
@@ -59,7 +69,8 @@ def _half_pel_plane(reference: np.ndarray) -> np.ndarray:
     plane[::2, ::2] = wide[rows, columns]
     plane[1::2, 1::2] = _rounded(diagonal, bits=10)
     plane[::2, 1::2] = _rounded(horizontal[rows], bits=5)
-    plane[1::2, ::2] = _rounded(_six_tap(wide[:, columns], axis=0), bits=5)
+    vertical = _six_tap(wide[:, columns], axis=0)
+    plane[1::2, ::2] = _rounded(vertical, bits=5)
     return plane
 
 
@@ -67,9 +78,10 @@ def _six_tap(samples: np.ndarray, axis: int) -> np.ndarray:
     """Unscaled filter output halfway between neighbours along an axis, five samples shorter."""
     length = samples.shape[axis] - BEFORE - AFTER
     if axis == 0:
-        a, b, c, d, e, f = (samples[i : i + length] for i in range(6))
+        shifted = [samples[i : i + length] for i in range(6)]
     else:
-        a, b, c, d, e, f = (samples[:, i : i + length] for i in range(6))
+        shifted = [samples[:, i : i + length] for i in range(6)]
+    a, b, c, d, e, f = shifted
     # 20 (c + d) - 5 (b + e) + (a + f), step by step in place: no temporary array per term
     total = c + d
     total *= 4

@@ -140,7 +140,9 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
         if frame.is_i_frame or frame.vectors is None or frame.reference_luma is None:
             continue
         distance = max(frame.index - frame.reference, 1)
-        motion[t] = -frame.vectors / distance * (frame.index - chosen[t - 1].index)
+        since_shown = frame.index - chosen[t - 1].index
+        # negated, since a vector points back to where the content was
+        motion[t] = -frame.vectors / distance * since_shown
         quarter_pels = np.clip(np.rint(4 * frame.vectors), -MAX_QUARTER_PELS, MAX_QUARTER_PELS)
         residual[t] = residual_of(
             luma[t],
@@ -187,15 +189,20 @@ def _working_vectors(frame: "av.VideoFrame", crop: Crop) -> np.ndarray:
     cells = rasterise(vectors_of(frame), height=frame.height, width=frame.width) / 4.0
     rows = np.arange(height) * frame.height // height // MOTION_CELL
     columns = np.arange(width) * frame.width // width // MOTION_CELL
-    vectors = cells[rows[:, None], columns] * (width / frame.width, height / frame.height)
+    # vectors are in pixels, so they shrink with the frame
+    scale = (width / frame.width, height / frame.height)
+    vectors = cells[rows[:, None], columns] * scale
     for _ in range(turns):  # counterclockwise: right becomes up
         vectors = np.rot90(vectors)
-        vectors = np.stack([vectors[..., 1], -vectors[..., 0]], axis=-1)
+        turned_x = vectors[..., 1]
+        turned_y = -vectors[..., 0]
+        vectors = np.stack([turned_x, turned_y], axis=-1)
     cut = crop.cut(vectors)
     pad = [(0, -side % MOTION_CELL) for side in cut.shape[:2]]
     # each cell takes the vector of the pixel at its centre
     half = MOTION_CELL // 2
-    return np.pad(cut, (*pad, (0, 0)), mode="edge")[half::MOTION_CELL, half::MOTION_CELL]
+    padded = np.pad(cut, (*pad, (0, 0)), mode="edge")
+    return padded[half::MOTION_CELL, half::MOTION_CELL]
 
 
 def _luma(images: np.ndarray) -> np.ndarray:

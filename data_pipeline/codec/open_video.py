@@ -100,7 +100,7 @@ def open_video(
     except av.FFmpegError as error:
         raise RejectedInput("container", f"{path} does not open: {error.strerror}") from error
     try:
-        return container, _checked_stream(path, container, limits)
+        return container, _checked_stream(path, container=container, limits=limits)
     except RejectedInput:
         container.close()
         raise
@@ -212,7 +212,8 @@ def _refuse_unreadable_kind(path: Path) -> None:
     if head[4:8] != b"ftyp":
         return
     end = min(int.from_bytes(head[:4], "big"), len(head))
-    brands = {head[start : start + 4] for start in (8, *range(16, end - 3, 4))}
+    starts = (8, *range(16, end - 3, 4))  # bytes 12 to 15 are the minor version
+    brands = {head[start : start + 4] for start in starts}
     if brands & AVIF_BRANDS:
         if not features.check("avif"):
             raise RejectedInput(

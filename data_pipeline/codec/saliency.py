@@ -62,7 +62,8 @@ class SaliencyConfig:
         check_choice("normalise", self.normalise, choices=NORMALISATIONS)
         weights = (self.motion_weight, self.residual_weight)
         numbers = np.array([*weights, self.centre_prior])
-        if not np.isfinite(numbers).all() or (numbers < 0).any() or sum(weights) == 0:
+        is_wrong = not np.isfinite(numbers).all() or (numbers < 0).any()
+        if is_wrong or sum(weights) == 0:
             raise ValueError(
                 f"weights {weights} and centre_prior {self.centre_prior} must be finite and not "
                 "negative, and one weight must be positive"
@@ -77,8 +78,11 @@ def patch_saliency(
     """Saliency float32 [T, h, w] in 0..1; zero on I-frames, which are selected whole anyway."""
     config = config or SaliencyConfig()
     _, height, width = clip.residual.shape
-    speed = np.linalg.norm(compensate_camera(clip.motion, config.camera), axis=-1)
-    motion = _patch_mean(per_pixel(speed, height=height, width=width), patch_size)
+    compensated = compensate_camera(clip.motion, config.camera)
+    speed = np.linalg.norm(compensated, axis=-1)
+    # by way of pixels: a patch of 14 does not consist of whole motion cells of 8
+    speed_of_pixels = per_pixel(speed, height=height, width=width)
+    motion = _patch_mean(speed_of_pixels, patch_size)
     residual = _patch_mean(clip.residual.astype(np.float32), patch_size)
     p_frames = ~clip.is_i_frame
     if not p_frames.any():
@@ -87,7 +91,8 @@ def patch_saliency(
     motion = _normalised(motion, p_frames, floor=config.motion_floor, per_frame=per_frame)
     residual = _normalised(residual, p_frames, floor=config.residual_floor, per_frame=per_frame)
     total = config.motion_weight + config.residual_weight
-    saliency = (config.motion_weight * motion + config.residual_weight * residual) / total
+    weighted = config.motion_weight * motion + config.residual_weight * residual
+    saliency = weighted / total
     if config.centre_prior:
         prior = _centre_prior(motion.shape[1], motion.shape[2], strength=config.centre_prior)
         saliency = np.minimum(saliency * prior, 1.0)
@@ -120,12 +125,15 @@ def camera_motion(motion: np.ndarray, camera: str) -> np.ndarray:
     fitted = np.broadcast_to(median.reshape(frames, 1, 2), vectors.shape)
     for _ in range(ROUNDS):
         residual = np.linalg.norm(vectors - fitted, axis=-1)  # [T, P]
-        scale = np.maximum(2 * np.median(residual, axis=1, keepdims=True), SMALLEST_SCALE)
+        typical = np.median(residual, axis=1, keepdims=True)
+        scale = np.maximum(2 * typical, SMALLEST_SCALE)
         weights = 1 / (1 + (residual / scale) ** 2)
         normal = np.einsum("tp,pak,pal->tkl", weights, design, design, optimize=True)
         target = np.einsum("tp,pak,tpa->tk", weights, design, vectors, optimize=True)
         normal += RIDGE * np.eye(normal.shape[-1])
-        parameters = np.linalg.solve(normal, target[..., None])[..., 0]
+        # as a column: NumPy 2 takes a stack of vectors for one matrix
+        solved = np.linalg.solve(normal, target[..., None])
+        parameters = solved[..., 0]
         fitted = np.einsum("pak,tk->tpa", design, parameters)
     return fitted.reshape(motion.shape)
 
@@ -144,14 +152,19 @@ def _design(rows: int, columns: int, camera: str) -> np.ndarray:
     if camera == "similarity":
         axes = ([x, -y, one, zero], [y, x, zero, one])
     else:
-        axes = ([x, y, one, zero, zero, zero], [zero, zero, zero, x, y, one])
+        axes = (
+            [x, y, one, zero, zero, zero],
+            [zero, zero, zero, x, y, one],
+        )
     return np.stack([np.stack(axis, -1) for axis in axes], axis=1)
 
 
 def _patch_mean(field: np.ndarray, patch_size: int) -> np.ndarray:
     """Means [T, h, w] of a field [T, H, W] over the patches."""
     frames, height, width = field.shape
-    grid = field.reshape(frames, height // patch_size, patch_size, width // patch_size, patch_size)
+    rows = height // patch_size
+    columns = width // patch_size
+    grid = field.reshape(frames, rows, patch_size, columns, patch_size)
     return grid.mean(axis=(2, 4))
 
 
@@ -177,7 +190,8 @@ def _centre_prior(height: int, width: int, strength: float) -> np.ndarray:
     y = np.arange(height)[:, None] - (height - 1) / 2
     x = np.arange(width)[None, :] - (width - 1) / 2
     sigma = CENTRE_WIDTH * min(height, width)
-    return 1 + strength * np.exp(-(x**2 + y**2) / (2 * sigma**2))
+    square_distance = x**2 + y**2
+    return 1 + strength * np.exp(-square_distance / (2 * sigma**2))
 
 
 def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:
@@ -189,7 +203,8 @@ def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:
     """
     _, height, width = clip.residual.shape
     motion = per_pixel(clip.motion, height=height, width=width)
-    channels = np.concatenate([motion, clip.residual[..., None].astype(np.float32)], axis=-1)
+    residual = clip.residual[..., None].astype(np.float32)
+    channels = np.concatenate([motion, residual], axis=-1)
     rows = np.linspace(0, height, grid + 1).astype(int)
     columns = np.linspace(0, width, grid + 1).astype(int)
     sums = np.add.reduceat(channels, rows[:-1], axis=1)

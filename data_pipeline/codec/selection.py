@@ -6,7 +6,7 @@ nothing has to be selected again. By default I-frame patches come first (raster 
 patches by falling saliency, ties by position. With `time_buckets` the P-frames are cut into that
 many spans of time which take turns, each giving its next best patch: still a prefix, but no span of
 a clip goes without. A clip in which nothing moves (saliency.is_static) has no best P-frame patches;
-whole P-frames at even times are taken instead, and the selection says so.
+whole P-frames at even times are taken instead, and `is_static` of the selection is True.
 
 The published rule, `keep_i_frames=False`, gives I-frame patches no score and so never takes one.
 
@@ -94,7 +94,9 @@ def select_patches(
     else:
         order = _best_first(scores, num_p_frames=frames - num_i_frames, time_buckets=time_buckets)
     selected = np.concatenate([intra, inter[order]])[:budget]
-    selected_scores = np.concatenate([np.ones(len(intra)), scores[order]])[:budget]
+    # the saliency of I-frames is 0, by definition: their patches get the highest score
+    intra_scores = np.ones(len(intra))
+    selected_scores = np.concatenate([intra_scores, scores[order]])[:budget]
     positions = np.stack(np.unravel_index(selected, saliency.shape), axis=-1)
     return Selection(
         positions=positions.astype(np.uint16),
@@ -128,4 +130,5 @@ def _even_frames(num_p_frames: int, per_frame: int) -> np.ndarray:
         time = int(format(i, f"0{bits}b")[::-1], 2)
         if time < num_p_frames:
             times.append(time)
-    return (np.array(times)[:, None] * per_frame + np.arange(per_frame)).ravel()
+    first_patches = np.array(times)[:, None] * per_frame
+    return (first_patches + np.arange(per_frame)).ravel()

@@ -359,7 +359,8 @@ def even_frames(pts: list[int], num_frames: int) -> list[int]:
     times = np.array(pts)
     targets = np.linspace(times[0], times[-1], num_frames)
     right = np.searchsorted(times, targets).clip(1, len(times) - 1)
-    nearest = np.where(targets - times[right - 1] <= times[right] - targets, right - 1, right)
+    is_left_nearer = targets - times[right - 1] <= times[right] - targets
+    nearest = np.where(is_left_nearer, right - 1, right)
     # where frames lie very unevenly, several targets may have the same nearest one: the choice is
     # made strictly increasing, first forwards, then from the end
     for i in range(1, num_frames):
@@ -377,4 +378,5 @@ def segment_frames(total: int, within: tuple[float, ...]) -> np.ndarray:
     64 frames are 3, 11, 19, ...
     """
     count = len(within)
-    return ((np.arange(count) + np.array(within)) * (total - 1) / count).astype(np.int64)
+    in_segments = np.arange(count) + np.array(within)
+    return (in_segments * (total - 1) / count).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What a picture shows of one sample, read from its shard.
+"""What a drawn image shows of one sample, read from its shard.
 
 A clip is shown in columns: each is a stored frame and what happens from it until the next column,
 so that every selected patch is in exactly one of them.
@@ -36,7 +36,7 @@ class Column:
     intra: np.ndarray  # bool [h, w]: the patch on top is of an I-frame
     num_intra: int  # I-frame patches in the span
     num_inter: int  # P-frame patches in the span
-    bought: bool  # frame sampling would have kept this frame, whole
+    bought: bool  # frame sampling would have taken this frame, whole
 
 
 @dataclass(frozen=True)
@@ -62,37 +62,44 @@ def read_sample(manifest: Manifest, sample_id: int) -> tuple[SampleInfo, dict[st
     shard, sample = manifest.locate(sample_id)
     with ShardReader(manifest) as reader:
         members = {ext: reader.read(sample_id, ext) for ext in sample["members"]}
-    return SampleInfo.from_bytes(members["json"], f"{shard['name']}/{sample['key']}"), members
+    name = f"{shard['name']}/{sample['key']}"
+    info = SampleInfo.from_bytes(members["json"], name=name)
+    return info, members
 
 
 def sample_view(
     manifest: Manifest, sample_id: int, columns: int | None = None
 ) -> ClipView | ImageView:
-    """What a picture shows of a sample: all stored frames, or `columns` evenly spread ones."""
+    """What an image shows of a sample: all stored frames, or `columns` evenly spread ones."""
     info, members = read_sample(manifest, sample_id)
     if info.kind == "image":
-        return ImageView(info, decode_frames(info, members["jpg"], info.source)[0])
-    return _clip_view(info, members, columns)
+        frames = decode_frames(info, member=members["jpg"], name=info.source)
+        return ImageView(info, picture=frames[0])
+    return _clip_view(info, members=members, columns=columns)
 
 
 def _clip_view(info: SampleInfo, members: dict[str, bytes], columns: int | None) -> ClipView:
-    frames = decode_frames(info, members["frames.jpg"], info.source)
-    field = decode_array(members["motion.npy"], "motion.npy", info.source).astype(np.float32)
-    positions = decode_array(members["positions.npy"], "positions.npy", info.source).astype(int)
-    tiles = decode_patches(info, members["tiles.jpg"], info.source)
+    name = info.source
+    frames = decode_frames(info, member=members["frames.jpg"], name=name)
+    field = decode_array(members["motion.npy"], member="motion.npy", name=name)
+    field = field.astype(np.float32)  # a mean of float16 values is a float16 again
+    positions = decode_array(members["positions.npy"], member="positions.npy", name=name)
+    positions = positions.astype(int)
+    tiles = decode_patches(info, mosaic=members["tiles.jpg"], name=name)
     intra = np.isin(positions[:, 0], info.i_frame_times)
     shown = np.arange(len(frames))
     if columns is not None and columns < len(frames):
         shown = np.linspace(0, len(frames) - 1, columns).astype(int)
     bought = _bought_columns(info, len(shown))
+    # spans meet without a gap, and the last one ends with the time base: no patch is left out
     starts = [info.frame_times[i] for i in shown]
+    stops = [*starts[1:], TIME_BASE]
     made = []
-    for place, (frame, start, stop) in enumerate(
-        zip(shown, starts, [*starts[1:], TIME_BASE], strict=True)
-    ):
-        first, last = _frames_between(info.num_frames, start, stop)
+    for index, (frame, start, stop) in enumerate(zip(shown, starts, stops, strict=True)):
+        first, last = _frames_between(info.num_frames, start=start, stop=stop)
         span = field[first:last].mean(axis=0)
-        inside = (positions[:, 0] >= start) & (positions[:, 0] < stop)
+        times = positions[:, 0]
+        inside = (times >= start) & (times < stop)
         made.append(
             Column(
                 frame=frames[frame],
@@ -101,10 +108,17 @@ def _clip_view(info: SampleInfo, members: dict[str, bytes], columns: int | None)
                 residual=span[..., 2],
                 num_intra=int((inside & intra).sum()),
                 num_inter=int((inside & ~intra).sum()),
-                bought=place in bought,
-                **_selected_maps(tiles, positions, intra, np.flatnonzero(inside), info),
+                bought=index in bought,
+                **_selected_maps(
+                    tiles,
+                    positions=positions,
+                    intra=intra,
+                    chosen=np.flatnonzero(inside),
+                    info=info,
+                ),
             )
         )
+    # brightness of the whole clip, by its columns' largest values
     speeds = [np.linalg.norm(column.motion, axis=-1).max() for column in made]
     residuals = [column.residual.max() for column in made]
     return ClipView(
@@ -117,16 +131,20 @@ def _clip_view(info: SampleInfo, members: dict[str, bytes], columns: int | None)
 
 def _frames_between(num_frames: int, start: int, stop: int) -> tuple[int, int]:
     """Range of the clip's frames with start <= time < stop on the 0..63 time base; not empty."""
-    times = np.rint(np.arange(num_frames) / max(num_frames - 1, 1) * (TIME_BASE - 1))
+    # as codec.decompose.frame_times gives them
+    evenly = np.arange(num_frames) / max(num_frames - 1, 1) * (TIME_BASE - 1)
+    times = np.rint(evenly)
     first = int(np.abs(times - start).argmin())
     return first, max(int((times < stop).sum()), first + 1)
 
 
 def _bought_columns(info: SampleInfo, num_columns: int) -> set[int]:
     """Columns whose whole frames the clip's token budget buys, evenly spread."""
-    affordable = max(1, info.num_patches // (info.grid[0] * info.grid[1]))
-    places = np.linspace(0, num_columns - 1, min(affordable, num_columns))
-    return set(np.rint(places).astype(int).tolist())
+    rows, columns = info.grid
+    # at least one frame, though a small budget does not pay for a whole one
+    affordable = max(1, info.num_patches // (rows * columns))
+    spread = np.linspace(0, num_columns - 1, min(affordable, num_columns))
+    return set(np.rint(spread).astype(int).tolist())
 
 
 def _selected_maps(
@@ -143,14 +161,16 @@ def _selected_maps(
     rank = np.zeros(info.grid, np.float32)
     of_i_frame = np.zeros(info.grid, bool)
     # the shard's order is the order of selection, I-frame patches first (schema.py)
-    place_among_p = np.cumsum(~intra) - 1
-    last = max(int(place_among_p.max(initial=0)), 1)
+    rank_among_p = np.cumsum(~intra) - 1
+    last = max(int(rank_among_p.max(initial=0)), 1)
     for k in chosen[np.argsort(positions[chosen, 0], kind="stable")]:
         row, column = positions[k, 1:]
         top = row * info.patch_size
         left = column * info.patch_size
-        picture[top : top + info.patch_size, left : left + info.patch_size] = tiles[k]
+        bottom = top + info.patch_size
+        right = left + info.patch_size
+        picture[top:bottom, left:right] = tiles[k]
         selected[row, column] = True
         of_i_frame[row, column] = intra[k]
-        rank[row, column] = 1 - place_among_p[k] / last
+        rank[row, column] = 1 - rank_among_p[k] / last
     return {"patches": picture, "selected": selected, "rank": rank, "intra": of_i_frame}

@@ -21,11 +21,17 @@ ROWS = (
     "Order of selection",
     "Whole frames",
 )
-CELL, PANEL = 160, 200  # a picture's side in a sheet and in an animation, see _scaled
-GAP, MARGIN, TITLES = 6, 16, 172
-HEADER, LINE = 50, 15
+# sides of an image in a sheet and in an animation, about: _scaled keeps the aspect ratio
+CELL = 160
+PANEL = 200
+# layout, in pixels
+GAP = 6  # between images of a row, and between rows
+MARGIN = 16
+TITLES = 172  # width of the column of row titles and their notes
+HEADER = 50  # height of a sample's name and sizes
+LINE = 15  # height of a line of small text
 NARROWEST = 560  # so that a block's header has room
-TIMELINE = 44
+TIMELINE = 44  # height of the bars below an animation
 UNSELECTED = (22, 24, 29)
 PAPER = (255, 255, 255)
 RULE = (216, 222, 228)
@@ -56,7 +62,8 @@ def draw_sheet(views: list[ClipView | ImageView]) -> Image.Image:
     width = max(block.width for block in blocks)
     if any(isinstance(view, ClipView) for view in views):
         blocks.append(_colour_key(width))
-    sheet = Image.new("RGB", (width, sum(block.height for block in blocks)), PAPER)
+    height = sum(block.height for block in blocks)
+    sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     top = 0
     for block in blocks:
@@ -71,11 +78,14 @@ def draw_animation(view: ClipView) -> list[Image.Image]:
     """One picture per column of the clip."""
     received = np.full_like(view.columns[0].frame, UNSELECTED)
     sampled = received
-    tokens, frame_tokens = 0, 0
+    # what both ways of sampling have cost up to the column that is drawn
+    tokens = 0
+    frame_tokens = 0
     rows, columns = view.info.grid
     pictures = []
-    for place, column in enumerate(view.columns):
+    for index, column in enumerate(view.columns):
         selected = _pixels(column.selected, column.patches)[..., None]
+        # a patch stays visible until a later one covers it
         received = np.where(selected, column.patches, received)
         tokens += column.num_intra + column.num_inter
         if column.bought:
@@ -90,13 +100,14 @@ def draw_animation(view: ClipView) -> list[Image.Image]:
             Cell(received, f"received as patches: {tokens:,} tokens"),
             Cell(sampled, f"received as whole frames: {frame_tokens:,} tokens"),
         ]
-        pictures.append(_animation_picture(view, cells, place))
+        pictures.append(_animation_picture(view, cells=cells, place=index))
     return pictures
 
 
 def clip_rows(view: ClipView) -> list[Row]:
     """The rows of a clip, see ROWS."""
-    info, columns = view.info, view.columns
+    info = view.info
+    columns = view.columns
     rows, grid_columns = info.grid
     whole = rows * grid_columns
     bought = sum(column.bought for column in columns)
@@ -150,11 +161,13 @@ def residual_picture(residual: np.ndarray, view: ClipView) -> np.ndarray:
 
 def patches_picture(column: Column) -> np.ndarray:
     """The selected patches, on UNSELECTED."""
-    return np.where(_pixels(column.selected, column.patches)[..., None], column.patches, UNSELECTED)
+    selected = _pixels(column.selected, column.patches)[..., None]
+    return np.where(selected, column.patches, UNSELECTED)
 
 
 def rank_picture(column: Column, patch_size: int) -> np.ndarray:
-    """Selected patches by their place in the order of selection."""
+    """Selected patches by their rank in the order of selection."""
+    # viridis from 0.15 on: its darkest colours are close to UNSELECTED
     colours = _ramp("viridis", 0.15 + 0.85 * column.rank)
     colours[column.intra] = INTRA
     colours[~column.selected] = UNSELECTED
@@ -168,10 +181,15 @@ def _pixels(per_patch: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 def _wheel(motion: np.ndarray, fastest: float) -> np.ndarray:
     """uint8 RGB [..., 3] of vectors [..., 2]: direction is hue, speed is brightness."""
-    x, y = motion[..., 0].astype(np.float32), motion[..., 1].astype(np.float32)
-    hue = (np.arctan2(y, x) / (2 * np.pi) % 1 * 255).astype(np.uint8)
-    value = (np.clip(np.hypot(x, y) / fastest, 0, 1) * 255).astype(np.uint8)
-    hsv = np.stack([hue, np.full_like(hue, 220), value], axis=-1)
+    x = motion[..., 0].astype(np.float32)
+    y = motion[..., 1].astype(np.float32)
+    turns = np.arctan2(y, x) / (2 * np.pi) % 1
+    hue = (turns * 255).astype(np.uint8)
+    speed = np.clip(np.hypot(x, y) / fastest, 0, 1)
+    value = (speed * 255).astype(np.uint8)
+    # Pillow's HSV has eight bits a channel; saturation stays the same for all directions
+    saturation = np.full_like(hue, 220)
+    hsv = np.stack([hue, saturation, value], axis=-1)
     return np.asarray(Image.fromarray(hsv, mode="HSV").convert("RGB"))
 
 
@@ -179,11 +197,13 @@ def _ramp(name: str, values: np.ndarray) -> np.ndarray:
     """uint8 RGB [..., 3] of values 0..1 in one of matplotlib's colour maps."""
     from matplotlib import colormaps
 
-    return (colormaps[name](np.clip(values, 0, 1))[..., :3] * 255).astype(np.uint8)
+    colours = colormaps[name](np.clip(values, 0, 1))[..., :3]  # the fourth is alpha
+    return (colours * 255).astype(np.uint8)
 
 
 def _enlarged(picture: np.ndarray, view: ClipView) -> np.ndarray:
     size = (view.info.width, view.info.height)
+    # nearest: the cells of the coarse field stay visible as such
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST))
 
 
@@ -193,7 +213,9 @@ def _scaled(picture: np.ndarray, side: int) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(picture, dtype=np.uint8))
     ratio = side / (image.width * image.height) ** 0.5
     if ratio < 1:
-        size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
+        width = max(1, round(image.width * ratio))  # at least 1: a strip may be very thin
+        height = max(1, round(image.height * ratio))
+        size = (width, height)
         return image.resize(size, Image.Resampling.LANCZOS)
     factor = round(ratio)
     size = (image.width * factor, image.height * factor)
@@ -203,8 +225,13 @@ def _scaled(picture: np.ndarray, side: int) -> Image.Image:
 def _header(draw: ImageDraw.ImageDraw, width: int, view: ClipView | ImageView) -> None:
     """Name and sizes of a sample, in the first HEADER rows of its block."""
     room = width - 2 * MARGIN
-    draw.text((MARGIN, 10), fitted(view.info.source, room, font(15, True)), INK, font(15, True))
-    draw.text((MARGIN, 31), fitted(_sizes(view), room, font(12)), MUTED, font(12))
+    bold = font(15, bold=True)
+    small = font(12)
+    # a source is whatever a file was called: `fitted` makes it printable and short enough
+    name = fitted(view.info.source, width=room, lettering=bold)
+    sizes = fitted(_sizes(view), width=room, lettering=small)
+    draw.text((MARGIN, 10), text=name, fill=INK, font=bold)
+    draw.text((MARGIN, 31), text=sizes, fill=MUTED, font=small)
 
 
 def _sizes(view: ClipView | ImageView) -> str:
@@ -216,8 +243,10 @@ def _sizes(view: ClipView | ImageView) -> str:
     every = rows * columns * info.num_frames
     length = ""
     if len(info.seconds) > 1:
-        length = f" over {info.seconds[-1] - info.seconds[0]:.2f} s"
-    share = f"{info.num_patches:,} of {every:,} patches selected ({info.num_patches / every:.1%})"
+        duration = info.seconds[-1] - info.seconds[0]
+        length = f" over {duration:.2f} s"
+    ratio = info.num_patches / every
+    share = f"{info.num_patches:,} of {every:,} patches selected ({ratio:.1%})"
     static = ", static" if info.is_static else ""
     return f"{size}, {info.num_frames} frames{length}, GOP {info.gop}{static}; {share}"
 
@@ -226,7 +255,7 @@ def _image_block(view: ImageView) -> Image.Image:
     picture = _scaled(view.picture, 2 * CELL)
     width = max(picture.width + 2 * MARGIN, NARROWEST)
     block = Image.new("RGB", (width, HEADER + picture.height + MARGIN), PAPER)
-    _header(ImageDraw.Draw(block), width, view)
+    _header(ImageDraw.Draw(block), width=width, view=view)
     block.paste(picture, (MARGIN, HEADER))
     return block
 
@@ -234,25 +263,32 @@ def _image_block(view: ImageView) -> Image.Image:
 def _clip_block(view: ClipView) -> Image.Image:
     rows = clip_rows(view)
     pictures = [[_scaled(cell.picture, CELL) for cell in row.cells] for row in rows]
-    cell_width, cell_height = pictures[0][0].size
+    cell_width, cell_height = pictures[0][0].size  # all have that of the clip
     heights = []
     for row in rows:
+        # a row is as high as the larger of its images and the notes beside them
         captioned = any(cell.caption for cell in row.cells)
+        pictured = cell_height + LINE * captioned
         titled = 20 + LINE * len(row.notes)
-        heights.append(max(cell_height + LINE * captioned, titled) + GAP + 2)
-    width = max(TITLES + len(rows[0].cells) * (cell_width + GAP) + 2 * MARGIN, NARROWEST)
-    block = Image.new("RGB", (width, HEADER + sum(heights) + MARGIN // 2), PAPER)
+        heights.append(max(pictured, titled) + GAP + 2)
+    cells_width = len(rows[0].cells) * (cell_width + GAP)
+    width = max(TITLES + cells_width + 2 * MARGIN, NARROWEST)
+    height_of_block = HEADER + sum(heights) + MARGIN // 2
+    block = Image.new("RGB", (width, height_of_block), PAPER)
     draw = ImageDraw.Draw(block)
-    _header(draw, width, view)
+    _header(draw, width=width, view=view)
     top = HEADER + 4
     for row, drawn, height in zip(rows, pictures, heights, strict=True):
-        draw.text((MARGIN, top), row.title, INK, font(13, True))
+        draw.text((MARGIN, top), text=row.title, fill=INK, font=font(13, bold=True))
         for number, note in enumerate(row.notes):
-            draw.text((MARGIN, top + 20 + LINE * number), note, MUTED, font(11))
-        for place, (cell, picture) in enumerate(zip(row.cells, drawn, strict=True)):
-            left = MARGIN + TITLES + place * (cell_width + GAP)
+            below_title = top + 20 + LINE * number
+            draw.text((MARGIN, below_title), text=note, fill=MUTED, font=font(11))
+        left = MARGIN + TITLES
+        for cell, picture in zip(row.cells, drawn, strict=True):
             block.paste(picture, (left, top))
-            draw.text((left, top + cell_height + 1), cell.caption, MUTED, font(11))
+            below = top + cell_height + 1
+            draw.text((left, below), text=cell.caption, fill=MUTED, font=font(11))
+            left += cell_width + GAP
         top += height
     return block
 
@@ -267,25 +303,36 @@ def _colour_key(width: int) -> Image.Image:
         (_ramp("viridis", 0.15 + 0.85 * ramp[:, ::-1]), "P-frame patch, first to last"),
         (_swatch(UNSELECTED), "not selected"),
     ]
-    places, left, top = [], MARGIN, 10
+    # laid out before anything is drawn: the number of lines decides the height of the image
+    corners = []
+    left = MARGIN
+    top = 10
     for swatch, text in entries:
-        needed = swatch.shape[1] + 8 + int(font(12).getlength(text)) + 28
-        if left > MARGIN and left + needed - 28 > width - MARGIN:
-            left, top = MARGIN, top + 44
-        places.append((left, top))
-        left += needed
+        text_width = int(font(12).getlength(text))
+        entry_width = swatch.shape[1] + 8 + text_width
+        # the first entry of a line stays there even if it is too wide
+        if left > MARGIN and left + entry_width > width - MARGIN:
+            left = MARGIN
+            top += 44
+        corners.append((left, top))
+        left += entry_width + 28
     key = Image.new("RGB", (width, top + 50), PAPER)
     draw = ImageDraw.Draw(key)
-    for (left, top), (swatch, text) in zip(places, entries, strict=True):
-        key.paste(Image.fromarray(swatch), (left, top + (36 - swatch.shape[0]) // 2))
-        draw.text((left + swatch.shape[1] + 8, top + 11), text, INK, font(12))
+    for (left, top), (swatch, text) in zip(corners, entries, strict=True):
+        # in the middle of a line as high as the wheel, the highest swatch
+        indent = (36 - swatch.shape[0]) // 2
+        key.paste(Image.fromarray(swatch), (left, top + indent))
+        beside = left + swatch.shape[1] + 8
+        draw.text((beside, top + 11), text=text, fill=INK, font=font(12))
     return key
 
 
 def _wheel_swatch() -> np.ndarray:
     """The colours of directions, as a disc on paper."""
     side = 36
-    y, x = (np.mgrid[:side, :side] + 0.5) / side * 2 - 1
+    # centres of pixels on -1 to 1
+    centres = (np.mgrid[:side, :side] + 0.5) / side
+    y, x = centres * 2 - 1
     disc = _wheel(np.stack([x, y], axis=-1), 1.0).copy()
     disc[np.hypot(x, y) > 1] = PAPER
     return disc
@@ -300,16 +347,28 @@ def _animation_picture(view: ClipView, cells: list[Cell], place: int) -> Image.I
     panels = [_scaled(cell.picture, PANEL) for cell in cells]
     across, down = panels[0].size
     pitch = down + LINE + GAP
-    width = max(3 * (across + GAP) - GAP + 2 * MARGIN, NARROWEST)
-    picture = Image.new("RGB", (width, HEADER + 4 + 2 * pitch + TIMELINE + MARGIN), PAPER)
+    panels_width = 3 * (across + GAP) - GAP
+    width = max(panels_width + 2 * MARGIN, NARROWEST)
+    first_top = HEADER + 4
+    timeline_top = first_top + 2 * pitch
+    picture = Image.new("RGB", (width, timeline_top + TIMELINE + MARGIN), PAPER)
     draw = ImageDraw.Draw(picture)
-    _header(draw, width, view)
+    _header(draw, width=width, view=view)
     for number, (cell, panel) in enumerate(zip(cells, panels, strict=True)):
-        left = MARGIN + number % 3 * (across + GAP)
-        top = HEADER + 4 + number // 3 * pitch
+        row, column = divmod(number, 3)
+        left = MARGIN + column * (across + GAP)
+        top = first_top + row * pitch
         picture.paste(panel, (left, top))
-        draw.text((left, top + down + 1), fitted(cell.caption, across, font(11)), INK, font(11))
-    _timeline(draw, view.columns, place, MARGIN, HEADER + 4 + 2 * pitch, width - 2 * MARGIN)
+        caption = fitted(cell.caption, width=across, lettering=font(11))
+        draw.text((left, top + down + 1), text=caption, fill=INK, font=font(11))
+    _timeline(
+        draw,
+        columns=view.columns,
+        place=place,
+        left=MARGIN,
+        top=timeline_top,
+        width=width - 2 * MARGIN,
+    )
     return picture
 
 
@@ -322,20 +381,21 @@ def _timeline(
     width: int,
 ) -> None:
     """Selected patches over time as bars, those up to the column `place` in colour."""
-    draw.text((left, top), "patches selected over time", MUTED, font(11))
+    draw.text((left, top), text="patches selected over time", fill=MUTED, font=font(11))
     foot = top + LINE + TIMELINE - 14
-    most = max(max(c.num_intra + c.num_inter for c in columns), 1)
+    highest = foot - top - LINE
+    counts = [column.num_intra + column.num_inter for column in columns]
+    most = max(*counts, 1)  # the bar of full height
     pitch = width / len(columns)
     for number, column in enumerate(columns):
         x = left + number * pitch
-        heights = [
-            round(count / most * (foot - top - LINE))
-            for count in (column.num_inter, column.num_intra)
-        ]
+        # two parts of one bar, the P-frame patches below
         base = foot
-        for height, colour in zip(heights, (INTER, INTRA), strict=True):
+        for count, colour in ((column.num_inter, INTER), (column.num_intra, INTRA)):
+            height = round(count / most * highest)
             if height:
                 shade = colour if number <= place else RULE
-                draw.rectangle((x, base - height, x + pitch - 2, base - 1), fill=shade)
+                right = x + pitch - 2  # two pixels between bars
+                draw.rectangle((x, base - height, right, base - 1), fill=shade)
                 base -= height
     draw.line((left, foot, left + width, foot), fill=MUTED)

@@ -79,7 +79,8 @@ def read_existing(directory: Path) -> Existing:
     Raises DataPipelineError where manifest.json is there and is not one of ours.
     """
     manifest, damage = _readable_manifest(directory)
-    bound = {} if manifest is None else {entry["name"]: entry for entry in manifest["shards"]}
+    entries = [] if manifest is None else manifest["shards"]
+    bound = {entry["name"]: entry for entry in entries}
     records = {}
     damaged = set()
     for path in sorted(directory.glob("*.json")):
@@ -258,7 +259,10 @@ def known_inputs(record: dict) -> list[KnownInput]:
             for source, stamp, digest in record["inputs"]
         ]
     # a key's last digits are the index among the inputs; rejected ones fill the gaps, in order
-    by_index = {int(sample["key"].split("_")[1]): sample for sample in record["samples"]}
+    by_index = {}
+    for sample in record["samples"]:
+        index = int(sample["key"].split("_")[1])
+        by_index[index] = sample
     rejections = list(record["rejected"])
     known = []
     for index in range(len(record["samples"]) + len(record["rejected"])):

@@ -73,7 +73,9 @@ def list_inputs(arguments: Sequence[str | Path], report: Report = show) -> list[
         raise MissingData(f"no video or image in {', '.join(map(str, arguments))}")
     first: dict[str, Input] = {}
     for item in inputs:
-        first.setdefault(item.location if item.is_remote else os.path.abspath(item.location), item)
+        # a.mp4 and ./a.mp4 are one file
+        identity = item.location if item.is_remote else os.path.abspath(item.location)
+        first.setdefault(identity, item)
     repeated = len(inputs) - len(first)
     if repeated:
         report(f"{repeated} inputs are named more than once: each is packed once")
@@ -119,7 +121,9 @@ def input_stamp(item: Input) -> list:
         if item.is_remote:
             system, name = _filesystem(item.location)
             info = system.info(name)
-            return [info.get("size"), json.dumps([str(info.get(key)) for key in VERSION_KEYS])]
+            # as text: S3 gives a datetime, which JSON does not hold
+            versions = [str(info.get(key)) for key in VERSION_KEYS]
+            return [info.get("size"), json.dumps(versions)]
         status = Path(item.location).stat()
         return [status.st_size, status.st_mtime_ns]
     # each file system has errors of its own; reading the input fails later, and names it
@@ -196,8 +200,13 @@ def _listed_inputs(path: Path) -> list[Input]:
     inputs = []
     for line_of_file, text in lines:
         if text.strip():
-            name = settled_name(text.strip(), lambda name: (folder / name).exists(), line_of_file)
-            inputs.append(Input(name if "://" in name else str(folder / name), name))
+            name = settled_name(
+                text.strip(),
+                exists=lambda name: (folder / name).exists(),
+                place=line_of_file,
+            )
+            location = name if "://" in name else str(folder / name)
+            inputs.append(Input(location, source=name))
     return inputs
 
 
@@ -215,7 +224,8 @@ def _remote_inputs(url: str) -> list[Input]:
     for path in sorted(system.find(name)):
         source = path.removeprefix(root)
         if _is_input(source) and not is_hidden(source):
-            inputs.append(Input(f"{scheme}://{path}{chain}{rest}", source))
+            location = f"{scheme}://{path}{chain}{rest}"
+            inputs.append(Input(location, source=source))
     return inputs
 
 

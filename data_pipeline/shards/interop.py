@@ -45,7 +45,7 @@ from .manifest import Manifest, how_to_repack
 from .schema import MAX_SIDE, SampleInfo, check_positions, decode_array, decode_patches
 
 NUM_MOSAICS = 8  # of the public layout
-JPEG_QUALITY = 95
+JPEG_QUALITY = 95  # above the shard's own 90: the patches are encoded a second time here
 PUBLIC_FIELDS = {"grid": list, "patch_size": int, "valid": int}
 # what our own export adds: which source a clip was made of, and the hashes of its files
 META_FIELDS = {
@@ -163,7 +163,8 @@ def _read_clip(reader: ShardReader, sample_id: int, info: SampleInfo) -> MosaicC
     # the best ones come first in a shard; in a mosaic patches lie by time, row and column
     order = np.lexsort(positions[:wanted].T[::-1])
     # the layout has a fixed number of patches: the last one fills what is missing
-    order = np.append(order, np.full(wanted - len(order), order[-1]))
+    filling = np.full(wanted - len(order), order[-1])
+    order = np.append(order, filling)
     return MosaicClip(
         patches=patches[order],
         positions=positions[order].astype(np.int32),
@@ -183,7 +184,8 @@ def _write_clip(folder: Path, clip: MosaicClip, info: SampleInfo, image_format: 
     rows, columns = info.grid
     p = info.patch_size
     # patch rows and pixel rows are adjacent in an image: [row, column, y, x] -> [row, y, column, x]
-    mosaics = clip.patches.reshape(NUM_MOSAICS, rows, columns, p, p, 3).swapaxes(2, 3)
+    grids = clip.patches.reshape(NUM_MOSAICS, rows, columns, p, p, 3)
+    mosaics = grids.swapaxes(2, 3)
     options = {"quality": JPEG_QUALITY, "subsampling": "4:4:4"} if image_format == "jpg" else {}
     names = _mosaic_names(image_format)
     for name, mosaic in zip(names, mosaics, strict=True):
@@ -192,7 +194,8 @@ def _write_clip(folder: Path, clip: MosaicClip, info: SampleInfo, image_format: 
     visidx = f"{folder.name}.visidx.npy"
     write_array(folder / "positions_thw.npy", clip.positions)
     write_visidx(folder / visidx, clip.positions[: clip.valid], grid=info.grid)
-    write_array(folder / "frame_ids.npy", np.unique(clip.positions[:, 0]).astype(np.int32))
+    times = np.unique(clip.positions[:, 0])
+    write_array(folder / "frame_ids.npy", times.astype(np.int32))
     names += ["positions_thw.npy", visidx, "frame_ids.npy"]
     meta = {
         "source": info.source,
@@ -235,11 +238,14 @@ def read_mosaics(folder: Path) -> MosaicClip:
             f"positions {positions.dtype} {list(positions.shape)} on a {rows} x {columns} grid of "
             f"{p} px"
         )
-    if positions.min() < 0 or (positions[:, 1:] >= (rows, columns)).any():
+    is_beyond_grid = (positions[:, 1:] >= (rows, columns)).any()
+    if positions.min() < 0 or is_beyond_grid:
         raise ValueError(f"{folder}: positions lie outside of a {rows} x {columns} grid")
     if not 1 <= meta["valid"] <= count:
         raise ValueError(f"{folder}: valid is {meta['valid']} of {count} patches")
-    patches = np.stack(mosaics).reshape(len(mosaics), rows, p, columns, p, 3).swapaxes(2, 3)
+    # the reverse of what _write_clip does: [row, y, column, x] -> [row, column, y, x]
+    pixels = np.stack(mosaics).reshape(len(mosaics), rows, p, columns, p, 3)
+    patches = pixels.swapaxes(2, 3)
     return MosaicClip(
         patches=patches.reshape(-1, p, p, 3),
         positions=positions,
@@ -262,7 +268,9 @@ def _read_meta(folder: Path) -> dict:
             )
     check_fields(meta, fields=PUBLIC_FIELDS, name=str(path))
     sizes = (*meta["grid"], meta["patch_size"])
-    if len(sizes) != 3 or not all(type(size) is int and 0 < size < MAX_SIDE for size in sizes):
+    # bounded, since sizes of arrays are computed from them; `type`, because True is an int too
+    are_sizes = [type(size) is int and 0 < size < MAX_SIDE for size in sizes]
+    if len(sizes) != 3 or not all(are_sizes):
         raise DamagedFile(f"{path}: grid {meta['grid']} of patches of {meta['patch_size']} px")
     return meta
 
@@ -271,7 +279,8 @@ def write_visidx(path: Path, positions: np.ndarray, grid: tuple[int, int]) -> No
     """Positions [K, 3] as a public index file: int32 [K], ascending t*gh*gw + h*gw + w."""
     rows, columns = grid
     t, h, w = positions.astype(np.int64).T
-    write_array(path, np.sort((t * rows + h) * columns + w).astype(np.int32))
+    ascending = np.sort((t * rows + h) * columns + w)
+    write_array(path, ascending.astype(np.int32))
 
 
 def read_visidx(path: Path, grid: tuple[int, int], num_frames: int = 64) -> np.ndarray:
@@ -290,4 +299,5 @@ def read_visidx(path: Path, grid: tuple[int, int], num_frames: int = 64) -> np.n
             f"{' x '.join(map(str, shape))} has 0 to {total - 1}"
         )
     # row-major, as write_visidx counts
-    return np.stack(np.unravel_index(indices, shape), axis=-1).astype(np.int32)
+    positions = np.stack(np.unravel_index(indices, shape), axis=-1)
+    return positions.astype(np.int32)

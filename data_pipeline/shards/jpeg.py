@@ -50,7 +50,8 @@ def read_jpeg_header(data: bytes, name: str) -> JpegHeader:
         # a segment: 0xff, its kind, then its length, which counts its own two bytes
         head = data[start : start + 4]
         end = start + 2 + int.from_bytes(head[2:], "big")
-        if len(head) < 4 or head[0] != 0xFF or not start + 4 <= end <= len(data):
+        is_inside = start + 4 <= end <= len(data)
+        if len(head) < 4 or head[0] != 0xFF or not is_inside:
             raise CorruptShard(f"{name} is no whole JPEG: byte {start} begins no segment")
         kind = head[1]
         if kind == SOS:
@@ -86,6 +87,7 @@ def check_jpeg(data: bytes, size: tuple[int, int], name: str) -> JpegHeader:
 
 def _frame_header(body: bytes, name: str) -> JpegHeader:
     """Precision, rows, columns, components, and three bytes for each of them."""
+    # in this order: byte 5, the number of components, may be missing
     if len(body) < 6 or len(body) != 6 + 3 * body[5]:
         raise CorruptShard(f"{name} is a JPEG with a broken frame header")
     precision = body[0]

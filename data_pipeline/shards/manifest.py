@@ -90,13 +90,15 @@ class Manifest:
     @cached_property
     def starts(self) -> np.ndarray:
         """int64 [num_shards + 1]: first sample id of each shard, then the total."""
-        return np.cumsum([0] + [len(shard["samples"]) for shard in self.shards])
+        counts = [len(shard["samples"]) for shard in self.shards]
+        return np.cumsum([0, *counts])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def locate(self, sample_id: int) -> tuple[dict, dict]:
         """(shard record, sample record) of a sample id."""
+        # "right": a shard's first sample is its own, and shards without samples are passed over
         index = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
         shard = self.shards[index]
         return shard, shard["samples"][sample_id - int(self.starts[index])]
@@ -108,6 +110,7 @@ class Manifest:
         if extension not in sample["members"]:
             raise MissingData(f"sample {sample['key']} of {tar} has no member .{extension}")
         try:
+            # operator.index takes integers alone: int() would take 1.5 and "7" too
             offset, size, crc32 = map(operator.index, sample["members"][extension])
         except (TypeError, ValueError):
             offset = size = crc32 = -1
@@ -161,6 +164,7 @@ def manifest_bytes(directory: Path, records: list[dict], settings: dict) -> byte
         "num_rejected": sum(shard["num_rejected"] for shard in shards),
         "shards": shards,
     }
+    # all or none: see the head of this file
     if records and not any(DIGEST_KEY in record for record in records):
         content["schema_version"] = UNSEALED_VERSION
         return json.dumps(content, indent=1, sort_keys=True).encode()
@@ -225,6 +229,7 @@ def load_manifest(directory: str | Path, allow_missing: bool = False) -> Manifes
         elif size != shard["size"]:
             actual = "no file" if size is None else size
             problems.append(f"{tar}: {actual}, the manifest says {shard['size']} bytes")
+        # also of a shard that is absent: its samples keep their ids
         try:
             records.append(_bound_record(tar.with_suffix(".json"), shard))
         except (DamagedFile, OSError) as error:

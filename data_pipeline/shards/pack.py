@@ -8,10 +8,11 @@ Inputs become a fixed list of tasks; one task is one shard of `samples_per_shard
     pack_ray   a Ray cluster, one task per worker
 
 A task whose record names the same inputs and settings, and whose bytes are as recorded, is done and
-is skipped, so a killed run just runs again and a damaged shard is repaired. What a folder holds
-already, and when that is an error, is decided in pack_plan. Whoever finds all records there binds
-them into the manifest. Unusable inputs are rejected with a reason code, counted, and listed in the
-record. Cost: 0.56 s per 224 px clip of 64 frames and core (benchmarks/bench_decompose.py).
+is skipped, so a killed run is simply started again and a damaged shard is repaired. What a folder
+holds already, and when that is an error, is decided in pack_plan. The job that finds all records
+there binds them into the manifest. Unusable inputs are rejected with a reason code, counted, and
+listed in the record. Cost: 0.56 s per 224 px clip of 64 frames and core
+(benchmarks/bench_decompose.py).
 """
 
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def pack(
     """Pack the tasks task_id, task_id + num_tasks, ...; `report` takes one line at a time. `mode`
     says what to do with another packing in the folder: refuse, append or replace (see pack_plan).
 
-    Returns the manifest once every task of the folder is done, by whomever; None before. Raises
+    Returns the manifest once every task of the folder is done, by any job; None before. Raises
     ValueError for a task_id outside 0..num_tasks-1, DataPipelineError for another packing.
     """
     if not 0 <= task_id < num_tasks:
@@ -74,9 +75,9 @@ def pack(
             progress.report(
                 f"packed shard {done}/{len(mine)}: {samples} samples, {rejected} rejected"
             )
-    # after all of ours: whoever finishes last finds all records and writes the manifest
+    # after all of ours: the job that finishes last finds all records and writes the manifest
     with writing_into(output):
-        return bind(plan, output, report)
+        return bind(plan, output=output, report=report)
 
 
 def pack_ray(
@@ -110,6 +111,7 @@ def pack_ray(
             record = pack_task(task, output, pool=pool, progress=silent)
         return len(task.inputs), len(record["samples"]), len(record["rejected"])
 
+    # all at once: Ray queues them, and starts one wherever a core is free
     waiting = [work.remote(task) for task in plan.tasks]
     with PackProgress(sum(len(task.inputs) for task in plan.tasks), report) as progress:
         while waiting:
@@ -120,7 +122,7 @@ def pack_ray(
             progress.report(
                 f"packed a shard: {samples} samples, {rejected} rejected; {left} shards to go"
             )
-    return bind(plan, output, report)
+    return bind(plan, output=output, report=report)
 
 
 def bind(plan: PackPlan, output: Path, report: Report = show) -> Manifest | None:
@@ -150,6 +152,7 @@ def pack_task(task: Task, output: Path, pool: SamplePool, progress: PackProgress
         if record is not None:
             progress.skipped(len(task.inputs))
             return record
+        # of a run that was killed here: under this lock nothing else writes them
         remove_temporary(output, task.name)
         # before the files are read: one that changes from here on differs from its record
         statement = {
@@ -201,7 +204,8 @@ def finished_record(task: Task, output: Path, thorough: bool) -> dict | None:
     if record is None or (task.distrusts_record and DIGEST_KEY not in record):
         return None
     sources = [known.source for known in known_inputs(record)]
-    if record["settings"] != task.settings or sources != [item.source for item in task.inputs]:
+    asked = [item.source for item in task.inputs]
+    if record["settings"] != task.settings or sources != asked:
         raise DataPipelineError(
             f"{output / task.name}.json holds other inputs or settings than this command's: "
             "another one packs into the same folder; wait for it, or name another --output"

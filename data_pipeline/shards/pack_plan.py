@@ -1,7 +1,7 @@
 """What a call of pack has to do in a folder that may hold shards already, and when it must refuse.
 
     nothing there              the inputs are cut into tasks
-    the same packing           its own shards are the tasks: done ones are kept, others written
+    the same packing           its own shards are the tasks: done ones stay, others are written
     another, by default        an error that lists what differs; nothing is touched
     another, with "append"     its shards stay in front, new inputs become shards behind them
     another, with "replace"    its shards are removed and the inputs are packed anew
@@ -102,6 +102,8 @@ class _Planner:
         if type(size) is not int or size < 1:
             size = self._default_size(self.inputs)
         differences = Differences(settings=self._other_settings(size))
+        # a manifest states the shards, and their records the inputs of each; without one the inputs
+        # are cut anew and compared with the records that lie there
         if found.bound:
             settings = self.config.settings(size)
             tasks = _recorded_tasks(self.inputs, found, settings=settings, differences=differences)
@@ -197,6 +199,7 @@ class _Planner:
         return lost
 
     def _tasks_behind(self, kept: Sequence[dict], new: list[Input], size: int) -> list[Task]:
+        # behind the largest number in use; in an empty folder numbers begin at 0
         last = max((shard_number(record["name"]) for record in kept), default=-1)
         return list_tasks(new, self.config, samples_per_shard=size, first=last + 1)
 
@@ -228,7 +231,8 @@ class _Planner:
         names = self.found.unbound
         for name in names:
             tar = directory / f"{name}.tar"
-            if not tar.is_file() or tar.stat().st_size != self.found.records[name]["size"]:
+            size = self.found.records[name]["size"]
+            if not tar.is_file() or tar.stat().st_size != size:
                 raise DataPipelineError(
                     f"{tar} is not what its record says, and no manifest names it: remove "
                     f"{name}.json, and start again"
@@ -269,6 +273,7 @@ def _recorded_tasks(
                 stated=stated,
                 differences=differences,
             )
+    # `waiting` has lost what was claimed; the order of the inputs decides who takes the rest
     rest = [item for item in inputs if item.source in waiting]
     tasks = []
     for entry in found.bound:

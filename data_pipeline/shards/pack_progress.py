@@ -14,7 +14,7 @@ from .inputs import Report
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-LINE_EVERY_S = 30.0
+LINE_EVERY_S = 30.0  # a choice: a day of packing is 2880 lines of a log
 
 
 class PackProgress:
@@ -39,6 +39,7 @@ class PackProgress:
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
         self._bar: tqdm | None = None
         self._over = threading.Event()
+        # daemon: a process that ends without leaving the context does not wait for it
         self._thread = threading.Thread(target=self._report_often, daemon=True)
         self._packed = 0
         self._skipped = 0
@@ -55,7 +56,7 @@ class PackProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._over.set()  # wakes the thread at once, in the middle of its wait
         if self._bar is not None:
             self._bar.close()
         if self._thread.is_alive():

@@ -147,11 +147,12 @@ class SamplePool:
             return {"source": item.source, "reason": rejection.reason, "detail": detail}
 
     def __enter__(self) -> "SamplePool":
+        # threads only wait for their children, which do the work
         self._threads = ThreadPoolExecutor(self._num_workers)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:  # do not wait for inputs whose samples nobody will write
+        if kind is not None:  # do not wait for inputs whose samples will not be written
             self._pool.close()
         self._threads.shutdown(cancel_futures=True)
         self._pool.close()
@@ -181,6 +182,7 @@ def build_sample(path: Path, source: str, config: SampleConfig) -> Built:
     """Members and metadata of one input; `source` is the name stored in the shard. Raises
     RejectedInput.
     """
+    # before it is hashed: a file may be larger than the limit, or a pipe that never ends
     check_file(path, config.limits)
     before = _fingerprint(path)
     image = None
@@ -190,6 +192,7 @@ def build_sample(path: Path, source: str, config: SampleConfig) -> Built:
         clip = decompose_native(path, config.framing)
     else:
         clip = decompose_video(path, config.framing, gop=config.gop)
+    # a video of one frame has no motion, so it becomes an image sample
     if image is None and len(clip.frames) == 1:
         image = clip.frames[0]
     if image is None:
@@ -232,7 +235,8 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
     count, height, width, _ = clip.frames.shape
     # more than the configuration checked: with fit "area" a frame is no square, and native vectors
     # come with the I-frames of the source
-    intra = int(clip.is_i_frame.sum()) * height * width // config.patch_size**2
+    num_i_frames = int(clip.is_i_frame.sum())
+    intra = num_i_frames * height * width // config.patch_size**2
     if config.keeps_i_frames and intra > config.tokens:
         raise RejectedInput(
             "budget", f"{source}: its I-frames are {intra} patches, the budget is {config.tokens}"
@@ -286,7 +290,9 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
 
 def _p_frame_mean(field: np.ndarray, clip: CodecClip) -> float:
     p_frames = ~clip.is_i_frame
-    return round(float(field[p_frames].mean()), 3) if p_frames.any() else 0.0
+    if not p_frames.any():
+        return 0.0
+    return round(float(field[p_frames].mean()), 3)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from ..side_files import array_bytes, check_array, parse_array, parse_record
 from .jpeg import check_jpeg
 
 SCHEMA_VERSION = 1
-TILE_COLUMNS = 32
+TILE_COLUMNS = 32  # 512 px wide at 16 px patches
 JPEG_QUALITY = 90
 BLOCK = 8  # a JPEG block's side; with 4:4:4 chroma the same for colour
 # Bounds of what hostile members may claim, each far above what a packer writes: what they size is
@@ -88,6 +88,7 @@ class SampleInfo:
         if self.height % self.patch_size or self.width % self.patch_size:
             raise ValueError(f"{self.height}x{self.width} is not whole in {self.patch_size} px")
         times = self.frame_times
+        # `type` here and above, because True and False are ints too
         if not times or not all(type(time) is int and 0 <= time < TIME_BASE for time in times):
             raise ValueError(f"frame times {times} are not integers in 0..{TIME_BASE - 1}")
         if sorted(set(times)) != list(times):
@@ -161,10 +162,13 @@ def encode_clip(
     rows = -(-count // TILE_COLUMNS)
     missing = rows * TILE_COLUMNS - count
     pad = side - patch_size
-    tiles = np.pad(patches, ((0, missing), (0, pad), (0, pad), (0, 0)), mode="edge")
+    # edges are repeated; in the last row of tiles the last patch fills what is missing
+    tile_borders = ((0, missing), (0, pad), (0, pad), (0, 0))
+    tiles = np.pad(patches, tile_borders, mode="edge")
     grid = tiles.reshape(rows, TILE_COLUMNS, side, side, 3).swapaxes(1, 2)
     pad = strip_rows(info.height) - info.height
-    strip = np.pad(frames, ((0, 0), (0, pad), (0, 0), (0, 0)), mode="edge")
+    frame_borders = ((0, 0), (0, pad), (0, 0), (0, 0))
+    strip = np.pad(frames, frame_borders, mode="edge")
     return {
         "json": info.to_bytes(),
         "tiles.jpg": _jpeg(grid.reshape(rows * side, TILE_COLUMNS * side, 3)),
@@ -210,7 +214,9 @@ def check_positions(positions: np.ndarray, count: int, grid: tuple[int, int], na
     bounds = (TIME_BASE, *grid)
     rows, columns = grid
     t, h, w = np.ascontiguousarray(positions.T)
-    if t.max() >= TIME_BASE or h.max() >= rows or w.max() >= columns:
+    # column by column; whole rows are compared only where an error names one
+    is_outside = t.max() >= TIME_BASE or h.max() >= rows or w.max() >= columns
+    if is_outside:
         worst = positions[(positions >= bounds).any(axis=1)][0].tolist()
         raise CorruptShard(
             f"{name}: a patch stands at (t, h, w) = {tuple(worst)}, the sample has {bounds}"
@@ -255,7 +261,8 @@ def decode_frames(info: SampleInfo, member: bytes, name: str) -> np.ndarray:
     if info.kind == "image":
         return decode_jpeg(member, size=(info.height, info.width), name=label)[None]
     strip = decode_jpeg(member, size=strip_size(info), name=label)
-    return strip.reshape(-1, strip_rows(info.height), info.width, 3)[:, : info.height]
+    frames = strip.reshape(-1, strip_rows(info.height), info.width, 3)
+    return frames[:, : info.height]
 
 
 def frames_member(kind: str) -> str:

@@ -20,7 +20,8 @@ def statistics(manifest: Manifest) -> dict:
     # absent in records of older packings
     digests = [sample["source_sha256"] for sample in samples if sample.get("source_sha256")]
     # a note without its numbers: "salvaged 60 of 90 frames" is one kind
-    notes = Counter(note.split()[0] for sample in samples for note in sample.get("notes", ()))
+    all_notes = [note for sample in samples for note in sample.get("notes", ())]
+    notes = Counter(note.split()[0] for note in all_notes)
     return {
         "shards": len(manifest.shards),
         "samples": len(samples),
@@ -44,6 +45,7 @@ def _spread(values: list[float]) -> dict[str, float]:
     """Smallest, 5 %, median, mean, 95 % and largest of a list; empty for an empty one."""
     if not values:
         return {}
+    # percentiles beside the extremes, which one odd clip decides
     low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
     spread = {
         "min": min(values),
@@ -63,11 +65,13 @@ def statistics_table(stats: dict) -> str:
         below: list[str] = []
         if key in ("notes", "rejected"):
             text = sum(value.values())
-            below = [f"{'':>16}  {name}: {count}" for name, count in Counter(value).most_common()]
+            counts = Counter(value).most_common()
+            below = [f"{'':>16}  {name}: {count}" for name, count in counts]
         elif key == "settings":
             text = json.dumps(value)
         elif isinstance(value, dict):
-            text = "  ".join(f"{name} {number:g}" for name, number in value.items()) or "-"
+            numbers = [f"{name} {number:g}" for name, number in value.items()]
+            text = "  ".join(numbers) or "-"
         else:
             text = value
         lines += [f"{key:>16}  {text}", *below]

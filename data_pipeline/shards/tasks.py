@@ -21,7 +21,7 @@ LEAST_SAMPLES = 16
 @dataclass(frozen=True)
 class PackConfig:
     """How a folder of shards is made. `samples_per_shard` is the number of inputs of one shard, by
-    default as default_samples_per_shard says; `wall_seconds` is the limit of one input.
+    default that of default_samples_per_shard; `wall_seconds` is the limit of one input.
     """
 
     sample: SampleConfig = SampleConfig()

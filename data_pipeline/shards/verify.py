@@ -90,7 +90,8 @@ def _tar_problems(tar: Path, shard: dict) -> list[str]:
                     problems.append(f"{tar.name}: member {member.name!r} {problem}")
     except (tarfile.TarError, OSError) as error:
         problems.append(f"{tar.name}: no readable plain tar ({error})")
-    return problems + [f"{tar.name}: no member {name}" for name in sorted(places.keys() - seen)]
+    absent = sorted(places.keys() - seen)
+    return problems + [f"{tar.name}: no member {name}" for name in absent]
 
 
 def _member_problem(member: tarfile.TarInfo, places: dict, seen: set[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""A picture of what the encoder sees: frames, the motion and residual in them, and the patches that
+"""An image of what the encoder sees: frames, the motion and residual in them, and the patches that
 were selected, beside what plain frame sampling would have bought with the same number of tokens.
 
 Everything drawn comes out of the shard: clip_columns.py reads it, contact_sheet.py draws it.
@@ -19,13 +19,16 @@ __all__ = ["ROWS", "contact_sheet", "read_sample", "save_view"]
 COLUMNS = 8
 # An animation runs at the clip's own speed within these bounds, FRAME_MS a frame where a shard has
 # no times, and rests at its end
-FASTEST_MS, FRAME_MS, SLOWEST_MS, HOLD_MS = 60, 200, 500, 2000
+FASTEST_MS = 60
+FRAME_MS = 200
+SLOWEST_MS = 500
+HOLD_MS = 2000
 WEBP_QUALITY = 60  # edges of patches stay sharp, and a clip of 32 frames below half a megabyte
 
 
 def contact_sheet(manifest: Manifest, sample_ids: list[int]) -> Image.Image:
-    """The picture of samples below each other, clips in up to COLUMNS columns."""
-    return draw_sheet([sample_view(manifest, i, COLUMNS) for i in sample_ids])
+    """The image of samples below each other, clips in up to COLUMNS columns."""
+    return draw_sheet([sample_view(manifest, sample_id=i, columns=COLUMNS) for i in sample_ids])
 
 
 def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
@@ -44,9 +47,12 @@ def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
         write_picture(path, contact_sheet(manifest, sample_ids), optimize=True)
         return
     for sample_id in sample_ids:
-        one = path if len(sample_ids) == 1 else path.with_stem(f"{path.stem}_{sample_id}")
+        one = path
+        if len(sample_ids) > 1:  # an animation shows one sample
+            one = path.with_stem(f"{path.stem}_{sample_id}")
         view = sample_view(manifest, sample_id)
-        first, *rest = [draw_sheet([view])] if isinstance(view, ImageView) else draw_animation(view)
+        pictures = [draw_sheet([view])] if isinstance(view, ImageView) else draw_animation(view)
+        first, *rest = pictures
         durations = _durations(view)
         options = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
         if path.suffix == ".webp":

@@ -47,11 +47,12 @@ def write_shard(directory: Path, name: str, samples: Iterable[Sample], statement
         temporary.unlink(missing_ok=True)
         raise
     with tarfile.open(tar, "r:") as archive:
-        places = {member.name: (member.offset_data, member.size) for member in archive}
+        # read back from the tar: the writer of webdataset does not show where it puts members
+        extents = {member.name: (member.offset_data, member.size) for member in archive}
     for entry in entries:
         key = entry["key"]
         entry["members"] = {
-            extension: [*places[f"{key}.{extension}"], crc]
+            extension: [*extents[f"{key}.{extension}"], crc]
             for extension, crc in entry["members"].items()
         }
     record = {
@@ -114,7 +115,7 @@ def only_here(lock: Path) -> Iterator[None]:
     while True:
         stream = open(lock, "w")
         fcntl.flock(stream, fcntl.LOCK_EX)
-        # whoever held it before may have removed the file: then the lock is another file by now
+        # the process that held it before may have removed the file: then the lock is another file
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(lock.stat(), os.fstat(stream.fileno())):
                 break
