@@ -145,7 +145,9 @@ class Server:
         for pid, _ in self.clients.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        os.unlink(self.listener.getsockname())
+        address = self.listener.getsockname()
+        os.unlink(address)
+        os.rmdir(os.path.dirname(address))
 
     def _close(self) -> None:
         """In a forked process: leave the server's descriptors alone to the server."""
