@@ -18,9 +18,11 @@ Figures, per package and together:
     used once         functions of at most eight lines that one place alone names
 
 Files entered are those of which a function ran, import apart: `--entered` runs a module in this
-process and counts. From shards to a saved step:
+process and counts. From shards to a saved step, with SHARDS packed and labelled before:
 
-    python tests/reading.py --entered training.train_univit --preset debug ...
+    python tests/reading.py --since training/trainer.py:train --until training/trainer.py:_export
+        --entered training.train_univit --preset demo --list_datasets SHARDS
+        --num_sampled_data 64 --list_batch_size 32 --output OUTPUT
 """
 
 import argparse
@@ -222,14 +224,24 @@ def list_places(paths: list[Path]) -> None:
         print(f"{name:15} {value:,.1f}")
 
 
-def entered_files(module: str, argv: list[str]) -> list[str]:
-    """Our files of which a function ran while `python -m module argv` did, threads included."""
+def entered_files(
+    module: str, argv: list[str], since: str | None = None, until: str | None = None
+) -> list[str]:
+    """Our files of which a function ran while `python -m module argv` did, threads included; only
+    between the calls of two functions, FILE:NAME each, where these are given."""
     seen = set()
+    counting = since is None
 
     def note(frame, event, _):
+        nonlocal counting
+        place = f"{frame.f_code.co_filename}:{frame.f_code.co_name}"
+        if event == "call" and since is not None and place.endswith(since):
+            counting = True
+        if event == "call" and until is not None and place.endswith(until):
+            counting = False
         # bodies of modules and classes run when they are imported, and are not optimised
         is_function = bool(frame.f_code.co_flags & inspect.CO_OPTIMIZED)
-        if event == "call" and is_function:
+        if event == "call" and is_function and counting:
             seen.add(frame.f_code.co_filename)
 
     sys.argv = [module, *argv]
@@ -251,10 +263,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="How the product reads, in numbers.")
     parser.add_argument("--before", type=Path, help="another checkout to compare with")
     parser.add_argument("--list", type=Path, nargs="+", help="files or folders to look into")
+    parser.add_argument("--since", help="FILE:FUNCTION at whose call --entered begins to count")
+    parser.add_argument("--until", help="FILE:FUNCTION at whose call it ends")
     parser.add_argument("--entered", nargs=argparse.REMAINDER, help="module and its arguments")
     args = parser.parse_args(argv)
     if args.entered:
-        files = entered_files(args.entered[0], args.entered[1:])
+        module, *rest = args.entered
+        files = entered_files(module, rest, since=args.since, until=args.until)
         print("\n".join(files), f"{len(files)} files", sep="\n")
         return 0
     if args.list:

@@ -252,7 +252,7 @@ def nobody_fits(folder, packed):
     flip_bytes(folder, (5,), "tiles.jpg")
     config = dataclasses.replace(STREAM, error_budget=PATIENT, batch_size=2)
     stream = HeadStream(resolve_dataset(str(folder)).load(), config, seed=0, pack_tokens=200)
-    stream.plan.reserve = lambda epoch, sample, attempt: sample
+    stream.plan.reserve = lambda epoch, sample_id, attempt: sample_id
     replaced, seen = {}, []
     while (batch := next(stream)).epoch == 0:
         replaced |= dict(batch.replaced)

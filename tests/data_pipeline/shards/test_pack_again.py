@@ -244,7 +244,7 @@ def test_appending_packs_a_rejected_input_once_its_file_is_another(tmp_path):
 def stop_before_binding(copy: Path, monkeypatch, folder: Path, **options) -> None:
     """An append that ends when its shards are there and the manifest is not."""
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.shards.pack.bind", lambda *_: None)
+        patch.setattr("data_pipeline.shards.pack.bind", lambda *_, **__: None)
         assert quietly(folder, copy / "out", mode="append", **options) is None
 
 

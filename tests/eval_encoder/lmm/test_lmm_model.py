@@ -424,7 +424,9 @@ def test_every_picture_is_aligned_with_the_text_of_its_own_sample(monkeypatch):
     monkeypatch.setattr(
         lmm_model,
         "alignment_loss",
-        lambda image, text, direction: aligned.append((image, text)) or image.sum() * 0,
+        lambda image, text_tokens, direction: (
+            aligned.append((image, text_tokens)) or image.sum() * 0
+        ),
     )
     original = TextCrossTokens.__exit__
     monkeypatch.setattr(
