@@ -8,6 +8,8 @@
     path_with_python(folder)          PATH for our shell scripts
 
 One server serves a whole run of pytest, all its workers; the first test that needs it starts it.
+With more than one thread per process (shells/test_arithmetic.sh) libraries start threads when they
+are imported, and a process with threads cannot be forked: then Python is started anew each time.
 """
 
 import fcntl
@@ -29,6 +31,8 @@ PATIENCE_S = 900.0
 # imported, and the server has done that: conftest.run is for them.
 FREE = ("FAULT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 FREE += ("WANDB_MODE", "UNIVIT_TRACEBACK", "UNIVIT_NUM_THREADS")
+
+CAN_FORK = os.environ.get("UNIVIT_NUM_THREADS", "1") == "1"
 
 _shared_folder: Path | None = None
 
@@ -144,11 +148,23 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def _anew(argv, environment: dict[str, str], ranks: int, **options) -> subprocess.Popen:
+    """The same command, or ranks of it, in new processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    words = [*(launcher if ranks else []), *(str(word) for word in argv)]
+    return subprocess.Popen(
+        [sys.executable, *words], env=_environment(environment), cwd=ROOT, **options
+    )
+
+
 def _start(argv, files, environment: dict[str, str], ranks: int = 0) -> Forked:
     return Forked([str(word) for word in argv], _environment(environment), files, ranks)
 
 
 def _start_quietly(argv, environment: dict[str, str], ranks: int = 0) -> Forked:
+    if not CAN_FORK:
+        quiet = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
+        return _anew(argv, environment, ranks, start_new_session=True, **quiet)
     nowhere = os.open(os.devnull, os.O_RDWR)
     try:
         return _start(argv, [nowhere] * 3, environment, ranks)
@@ -163,9 +179,12 @@ def _finish(argv, check: bool, environment: dict[str, str], ranks: int = 0):
         tempfile.TemporaryFile("w+", errors="replace") as out,
         tempfile.TemporaryFile("w+", errors="replace") as err,
     ):
-        process = _start(argv, [f.fileno() for f in (nothing, out, err)], environment, ranks)
+        if CAN_FORK:
+            process = _start(argv, [f.fileno() for f in (nothing, out, err)], environment, ranks)
+        else:
+            process = _anew(argv, environment, ranks, stdin=nothing, stdout=out, stderr=err)
         try:
-            process.wait()
+            process.wait(timeout=PATIENCE_S)
         except BaseException:
             process.kill()
             raise
@@ -239,7 +258,8 @@ def forked_torchrun(
     *command: str | Path, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run torchrun with flags of its own (its restarts), and our command as its ranks."""
-    return _finish(["-c", _agent(), *command], check, environment)
+    agent = ["-c", _agent()] if CAN_FORK else ["-m", "torch.distributed.run"]
+    return _finish([*agent, *command], check, environment)
 
 
 def _agent() -> str:
@@ -267,6 +287,8 @@ sys.exit(code if code >= 0 else 128 - code)
 def path_with_python(folder: Path) -> str:
     """PATH for a shell script, on which a `python` and a `torchrun` come first that fork. They pass
     SIGTERM on; killed, they take with them what they started."""
+    if not CAN_FORK:
+        return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     folder.mkdir(exist_ok=True)
     first = {"python": [], "torchrun": ["-c", _agent()]}
     for name, words in first.items():
