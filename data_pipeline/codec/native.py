@@ -20,7 +20,7 @@ Shape legend: T frames, H, W working size.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -65,6 +65,8 @@ class _Chosen:
 class VectorWatcher:
     """Sees every decoded frame: remembers reference frames, reads the vectors of P-frames."""
 
+    remedy: ClassVar[str] = "leave out --vectors native"  # for a codec without vectors
+
     path: Path
     chosen: list[_Chosen] = field(default_factory=list)
     waiting: list[_Chosen] = field(default_factory=list)  # B-frames before their P-frame
@@ -84,8 +86,7 @@ class VectorWatcher:
         if context.name not in NATIVE_CODECS:
             raise RejectedInput(
                 "no_motion_vectors",
-                f"{self.path} is {context.name}, which exports no vectors: leave out "
-                "--vectors native",
+                f"{self.path} is {context.name}, which exports no vectors: {self.remedy}",
             )
         context.flags2 |= Flags2.export_mvs
         self.chosen = []

@@ -25,7 +25,7 @@ Shape legend: T frames, H, W source or working size, h, w patch grid, Y, X motio
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
@@ -75,6 +75,8 @@ class PublishedWatcher(VectorWatcher):
 
     What the native mode knows of the frames is kept besides, for the sample's motion summary.
     """
+
+    remedy: ClassVar[str] = "choose --rule i_frames_first"
 
     patch_size: int = 16
     scores: dict[int, np.ndarray] = field(default_factory=dict)  # by index among the chosen frames
@@ -301,10 +303,12 @@ def source_luma(frame: "av.VideoFrame") -> np.ndarray:
     """Luma uint8 [H, W] of a decoded frame, as it is stored; deeper samples lose their low bits."""
     bits = frame.format.components[0].bits
     plane = frame.planes[0]
-    kind = np.uint8 if bits == 8 else np.dtype("<u2")
-    rows = np.frombuffer(plane, kind).reshape(plane.height, -1)[:, : frame.width]
-    # a copy: the decoder writes the next frame into this memory
-    return rows.copy() if bits == 8 else (rows >> (bits - 8)).astype(np.uint8)
+    # copies below: the decoder writes the next frame into this memory
+    if bits == 8:
+        rows = np.frombuffer(plane, np.uint8).reshape(plane.height, -1)
+        return rows[:, : frame.width].copy()
+    deep = np.frombuffer(plane, np.uint16).reshape(plane.height, -1)
+    return (deep[:, : frame.width] >> (bits - 8)).astype(np.uint8)
 
 
 def patch_sums(values: np.ndarray, patch_size: int) -> np.ndarray:
