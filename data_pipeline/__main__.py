@@ -89,7 +89,10 @@ def _add_packing(command: AddCommand) -> None:
     sub.add_argument("--gop", type=int, default=16, help="frames from one I-frame to the next")
     sub.add_argument("--budget", type=int, help="patches selected of a clip (an eighth of all)")
     sub.add_argument(
-        "--fit", choices=("crop", "area"), default="crop", help="centre square, or keep the aspect"
+        "--fit",
+        choices=("crop", "area", "pad"),
+        default="crop",
+        help="centre square, keep the aspect, or pad to a square",
     )
     sub.add_argument(
         "--salvage", action="store_true", help="cut damaged videos before the damage, keep the rest"
@@ -137,15 +140,15 @@ def _add_selecting(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("which patches are selected")
     group.add_argument(
         "--rule",
-        choices=("i_frames_first", "published"),
+        choices=("i_frames_first", "published", "published_llava"),
         default="i_frames_first",
-        help="published: no I-frame patches, percentiles per frame",
+        help="published: as the public tools score the source's own vectors, without I-frames; "
+        "published_llava: the first frame whole, then likewise",
     )
     group.add_argument(
         "--vectors",
         choices=("canonical", "native"),
-        default="canonical",
-        help="canonical stream's, or the source's own (H.264, MPEG-4)",
+        help="canonical stream's (default), or the source's own (H.264, MPEG-4; published rules)",
     )
     group.add_argument(
         "--camera",

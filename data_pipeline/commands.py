@@ -61,9 +61,7 @@ def pack(args: Namespace) -> None:
     from .shards.sample_builder import SampleConfig
 
     size, patch_size = picture_shape(args)
-    # the published rule takes percentiles of each frame, unless the user asks for others
-    normalise = args.normalise or ("frame" if args.rule == "published" else "clip")
-    saliency = config_of(SaliencyConfig, args, normalise=normalise)
+    saliency = config_of(SaliencyConfig, args, normalise=args.normalise or "clip")
     sample = config_of(SampleConfig, args, size=size, patch_size=patch_size, saliency=saliency)
     config = config_of(PackConfig, args, sample=sample)
     inputs = list_inputs(args.inputs)

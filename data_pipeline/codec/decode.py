@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import RejectedInput
+from .content import Content
 from .frames import DamagedVideo, open_frames
-from .framing import Framing, crop_of_stream, working_frame
+from .framing import Crop, Framing, crop_of_stream, working_frame
 from .timeline import (
     DEFAULT_RATE,
     MAX_REORDERED,
     Timeline,
     count_frames,
     even_frames,
+    indexed_frames,
     read_timeline,
     segment_frames,
 )
@@ -52,6 +54,7 @@ class DecodedVideo:
     seconds: np.ndarray  # float64 [T], presentation times
     num_source_frames: int
     codec: str
+    content: Content  # the part of every frame that is not padding
     notes: tuple[str, ...] = ()
 
 
@@ -114,6 +117,8 @@ class _Choice:
         pts = timeline.pts
         if framing.within:
             self.wanted = set(segment_frames(len(pts), framing.within).tolist())
+        elif framing.by_index:
+            self.wanted = set(indexed_frames(len(pts), framing.num_frames))
         else:
             self.wanted = set(even_frames(pts, framing.num_frames))
         self._skips = skips
@@ -156,7 +161,7 @@ def _decode(
     frames: list[np.ndarray] = []
     indices: list[int] = []
     notes: tuple[str, ...] = ()
-    crop = None
+    crop: Crop | None = None
     index = -1
     # opened again instead of seeking back, which is inexact in streams without an index
     with open_frames(
@@ -182,7 +187,7 @@ def _decode(
                 indices.append(index)
                 if len(indices) == len(choice.wanted):
                     break
-    if len(indices) < len(choice.wanted):
+    if crop is None or len(indices) < len(choice.wanted):
         if not timeline.is_counted:
             raise _TimelineMismatch
         count = len(timeline.pts)
@@ -193,6 +198,7 @@ def _decode(
         seconds=np.array([float(timeline.pts[index] * unit) for index in indices]),
         num_source_frames=len(timeline.pts),
         codec=stream.codec_context.name,
+        content=crop.content,
         notes=notes,
     )
 

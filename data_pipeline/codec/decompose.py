@@ -20,6 +20,7 @@ import numpy as np
 
 from ..errors import RejectedInput
 from ..shards.schema import TIME_BASE
+from .content import Content, whole_frame
 from .decode import decode_video
 from .framing import Framing
 from .motion_compensation import predict_luma
@@ -55,6 +56,7 @@ class CodecClip:
     change      float32 [T, H/8, W/8]     mean |luma - luma of the frame before| of each motion cell
     times       int64   [T]               temporal positions on the 0..63 time base
     seconds     float64 [T]               presentation times
+    content     the part of every frame that is not padding; None: all of it
     """
 
     frames: np.ndarray
@@ -67,6 +69,13 @@ class CodecClip:
     num_source_frames: int = 0
     codec: str = ""
     notes: tuple[str, ...] = ()
+    content: Content | None = None
+
+    def whole_patches(self, patch_size: int) -> np.ndarray:
+        """Mask bool [h, w] of the patches without padding."""
+        _, height, width, _ = self.frames.shape
+        content = self.content or whole_frame(height, width)
+        return content.whole_patches(height=height, width=width, patch_size=patch_size)
 
 
 def decompose_video(path: Path, framing: Framing, gop: int = 16) -> CodecClip:
@@ -78,6 +87,7 @@ def decompose_video(path: Path, framing: Framing, gop: int = 16) -> CodecClip:
         num_source_frames=video.num_source_frames,
         codec=video.codec,
         notes=video.notes,
+        content=video.content,
     )
 
 

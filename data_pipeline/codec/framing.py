@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from ..errors import RejectedInput
+from .content import Content
 from .open_video import InputLimits
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ HD_LINES = 720  # from here on a stream without a colour matrix is taken for BT.
 MAX_SCALED_SQUARES = 64
 MATRIX_UNNAMED = 2  # ITU-T H.273 table 4
 MATRIX_BT709 = 1
-FITS = ("crop", "area")
+FITS = ("crop", "area", "pad")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -38,11 +39,14 @@ class Framing:
     """Which frames of a video are read, and which pixels of them.
 
     num_frames     at even times over the whole video; a shorter video gives the frames it has
+    by_index       the frames at even indices, truncated, instead of even times: as published
     within         instead of `num_frames`: one frame in each of len(within) equal segments of the
                    video, at this share of the segment, 0 to 1 (timeline.segment_frames)
     size           side of the working square in pixels, even and a multiple of `patch_size`
     fit            crop: the short side is scaled to `size`, and a square cut out of the long one;
-                   area: the aspect ratio stays, with about `size` ** 2 pixels
+                   area: the aspect ratio stays, with about `size` ** 2 pixels;
+                   pad: the long side is scaled to `size`, and the short one padded with black on
+                   both sides to a square
     crop_position  crop: where the square lies on the long side: 0 its start, 0.5 the middle, 1 its
                    end
     salvage        cut a damaged video to its whole GOPs before the damage, instead of rejecting it
@@ -53,6 +57,7 @@ class Framing:
     patch_size: int = 16
     fit: str = "crop"
     crop_position: float = 0.5
+    by_index: bool = False
     within: tuple[float, ...] = ()
     limits: InputLimits = InputLimits()
     salvage: bool = False
@@ -67,7 +72,8 @@ class Framing:
 
 @dataclass(frozen=True)
 class Crop:
-    """Where the working frame lies: scale to (height, width), then cut the box."""
+    """Where the working frame lies: scale to (height, width), then cut the box. A box that begins
+    before the scaled frame (negative `top` or `left`) is padded with black there, and behind it."""
 
     height: int
     width: int
@@ -77,27 +83,54 @@ class Crop:
     out_width: int
     frames_are_fields: bool = False  # each decoded frame is one field already (HEVC)
 
+    @property
+    def content(self) -> Content:
+        """The part of the working frame that is not padding."""
+        return Content(
+            top=max(-self.top, 0),
+            left=max(-self.left, 0),
+            bottom=min(self.height - self.top, self.out_height),
+            right=min(self.width - self.left, self.out_width),
+        )
+
     def cut(self, scaled: np.ndarray) -> np.ndarray:
-        """The working frame [out_height, out_width, 3] of a scaled one."""
+        """The working frame [out_height, out_width, ...] of a scaled one; padding is 0."""
         bottom = self.top + self.out_height
         right = self.left + self.out_width
-        return scaled[self.top : bottom, self.left : right]
+        return self._padded(scaled[max(self.top, 0) : bottom, max(self.left, 0) : right])
 
     def scale(self, image: np.ndarray) -> np.ndarray:
-        """The working frame of an image of any size, uint8 [H, W, 3], bicubic. Only the box is
-        scaled: a thin strip scaled as a whole would not fit into memory."""
+        """The working frame of an image of any size, uint8 [H, W, 3], bicubic; of a map, float32
+        [H, W], by the mean of what lies under a pixel. Only the box is scaled: a thin strip scaled
+        as a whole would not fit into memory."""
         from PIL import Image
 
         # source pixels per scaled one
         step_x = image.shape[1] / self.width
         step_y = image.shape[0] / self.height
-        left = self.left * step_x
-        top = self.top * step_y
-        right = left + self.out_width * step_x
-        bottom = top + self.out_height * step_y
-        box = (left, top, right, bottom)
-        size = (self.out_width, self.out_height)
-        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box=box))
+        content = self.content
+        out_height = content.bottom - content.top
+        out_width = content.right - content.left
+        left = max(self.left, 0) * step_x
+        top = max(self.top, 0) * step_y
+        # a box that reaches one rounding beyond the image is refused
+        right = min(left + out_width * step_x, image.shape[1])
+        bottom = min(top + out_height * step_y, image.shape[0])
+        is_map = image.ndim == 2
+        scaled = Image.fromarray(image).resize(
+            size=(out_width, out_height),
+            resample=Image.Resampling.BOX if is_map else Image.Resampling.BICUBIC,
+            box=(left, top, right, bottom),
+        )
+        return self._padded(np.asarray(scaled))
+
+    def _padded(self, content: np.ndarray) -> np.ndarray:
+        if content.shape[:2] == (self.out_height, self.out_width):
+            return content
+        box = self.content
+        frame = np.zeros((self.out_height, self.out_width, *content.shape[2:]), content.dtype)
+        frame[box.top : box.bottom, box.left : box.right] = content
+        return frame
 
 
 def crop_of(height: float, width: float, framing: Framing, frames_are_fields: bool = False) -> Crop:
@@ -106,6 +139,20 @@ def crop_of(height: float, width: float, framing: Framing, frames_are_fields: bo
     Sides of the box are multiples of the patch size, and even in pixels.
     """
     size = framing.size
+    if framing.fit == "pad":
+        scale = size / max(height, width)
+        scaled_height = max(1, round(height * scale))
+        scaled_width = max(1, round(width * scale))
+        return Crop(
+            height=scaled_height,
+            width=scaled_width,
+            # half of what is missing lies before the content, and what is odd behind it
+            top=-((size - scaled_height) // 2),
+            left=-((size - scaled_width) // 2),
+            out_height=size,
+            out_width=size,
+            frames_are_fields=frames_are_fields,
+        )
     if framing.fit == "crop":
         scale = size / min(height, width)
         out_height = size
@@ -161,6 +208,15 @@ def crop_of_stream(
             "too_large",
             f"{path} is a strip of {frame.width}x{frame.height}: scaled to {framing.size} px it "
             f"would be {crop.width}x{crop.height}: crop it first",
+        )
+    whole = crop.content.whole_patches(
+        height=crop.out_height, width=crop.out_width, patch_size=framing.patch_size
+    )
+    if not whole.any():
+        raise RejectedInput(
+            "too_large",
+            f"{path} is a strip of {frame.width}x{frame.height}: padded to {framing.size} px none "
+            f"of its patches of {framing.patch_size} px would be without padding: crop it first",
         )
     return crop
 

@@ -20,7 +20,7 @@ Shape legend: T frames, H, W working size.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -65,6 +65,8 @@ class _Chosen:
 class VectorWatcher:
     """Sees every decoded frame: remembers reference frames, reads the vectors of P-frames."""
 
+    remedy: ClassVar[str] = "leave out --vectors native"  # for a codec without vectors
+
     path: Path
     chosen: list[_Chosen] = field(default_factory=list)
     waiting: list[_Chosen] = field(default_factory=list)  # B-frames before their P-frame
@@ -84,8 +86,7 @@ class VectorWatcher:
         if context.name not in NATIVE_CODECS:
             raise RejectedInput(
                 "no_motion_vectors",
-                f"{self.path} is {context.name}, which exports no vectors: leave out "
-                "--vectors native",
+                f"{self.path} is {context.name}, which exports no vectors: {self.remedy}",
             )
         context.flags2 |= Flags2.export_mvs
         self.chosen = []
@@ -126,14 +127,24 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
     """Codec view of a video by its own vectors; errors as of decompose_video, and
     `no_motion_vectors`.
     """
-    watcher = VectorWatcher(path)
+    clip, unpredicted = decompose_watched(path, framing, watcher=VectorWatcher(path))
+    _check_useful(path, residual=clip.residual, unpredicted=unpredicted)
+    return clip
+
+
+def decompose_watched(
+    path: Path, framing: Framing, watcher: VectorWatcher
+) -> tuple[CodecClip, list[float]]:
+    """Codec view of a video by its own vectors, and what they have to explain: the mean difference
+    of each P-frame to its reference, without any vector. The watcher sees all frames.
+    """
     video = decode_video(path, framing, watcher=watcher)
     chosen = watcher.chosen
     luma = _luma(video.frames)
     count, height, width = luma.shape
     motion = np.zeros((count, *motion_cells(height, width), 2), np.float32)
     residual = np.zeros((count, height, width), np.uint8)
-    unpredicted = []  # mean difference of each P-frame to its reference, without any vector
+    unpredicted: list[float] = []
     for t in range(1, count):
         frame = chosen[t]
         # no vectors: a B-frame with nothing after it
@@ -149,9 +160,8 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
             reference=frame.reference_luma,
             quarter_pels=quarter_pels.astype(np.int32),
         )
-        unpredicted.append(luma_difference(luma[t], frame.reference_luma).mean())
-    _check_useful(path, residual=residual, unpredicted=unpredicted)
-    return CodecClip(
+        unpredicted.append(float(luma_difference(luma[t], frame.reference_luma).mean()))
+    clip = CodecClip(
         frames=video.frames,
         is_i_frame=np.array([frame.is_i_frame or t == 0 for t, frame in enumerate(chosen)]),
         motion=motion,
@@ -162,7 +172,9 @@ def decompose_native(path: Path, framing: Framing) -> CodecClip:
         num_source_frames=video.num_source_frames,
         codec=video.codec,
         notes=(*video.notes, "native vectors"),
+        content=video.content,
     )
+    return clip, unpredicted
 
 
 def _check_useful(path: Path, residual: np.ndarray, unpredicted: list[float]) -> None:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .decompose import CodecClip, per_pixel
+from .decompose import MOTION_CELL, CodecClip, per_pixel
 from .framing import check_choice
 
 CAMERA_MODELS = ("none", "median", "similarity", "affine")
@@ -78,7 +78,7 @@ def patch_saliency(
     """Saliency float32 [T, h, w] in 0..1; zero on I-frames, which are selected whole anyway."""
     config = config or SaliencyConfig()
     _, height, width = clip.residual.shape
-    compensated = compensate_camera(clip.motion, config.camera)
+    compensated = _compensated_content(clip, config.camera)
     speed = np.linalg.norm(compensated, axis=-1)
     # by way of pixels: a patch of 14 does not consist of whole motion cells of 8
     speed_of_pixels = per_pixel(speed, height=height, width=width)
@@ -88,8 +88,13 @@ def patch_saliency(
     if not p_frames.any():
         return np.zeros_like(motion)
     per_frame = config.normalise == "frame"
-    motion = _normalised(motion, p_frames, floor=config.motion_floor, per_frame=per_frame)
-    residual = _normalised(residual, p_frames, floor=config.residual_floor, per_frame=per_frame)
+    inside = clip.whole_patches(patch_size)
+    motion = _normalised(
+        motion, p_frames, inside=inside, floor=config.motion_floor, per_frame=per_frame
+    )
+    residual = _normalised(
+        residual, p_frames, inside=inside, floor=config.residual_floor, per_frame=per_frame
+    )
     total = config.motion_weight + config.residual_weight
     weighted = config.motion_weight * motion + config.residual_weight * residual
     saliency = weighted / total
@@ -104,8 +109,23 @@ def is_static(clip: CodecClip) -> bool:
 
     Measured by plain differences, since an encoder finds vectors in noise too.
     """
-    changed = clip.change[~clip.is_i_frame] > STILL_CHANGE
+    change = clip.change
+    if clip.content is not None:
+        rows, columns = clip.content.cells(MOTION_CELL)
+        change = change[:, rows, columns]
+    changed = change[~clip.is_i_frame] > STILL_CHANGE
     return changed.size > 0 and float(changed.mean()) < STILL_SHARE
+
+
+def _compensated_content(clip: CodecClip, camera: str) -> np.ndarray:
+    """Motion without the camera's, which the cells of padding do not take part in; theirs is 0."""
+    if clip.content is None:
+        return compensate_camera(clip.motion, camera)
+    rows, columns = clip.content.cells(MOTION_CELL)
+    own = compensate_camera(clip.motion[:, rows, columns], camera)
+    compensated = np.zeros(clip.motion.shape, own.dtype)
+    compensated[:, rows, columns] = own
+    return compensated
 
 
 def compensate_camera(motion: np.ndarray, camera: str) -> np.ndarray:
@@ -171,17 +191,19 @@ def _patch_mean(field: np.ndarray, patch_size: int) -> np.ndarray:
 def _normalised(
     values: np.ndarray,
     p_frames: np.ndarray,
+    inside: np.ndarray,
     floor: float,
     per_frame: bool,
 ) -> np.ndarray:
-    """Values [T, h, w] in 0..1, 1 being the 95th percentile or the floor, if that is more."""
+    """Values [T, h, w] in 0..1, 1 being the 95th percentile of the patches `inside` [h, w], or the
+    floor, if that is more."""
     scale: np.ndarray | float
     if per_frame:
-        percentiles = np.percentile(values, PERCENTILE, axis=(1, 2), keepdims=True)
-        scale = np.maximum(percentiles, floor)
+        percentiles = np.percentile(values[:, inside], PERCENTILE, axis=1)
+        scale = np.maximum(percentiles, floor)[:, None, None]
     else:
         # a Python number, by which float32 values stay float32
-        scale = max(float(np.percentile(values[p_frames], PERCENTILE)), floor)
+        scale = max(float(np.percentile(values[p_frames][:, inside], PERCENTILE)), floor)
     return np.clip(values / scale, 0.0, 1.0)
 
 

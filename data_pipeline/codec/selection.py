@@ -8,7 +8,8 @@ many spans of time which take turns, each giving its next best patch: still a pr
 a clip goes without. A clip in which nothing moves (saliency.is_static) has no best P-frame patches;
 whole P-frames at even times are taken instead, and `is_static` of the selection is True.
 
-The published rule, `keep_i_frames=False`, gives I-frame patches no score and so never takes one.
+Patches of a P-frame that touch padding (content.py) are never taken; whole I-frames are taken with
+theirs. The published rules have a module of their own (published_rule.py).
 
 Shape legend: T frames, h, w patch grid, K selected patches.
 """
@@ -48,6 +49,7 @@ def choose_patches(
         keep_i_frames=keep_i_frames,
         time_buckets=time_buckets,
         is_static=is_static(clip),
+        is_content=clip.whole_patches(patch_size),
     )
 
 
@@ -69,8 +71,10 @@ def select_patches(
     keep_i_frames: bool = True,
     time_buckets: int = 1,
     is_static: bool = False,
+    is_content: np.ndarray | None = None,
 ) -> Selection:
-    """Choose at most `budget` patches of saliency [T, h, w].
+    """Choose at most `budget` patches of saliency [T, h, w]; of P-frames only those of the mask
+    `is_content` [h, w], where it is given.
 
     Raises ValueError when the budget cannot hold every I-frame.
     """
@@ -85,12 +89,14 @@ def select_patches(
     linear = np.arange(saliency.size).reshape(frames, per_frame)
     # indices of patches in the clip, frame by frame
     intra = linear[is_i_frame].ravel() if keep_i_frames else np.zeros(0, int)
-    inter = linear[~is_i_frame].ravel()
+    patches_of_frame = slice(None) if is_content is None else np.flatnonzero(is_content)
+    candidates = linear[~is_i_frame][:, patches_of_frame]
+    inter = candidates.ravel()
     scores = saliency.reshape(-1)[inter]
     # without any saliency no patch is better than another
     is_static = len(inter) > 0 and (is_static or not scores.any())
     if is_static:
-        order = _even_frames(frames - num_i_frames, per_frame)
+        order = _even_frames(frames - num_i_frames, candidates.shape[1])
     else:
         order = _best_first(scores, num_p_frames=frames - num_i_frames, time_buckets=time_buckets)
     selected = np.concatenate([intra, inter[order]])[:budget]

@@ -369,6 +369,13 @@ def even_frames(pts: list[int], num_frames: int) -> list[int]:
     return np.minimum(nearest, latest).tolist()
 
 
+def indexed_frames(total: int, num_frames: int) -> list[int]:
+    """Indices of `num_frames` frames at even indices of a video of `total`, truncated to integers,
+    as the published tools take them; a shorter video gives each frame once."""
+    even = np.linspace(0, total - 1, num_frames)
+    return np.unique(even.astype(int)).tolist()
+
+
 def segment_frames(total: int, within: tuple[float, ...]) -> np.ndarray:
     """Indices int64 [n] of one frame from each of n = len(within) equal segments of a clip of
     `total` frames: within[i], from 0 to 1, is the position inside segment i. Those of a short clip

@@ -21,8 +21,14 @@ from ..codec.framing import Framing, check_choice, crop_of
 from ..codec.guard import Answer, GuardedPool, serve
 from ..codec.native import decompose_native
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
+from ..codec.published_rule import (
+    PUBLISHED_RULES,
+    check_has_news,
+    choose_published,
+    decompose_published,
+)
 from ..codec.saliency import SaliencyConfig, motion_summary
-from ..codec.selection import choose_patches, cut_patches
+from ..codec.selection import Selection, choose_patches, cut_patches
 from ..errors import RejectedInput
 from .inputs import Input, local_copy
 from .schema import TIME_BASE, SampleInfo, encode_clip, encode_image, strip_rows
@@ -32,7 +38,7 @@ NICENESS = 5  # children decode all the time; the parent, which writes, goes fir
 MOTION_GRID = 8  # cells of KEY.motion.npy per side: 24.7 KB for 64 frames
 MAX_JPEG_SIDE = 65500  # of libjpeg; the format itself ends at 65535
 VECTORS = ("canonical", "native")
-RULES = ("i_frames_first", "published")
+RULES = ("i_frames_first", *PUBLISHED_RULES)
 
 Built = tuple[dict[str, bytes], SampleInfo]  # members by extension, metadata
 
@@ -41,6 +47,8 @@ Built = tuple[dict[str, bytes], SampleInfo]  # members by extension, metadata
 class SampleConfig:
     """How inputs become samples. `budget` is the number of selected patches of a full clip, by
     default an eighth of all: half of it for the four I-frames of GOP 16, half for P-frames.
+
+    `vectors` None: as the rule needs them, the published ones the source's own.
     """
 
     size: int = 224
@@ -51,7 +59,7 @@ class SampleConfig:
     num_full_frames: int = 16
     fit: str = "crop"
     salvage: bool = False
-    vectors: str = "canonical"
+    vectors: str | None = None
     rule: str = "i_frames_first"
     time_buckets: int = 1
     saliency: SaliencyConfig = SaliencyConfig()
@@ -77,12 +85,36 @@ class SampleConfig:
                 f"the {MAX_JPEG_SIDE} px of a JPEG: lower --full-frames or --size"
             )
         check_choice("rule", self.rule, choices=RULES)
-        check_choice("vectors", self.vectors, choices=VECTORS)
+        if self.vectors is None:
+            # frozen, so that what is stored as the settings of a packing cannot change any more
+            object.__setattr__(self, "vectors", "native" if self.is_published else "canonical")
+        check_choice("vectors", str(self.vectors), choices=VECTORS)
+        if self.is_published:
+            self._check_published()
+            return
         intra = -(-self.num_frames // self.gop) * self.frame_tokens
-        if self.keeps_i_frames and self.tokens < intra:
+        if self.tokens < intra:
             raise ValueError(
                 f"a budget of {self.tokens} patches cannot hold the {intra} of all I-frames: raise "
                 f"--budget or --gop {self.gop}, or lower --size {self.size}"
+            )
+
+    def _check_published(self) -> None:
+        """ValueError for what the published rules do not leave open."""
+        if self.vectors != "native":
+            raise ValueError(
+                f"--rule {self.rule} reads the source's own vectors, not --vectors {self.vectors}: "
+                "leave out --vectors"
+            )
+        if self.saliency != SaliencyConfig() or self.time_buckets != 1:
+            raise ValueError(
+                f"--rule {self.rule} has a formula of its own for the score of a patch: leave out "
+                "the other options on which patches are selected"
+            )
+        if self.rule == "published_llava" and self.tokens < self.frame_tokens:
+            raise ValueError(
+                f"a budget of {self.tokens} patches cannot hold the {self.frame_tokens} of the "
+                f"first frame: raise --budget, or lower --size {self.size}"
             )
 
     @property
@@ -93,14 +125,15 @@ class SampleConfig:
             size=self.size,
             patch_size=self.patch_size,
             fit=self.fit,
+            by_index=self.is_published,
             limits=self.limits,
             salvage=self.salvage,
         )
 
     @property
-    def keeps_i_frames(self) -> bool:
-        """Whether every I-frame patch is selected; the published rule selects none."""
-        return self.rule != "published"
+    def is_published(self) -> bool:
+        """Whether frames and patches are chosen as by the public preparation tools."""
+        return self.rule in PUBLISHED_RULES
 
     @property
     def frame_tokens(self) -> int:
@@ -186,8 +219,11 @@ def build_sample(path: Path, source: str, config: SampleConfig) -> Built:
     check_file(path, config.limits)
     before = _fingerprint(path)
     image = None
+    scores = None  # of patches, by the published rules
     if is_image(path):
         image = open_image(path, config.limits)
+    elif config.is_published:
+        clip, scores = decompose_published(path, config.framing)
     elif config.vectors == "native":
         clip = decompose_native(path, config.framing)
     else:
@@ -196,7 +232,8 @@ def build_sample(path: Path, source: str, config: SampleConfig) -> Built:
     if image is None and len(clip.frames) == 1:
         image = clip.frames[0]
     if image is None:
-        built = _clip_sample(clip, source=source, sha256=before[0], config=config)
+        selection = _selection(clip, scores, source=source, config=config)
+        built = _clip_sample(clip, selection, source=source, sha256=before[0], config=config)
     else:
         built = _image_sample(image, source=source, sha256=before[0], config=config)
     if _fingerprint(path) != before:
@@ -225,30 +262,51 @@ def _image_sample(image: np.ndarray, source: str, sha256: str, config: SampleCon
         width=width,
         patch_size=config.patch_size,
         num_patches=(height // config.patch_size) * (width // config.patch_size),
+        content=crop.content.stored(height=height, width=width),
     )
     return encode_image(info, image), info
 
 
-def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig) -> Built:
+def _selection(
+    clip: CodecClip, scores: np.ndarray | None, source: str, config: SampleConfig
+) -> Selection:
+    """Selected patches of a clip. Raises RejectedInput where the budget cannot hold the frames that
+    are selected whole, or nothing can be selected."""
+    _, height, width, _ = clip.frames.shape
+    frame_tokens = height * width // config.patch_size**2
+    # more than the configuration checked: with fit "area" a frame is no square, and native vectors
+    # come with the I-frames of the source
+    num_whole = {"published": 0, "published_llava": 1}.get(config.rule, int(clip.is_i_frame.sum()))
+    if num_whole * frame_tokens > config.tokens:
+        raise RejectedInput(
+            "budget",
+            f"{source}: its I-frames are {num_whole * frame_tokens} patches, the budget is "
+            f"{config.tokens}",
+        )
+    if scores is None:
+        return choose_patches(
+            clip,
+            patch_size=config.patch_size,
+            budget=config.tokens,
+            saliency=config.saliency,
+            time_buckets=config.time_buckets,
+        )
+    if config.rule == "published":
+        check_has_news(Path(source), clip)
+    return choose_published(
+        clip,
+        scores,
+        budget=config.tokens,
+        whole_first_frame=config.rule == "published_llava",
+    )
+
+
+def _clip_sample(
+    clip: CodecClip, selection: Selection, source: str, sha256: str, config: SampleConfig
+) -> Built:
     import av
 
     count, height, width, _ = clip.frames.shape
-    # more than the configuration checked: with fit "area" a frame is no square, and native vectors
-    # come with the I-frames of the source
-    num_i_frames = int(clip.is_i_frame.sum())
-    intra = num_i_frames * height * width // config.patch_size**2
-    if config.keeps_i_frames and intra > config.tokens:
-        raise RejectedInput(
-            "budget", f"{source}: its I-frames are {intra} patches, the budget is {config.tokens}"
-        )
-    selection = choose_patches(
-        clip,
-        patch_size=config.patch_size,
-        budget=config.tokens,
-        saliency=config.saliency,
-        keep_i_frames=config.keeps_i_frames,
-        time_buckets=config.time_buckets,
-    )
     patches = cut_patches(clip.frames, selection.positions, patch_size=config.patch_size)
     # a short clip has fewer frames than are to be stored
     even = np.rint(np.linspace(0, count - 1, config.num_full_frames))
@@ -263,6 +321,7 @@ def _clip_sample(clip: CodecClip, source: str, sha256: str, config: SampleConfig
         num_patches=len(patches),
         num_frames=count,
         gop=config.gop,
+        content=() if clip.content is None else clip.content.stored(height=height, width=width),
         frame_times=tuple(clip.times[stored].tolist()),
         i_frame_times=tuple(clip.times[clip.is_i_frame].tolist()),
         seconds=tuple(round(second, 6) for second in clip.seconds.tolist()),

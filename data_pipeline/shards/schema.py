@@ -62,6 +62,8 @@ class SampleInfo:
     frame_times: tuple[int, ...] = (0,)  # M times
     i_frame_times: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()  # T presentation times
+    # top, left, bottom and right of the picture in a padded frame; empty: nothing is padded
+    content: tuple[int, ...] = ()
     is_static: bool = False
     mean_motion: float = 0.0  # pixels per frame, camera included
     mean_residual: float = 0.0  # luma steps
@@ -93,12 +95,25 @@ class SampleInfo:
             raise ValueError(f"frame times {times} are not integers in 0..{TIME_BASE - 1}")
         if sorted(set(times)) != list(times):
             raise ValueError(f"frame times {times} do not rise")
+        self._check_content()
         if not isinstance(self.source, str) or self.kind not in ("video", "image"):
             raise ValueError(f"kind {self.kind!r} of source {self.source!r}")
 
+    def _check_content(self) -> None:
+        if not self.content:
+            return
+        if len(self.content) != 4 or not all(type(side) is int for side in self.content):
+            raise ValueError(f"content {self.content} is not four integers")
+        top, left, bottom, right = self.content
+        if not (0 <= top < bottom <= self.height and 0 <= left < right <= self.width):
+            raise ValueError(f"content {self.content} of a frame of {self.height}x{self.width}")
+
     def to_bytes(self) -> bytes:
         """JSON, keys sorted: the same sample always gives the same bytes."""
-        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=True).encode()
+        values = asdict(self)
+        if not self.content:  # as before there was padding
+            del values["content"]
+        return json.dumps(values, sort_keys=True, ensure_ascii=True).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> "SampleInfo":

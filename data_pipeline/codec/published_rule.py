@@ -1,0 +1,326 @@
+"""Selection as the published preparation tools do it, from the source's own vectors: for comparing
+with published results, and for the inputs that published multimodal models were trained on.
+
+    frames      at linspace(0, n - 1, T), truncated: even indices, whatever their times
+    motion      |v - median v|, v the vectors into the past as coded, in pixels: not scaled by the
+                distance of the reference, B-frames' own ones, zero where a block has none
+    residual    |luma - prediction|, an estimate of the coded residual, which FFmpeg does not export
+    map         mean of both, each divided by its own 95th percentile over the frame's pixels and
+                clipped to 1, without floors
+    score       sum of the map over a patch, after it was scaled to the working frame
+
+I-frames have no score. `published` takes the best patches of the clip and none of an I-frame
+(encoder training); `published_llava` takes the first frame whole, then the best of all others.
+Patches that touch padding are no candidates.
+
+The prediction follows H.264: from the nearest I- or P-frame in the direction that FFmpeg names,
+from both where it names both, weighted by their distances where that explains the frame better
+(implicit weighting, ITU-T H.264 8.4.2.3.1). A block without any vector is an intra block, whose
+residual no vector tells: it counts as zero. How near all this comes to what the public tool chose:
+benchmarks/results/published_rule_cpu2_2026-12-01.md.
+
+Memory: two frames of the source and at most MAX_WAITING planes of luma, whatever its length.
+Shape legend: T frames, H, W source or working size, h, w patch grid, Y, X motion cells.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import numpy as np
+
+from ..errors import RejectedInput
+from .decompose import MOTION_CELL, CodecClip, luma_difference, rasterise, vectors_of
+from .framing import Crop, Framing
+from .motion_compensation import predict_luma
+from .native import VectorWatcher, decompose_watched
+from .selection import Selection
+
+if TYPE_CHECKING:
+    import av
+
+PUBLISHED_RULES = ("published", "published_llava")
+PERCENTILE = 95  # taken for full scale, as published
+PAST = -1  # FFmpeg's names of the two directions
+FUTURE = 1
+# Chosen B-frames that may wait for the frame that they are predicted from: as many as an H.264
+# decoder can reorder. More of them are predicted from the past alone.
+MAX_WAITING = 16
+# Luma steps. The loop filter smooths a block after its residual was added, mostly by one step, so
+# that a block without any residual is not exactly its prediction.
+LOOP_FILTER_STEP = 1
+POC_OF_FRAME = 2  # H.264 counts two fields of each frame
+
+
+@dataclass
+class _Scored:
+    """A chosen frame before its score: `luma` uint8 [H, W], vectors int32 [Y, X, 2] in quarter
+    pixels and masks bool [Y, X] of the cells that have one, by direction; the frame before it that
+    is a reference, and its index."""
+
+    slot: int
+    index: int
+    luma: np.ndarray
+    vectors: dict[int, np.ndarray]
+    masks: dict[int, np.ndarray]
+    past: np.ndarray
+    past_index: int
+    turns: int
+    crop: Crop
+
+
+@dataclass
+class PublishedWatcher(VectorWatcher):
+    """Scores the patches of the chosen frames while they are decoded, float32 [h, w] each.
+
+    What the native mode knows of the frames is kept besides, for the sample's motion summary.
+    """
+
+    remedy: ClassVar[str] = "choose --rule i_frames_first"
+
+    patch_size: int = 16
+    scores: dict[int, np.ndarray] = field(default_factory=dict)  # by index among the chosen frames
+    undecided: list[_Scored] = field(default_factory=list)  # B-frames before their second reference
+    anchor: "av.VideoFrame | None" = None  # the last I- or P-frame
+    anchor_luma: np.ndarray | None = None  # read only when a chosen frame needs it
+    anchor_index: int = 0
+
+    def prepare(self, stream: "av.VideoStream") -> None:
+        """Begin a pass; errors as of the native mode."""
+        super().prepare(stream)
+        self.scores = {}
+        self.undecided = []
+        self.anchor = None
+        self.anchor_luma = None
+
+    def see(self, index: int, frame: "av.VideoFrame", crop: Crop, is_chosen: bool) -> None:
+        """One frame, in presentation order."""
+        from av.video.frame import PictureType
+
+        super().see(index, frame, crop=crop, is_chosen=is_chosen)
+        is_anchor = frame.pict_type != PictureType.B
+        if is_anchor and self.undecided:
+            future = source_luma(frame)
+            for scored in self.undecided:
+                self._score(scored, future=future, future_index=index)
+            self.undecided = []
+        if is_chosen and self.anchor is not None and frame.pict_type != PictureType.I:
+            scored = self._unscored(index, frame, crop=crop)
+            if is_anchor or len(self.undecided) == MAX_WAITING:
+                self._score(scored)
+            else:
+                self.undecided.append(scored)
+        if is_anchor:
+            self.anchor = frame
+            self.anchor_luma = None
+            self.anchor_index = index
+
+    def clip_scores(self, clip: CodecClip) -> np.ndarray:
+        """Scores float32 [T, h, w] of the frames of a clip; those of I-frames are 0."""
+        for scored in self.undecided:  # B-frames at the very end
+            self._score(scored)
+        self.undecided = []
+        count, height, width, _ = clip.frames.shape
+        grid = (height // self.patch_size, width // self.patch_size)
+        scores = np.zeros((count, *grid), np.float32)
+        for slot, of_frame in self.scores.items():
+            scores[slot] = of_frame
+        return scores
+
+    def _unscored(self, index: int, frame: "av.VideoFrame", crop: Crop) -> _Scored:
+        """The chosen frame with what its score needs, except a frame that is still to come."""
+        if self.anchor_luma is None:
+            self.anchor_luma = source_luma(cast("av.VideoFrame", self.anchor))
+        vectors = {}
+        masks = {}
+        for direction in (PAST, FUTURE):
+            vectors[direction], masks[direction] = directed_vectors(frame, direction)
+        return _Scored(
+            slot=len(self.chosen) - 1,
+            index=index,
+            luma=source_luma(frame),
+            vectors=vectors,
+            masks=masks,
+            past=self.anchor_luma,
+            past_index=self.anchor_index,
+            turns=round(frame.rotation / 90) % 4,
+            crop=crop,
+        )
+
+    def _score(
+        self, scored: _Scored, future: np.ndarray | None = None, future_index: int = 0
+    ) -> None:
+        luma = scored.luma
+        height, width = luma.shape
+        masks = dict(scored.masks)
+        if future is None:
+            masks[FUTURE] = np.zeros_like(masks[FUTURE])
+        past_prediction = predict_luma(scored.past, scored.vectors[PAST], cell=MOTION_CELL)
+        prediction = past_prediction
+        if future is not None:
+            prediction = predict_from_both(
+                luma,
+                past=past_prediction,
+                future=predict_luma(future, scored.vectors[FUTURE], cell=MOTION_CELL),
+                masks=(masks[PAST], masks[FUTURE]),
+                share=(scored.index - scored.past_index, future_index - scored.past_index),
+            )
+        residual = luma_difference(luma, prediction)
+        is_predicted = _pixels(masks[PAST] | masks[FUTURE], height=height, width=width)
+        residual[~is_predicted | (residual <= LOOP_FILTER_STEP)] = 0
+        speed = _pixels(compensated_speed(scored.vectors[PAST]), height=height, width=width)
+        news = np.rot90(pixel_scores(speed, residual), k=scored.turns)
+        working = scored.crop.scale(np.ascontiguousarray(news))
+        self.scores[scored.slot] = patch_sums(working, self.patch_size)
+
+
+def decompose_published(path: Path, framing: Framing) -> tuple[CodecClip, np.ndarray]:
+    """The clip of a video by its own vectors, and the scores float32 [T, h, w] of its patches.
+
+    Errors as of decompose_native, but vectors that explain nothing are taken as they are.
+    `framing` should ask for frames by index, as published.
+    """
+    watcher = PublishedWatcher(path, patch_size=framing.patch_size)
+    clip, _ = decompose_watched(path, framing, watcher=watcher)
+    return clip, watcher.clip_scores(clip)
+
+
+def choose_published(
+    clip: CodecClip, scores: np.ndarray, budget: int, whole_first_frame: bool
+) -> Selection:
+    """At most `budget` patches: the highest scores [T, h, w], ties by position.
+
+    With `whole_first_frame` all patches of frame 0 come first, and other I-frames may give theirs
+    when nothing better is left; without it no I-frame patch is taken at all.
+    """
+    count, rows, columns = scores.shape
+    patch_size = clip.frames.shape[1] // rows
+    is_candidate = np.broadcast_to(clip.whole_patches(patch_size), scores.shape).copy()
+    if whole_first_frame:
+        is_candidate[0] = False
+        first = np.arange(rows * columns)
+    else:
+        is_candidate[clip.is_i_frame] = False
+        first = np.zeros(0, int)
+    candidates = np.flatnonzero(is_candidate)
+    ranked = scores.reshape(-1)[candidates]
+    order = np.argsort(-ranked, kind="stable")  # stable: equal scores stay in order of position
+    selected = np.concatenate([first, candidates[order]])[:budget]
+    # stored as means over the patch, 0 to 1; the first frame gets the highest score
+    means = np.concatenate([np.ones(len(first)), ranked[order] / patch_size**2])[:budget]
+    positions = np.stack(np.unravel_index(selected, scores.shape), axis=-1)
+    return Selection(
+        positions=positions.astype(np.uint16),
+        scores=means.astype(np.float16),
+        is_static=False,
+    )
+
+
+def check_has_news(path: Path, clip: CodecClip) -> None:
+    """RejectedInput for a clip of I-frames only, of which `published` takes nothing."""
+    if clip.is_i_frame.all():
+        raise RejectedInput(
+            "no_motion_vectors",
+            f"{path}: all chosen frames are I-frames, which --rule published does not take: pack "
+            "it with --rule i_frames_first",
+        )
+
+
+def pixel_scores(speed: np.ndarray, residual: np.ndarray) -> np.ndarray:
+    """Mean float32 [H, W] of both fields, each on its own scale of the frame."""
+    return (_scaled(speed) + _scaled(residual)) / 2
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Values float32 [H, W] in 0..1, 1 being their 95th percentile; where that is 0, all that is
+    more than 0 is 1."""
+    full = np.float32(np.percentile(values, PERCENTILE))
+    if full == 0:
+        return (values > 0).astype(np.float32)
+    return np.minimum(values.astype(np.float32) / full, 1)
+
+
+def compensated_speed(vectors: np.ndarray) -> np.ndarray:
+    """|v - median v| float32 [Y, X] in pixels of vectors [Y, X, 2] in quarter pixels."""
+    pixels = vectors.astype(np.float32) / 4
+    return np.linalg.norm(pixels - np.median(pixels, axis=(0, 1)), axis=-1)
+
+
+def predict_from_both(
+    luma: np.ndarray,
+    past: np.ndarray,
+    future: np.ndarray,
+    masks: tuple[np.ndarray, np.ndarray],
+    share: tuple[int, int],
+) -> np.ndarray:
+    """Prediction int16 [H, W] of a B-frame from its two predictions [H, W].
+
+    masks   cells [Y, X] that have a vector into the past, and into the future
+    share   frames from the past reference to this frame, and to the future reference
+    """
+    height, width = luma.shape
+    to_future = _pixels(masks[1], height=height, width=width)
+    to_both = _pixels(masks[0] & masks[1], height=height, width=width)
+    single = np.where(to_future, future, past)
+    mean = (past + future + 1) >> 1
+    weight = implicit_weight(*share)
+    weighted = (past.astype(np.int32) * (64 - weight) + future.astype(np.int32) * weight + 32) >> 6
+    # Which of the two the stream uses stands in its headers, which FFmpeg does not export. The
+    # wrong one leaves a multiple: 0.5 luma steps instead of 0.002 where nothing else is coded.
+    errors = [
+        luma_difference(luma, choice.astype(np.int16))[to_both].sum() for choice in (mean, weighted)
+    ]
+    both = mean if errors[0] <= errors[1] else weighted
+    return np.where(to_both, both, single).astype(np.int16)
+
+
+def implicit_weight(since_past: int, between: int) -> int:
+    """Weight of the future reference in 64ths, by the distances in frames: ITU-T H.264 8.4.2.3.1
+    and 8.4.1.2.3."""
+    distance = np.clip(POC_OF_FRAME * between, 1, 127)
+    part = np.clip(POC_OF_FRAME * since_past, -128, 127)
+    inverse = (16384 + distance // 2) // distance
+    return int((part * inverse + 32) >> 6) >> 2
+
+
+def directed_vectors(frame: "av.VideoFrame", direction: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors int32 [Y, X, 2] of a frame into one direction, in quarter pixels, and the mask bool
+    [Y, X] of the cells that have one."""
+    vectors = vectors_of(frame)
+    if len(vectors):
+        vectors = vectors[vectors["source"] == direction]
+    field_of_vectors = rasterise(vectors, height=frame.height, width=frame.width)
+    # the same blocks with a known vector show where there are any
+    marks = vectors.copy()
+    if len(marks):
+        marks["motion_x"] = 1
+        marks["motion_scale"] = 4
+    mask = rasterise(marks, height=frame.height, width=frame.width)[..., 0] == 1
+    return field_of_vectors, mask
+
+
+def source_luma(frame: "av.VideoFrame") -> np.ndarray:
+    """Luma uint8 [H, W] of a decoded frame, as it is stored; deeper samples lose their low bits."""
+    bits = frame.format.components[0].bits
+    plane = frame.planes[0]
+    # copies below: the decoder writes the next frame into this memory
+    if bits == 8:
+        rows = np.frombuffer(plane, np.uint8).reshape(plane.height, -1)
+        return rows[:, : frame.width].copy()
+    deep = np.frombuffer(plane, np.uint16).reshape(plane.height, -1)
+    return (deep[:, : frame.width] >> (bits - 8)).astype(np.uint8)
+
+
+def patch_sums(values: np.ndarray, patch_size: int) -> np.ndarray:
+    """Sums float32 [h, w] of a map [H, W] over the patches."""
+    height, width = values.shape
+    rows = height // patch_size
+    columns = width // patch_size
+    grid = values.reshape(rows, patch_size, columns, patch_size)
+    return grid.sum(axis=(1, 3), dtype=np.float32)
+
+
+def _pixels(cells: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A field on motion cells [Y, X] at every pixel [H, W]."""
+    rows = np.repeat(cells, MOTION_CELL, axis=0)[:height]
+    return np.repeat(rows, MOTION_CELL, axis=1)[:, :width]
