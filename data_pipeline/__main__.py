@@ -2,6 +2,7 @@
 
     motion-shapes DIR                       write the labelled demonstration clips
     brief-events DIR                        write labelled clips of short, small events
+    tempo DIR INPUT...                      write labelled clips of videos, their time changed
     pack INPUT... --output DIR              videos and images -> shards
     verify DIR | stats DIR | view DIR       check, count and look at shards
     export DIR --output DIR2                clips as mosaics, for codec LLaVA training
@@ -81,6 +82,13 @@ def _add_making(command: AddCommand) -> None:
         "--scene", choices=("mixed", "still", "busy", "pan"), default="mixed", help="behind it"
     )
     _add_set(sub, num_train=1200, num_val=240)
+
+    sub = command(
+        "tempo", "write labelled clips of your videos, their time changed", commands.tempo
+    )
+    _add_set(sub, num_train=600, num_val=120)
+    sub.add_argument("inputs", nargs="+", help="videos, folders, or .txt/.csv lists")
+    sub.add_argument("--val", nargs="+", default=[], help="videos to validate on (split by hash)")
 
 
 def _add_set(sub: argparse.ArgumentParser, num_train: int, num_val: int) -> None:

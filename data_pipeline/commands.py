@@ -68,6 +68,24 @@ def brief_events(args: Namespace) -> None:
     show(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
 
 
+def tempo(args: Namespace) -> None:
+    """Write the labelled clips of real footage whose time axis is changed."""
+    from .embedded.tempo import CLASSES, write_tempo
+    from .shards.inputs import list_inputs
+
+    write_tempo(
+        args.directory,
+        inputs=list_inputs(args.inputs),
+        val_inputs=list_inputs(args.val) if args.val else (),
+        num_train=args.num_train,
+        num_val=args.num_val,
+        size=args.size,
+        seed=args.seed,
+        workers=args.workers,
+    )
+    show(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
+
+
 def pack(args: Namespace) -> None:
     """Turn videos and images into shards; exits when nothing could be finished."""
     from .clustering.labels import stale_labels
