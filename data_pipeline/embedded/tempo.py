@@ -14,7 +14,7 @@ same both ways (a pendulum) is not recognised.
 The layout is that of clips.py. `events.jsonl` holds for each clip: `source` and `first`, the video
 and the first frame of its window; `at` and `skip`, the draws (of all classes of the window);
 `foreign_source` and `foreign_first`, empty and -1 but for foreign frames; and `event`, the frames
-[first, last] of the clip that differ from what forward shows there.
+[first, last] of the clip in which the change shows: all of them for a direction or a speed.
 """
 
 import hashlib
@@ -159,7 +159,9 @@ def usable_sources(
     for item, source in zip(inputs, pool.survey(inputs), strict=True):
         name = printable(item.source)
         if isinstance(source, RejectedInput):
-            report(f"rejected {name}: {source}")
+            # named as the user named it, not by this machine's folders
+            detail = source.detail.replace(item.location, item.source)
+            report(f"rejected {name}: {source.reason}: {printable(detail)}")
             continue
         if source.sha256 in found:
             report(f"left out {name}: it is a copy of {printable(found[source.sha256][0].name)}")
@@ -172,8 +174,10 @@ def usable_sources(
         counts = Counter(verdicts.tolist())
         reasons = [f"{counts[key]} {text}" for key, text in REASONS.items() if counts[key]]
         if reasons:
-            what = "used" if len(firsts) else "left out"
-            report(f"{what} {name}: of {len(verdicts)} windows not {', '.join(reasons)}")
+            report(
+                f"{name}: {counts[USABLE]} of {len(verdicts)} windows are usable; left out are "
+                f"{', '.join(reasons)}"
+            )
         if len(firsts):
             found[source.sha256] = (source, firsts)
     return list(found.values())
@@ -324,6 +328,8 @@ def write_tempo(
     ValueError for counts that cannot be and for a folder of other settings or other videos.
     """
     _check(num_train, num_val=num_val, size=size)
+    # before hours of reading: an output that cannot be written is named at once
+    (directory / "clips").mkdir(parents=True, exist_ok=True)
     videos = _videos(inputs, report)
     val_videos = _videos(val_inputs, report)
     with SourcePool(size, num_workers=workers) as pool:
