@@ -186,8 +186,8 @@ def usable_sources(
 def split_by_hash(sources: Sequence[Source]) -> tuple[list[Source], list[Source]]:
     """(training, validation) sources; MissingData where there are too few for two sides.
 
-    A file's own hash decides, so renamed and added files move no others; only where that leaves a
-    side with fewer than MIN_SOURCES, those nearest to it by hash change over.
+    The sources of the lowest hashes validate, VAL_SHARE of all and at least MIN_SOURCES: neither
+    names nor the order of arguments matter.
     """
     if len(sources) < 2 * MIN_SOURCES:
         names = ", ".join(printable(source.name) for source in sources) or "none"
@@ -197,8 +197,7 @@ def split_by_hash(sources: Sequence[Source]) -> tuple[list[Source], list[Source]
             f"moves; usable here: {names}"
         )
     ordered = sorted(sources, key=lambda source: source.sha256)
-    below = sum(int(source.sha256[:8], 16) / 2**32 < VAL_SHARE for source in ordered)
-    count = min(max(below, MIN_SOURCES), len(ordered) - MIN_SOURCES)
+    count = max(MIN_SOURCES, round(VAL_SHARE * len(ordered)))
     return ordered[count:], ordered[:count]
 
 
