@@ -38,13 +38,47 @@ def config_of(kind: "type[Config]", args: Namespace, **others: object) -> "Confi
 
 def motion_shapes(args: Namespace) -> None:
     """Write the labelled demonstration clips."""
-    from .motion_shapes import CLASSES, write_motion_shapes
+    from .embedded.motion_shapes import CLASSES, write_motion_shapes
 
     write_motion_shapes(
         args.directory,
         num_train=args.num_train,
         num_val=args.num_val,
         difficulty=args.difficulty,
+        size=args.size,
+        seed=args.seed,
+        workers=args.workers,
+    )
+    show(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
+
+
+def brief_events(args: Namespace) -> None:
+    """Write the labelled clips of short, small events."""
+    from .embedded.brief_events import CLASSES, write_brief_events
+
+    write_brief_events(
+        args.directory,
+        num_train=args.num_train,
+        num_val=args.num_val,
+        scene=args.scene,
+        size=args.size,
+        seed=args.seed,
+        workers=args.workers,
+    )
+    show(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
+
+
+def tempo(args: Namespace) -> None:
+    """Write the labelled clips of real footage whose time axis is changed."""
+    from .embedded.tempo import CLASSES, write_tempo
+    from .shards.inputs import list_inputs
+
+    write_tempo(
+        args.directory,
+        inputs=list_inputs(args.inputs),
+        val_inputs=list_inputs(args.val) if args.val else (),
+        num_train=args.num_train,
+        num_val=args.num_val,
         size=args.size,
         seed=args.seed,
         workers=args.workers,

@@ -207,7 +207,7 @@ def prepare_embedded(
     """
     from .clustering.labels import load_labels
     from .clustering.pipeline import ClusterConfig, cluster, label
-    from .motion_shapes import write_motion_shapes
+    from .embedded.motion_shapes import write_motion_shapes
     from .shards.inputs import list_inputs
     from .shards.pack import PackConfig, pack
     from .shards.sample_builder import SampleConfig
