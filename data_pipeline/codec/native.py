@@ -95,6 +95,9 @@ class VectorWatcher:
         self.reference_frame = None
         self.reference_luma = None
 
+    def see_packet(self, packet: "av.Packet") -> None:
+        """One packet, before it is decoded, where its timestamp is its frame's."""
+
     def see(self, index: int, frame: "av.VideoFrame", crop: Crop, is_chosen: bool) -> None:
         """One frame, in presentation order."""
         from av.video.frame import PictureType
