@@ -57,6 +57,10 @@ def moving_square(count, height=SIDE, width=SIDE):
     return pictures
 
 
+def sample_by(rule, **others):
+    return SampleConfig(size=SIDE, selection=SelectionConfig(rule=rule), **others)
+
+
 def framing_of(count, **others):
     given = {"size": SIDE, "patch_size": 16, "by_index": True, **others}
     return Framing(num_frames=count, **given)
@@ -214,7 +218,7 @@ def test_no_patch_of_padding_is_taken(tmp_path, shape, patch_size, whole_first_f
 @pytest.mark.parametrize("rule", published_rule.PUBLISHED_RULES)
 def test_a_codec_without_vectors_is_rejected(tmp_path, rule):
     path = write_video(tmp_path / "clip.mkv", moving_square(6), "mpeg2video")
-    config = SampleConfig(size=SIDE, selection=SelectionConfig(rule=rule))
+    config = sample_by(rule)
     with pytest.raises(RejectedInput, match="no vectors: choose --rule") as caught:
         build_sample(path, "clip.mkv", config)
     assert caught.value.reason == "no_motion_vectors"
@@ -226,12 +230,8 @@ def test_nothing_can_be_taken_of_i_frames_alone(tmp_path):
     with pytest.raises(RejectedInput, match="all chosen frames are I-frames"):
         check_has_news(path, clip)
     with pytest.raises(RejectedInput, match="clip.mp4: all chosen frames"):
-        build_sample(
-            path, "clip.mp4", SampleConfig(size=SIDE, selection=SelectionConfig(rule="published"))
-        )
-    _, info = build_sample(
-        path, "clip.mp4", SampleConfig(size=SIDE, selection=SelectionConfig(rule="published_llava"))
-    )
+        build_sample(path, "clip.mp4", sample_by("published"))
+    _, info = build_sample(path, "clip.mp4", sample_by("published_llava"))
     assert info.num_patches == 6 * 64
 
 
@@ -244,7 +244,7 @@ def test_a_published_sample_is_that_of_the_rule(tmp_path):
         budget=100,
         num_frames=12,
     )
-    assert config.vectors == "native"
+    assert config.selection.vectors == "native"
     _, info = build_sample(path, "clip.mp4", config)
     assert (info.num_patches, info.content) == (100, (24, 0, 104, 128))
     assert dataclasses.asdict(info)["codec"] == "h264" and not info.is_static

@@ -81,7 +81,7 @@ def test_under_discounts_smaller_budgets_stay_prefixes(order):
 
 
 def test_the_discount_of_a_frame_grows_with_what_it_gives():
-    """Frame 1 has the nine best patches; by and by the other frame, of half their score, follows."""
+    """Frame 1 has the nine best patches, the other frame follows with half their score."""
     values = np.full((3, 3, 3), 0.5, np.float32)
     values[1] = 1.0
     is_i = np.arange(3) == 0
