@@ -141,7 +141,7 @@ def judge_windows(changes: np.ndarray) -> np.ndarray:
     inner = np.lib.stride_tricks.sliding_window_view(changes[1:], WINDOW - 1)[:count]
     is_still = inner < STILL
     runs = np.lib.stride_tricks.sliding_window_view(is_still, MAX_STILL + 1, axis=1)
-    has_freeze = runs.all(axis=2).any(axis=1)
+    has_freeze = np.any(runs.all(axis=2), axis=1)
     largest = inner.max(axis=1)
     has_cut = (largest > CUT) & (largest > CUT_FACTOR * np.median(inner, axis=1))
     is_static = inner[:, : NUM_FRAMES - 1].mean(axis=1) < STATIC
