@@ -21,6 +21,7 @@ from model_factory.files import OWN_LISTING, check_checksums
 
 from .errors import CorruptShard, DataPipelineError, MissingData
 from .shards.manifest import Manifest, load_manifest
+from .side_files import read_foreign_array
 
 EMBEDDED = "motion_shapes"
 
@@ -101,18 +102,20 @@ def embedded_spec(directory: Path) -> DatasetSpec:
 
 
 def forget_other_clusters(dataset: Dataset, encoder: Path, output: Path) -> bool:
-    """Remove from `output` what other weights made; whether there was anything."""
+    """Remove from `output` what other weights made; returns whether there was anything."""
     from .clustering.feature_sources import FeatureConfig
     from .clustering.features import is_of, origin_of
-    from .clustering.pipeline import FEATURES_NAME
+    from .clustering.labels import RECORD_NAME
+    from .clustering.pipeline import FEATURES_NAME, made_by
 
     config = FeatureConfig(str(encoder))
-    origin = origin_of(
-        dataset.manifest,
-        config=config,
-        weights_sha256=config.weights_sha256(),
-    )
-    if is_of(output / FEATURES_NAME, origin):
+    weights_sha256 = config.weights_sha256()
+    origin = origin_of(dataset.manifest, config=config, weights_sha256=weights_sha256)
+    # Both: features may be gone, by hand or by a removal that was killed, and labels be left. No
+    # record of centroids says whose the labels are then, so they are other's.
+    is_own = is_of(output / FEATURES_NAME, origin)
+    is_labelled = (output / RECORD_NAME).is_file()
+    if is_own and (not is_labelled or made_by(output, weights_sha256)):
         return False
     # all of it: centroids and labels beside the features are of the same weights
     shutil.rmtree(output)
@@ -185,11 +188,8 @@ def start_centers(path: Path) -> np.ndarray:
     if path.name == CENTROIDS_NAME and (path.parent / RECORD_NAME).is_file():
         return load_centroids(path.parent)[0]
     check_checksums(path.parent, [path.name], listing=f"{path.name}{OWN_LISTING}")
-    try:
-        centers = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataPipelineError(f"{path} is no array of numbers: {error}") from error
-    if not isinstance(centers, np.ndarray) or centers.dtype.kind != "f" or centers.ndim != 2:
+    centers = read_foreign_array(path)
+    if centers.dtype.kind != "f" or centers.ndim != 2:
         raise DataPipelineError(f"{path} holds no floats [num_classes, D], as starting centres are")
     if not np.isfinite(centers).all():
         raise DataPipelineError(f"{path} holds numbers that are not finite: give other centres")

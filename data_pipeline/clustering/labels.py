@@ -17,7 +17,7 @@ from model_factory.files import file_sha256, write_json
 from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..lists import ids_of_sources, read_labelled_jsonl
 from ..shards.manifest import Manifest
-from ..side_files import read_array, read_record, write_array
+from ..side_files import read_array, read_foreign_array, read_record, write_array
 from .kmeans import how_to_cluster
 from .search import CentroidSearch, recall_samples
 
@@ -118,12 +118,7 @@ def import_labels(manifest: Manifest, path: Path, num_classes: int, width: int) 
 
 
 def _array_rows(manifest: Manifest, path: Path, num_classes: int) -> np.ndarray:
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataPipelineError(f"{path} is no array of numbers: {error}") from error
-    if not isinstance(rows, np.ndarray):
-        raise DataPipelineError(f"{path} holds several arrays (npz): save one, integers [N, L]")
+    rows = read_foreign_array(path)
     # in this order: an array without dimensions has no length
     if rows.ndim != 2 or len(rows) != len(manifest) or rows.dtype.kind not in "iu":
         raise DataPipelineError(
