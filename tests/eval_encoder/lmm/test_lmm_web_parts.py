@@ -174,7 +174,7 @@ def slow(monkeypatch):
 
 def handlers_of(speaker, max_seconds=60.0):
     told = []
-    return Handlers(speaker, tell=told.append, limits=Limits(max_seconds)), told
+    return Handlers(speaker, warn=told.append, limits=Limits(max_seconds)), told
 
 
 def ask(handlers, question="Hi", visit=None, dialogue=None):
