@@ -27,7 +27,7 @@ from .features import (
 )
 from .kmeans import (
     RECORD_NAME,
-    Report,
+    KMeansReport,
     check_features,
     how_to_cluster,
     load_centroids,
@@ -317,7 +317,7 @@ def _centroids(
     starts: np.ndarray | None,
     details: dict[str, Any],
     report: ReportLine,
-) -> tuple[np.ndarray, Report]:
+) -> tuple[np.ndarray, KMeansReport]:
     """(centroids, what happened); goes on from what an earlier start saved. `details` decide the
     centroids: what was saved under others is thrown away."""
     progress = SavedProgress(output, {**details, "num_centroids": config.num_centroids})
