@@ -52,7 +52,7 @@ class FeatureCache(Generic[Item]):
         self._identity = identity
         self._memory: dict[Item, torch.Tensor] = {}
         self._room = memory_bytes
-        self._warned = False  # whether the log has that an entry cannot be stored
+        self._warned = False  # whether the log says that an entry cannot be stored
         self._folder: Path | None = None
         if folder is not None:
             text = json.dumps({**key, "entry": ENTRY_FORMAT}, sort_keys=True, default=str)

@@ -200,17 +200,14 @@ def _starts(config: ClusterConfig, init: Path, report: ReportLine) -> tuple[np.n
             f"--init {init} holds centroids of width {width}, --pca is {config.pca}: ask for as "
             "many components, or start from others"
         )
-    wanted = {
-        "features": asdict(config.features),
-        "weights_sha256": config.features.weights_sha256(),
-        "pca": config.pca,
-    }
-    # an encoder is known by its weights: its folder may have moved
-    wanted["features"].pop("encoder")
+    wanted = {"weights_sha256": config.features.weights_sha256(), "pca": config.pca}
     found = {key: record.get(key) for key in wanted}
-    if isinstance(found["features"], dict):
-        found["features"] = {k: v for k, v in found["features"].items() if k != "encoder"}
-    others = [key for key in wanted if found[key] != wanted[key]]
+    settings = asdict(config.features)
+    del settings["encoder"]  # it is known by its weights: its folder may have moved
+    wanted.update(settings)
+    if isinstance(record.get("features"), dict):
+        found.update(record["features"])
+    others = [key for key in wanted if found.get(key) != wanted[key]]
     if others:
         # no error: k-means leaves any start, and other starts only cost iterations
         report(
