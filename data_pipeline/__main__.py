@@ -164,10 +164,19 @@ def _add_selecting(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("which patches are selected")
     group.add_argument(
         "--rule",
-        choices=("i_frames_first", "published", "published_llava"),
+        choices=(
+            *("i_frames_first", "published", "published_llava"),
+            *("differences", "i_frames_random", "random"),
+        ),
         default="i_frames_first",
         help="published: as the public tools score the source's own vectors, without I-frames; "
-        "published_llava: the first frame whole, then likewise",
+        "published_llava: the first frame whole, then likewise; the last three are for comparison",
+    )
+    group.add_argument(
+        "--score",
+        choices=("peak", "mean", "clipped", "bits"),
+        default="peak",
+        help="of a patch: its best quarter, its mean, the rule before, or the residual's bits",
     )
     group.add_argument(
         "--vectors",
@@ -181,11 +190,23 @@ def _add_selecting(sub: argparse.ArgumentParser) -> None:
         help="camera motion to take away",
     )
     group.add_argument(
-        "--normalise", choices=("clip", "frame"), help="percentiles over clip (default) or frame"
+        "--normalise",
+        choices=("clip", "frame"),
+        default="clip",
+        help="percentiles over clip or frame",
     )
     group.add_argument("--motion-weight", type=float, default=1.0, help="of motion in the score")
     group.add_argument("--residual-weight", type=float, default=1.0, help="of the residual")
     group.add_argument("--centre-prior", type=float, default=0.0, help="bonus of the middle")
+    group.add_argument(
+        "--i-frame-share", type=float, default=1.0, help="patches taken of an I-frame, 0 to 1"
+    )
+    group.add_argument(
+        "--frame-discount", type=float, default=0.0, help="against one frame that takes all (0.05)"
+    )
+    group.add_argument(
+        "--time-discount", type=float, default=0.0, help="of patches like the next frame's, 0 to 1"
+    )
     group.add_argument("--time-buckets", type=int, default=1, help="spans of time that take turns")
 
 

@@ -89,14 +89,21 @@ def tempo(args: Namespace) -> None:
 def pack(args: Namespace) -> None:
     """Turn videos and images into shards; exits when nothing could be finished."""
     from .clustering.labels import stale_labels
+    from .codec.patches import SelectionConfig
     from .codec.saliency import SaliencyConfig
+    from .codec.selection import Order
     from .shards.inputs import list_inputs
     from .shards.pack import PackConfig, pack, pack_ray
     from .shards.sample_builder import SampleConfig
 
     size, patch_size = picture_shape(args)
-    saliency = config_of(SaliencyConfig, args, normalise=args.normalise or "clip")
-    sample = config_of(SampleConfig, args, size=size, patch_size=patch_size, saliency=saliency)
+    selection = config_of(
+        SelectionConfig,
+        args,
+        order=config_of(Order, args),
+        saliency=config_of(SaliencyConfig, args),
+    )
+    sample = config_of(SampleConfig, args, size=size, patch_size=patch_size, selection=selection)
     config = config_of(PackConfig, args, sample=sample)
     inputs = list_inputs(args.inputs)
     mode = args.mode or "refuse"  # None without --append and --replace

@@ -170,6 +170,7 @@ def _decode(
         from_key=timeline.has_keys,
         prepare=None if watcher is None else watcher.prepare,
         is_needed=choice.is_needed,
+        watch_packet=None if watcher is None else watcher.see_packet,
     ) as (stream, decoded):
         unit = Fraction(stream.time_base or 0)
         if timeline.is_numbered:

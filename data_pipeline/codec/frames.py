@@ -42,14 +42,17 @@ def open_frames(
     from_key: bool = True,
     prepare: "Callable[[av.VideoStream], None] | None" = None,
     is_needed: "Callable[[av.Packet], bool] | None" = None,
+    watch_packet: "Callable[[av.Packet], None] | None" = None,
 ) -> "Iterator[tuple[av.VideoStream, Iterator[av.VideoFrame]]]":
     """Gives (stream, iterator of its decoded frames in presentation order); closes the file.
 
     from_key: begin at the first packet that is marked as a key frame, since a recording may start
     inside a GOP. `prepare(stream)` is called before the first packet. A frame for whose packet
     `is_needed` is False is left undecoded if no other frame is predicted from it; where the stream
-    does not show that, everything is decoded. Raises what open_video raises; the iterator raises
-    DamagedVideo (decode), and RejectedInput: varying (the frame size changes), hdr.
+    does not show that, everything is decoded. `watch_packet` sees packets in decoding order, of
+    H.264 in containers that store when each one's frame is shown. Raises what open_video raises;
+    the iterator raises DamagedVideo (decode), and RejectedInput: varying (the frame size changes),
+    hdr.
     """
     container, stream = open_video(path, limits)
     context = stream.codec_context
@@ -68,6 +71,7 @@ def open_frames(
             stream=stream,
             from_key=from_key,
             is_needed=is_needed if can_skip else None,
+            watch_packet=watch_packet if can_skip else None,
         )
         yield stream, _check_all(path, decoded)
 
@@ -129,6 +133,7 @@ def _decode_all(
     stream: "av.VideoStream",
     from_key: bool,
     is_needed: "Callable[[av.Packet], bool] | None",
+    watch_packet: "Callable[[av.Packet], None] | None",
 ) -> "Iterator[av.VideoFrame]":
     """Frames of all packets that can be decoded, and are needed.
 
@@ -148,6 +153,8 @@ def _decode_all(
             begins_late = is_h264 and not _is_idr(stream, packet)
         may_miss_references = begins_late and 0 < num_since_key <= MAX_REFERENCES
         num_since_key += 1
+        if watch_packet is not None:
+            watch_packet(packet)
         if is_needed is not None:
             stream.codec_context.skip_frame = "DEFAULT" if is_needed(packet) else "NONREF"
         for frame in _decode(packet, may_miss_references):
@@ -192,21 +199,33 @@ def _decode(packet: "av.Packet", may_miss_references: bool) -> "list[av.VideoFra
 
 def _is_idr(stream: "av.VideoStream", packet: "av.Packet") -> bool:
     """Whether decoding can begin at an H.264 key frame without anything before it: one of its NAL
-    units is of type 5 (ITU-T H.264 table 7-1). Units follow start codes, or their lengths where the
-    stream's header states so (ISO/IEC 14496-15, 5.3.3.1)."""
+    units is of type 5 (ITU-T H.264 table 7-1)."""
+    return any(first & 0x1F == 5 for first in _nal_first_bytes(stream, packet))
+
+
+def is_reference(stream: "av.VideoStream", packet: "av.Packet") -> bool:
+    """Whether other frames may be predicted from an H.264 packet's: one of its slices (NAL units of
+    type 1 or 5) has a `nal_ref_idc` (ITU-T H.264 7.4.1)."""
+    firsts = _nal_first_bytes(stream, packet)
+    return any(first & 0x1F in (1, 5) and first >> 5 & 3 for first in firsts)
+
+
+def _nal_first_bytes(stream: "av.VideoStream", packet: "av.Packet") -> list[int]:
+    """The first byte of each NAL unit of an H.264 packet. Units follow start codes, or their
+    lengths where the stream's header states so (ISO/IEC 14496-15, 5.3.3.1)."""
     data = bytes(packet)
     header = bytes(stream.codec_context.extradata or b"")
     if header[:1] != b"\x01":
         # what stands before the first start code is no unit
         units = data.split(b"\0\0\1")[1:]
-        return any(unit[0] & 0x1F == 5 for unit in units if unit)
+        return [unit[0] for unit in units if unit]
     size = (header[4] & 3) + 1
     offset = 0
+    first_bytes = []
     while offset + size < len(data):
-        if data[offset + size] & 0x1F == 5:
-            return True
+        first_bytes.append(data[offset + size])
         offset += size + int.from_bytes(data[offset : offset + size], "big")
-    return False
+    return first_bytes
 
 
 def _check_all(path: Path, frames: "Iterator[av.VideoFrame]") -> "Iterator[av.VideoFrame]":

@@ -13,24 +13,29 @@ I-frames have no score. `published` takes the best patches of the clip and none 
 (encoder training); `published_llava` takes the first frame whole, then the best of all others.
 Patches that touch padding are no candidates.
 
-The prediction follows H.264: from the nearest I- or P-frame in the direction that FFmpeg names,
-from both where it names both, weighted by their distances where that explains the frame better
-(implicit weighting, ITU-T H.264 8.4.2.3.1). A block without any vector is an intra block, whose
-residual no vector tells: it counts as zero. How near all this comes to what the public tool chose:
+The prediction follows H.264: from the nearest frame in the direction that FFmpeg names which was
+decoded before and may be predicted from, that is an I- or P-frame, or a B-frame that MP4 and
+Matroska files mark as a reference. Where FFmpeg names both directions it is predicted from both,
+weighted by their distances where that explains the frame better (implicit weighting, ITU-T H.264
+8.4.2.3.1). A block without any vector is an intra block, whose residual no vector tells: it counts
+as zero. How near all this comes to what the public tool chose:
 benchmarks/results/published_rule_cpu2_2026-12-01.md.
 
-Memory: two frames of the source and at most MAX_WAITING planes of luma, whatever its length.
+Memory: MAX_REFERENCES frames of the source, whose luma is copied when it is needed, and at most
+MAX_WAITING more planes of luma with their references', whatever its length.
 Shape legend: T frames, H, W source or working size, h, w patch grid, Y, X motion cells.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from ..errors import RejectedInput
 from .decompose import MOTION_CELL, CodecClip, luma_difference, rasterise, vectors_of
+from .frames import is_reference
 from .framing import Crop, Framing
 from .motion_compensation import predict_luma
 from .native import VectorWatcher, decompose_watched
@@ -46,6 +51,9 @@ FUTURE = 1
 # Chosen B-frames that may wait for the frame that they are predicted from: as many as an H.264
 # decoder can reorder. More of them are predicted from the past alone.
 MAX_WAITING = 16
+# Shown references among which the last one decoded before a frame is found: B-frames that are
+# references themselves are decoded after the P-frame behind them, in pyramids of some levels.
+MAX_REFERENCES = 4
 # Luma steps. The loop filter smooths a block after its residual was added, mostly by one step, so
 # that a block without any residual is not exactly its prediction.
 LOOP_FILTER_STEP = 1
@@ -53,18 +61,37 @@ POC_OF_FRAME = 2  # H.264 counts two fields of each frame
 
 
 @dataclass
+class _Reference:
+    """A frame that others are predicted from, its index and its rank in decoding order (None where
+    the packets do not show it); its luma is read only when it is needed."""
+
+    index: int
+    rank: int | None
+    frame: "av.VideoFrame"
+
+    @cached_property
+    def luma(self) -> np.ndarray:
+        """uint8 [H, W]."""
+        return source_luma(self.frame)
+
+    def is_known_to(self, rank: int | None) -> bool:
+        """Whether it is decoded before the frame of this rank."""
+        return self.rank is None or rank is None or self.rank < rank
+
+
+@dataclass
 class _Scored:
     """A chosen frame before its score: `luma` uint8 [H, W], vectors int32 [Y, X, 2] in quarter
-    pixels and masks bool [Y, X] of the cells that have one, by direction; the frame before it that
-    is a reference, and its index."""
+    pixels and masks bool [Y, X] of the cells that have one, by direction; the reference before it,
+    and quarter turns until it is upright."""
 
     slot: int
     index: int
+    rank: int | None
     luma: np.ndarray
     vectors: dict[int, np.ndarray]
     masks: dict[int, np.ndarray]
-    past: np.ndarray
-    past_index: int
+    past: _Reference
     turns: int
     crop: Crop
 
@@ -81,39 +108,60 @@ class PublishedWatcher(VectorWatcher):
     patch_size: int = 16
     scores: dict[int, np.ndarray] = field(default_factory=dict)  # by index among the chosen frames
     undecided: list[_Scored] = field(default_factory=list)  # B-frames before their second reference
-    anchor: "av.VideoFrame | None" = None  # the last I- or P-frame
-    anchor_luma: np.ndarray | None = None  # read only when a chosen frame needs it
-    anchor_index: int = 0
+    references: list[_Reference] = field(default_factory=list)  # the last ones shown, oldest first
+    # by timestamp, of packets whose frames are not shown yet: rank, and whether it is a reference
+    packets: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    num_packets: int = 0
+    stream: "av.VideoStream | None" = None
 
     def prepare(self, stream: "av.VideoStream") -> None:
         """Begin a pass; errors as of the native mode."""
         super().prepare(stream)
         self.scores = {}
         self.undecided = []
-        self.anchor = None
-        self.anchor_luma = None
+        self.references = []
+        self.packets = {}
+        self.num_packets = 0
+        self.stream = stream
+
+    def see_packet(self, packet: "av.Packet") -> None:
+        """One packet in decoding order."""
+        if packet.pts is not None and self.stream is not None:
+            self.packets[packet.pts] = (self.num_packets, is_reference(self.stream, packet))
+            self.num_packets += 1
 
     def see(self, index: int, frame: "av.VideoFrame", crop: Crop, is_chosen: bool) -> None:
         """One frame, in presentation order."""
         from av.video.frame import PictureType
 
         super().see(index, frame, crop=crop, is_chosen=is_chosen)
-        is_anchor = frame.pict_type != PictureType.B
-        if is_anchor and self.undecided:
-            future = source_luma(frame)
-            for scored in self.undecided:
-                self._score(scored, future=future, future_index=index)
-            self.undecided = []
-        if is_chosen and self.anchor is not None and frame.pict_type != PictureType.I:
-            scored = self._unscored(index, frame, crop=crop)
-            if is_anchor or len(self.undecided) == MAX_WAITING:
+        is_b_frame = frame.pict_type == PictureType.B
+        rank = None
+        predicts_others = not is_b_frame
+        if frame.pts in self.packets:
+            rank, predicts_others = self.packets.pop(frame.pts)
+        reference = _Reference(index, rank=rank, frame=frame)
+        if predicts_others:
+            self._decide(reference)
+        if is_chosen and self.references and frame.pict_type != PictureType.I:
+            scored = self._unscored(reference, crop=crop)
+            is_forward = not scored.masks[FUTURE].any()
+            if is_forward or len(self.undecided) == MAX_WAITING:
                 self._score(scored)
             else:
                 self.undecided.append(scored)
-        if is_anchor:
-            self.anchor = frame
-            self.anchor_luma = None
-            self.anchor_index = index
+        if predicts_others:
+            self.references = [*self.references[1 - MAX_REFERENCES :], reference]
+
+    def _decide(self, future: _Reference) -> None:
+        """Score the frames that were waiting for this reference."""
+        undecided = self.undecided
+        self.undecided = []
+        for scored in undecided:
+            if future.is_known_to(scored.rank):
+                self._score(scored, future=future)
+            else:
+                self.undecided.append(scored)
 
     def clip_scores(self, clip: CodecClip) -> np.ndarray:
         """Scores float32 [T, h, w] of the frames of a clip; those of I-frames are 0."""
@@ -127,47 +175,45 @@ class PublishedWatcher(VectorWatcher):
             scores[slot] = of_frame
         return scores
 
-    def _unscored(self, index: int, frame: "av.VideoFrame", crop: Crop) -> _Scored:
-        """The chosen frame with what its score needs, except a frame that is still to come."""
-        if self.anchor_luma is None:
-            self.anchor_luma = source_luma(cast("av.VideoFrame", self.anchor))
+    def _unscored(self, reference: _Reference, crop: Crop) -> _Scored:
+        """A chosen frame with what its score needs, except a frame that is still to come."""
+        frame = reference.frame
         vectors = {}
         masks = {}
         for direction in (PAST, FUTURE):
             vectors[direction], masks[direction] = directed_vectors(frame, direction)
+        known = [past for past in self.references if past.is_known_to(reference.rank)]
         return _Scored(
             slot=len(self.chosen) - 1,
-            index=index,
-            luma=source_luma(frame),
+            index=reference.index,
+            rank=reference.rank,
+            luma=reference.luma,
             vectors=vectors,
             masks=masks,
-            past=self.anchor_luma,
-            past_index=self.anchor_index,
+            past=known[-1] if known else self.references[0],
             turns=round(frame.rotation / 90) % 4,
             crop=crop,
         )
 
-    def _score(
-        self, scored: _Scored, future: np.ndarray | None = None, future_index: int = 0
-    ) -> None:
+    def _score(self, scored: _Scored, future: _Reference | None = None) -> None:
         luma = scored.luma
         height, width = luma.shape
-        masks = dict(scored.masks)
-        if future is None:
-            masks[FUTURE] = np.zeros_like(masks[FUTURE])
-        past_prediction = predict_luma(scored.past, scored.vectors[PAST], cell=MOTION_CELL)
-        prediction = past_prediction
+        masks = scored.masks
+        past = scored.past
+        prediction = predict_luma(past.luma, scored.vectors[PAST], cell=MOTION_CELL)
+        is_predicted = masks[PAST]
         if future is not None:
             prediction = predict_from_both(
                 luma,
-                past=past_prediction,
-                future=predict_luma(future, scored.vectors[FUTURE], cell=MOTION_CELL),
+                past=prediction,
+                future=predict_luma(future.luma, scored.vectors[FUTURE], cell=MOTION_CELL),
                 masks=(masks[PAST], masks[FUTURE]),
-                share=(scored.index - scored.past_index, future_index - scored.past_index),
+                share=(scored.index - past.index, future.index - past.index),
             )
+            is_predicted = masks[PAST] | masks[FUTURE]
         residual = luma_difference(luma, prediction)
-        is_predicted = _pixels(masks[PAST] | masks[FUTURE], height=height, width=width)
-        residual[~is_predicted | (residual <= LOOP_FILTER_STEP)] = 0
+        has_residual = _pixels(is_predicted, height=height, width=width)
+        residual[~has_residual | (residual <= LOOP_FILTER_STEP)] = 0
         speed = _pixels(compensated_speed(scored.vectors[PAST]), height=height, width=width)
         news = np.rot90(pixel_scores(speed, residual), k=scored.turns)
         working = scored.crop.scale(np.ascontiguousarray(news))

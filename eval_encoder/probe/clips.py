@@ -56,7 +56,8 @@ class RawClips:
             )
         if config.view == "codec":
             # refuses a budget that is too small before anything is decoded
-            chosen_gop(config, frame_tokens=(size // patch_size) ** 2)
+            side = size // patch_size
+            chosen_gop(config, rows=side, columns=side)
         self._clips = clips
         self._config = config
         self._size = size
