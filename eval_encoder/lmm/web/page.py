@@ -240,7 +240,9 @@ def launch(page: Any, options: dict[str, Any], port: int, folder: Path) -> None:
     GRADIO_TEMP_DIR that it was built with."""
     from starlette.middleware import Middleware  # gradio is built on it
 
-    gate = Middleware(Gate, folder=folder, max_upload=MAX_BYTES, max_stored=MAX_STORED)
+    gate = Middleware(
+        Gate, folder=folder, max_upload=MAX_BYTES, max_stored=MAX_STORED, kept_s=KEPT_S
+    )
     page.launch(
         server_name=HOST,
         server_port=port,
