@@ -72,9 +72,16 @@ def list_inputs(arguments: Sequence[str | Path], report: Report = show) -> list[
     if not inputs:
         raise MissingData(f"no video or image in {', '.join(map(str, arguments))}")
     first: dict[str, Input] = {}
+    real_folders: dict[str, str] = {}
     for item in inputs:
-        # a.mp4 and ./a.mp4 are one file
-        identity = item.location if item.is_remote else os.path.abspath(item.location)
+        identity = item.location
+        if not item.is_remote:
+            folder, name = os.path.split(item.location)
+            if folder not in real_folders:
+                real_folders[folder] = os.path.realpath(folder)
+            # a.mp4 and ./a.mp4 are one file, and so it is through a link to its folder; a link to
+            # a file is a file of its own
+            identity = os.path.join(real_folders[folder], name)
         first.setdefault(identity, item)
     repeated = len(inputs) - len(first)
     if repeated:
