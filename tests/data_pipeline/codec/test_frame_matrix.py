@@ -287,6 +287,7 @@ def rewrite_edit_list(source, target, segments):
 EDITS = {
     "behind an empty segment": ([(1.0, None), (53 / RATE, 7)], range(7, 60)),
     "the end cut off": ([(1.0, 5)], range(5, 30)),
+    "all that follows": ([(0, 5)], range(5, 60)),
     "two parts": ([(0.8, 0), (0.8, 30)], "timestamps"),
     "two parts in another order": ([(0.8, 30), (0.8, 0)], "timestamps"),
     "a pause between two parts": ([(0.8, 0), (0.4, None), (0.8, 30)], "timestamps"),
