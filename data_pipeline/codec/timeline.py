@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 # them: both bounds are choices, far above that and far below a lost tail that matters.
 MISSING_SHARE = 0.1
 MISSING_SECONDS = 0.5
-# Containers without a header, whose duration libavformat estimates.
-WITHOUT_DURATION = ("mpegts", "mpeg")
+# Containers without a header, whose duration libavformat estimates, and ASF: of a file that was cut
+# it takes no duration from the header, and of a whole one it adds the start of the latest stream.
+WITHOUT_DURATION = ("mpegts", "mpeg", "asf")
 # Containers that store DTS, which rise all through a recording.
 WITH_DECODING_TIMES = ("mpegts", "mpeg", "flv")
 # Frames that a decoder holds back at most to put B-frames in order (H.264 A.3.1, HEVC A.4.2).
