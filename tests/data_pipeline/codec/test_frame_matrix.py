@@ -165,6 +165,26 @@ def test_recordings_joined_without_remuxing_are_refused(tmp_path, suffix, rates,
     assert rejection.value.reason == "timestamps"
 
 
+@pytest.mark.parametrize("suffix", ["mpg", "vob"])
+@pytest.mark.parametrize(("gop", "b_frames"), [(4, 2), (5, 2), (15, 3), (12, 5)])
+def test_a_program_stream_of_small_pictures_is_one_recording(tmp_path, suffix, gop, b_frames):
+    """Its packets hold several pictures each, and their stamps seem to jump back."""
+    path = tmp_path / f"clip.{suffix}"
+    write_numbered(
+        path,
+        encoder="mpeg2video",
+        times=range(120),
+        options={"b": "3000k"},
+        gop=gop,
+        b_frames=b_frames,
+    )
+    video = decode_video(path, Framing(num_frames=1000, size=64, patch_size=16))
+    assert [number_of(pixels) for pixels in video.frames] == list(range(120))
+    apart = np.abs(video.seconds - video.seconds[0] - np.arange(120) / RATE)
+    assert apart.max() <= b_frames / RATE + 1e-3
+    assert (np.diff(video.seconds) >= 0).all()
+
+
 def pack_b_frames(source, target, has_dummies):
     """Put every first B-frame of an MPEG-4 video into the chunk of the P-frame before it, and
     behind the last one a small dummy chunk, as DivX and Xvid did for players that allow one delay.
