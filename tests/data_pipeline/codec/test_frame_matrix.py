@@ -3,6 +3,7 @@ codec, the GOPs, the rate and the start; and whatever was cut, joined or packed 
 """
 
 import struct
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -164,6 +165,26 @@ def test_recordings_joined_without_remuxing_are_refused(tmp_path, suffix, rates,
     assert rejection.value.reason == "timestamps"
 
 
+@pytest.mark.parametrize("suffix", ["mpg", "vob"])
+@pytest.mark.parametrize(("gop", "b_frames"), [(4, 2), (5, 2), (15, 3), (12, 5)])
+def test_a_program_stream_of_small_pictures_is_one_recording(tmp_path, suffix, gop, b_frames):
+    """Its packets hold several pictures each, and their stamps seem to jump back."""
+    path = tmp_path / f"clip.{suffix}"
+    write_numbered(
+        path,
+        encoder="mpeg2video",
+        times=range(120),
+        options={"b": "3000k"},
+        gop=gop,
+        b_frames=b_frames,
+    )
+    video = decode_video(path, Framing(num_frames=1000, size=64, patch_size=16))
+    assert [number_of(pixels) for pixels in video.frames] == list(range(120))
+    apart = np.abs(video.seconds - video.seconds[0] - np.arange(120) / RATE)
+    assert apart.max() <= b_frames / RATE + 1e-3
+    assert (np.diff(video.seconds) >= 0).all()
+
+
 def pack_b_frames(source, target, has_dummies):
     """Put every first B-frame of an MPEG-4 video into the chunk of the P-frame before it, and
     behind the last one a small dummy chunk, as DivX and Xvid did for players that allow one delay.
@@ -307,6 +328,36 @@ def test_an_edit_list_is_followed_or_refused(tmp_path, encoder, name):
     video = decode_video(tmp_path / "edited.mp4", Framing(num_frames=1000, size=64, patch_size=16))
     assert [number_of(pixels) for pixels in video.frames] == list(expected)
     assert np.allclose(video.seconds - video.seconds[0], np.arange(len(expected)) / RATE, atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["wmv", "mp4", "mkv", "flv"])
+@pytest.mark.parametrize("late", [0, 3 * RATE])
+def test_a_stream_that_starts_later_than_another_is_not_truncated(tmp_path, suffix, late):
+    """One second of sound from the first moment on, or from the fourth; the video is the other."""
+    with av.open(str(tmp_path / f"clip.{suffix}"), "w") as container:
+        video = container.add_stream("wmv2" if suffix == "wmv" else "libx264", rate=RATE)
+        video.width = video.height = 64
+        video.pix_fmt = "yuv420p"
+        sound = container.add_stream("wmav2" if suffix == "wmv" else "aac", rate=44100)
+        sound.layout = "mono"
+        sound.bit_rate = 64000
+        packets = []
+        for number in range(COUNT):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            frame.pts = number + late
+            frame.time_base = Fraction(1, RATE)
+            packets += video.encode(frame)
+        size = 2048 if suffix == "wmv" else 1024  # samples that the encoders take at a time
+        for number in range(44100 // size):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, size), np.float32), "fltp", "mono")
+            silence.sample_rate = 44100
+            silence.pts = number * size + 44100 * (3 - late // RATE)
+            silence.time_base = Fraction(1, 44100)
+            packets += sound.encode(silence)
+        packets += video.encode(None) + sound.encode(None)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            container.mux(packet)
+    assert numbers_in(tmp_path / f"clip.{suffix}") == list(range(COUNT))
 
 
 def test_an_edit_list_of_fragments_is_followed(tmp_path):
