@@ -165,6 +165,7 @@ def test_padding_moves_neither_the_camera_nor_full_scale():
     motion[1, 3:5] = (4, 0)
     residual = np.zeros((2, 64, 64), np.uint8)
     residual[1, 24:40] = 10
+    residual[1, 24:32, :8] = 20  # one of the 16 patches of content, one of 64 in all
     clip = CodecClip(
         frames=np.zeros((2, 64, 64, 3), np.uint8),
         is_i_frame=np.array([True, False]),
@@ -179,7 +180,8 @@ def test_padding_moves_neither_the_camera_nor_full_scale():
     only_motion = SaliencyConfig(residual_weight=0.0)
     assert not patch_saliency(clip, 8, only_motion).any()
     only_residual = SaliencyConfig(motion_weight=0.0)
-    assert (patch_saliency(clip, 8, only_residual)[1, 3:5] == 1).all()
+    # the 95th percentile of 16 values lies a quarter of the way to the highest one: 12.5
+    assert np.isclose(np.median(patch_saliency(clip, 8, only_residual)[1, 3:5]), 0.8)
 
 
 def test_a_strip_without_a_patch_of_its_own_is_rejected(tmp_path):
