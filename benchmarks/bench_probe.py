@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.motion_shapes import write_motion_shapes
+from data_pipeline.embedded.motion_shapes import write_motion_shapes
 from eval_encoder.clip_views import Look
 from eval_encoder.probe.benchmarks import LabelledList, read_lists
 from eval_encoder.probe.clips import RawClips

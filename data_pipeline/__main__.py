@@ -1,6 +1,8 @@
 """`python -m data_pipeline COMMAND`: everything that happens to data before training.
 
     motion-shapes DIR                       write the labelled demonstration clips
+    brief-events DIR                        write labelled clips of short, small events
+    tempo DIR INPUT...                      write labelled clips of videos, their time changed
     pack INPUT... --output DIR              videos and images -> shards
     verify DIR | stats DIR | view DIR       check, count and look at shards
     export DIR --output DIR2                clips as mosaics, for codec LLaVA training
@@ -68,11 +70,33 @@ def _add_making(command: AddCommand) -> None:
     sub = command(
         "motion-shapes", "write labelled clips whose class is the motion", commands.motion_shapes
     )
+    sub.add_argument("--difficulty", choices=("easy", "medium", "hard"), default="easy")
+    _add_set(sub, num_train=1200, num_val=240)
+
+    sub = command(
+        "brief-events",
+        "write labelled clips whose class is one short, small event",
+        commands.brief_events,
+    )
+    sub.add_argument(
+        "--scene", choices=("mixed", "still", "busy", "pan"), default="mixed", help="behind it"
+    )
+    _add_set(sub, num_train=1200, num_val=240)
+
+    sub = command(
+        "tempo", "write labelled clips of your videos, their time changed", commands.tempo
+    )
+    _add_set(sub, num_train=600, num_val=120)
+    sub.add_argument("inputs", nargs="+", help="videos, folders, or .txt/.csv lists")
+    sub.add_argument("--val", nargs="+", help="videos to validate on (split by hash)")
+
+
+def _add_set(sub: argparse.ArgumentParser, num_train: int, num_val: int) -> None:
+    """What the commands that write a labelled set share."""
     # output_path: a URL would become a folder of that name in the working directory
     sub.add_argument("directory", type=output_path)
-    sub.add_argument("--num-train", type=int, default=1200, help="clips to train on")
-    sub.add_argument("--num-val", type=int, default=240, help="clips to validate on")
-    sub.add_argument("--difficulty", choices=("easy", "medium", "hard"), default="easy")
+    sub.add_argument("--num-train", type=int, default=num_train, help="clips to train on")
+    sub.add_argument("--num-val", type=int, default=num_val, help="clips to validate on")
     sub.add_argument("--size", type=int, default=112, help="side of the picture in pixels")
     sub.add_argument("--seed", type=int, default=0, help="of every random draw")
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
@@ -140,10 +164,19 @@ def _add_selecting(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("which patches are selected")
     group.add_argument(
         "--rule",
-        choices=("i_frames_first", "published", "published_llava"),
+        choices=(
+            *("i_frames_first", "published", "published_llava"),
+            *("differences", "i_frames_random", "random"),
+        ),
         default="i_frames_first",
         help="published: as the public tools score the source's own vectors, without I-frames; "
-        "published_llava: the first frame whole, then likewise",
+        "published_llava: the first frame whole, then likewise; the last three are for comparison",
+    )
+    group.add_argument(
+        "--score",
+        choices=("peak", "mean", "clipped", "bits"),
+        default="peak",
+        help="of a patch: its best quarter, its mean, the rule before, or the residual's bits",
     )
     group.add_argument(
         "--vectors",
@@ -157,11 +190,23 @@ def _add_selecting(sub: argparse.ArgumentParser) -> None:
         help="camera motion to take away",
     )
     group.add_argument(
-        "--normalise", choices=("clip", "frame"), help="percentiles over clip (default) or frame"
+        "--normalise",
+        choices=("clip", "frame"),
+        default="clip",
+        help="percentiles over clip or frame",
     )
     group.add_argument("--motion-weight", type=float, default=1.0, help="of motion in the score")
     group.add_argument("--residual-weight", type=float, default=1.0, help="of the residual")
     group.add_argument("--centre-prior", type=float, default=0.0, help="bonus of the middle")
+    group.add_argument(
+        "--i-frame-share", type=float, default=1.0, help="patches taken of an I-frame, 0 to 1"
+    )
+    group.add_argument(
+        "--frame-discount", type=float, default=0.0, help="against one frame that takes all (0.05)"
+    )
+    group.add_argument(
+        "--time-discount", type=float, default=0.0, help="of patches like the next frame's, 0 to 1"
+    )
     group.add_argument("--time-buckets", type=int, default=1, help="spans of time that take turns")
 
 

@@ -38,7 +38,7 @@ def config_of(kind: "type[Config]", args: Namespace, **others: object) -> "Confi
 
 def motion_shapes(args: Namespace) -> None:
     """Write the labelled demonstration clips."""
-    from .motion_shapes import CLASSES, write_motion_shapes
+    from .embedded.motion_shapes import CLASSES, write_motion_shapes
 
     write_motion_shapes(
         args.directory,
@@ -52,17 +52,58 @@ def motion_shapes(args: Namespace) -> None:
     show(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
 
 
+def brief_events(args: Namespace) -> None:
+    """Write the labelled clips of short, small events."""
+    from .embedded.brief_events import CLASSES, write_brief_events
+
+    write_brief_events(
+        args.directory,
+        num_train=args.num_train,
+        num_val=args.num_val,
+        scene=args.scene,
+        size=args.size,
+        seed=args.seed,
+        workers=args.workers,
+    )
+    show(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
+
+
+def tempo(args: Namespace) -> None:
+    """Write the labelled clips of real footage whose time axis is changed."""
+    from .embedded.tempo import CLASSES, write_tempo
+    from .shards.inputs import list_inputs
+
+    write_tempo(
+        args.directory,
+        inputs=list_inputs(args.inputs),
+        val_inputs=list_inputs(args.val) if args.val else None,
+        num_train=args.num_train,
+        num_val=args.num_val,
+        size=args.size,
+        seed=args.seed,
+        workers=args.workers,
+    )
+    show(f"{args.num_train} + {args.num_val} clips of {len(CLASSES)} classes in {args.directory}")
+
+
 def pack(args: Namespace) -> None:
     """Turn videos and images into shards; exits when nothing could be finished."""
     from .clustering.labels import stale_labels
+    from .codec.patches import SelectionConfig
     from .codec.saliency import SaliencyConfig
+    from .codec.selection import Order
     from .shards.inputs import list_inputs
     from .shards.pack import PackConfig, pack, pack_ray
     from .shards.sample_builder import SampleConfig
 
     size, patch_size = picture_shape(args)
-    saliency = config_of(SaliencyConfig, args, normalise=args.normalise or "clip")
-    sample = config_of(SampleConfig, args, size=size, patch_size=patch_size, saliency=saliency)
+    selection = config_of(
+        SelectionConfig,
+        args,
+        order=config_of(Order, args),
+        saliency=config_of(SaliencyConfig, args),
+    )
+    sample = config_of(SampleConfig, args, size=size, patch_size=patch_size, selection=selection)
     config = config_of(PackConfig, args, sample=sample)
     inputs = list_inputs(args.inputs)
     mode = args.mode or "refuse"  # None without --append and --replace

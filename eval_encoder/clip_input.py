@@ -18,7 +18,17 @@ VIDEO_FAMILIES = {  # public name -> view of the packed encoder
 IMAGE_FAMILIES = ("clip", "metaclip", "siglip", "siglip2", "dinov2", "dinov3", "aimv2")
 DECODERS = ("auto", "decord", "av", "torchcodec")
 AUGMENTATIONS = ("jitter", "brightness", "saturation", "hue", "channels")
+# of data_pipeline.codec, which takes NumPy to import
 CAMERAS = ("none", "median", "similarity", "affine")
+SCORES = ("peak", "mean", "clipped", "bits")
+RULES = (
+    "i_frames_first",
+    "published",
+    "published_llava",
+    "differences",
+    "i_frames_random",
+    "random",
+)
 
 
 def seed_flag() -> int:
@@ -43,6 +53,12 @@ class InputConfig:
     )
     num_tokens: int = flag("--K_keep", default=2048, help="patches of a clip under codec input")
     gop: int = flag(default=0, help="frames between I-frames of raw codec input; 0: by the budget")
+    rule: str = flag(
+        default="i_frames_first",
+        help=f"how patches of raw codec input are selected: {', '.join(RULES)}",
+    )
+    score: str = flag(default="peak", help=f"of such a patch: {', '.join(SCORES)}")
+    i_frame_share: float = flag(default=1.0, help="patches taken of an I-frame, 0 to 1")
     camera: str = flag(
         "--mv_compensate",
         default="median",
@@ -108,6 +124,7 @@ class InputConfig:
             # codec input selects from target_frames, and av alone decodes it
             ignored += ["num_frames", "decoder"]
         else:
-            ignored += ["num_tokens", "gop", "camera", "centre_prior"]
+            ignored += ["num_tokens", "gop", "rule", "score", "i_frame_share", "camera"]
+            ignored += ["centre_prior"]
         fields = {name: value for name, value in asdict(self).items() if name not in ignored}
         return {"view": self.view, **fields}

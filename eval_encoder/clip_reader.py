@@ -25,12 +25,10 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from data_pipeline.codec.decode import decode_video
-from data_pipeline.codec.decompose import decompose_video
 from data_pipeline.codec.framing import Framing, crop_of
 from data_pipeline.codec.guard import WALL_SECONDS, Answer, GuardedPool, serve
 from data_pipeline.codec.open_video import InputLimits, open_image, open_video
-from data_pipeline.codec.saliency import SaliencyConfig
-from data_pipeline.codec.selection import choose_patches
+from data_pipeline.codec.patches import SelectionConfig, choose_patches, decompose
 from data_pipeline.codec.timeline import read_timeline, segment_frames
 from data_pipeline.errors import RejectedInput
 
@@ -52,7 +50,7 @@ class PixelRequest:
               clip; patches: a decomposed clip and the patches that are selected of it
     framing   which frames, and which square of them; limits of the file
     decoder   frames: av, decord or torchcodec, with decoder_threads threads
-    gop, num_patches, saliency   patches: as in packing
+    gop, num_patches, selection   patches: as in packing
     """
 
     path: str
@@ -62,7 +60,7 @@ class PixelRequest:
     decoder_threads: int = 1
     gop: int = 16
     num_patches: int = 0
-    saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
 
 
 @dataclass(frozen=True)
@@ -150,12 +148,12 @@ def read_pixels(request: PixelRequest) -> Pixels:
 
 
 def _read_patches(request: PixelRequest) -> Pixels:
-    clip = decompose_video(Path(request.path), request.framing, gop=request.gop)
+    scored = decompose(
+        Path(request.path), request.framing, gop=request.gop, config=request.selection
+    )
+    clip = scored.clip
     selection = choose_patches(
-        clip,
-        patch_size=request.framing.patch_size,
-        budget=request.num_patches,
-        saliency=request.saliency,
+        scored, name=request.path, budget=request.num_patches, config=request.selection
     )
     return Pixels(
         frames=clip.frames,
@@ -277,8 +275,8 @@ def _prepare(settings: dict) -> Callable[[dict], Answer]:
         framing = values.pop("framing")
         framing["limits"] = InputLimits(**framing["limits"])
         framing["within"] = tuple(framing["within"])
-        saliency = SaliencyConfig(**values.pop("saliency"))
-        request = PixelRequest(framing=Framing(**framing), saliency=saliency, **values)
+        selection = SelectionConfig.from_dict(values.pop("selection"))
+        request = PixelRequest(framing=Framing(**framing), selection=selection, **values)
         pixels = read_pixels(request)
         arrays = {
             name: value for name, value in vars(pixels).items() if isinstance(value, np.ndarray)

@@ -15,8 +15,9 @@ import torch
 
 from data_pipeline.codec.framing import Framing
 from data_pipeline.codec.open_video import InputLimits, is_image
+from data_pipeline.codec.patches import SelectionConfig
 from data_pipeline.codec.saliency import SaliencyConfig
-from data_pipeline.codec.selection import cut_patches
+from data_pipeline.codec.selection import Order, cut_patches
 from data_pipeline.loading.views import View, image_view, still_view
 from data_pipeline.random import counter_rng
 from model_factory.packing import interpolate_frame_indices
@@ -97,18 +98,31 @@ def chosen_decoder(config: InputConfig) -> str:
     return config.decoder
 
 
-def chosen_gop(config: InputConfig, frame_tokens: int) -> int:
+def selection_of(config: InputConfig) -> SelectionConfig:
+    """How the patches of raw codec input are selected. Raises ValueError for settings that exclude
+    each other."""
+    saliency = SaliencyConfig(
+        score=config.score,
+        camera=config.camera,
+        centre_prior=config.centre_prior,
+    )
+    order = Order(i_frame_share=config.i_frame_share)
+    return SelectionConfig(rule=config.rule, order=order, saliency=saliency)
+
+
+def chosen_gop(config: InputConfig, rows: int, columns: int) -> int:
     """Frames between I-frames of raw codec input: as asked for, else the smallest of 16, 32 and 64
-    that leaves half of the budget to P-frames, whole frames having `frame_tokens` patches.
+    that leaves half of the budget to P-frames, whole frames having rows x columns patches.
 
     Raises ValueError for a budget that cannot hold the I-frames.
     """
     frames = config.target_frames
     budget = config.num_tokens
+    selection = selection_of(config)
 
     def i_frame_tokens(gop: int) -> int:
         # rounded up: a shorter last group begins with an I-frame too
-        return -(-frames // gop) * frame_tokens
+        return selection.whole_tokens(-(-frames // gop), rows=rows, columns=columns)
 
     fitting = [gop for gop in GOPS if i_frame_tokens(gop) <= budget // 2]
     gop = config.gop  # 0: not given
@@ -118,7 +132,8 @@ def chosen_gop(config: InputConfig, frame_tokens: int) -> int:
     if needed > budget:
         raise ValueError(
             f"--K_keep {budget} cannot hold the I-frames of {frames} frames, {needed} patches "
-            f"with --gop {gop}: raise it, take a longer --gop, or a smaller --input_size"
+            f"with --gop {gop}: raise it, take a longer --gop, a smaller --input_size or "
+            "--i_frame_share"
         )
     return gop
 
@@ -128,14 +143,14 @@ def _request(path: Path, look: Look, config: InputConfig, framing: Framing) -> P
     if is_image(path):
         return PixelRequest(str(path), kind="image", framing=framing)
     if config.view == "codec":
-        frame_tokens = (framing.size // framing.patch_size) ** 2
+        side = framing.size // framing.patch_size
         return PixelRequest(
             str(path),
             kind="patches",
             framing=framing,
-            gop=chosen_gop(config, frame_tokens),
+            gop=chosen_gop(config, rows=side, columns=side),
             num_patches=config.num_tokens,
-            saliency=SaliencyConfig(camera=config.camera, centre_prior=config.centre_prior),
+            selection=selection_of(config),
         )
     return PixelRequest(
         str(path),

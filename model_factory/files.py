@@ -34,15 +34,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     whole new one.
 
     A write that fails before the rename (OSError with the path, for example on a full disk) leaves
-    the old file and no temporary one; after it the new file stands.
+    the old file and no temporary one; after it the new file stands. No error names the temporary.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with naming(path, instead_of=temporary):
+            with open(temporary, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
     except BaseException:
         # on a full disk the partial file takes space that others need
         temporary.unlink(missing_ok=True)
@@ -53,13 +54,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add the path to errors of the system: those of a write or a sync hold a number only."""
+def naming(path: Path, instead_of: Path | None = None) -> Iterator[None]:
+    """Add the path to errors of the system: those of a write or a sync hold a number only. An error
+    that names `instead_of`, a temporary file that nobody knows, names the path instead."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        # str: the error of a rename holds the Path itself, not its text
+        is_unnamed = error.filename is None or str(error.filename) == str(instead_of)
+        if error.errno is not None and is_unnamed:
             error.filename = str(path)
+            if error.filename2 is not None:
+                del error.filename2  # the second one of a rename; None would be printed
         raise
 
 
@@ -121,12 +127,31 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
 
 def json_bytes(content: Mapping, indent: int | None = 1) -> bytes:
     """Bytes of a sealed JSON file: sorted keys, and under `digest` the sha256 of the object's text
-    without that key. Raises ValueError for NaN and infinity, which JSON does not have.
+    without that key.
+
+    Raises ValueError for what would not be read back as it was written: NaN and infinity, which
+    JSON does not have, keys that are no text, and content that has a `digest` already.
 
     indent: None puts everything on one line, for large files.
     """
+    _check_keys(content)
+    if DIGEST_KEY in content:
+        raise ValueError(f"{DIGEST_KEY!r} is the key of the seal: give the content another name")
     digest = hashlib.sha256(_text(content, indent)).hexdigest()
     return _text({**content, DIGEST_KEY: digest}, indent)
+
+
+def _check_keys(value: object) -> None:
+    """ValueError for a key that is no text: JSON turns 9 and 10 into "9" and "10", which sort the
+    other way round, so that the digest of what is read back differs."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"a key of JSON is text, not {key!r}: write str(key)")
+            _check_keys(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_keys(inner)
 
 
 def write_json(path: Path, content: Mapping) -> None:
@@ -240,13 +265,20 @@ def write_checksums(
     `sha256sum -c SHA256SUMS` checks the same. Call it last, when no file changes any more.
 
     listing: name of the list, where one file has a list of its own.
+
+    Raises ValueError for what `read_checksums` would refuse: no file at all, and a name with a
+    backslash or a line break, which sha256sum writes in another form.
     """
     if names is None:
         files = (path for path in folder.rglob("*") if path.is_file())
         names = (path.relative_to(folder).as_posix() for path in files)
     listed = sorted(set(names) - {listing})  # a list cannot hold its own digest
+    if not listed:
+        raise ValueError(f"{folder} holds no file that {listing} could list")
     lines = []
     for name in listed:
+        if not stays_below(name) or "\n" in name:
+            raise ValueError(f"{name!r} in {folder} cannot stand in {listing}: rename the file")
         digest = file_sha256(folder / name)
         lines.append(f"{digest}  {name}\n")
     write_atomically(folder / listing, "".join(lines).encode())
@@ -283,7 +315,8 @@ def check_checksums(
 
 
 def read_checksums(path: Path) -> dict[str, str] | None:
-    """{name: sha256} of a list in the format of sha256sum, None where there is no such file.
+    """{name: sha256} of a list in the format of sha256sum, None where there is no such file. Names
+    are normalised: `sha256sum ./a` lists the file `a`.
 
     Raises DamagedFile for a line of another form, and for a name that leads out of the folder.
     """
@@ -304,7 +337,7 @@ def read_checksums(path: Path) -> dict[str, str] | None:
                 f"{path} is damaged: {line!r:.100} is no line of sha256sum. Copy the files again, "
                 "or remove this list to read them unchecked"
             )
-        listed[name] = digest
+        listed[str(PurePosixPath(name))] = digest
     if not listed:
         raise DamagedFile(f"{path} is empty, and was written with the names of files in it")
     return listed
@@ -324,7 +357,8 @@ def is_plain_name(name: object) -> bool:
 
 def stays_below(name: str) -> bool:
     """Whether a relative path, joined to a folder, names something below that folder: no absolute
-    path, no `..`, nothing empty, no NUL. Links are not followed here."""
+    path, no `..`, nothing empty, no NUL, no backslash (a separator elsewhere). `./a` and `a//b` are
+    other spellings of `a` and `a/b`. Links are not followed here."""
     parts = PurePosixPath(name).parts
     is_plain = bool(parts) and "\0" not in name and "\\" not in name
-    return is_plain and not name.startswith("/") and ".." not in parts and "." not in parts
+    return is_plain and not name.startswith("/") and ".." not in parts

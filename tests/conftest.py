@@ -163,7 +163,7 @@ def packed(shared_by_workers) -> Iterator[Path]:
 
 def _pack_clips(clips: Path) -> None:
     from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
-    from data_pipeline.motion_shapes import write_motion_shapes
+    from data_pipeline.embedded.motion_shapes import write_motion_shapes
     from data_pipeline.shards.inputs import list_inputs
     from data_pipeline.shards.pack import PackConfig, pack
     from data_pipeline.shards.sample_builder import SampleConfig

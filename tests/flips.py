@@ -81,7 +81,7 @@ def digest_of(*parts: object) -> str:
 
 def make_files(folder: Path) -> dict[str, Path]:
     """Run the commands once; {stage: its output}."""
-    from data_pipeline.motion_shapes import write_motion_shapes
+    from data_pipeline.embedded.motion_shapes import write_motion_shapes
 
     places = {stage.name: folder / stage.name for stage in STAGES}
     places |= {"clips": folder / "motion_shapes", "work": folder}

@@ -226,7 +226,7 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     places = {stage.name: work / stage.name for stage in STAGES}
     places |= {"clips": work / "motion_shapes", "work": work}
-    from data_pipeline.motion_shapes import write_motion_shapes
+    from data_pipeline.embedded.motion_shapes import write_motion_shapes
 
     write_motion_shapes(places["clips"], num_train=24, num_val=8, workers=2)
     rng = random.Random(args.seed)

@@ -65,6 +65,8 @@ CALLS = [
     *(Call(DATA, "folder", line) for line in (
         "verify BAD",
         "stats BAD",
+        "tempo NEW/t BAD --workers 1",
+        "tempo NEW/t SET/clips --val BAD --workers 1",
         "view BAD --output NEW/s.png",
         "export BAD --output NEW/e",
         "features BAD --output NEW/f",
@@ -85,6 +87,8 @@ CALLS = [
     *(Call(DATA, "output", line) for line in (
         "pack SET/clips --workers 1 --output BAD",
         "motion-shapes BAD --num-train 8 --num-val 8 --workers 1",
+        "brief-events BAD --num-train 8 --num-val 8 --workers 1",
+        "tempo BAD SET/clips --num-train 6 --num-val 6 --workers 1",
         "view SHARDS --output BAD/s.png",
         "export SHARDS --output BAD",
         "features SHARDS --output BAD",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import av
 
 MOTION_CELL = 8  # side of a motion cell in pixels: the smallest block of the canonical stream
-DECOMPOSITION_VERSION = 3  # goes up whenever equal files would give other frames or fields
+DECOMPOSITION_VERSION = 4  # goes up whenever equal files would give other frames or fields
 
 # I and P frames only, one reference, one thread: a vector always refers to the frame before, and
 # the same frames give the same bytes on every machine with the same libraries.
@@ -52,7 +52,7 @@ class CodecClip:
     is_i_frame  bool    [T]
     motion      float32 [T, H/8, W/8, 2]  displacement (x, y) of the content in pixels since the
                                           frame before; the grid is rounded up
-    residual    uint8   [T, H, W]         |luma - motion-compensated prediction|
+    residual    int16   [T, H, W]         luma - motion-compensated prediction
     change      float32 [T, H/8, W/8]     mean |luma - luma of the frame before| of each motion cell
     times       int64   [T]               temporal positions on the 0..63 time base
     seconds     float64 [T]               presentation times
@@ -97,7 +97,7 @@ def decompose_frames(frames: np.ndarray, gop: int, seconds: np.ndarray | None = 
     luma, is_i_frame, vectors = _canonical_stream(frames, gop)
     height, width = luma.shape[1:]
     motion = np.zeros((count, *motion_cells(height, width), 2), np.float32)
-    residual = np.zeros((count, height, width), np.uint8)
+    residual = np.zeros((count, height, width), np.int16)
     for t in range(count):
         if is_i_frame[t]:
             continue
@@ -123,9 +123,8 @@ def luma_difference(luma: np.ndarray, prediction: np.ndarray) -> np.ndarray:
 
 def residual_of(luma: np.ndarray, reference: np.ndarray, quarter_pels: np.ndarray) -> np.ndarray:
     """What of a frame uint8 [H, W] the vectors [H/8, W/8, 2] into the reference leave unexplained,
-    uint8 [H, W]."""
-    prediction = predict_luma(reference, vectors=quarter_pels, cell=MOTION_CELL)
-    return luma_difference(luma, prediction)
+    int16 [H, W]."""
+    return luma - predict_luma(reference, vectors=quarter_pels, cell=MOTION_CELL)
 
 
 def frame_changes(luma: np.ndarray) -> np.ndarray:

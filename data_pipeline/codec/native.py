@@ -5,7 +5,7 @@ reference frames are scaled too. The vectors are what the source's encoder chose
 and frame size. So that clips stay comparable,
 
     motion    = vector / frames since its reference * frames since the frame shown before
-    residual  = |luma - prediction from the last reference frame|
+    residual  = luma - prediction from the last reference frame
 
 FFmpeg does not export which frame a vector refers to. A P-frame's is taken to be the I- or P-frame
 before it; an older one, where the encoder used several, is an error that is noticed: streams whose
@@ -146,7 +146,7 @@ def decompose_watched(
     luma = _luma(video.frames)
     count, height, width = luma.shape
     motion = np.zeros((count, *motion_cells(height, width), 2), np.float32)
-    residual = np.zeros((count, height, width), np.uint8)
+    residual = np.zeros((count, height, width), np.int16)
     unpredicted: list[float] = []
     for t in range(1, count):
         frame = chosen[t]
@@ -185,7 +185,7 @@ def _check_useful(path: Path, residual: np.ndarray, unpredicted: list[float]) ->
     if not unpredicted or np.mean(unpredicted) <= STILL_DIFFERENCE:
         return
     # the residual of I-frames is zero, so the mean over all is that of the predicted frames
-    left = residual.mean() * len(residual) / len(unpredicted)
+    left = np.abs(residual).mean() * len(residual) / len(unpredicted)
     if left > USEFUL_SHARE * np.mean(unpredicted):
         raise RejectedInput(
             "no_motion_vectors",

@@ -1,14 +1,23 @@
 """Saliency of each patch: motion that the camera does not explain, and residual that motion
 compensation leaves.
 
-    motion       mean over the patch of |v - v_camera|
-    residual     mean over the patch of the luma residual
-    saliency     (w_m * motion / p95(motion) + w_r * residual / p95(residual)) / (w_m + w_r), each
-                 clipped to 1, times 1 + centre_prior * exp(-d^2 / (2 sigma^2)) where asked
+    motion       |v - v_camera| of a cell
+    residual     mean |luma residual| of a cell
+    value        (w_m * motion / p95(motion) + w_r * residual / p95(residual)) / (w_m + w_r)
+    saliency     by `score`, times 1 + centre_prior * exp(-d^2 / (2 sigma^2)) where asked
 
-The 95th percentiles are taken over the P-frame patches of the whole clip, with floors: a frame
-where little happens does not compete as an equal with one where much does, and noise of a still
-scene is not scaled up to 1. `normalise="frame"` takes them per frame, as the published rule does.
+    peak         the largest value among the four quarters of the patch
+    mean         the value of the patch as a whole
+    clipped      the same, each of the two parts clipped to 1 before; the rule of version 3
+    bits         an estimate of the bits that the residual costs, without motion: sum over the
+                 coefficients c of its 8 x 8 DCT of log2(1 + |c| / q)
+
+The 95th percentiles are the scale and not a ceiling: a budget takes the best few percent of the
+patches, and clipped there all are equal. A quarter of a patch tells a small object from a weak
+change all over the patch. The percentiles are taken over the P-frames of the whole clip, with
+floors: a frame where little happens does not compete as an equal with one where much does, and
+noise of a still scene is not scaled up. `normalise="frame"` takes them per frame. How the scores
+compare: docs/evidence.md.
 
 v_camera is one parametric field per frame, fitted robustly:
 
@@ -40,15 +49,20 @@ NORMALISATIONS = ("clip", "frame")
 STILL_CHANGE = 3.0  # luma steps: noise and recompression of a still scene stay below
 STILL_SHARE = 0.002  # of all cells of P-frames; more of them changed is news
 CENTRE_WIDTH = 0.35  # sigma of the centre prior in shares of the shorter side; a choice
-PERCENTILE = 95  # taken for full scale: a few outliers do not flatten the rest
+PERCENTILE = 95  # taken for the scale: a few outliers do not flatten the rest
+SCORES = ("peak", "mean", "clipped", "bits")
+DCT_BLOCK = 8  # as in H.264's High profile and JPEG
+# Quantiser step of the canonical stream's quality, CRF 18: 2 ** ((18 - 4) / 6), ITU-T H.264 8.5.9
+QUANTISER = 5.0
 
 
 @dataclass(frozen=True)
 class SaliencyConfig:
-    """Weights and floors of the formula above; `motion_floor` in pixels per frame,
-    `residual_floor` in luma steps.
+    """Score, weights and floors of the formulas above; `motion_floor` in pixels per frame,
+    `residual_floor` in luma steps. Residual energy alone is `motion_weight` 0.
     """
 
+    score: str = "peak"
     camera: str = "median"
     motion_weight: float = 1.0
     residual_weight: float = 1.0
@@ -58,6 +72,7 @@ class SaliencyConfig:
     centre_prior: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choice("score", self.score, choices=SCORES)
         check_choice("camera", self.camera, choices=CAMERA_MODELS)
         check_choice("normalise", self.normalise, choices=NORMALISATIONS)
         weights = (self.motion_weight, self.residual_weight)
@@ -75,33 +90,82 @@ def patch_saliency(
     patch_size: int,
     config: SaliencyConfig | None = None,
 ) -> np.ndarray:
-    """Saliency float32 [T, h, w] in 0..1; zero on I-frames, which are selected whole anyway."""
+    """Saliency float32 [T, h, w], 0 or more; zero on I-frames, which are selected whole anyway."""
     config = config or SaliencyConfig()
+    p_frames = ~clip.is_i_frame
+    count, height, width = clip.residual.shape
+    if not p_frames.any():
+        return np.zeros((count, height // patch_size, width // patch_size), np.float32)
+    if config.score == "bits":
+        saliency = residual_bits(clip.residual, patch_size)
+    else:
+        saliency = _motion_and_residual(clip, patch_size=patch_size, config=config)
+    if config.centre_prior:
+        _, rows, columns = saliency.shape
+        prior = _centre_prior(rows, columns, strength=config.centre_prior)
+        saliency = saliency * prior
+    if config.score == "clipped":
+        saliency = np.minimum(saliency, 1.0)
+    return (saliency * p_frames[:, None, None]).astype(np.float32)
+
+
+def _motion_and_residual(clip: CodecClip, patch_size: int, config: SaliencyConfig) -> np.ndarray:
+    """The weighted sum [T, h, w] of motion and residual, each on its scale."""
     _, height, width = clip.residual.shape
     compensated = _compensated_content(clip, config.camera)
     speed = np.linalg.norm(compensated, axis=-1)
     # by way of pixels: a patch of 14 does not consist of whole motion cells of 8
     speed_of_pixels = per_pixel(speed, height=height, width=width)
-    motion = _patch_mean(speed_of_pixels, patch_size)
-    residual = _patch_mean(clip.residual.astype(np.float32), patch_size)
-    p_frames = ~clip.is_i_frame
-    if not p_frames.any():
-        return np.zeros_like(motion)
-    per_frame = config.normalise == "frame"
-    inside = clip.whole_patches(patch_size)
-    motion = _normalised(
-        motion, p_frames, inside=inside, floor=config.motion_floor, per_frame=per_frame
-    )
-    residual = _normalised(
-        residual, p_frames, inside=inside, floor=config.residual_floor, per_frame=per_frame
-    )
-    total = config.motion_weight + config.residual_weight
-    weighted = config.motion_weight * motion + config.residual_weight * residual
-    saliency = weighted / total
-    if config.centre_prior:
-        prior = _centre_prior(motion.shape[1], motion.shape[2], strength=config.centre_prior)
-        saliency = np.minimum(saliency * prior, 1.0)
-    return (saliency * p_frames[:, None, None]).astype(np.float32)
+    is_peak = config.score == "peak" and patch_size % 2 == 0  # an odd patch has no equal quarters
+    block = patch_size // 2 if is_peak else patch_size
+    fields = [
+        (block_mean(speed_of_pixels, block), config.motion_weight, config.motion_floor),
+        (block_mean(clip.residual, block), config.residual_weight, config.residual_floor),
+    ]
+    inside = clip.whole_patches(block)
+    total = np.zeros(1, np.float32)
+    for values, weight, floor in fields:
+        scaled = values / _scale(
+            values,
+            p_frames=~clip.is_i_frame,
+            inside=inside,
+            floor=floor,
+            per_frame=config.normalise == "frame",
+        )
+        if config.score == "clipped":
+            scaled = np.minimum(scaled, 1.0)
+        total = total + weight * scaled
+    value = total / (config.motion_weight + config.residual_weight)
+    return block_max(value, 2) if is_peak else value
+
+
+def residual_bits(residual: np.ndarray, patch_size: int) -> np.ndarray:
+    """Estimated bits float32 [T, h, w] of residuals [T, H, W]: those of each patch's share of the
+    8 x 8 blocks. Beyond the last whole block the residual counts as zero."""
+    count, height, width = residual.shape
+    pad = [(0, 0), (0, -height % DCT_BLOCK), (0, -width % DCT_BLOCK)]
+    padded = np.pad(residual, pad).astype(np.float32)
+    rows = padded.shape[1] // DCT_BLOCK
+    columns = padded.shape[2] // DCT_BLOCK
+    grid = padded.reshape(count, rows, DCT_BLOCK, columns, DCT_BLOCK)
+    transform = _dct_matrix(DCT_BLOCK)
+    # over the columns of each block, then over its rows
+    coefficients = np.einsum("trycx,kx->tryck", grid, transform, optimize=True)
+    coefficients = np.einsum("tryck,ly->trlck", coefficients, transform, optimize=True)
+    bits = np.log2(1 + np.abs(coefficients) / QUANTISER).sum(axis=(2, 4))
+    # by way of pixels, each of which has its share: a patch of 14 is no whole number of blocks
+    shares = bits / DCT_BLOCK**2
+    pixels = np.repeat(np.repeat(shares, DCT_BLOCK, axis=1), DCT_BLOCK, axis=2)
+    return block_mean(pixels[:, :height, :width], patch_size) * patch_size**2
+
+
+def _dct_matrix(size: int) -> np.ndarray:
+    """Orthonormal DCT-II float32 [k, n]."""
+    k = np.arange(size)[:, None]
+    n = np.arange(size)[None, :]
+    matrix = np.sqrt(2 / size) * np.cos(np.pi * (2 * n + 1) * k / (2 * size))
+    matrix[0] /= np.sqrt(2)
+    return matrix.astype(np.float32)
 
 
 def is_static(clip: CodecClip) -> bool:
@@ -179,32 +243,39 @@ def _design(rows: int, columns: int, camera: str) -> np.ndarray:
     return np.stack([np.stack(axis, -1) for axis in axes], axis=1)
 
 
-def _patch_mean(field: np.ndarray, patch_size: int) -> np.ndarray:
-    """Means [T, h, w] of a field [T, H, W] over the patches."""
-    frames, height, width = field.shape
-    rows = height // patch_size
-    columns = width // patch_size
-    grid = field.reshape(frames, rows, patch_size, columns, patch_size)
-    return grid.mean(axis=(2, 4))
+def block_mean(field: np.ndarray, side: int) -> np.ndarray:
+    """Means of |field| float32 [T, h, w] over the blocks of a field [T, H, W]."""
+    count, height, width = field.shape
+    rows = height // side
+    columns = width // side
+    # along the rows of pixels first, which lie together in memory
+    grid = np.abs(field).reshape(count, height, columns, side)
+    sums = grid.sum(axis=3, dtype=np.float32)
+    sums = sums.reshape(count, rows, side, columns).sum(axis=2)
+    return sums / side**2
 
 
-def _normalised(
+def block_max(field: np.ndarray, side: int) -> np.ndarray:
+    """Maxima [T, h, w] over the blocks of a field [T, H, W]."""
+    count, height, width = field.shape
+    grid = field.reshape(count, height // side, side, width // side, side)
+    return grid.max(axis=(2, 4))
+
+
+def _scale(
     values: np.ndarray,
     p_frames: np.ndarray,
     inside: np.ndarray,
     floor: float,
     per_frame: bool,
-) -> np.ndarray:
-    """Values [T, h, w] in 0..1, 1 being the 95th percentile of the patches `inside` [h, w], or the
-    floor, if that is more."""
-    scale: np.ndarray | float
+) -> np.ndarray | float:
+    """The 95th percentile of values [T, h, w] over the blocks `inside` [h, w] of P-frames, or the
+    floor, if that is more; per frame [T, 1, 1]."""
     if per_frame:
         percentiles = np.percentile(values[:, inside], PERCENTILE, axis=1)
-        scale = np.maximum(percentiles, floor)[:, None, None]
-    else:
-        # a Python number, by which float32 values stay float32
-        scale = max(float(np.percentile(values[p_frames][:, inside], PERCENTILE)), floor)
-    return np.clip(values / scale, 0.0, 1.0)
+        return np.maximum(percentiles, floor)[:, None, None]
+    # a Python number, by which float32 values stay float32
+    return max(float(np.percentile(values[p_frames][:, inside], PERCENTILE)), floor)
 
 
 def _centre_prior(height: int, width: int, strength: float) -> np.ndarray:
@@ -225,7 +296,7 @@ def motion_summary(clip: CodecClip, grid: int) -> np.ndarray:
     """
     _, height, width = clip.residual.shape
     motion = per_pixel(clip.motion, height=height, width=width)
-    residual = clip.residual[..., None].astype(np.float32)
+    residual = np.abs(clip.residual)[..., None].astype(np.float32)
     channels = np.concatenate([motion, residual], axis=-1)
     rows = np.linspace(0, height, grid + 1).astype(int)
     columns = np.linspace(0, width, grid + 1).astype(int)

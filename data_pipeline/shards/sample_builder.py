@@ -9,26 +9,20 @@ Samples are built in child processes (codec/guard.py), so that no input can hang
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from model_factory.files import file_sha256
 
-from ..codec.decompose import CodecClip, decompose_video
-from ..codec.framing import Framing, check_choice, crop_of
+from ..codec.decompose import CodecClip
+from ..codec.framing import Framing, crop_of
 from ..codec.guard import Answer, GuardedPool, serve
-from ..codec.native import decompose_native
 from ..codec.open_video import InputLimits, check_file, is_image, open_image
-from ..codec.published_rule import (
-    PUBLISHED_RULES,
-    check_has_news,
-    choose_published,
-    decompose_published,
-)
-from ..codec.saliency import SaliencyConfig, motion_summary
-from ..codec.selection import Selection, choose_patches, cut_patches
+from ..codec.patches import SelectionConfig, choose_patches, decompose
+from ..codec.saliency import motion_summary
+from ..codec.selection import Selection, cut_patches
 from ..errors import RejectedInput
 from .inputs import Input, local_copy
 from .schema import TIME_BASE, SampleInfo, encode_clip, encode_image, strip_rows
@@ -37,8 +31,6 @@ MODULE = "data_pipeline.shards.sample_builder"
 NICENESS = 5  # children decode all the time; the parent, which writes, goes first
 MOTION_GRID = 8  # cells of KEY.motion.npy per side: 24.7 KB for 64 frames
 MAX_JPEG_SIDE = 65500  # of libjpeg; the format itself ends at 65535
-VECTORS = ("canonical", "native")
-RULES = ("i_frames_first", *PUBLISHED_RULES)
 
 Built = tuple[dict[str, bytes], SampleInfo]  # members by extension, metadata
 
@@ -47,8 +39,6 @@ Built = tuple[dict[str, bytes], SampleInfo]  # members by extension, metadata
 class SampleConfig:
     """How inputs become samples. `budget` is the number of selected patches of a full clip, by
     default an eighth of all: half of it for the four I-frames of GOP 16, half for P-frames.
-
-    `vectors` None: as the rule needs them, the published ones the source's own.
     """
 
     size: int = 224
@@ -59,14 +49,11 @@ class SampleConfig:
     num_full_frames: int = 16
     fit: str = "crop"
     salvage: bool = False
-    vectors: str | None = None
-    rule: str = "i_frames_first"
-    time_buckets: int = 1
-    saliency: SaliencyConfig = SaliencyConfig()
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     limits: InputLimits = InputLimits()
 
     def __post_init__(self) -> None:
-        counts = ("size", "patch_size", "num_frames", "gop", "num_full_frames", "time_buckets")
+        counts = ("size", "patch_size", "num_frames", "gop", "num_full_frames")
         for name in counts if self.budget is None else (*counts, "budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
@@ -84,37 +71,13 @@ class SampleConfig:
                 f"{self.num_full_frames} full frames of {self.size} px make a strip higher than "
                 f"the {MAX_JPEG_SIDE} px of a JPEG: lower --full-frames or --size"
             )
-        check_choice("rule", self.rule, choices=RULES)
-        if self.vectors is None:
-            # frozen, so that what is stored as the settings of a packing cannot change any more
-            object.__setattr__(self, "vectors", "native" if self.is_published else "canonical")
-        check_choice("vectors", str(self.vectors), choices=VECTORS)
-        if self.is_published:
-            self._check_published()
-            return
-        intra = -(-self.num_frames // self.gop) * self.frame_tokens
-        if self.tokens < intra:
+        num_i_frames = -(-self.num_frames // self.gop)
+        side = self.size // self.patch_size
+        whole = self.selection.whole_tokens(num_i_frames, rows=side, columns=side)
+        if self.tokens < whole:
             raise ValueError(
-                f"a budget of {self.tokens} patches cannot hold the {intra} of all I-frames: raise "
-                f"--budget or --gop {self.gop}, or lower --size {self.size}"
-            )
-
-    def _check_published(self) -> None:
-        """ValueError for what the published rules do not leave open."""
-        if self.vectors != "native":
-            raise ValueError(
-                f"--rule {self.rule} reads the source's own vectors, not --vectors {self.vectors}: "
-                "leave out --vectors"
-            )
-        if self.saliency != SaliencyConfig() or self.time_buckets != 1:
-            raise ValueError(
-                f"--rule {self.rule} has a formula of its own for the score of a patch: leave out "
-                "the other options on which patches are selected"
-            )
-        if self.rule == "published_llava" and self.tokens < self.frame_tokens:
-            raise ValueError(
-                f"a budget of {self.tokens} patches cannot hold the {self.frame_tokens} of the "
-                f"first frame: raise --budget, or lower --size {self.size}"
+                f"a budget of {self.tokens} patches cannot hold the {whole} of all I-frames: raise "
+                f"--budget or --gop {self.gop}, or lower --size {self.size} or --i-frame-share"
             )
 
     @property
@@ -125,15 +88,9 @@ class SampleConfig:
             size=self.size,
             patch_size=self.patch_size,
             fit=self.fit,
-            by_index=self.is_published,
             limits=self.limits,
             salvage=self.salvage,
         )
-
-    @property
-    def is_published(self) -> bool:
-        """Whether frames and patches are chosen as by the public preparation tools."""
-        return self.rule in PUBLISHED_RULES
 
     @property
     def frame_tokens(self) -> int:
@@ -193,9 +150,9 @@ class SamplePool:
 
 def _prepare(settings: dict) -> Callable[[dict], Answer]:
     """Child: the function that builds samples by the parent's configuration."""
-    saliency = SaliencyConfig(**settings.pop("saliency"))
+    selection = SelectionConfig.from_dict(settings.pop("selection"))
     limits = InputLimits(**settings.pop("limits"))
-    config = SampleConfig(saliency=saliency, limits=limits, **settings)
+    config = SampleConfig(selection=selection, limits=limits, **settings)
     os.nice(NICENESS)
 
     def answer(request: dict) -> Answer:
@@ -219,23 +176,20 @@ def build_sample(path: Path, source: str, config: SampleConfig) -> Built:
     check_file(path, config.limits)
     before = _fingerprint(path)
     image = None
-    scores = None  # of patches, by the published rules
     if is_image(path):
         image = open_image(path, config.limits)
-    elif config.is_published:
-        clip, scores = decompose_published(path, config.framing)
-    elif config.vectors == "native":
-        clip = decompose_native(path, config.framing)
     else:
-        clip = decompose_video(path, config.framing, gop=config.gop)
-    # a video of one frame has no motion, so it becomes an image sample
-    if image is None and len(clip.frames) == 1:
-        image = clip.frames[0]
-    if image is None:
-        selection = _selection(clip, scores, source=source, config=config)
-        built = _clip_sample(clip, selection, source=source, sha256=before[0], config=config)
-    else:
+        scored = decompose(path, config.framing, gop=config.gop, config=config.selection)
+        # a video of one frame has no motion, so it becomes an image sample
+        if len(scored.clip.frames) == 1:
+            image = scored.clip.frames[0]
+    if image is not None:
         built = _image_sample(image, source=source, sha256=before[0], config=config)
+    else:
+        selection = choose_patches(
+            scored, name=source, budget=config.tokens, config=config.selection
+        )
+        built = _clip_sample(scored.clip, selection, source=source, sha256=before[0], config=config)
     if _fingerprint(path) != before:
         raise RejectedInput("changed", f"{path} changed while it was packed")
     return built
@@ -267,40 +221,6 @@ def _image_sample(image: np.ndarray, source: str, sha256: str, config: SampleCon
     return encode_image(info, image), info
 
 
-def _selection(
-    clip: CodecClip, scores: np.ndarray | None, source: str, config: SampleConfig
-) -> Selection:
-    """Selected patches of a clip. Raises RejectedInput where the budget cannot hold the frames that
-    are selected whole, or nothing can be selected."""
-    _, height, width, _ = clip.frames.shape
-    frame_tokens = height * width // config.patch_size**2
-    # more than the configuration checked: with fit "area" a frame is no square, and native vectors
-    # come with the I-frames of the source
-    num_whole = {"published": 0, "published_llava": 1}.get(config.rule, int(clip.is_i_frame.sum()))
-    if num_whole * frame_tokens > config.tokens:
-        raise RejectedInput(
-            "budget",
-            f"{source}: its I-frames are {num_whole * frame_tokens} patches, the budget is "
-            f"{config.tokens}",
-        )
-    if scores is None:
-        return choose_patches(
-            clip,
-            patch_size=config.patch_size,
-            budget=config.tokens,
-            saliency=config.saliency,
-            time_buckets=config.time_buckets,
-        )
-    if config.rule == "published":
-        check_has_news(Path(source), clip)
-    return choose_published(
-        clip,
-        scores,
-        budget=config.tokens,
-        whole_first_frame=config.rule == "published_llava",
-    )
-
-
 def _clip_sample(
     clip: CodecClip, selection: Selection, source: str, sha256: str, config: SampleConfig
 ) -> Built:
@@ -327,7 +247,7 @@ def _clip_sample(
         seconds=tuple(round(second, 6) for second in clip.seconds.tolist()),
         is_static=selection.is_static,
         mean_motion=_p_frame_mean(np.linalg.norm(clip.motion, axis=-1), clip),
-        mean_residual=_p_frame_mean(clip.residual, clip),
+        mean_residual=_p_frame_mean(np.abs(clip.residual), clip),
         num_source_frames=clip.num_source_frames,
         notes=clip.notes,
         codec=clip.codec,

@@ -81,6 +81,15 @@ BENCHMARKS = {
     "motion_shapes": Benchmark(
         8, "train.csv", "val.csv", prepare="python -m data_pipeline motion-shapes {folder}"
     ),
+    "brief_events": Benchmark(
+        8, "train.csv", "val.csv", prepare="python -m data_pipeline brief-events {folder}"
+    ),
+    "tempo": Benchmark(
+        6,
+        "train.csv",
+        "val.csv",
+        prepare="python -m data_pipeline tempo {folder} VIDEO_OR_FOLDER ...",
+    ),
 }
 
 

@@ -56,7 +56,8 @@ class RawClips:
             )
         if config.view == "codec":
             # refuses a budget that is too small before anything is decoded
-            chosen_gop(config, frame_tokens=(size // patch_size) ** 2)
+            side = size // patch_size
+            chosen_gop(config, rows=side, columns=side)
         self._clips = clips
         self._config = config
         self._size = size
@@ -177,7 +178,7 @@ class PackedClips:
             self._manifest,
             sample_ids=[sample_id for _, sample_id in stored],
             batch_size=batch_size,
-            view=config.view,
+            view_name=config.view,
             view_config=ViewConfig(max_tokens=max_tokens, max_frames=config.num_frames),
         )
         for number, batch in enumerate(batches):

@@ -20,8 +20,8 @@ from data_pipeline.clustering.labels import load_labels, save_labels
 from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
 from data_pipeline.clustering.progress import SavedProgress
 from data_pipeline.datasets import recluster, relabelled, resolve_dataset, start_centers
+from data_pipeline.embedded.clips import check_settings
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
-from data_pipeline.motion_shapes import check_settings
 from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.pack import PackConfig, pack

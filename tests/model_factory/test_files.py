@@ -65,6 +65,19 @@ def test_numbers_that_json_does_not_have_are_not_written(tmp_path):
     assert not (tmp_path / "record.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"counts": [{9: 1, 10: 2}]}, "a key of JSON is text, not 9"),
+        ({"count": 1, "digest": "mine"}, "key of the seal"),
+    ],
+)
+def test_what_would_not_be_read_back_is_not_written(tmp_path, content, said):
+    with pytest.raises(ValueError, match=said):
+        write_json(tmp_path / "record.json", content)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity", "[" * 900 + "]" * 900])
 def test_what_is_parsed_and_never_written_counts_as_changed(tmp_path, number):
     (tmp_path / "record.json").write_text(f'{{"digest": "0", "mean": {number}}}')
@@ -94,6 +107,15 @@ def test_a_write_that_fails_names_its_file_and_leaves_the_old_one(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert error.value.filename == str(path)
     assert read_json(path, {}) == CONTENT and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_cannot_begin_or_end_names_its_file_and_not_the_temporary_one(tmp_path):
+    absent = tmp_path / "absent" / "record.json"
+    (tmp_path / "folder.json").mkdir()
+    for path in (absent, tmp_path / "folder.json"):
+        with pytest.raises(OSError, match=r"[^.]\w+\.json'$") as error:
+            write_json(path, CONTENT)
+        assert error.value.filename == str(path) and ".tmp" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "", "/a", ".", 3, None])
@@ -167,6 +189,29 @@ def test_a_list_that_sha256sum_wrote_of_bytes_and_one_of_a_single_file_are_read(
     (tmp_path / "a.pt").write_bytes(b"b")
     with pytest.raises(DamagedFile, match="a.pt changed .* remove a.pt.sha256"):
         check_checksums(tmp_path, ["a.pt"], listing="a.pt.sha256")
+
+
+def test_a_list_that_would_be_refused_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="no file"):
+        write_checksums(tmp_path)
+    for name in ("a\\b", "a\nb"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match="rename the file"):
+            write_checksums(tmp_path)
+        (tmp_path / name).unlink()
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_spellings_of_a_name_in_a_list_are_the_same_file(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.pt").write_bytes(b"a")
+    command = ["sha256sum", "./sub//a.pt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    (tmp_path / CHECKSUMS_NAME).write_bytes(done.stdout)
+    assert check_checksums(tmp_path, ["sub/a.pt"])
+    (tmp_path / "sub" / "a.pt").write_bytes(b"b")
+    with pytest.raises(DamagedFile, match=r"sub/a\.pt changed"):
+        check_checksums(tmp_path, ["sub/a.pt"])
 
 
 def test_a_list_that_cannot_be_read_is_no_missing_one(tmp_path):

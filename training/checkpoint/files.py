@@ -40,7 +40,7 @@ def write_tensors(
     """Write this rank's files and return their names. Called by all ranks of `group`; what fails
     on one fails on all. StorageError for what was not written as it is in memory, or is not finite.
     """
-    writer = _Writer(str(folder), _files_of(tensors), save_distributed=True)
+    writer = _Writer(folder, files=_files_of(tensors))
     dcp.save(tensors, storage_writer=writer, process_group=group)
     for file_name in writer.names:
         file = folder / file_name
@@ -84,11 +84,23 @@ class _Writer(HuggingFaceStorageWriter):
 
     names: list[str]
 
+    def __init__(self, folder: Path, files: dict[str, int]):
+        super().__init__(str(folder), files, save_distributed=True)
+        self.fs = _WithoutMkdir()
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
         """Write this rank's files; what fails here fails the save on all ranks."""
         written = super().write_data(plan, planner)
         self.names = sorted({result.storage_data.relative_path for result in written.wait()})
         return written
+
+
+class _WithoutMkdir(FileSystem):
+    """A file system in which the folder of a save is there already. The library would make it, with
+    its parents, and so a run's folder that was removed meanwhile."""
+
+    def mkdir(self, path: str | os.PathLike) -> None:
+        """Nothing: writing into a folder that is gone is the error that it should be."""
 
 
 class _Reader(HuggingFaceStorageReader):

@@ -3,8 +3,8 @@
     python -m eval_encoder.lmm.demo.question_set --output DIR
 
 A tiny multimodal model trains on it in minutes. Every image and clip shows one shape of
-data_pipeline/motion_shapes.py whose colour, outline and motion are known. Layout, in LLaVA's
-formats, media relative to DIR:
+data_pipeline/embedded/motion_shapes.py whose colour, outline and motion are known. Layout, in
+LLaVA's formats, media relative to DIR:
 
     DIR/images/*.png      single frames, the shape in the middle
     DIR/clips/*.mp4       clips of 64 frames

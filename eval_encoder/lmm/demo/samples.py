@@ -17,16 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.motion_shapes import (
-    CLASSES,
-    COLOURS,
-    GENERATOR_VERSION,
-    OUTLINES,
-    Appearance,
-    check_settings,
-    render_clip,
-    write_clip,
-)
+from data_pipeline.embedded.clips import check_settings, write_clip
+from data_pipeline.embedded.drawing import COLOURS, OUTLINES, Appearance
+from data_pipeline.embedded.motion_shapes import CLASSES, GENERATOR_VERSION, render_clip
 from data_pipeline.random import counter_rng
 from eval_encoder.lmm.demo.question_set import DemoSet
 from model_factory.files import write_atomically

@@ -9,6 +9,7 @@ from conftest import write_video
 from data_pipeline.codec import published_rule
 from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.framing import Framing
+from data_pipeline.codec.patches import SelectionConfig
 from data_pipeline.codec.published_rule import (
     check_has_news,
     choose_published,
@@ -18,6 +19,7 @@ from data_pipeline.codec.published_rule import (
     patch_sums,
     pixel_scores,
 )
+from data_pipeline.codec.selection import Order
 from data_pipeline.errors import RejectedInput
 from data_pipeline.shards.sample_builder import SampleConfig, build_sample
 
@@ -52,6 +54,10 @@ def moving_square(count, height=SIDE, width=SIDE):
         picture[top : top + 24, left : left + 24] = texture(3)[:24, :24]
         pictures.append(picture)
     return pictures
+
+
+def sample_by(rule, **others):
+    return SampleConfig(size=SIDE, selection=SelectionConfig(rule=rule), **others)
 
 
 def framing_of(count, **others):
@@ -211,7 +217,7 @@ def test_no_patch_of_padding_is_taken(tmp_path, shape, patch_size, whole_first_f
 @pytest.mark.parametrize("rule", published_rule.PUBLISHED_RULES)
 def test_a_codec_without_vectors_is_rejected(tmp_path, rule):
     path = write_video(tmp_path / "clip.mkv", moving_square(6), "mpeg2video")
-    config = SampleConfig(size=SIDE, rule=rule)
+    config = sample_by(rule)
     with pytest.raises(RejectedInput, match="no vectors: choose --rule") as caught:
         build_sample(path, "clip.mkv", config)
     assert caught.value.reason == "no_motion_vectors"
@@ -223,15 +229,21 @@ def test_nothing_can_be_taken_of_i_frames_alone(tmp_path):
     with pytest.raises(RejectedInput, match="all chosen frames are I-frames"):
         check_has_news(path, clip)
     with pytest.raises(RejectedInput, match="clip.mp4: all chosen frames"):
-        build_sample(path, "clip.mp4", SampleConfig(size=SIDE, rule="published"))
-    _, info = build_sample(path, "clip.mp4", SampleConfig(size=SIDE, rule="published_llava"))
+        build_sample(path, "clip.mp4", sample_by("published"))
+    _, info = build_sample(path, "clip.mp4", sample_by("published_llava"))
     assert info.num_patches == 6 * 64
 
 
 def test_a_published_sample_is_that_of_the_rule(tmp_path):
     path = write_video(tmp_path / "clip.mp4", moving_square(12, 80, 128), **B_FRAMES)
-    config = SampleConfig(size=SIDE, rule="published_llava", fit="pad", budget=100, num_frames=12)
-    assert config.vectors == "native"
+    config = SampleConfig(
+        size=SIDE,
+        selection=SelectionConfig(rule="published_llava"),
+        fit="pad",
+        budget=100,
+        num_frames=12,
+    )
+    assert config.selection.vectors == "native"
     _, info = build_sample(path, "clip.mp4", config)
     assert (info.num_patches, info.content) == (100, (24, 0, 104, 128))
     assert dataclasses.asdict(info)["codec"] == "h264" and not info.is_static
@@ -242,18 +254,18 @@ def test_a_published_sample_is_that_of_the_rule(tmp_path):
     ("given", "message"),
     [
         ({"vectors": "canonical"}, "not --vectors canonical"),
-        ({"time_buckets": 4}, "a formula of its own"),
+        ({"order": Order(time_buckets=4)}, "a formula of its own"),
     ],
 )
 def test_what_a_published_rule_does_not_leave_open_is_refused(rule, given, message):
     with pytest.raises(ValueError, match=f"--rule {rule} .*{message}"):
-        SampleConfig(rule=rule, **given)
+        SelectionConfig(rule=rule, **given)
 
 
 def test_the_first_frame_must_fit_into_the_budget():
-    with pytest.raises(ValueError, match="cannot hold the 196 of the first frame"):
-        SampleConfig(rule="published_llava", budget=195)
-    SampleConfig(rule="published", budget=1)
+    with pytest.raises(ValueError, match="cannot hold the 196 of all I-frames"):
+        SampleConfig(selection=SelectionConfig(rule="published_llava"), budget=195)
+    SampleConfig(selection=SelectionConfig(rule="published"), budget=1)
 
 
 def test_the_public_tools_choice_is_found_again(shared):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.codec.selection import select_patches
+from data_pipeline.codec.selection import Order, select_patches, spread_mask
 
 
 def saliency(seed=0, frames=8, side=3):
@@ -50,20 +50,78 @@ def test_a_budget_below_one_i_frame_is_an_error():
         select_patches(*saliency(), 17)
 
 
-def test_the_published_rule_takes_no_i_frame_patch():
+@pytest.mark.parametrize("share", [0, 0.25, 0.5, 1])
+def test_a_share_of_each_i_frame_is_spread_evenly_and_no_more_is_ever_taken(share):
+    values, is_i = saliency(side=8)
+    chosen = select_patches(values, is_i, 8 * 64, order=Order(i_frame_share=share)).positions
+    count = round(share * 64)
+    first = chosen[: 2 * count]
+    assert is_i[first[:, 0]].all() and not is_i[chosen[2 * count :, 0]].any()
+    mask = spread_mask(8, 8, share)
+    assert np.array_equal(first[:count, 1:], np.argwhere(mask))
+    quarters = mask.reshape(2, 4, 2, 4).sum(axis=(1, 3))
+    assert quarters.max() - quarters.min() <= 1
+
+
+def test_i_frame_patches_are_stored_with_the_highest_score():
     values, is_i = saliency()
-    chosen = select_patches(values, is_i, 20, keep_i_frames=False)
-    assert not is_i[chosen.positions[:, 0]].any()
-    t, h, w = chosen.positions.astype(int).T
-    assert np.allclose(values[t, h, w], np.sort(values[~is_i].ravel())[::-1][:20])
+    scores = select_patches(9 * values, is_i, 30).scores
+    assert (scores[:18] == scores[18]).all() and scores[18] > 8
+    scores = select_patches(1e6 * values, is_i, 30).scores
+    assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("order", [Order(frame_discount=0.3), Order(time_discount=0.5)])
+def test_under_discounts_smaller_budgets_stay_prefixes(order):
+    values, is_i = saliency()
+    whole = select_patches(values, is_i, 60, order=order)
+    part = select_patches(values, is_i, 30, order=order)
+    assert np.array_equal(whole.positions[:30], part.positions)
+    assert not np.array_equal(part.positions, select_patches(values, is_i, 30).positions)
+
+
+def test_the_discount_of_a_frame_grows_with_what_it_gives():
+    """Frame 1 has the nine best patches, the other frame follows with half their score."""
+    values = np.full((3, 3, 3), 0.49, np.float32)
+    values[1] = 1.0
+    is_i = np.arange(3) == 0
+    taken = select_patches(values, is_i, 9 + 9, order=Order(frame_discount=0.5)).positions[9:, 0]
+    # 1, 2/3, 1/2, ... against 0.49, 0.33, 0.24, ...
+    assert taken.tolist() == [1, 1, 1, 2, 1, 1, 2, 1, 1]
+
+
+def test_of_equal_places_in_neighbouring_frames_the_best_is_taken_first():
+    values = np.zeros((4, 1, 2), np.float32)
+    values[1:, 0, 0] = (0.8, 1.0, 0.9)  # one object, seen three times
+    values[3, 0, 1] = 0.6
+    is_i = np.arange(4) == 0
+    plain = select_patches(values, is_i, 5).positions[2:].tolist()
+    assert plain == [[2, 0, 0], [3, 0, 0], [1, 0, 0]]
+    varied = select_patches(values, is_i, 5, order=Order(time_discount=0.5)).positions[2:].tolist()
+    assert varied == [[2, 0, 0], [3, 0, 1], [3, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"i_frame_share": 1.5},
+        {"time_discount": -0.1},
+        {"frame_discount": float("nan")},
+        {"time_buckets": 0},
+    ],
+)
+def test_orders_that_make_no_sense_are_refused_by_name(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        Order(**wrong)
 
 
 @pytest.mark.parametrize("buckets", [2, 3, 6, 50])
 def test_buckets_of_time_take_turns_and_budgets_stay_prefixes(buckets):
     values, is_i = saliency()
     values[5:] *= 0.01  # without turns the end of the clip would get nothing
-    whole = select_patches(values, is_i, 60, time_buckets=buckets)
-    part = select_patches(values, is_i, 30, time_buckets=buckets)
+    whole = select_patches(values, is_i, 60, order=Order(time_buckets=buckets))
+    part = select_patches(values, is_i, 30, order=Order(time_buckets=buckets))
     assert np.array_equal(whole.positions[:30], part.positions)
     taken = part.positions[18:, 0].astype(int)
     spans = np.searchsorted(np.flatnonzero(~is_i), taken) * min(buckets, 6) // 6
@@ -88,7 +146,9 @@ def test_positions_are_rows_and_columns_where_the_grid_is_not_square():
 def test_equal_patches_are_taken_in_order_of_time_row_and_column(buckets, frames):
     equal = np.ones((5, 2, 3), np.float32)
     is_i_frame = np.arange(5) == 0
-    chosen = select_patches(equal, is_i_frame, 6 + 5, time_buckets=buckets).positions[6:]
+    chosen = select_patches(equal, is_i_frame, 6 + 5, order=Order(time_buckets=buckets)).positions[
+        6:
+    ]
     assert chosen[:, 0].tolist() == frames
     for frame in set(frames):
         places = [[row, column] for row in range(2) for column in range(3)]

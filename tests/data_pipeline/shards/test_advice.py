@@ -17,10 +17,10 @@ from data_pipeline.clustering.features import load_features
 from data_pipeline.clustering.labels import load_labels, save_labels
 from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
 from data_pipeline.clustering.progress import SavedProgress
+from data_pipeline.embedded.clips import check_settings
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
 from data_pipeline.loading.choices import SampleTable
 from data_pipeline.loading.shard_reader import ShardReader
-from data_pipeline.motion_shapes import check_settings
 from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.pack import PackConfig, pack

@@ -21,7 +21,7 @@ from PIL import Image
 from data_pipeline.clustering.feature_sources import FeatureConfig
 from data_pipeline.clustering.features import extract
 from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
-from data_pipeline.motion_shapes import write_clip
+from data_pipeline.embedded.clips import write_clip
 from data_pipeline.shards.inputs import list_inputs
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.pack import PackConfig, pack

@@ -7,7 +7,8 @@ import torch
 import transformers
 from PIL import Image
 
-from data_pipeline.motion_shapes import render_clip, write_clip
+from data_pipeline.embedded.clips import write_clip
+from data_pipeline.embedded.motion_shapes import render_clip
 from eval_encoder.lmm.demo.tiny import train_tokenizer, write_language_model
 from eval_encoder.lmm.model.lmm import LmmConfig, LmmForConditionalGeneration, Visuals
 from eval_encoder.lmm.model.open import Lmm

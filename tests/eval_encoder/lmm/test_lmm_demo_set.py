@@ -12,7 +12,8 @@ from conftest import ROOT, run
 from forked import forked
 from PIL import Image
 
-from data_pipeline.motion_shapes import CLASSES, COLOURS, OUTLINES
+from data_pipeline.embedded.drawing import COLOURS, OUTLINES
+from data_pipeline.embedded.motion_shapes import CLASSES
 from eval_encoder.lmm.demo.question_set import DemoSet
 from eval_encoder.lmm.demo.samples import (
     INSTRUCTION,

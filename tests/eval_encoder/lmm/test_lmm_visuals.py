@@ -10,8 +10,9 @@ from lmm_parts import PATCH, SIDE, lmm_of, model_of, native, ours
 from PIL import Image
 
 from data_pipeline.__main__ import main as data_pipeline
+from data_pipeline.embedded.clips import write_clip
+from data_pipeline.embedded.motion_shapes import render_clip
 from data_pipeline.errors import DataPipelineError, RejectedInput
-from data_pipeline.motion_shapes import render_clip, write_clip
 from data_pipeline.shards.manifest import load_manifest
 from eval_encoder.lmm.data.conversation import Visual
 from eval_encoder.lmm.data.dataset import Collator, Example, collate_visuals, visual_tokens

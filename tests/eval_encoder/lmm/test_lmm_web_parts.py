@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import wait_until
 from eval_encoder.lmm.chat import Dialogue
 from eval_encoder.lmm.generate import AnswerStopped, Decoding
 from eval_encoder.lmm.web import handlers as lmm_growing
-from eval_encoder.lmm.web.gate import LARGEST_BODY, POLICY, Gate
+from eval_encoder.lmm.web.gate import CONTENT_SECURITY_POLICY, LARGEST_BODY, Gate
 from eval_encoder.lmm.web.handlers import LONGEST_QUESTION, Handlers, Limits, Visit
 
 OWN = {"host": "127.0.0.1:7860"}
@@ -31,7 +32,7 @@ def gate(tmp_path):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"the page"})
 
-    door = Gate(app, tmp_path / "uploads", max_upload=1000, max_stored=1500)
+    door = Gate(app, tmp_path / "uploads", max_upload=1000, max_stored=1500, kept_s=3600)
     (tmp_path / "uploads").mkdir()
 
     def ask(method, path, body=b"", headers=OWN):
@@ -134,9 +135,48 @@ def test_bodies_are_bounded_before_they_are_read(gate, tmp_path):
     assert gate("POST", "/gradio_api/upload", b"x" * 900)[0] == 507
 
 
+def test_a_body_in_chunks_has_no_length_to_believe(gate):
+    """Servers ignore the length that such a request states as well."""
+    chunked = {**OWN, "content-length": "10", "transfer-encoding": "chunked"}
+    for path in ("/gradio_api/queue/join", "/gradio_api/upload"):
+        status, _, received = gate("POST", path, b'{"a": "%s"}' % (b"x" * 5_000_000), chunked)
+        assert (status, received) == (411, []), path
+
+
+def test_an_upload_that_is_removed_while_the_others_are_measured_counts_nothing(
+    gate, tmp_path, monkeypatch
+):
+    (tmp_path / "uploads" / "gone").symlink_to(tmp_path / "removed")
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # it was there a moment ago
+    assert gate("POST", "/gradio_api/upload", b"x" * 900)[0] == 200
+
+
+def test_uploads_at_once_count_together_until_they_are_done(tmp_path):
+    sent = []
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0)  # another request comes in meanwhile
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    door = Gate(app, tmp_path, max_upload=1000, max_stored=1500, kept_s=3600)
+    headers = [(b"host", b"localhost"), (b"content-length", b"900")]
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
+
+    async def send(message):
+        sent.append(message.get("status"))
+
+    async def three():
+        await asyncio.gather(door(scope, None, send), door(scope, None, send))
+        await door(scope, None, send)
+
+    asyncio.run(three())
+    statuses = [status for status in sent if status is not None]
+    assert statuses == [507, 200, 200], "one of two at once, and one after them"
+
+
 def test_refusals_carry_the_policy_too(gate):
     for status, headers, _ in (gate("GET", "/"), gate("GET", "/config")):
-        assert headers[b"content-security-policy"] == POLICY.encode(), status
+        assert headers[b"content-security-policy"] == CONTENT_SECURITY_POLICY.encode(), status
 
 
 @dataclass
@@ -174,7 +214,7 @@ def slow(monkeypatch):
 
 def handlers_of(speaker, max_seconds=60.0):
     told = []
-    return Handlers(speaker, tell=told.append, limits=Limits(max_seconds)), told
+    return Handlers(speaker, warn=told.append, limits=Limits(max_seconds)), told
 
 
 def ask(handlers, question="Hi", visit=None, dialogue=None):
@@ -226,6 +266,25 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(slow):
     assert (question, [turn.text for turn in dialogue.turns]) == ("", ["Hi", "It"])
     wait_until(lambda: slow.stopped == ["Hi"], what="the end of the stopped answer")
     assert not told
+
+
+def test_a_stop_before_the_first_word_waits_for_the_end_and_nothing_is_asked(slow):
+    handlers, _ = handlers_of(slow)
+    answers = ask(handlers)
+    next(answers)  # the question is shown, no answer is begun
+    halted = threading.Event()
+
+    def halt():
+        handlers.halt(Visit("a", 0))
+        halted.set()
+
+    halting = threading.Thread(target=halt)
+    halting.start()
+    wait_until(lambda: handlers._stopped, what="the stop")
+    assert not halted.wait(0.1), "what follows a stop would be overwritten by the answer's end"
+    assert list(answers)[-1] == ("Hi", Dialogue(), [])
+    halting.join()
+    assert not slow.begun
 
 
 def test_stop_ends_a_question_that_waits_and_no_later_one_and_nobody_elses(slow):

@@ -230,9 +230,9 @@ def test_codec_patches_of_a_short_clip_lie_on_the_time_base(tmp_path):
 @pytest.mark.parametrize(("budget", "gop"), [(4096, 16), (2048, 16), (1024, 32), (512, 64)])
 def test_a_smaller_budget_has_fewer_whole_frames(budget, gop):
     config = config_of("--model_family", "ov_encoder_codec", "--K_keep", budget)
-    assert chosen_gop(config, 196) == gop
+    assert chosen_gop(config, 14, 14) == gop
     with pytest.raises(ValueError, match="--K_keep 100 cannot hold"):
-        chosen_gop(config_of("--K_keep", 100), 196)
+        chosen_gop(config_of("--K_keep", 100), 14, 14)
 
 
 def test_image_encoders_see_a_frame_once_cut_and_other_preprocessing_is_another_encoder(tmp_path):

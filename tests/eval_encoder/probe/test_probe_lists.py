@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from conftest import call
 
+from data_pipeline.codec import patches, saliency
 from data_pipeline.codec.saliency import CAMERA_MODELS
+from eval_encoder.clip_input import RULES, SCORES
 from eval_encoder.probe import prepare as probe_prepare
 from eval_encoder.probe.benchmarks import (
     BENCHMARKS,
@@ -63,6 +65,7 @@ def test_every_published_flag_is_accepted_and_known_choices_match_the_code():
     known = {action.dest for action in build_parser()._actions}
     assert set(PUBLIC_FLAGS) <= known and set(IDLE_FLAGS) <= set(PUBLIC_FLAGS)
     assert set(IMAGE_FAMILIES) == set(FAMILIES) and set(CAMERAS) == set(CAMERA_MODELS)
+    assert saliency.SCORES == SCORES and patches.RULES == RULES
 
 
 @pytest.mark.parametrize(

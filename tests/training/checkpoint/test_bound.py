@@ -16,8 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from model_factory.files import json_bytes, write_json
+from training.checkpoint.files import write_tensors
 from training.checkpoint.folder import (
     Commit,
     read_manifest,
@@ -551,6 +553,14 @@ def test_an_output_folder_that_is_removed_ends_the_run_and_is_not_made_again(tmp
     finally:
         wrappers.take_off()
     assert not output.exists()
+
+
+def test_a_save_whose_folder_is_removed_before_it_writes_fails_and_makes_nothing(tmp_path):
+    """The folder of a save is gone when its tensors come, with all folders above it."""
+    folder = tmp_path / "run" / "checkpoints" / ".step_00000002.tmp"
+    with alone(), pytest.raises(CheckpointException, match="FileNotFoundError"):
+        write_tensors({"weight": torch.ones(3)}, folder=folder, group=dist.new_group())
+    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_on_a_full_disk_is_told_once_and_the_training_goes_on(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.codec.decompose import decompose_frames
-from data_pipeline.motion_shapes import CLASSES, Appearance, render_clip, write_motion_shapes
+from data_pipeline.embedded.drawing import Appearance
+from data_pipeline.embedded.motion_shapes import CLASSES, render_clip, write_motion_shapes
 
 
 def test_a_clip_is_a_pure_function_of_its_arguments():
