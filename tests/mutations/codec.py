@@ -188,8 +188,8 @@ CODEC = (
     Mutant(
         name="full-scale-counts-padding",
         file="data_pipeline/codec/saliency.py",
-        old="inside = clip.whole_patches(patch_size)",
-        new="inside = np.ones(motion.shape[1:], bool)",
+        old="inside = clip.whole_patches(block)",
+        new="inside = np.ones_like(clip.whole_patches(block))",
         why="padding lowers the percentile, so that more patches are saturated",
         tests=("data_pipeline/codec/test_padding.py",),
     ),
