@@ -90,7 +90,7 @@ def bench_labels(args) -> dict:
     centroids = normalise(rng.standard_normal((200_000, 12), dtype=np.float32) @ directions)
     near = centroids[rng.integers(0, len(centroids), 20_000)]
     rows = normalise(near + 0.05 * rng.standard_normal(near.shape, dtype=np.float32))
-    exact_s, truth = seconds_of(lambda: search(rows, centroids, 10))
+    exact_s, (truth, _) = seconds_of(lambda: search(rows, centroids, 10))
 
     def found_in_cells():
         find = CentroidSearch(centroids, count=10, some=recall_samples(rows))
