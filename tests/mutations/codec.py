@@ -218,6 +218,14 @@ CODEC = (
         tests=("data_pipeline/codec/test_published_rule.py",),
     ),
     Mutant(
+        name="two-vectors-one-way",
+        file="data_pipeline/codec/published_rule.py",
+        old="best = np.argmin([errors[0], errors[1], errors[used]], axis=0)",
+        new="best = np.full(masks[0].shape, 2)",
+        why="blocks that are predicted from one side get the mean of both",
+        tests=("data_pipeline/codec/test_published_rule.py",),
+    ),
+    Mutant(
         name="published-frames-rounded",
         file="data_pipeline/codec/timeline.py",
         old="np.unique(even.astype(int))",

@@ -150,6 +150,25 @@ def test_b_frames_are_predicted_from_both_sides_by_their_distances(tmp_path, mon
     assert ours < 0.7 * mean
 
 
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_a_cell_with_two_vectors_takes_what_explains_it(is_weighted):
+    rng = np.random.default_rng(0)
+    past, future = rng.integers(0, 255, (2, 20, 28)).astype(np.int16)
+    both = (43 * past + 21 * future + 32) >> 6 if is_weighted else (past + future + 1) >> 1
+    luma = both.copy()
+    luma[:8, :8] = past[:8, :8]
+    luma[8:16, 16:] = future[8:16, 16:]
+    named = np.ones((3, 4), bool)
+    share = (1, 3)
+    prediction = published_rule.predict_from_both(luma, past, future, (named, named), share)
+    assert np.array_equal(prediction, luma)
+    # where one direction is named alone, it is taken
+    none = np.zeros_like(named)
+    for masks, wanted in (((named, none), past), ((none, named), future)):
+        prediction = published_rule.predict_from_both(luma, past, future, masks, share)
+        assert np.array_equal(prediction, wanted)
+
+
 def test_vectors_leave_much_less_than_the_plain_difference(tmp_path, monkeypatch):
     first, step = texture(0, 2 * SIDE, 2 * SIDE), 3
     pictures = [
