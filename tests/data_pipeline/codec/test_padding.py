@@ -165,8 +165,9 @@ def test_padding_moves_neither_the_camera_nor_full_scale():
 
     motion = np.zeros((2, 8, 8, 2), np.float32)
     motion[1, 3:5] = (4, 0)
-    residual = np.zeros((2, 64, 64), np.uint8)
+    residual = np.zeros((2, 64, 64), np.int16)
     residual[1, 24:40] = 10
+    residual[1, 24:32, :8] = 20  # one of the 16 patches of content, one of 64 in all
     clip = CodecClip(
         frames=np.zeros((2, 64, 64, 3), np.uint8),
         is_i_frame=np.array([True, False]),
@@ -178,10 +179,11 @@ def test_padding_moves_neither_the_camera_nor_full_scale():
         content=Content(24, 0, 40, 64),
     )
     assert compensate_camera(clip.motion, "median")[1, 3:5].any()  # of all cells it is not
-    only_motion = SaliencyConfig(residual_weight=0.0)
+    only_motion = SaliencyConfig(score="clipped", residual_weight=0.0)
     assert not patch_saliency(clip, 8, only_motion).any()
-    only_residual = SaliencyConfig(motion_weight=0.0)
-    assert (patch_saliency(clip, 8, only_residual)[1, 3:5] == 1).all()
+    only_residual = SaliencyConfig(score="clipped", motion_weight=0.0)
+    # the 95th percentile of 16 values lies a quarter of the way to the highest one: 12.5
+    assert np.isclose(np.median(patch_saliency(clip, 8, only_residual)[1, 3:5]), 0.8)
 
 
 def test_a_strip_without_a_patch_of_its_own_is_rejected(tmp_path):
