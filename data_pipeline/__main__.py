@@ -176,7 +176,7 @@ def _add_selecting(sub: argparse.ArgumentParser) -> None:
         "--score",
         choices=("peak", "mean", "clipped", "bits"),
         default="peak",
-        help="of a patch: its best quarter, its mean, the rule before, or the residual's bits",
+        help="of a patch: its best cell, its mean, the rule before, or the residual's bits",
     )
     group.add_argument(
         "--vectors",

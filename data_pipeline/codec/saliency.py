@@ -6,15 +6,15 @@ compensation leaves.
     value        (w_m * motion / p95(motion) + w_r * residual / p95(residual)) / (w_m + w_r)
     saliency     by `score`, times 1 + centre_prior * exp(-d^2 / (2 sigma^2)) where asked
 
-    peak         the largest value among the four quarters of the patch
+    peak         the largest value among the cells of the patch, of 4 pixels or a little more
     mean         the value of the patch as a whole
     clipped      the same, each of the two parts clipped to 1 before; the rule of version 3
     bits         an estimate of the bits that the residual costs, without motion: sum over the
                  coefficients c of its 8 x 8 DCT of log2(1 + |c| / q)
 
 The 95th percentiles are the scale and not a ceiling: a budget takes the best few percent of the
-patches, and clipped there all are equal. A quarter of a patch tells a small object from a weak
-change all over the patch. The percentiles are taken over the P-frames of the whole clip, with
+patches, and clipped there all are equal. Cells smaller than the patch tell a small object from a
+weak change all over it. The percentiles are taken over the P-frames of the whole clip, with
 floors: a frame where little happens does not compete as an equal with one where much does, and
 noise of a still scene is not scaled up. `normalise="frame"` takes them per frame. How the scores
 compare: docs/evidence.md.
@@ -51,6 +51,9 @@ STILL_SHARE = 0.002  # of all cells of P-frames; more of them changed is news
 CENTRE_WIDTH = 0.35  # sigma of the centre prior in shares of the shorter side; a choice
 PERCENTILE = 95  # taken for the scale: a few outliers do not flatten the rest
 SCORES = ("peak", "mean", "clipped", "bits")
+# Pixels of a cell. Of 2, 4, 8 and 16 this one shows most of the small events of brief_events
+# (docs/evidence.md); smaller ones follow noise.
+SMALLEST_CELL = 4
 DCT_BLOCK = 8  # as in H.264's High profile and JPEG
 # Quantiser step of the canonical stream's quality, CRF 18: 2 ** ((18 - 4) / 6), ITU-T H.264 8.5.9
 QUANTISER = 5.0
@@ -116,8 +119,7 @@ def _motion_and_residual(clip: CodecClip, patch_size: int, config: SaliencyConfi
     speed = np.linalg.norm(compensated, axis=-1)
     # by way of pixels: a patch of 14 does not consist of whole motion cells of 8
     speed_of_pixels = per_pixel(speed, height=height, width=width)
-    is_peak = config.score == "peak" and patch_size % 2 == 0  # an odd patch has no equal quarters
-    block = patch_size // 2 if is_peak else patch_size
+    block = cell_side(patch_size) if config.score == "peak" else patch_size
     fields = [
         (block_mean(speed_of_pixels, block), config.motion_weight, config.motion_floor),
         (block_mean(clip.residual, block), config.residual_weight, config.residual_floor),
@@ -136,7 +138,14 @@ def _motion_and_residual(clip: CodecClip, patch_size: int, config: SaliencyConfi
             scaled = np.minimum(scaled, 1.0)
         total = total + weight * scaled
     value = total / (config.motion_weight + config.residual_weight)
-    return block_max(value, 2) if is_peak else value
+    return block_max(value, patch_size // block)
+
+
+def cell_side(patch_size: int) -> int:
+    """Pixels of the cells in which a patch is scored: the smallest whole part of its side that is
+    no smaller than SMALLEST_CELL."""
+    parts = (side for side in range(SMALLEST_CELL, patch_size) if patch_size % side == 0)
+    return next(parts, patch_size)
 
 
 def residual_bits(residual: np.ndarray, patch_size: int) -> np.ndarray:

@@ -154,10 +154,10 @@ CODEC = (
         tests=("data_pipeline/codec/test_camera.py",),
     ),
     Mutant(
-        name="quarters-are-averaged",
+        name="cells-are-averaged",
         file="data_pipeline/codec/saliency.py",
-        old="return block_max(value, 2) if is_peak else value",
-        new="return block_mean(value, 2) if is_peak else value",
+        old="return block_max(value, patch_size // block)",
+        new="return block_mean(value, patch_size // block)",
         why="a small object counts as little as a weak change all over the patch",
         tests=("data_pipeline/codec/test_camera.py",),
     ),

@@ -11,6 +11,7 @@ from data_pipeline.codec.framing import Framing
 from data_pipeline.codec.saliency import (
     SaliencyConfig,
     camera_motion,
+    cell_side,
     compensate_camera,
     is_static,
     patch_saliency,
@@ -101,7 +102,7 @@ def clip_of(residual: np.ndarray, gop: int) -> CodecClip:
     """A clip [T, H, W] without motion, whose P-frames show a residual."""
     count, height, width = residual.shape
     is_i_frame = np.arange(count) % gop == 0
-    cells = np.zeros((count, height // 8, width // 8), np.float32)
+    cells = np.zeros((count, -(-height // 8), -(-width // 8)), np.float32)
     return CodecClip(
         frames=np.zeros((count, height, width, 3), np.uint8),
         is_i_frame=is_i_frame,
@@ -130,17 +131,25 @@ def test_the_scale_is_that_of_the_p_frames_alone():
         assert not found[0].any()
 
 
-def test_the_best_quarter_of_a_patch_is_its_score():
-    """A residual of 40 in one quarter of a patch, of 20 all over the next one."""
+def test_the_best_cell_of_a_patch_is_its_score():
+    """A residual of 40 in one of the sixteen cells of a patch, of 20 all over the next one."""
     shown = np.zeros((2, 32, 64))
-    shown[1, 8:16, :8] = 40
+    shown[1, 8:12, :4] = 40
     shown[1, :16, 16:32] = 20
     scores = {
         score: patch_saliency(clip_of(shown, gop=2), 16, SaliencyConfig(score, motion_weight=0))[1]
         for score in ("peak", "mean")
     }
     assert scores["peak"][0, 0] == 2 * scores["peak"][0, 1] > 0
-    assert 2 * scores["mean"][0, 0] == scores["mean"][0, 1] > 0
+    assert 8 * scores["mean"][0, 0] == scores["mean"][0, 1] > 0
+
+
+@pytest.mark.parametrize(("patch", "cell"), [(16, 4), (14, 7), (32, 4), (8, 4), (7, 7), (4, 4)])
+def test_cells_are_whole_parts_of_a_patch_and_no_smaller_than_four_pixels(patch, cell):
+    assert cell_side(patch) == cell
+    shown = np.kron(np.arange(1, 9).reshape(1, 2, 4), np.ones((2, patch, patch)))
+    found = patch_saliency(clip_of(shown, gop=2), patch, SaliencyConfig(motion_weight=0))
+    assert found.shape == (2, 2, 4) and (np.diff(found[1].ravel()) > 0).all()
 
 
 @pytest.mark.parametrize("patch_size", [14, 16])
