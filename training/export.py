@@ -66,7 +66,8 @@ def read_encoder(checkpoint: Path) -> "tuple[LlavaViTPackingModel, Path, int]":
             f"{', '.join(intact) or 'none is left'}"
         )
     state = read_state(path)
-    # The model's fields come from the checkpoint, which is bound byte by byte, not from config.json.
+    # The model's fields come from the checkpoint, which is bound byte by byte, not from
+    # config.json.
     prefix = "model."
     fields = {
         key.removeprefix(prefix): value
