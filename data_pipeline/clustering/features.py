@@ -121,8 +121,9 @@ def read_vectors(
     path: Path, width: int | None = None, origin_sha256: str | None = None
 ) -> np.ndarray:
     """Vectors float32 [n, D] of a shard, of the file FOLDER/SHARD.npy, bound by the record beside
-    it; CorruptShard for damaged ones, and for another width or origin than the one given."""
+    it; CorruptShard for damaged ones, and for another width than the one given."""
     record = _shard_record(path.with_suffix(".json"))
+    # origin_sha256: of an origin (origin_hash) that the vectors must have
     if origin_sha256 is not None and record["origin"] != origin_sha256:
         raise CorruptShard(
             f"{path} holds vectors of other samples, settings or weights than {RECORD_NAME} beside "
