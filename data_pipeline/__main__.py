@@ -88,7 +88,7 @@ def _add_making(command: AddCommand) -> None:
     )
     _add_set(sub, num_train=600, num_val=120)
     sub.add_argument("inputs", nargs="+", help="videos, folders, or .txt/.csv lists")
-    sub.add_argument("--val", nargs="+", default=[], help="videos to validate on (split by hash)")
+    sub.add_argument("--val", nargs="+", help="videos to validate on (split by hash)")
 
 
 def _add_set(sub: argparse.ArgumentParser, num_train: int, num_val: int) -> None:

@@ -76,7 +76,7 @@ def tempo(args: Namespace) -> None:
     write_tempo(
         args.directory,
         inputs=list_inputs(args.inputs),
-        val_inputs=list_inputs(args.val) if args.val else (),
+        val_inputs=list_inputs(args.val) if args.val else None,
         num_train=args.num_train,
         num_val=args.num_val,
         size=args.size,

@@ -1,7 +1,8 @@
 """Names of datasets -> manifest and labels. A name is a registered one or simply a packed folder.
 
-Training reaches clustering through this module alone, and only when a round clusters again: its
-imports stand in the functions.
+Training reaches clustering through this module alone: labels at every start, centroids where a head
+starts from some, features and k-means only when a round clusters again. So its imports stand in the
+functions that need them.
 
 To add a dataset, pack, cluster and label it, then pass its folder; register it here only to give it
 a name.
@@ -21,10 +22,11 @@ from model_factory.files import OWN_LISTING, check_checksums
 
 from .errors import CorruptShard, DataPipelineError, MissingData
 from .shards.manifest import Manifest, load_manifest
+from .side_files import read_foreign_array
 
 EMBEDDED = "motion_shapes"
 
-Report = Callable[[str], object]  # takes one line at a time
+ReportLine = Callable[[str], object]  # takes one line at a time
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,25 @@ def embedded_spec(directory: Path) -> DatasetSpec:
 
 
 def forget_other_clusters(dataset: Dataset, encoder: Path, output: Path) -> bool:
-    """Remove from `output` what other weights made; whether there was anything."""
+    """Remove from `output` what other weights made; returns whether there was anything."""
     from .clustering.feature_sources import FeatureConfig
     from .clustering.features import is_of, origin_of
-    from .clustering.pipeline import FEATURES_NAME
+    from .clustering.labels import RECORD_NAME
+    from .clustering.pipeline import FEATURES_NAME, made_by
 
     config = FeatureConfig(str(encoder))
-    origin = origin_of(
-        dataset.manifest,
-        config=config,
-        weights_sha256=config.weights_sha256(),
-    )
-    if is_of(output / FEATURES_NAME, origin):
+    weights_sha256 = config.weights_sha256()
+    origin = origin_of(dataset.manifest, config=config, weights_sha256=weights_sha256)
+    if not is_of(output / FEATURES_NAME, origin):
+        # all of it: centroids and labels beside the features are of the same weights
+        shutil.rmtree(output)
+        return True
+    # Features may be gone, by hand or by a removal that was killed, while labels are left: the
+    # record of the centroids says of which weights those are. Without them all is made again.
+    labels = output / RECORD_NAME
+    if not labels.is_file() or made_by(output, weights_sha256):
         return False
-    # all of it: centroids and labels beside the features are of the same weights
-    shutil.rmtree(output)
+    labels.unlink()
     return True
 
 
@@ -125,7 +131,7 @@ def extract_features(
     output: Path,
     part: int,
     num_parts: int,
-    report: Report = show,
+    report: ReportLine = show,
 ) -> None:
     """Vectors by another encoder, of every num_parts-th shard from `part` on, for recluster."""
     from .clustering.feature_sources import FeatureConfig
@@ -142,9 +148,12 @@ def extract_features(
     )
 
 
-def recluster(dataset: Dataset, encoder: Path, output: Path, report: Report = show) -> None:
+def recluster(dataset: Dataset, encoder: Path, output: Path, report: ReportLine = show) -> None:
     """Labels by another encoder in `output`: features, as many centroids and as wide labels as
-    before. What is there already stays; what is damaged is reported and made again.
+    before.
+
+    What is there already stays. Damaged labels are reported and made again; damaged records of
+    features or of a clustering that was stopped are a CorruptShard, which names the remedy.
     """
     from .clustering.feature_sources import FeatureConfig
     from .clustering.pipeline import ClusterConfig, cluster, label
@@ -163,6 +172,7 @@ def recluster(dataset: Dataset, encoder: Path, output: Path, report: Report = sh
         centroids_folder=output,
         num_labels=dataset.labels.shape[1],
         output=output,
+        report=report,
     )
 
 
@@ -171,7 +181,7 @@ def relabelled(dataset: Dataset, labels_folder: Path) -> Dataset:
     from .clustering.labels import load_labels
 
     labels, num_classes = load_labels(labels_folder, dataset.manifest)
-    # clustered, whatever the labels before were: who asks has clustered
+    # whatever the labels before were: the only caller, a round of training, has just clustered
     return replace(dataset, labels=labels, num_classes=num_classes, clustered=True)
 
 
@@ -185,11 +195,8 @@ def start_centers(path: Path) -> np.ndarray:
     if path.name == CENTROIDS_NAME and (path.parent / RECORD_NAME).is_file():
         return load_centroids(path.parent)[0]
     check_checksums(path.parent, [path.name], listing=f"{path.name}{OWN_LISTING}")
-    try:
-        centers = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataPipelineError(f"{path} is no array of numbers: {error}") from error
-    if not isinstance(centers, np.ndarray) or centers.dtype.kind != "f" or centers.ndim != 2:
+    centers = read_foreign_array(path)
+    if centers.dtype.kind != "f" or centers.ndim != 2:
         raise DataPipelineError(f"{path} holds no floats [num_classes, D], as starting centres are")
     if not np.isfinite(centers).all():
         raise DataPipelineError(f"{path} holds numbers that are not finite: give other centres")
@@ -197,13 +204,14 @@ def start_centers(path: Path) -> np.ndarray:
 
 
 def prepare_embedded(
-    directory: Path, num_train: int = 1200, num_val: int = 240, report: Report = show
+    directory: Path, num_train: int = 1200, num_val: int = 240, report: ReportLine = show
 ) -> DatasetSpec:
     """Write, pack, cluster and label the embedded motion_shapes set under `directory`;
     steps that are done are skipped.
 
     98 patches are selected of each 64-frame clip of 112 px (the I-frame's 49 and the best 49 of the
-    P-frames), and the pseudo-labels come from 64 clusters of the codec descriptor.
+    P-frames), and 8 whole frames are stored. The pseudo-labels are the 10 nearest of 64 clusters of
+    the codec descriptor.
     """
     from .clustering.labels import load_labels
     from .clustering.pipeline import ClusterConfig, cluster, label
@@ -227,6 +235,13 @@ def prepare_embedded(
         # none yet, or of other clips, or damaged: they are ours and made again
         centroids = directory / "centroids"
         shutil.rmtree(centroids, ignore_errors=True)
-        cluster(manifest, config=ClusterConfig(min(64, len(manifest))), output=centroids)
-        label(manifest, centroids_folder=centroids, num_labels=10, output=spec.labels)
+        clusters = ClusterConfig(min(64, len(manifest)))
+        cluster(manifest, config=clusters, output=centroids, report=report)
+        label(
+            manifest,
+            centroids_folder=centroids,
+            num_labels=10,
+            output=spec.labels,
+            report=report,
+        )
     return spec

@@ -1,11 +1,12 @@
 """Files that commands write beside shards: arrays, JSON records that bind them, drawn images.
 
-Each is written whole or not at all, and every error of reading names the file and the remedy.
+Each is written whole or not at all. Every error of reading names the file; those of read_array and
+read_record end with the remedy.
 
 NumPy evaluates the header of a .npy file as Python, which is not safe in threads (CPython 3.11
 counts the depth of syntax trees for all threads together), and trusts whatever size it states.
 Here a header has the form that np.save gives it, its dtype is the expected one, and its bytes are
-all there.
+all there. read_foreign_array alone leaves a header to NumPy: a user's file may have any form.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import io
 import math
 import os
 import re
+import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from model_factory.files import (
     write_atomically,
 )
 
-from .errors import CorruptShard
+from .errors import CorruptShard, DataPipelineError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,8 +37,23 @@ if TYPE_CHECKING:
 Fields = Mapping[str, type | tuple[type, ...]]
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
 NPY_MAGIC = b"\x93NUMPY\x01\x00"  # with version 1.0, which np.save writes for plain arrays
+# 18 digits fit an int64, and Python refuses to read thousands of them
+NPY_SHAPE = rb"(?:\d{1,18}(?:, \d{1,18})*,?)?"
 NPY_HEADER = re.compile(
-    rb"\{'descr': '([^']{1,8})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n"
+    rb"\{'descr': '([^']{1,8})', 'fortran_order': (True|False), "
+    rb"'shape': \((" + NPY_SHAPE + rb")\), \} *\n"
+)
+ZIP_MAGIC = b"PK"  # of an .npz file, which is a zip archive
+# What np.load raises for headers that are no header: of the tokenizer that it calls for those of
+# Python 2, of sizes beyond an int64, and of sizes that no memory holds.
+FOREIGN_ERRORS = (
+    ValueError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    tokenize.TokenError,
 )
 
 
@@ -62,17 +79,21 @@ def parse_array(data: bytes | bytearray, dtype: type, name: str) -> np.ndarray:
         header = NPY_HEADER.fullmatch(data[10 : 10 + length])
     if header is None:
         raise CorruptShard(f"{name} is no .npy array of version 1.0")
-    descr, order, sizes = (group.decode() for group in header.groups())
-    shape = tuple(int(size) for size in sizes.split(",") if size.strip())
+    descr, order, sizes = header.groups()
+    shape = tuple(int(size) for size in sizes.split(b",") if size)
     wanted = np.dtype(dtype)
-    if descr != wanted.str:
-        raise CorruptShard(f"{name} holds {descr} {shape}, expected {wanted}")
+    if descr != wanted.str.encode():
+        found = descr.decode(errors="backslashreplace")
+        raise CorruptShard(f"{name} holds {found} {shape}, expected {wanted}")
     # before anything of the stated size is made
     num_bytes = math.prod(shape) * wanted.itemsize
     if len(data) != 10 + length + num_bytes:
-        raise CorruptShard(f"{name} has not the bytes of a {descr} {shape}")
+        raise CorruptShard(f"{name} has not the bytes of a {wanted.str} {shape}")
     flat = np.frombuffer(data, wanted, offset=10 + length)
-    return flat.reshape(shape, order="F" if order == "True" else "C")
+    try:
+        return flat.reshape(shape, order="F" if order == b"True" else "C")
+    except ValueError as error:  # more dimensions than NumPy has, or sizes beside a 0 that overflow
+        raise CorruptShard(f"{name} is no array: {error}") from error
 
 
 def check_array(array: np.ndarray, shape: tuple[int | None, ...], name: str) -> None:
@@ -115,6 +136,19 @@ def read_array(
     except CorruptShard as error:
         raise CorruptShard(f"{error}: {again}") from None
     return array
+
+
+def read_foreign_array(path: Path) -> np.ndarray:
+    """The array of a .npy file that a user wrote, of any dtype and shape; DataPipelineError names
+    a file that holds anything else."""
+    with open(path, "rb") as stream:
+        is_archive = stream.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    if is_archive:
+        raise DataPipelineError(f"{path} holds several arrays (npz): save one of them as .npy")
+    try:
+        return np.load(path, allow_pickle=False)
+    except FOREIGN_ERRORS as error:
+        raise DataPipelineError(f"{path} is no array of numbers: {error}") from error
 
 
 def read_record(path: Path, fields: Fields, again: str) -> dict:

@@ -16,7 +16,7 @@ from training.log import is_first_to_say
 def main(argv: list[str] | None = None) -> int:
     """Run one probe; returns the exit code."""
     return run_command(
-        parse=build_parser().parse_args, work=_probe, argv=argv, is_heard=is_first_to_say
+        parse=build_parser().parse_args, work=_probe, argv=argv, should_print=is_first_to_say
     )
 
 

@@ -5,9 +5,9 @@
 
 KEY hashes what all features have in common: the encoder's weights, the input settings, tokens or
 pooled. DIGEST hashes the identity of one item, such as a look at a clip: path, size and
-modification time of its file, or its sample in a packed set, and the crop. So another encoder,
-sampling or file is never answered by old features, while other lists, heads and seeds of heads
-share them. Files are written beside and renamed, so several processes may fill one folder. Cost: a
+modification time of its file, or its sample in a packed set, and the crop. Features of another
+encoder, sampling or file are never returned, while other lists, heads and seeds of heads share
+them. Files are written beside and renamed, so several processes may fill one folder. Cost: a
 file of tokens * width * 2 bytes per item.
 
 An entry ends with the sha256 of its name and its bytes, which NumPy's own reader passes over. One
@@ -52,11 +52,12 @@ class FeatureCache(Generic[Item]):
         self._identity = identity
         self._memory: dict[Item, torch.Tensor] = {}
         self._room = memory_bytes
-        self._warned = False  # whether the log has it that an entry cannot be stored
+        self._warned = False  # whether the log says that an entry cannot be stored
         self._folder: Path | None = None
         if folder is not None:
             text = json.dumps({**key, "entry": ENTRY_FORMAT}, sort_keys=True, default=str)
             digest = hashlib.sha256(text.encode()).hexdigest()
+            # 64 bits: among a million keys two are the same with a chance of 3e-8
             self._folder = folder / digest[:16]
             self._folder.mkdir(parents=True, exist_ok=True)
             _describe(self._folder / "key.json", text.encode())
@@ -118,20 +119,24 @@ def _describe(path: Path, text: bytes) -> None:
 
 
 def _read(path: Path) -> torch.Tensor | None:
-    """Features of an entry; None where there is none, or a damaged one. That one is removed, so
-    that `has` is right about it from then on."""
+    """Features of an entry; None where there is none, where it cannot be read, or where it is
+    damaged. It is removed if its digest is wrong, so that `has` is right about it from then on."""
     try:
         data = np.fromfile(path, np.uint8)
         written = data[:-DIGEST_BYTES]
         digest = data[-DIGEST_BYTES:]
         if _digest(path, written) == digest.tobytes():
             return torch.from_numpy(_array(written))
-        problem = "it changed since it was written"
-        path.unlink(missing_ok=True)
     except FileNotFoundError:
         return None
     except OSError as error:
         problem = error.strerror or str(error)
+    else:
+        problem = "it changed since it was written"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            problem += f", and cannot be removed ({error.strerror})"
     LOG.warning("stored features %s are made again: %s", path, problem)
     return None
 
@@ -156,6 +161,8 @@ def _write(path: Path, features: torch.Tensor) -> None:
 
 def _array(written: np.ndarray) -> np.ndarray:
     """The array in the bytes of an .npy file, without a copy: a clip has megabytes."""
+    # NumPy evaluates a header, which data_pipeline/side_files.py avoids. Here the digest has shown
+    # that the header is ours, and only one thread of a process reads entries.
     stream = io.BytesIO(written[:HEADER_BYTES].tobytes())
     np.lib.format.read_magic(stream)
     shape, _, dtype = np.lib.format.read_array_header_1_0(stream)

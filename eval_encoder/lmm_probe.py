@@ -23,7 +23,7 @@ from training.log import is_first_to_say
 
 def main(argv: list[str] | None = None) -> int:
     """Run one stage; returns the exit code."""
-    return run_command(parse=_parse, work=_stage, argv=argv, is_heard=is_first_to_say)
+    return run_command(parse=_parse, work=_stage, argv=argv, should_print=is_first_to_say)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

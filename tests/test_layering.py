@@ -83,8 +83,23 @@ def test_module_imports_only_what_its_layer_may(name):
                 f"a training node needs no PyAV: {name}"
             )
         if package == "training":
-            forbidden = ("data_pipeline.codec", "data_pipeline.clustering")
+            forbidden = (
+                "data_pipeline.codec",
+                "data_pipeline.clustering",
+                "data_pipeline.embedded",
+            )
             assert not target.startswith(forbidden), f"{name} imports {target}"
+
+
+def test_embedded_sets_need_neither_torch_nor_shards():
+    for name, tree in TREES.items():
+        if not name.startswith("data_pipeline.embedded"):
+            continue
+        for target in imports(name, tree, IS_PACKAGE[name]):
+            forbidden = ("torch", "data_pipeline.loading", "data_pipeline.clustering")
+            assert not target.startswith(forbidden), f"{name} imports {target}"
+            if target.startswith("data_pipeline.shards"):
+                assert target.startswith("data_pipeline.shards.inputs"), f"{name} imports {target}"
 
 
 def test_model_factory_imports_its_siblings_relatively():

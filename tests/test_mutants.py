@@ -68,8 +68,8 @@ def test_what_cannot_be_imported_or_does_not_end_is_not_called_killed():
     assert cut.outcome == BROKEN and cut.is_fault
     endless = replace(
         QUICK,
-        old="    order = np.argsort(-s",
-        new="    while True: pass\n    order = np.argsort(-s",
+        old="    best = np.argsort(-s",
+        new="    while True: pass\n    best = np.argsort(-s",
     )
     assert try_mutant(endless, limit_s=2).outcome == TIMED_OUT
 

@@ -164,9 +164,12 @@ def commands_of(parser) -> list:
     return [parser, *(command for action in below for command in action.choices.values())]
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", "file:///data/run"])
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/run", "gs://bucket/run", "file:///data/run", "s3:/bucket/run"]
+)
 def test_no_command_takes_a_url_as_its_output(url):
-    """A path of that name would be a folder called s3: below the working directory."""
+    """A path of that name would be a folder called s3: below the working directory. A path that was
+    joined or normalised has one slash left of two."""
     from eval_encoder.lmm.config import build_parser as lmm_parser
     from model_factory.command_line.local_output import NotLocal
     from training.config.schema import TrainConfig

@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the findings of rank 0, and what needs fixing on other ranks; returns the exit
     code."""
     return run_command(
-        parse=build_parser().parse_args, work=_diagnose, argv=argv, is_heard=is_first_to_say
+        parse=build_parser().parse_args, work=_diagnose, argv=argv, should_print=is_first_to_say
     )
 
 

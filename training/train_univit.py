@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # imported where they are used, so that `--help` needs no tor
 def main(argv: list[str] | None = None) -> int:
     """Run one training; returns the exit code."""
     return run_command(
-        parse=build_parser().parse_args, work=_start, argv=argv, is_heard=is_first_to_say
+        parse=build_parser().parse_args, work=_start, argv=argv, should_print=is_first_to_say
     )
 
 

@@ -150,7 +150,7 @@ def _packing_model_rows(
     @torch.inference_mode()
     def rows_of(ids: range) -> np.ndarray:
         rows = []
-        for batch in sequential_batches(manifest, ids, batch_size=32, view="codec"):
+        for batch in sequential_batches(manifest, ids, batch_size=32, view_name="codec"):
             pooled = model(**batch.to(device).model_inputs()).pooler_output
             # rows behind the samples are padding of the last batch
             rows.append(pooled[: batch.num_samples].float().cpu().numpy())

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from model_factory.command_line.plain_text import show
-from model_factory.files import DamagedFile, file_sha256, write_json, writing_into
+from model_factory.files import DamagedFile, file_sha256, read_json, write_json, writing_into
 
 from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..shards.existing import remove_temporary
@@ -44,10 +44,12 @@ def extract(
     num_tasks: int = 1,
     report: ReportLine = show,
 ) -> bool:
-    """Write the vectors of shards task_id, task_id + num_tasks, ... that are not there yet; whether
-    all shards are done now, by this task or others.
+    """Write the vectors of shards task_id, task_id + num_tasks, ... that are not there yet. Returns
+    whether all shards are done now, by this task or others.
 
-    Raises DataPipelineError when the folder holds features of something else.
+    Raises DataPipelineError when the folder holds features of something else and for vectors that
+    are not finite, CorruptShard for a damaged record of it, MissingData for a set without samples
+    and an encoder without weights, and ValueError for a task_id that is none of num_tasks.
     """
     from tqdm import tqdm
 
@@ -67,7 +69,7 @@ def extract(
         )
     # also where it is there: a folder or an encoder that was moved keeps its origin, not its path
     write_json(folder / RECORD_NAME, {"config": asdict(config), "origin": origin})
-    done = _Done(folder, origin, report)
+    done = _FinishedShards(folder, origin, report)
     own = range(task_id, len(manifest.shards), num_tasks)
     todo = [i for i in own if done.lacks(manifest.shards[i])]
     if todo:  # an encoder takes seconds to load, and is not needed where all is there
@@ -107,12 +109,13 @@ def is_complete(manifest: Manifest, folder: Path, origin: dict) -> bool:
     """Whether a folder holds the features of this origin of every sample."""
     if not (folder / RECORD_NAME).is_file() or not is_of(folder, origin):
         return False
-    done = _Done(folder, origin)
+    done = _FinishedShards(folder, origin)
     return not any(done.lacks(shard) for shard in manifest.shards)
 
 
 def read_features_record(folder: Path) -> dict:
-    """The record of a folder of features; CorruptShard for a damaged one."""
+    """The record of a folder of features; CorruptShard for a damaged one, FileNotFoundError where
+    there is none."""
     again = f"{MAKE_AGAIN}, which keeps the vectors"
     return read_record(folder / RECORD_NAME, fields=RECORD_FIELDS, again=again)
 
@@ -121,7 +124,8 @@ def read_vectors(
     path: Path, width: int | None = None, origin_sha256: str | None = None
 ) -> np.ndarray:
     """Vectors float32 [n, D] of a shard, of the file FOLDER/SHARD.npy, bound by the record beside
-    it; CorruptShard for damaged ones, and for another width than the one given."""
+    it; CorruptShard for damaged ones, and for another width than the one given. FileNotFoundError
+    where there is no record."""
     record = _shard_record(path.with_suffix(".json"))
     # origin_sha256: of an origin (origin_hash) that the vectors must have
     if origin_sha256 is not None and record["origin"] != origin_sha256:
@@ -151,19 +155,19 @@ def load_features(manifest: Manifest, folder: Path) -> tuple[np.ndarray, Feature
 def features_config(manifest: Manifest, folder: Path) -> FeatureConfig:
     """Where the vectors of a folder come from; MissingData or DataPipelineError when they are not
     there, or of another set."""
-    record = folder / RECORD_NAME
-    if not record.is_file():
+    path = folder / RECORD_NAME
+    if not path.is_file():
         shards = shlex.quote(str(manifest.directory))
         output = shlex.quote(str(folder))
         raise MissingData(
-            f"{record} does not exist: make it with `python -m data_pipeline features {shards} "
+            f"{path} does not exist: make it with `python -m data_pipeline features {shards} "
             f"--output {output}`"
         )
-    whole = read_features_record(folder)
-    if whole["origin"].get("manifest_sha256") != manifest.sha256:
+    record = read_features_record(folder)
+    if record["origin"].get("manifest_sha256") != manifest.sha256:
         raise DataPipelineError(f"{folder} holds features of another set than {manifest.directory}")
     try:
-        return FeatureConfig.of(whole["config"], name=str(record))
+        return FeatureConfig.of(record["config"], name=str(path))
     except DamagedFile as error:
         raise CorruptShard(str(error)) from error
 
@@ -175,7 +179,7 @@ def feature_pieces(manifest: Manifest, folder: Path) -> Iterator[np.ndarray]:
     features of another set.
     """
     features_config(manifest, folder)
-    done = _Done(folder, read_features_record(folder)["origin"])
+    done = _FinishedShards(folder, read_features_record(folder)["origin"])
     width = None  # that of the first shard, which all others must have
     for shard in manifest.shards:
         if shard["samples"]:
@@ -188,7 +192,7 @@ def quiet(line: str) -> None:
     """Report nothing."""
 
 
-class _Done:
+class _FinishedShards:
     """Shards of one origin in a folder."""
 
     def __init__(self, folder: Path, origin: dict, report: ReportLine = quiet):
@@ -201,7 +205,8 @@ class _Done:
         return bool(shard["samples"]) and not self.has(shard)
 
     def has(self, shard: dict) -> bool:
-        """Whether a shard's vectors are there; a damaged record is reported and counts as none.
+        """Whether a shard's vectors are there; a damaged record is reported and counts as none, so
+        that they are computed again.
 
         The vectors are not hashed here but where they are read.
         """
@@ -209,15 +214,16 @@ class _Done:
         if not path.is_file() or not path.with_suffix(".npy").is_file():
             return False
         try:
-            record = _shard_record(path)
-        except CorruptShard as error:
-            self._report(f"{error}; not believed")
+            record = read_json(path, fields=SHARD_FIELDS)
+        except DamagedFile as error:
+            self._report(f"{error}: damaged, computed again")
             return False
         return record["rows"] == len(shard["samples"]) and record["origin"] == self._origin
 
     def add(self, shard: dict, rows: np.ndarray) -> None:
         """Write a shard's vectors."""
         path = self._folder / f"{shard['name']}.npy"
+        # left by a task that was killed while it wrote this shard
         remove_temporary(self._folder, shard["name"])
         write_array(path, rows.astype(np.float32, copy=False))
         facts = {"sha256": file_sha256(path), "rows": len(rows), "origin": self._origin}

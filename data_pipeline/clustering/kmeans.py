@@ -36,7 +36,7 @@ SAME = 1e-6  # cosine distance of centroids that are one
 
 
 @dataclass
-class Report:
+class KMeansReport:
     """What happened: levels, cells with samples, centroids that were given and used, centroids that
     were repaired, each counted once, what is still empty, and the sizes of the clusters."""
 
@@ -73,8 +73,8 @@ def spherical_kmeans(
     initial: np.ndarray | None = None,
     progress: Progress | None = None,
     single: int = SINGLE,
-) -> tuple[np.ndarray, Report]:
-    """Unit centroids float32 [num_centroids, D] of unit features float32 [N, D], and a Report.
+) -> tuple[np.ndarray, KMeansReport]:
+    """Unit centroids float32 [num_centroids, D] of unit features float32 [N, D], and what happened.
 
     initial: centroids to start from; of two levels, each cell takes those that lie in it, as many
     as it needs.
@@ -85,7 +85,7 @@ def spherical_kmeans(
     check_features(features, num_centroids=num_centroids, initial=initial)
     features = np.ascontiguousarray(features, np.float32)
     pointing = features.any(axis=1)
-    report = Report(zero_vectors=int((~pointing).sum()))
+    report = KMeansReport(zero_vectors=int((~pointing).sum()))
     if report.zero_vectors:
         features = features[pointing]
     progress = progress or Progress()
@@ -180,7 +180,7 @@ class _TwoLevels:
     features: np.ndarray
     seed: int
     num_iterations: int
-    report: Report
+    report: KMeansReport
     progress: Progress
 
     def centroids(self, num_centroids: int, initial: np.ndarray | None) -> np.ndarray:
@@ -283,7 +283,7 @@ def allot(total: int, sizes: np.ndarray) -> np.ndarray:
     return shares
 
 
-def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.ndarray:
+def _repair(features: np.ndarray, centroids: np.ndarray, report: KMeansReport) -> np.ndarray:
     """Move empty and repeated centroids onto the samples that fit worst, one each; a few times, as
     a move may leave another one empty."""
     was_empty: set[int] = set()
@@ -312,7 +312,7 @@ def _repair(features: np.ndarray, centroids: np.ndarray, report: Report) -> np.n
 
 
 def _faults(
-    features: np.ndarray, centroids: np.ndarray, report: Report
+    features: np.ndarray, centroids: np.ndarray, report: KMeansReport
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(which centroids are empty, which repeat one before them, every sample's best cosine)."""
     nearest, cosines = search(features, centroids, count=1)

@@ -1,5 +1,5 @@
-"""The nearest centroids of every sample, nearest first:
-labels.npy, a side file bound to its manifest.
+"""Labels of every sample: its nearest centroids, nearest first, or imported ones. labels.npy is a
+side file bound to its manifest.
 
     labels.npy    int32 [N, L], row = sample id; -1 pads a row and is ignored by the loss
     labels.json   manifest sha256, number of classes, sha256 of labels.npy; its own digest
@@ -17,24 +17,12 @@ from model_factory.files import file_sha256, write_json
 from ..errors import CorruptShard, DataPipelineError, MissingData
 from ..lists import ids_of_sources, read_labelled_jsonl
 from ..shards.manifest import Manifest
-from ..side_files import read_array, read_record, write_array
+from ..side_files import read_array, read_foreign_array, read_record, write_array
 from .kmeans import how_to_cluster
-from .search import CentroidSearch, recall_samples
 
 LABELS_NAME = "labels.npy"
 RECORD_NAME = "labels.json"
 RECORD_FIELDS = {"manifest_sha256": str, "num_classes": int, "num_labels": int, "sha256": str}
-
-
-def nearest_centroids(
-    features: np.ndarray, centroids: np.ndarray, num_labels: int
-) -> tuple[np.ndarray, dict]:
-    """int32 [N, num_labels]: centroids by falling cosine, -1 where there are fewer; and how they
-    were found.
-    """
-    # fewer columns where there are fewer centroids than labels asked for
-    find = CentroidSearch(centroids, count=num_labels, some=recall_samples(features))
-    return padded(find(features), num_labels), find.how
 
 
 def padded(labels: np.ndarray, width: int) -> np.ndarray:
@@ -81,8 +69,8 @@ def read_labels_record(directory: Path, shards: Path) -> dict:
 
 
 def how_to_label(shards: Path, output: Path, record: dict | None = None) -> str:
-    """The command that labels a packed folder, as far as it is known: labels that came from outside
-    come from there again."""
+    """The command that labels a packed folder, as far as it is known. For imported labels, the
+    command that imports them (if `record` is given)."""
     command = ["python -m data_pipeline label", shlex.quote(str(shards))]
     if record is None or "centroids_sha256" in record:
         command.append("--centroids CENTROIDS")
@@ -96,13 +84,14 @@ def how_to_label(shards: Path, output: Path, record: dict | None = None) -> str:
 
 
 def import_labels(manifest: Manifest, path: Path, num_classes: int, width: int) -> np.ndarray:
-    """Labels int32 [N, width] from a list of ours or of somebody else, -1 where a sample has fewer:
+    """Labels int32 [N, width] from a list of ours or of somebody else: the first `width` of each
+    sample, -1 where it has fewer.
 
         FILE.npy     integers [N, L] in the order of sample ids, -1 for none
         FILE.jsonl   a line {"source": relative path, "labels": [..]} for each sample, in any order
 
     MissingData names samples without a line; DataPipelineError names labels that are no class,
-    lines for no sample, second lines for one, and lists of another length.
+    lines for no sample, second lines for one, and arrays with another number of rows.
     """
     rows: np.ndarray | list[list[int]]
     if path.suffix == ".npy":
@@ -118,12 +107,7 @@ def import_labels(manifest: Manifest, path: Path, num_classes: int, width: int) 
 
 
 def _array_rows(manifest: Manifest, path: Path, num_classes: int) -> np.ndarray:
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataPipelineError(f"{path} is no array of numbers: {error}") from error
-    if not isinstance(rows, np.ndarray):
-        raise DataPipelineError(f"{path} holds several arrays (npz): save one, integers [N, L]")
+    rows = read_foreign_array(path)
     # in this order: an array without dimensions has no length
     if rows.ndim != 2 or len(rows) != len(manifest) or rows.dtype.kind not in "iu":
         raise DataPipelineError(

@@ -27,7 +27,7 @@ from .features import (
 )
 from .kmeans import (
     RECORD_NAME,
-    Report,
+    KMeansReport,
     check_features,
     how_to_cluster,
     load_centroids,
@@ -134,15 +134,20 @@ def cluster(
     iterations that were done.
 
     Returns the centroids float32 [K, D]. Raises DataPipelineError for an impossible number of
-    centroids.
+    centroids, and for starting centroids of another number or width. Memory: the raw vectors of the
+    whole set and their projection, both float32; with --pca for a while also as float64.
     """
     if config.num_centroids > len(manifest):
         raise DataPipelineError(
             f"--num-centroids is {config.num_centroids}, {manifest.directory} holds "
             f"{len(manifest)} samples: ask for fewer"
         )
-    # before hours of features: it may be damaged
-    initial = None if config.init is None else load_centroids(config.init)
+    # before hours of features: they may be damaged, or not fit
+    starts = None
+    started_from = {}
+    if config.init is not None:
+        starts, sha256 = _starts(config, init=config.init, report=report)
+        started_from["started_from_sha256"] = sha256
     folder = features_folder or output / FEATURES_NAME
     extract(manifest, config=config.features, folder=folder, report=report)
     raw, _ = load_features(manifest, folder)
@@ -158,18 +163,15 @@ def cluster(
         "num_iterations": config.num_iterations,
         "near_duplicates": config.near_duplicates,
         "feature_mean": projection.mean.tolist(),
+        **started_from,
     }
     if config.near_duplicates is not None:
+        # before k-means, so that repeated samples do not draw centroids to themselves
         groups = representatives(features, config.near_duplicates)
         features = features[np.unique(groups)]
-        # before k-means, so that repeated samples do not draw centroids to themselves
         removed = len(groups) - len(features)
         details["near_duplicates_removed"] = removed
         report(f"{removed} of {len(groups)} samples are near-duplicates")
-    starts = None
-    if initial is not None:
-        starts, record, _ = initial
-        details["started_from_sha256"] = record["sha256"]
     centroids, outcome = _centroids(
         features, config=config, output=output, starts=starts, details=details, report=report
     )
@@ -180,6 +182,39 @@ def cluster(
         components=projection.components,
     )
     return centroids
+
+
+def _starts(config: ClusterConfig, init: Path, report: ReportLine) -> tuple[np.ndarray, str]:
+    """Centroids of the folder `init` to start from, and their sha256. DataPipelineError for another
+    number or width than `config` asks for; a warning where they were made of other vectors."""
+    starts, record, _ = load_centroids(init)
+    count, width = starts.shape
+    if count != config.num_centroids:
+        raise DataPipelineError(
+            f"--init {init} holds {count} centroids, --num-centroids is {config.num_centroids}: "
+            "ask for as many, or start from others"
+        )
+    # without --pca the width is known only when there are vectors: spherical_kmeans compares it
+    if config.pca is not None and width != config.pca:
+        raise DataPipelineError(
+            f"--init {init} holds centroids of width {width}, --pca is {config.pca}: ask for as "
+            "many components, or start from others"
+        )
+    wanted = {"weights_sha256": config.features.weights_sha256(), "pca": config.pca}
+    found = {key: record.get(key) for key in wanted}
+    settings = asdict(config.features)
+    del settings["encoder"]  # it is known by its weights: its folder may have moved
+    wanted.update(settings)
+    if isinstance(record.get("features"), dict):
+        found.update(record["features"])
+    others = [key for key in wanted if found.get(key) != wanted[key]]
+    if others:
+        # no error: k-means leaves any start, and other starts only cost iterations
+        report(
+            f"WARNING: --init {init} was clustered with other {', '.join(others)}: its centroids "
+            "lie in another space and are a start like any other"
+        )
+    return starts, record["sha256"]
 
 
 def label(
@@ -224,7 +259,8 @@ def label(
     find = None
     start = 0
     for raw in feature_pieces(manifest, folder):
-        check_features(raw, num_centroids=1)
+        # their numbers are finite, which is checked where vectors are made and read; all of a shard
+        # may be zero, which a black picture's descriptor is
         rows = projection(raw)
         if find is None:
             # once, by the first shard's rows: a recall is measured on samples of the set
@@ -239,6 +275,15 @@ def label(
         output, labels=labels, manifest=manifest, num_classes=len(centroids), details=details
     )
     return labels
+
+
+def made_by(centroids_folder: Path, weights_sha256: str | None) -> bool:
+    """Whether a folder holds centroids of these weights; damaged ones are of nobody."""
+    try:
+        _, record, _ = load_centroids(centroids_folder)
+    except (MissingData, CorruptShard):
+        return False
+    return record.get("weights_sha256") == weights_sha256
 
 
 def _check_encoder(
@@ -269,7 +314,7 @@ def _centroids(
     starts: np.ndarray | None,
     details: dict[str, Any],
     report: ReportLine,
-) -> tuple[np.ndarray, Report]:
+) -> tuple[np.ndarray, KMeansReport]:
     """(centroids, what happened); goes on from what an earlier start saved. `details` decide the
     centroids: what was saved under others is thrown away."""
     progress = SavedProgress(output, {**details, "num_centroids": config.num_centroids})

@@ -21,6 +21,12 @@ HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273 table 3
 # them by guessing how many B-frames there are.
 WITHOUT_PRESENTATION_TIMES = ("avi", "asf")
 MAX_REFERENCES = 16  # frames that an H.264 decoder may predict from (ITU-T H.264 A.3.1)
+# Start code of an MPEG-4 picture (ISO/IEC 14496-2 table 6-3); the two bits behind it are its type,
+# 2 for a B-frame (table 6-20).
+PICTURE_START = b"\0\0\1\xb6"
+B_PICTURE = 2
+# Bytes of a dummy at most: its start code, at most three of type and time, and stuffing.
+DUMMY_BYTES = 8
 
 
 class DamagedVideo(RejectedInput):
@@ -144,7 +150,10 @@ def _decode_all(
     is_h264 = stream.codec_context.name == "h264"
     num_since_key = 0
     begins_late = False
-    for packet in demux(container, stream):
+    packets = demux(container, stream)
+    if stream.codec_context.name == "mpeg4":
+        packets = _unpack(packets)
+    for packet in packets:
         part = start.part_of(packet)
         if from_key and (part == start.EARLY or (is_h264 and part == start.LEADING)):
             continue
@@ -160,6 +169,59 @@ def _decode_all(
         for frame in _decode(packet, may_miss_references):
             if not is_before_start(container, frame.pts):
                 yield frame
+
+
+def _unpack(packets: "Iterator[av.Packet]") -> "Iterator[av.Packet]":
+    """Packets of one picture each, of MPEG-4 video in decoding order.
+
+    In a packed bitstream (DivX and Xvid in AVI) a B-frame lies in the packet of the frame before
+    it, and a dummy stands where it would be: its timestamp is given to the B-frame. libavcodec
+    unpacks too, but mixes up pictures where a dummy is missing. Programs that cut AVI leave a
+    packet of no bytes there, which libavformat passes over.
+    """
+    waiting: av.Packet | None = None  # a B-frame for which no dummy came yet
+    for packet in packets:
+        data = bytes(packet)
+        first = data.find(PICTURE_START)
+        second = data.find(PICTURE_START, first + 1) if first >= 0 else -1
+        if waiting is not None and first >= 0 > second:
+            is_b_frame = _picture_type(data, first) == B_PICTURE
+            if is_b_frame or len(data) <= DUMMY_BYTES:
+                yield _part(packet, bytes(waiting))
+                # of several B-frames each has its place one packet later
+                waiting = _part(packet, data, num_later=1) if is_b_frame else None
+                continue
+        if waiting is not None:
+            yield waiting
+            waiting = None
+        if second >= 0 and _picture_type(data, second) == B_PICTURE:
+            waiting = _part(packet, data[second:], num_later=1)
+            packet = _part(packet, data[:second])
+        yield packet
+
+
+def _picture_type(data: bytes, start: int) -> int:
+    """Type of the MPEG-4 picture whose start code is at `start`; -1 where the bytes end with it."""
+    behind = start + len(PICTURE_START)
+    return data[behind] >> 6 if behind < len(data) else -1
+
+
+def _part(packet: "av.Packet", data: bytes, num_later: int = 0) -> "av.Packet":
+    """A packet of other bytes in the place of one, or `num_later` frames later."""
+    import av
+
+    # not av.Packet(data), which lends bytes without the padding that decoders read behind them
+    part = av.Packet(len(data))
+    part.update(data)
+    part.stream = packet.stream
+    part.time_base = packet.time_base
+    part.is_keyframe = packet.is_keyframe and num_later == 0
+    delay = num_later * (packet.duration or 0)
+    if packet.pts is not None:
+        part.pts = packet.pts + delay
+    if packet.dts is not None:
+        part.dts = packet.dts + delay
+    return part
 
 
 def _decode(packet: "av.Packet", may_miss_references: bool) -> "list[av.VideoFrame]":

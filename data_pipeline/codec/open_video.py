@@ -88,22 +88,44 @@ def open_video(
     Without `follow_edits` an edit list is ignored, and timestamps are those of the media. Raises
     RejectedInput with reason container, no_video, decode (no frame size) or too_large.
     """
-    import av
-
     check_file(path, limits)
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     if not follow_edits:
         options["ignore_editlist"] = "1"
+    container = _open(path, options)
     try:
-        # `file:` and an absolute path: a name such as `concat:a|b` is never taken for a protocol
-        container = av.open(f"file:{path.resolve()}", options=options)
-    except av.FFmpegError as error:
-        raise RejectedInput("container", f"{path} does not open: {error.strerror}") from error
-    try:
+        if follow_edits and _has_endless_edit(container):
+            container.close()
+            # then libavformat only moves the timestamps, and what is before zero is left out here
+            container = _open(path, options | {"advanced_editlist": "0"})
         return container, _checked_stream(path, container=container, limits=limits)
     except RejectedInput:
         container.close()
         raise
+
+
+def _open(path: Path, options: dict[str, str]) -> "av.container.InputContainer":
+    import av
+
+    try:
+        # `file:` and an absolute path: a name such as `concat:a|b` is never taken for a protocol
+        return av.open(f"file:{path.resolve()}", options=options)
+    except av.FFmpegError as error:
+        raise RejectedInput("container", f"{path} does not open: {error.strerror}") from error
+
+
+def _has_endless_edit(container: "av.container.InputContainer") -> bool:
+    """Whether the edit list of an MP4 or MOV has one segment of duration 0, which stands for all
+    that follows: fragmented files have it, and what is written from them keeps it. libavformat
+    understands it in fragments, and elsewhere shows nothing.
+    """
+    stream = _best_stream(container)
+    return (
+        "mp4" in container.format.name
+        and stream is not None
+        and stream.frames > 0  # none are counted in a fragmented file
+        and stream.duration == 0
+    )
 
 
 def _checked_stream(

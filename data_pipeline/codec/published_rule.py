@@ -17,8 +17,9 @@ The prediction follows H.264: from the nearest frame in the direction that FFmpe
 decoded before and may be predicted from, that is an I- or P-frame, or a B-frame that MP4 and
 Matroska files mark as a reference. Where FFmpeg names both directions it is predicted from both,
 weighted by their distances where that explains the frame better (implicit weighting, ITU-T H.264
-8.4.2.3.1). A block without any vector is an intra block, whose residual no vector tells: it counts
-as zero. How near all this comes to what the public tool chose:
+8.4.2.3.1), or from one where that explains the cell better. A block without any vector is an intra
+block, whose residual no vector tells: it counts as zero. How near all this comes to what the public
+tool chose:
 benchmarks/results/published_rule_cpu2_2026-12-01.md.
 
 Memory: MAX_REFERENCES frames of the source, whose luma is copied when it is needed, and at most
@@ -34,7 +35,14 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ..errors import RejectedInput
-from .decompose import MOTION_CELL, CodecClip, luma_difference, rasterise, vectors_of
+from .decompose import (
+    MOTION_CELL,
+    CodecClip,
+    cell_means,
+    luma_difference,
+    rasterise,
+    vectors_of,
+)
 from .frames import is_reference
 from .framing import Crop, Framing
 from .motion_compensation import predict_luma
@@ -305,19 +313,22 @@ def predict_from_both(
     share   frames from the past reference to this frame, and to the future reference
     """
     height, width = luma.shape
-    to_future = _pixels(masks[1], height=height, width=width)
-    to_both = _pixels(masks[0] & masks[1], height=height, width=width)
-    single = np.where(to_future, future, past)
     mean = (past + future + 1) >> 1
     weight = implicit_weight(*share)
     weighted = (past.astype(np.int32) * (64 - weight) + future.astype(np.int32) * weight + 32) >> 6
-    # Which of the two the stream uses stands in its headers, which FFmpeg does not export. The
-    # wrong one leaves a multiple: 0.5 luma steps instead of 0.002 where nothing else is coded.
-    errors = [
-        luma_difference(luma, choice.astype(np.int16))[to_both].sum() for choice in (mean, weighted)
-    ]
-    both = mean if errors[0] <= errors[1] else weighted
-    return np.where(to_both, both, single).astype(np.int16)
+    choices = [past, future, mean, weighted.astype(np.int16)]
+    errors = [cell_means(luma_difference(luma, choice)) for choice in choices]
+    named_both = masks[0] & masks[1]
+    # Which of the two means the stream uses stands in its headers, which FFmpeg does not export.
+    # The wrong one leaves a multiple: 0.5 luma steps instead of 0.002 where nothing else is coded.
+    left = [np.minimum.reduce([*errors[:2], both])[named_both].sum() for both in errors[2:]]
+    used = 2 if left[0] <= left[1] else 3
+    # FFmpeg names the directions of a macroblock for all of its parts, though one part may be
+    # predicted from the past and another from the future: a cell takes what explains it best.
+    best = np.argmin([errors[0], errors[1], errors[used]], axis=0)
+    chosen = np.where(named_both, best, masks[1])
+    of_pixel = _pixels(chosen, height=height, width=width)
+    return np.choose(of_pixel, [past, future, choices[used]])
 
 
 def implicit_weight(since_past: int, between: int) -> int:

@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 # them: both bounds are choices, far above that and far below a lost tail that matters.
 MISSING_SHARE = 0.1
 MISSING_SECONDS = 0.5
-# Containers without a header, whose duration libavformat estimates.
-WITHOUT_DURATION = ("mpegts", "mpeg")
+# Containers without a header, whose duration libavformat estimates, and ASF: of a file that was cut
+# it takes no duration from the header, and of a whole one it adds the start of the latest stream.
+WITHOUT_DURATION = ("mpegts", "mpeg", "asf")
 # Containers that store DTS, which rise all through a recording.
 WITH_DECODING_TIMES = ("mpegts", "mpeg", "flv")
 # Frames that a decoder holds back at most to put B-frames in order (H.264 A.3.1, HEVC A.4.2).
 MAX_REORDERED = 16
+# Frames by which times of a program stream may fall inside a recording: a stamp may time a packet
+# of several pictures, and libavformat gives it to another one of the same run of B-frames. A fall
+# of 4 was seen with runs of 5; where recordings were joined, times fall by the length of the first.
+MAX_DISPLACED = 4
 DEFAULT_RATE = 25  # frames per second of a file that has neither times nor a rate
 VP8_SHOWN = 0x10  # RFC 6386 section 9.1: bit of a frame's first byte
 JOINED = "were recordings joined without remuxing? Remux it, or cut it there"
@@ -125,7 +130,8 @@ class _Packets:
         self.is_decoding_order &= packet.pts == packet.dts
         if packet.dts is not None:
             # by more than half a frame, since some writers round timestamps
-            tolerance = (packet.duration or 0) / 2
+            is_shared = self.container.format.name == "mpeg"  # a stamp by several pictures
+            tolerance = (packet.duration or 0) * (MAX_DISPLACED if is_shared else 0.5)
             self.is_joined |= self.last_dts is not None and packet.dts < self.last_dts - tolerance
             self.last_dts = packet.dts
         if packet.pos is not None:
@@ -271,6 +277,7 @@ def count_frames(path: Path, timeline: Timeline, limits: InputLimits, salvage: b
         unit = stream.time_base or Fraction(1, DEFAULT_RATE)
         step = float(1 / (stream.average_rate or DEFAULT_RATE) / unit)
         can_sort = timeline.is_decoding_order or stream.container.format.name.startswith("mov")
+        max_fall = MAX_DISPLACED * step if stream.container.format.name == "mpeg" else 0.0
         try:
             for index, frame in enumerate(frames):
                 pts.append(frame.pts)
@@ -282,7 +289,7 @@ def count_frames(path: Path, timeline: Timeline, limits: InputLimits, salvage: b
                 raise
     if not pts:
         raise RejectedInput("truncated", f"{path}: none of its packets gives a picture")
-    counted = _ordered(path, pts, keys=keys, step=step, can_sort=can_sort)
+    counted = _ordered(path, pts, keys=keys, step=step, can_sort=can_sort, max_fall=max_fall)
     counted = replace(counted, num_cut=timeline.num_cut)
     if damage is not None:
         counted = counted.before_damage(len(pts))
@@ -309,18 +316,24 @@ def _ordered(
     keys: list[int],
     step: float,
     can_sort: bool,
+    max_fall: float,
 ) -> Timeline:
     """Timeline of frames with these PTS, in presentation order; `keys` are indices of key frames,
     `step` is the usual distance of two PTS.
 
     can_sort: whether PTS that fall are DTS, so that the sorted ones are given to the frames in
-    order. Elsewhere a decoder outputs frames by their PTS, and one that falls begins another
-    recording.
+    order. Elsewhere a decoder outputs frames by their PTS, and one that falls by more than
+    `max_fall` begins another recording; those that fall by less are interpolated.
     """
     indices = np.array([index for index, time in enumerate(pts) if time is not None])
     if len(indices) == 0:
         return Timeline(list(range(len(pts))), key_pts=keys, is_counted=True, is_numbered=True)
     times = np.array([time for time in pts if time is not None])
+    falls = np.maximum.accumulate(times) - times
+    if 0 < falls.max() <= max_fall:
+        is_rising = np.diff(np.maximum.accumulate(times), prepend=times[0] - 1) > 0
+        indices = indices[is_rising]
+        times = times[is_rising]
     order = np.argsort(times, kind="stable")
     moved = np.abs(order - np.arange(len(order))).max()
     if moved > (MAX_REORDERED if can_sort else 0):

@@ -21,7 +21,6 @@ docs/evaluation.md.
 Shape legend: T frames, S side of the frame in pixels, K tokens.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -309,7 +308,7 @@ def load_events(directory: Path) -> dict[str, Event]:
     return events
 
 
-def _row(event: Event) -> Mapping:
+def _row(event: Event) -> dict:
     """An event for events.jsonl; each frame is [t, x, y, phase]."""
     frames = [[frame.t, frame.x, frame.y, frame.phase] for frame in event.frames]
     return {**asdict(event), "frames": frames}

@@ -19,6 +19,7 @@ and the first frame of its window; `at` and `skip`, the draws (of all classes of
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def judge_windows(changes: np.ndarray) -> np.ndarray:
     inner = np.lib.stride_tricks.sliding_window_view(changes[1:], WINDOW - 1)[:count]
     is_still = inner < STILL
     runs = np.lib.stride_tricks.sliding_window_view(is_still, MAX_STILL + 1, axis=1)
-    has_freeze = runs.all(axis=2).any(axis=1)
+    has_freeze = np.any(runs.all(axis=2), axis=1)
     largest = inner.max(axis=1)
     has_cut = (largest > CUT) & (largest > CUT_FACTOR * np.median(inner, axis=1))
     is_static = inner[:, : NUM_FRAMES - 1].mean(axis=1) < STATIC
@@ -250,10 +251,11 @@ def _videos(inputs: Sequence[Input], report: Report) -> list[Input]:
     for item in inputs:
         if item.is_remote:
             raise ValueError(f"{item.location} is remote: tempo reads local videos")
-    videos = [item for item in inputs if is_video(Path(item.location))]
-    if len(videos) < len(inputs):
-        report(f"{len(inputs) - len(videos)} inputs are no videos by name and are left out")
-    return videos
+    others = [item for item in inputs if not is_video(Path(item.location))]
+    if others:
+        first = printable(others[0].source)
+        report(f"{len(others)} inputs are no videos by name and are left out, {first} first")
+    return [item for item in inputs if item not in others]
 
 
 def _check(num_train: int, num_val: int, size: int) -> None:
@@ -286,11 +288,18 @@ class _Sides:
 
 
 def _sides(
-    inputs: Sequence[Input], val_inputs: Sequence[Input], pool: SourcePool, report: Report
+    inputs: Sequence[Input],
+    val_inputs: Sequence[Input] | None,
+    pool: SourcePool,
+    report: Report,
 ) -> _Sides:
     """Survey all videos and split them. Raises MissingData for too few usable ones."""
-    found = usable_sources([*inputs, *val_inputs], pool=pool, report=report)
-    if val_inputs:
+    if val_inputs is not None:
+        # a folder may hold the videos that are named to validate on
+        named = {os.path.abspath(item.location) for item in val_inputs}
+        inputs = [item for item in inputs if os.path.abspath(item.location) not in named]
+    found = usable_sources([*inputs, *(val_inputs or ())], pool=pool, report=report)
+    if val_inputs is not None:
         validating = {item.location for item in val_inputs}
         train = [pair for pair in found if pair[0].location not in validating]
         val = [pair for pair in found if pair[0].location in validating]
@@ -314,7 +323,7 @@ def write_tempo(
     inputs: Sequence[Input],
     num_train: int,
     num_val: int,
-    val_inputs: Sequence[Input] = (),
+    val_inputs: Sequence[Input] | None = None,
     size: int = 112,
     seed: int = 0,
     workers: int = 2,
@@ -330,7 +339,7 @@ def write_tempo(
     # before hours of reading: an output that cannot be written is named at once
     (directory / "clips").mkdir(parents=True, exist_ok=True)
     videos = _videos(inputs, report)
-    val_videos = _videos(val_inputs, report)
+    val_videos = None if val_inputs is None else _videos(val_inputs, report)
     with SourcePool(size, num_workers=workers) as pool:
         sides = _sides(videos, val_inputs=val_videos, pool=pool, report=report)
         start_set(

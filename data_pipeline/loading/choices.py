@@ -26,6 +26,8 @@ VIEWS = ("codec", "frame", "collage", "image")
 CODEC, FRAME, COLLAGE, IMAGE = range(4)
 # Columns of the draws: one for the flip, nine for colours (views.jitter_colours), the rest of the
 # sixteen unused, then one for each whole frame.
+FLIP_DRAW = 0
+COLOUR_DRAWS = slice(1, 10)
 FIRST_FRAME_DRAW = 16
 _ABSENT = 1e-9  # smaller ratios count as 0: 1 - 0.7 - 0.3 is 5.6e-17, not 0
 ESTIMATED_FROM = 10_000  # samples; a choice, far more than a mean needs

@@ -13,7 +13,17 @@ from ..errors import CorruptShard
 from ..shards.jpeg import check_jpeg
 from ..shards.manifest import Manifest
 from ..shards.schema import SampleInfo, check_positions, decode_array, mosaic_size, strip_size
-from .choices import CODEC, COLLAGE, FIRST_FRAME_DRAW, IMAGE, VIEWS, SampleTable, num_frames
+from .choices import (
+    CODEC,
+    COLLAGE,
+    COLOUR_DRAWS,
+    FIRST_FRAME_DRAW,
+    FLIP_DRAW,
+    IMAGE,
+    VIEWS,
+    SampleTable,
+    num_frames,
+)
 from .config import ViewConfig
 from .dali_pipeline import DecodeFailed, PictureDecoder, undecodable
 from .packing import PackedBatch, pack_views
@@ -34,13 +44,13 @@ MEMBER_OF_VIEW = ("tiles.jpg", "frames.jpg", "frames.jpg", "jpg")  # in the orde
 
 @dataclass(frozen=True)
 class Request:
-    """One sample of a batch: which, under which view, what was read of it, and the size (pixel rows
-    and columns) that its image must have. `info` is there for whole frames, `positions` for codec
-    patches.
+    """One sample of a batch: which, under which of choices.VIEWS, what was read of it, and the size
+    (pixel rows and columns) that its image must have. `info` is there for whole frames, `positions`
+    for codec patches.
     """
 
     sample_id: int
-    view: int
+    view_index: int
     config: ViewConfig
     encoded: np.ndarray
     size: tuple[int, int]
@@ -68,11 +78,11 @@ class SampleReader:
             f"{self._manifest.directory / shard['name']}.tar/{sample['key']} ({sample['source']})"
         )
 
-    def read(self, sample_id: int, view: int, config: ViewConfig) -> Request:
+    def read(self, sample_id: int, view_index: int, config: ViewConfig) -> Request:
         """Encoded image and metadata of one sample under a view: crc, the image's header and the
         positions of patches checked. Raises CorruptShard or MissingData.
         """
-        member = MEMBER_OF_VIEW[view]
+        member = MEMBER_OF_VIEW[view_index]
         data = self.shards.read(sample_id, member)
         name = self.name(sample_id)
         rows = int(self._table.rows[sample_id])
@@ -80,9 +90,9 @@ class SampleReader:
         grid = (rows, columns)
         info = None
         positions = None
-        if view == IMAGE:
+        if view_index == IMAGE:
             size = (rows * self._patch_size, columns * self._patch_size)
-        elif view == CODEC:
+        elif view_index == CODEC:
             stored = self.shards.read(sample_id, "positions.npy")
             positions = decode_array(stored, member="positions.npy", name=name)
             count = int(self._table.num_patches[sample_id])
@@ -94,7 +104,7 @@ class SampleReader:
         check_jpeg(data, size=size, name=f"{name}: .{member}")
         return Request(
             sample_id=sample_id,
-            view=view,
+            view_index=view_index,
             config=config,
             encoded=np.frombuffer(data, np.uint8),
             size=size,
@@ -113,12 +123,12 @@ class SampleReader:
             )
         return info
 
-    def view(self, request: Request, picture: torch.Tensor, draw: np.ndarray | None) -> View:
+    def make_view(self, request: Request, picture: torch.Tensor, draw: np.ndarray | None) -> View:
         """Patches of a decoded image uint8 [H, W, 3]. `draw` is the sample's row of choices.draws;
         without one nothing is random: frames from the middle, colours as they are.
         """
         config = request.config
-        if request.view == CODEC:
+        if request.view_index == CODEC:
             assert request.positions is not None
             view = codec_view(
                 picture,
@@ -129,19 +139,20 @@ class SampleReader:
             # a sparse item has no grid of its own: it is mirrored in the clip's
             columns = int(self._table.columns[request.sample_id])
         else:
-            if request.view == IMAGE:
+            if request.view_index == IMAGE:
                 view = image_view(picture, patch_size=self._patch_size, scale=config.scale)
             else:
                 frame_draws = None if draw is None else draw[FIRST_FRAME_DRAW:]
                 view = self._frames(request, strip=picture, draw=frame_draws)
             columns = view.grid[2]
-        if draw is not None and draw[0] < config.flip:
+        if draw is not None and draw[FLIP_DRAW] < config.flip:
             view = flip(view, columns)
         # after the flip, which mirrors each frame
-        if request.view == COLLAGE:
+        if request.view_index == COLLAGE:
             view = collage_view(view)
         if draw is not None and config.colour_jitter:
-            view = jitter_colours(view, strength=config.colour_jitter, draw=draw[1:10])
+            colour_draws = draw[COLOUR_DRAWS]
+            view = jitter_colours(view, strength=config.colour_jitter, draw=colour_draws)
         return view
 
     def _frames(self, request: Request, strip: torch.Tensor, draw: np.ndarray | None) -> View:
@@ -169,12 +180,13 @@ def sequential_batches(
     manifest: Manifest,
     sample_ids: Iterable[int],
     batch_size: int,
-    view: str,
+    view_name: str,
     view_config: ViewConfig | None = None,
 ) -> Iterator[PackedBatch]:
-    """Packs of `batch_size` samples in order, each once, the last pack may be smaller.
+    """Packs of `batch_size` samples in order, each once; the last pack may be smaller.
 
-    No filling, no labels, nothing random: frames are taken from the middles. A bad sample is an
+    Clips are seen under the view of this name of choices.VIEWS. No filling, no labels, nothing
+    random: frames are taken from the middles. A bad sample is an
     error and not replaced: CorruptShard with the names of samples that cannot be read or decoded.
     """
     table = SampleTable.of(manifest)
@@ -187,11 +199,11 @@ def sequential_batches(
 
     def fetch(number: int) -> list[np.ndarray]:
         if number >= len(chunks):
-            raise StopIteration
+            raise StopIteration  # PictureDecoder's protocol for the end
         requests = []
         for sample_id in chunks[number]:
-            chosen = IMAGE if table.is_image[sample_id] else VIEWS.index(view)
-            requests.append(samples.read(sample_id, view=chosen, config=config))
+            chosen = IMAGE if table.is_image[sample_id] else VIEWS.index(view_name)
+            requests.append(samples.read(sample_id, view_index=chosen, config=config))
         pending[number] = requests
         return [request.encoded for request in requests]
 
@@ -201,7 +213,7 @@ def sequential_batches(
             images = _decode(decoder, pending=pending, samples=samples)
             pairs = zip(pending.pop(number), images, strict=True)
             yield pack_views(
-                [samples.view(request, image, draw=None) for request, image in pairs],
+                [samples.make_view(request, image, draw=None) for request, image in pairs],
                 sample_ids=torch.tensor(chunk),
                 labels=torch.zeros(len(chunk), 0, dtype=torch.int64),
                 weights=torch.ones(len(chunk)),

@@ -4,7 +4,7 @@
     choices                                        under which view, how many tokens
     samples.read(sample, view)                     bytes, crc checked; bad ones give way to reserves
     dali_pipeline                                  images, decoded ahead
-    pack_views([samples.view(image) ...])          batch
+    pack_views([samples.make_view(image) ...])     batch
 
 A stream is a pure function of (dataset, config, position); its position is the epoch and the number
 of the next global batch in it.
@@ -132,7 +132,7 @@ class HeadStream:
         ids = np.array([request.sample_id for request in slot.requests])
         random_numbers = draws(self._seed, epoch=share.epoch, ids=ids)
         views = [
-            self._samples.view(request, picture=image, draw=draw)
+            self._samples.make_view(request, picture=image, draw=draw)
             for request, image, draw in zip(slot.requests, images, random_numbers, strict=True)
         ]
         # rows beyond this rank's samples: absent labels at weight 0
@@ -302,7 +302,7 @@ class HeadStream:
         if self._quarantine.is_undecodable(sample_id, view):
             return None
         try:
-            return self._samples.read(sample_id, view=view, config=self._views[stage])
+            return self._samples.read(sample_id, view_index=view, config=self._views[stage])
         except DataPipelineError as error:
             self._quarantine.note(sample_id, str(error))
         return None
@@ -347,7 +347,9 @@ class HeadStream:
         for i, reason in reasons.items():
             request = requests[i]
             text = f"{self._samples.name(request.sample_id)}: {reason}"
-            self._quarantine.add_undecodable(request.sample_id, view=request.view, reason=text)
+            self._quarantine.add_undecodable(
+                request.sample_id, view=request.view_index, reason=text
+            )
 
     def _labels(self, ids: np.ndarray, epoch: int) -> np.ndarray:
         """int64 [n, at most labels_per_step] of samples."""

@@ -71,15 +71,26 @@ def list_inputs(arguments: Sequence[str | Path], report: Report = show) -> list[
             )
     if not inputs:
         raise MissingData(f"no video or image in {', '.join(map(str, arguments))}")
+    return _with_distinct_sources(_each_once(inputs, report), report)
+
+
+def _each_once(inputs: list[Input], report: Report) -> list[Input]:
+    """The inputs without those that name a file again: ./a.mp4 for a.mp4, or through a link to its
+    folder. A link to a file is a file of its own."""
     first: dict[str, Input] = {}
+    real_folders: dict[str, str] = {}
     for item in inputs:
-        # a.mp4 and ./a.mp4 are one file
-        identity = item.location if item.is_remote else os.path.abspath(item.location)
+        identity = item.location
+        if not item.is_remote:
+            folder, name = os.path.split(item.location)
+            if folder not in real_folders:
+                real_folders[folder] = os.path.realpath(folder)
+            identity = os.path.join(real_folders[folder], name)
         first.setdefault(identity, item)
     repeated = len(inputs) - len(first)
     if repeated:
         report(f"{repeated} inputs are named more than once: each is packed once")
-    return _with_distinct_sources(list(first.values()), report)
+    return list(first.values())
 
 
 def _with_distinct_sources(inputs: list[Input], report: Report) -> list[Input]:

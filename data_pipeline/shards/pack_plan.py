@@ -12,9 +12,10 @@ A shard is bound when the manifest names it, unbound when it has a record but no
 a tar without either is loose.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model_factory.command_line.plain_text import show
@@ -72,9 +73,11 @@ def plan_packing(
     check_choice("mode", mode, choices=MODES)
     output.mkdir(parents=True, exist_ok=True)
     with only_here(output / PLAN_LOCK):
+        found = read_existing(output)
         planner = _Planner(
-            inputs=inputs,
-            found=read_existing(output),
+            inputs=_under_packed_names(inputs, found),
+            asked=inputs,
+            found=found,
             config=config,
             num_jobs=num_jobs,
             report=report,
@@ -86,9 +89,12 @@ def plan_packing(
 
 @dataclass(frozen=True)
 class _Planner:
-    """Makes the plan of packing `inputs` into the folder where `found` lies."""
+    """Makes the plan of packing `inputs` into the folder where `found` lies. They have the names
+    under which it holds them, `asked` those that they have now.
+    """
 
     inputs: list[Input]
+    asked: list[Input]
     found: Existing
     config: PackConfig
     num_jobs: int
@@ -115,9 +121,9 @@ class _Planner:
             if mode == "refuse":
                 raise refusal(found.directory, differences, what="holds another packing")
             tasks = list_tasks(
-                self.inputs,
+                self.asked,
                 self.config,
-                samples_per_shard=self.config.samples_per_shard or self._default_size(self.inputs),
+                samples_per_shard=self.config.samples_per_shard or self._default_size(self.asked),
             )
             # raises where a tar is not ours, before anything is removed
             self._lost_sources(tasks)
@@ -244,6 +250,30 @@ class _Planner:
         # read again, as `found` has no members in its records
         records = [read_shard_record(directory / f"{name}.json") for name in names]
         return [record for record in records if record is not None]
+
+
+def _under_packed_names(inputs: list[Input], found: Existing) -> list[Input]:
+    """The inputs; one that the folder holds under another end of its path gets that name.
+
+    How many folders a name contains depends on the other inputs (inputs.list_inputs): a.mp4 is
+    A/a.mp4 as soon as B/a.mp4 comes. Taken for a new input, the file would be packed twice.
+    """
+    packed = {
+        known.source: known for record in found.records.values() for known in known_inputs(record)
+    }
+    taken = {item.source for item in inputs}
+    named = []
+    for item in inputs:
+        if item.source not in packed and not item.is_remote:
+            parts = Path(os.path.abspath(item.location)).parts[1:]
+            for start in reversed(range(len(parts))):
+                source = "/".join(parts[start:])
+                if source in packed and source not in taken and packed[source].is_now(item):
+                    taken.add(source)
+                    item = replace(item, source=source)
+                    break
+        named.append(item)
+    return named
 
 
 def _recorded_tasks(

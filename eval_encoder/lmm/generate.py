@@ -277,7 +277,7 @@ def visual_config(lmm: Lmm) -> VisualConfig:
     """How a model's tower takes images and clips: as it was trained, where that is on record."""
     vision = lmm.model.config.vision_config
     packs = takes_packs(lmm.model)
-    _, _, columns = lmm.model.tower.patches_of(vision.image_size, vision.image_size)
+    _, _, columns = lmm.model.tower.grid_of(vision.image_size, vision.image_size)
     # towers of images may state none, such as ConvNeXt: a token covers so many pixels
     patch_size = vision.patch_size if packs else vision.image_size // columns
     video = {"video_size": vision.image_size, **(lmm.model.config.video or {})}

@@ -115,7 +115,7 @@ def _train(
 def _record(arguments: LmmArguments, model: LmmForConditionalGeneration) -> dict:
     """What scoring/table.py puts into its table, and all flags."""
     side = model.config.vision_config.image_size
-    grid = model.tower.patches_of(side, side)
+    grid = model.tower.grid_of(side, side)
     parameters = list(model.parameters())
     return {
         "tokens_per_picture": model.tokens_for(grid, grid[1] * grid[2]),

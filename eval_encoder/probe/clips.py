@@ -178,7 +178,7 @@ class PackedClips:
             self._manifest,
             sample_ids=[sample_id for _, sample_id in stored],
             batch_size=batch_size,
-            view=config.view,
+            view_name=config.view,
             view_config=ViewConfig(max_tokens=max_tokens, max_frames=config.num_frames),
         )
         for number, batch in enumerate(batches):

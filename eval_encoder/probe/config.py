@@ -13,6 +13,8 @@ from eval_encoder.clip_input import (
     CAMERAS,
     DECODERS,
     IMAGE_FAMILIES,
+    RULES,
+    SCORES,
     VIDEO_FAMILIES,
     InputConfig,
     seed_flag,
@@ -191,6 +193,8 @@ def _check_choices(args: argparse.Namespace) -> None:
         "model_family": (*VIDEO_FAMILIES, *IMAGE_FAMILIES),
         "head": HEADS,
         "decoder": DECODERS,
+        "rule": RULES,
+        "score": SCORES,
         "mv_compensate": CAMERAS,
     }
     for name, known in choices.items():

@@ -54,10 +54,10 @@ class ProbeEncoder:
     patch_size: int
     size: int | None = None
 
-    def __init__(self, model: Model, colours: torch.Tensor | None):
+    def __init__(self, model: Model, normalisation: torch.Tensor | None):
         self._model = model.eval().requires_grad_(False)
-        self._colours = colours  # gain and offset [2, 3] in place of the batch's own
-        self.sha256 = _identity(model, colours)
+        self._normalisation = normalisation  # gain and offset [2, 3] in place of the batch's own
+        self.sha256 = _identity(model, normalisation)
 
     def to(self, device: torch.device) -> "ProbeEncoder":
         """The same encoder, on a device."""
@@ -67,9 +67,9 @@ class ProbeEncoder:
     @torch.no_grad()
     def __call__(self, batch: PackedBatch) -> EncodedBatch:
         """Tokens of a batch on the encoder's device; computed in bf16 on CUDA."""
-        if self._colours is not None:
-            colours = self._colours.to(batch.colours.device).expand_as(batch.colours)
-            batch = replace(batch, colours=colours)
+        if self._normalisation is not None:
+            normalisation = self._normalisation.to(batch.colours.device).expand_as(batch.colours)
+            batch = replace(batch, colours=normalisation)
         device_type = batch.pixels.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
             return self._encode(batch)
@@ -78,11 +78,11 @@ class ProbeEncoder:
         raise NotImplementedError
 
 
-class PackedEncoder(ProbeEncoder):
+class PackedProbeEncoder(ProbeEncoder):
     """An encoder of ours: one variable-length pass, pooled by its own head or by the mean."""
 
-    def __init__(self, model: LlavaViTPackingModel, colours: torch.Tensor | None):
-        super().__init__(model, colours)
+    def __init__(self, model: LlavaViTPackingModel, normalisation: torch.Tensor | None):
+        super().__init__(model, normalisation)
         self.width = model.config.hidden_size
         self.patch_size = model.config.patch_size
 
@@ -114,7 +114,7 @@ class FramewiseEncoder(ProbeEncoder):
             side = int(preprocessing.max_patches**0.5) * model.patch_size
         model.preprocessing = replace(preprocessing, resize=preprocessing.crop)
         # the model normalises by itself
-        super().__init__(model, colours=None)
+        super().__init__(model, normalisation=None)
         self.width = model.width
         self.patch_size = side
         self.size = side
@@ -168,11 +168,11 @@ def build_encoder(
         if config.mean is not None and config.std is not None:
             image_encoder.set_normalisation(config.mean, config.std)
         return FramewiseEncoder(image_encoder)
-    colours = None
+    normalisation = None
     if config.mean is not None and config.std is not None:
-        colours = gain_and_offset(config.mean, config.std)
+        normalisation = gain_and_offset(config.mean, config.std)
     model = packed_model(model_name, model_weight=model_weight, seed=seed)
-    return PackedEncoder(model, colours)
+    return PackedProbeEncoder(model, normalisation)
 
 
 def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> LlavaViTPackingModel:
@@ -211,14 +211,14 @@ def packed_model(model_name: str | None, model_weight: str, seed: int = 0) -> Ll
     )
 
 
-def _identity(model: Model, colours: torch.Tensor | None) -> str:
+def _identity(model: Model, normalisation: torch.Tensor | None) -> str:
     """Hash of the configuration, the preprocessing and every weight."""
     if isinstance(model, FrozenImageEncoder):
         config = model.model.config
         preprocessing: object = model.preprocessing
     else:
         config = model.config
-        preprocessing = colours
+        preprocessing = normalisation
     fields = {
         name: value
         for name, value in config.to_dict().items()

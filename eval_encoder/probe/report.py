@@ -11,7 +11,7 @@ from pathlib import Path
 from eval_encoder.tables import markdown_table
 from model_factory.command_line.command import run_command
 from model_factory.command_line.plain_text import in_code, in_markdown
-from model_factory.files import parse_json_line, read_json
+from model_factory.files import parse_json_line, read_json, write_atomically
 
 BARS = "▁▂▃▄▅▆▇█"
 MAX_BARS = 24  # of a loss curve, so that a row of the table fits a line
@@ -46,7 +46,7 @@ def compose(output: Path, shards: Path, truth: Path | None = None, seconds: int 
         sections.append(_probe(results))
     sections.append(
         "## Where things are\n\n"
-        "- contact sheet (frames, motion, kept patches): "
+        "- contact sheet (frames, motion, selected patches): "
         f"{in_code(output / 'contact_sheet.png')}\n"
         f"- TensorBoard log: {in_code(output / 'train' / 'round_*' / 'tensorboard')}\n"
         f"- exported model: {in_code(output / 'export')}\n"
@@ -68,7 +68,7 @@ def _packed(shards: Path) -> str:
         "",
         f"Packed: {stats['videos']} videos and {stats['images']} images, "
         f"{stats['bytes'] / 1e6:.1f} MB in {stats['shards']} shards, "
-        f"{stats['tokens']['mean']} kept patches per sample, "
+        f"{stats['tokens']['mean']} selected patches per sample, "
         f"{stats['static_videos']} static clips, "
         f"{sum(stats['rejected'].values())} inputs rejected.",
     ]
@@ -89,12 +89,10 @@ def _rounds(run: Path, shards: Path, truth: Path | None) -> str:
         source = "codec descriptor"
         agreement = "-"
         if change:
-            # one head, and one folder of its labels: the demo trains on one packed set
-            (head,) = (change[name] for name in change if name != "after_round")
-            clusters = run / f"round_{number - 1}" / "clusters"
-            (labels_folder,) = clusters.iterdir()
+            head = _only_head(change, name=f"{run / ROUNDS_NAME} round {number - 1}")
+            labels_folder = run / f"round_{number - 1}" / "clusters" / head
             source = f"encoder of round {number - 1}"
-            agreement = f"{head['nmi_with_labels_before']:.3f}"
+            agreement = f"{change[head]['nmi_with_labels_before']:.3f}"
         losses = [
             sum(value for key, value in record.items() if key.startswith("loss/"))
             for record in _records(run / f"round_{number}" / "metrics.jsonl")
@@ -107,6 +105,18 @@ def _rounds(run: Path, shards: Path, truth: Path | None) -> str:
         right_aligned=("purity", "NMI with the classes before", "steps"),
     )
     return f"## Training\n\n{table.rstrip()}"
+
+
+def _only_head(change: dict, name: str) -> str:
+    """Name of the head that a clustering between two rounds changed: the demo trains on one packed
+    set. ValueError for another number of heads."""
+    heads = [key for key in change if key != "after_round"]
+    if len(heads) != 1:
+        raise ValueError(
+            f"{name} names {len(heads)} heads, the demo trains one: run the demo again, into "
+            "another folder"
+        )
+    return heads[0]
 
 
 def _purity(shards: Path, labels_folder: Path, truth: Path) -> str:
@@ -124,7 +134,8 @@ def _purity(shards: Path, labels_folder: Path, truth: Path) -> str:
 
 
 def _records(path: Path) -> list[dict]:
-    """Objects of a file of JSON lines; ValueError where there is none, or a damaged one."""
+    """Objects of a file of JSON lines; ValueError where the file has no line, or a damaged
+    one, FileNotFoundError where there is no file."""
     lines = enumerate(path.read_bytes().splitlines(), start=1)
     records = [parse_json_line(line, name=f"{path} line {number}") for number, line in lines]
     if not records:
@@ -189,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(args: argparse.Namespace) -> None:
     report = compose(args.output, args.shards, truth=args.truth, seconds=args.seconds)
-    (args.output / "report.md").write_text(report)
+    write_atomically(args.output / "report.md", report.encode())
     print(report)
 
 

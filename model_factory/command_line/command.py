@@ -59,13 +59,13 @@ def run_command(
     parse: Callable[[Sequence[str] | None], Args],
     work: Callable[[Args], int | None],
     argv: Sequence[str] | None = None,
-    is_heard: Callable[[str], bool] = lambda text: True,
+    should_print: Callable[[str], bool] = lambda text: True,
 ) -> int:
     """Parse, work, and return the exit code; `work` returns one too, None stands for 0.
 
-    is_heard: whether the text of an error is printed; a rank whose cause another rank has reported
-    answers False. SystemExit passes through: argparse has shown its help or its message, a worker
-    has chosen its code.
+    should_print: whether the text of an error is printed; a rank whose cause another rank has
+    reported answers False. SystemExit passes through: argparse has shown its help or its message, a
+    worker has chosen its code.
     """
     args = None
     try:
@@ -77,14 +77,14 @@ def run_command(
         raise
     except BrokenPipeError as error:
         if not _is_pipe_closed():
-            return _report(error, args=args, is_heard=is_heard)
+            return _report(error, args=args, should_print=should_print)
         _discard_output()
         return signal_code(signal.SIGPIPE)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         return signal_code(signal.SIGINT)
     except BaseException as error:
-        return _report(error, args=args, is_heard=is_heard)
+        return _report(error, args=args, should_print=should_print)
 
 
 def signal_code(number: int) -> int:
@@ -142,7 +142,7 @@ def message_of(error: BaseException, written: Path | None = None) -> str:
     return text or type(error).__name__
 
 
-def _report(error: BaseException, args: object, is_heard: Callable[[str], bool]) -> int:
+def _report(error: BaseException, args: object, should_print: Callable[[str], bool]) -> int:
     """Print the error that ended a command; returns the exit code."""
     try:
         _flush_output()
@@ -159,7 +159,7 @@ def _report(error: BaseException, args: object, is_heard: Callable[[str], bool])
         text = f"error: {message_of(error, written)}"
         if os.environ.get(TRACEBACK):
             text = f"{_trace(error)}\n{text}"
-    if is_heard(text):
+    if should_print(text):
         print(text, file=sys.stderr)
     return EXIT_CODES[outcome or "error"]
 

@@ -8,7 +8,8 @@ import argparse
 import re
 from pathlib import Path
 
-URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.S)
+# Also with one slash, which is what becomes of two in a path that was joined or normalised.
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(/?)(.*)", re.S)
 
 
 class NotLocal(argparse.ArgumentTypeError, ValueError):
@@ -21,7 +22,8 @@ def local_output(text: str) -> str:
     if url is None:
         return text
     if url[1].lower() == "file":
-        path = "/" + url[2].partition("/")[2]  # a host may precede the first slash
+        # a host may stand behind two slashes
+        path = "/" + (url[3].partition("/")[2] if url[2] else url[3])
         advice = f"write {path}"
     else:
         advice = (

@@ -76,9 +76,9 @@ class CrossGetTower(VisionTower):
         """Blocks of the tower."""
         return self._tower[0].blocks
 
-    def patches_of(self, height: int, width: int) -> Grid:
+    def grid_of(self, height: int, width: int) -> Grid:
         """Grid of an image in the tower."""
-        return self._tower[0].patches_of(height, width)
+        return self._tower[0].grid_of(height, width)
 
     def tokens_of(self, grid: Grid | None, patches: int, layer: int = -1) -> int:
         """Tokens of an item at a hidden state, the cross token included."""

@@ -177,7 +177,7 @@ class VisionTower(nn.Module):
         """Stored states with `call` filled in; for image towers unchanged."""
         return states
 
-    def patches_of(self, height: int, width: int) -> Grid:
+    def grid_of(self, height: int, width: int) -> Grid:
         """Grid of an image of height x width pixels. Raises ValueError for sides that do not
         fit."""
         raise NotImplementedError
@@ -235,7 +235,7 @@ class PictureTower(VisionTower):
                 return module
         raise ValueError(f"{type(self.model).__name__} has no list of {count} blocks")
 
-    def patches_of(self, height: int, width: int) -> Grid:
+    def grid_of(self, height: int, width: int) -> Grid:
         """Pixels that fill no patch are left out, as by the model's own convolution."""
         return 1, height // self.patch_size, width // self.patch_size
 
@@ -246,7 +246,7 @@ class PictureTower(VisionTower):
                 f"{type(self.model).__name__} takes pictures, not packs: give clips as frames"
             )
         height, width = pixels.shape[-2:]
-        grid = self.patches_of(height, width)
+        grid = self.grid_of(height, width)
         patches = grid[1] * grid[2]
         with self._watched(layers) as record:
             self.model(pixel_values=pixels.to(self.model.dtype))
@@ -271,7 +271,7 @@ class PackedTower(VisionTower):
         """The blocks of the packed encoder."""
         return self.model.packing.encoder.layers
 
-    def patches_of(self, height: int, width: int) -> Grid:
+    def grid_of(self, height: int, width: int) -> Grid:
         """Sides must be multiples of the patch size."""
         return 1, *self.model.grid(height, width)
 
@@ -281,7 +281,7 @@ class PackedTower(VisionTower):
         if pixels is None:
             return visuals
         height, width = pixels.shape[-2:]
-        grid = self.patches_of(height, width)
+        grid = self.grid_of(height, width)
         grids = torch.tensor([grid] * len(pixels))
         return VisualInputs(
             rows=patchify(pixels, self.model.config.patch_size).flatten(0, 1),
@@ -338,7 +338,7 @@ class ConvTower(VisionTower):
             raise ValueError(f"a convolutional tower has no hidden state {layer}: choose -1")
         return 0
 
-    def patches_of(self, height: int, width: int) -> Grid:
+    def grid_of(self, height: int, width: int) -> Grid:
         """Sides must be multiples of the stride."""
         return 1, *self.model.grid(height, width)
 
@@ -351,7 +351,7 @@ class ConvTower(VisionTower):
         if pixels is None:
             raise ValueError("a convolutional tower takes pictures, not packs")
         tokens = self.model(pixels.to(self.model.dtype)).last_hidden_state
-        grid = self.patches_of(*pixels.shape[-2:])
+        grid = self.grid_of(*pixels.shape[-2:])
         return TowerStates(
             states={0: tokens},
             lengths=[tokens.shape[1]] * len(pixels),

@@ -159,8 +159,9 @@ def test_a_file_that_is_named_twice_is_packed_once(tmp_path, monkeypatch):
     touch(tmp_path, "a/x.mp4")
     monkeypatch.chdir(tmp_path)
     said = []
-    assert sources("a", "a/x.mp4", tmp_path / "a", report=said.append) == ["x.mp4"]
-    assert "2 inputs are named more than once" in said[0]
+    (tmp_path / "link").symlink_to("a")
+    assert sources("a", "a/x.mp4", tmp_path / "a", "link", report=said.append) == ["x.mp4"]
+    assert "3 inputs are named more than once" in said[0]
 
 
 @pytest.mark.parametrize("on_disk", ["amélie, 1.mp4".encode("latin-1"), "amélie, 1.mp4".encode()])

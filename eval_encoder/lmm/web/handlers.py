@@ -26,13 +26,16 @@ if TYPE_CHECKING:  # imports torch, which --help must not
     from ..data.visuals import VisualItem
     from ..generate import Request, Speaker
 
-# of an upload; its pixels are limited by InputLimits
+# Of an upload; its pixels are limited by InputLimits. Choices, for a machine that strangers share:
+# 64 MiB hold ten minutes of film at 0.9 Mbit/s, and any photograph.
 MAX_BYTES = 64 << 20
-MAX_SECONDS = 600.0
+MAX_CLIP_SECONDS = 600.0
 MAX_SESSIONS = 64  # visitors whose dialogues are remembered, some 10 MB each with a clip
 # characters: the context of LLaVA-1.5's language models, 4096 tokens of some four characters
 LONGEST_QUESTION = 16_384
-HALT_S = 5.0  # that Stop waits for an answer to end, which takes a block of the model's layers
+# That Stop waits until the answer's generator has ended, which takes about POLL_S. The thread that
+# answers goes on to the model's next block and may then still be alive.
+HALT_S = 5.0
 POLL_S = 0.3  # between two texts: seldom enough to cost nothing, often enough to read along
 NOT_SEEN = ("container", "no_video")  # reasons of RejectedInput for files that are not clips
 
@@ -41,20 +44,20 @@ Messages = list[dict[str, object]]
 
 @dataclass(frozen=True)
 class Limits:
-    """max_seconds: of one answer; max_waiting: how many questions and uploads may wait."""
+    """max_answer_seconds: of one answer; max_waiting: how many questions and uploads may wait."""
 
-    max_seconds: float = 120.0
+    max_answer_seconds: float = 120.0
     max_waiting: int = 32
 
     def __post_init__(self) -> None:
-        if not self.max_seconds > 0:
-            raise ValueError(f"--max_seconds {self.max_seconds}: give more than 0")
+        if not self.max_answer_seconds > 0:
+            raise ValueError(f"--max_seconds {self.max_answer_seconds}: give more than 0")
         if self.max_waiting < 1:
             raise ValueError(f"--max_waiting {self.max_waiting}: at least 1")
 
 
 def read_upload(speaker: "Speaker", path: Path) -> "VisualItem":
-    """What the tower sees of a file that a stranger gave.
+    """VisualItem of an uploaded file, an image or a clip.
 
     Raises ValueError with the file's name for what is too large, damaged, or neither an image nor
     a clip.
@@ -63,11 +66,11 @@ def read_upload(speaker: "Speaker", path: Path) -> "VisualItem":
     from data_pipeline.errors import RejectedInput
     from eval_encoder.clip_reader import shared_reader
 
-    limits = InputLimits(max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
+    limits = InputLimits(max_bytes=MAX_BYTES, max_seconds=MAX_CLIP_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
-        # readers go by names too; this one gives nothing away
+        # readers go by names too: a link without a suffix, so that content alone decides
         plain = Path(folder, "upload")
-        plain.symlink_to(path)
+        plain.symlink_to(path.resolve())  # a relative target would be looked for beside the link
         try:
             try:
                 return speaker.reader.picture(shared_reader().picture(plain, limits))
@@ -110,7 +113,8 @@ class GrowingAnswers:
         def work() -> None:
             try:
                 with self._alone:
-                    outcome.put(speaker.answer([request], streamer, stop=is_closed.is_set))
+                    answers = speaker.answer([request], streamer=streamer, stop=is_closed.is_set)
+                    outcome.put(answers)
             except BaseException as error:  # whatever it is, it is raised where texts are read
                 outcome.put(error)
 
@@ -140,17 +144,17 @@ class Visit:
     """An opened page, and how often its Stop was pressed before."""
 
     session: str
-    turn: int
+    num_stops: int
 
 
 class Handlers:
-    """What happens on an upload, on a question, for a new chat; `tell` shows a text, as HTML."""
+    """What happens on an upload, on a question, for a new chat; `warn` shows a text, as HTML."""
 
-    def __init__(self, speaker: "Speaker", tell: Callable[[str], object], limits: Limits) -> None:
+    def __init__(self, speaker: "Speaker", warn: Callable[[str], object], limits: Limits) -> None:
         self._speaker = speaker
-        self._tell = tell
-        self._answers = GrowingAnswers(limits.max_seconds)
-        self._stopped: dict[str, int] = {}  # session -> the last turn that was stopped
+        self._warn = warn
+        self._answers = GrowingAnswers(limits.max_answer_seconds)
+        self._stopped: dict[str, int] = {}  # session -> num_stops of the last visit stopped
         self._answered: str | None = None  # session whose answer is being made
         self._changed = threading.Condition()
 
@@ -195,34 +199,36 @@ class Handlers:
             self._speaker.decoding, temperature=temperature, max_new_tokens=int(length)
         )
         speaker = replace(self._speaker, decoding=decoding)
-        yield "", dialogue, _messages(asked, path)
         texts = self._answers.texts(speaker, asked.request())
-        with self._answering(visit), closing(texts):
+        text = ""
+        # around every yield: a Stop waits for the last one, so that what follows it comes after
+        with self._answering(visit):
+            yield "", dialogue, _messages(asked, path)
             try:
-                for text in texts:
-                    if text:  # until the first word the question stands alone
-                        dialogue = asked.said(text)
-                        shown = dialogue
-                    yield "", dialogue, _messages(shown, path)
-                    if self._is_stopped(visit):
-                        break
-                else:
+                with closing(texts):
+                    for text in self._until_stopped(visit, texts):
+                        if text:  # until the first word the question stands alone
+                            dialogue = asked.said(text)
+                            shown = dialogue
+                        yield "", dialogue, _messages(shown, path)
+                if not self._is_stopped(visit):
                     dialogue = asked.said(text)  # an answer may be empty
             except (ValueError, RuntimeError) as error:  # RuntimeError: no memory left, or no time
                 self._problem(error)
-        is_unanswered = len(dialogue.turns) < len(asked.turns)
-        yield question if is_unanswered else "", dialogue, _messages(dialogue, path)
+            is_unanswered = len(dialogue.turns) < len(asked.turns)
+            yield question if is_unanswered else "", dialogue, _messages(dialogue, path)
 
     def halt(self, visit: Visit) -> int:
-        """Stop what the visitor has asked for, whether it is answered or waits; the next turn."""
+        """Stop what the visitor has asked for, whether it is answered or waits; returns the number
+        of Stops until now."""
         with self._changed:
             self._stopped.pop(visit.session, None)
-            self._stopped[visit.session] = visit.turn
+            self._stopped[visit.session] = visit.num_stops
             while len(self._stopped) > MAX_SESSIONS:
                 self._stopped.pop(next(iter(self._stopped)))
             # what follows, such as a new chat, must not be overwritten by the end of the old one
             self._changed.wait_for(lambda: self._answered != visit.session, timeout=HALT_S)
-        return visit.turn + 1
+        return visit.num_stops + 1
 
     def forget(self, path: str | None, dialogue: Dialogue) -> tuple[Dialogue, Messages]:
         """(dialogue, messages) of a new chat about the same upload."""
@@ -230,7 +236,16 @@ class Handlers:
         return dialogue, _messages(dialogue, path)
 
     def _is_stopped(self, visit: Visit) -> bool:
-        return self._stopped.get(visit.session, -1) >= visit.turn
+        return self._stopped.get(visit.session, -1) >= visit.num_stops
+
+    def _until_stopped(self, visit: Visit, texts: Iterator[str]) -> Iterator[str]:
+        """Texts until the visit is stopped; after that not even the first, which starts the thread
+        that answers, is asked for."""
+        while not self._is_stopped(visit):
+            text = next(texts, None)
+            if text is None:
+                return
+            yield text
 
     @contextmanager
     def _answering(self, visit: Visit) -> Iterator[None]:
@@ -245,12 +260,12 @@ class Handlers:
                 self._changed.notify_all()
 
     def _problem(self, error: Exception) -> None:
-        self._tell(in_html(one_line(error)))  # a file's name is not ours
+        self._warn(in_html(one_line(error)))  # a file's name is not ours
 
 
 def _messages(dialogue: Dialogue, path: str | None) -> Messages:
     """A dialogue as the page shows it: the upload, then the turns. The page takes a text for HTML,
-    so that its signs are escaped: neither a visitor nor the model writes markup."""
+    so that its special characters are escaped: neither a visitor nor the model writes markup."""
     messages: Messages = []
     if dialogue.visuals:
         messages.append({"role": "user", "content": {"path": path}})

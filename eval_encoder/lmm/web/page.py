@@ -63,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Parts:
-    """Components of the page, by what they are for. `turn` counts a visitor's Stops: each ends the
-    questions before it, and no later one."""
+    """Components of the page, by what they are for. `num_stops` counts a visitor's Stops: each ends
+    the questions before it, and no later one."""
 
     upload: Any
     temperature: Any
@@ -75,7 +75,7 @@ class Parts:
     question: Any
     send: Any
     dialogue: Any
-    turn: Any
+    num_stops: Any
 
 
 def build_page(speaker: "Speaker", name: str, limits: Limits) -> tuple[Any, dict[str, Any]]:
@@ -96,7 +96,7 @@ def build_page(speaker: "Speaker", name: str, limits: Limits) -> tuple[Any, dict
     ) as page:
         gradio.Markdown(f"## {in_markdown(name)}")
         parts = _draw(speaker.decoding)
-        handlers = Handlers(speaker, tell=gradio.Warning, limits=limits)
+        handlers = Handlers(speaker, warn=gradio.Warning, limits=limits)
         _connect(parts, handlers)
     page.queue(max_size=limits.max_waiting, api_open=False)
     return page, options
@@ -153,7 +153,7 @@ def _draw(decoding: "Decoding") -> Parts:
         question=question,
         send=send,
         dialogue=gradio.State(Dialogue()),
-        turn=gradio.Number(0, visible=False, precision=0),
+        num_stops=gradio.Number(0, visible=False, precision=0),
     )
 
 
@@ -168,11 +168,11 @@ def _connect(parts: Parts, handlers: Handlers) -> None:
         dialogue: Dialogue,
         temperature: float,
         length: float,
-        turn: int,
+        num_stops: int,
         request: gradio.Request,
     ) -> Iterator[tuple[str, Dialogue, Messages]]:
         yield from handlers.answer(
-            Visit(request.session_hash, turn),
+            Visit(request.session_hash, num_stops=num_stops),
             question=question,
             path=path,
             dialogue=dialogue,
@@ -180,28 +180,28 @@ def _connect(parts: Parts, handlers: Handlers) -> None:
             length=length,
         )
 
-    def halt(turn: int, request: gradio.Request) -> int:
-        return handlers.halt(Visit(request.session_hash, turn))
+    def halt(num_stops: int, request: gradio.Request) -> int:
+        return handlers.halt(Visit(request.session_hash, num_stops=num_stops))
 
     upload = parts.upload
     question = parts.question
-    turn = parts.turn
+    num_stops = parts.num_stops
     shown = [parts.dialogue, parts.chat]
     gradio.on(
         [question.submit, parts.send.click],
         answer,
-        [question, upload, parts.dialogue, parts.temperature, parts.length, turn],
+        [question, upload, parts.dialogue, parts.temperature, parts.length, num_stops],
         [question, *shown],
         show_progress_on=parts.chat,
         **_one_at_a_time("model"),
     )
     # what needs no model does not wait behind the answers of others
     now = {"queue": False, "api_visibility": "private"}
-    gradio.on(parts.stop.click, halt, turn, turn, **now)
-    gradio.on([parts.anew.click, parts.chat.clear], halt, turn, turn, **now).then(
+    gradio.on(parts.stop.click, halt, num_stops, num_stops, **now)
+    gradio.on([parts.anew.click, parts.chat.clear], halt, num_stops, num_stops, **now).then(
         handlers.forget, [upload, parts.dialogue], shown, **now
     )
-    gradio.on([upload.upload, upload.clear], halt, turn, turn, **now).then(
+    gradio.on([upload.upload, upload.clear], halt, num_stops, num_stops, **now).then(
         handlers.show, upload, [upload, *shown], **_one_at_a_time("reader")
     )
 
@@ -225,7 +225,7 @@ def _open(args: argparse.Namespace) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise ValueError("the page needs gradio 6 or later: pip install -e .[web]") from error
-    limits = Limits(max_seconds=args.max_seconds, max_waiting=args.max_waiting)
+    limits = Limits(max_answer_seconds=args.max_seconds, max_waiting=args.max_waiting)
     speaker = speaker_of(args)
     with tempfile.TemporaryDirectory(prefix="univit_web_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # a page remembers it when it is built

@@ -22,9 +22,9 @@ from data_pipeline.clustering.kmeans import (
     save_centroids,
     spherical_kmeans,
 )
-from data_pipeline.clustering.labels import load_labels, nearest_centroids, save_labels
+from data_pipeline.clustering.labels import load_labels, padded, save_labels
 from data_pipeline.clustering.pipeline import ClusterConfig, cluster, label
-from data_pipeline.clustering.search import representatives
+from data_pipeline.clustering.search import CentroidSearch, recall_samples, representatives
 from data_pipeline.errors import CorruptShard, DataPipelineError, MissingData
 from data_pipeline.shards.manifest import load_manifest
 
@@ -32,6 +32,12 @@ from data_pipeline.shards.manifest import load_manifest
 def unit(count, dim=8, seed=0):
     rows = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def nearest_centroids(rows, centroids, count):
+    """(labels, how they were found), as `label` does for a shard."""
+    find = CentroidSearch(centroids, count=count, some=recall_samples(rows))
+    return padded(find(rows), count), find.how
 
 
 def test_the_codec_descriptor_tells_motions_apart(packed):

@@ -14,6 +14,7 @@ from data_pipeline.codec.saliency import (
     compensate_camera,
     is_static,
     patch_saliency,
+    residual_bits,
 )
 
 SIDE = 28
@@ -89,7 +90,9 @@ def test_the_centre_prior_favours_the_middle():
     clip = quiet_and_loud()
     plain = patch_saliency(clip, 16)
     central = patch_saliency(clip, 16, SaliencyConfig(centre_prior=0.3))
-    assert (central >= plain - 1e-6).all() and central.max() <= 1
+    assert (central >= plain - 1e-6).all()
+    clipped = SaliencyConfig(score="clipped", centre_prior=0.3)
+    assert patch_saliency(clip, 16, clipped).max() <= 1 < central.max()
     gain = central[1:].sum(0) / np.maximum(plain[1:].sum(0), 1e-6)
     assert gain[3, 3] > gain[2, 1] > 1
 
@@ -111,13 +114,53 @@ def clip_of(residual: np.ndarray, gop: int) -> CodecClip:
 
 
 def test_the_scale_is_that_of_the_p_frames_alone():
-    """Residual of 1 to 100 in a hundred patches of one P-frame, beside an I-frame."""
+    """Residual of 1 to 100 in a hundred patches of one P-frame, beside an I-frame. It is no
+    ceiling but under the rule that clips."""
     shown = np.kron(np.arange(1, 101).reshape(1, 10, 10), np.ones((2, 16, 16)))
-    found = patch_saliency(clip_of(shown, gop=2), 16, SaliencyConfig(motion_weight=0))
     scale = np.percentile(np.arange(1, 101), 95)
-    wanted = np.minimum(np.arange(1, 101).reshape(10, 10) / scale, 1)
-    np.testing.assert_allclose(found[1], wanted, rtol=1e-6)
-    assert not found[0].any()
+    wanted = np.arange(1, 101).reshape(10, 10) / scale
+    for score, expected in (
+        ("peak", wanted),
+        ("mean", wanted),
+        ("clipped", np.minimum(wanted, 1)),
+    ):
+        config = SaliencyConfig(score=score, motion_weight=0)
+        found = patch_saliency(clip_of(shown, gop=2), 16, config)
+        np.testing.assert_allclose(found[1], expected, rtol=1e-6)
+        assert not found[0].any()
+
+
+def test_the_best_quarter_of_a_patch_is_its_score():
+    """A residual of 40 in one quarter of a patch, of 20 all over the next one."""
+    shown = np.zeros((2, 32, 64))
+    shown[1, 8:16, :8] = 40
+    shown[1, :16, 16:32] = 20
+    scores = {
+        score: patch_saliency(clip_of(shown, gop=2), 16, SaliencyConfig(score, motion_weight=0))[1]
+        for score in ("peak", "mean")
+    }
+    assert scores["peak"][0, 0] == 2 * scores["peak"][0, 1] > 0
+    assert 2 * scores["mean"][0, 0] == scores["mean"][0, 1] > 0
+
+
+@pytest.mark.parametrize("patch_size", [14, 16])
+def test_bits_are_those_of_the_blocks_that_a_patch_holds(patch_size):
+    """A slow loop over 8 x 8 blocks; the residual's sign does not matter, its pattern does."""
+    rng = np.random.default_rng(0)
+    side = 4 * patch_size
+    residual = rng.integers(-60, 60, (2, side, side))
+    pixels = np.zeros((2, side, side))
+    k = np.arange(8)
+    cosines = np.cos(np.pi * (2 * k[None, :] + 1) * k[:, None] / 16) / 2
+    cosines[0] /= np.sqrt(2)
+    for t, y, x in np.ndindex(2, side // 8, side // 8):
+        block = (t, slice(8 * y, 8 * y + 8), slice(8 * x, 8 * x + 8))
+        coefficients = cosines @ residual[block] @ cosines.T
+        pixels[block] = np.log2(1 + np.abs(coefficients) / 5).sum() / 64
+    whole = side // patch_size
+    wanted = pixels.reshape(2, whole, patch_size, whole, patch_size).sum(axis=(2, 4))
+    np.testing.assert_allclose(residual_bits(residual, patch_size), wanted, rtol=1e-4)
+    np.testing.assert_allclose(residual_bits(-residual, patch_size), wanted, rtol=1e-4)
 
 
 def test_the_centre_prior_is_a_bell_over_the_shorter_side():

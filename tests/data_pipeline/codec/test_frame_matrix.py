@@ -3,6 +3,7 @@ codec, the GOPs, the rate and the start; and whatever was cut, joined or packed 
 """
 
 import struct
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -164,41 +165,74 @@ def test_recordings_joined_without_remuxing_are_refused(tmp_path, suffix, rates,
     assert rejection.value.reason == "timestamps"
 
 
-def pack_b_frames(source, target):
-    """Put every B-frame of an MPEG-4 video into the chunk of the P-frame before it, with a small
-    dummy chunk in its place, as DivX and Xvid did for players that allow one delay."""
+@pytest.mark.parametrize("suffix", ["mpg", "vob"])
+@pytest.mark.parametrize(("gop", "b_frames"), [(4, 2), (5, 2), (15, 3), (12, 5)])
+def test_a_program_stream_of_small_pictures_is_one_recording(tmp_path, suffix, gop, b_frames):
+    """Its packets hold several pictures each, and their stamps seem to jump back."""
+    path = tmp_path / f"clip.{suffix}"
+    write_numbered(
+        path,
+        encoder="mpeg2video",
+        times=range(120),
+        options={"b": "3000k"},
+        gop=gop,
+        b_frames=b_frames,
+    )
+    video = decode_video(path, Framing(num_frames=1000, size=64, patch_size=16))
+    assert [number_of(pixels) for pixels in video.frames] == list(range(120))
+    apart = np.abs(video.seconds - video.seconds[0] - np.arange(120) / RATE)
+    assert apart.max() <= b_frames / RATE + 1e-3
+    assert (np.diff(video.seconds) >= 0).all()
+
+
+def pack_b_frames(source, target, has_dummies):
+    """Put every first B-frame of an MPEG-4 video into the chunk of the P-frame before it, and
+    behind the last one a small dummy chunk, as DivX and Xvid did for players that allow one delay.
+
+    Where a dummy is missing the muxer fills the place with a chunk of no bytes.
+    """
     packed_mark = b"\x00\x00\x01\xb2DivX503b1393p"
-    dummy = b"\x00\x00\x01\xb6\x51\xff"
+    dummy = b"\x00\x00\x01\xb6\x51\xff" if has_dummies else b""
+    start_code = b"\x00\x00\x01\xb6"
     with av.open(str(source)) as read, av.open(str(target), "w") as write:
         stream = read.streams.video[0]
         copied = write.add_stream_from_template(stream)
-        packets = [packet for packet in read.demux(stream) if packet.size]
-        coded = [bytes(packet) for packet in packets]
-        start = coded[0].index(b"\x00\x00\x01\xb6")
+        coded = [bytes(packet) for packet in read.demux(stream) if packet.size]
+        start = coded[0].index(start_code)
         chunks = [coded[0][:start] + packed_mark + coded[0][start:]]
-        for forward, backward in zip(coded[1::2], coded[2::2], strict=True):
-            chunks += [forward + backward, dummy]
+        was_b_frame = False
+        for picture in coded[1:]:
+            is_b_frame = picture[picture.index(start_code) + 4] >> 6 == 2
+            if is_b_frame and not was_b_frame:
+                chunks[-1] += picture
+            else:
+                chunks += [dummy, picture] if was_b_frame and not is_b_frame else [picture]
+            was_b_frame = is_b_frame
+        chunks.append(dummy)
         for number, chunk in enumerate(chunks):
-            packet = av.Packet(chunk)
-            packet.pts = packet.dts = number
-            packet.time_base = stream.time_base
-            packet.is_keyframe = number == 0
-            packet.stream = copied
-            write.mux(packet)
+            if chunk:
+                packet = av.Packet(chunk)
+                packet.pts = packet.dts = number
+                packet.time_base = stream.time_base
+                packet.is_keyframe = number == 0
+                packet.stream = copied
+                write.mux(packet)
 
 
-def test_packed_b_frames_come_in_the_order_of_showing(tmp_path):
+@pytest.mark.parametrize("has_dummies", [True, False])
+@pytest.mark.parametrize("b_frames", [1, 2])
+def test_packed_b_frames_come_in_the_order_of_showing(tmp_path, b_frames, has_dummies):
     plain = write_numbered(
         tmp_path / "plain.avi",
         encoder="mpeg4",
-        times=range(41),
+        times=range(43),
         options={"flags": "+bitexact", "b_strategy": "0"},
         gop=250,
-        b_frames=1,
+        b_frames=b_frames,
     )
-    pack_b_frames(plain, tmp_path / "packed.avi")
+    pack_b_frames(plain, tmp_path / "packed.avi", has_dummies)
     video = decode_video(tmp_path / "packed.avi", Framing(num_frames=1000, size=64, patch_size=16))
-    assert [number_of(pixels) for pixels in video.frames] == list(range(41))
+    assert [number_of(pixels) for pixels in video.frames] == list(range(43))
     assert np.allclose(np.diff(video.seconds), 1 / RATE)
     assert "timestamps sorted" in video.notes
 
@@ -274,6 +308,7 @@ def rewrite_edit_list(source, target, segments):
 EDITS = {
     "behind an empty segment": ([(1.0, None), (53 / RATE, 7)], range(7, 60)),
     "the end cut off": ([(1.0, 5)], range(5, 30)),
+    "all that follows": ([(0, 5)], range(5, 60)),
     "two parts": ([(0.8, 0), (0.8, 30)], "timestamps"),
     "two parts in another order": ([(0.8, 30), (0.8, 0)], "timestamps"),
     "a pause between two parts": ([(0.8, 0), (0.4, None), (0.8, 30)], "timestamps"),
@@ -293,6 +328,36 @@ def test_an_edit_list_is_followed_or_refused(tmp_path, encoder, name):
     video = decode_video(tmp_path / "edited.mp4", Framing(num_frames=1000, size=64, patch_size=16))
     assert [number_of(pixels) for pixels in video.frames] == list(expected)
     assert np.allclose(video.seconds - video.seconds[0], np.arange(len(expected)) / RATE, atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["wmv", "mp4", "mkv", "flv"])
+@pytest.mark.parametrize("late", [0, 3 * RATE])
+def test_a_stream_that_starts_later_than_another_is_not_truncated(tmp_path, suffix, late):
+    """One second of sound from the first moment on, or from the fourth; the video is the other."""
+    with av.open(str(tmp_path / f"clip.{suffix}"), "w") as container:
+        video = container.add_stream("wmv2" if suffix == "wmv" else "libx264", rate=RATE)
+        video.width = video.height = 64
+        video.pix_fmt = "yuv420p"
+        sound = container.add_stream("wmav2" if suffix == "wmv" else "aac", rate=44100)
+        sound.layout = "mono"
+        sound.bit_rate = 64000
+        packets = []
+        for number in range(COUNT):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            frame.pts = number + late
+            frame.time_base = Fraction(1, RATE)
+            packets += video.encode(frame)
+        size = 2048 if suffix == "wmv" else 1024  # samples that the encoders take at a time
+        for number in range(44100 // size):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, size), np.float32), "fltp", "mono")
+            silence.sample_rate = 44100
+            silence.pts = number * size + 44100 * (3 - late // RATE)
+            silence.time_base = Fraction(1, 44100)
+            packets += sound.encode(silence)
+        packets += video.encode(None) + sound.encode(None)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            container.mux(packet)
+    assert numbers_in(tmp_path / f"clip.{suffix}") == list(range(COUNT))
 
 
 def test_an_edit_list_of_fragments_is_followed(tmp_path):

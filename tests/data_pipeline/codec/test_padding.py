@@ -12,8 +12,9 @@ from data_pipeline.codec.decode import decode_video
 from data_pipeline.codec.decompose import decompose_video
 from data_pipeline.codec.framing import Framing, crop_of
 from data_pipeline.codec.native import decompose_native
+from data_pipeline.codec.patches import ScoredClip, SelectionConfig, choose_patches
 from data_pipeline.codec.saliency import SaliencyConfig, compensate_camera, patch_saliency
-from data_pipeline.codec.selection import choose_patches
+from data_pipeline.codec.selection import Order
 from data_pipeline.errors import CorruptShard, RejectedInput
 from data_pipeline.shards.sample_builder import SampleConfig, build_sample
 from data_pipeline.shards.schema import SampleInfo, decode_frames
@@ -136,9 +137,9 @@ def test_p_frame_patches_never_touch_padding(tmp_path, decompose, patch_size):
     mask = clip.whole_patches(patch_size)
     assert 0 < mask.sum() < 64
     for buckets in (1, 4):
-        selection = choose_patches(
-            clip, patch_size, budget=10**5, saliency=SaliencyConfig(), time_buckets=buckets
-        )
+        config = SelectionConfig(order=Order(time_buckets=buckets))
+        scored = ScoredClip(clip, patch_saliency(clip, patch_size))
+        selection = choose_patches(scored, name="a clip", budget=10**5, config=config)
         t, row, column = selection.positions.astype(int).T
         inter = ~clip.is_i_frame[t]
         assert mask[row[inter], column[inter]].all()
@@ -150,7 +151,8 @@ def test_p_frame_patches_never_touch_padding(tmp_path, decompose, patch_size):
 def test_a_still_clip_gives_whole_contents_of_frames(tmp_path):
     path = write_video(tmp_path / "clip.mp4", [halves(64, 128)] * 16)
     clip = decompose_video(path, Framing(num_frames=16, size=64, fit="pad"))
-    selection = choose_patches(clip, 16, budget=16 + 3 * 8, saliency=SaliencyConfig())
+    scored = ScoredClip(clip, patch_saliency(clip, 16))
+    selection = choose_patches(scored, "a clip", budget=16 + 3 * 8, config=SelectionConfig())
     assert selection.is_static
     _, per_frame = np.unique(selection.positions[16:, 0], return_counts=True)
     assert per_frame.tolist() == [8, 8, 8]
@@ -163,8 +165,9 @@ def test_padding_moves_neither_the_camera_nor_full_scale():
 
     motion = np.zeros((2, 8, 8, 2), np.float32)
     motion[1, 3:5] = (4, 0)
-    residual = np.zeros((2, 64, 64), np.uint8)
+    residual = np.zeros((2, 64, 64), np.int16)
     residual[1, 24:40] = 10
+    residual[1, 24:32, :8] = 20  # one of the 16 patches of content, one of 64 in all
     clip = CodecClip(
         frames=np.zeros((2, 64, 64, 3), np.uint8),
         is_i_frame=np.array([True, False]),
@@ -176,10 +179,11 @@ def test_padding_moves_neither_the_camera_nor_full_scale():
         content=Content(24, 0, 40, 64),
     )
     assert compensate_camera(clip.motion, "median")[1, 3:5].any()  # of all cells it is not
-    only_motion = SaliencyConfig(residual_weight=0.0)
+    only_motion = SaliencyConfig(score="clipped", residual_weight=0.0)
     assert not patch_saliency(clip, 8, only_motion).any()
-    only_residual = SaliencyConfig(motion_weight=0.0)
-    assert (patch_saliency(clip, 8, only_residual)[1, 3:5] == 1).all()
+    only_residual = SaliencyConfig(score="clipped", motion_weight=0.0)
+    # the 95th percentile of 16 values lies a quarter of the way to the highest one: 12.5
+    assert np.isclose(np.median(patch_saliency(clip, 8, only_residual)[1, 3:5]), 0.8)
 
 
 def test_a_strip_without_a_patch_of_its_own_is_rejected(tmp_path):

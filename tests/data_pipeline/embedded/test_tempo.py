@@ -207,7 +207,7 @@ def test_what_cannot_be_used_is_reported_by_name(written):
     assert "left out short.mp4: it has 100 frames, a window takes 128" in text
     assert "left out twin.mp4: it is a copy of moving_0.mp4" in text
     assert "resting.mp4: 0 of 5 windows are usable; left out are 5 in which nothing moves" in text
-    assert "1 inputs are no videos by name" in text
+    assert "1 inputs are no videos by name and are left out, picture.png first" in text
 
 
 def test_a_written_set_is_split_by_source_and_balanced(written):
@@ -273,6 +273,12 @@ def test_sides_of_choice(videos, tmp_path):
     for row in rows_of(tmp_path / "a"):
         is_val = row["source"] in ("moving_0.mp4", "moving_1.mp4")
         assert is_val == ("val" in row["file"])
+    # a video that is named to validate on is not trained on as well
+    write_tempo(tmp_path / "c", moving, val_inputs=moving[:2], **arguments)
+    assert rows_of(tmp_path / "c") == rows_of(tmp_path / "a")
+    picture = list_inputs([videos / "picture.png"])
+    with pytest.raises(MissingData, match="0 usable validation videos"):
+        write_tempo(tmp_path / "b", moving, val_inputs=picture, **arguments)
     with pytest.raises(MissingData, match="1 usable validation videos: tempo needs 2 on either"):
         write_tempo(tmp_path / "b", moving[1:], val_inputs=moving[:1], **arguments)
 

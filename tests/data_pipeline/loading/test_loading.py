@@ -388,11 +388,11 @@ def test_frames_and_flips_are_chosen_by_numbers_of_their_own(packed):
         picture = decode_jpeg(data, size=(header.height, header.width), name="frames")
         picture = torch.from_numpy(picture.copy())
         draw = np.full(16 + MAX_FRAMES, 0.99, np.float32)
-        plain = reader.view(request, picture, draw)
+        plain = reader.make_view(request, picture, draw)
         draw[0] = 0.0
-        mirrored = reader.view(request, picture, draw)
+        mirrored = reader.make_view(request, picture, draw)
         draw[16:] = 0.0
-        early = reader.view(request, picture, draw)
+        early = reader.make_view(request, picture, draw)
     times = request.info.frame_times
     assert plain.positions[::49, 0].tolist() == list(times[1::2]), "the last of every two"
     assert early.positions[::49, 0].tolist() == list(times[::2])

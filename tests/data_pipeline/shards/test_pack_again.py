@@ -220,6 +220,26 @@ def test_appending_twice_and_with_another_size_of_shards(copy):
     assert verify(repaired) == []
 
 
+def test_an_input_whose_name_grew_by_a_folder_is_not_packed_twice(copy):
+    old = load_manifest(copy / "out")
+    write_pictures(copy / "other", "z")
+    (copy / "other" / "z.png").rename(copy / "other" / "b.png")
+    both = list_inputs([copy / "in", copy / "other"], [].append)
+    assert "in/b.png" in [item.source for item in both], "it was b.png when it was alone"
+    manifest = pack(both, copy / "out", CONFIG, [].append, mode="append")
+    assert manifest.sources() == [*old.sources(), "other/b.png"]
+    assert verify(manifest) == []
+    # once more, and by the plain command: nothing is left to do
+    assert pack(both, copy / "out", CONFIG, [].append, mode="append").sha256 == manifest.sha256
+    assert pack(both, copy / "out", CONFIG, [].append).sha256 == manifest.sha256
+    # what is packed anew has the names of now, and keeps them when a folder is named alone again
+    (copy / "in" / "a.png").unlink()
+    both = list_inputs([copy / "in", copy / "other"], [].append)
+    manifest = pack(both, copy / "out", CONFIG, [].append, mode="replace")
+    assert manifest.sources() == ["in/b.png", "c.png", "d.png", "e.png", "other/b.png"]
+    assert quietly(copy / "in", copy / "out", mode="append").sha256 == manifest.sha256
+
+
 def test_appending_a_changed_input_is_refused(copy):
     Image.new("RGB", (32, 32)).save(copy / "in" / "b.png")
     assert "b.png" in refused(copy, mode="append")

@@ -9,6 +9,8 @@ from forked import forked
 
 from data_pipeline.codec.decompose import decompose_video
 from data_pipeline.codec.framing import Framing
+from data_pipeline.codec.patches import SelectionConfig
+from data_pipeline.codec.saliency import SaliencyConfig
 from data_pipeline.codec.selection import cut_patches
 from data_pipeline.errors import CorruptShard, MissingData
 from data_pipeline.loading.shard_reader import ShardReader
@@ -279,13 +281,25 @@ def test_any_changed_byte_of_the_manifest_and_any_stray_shard_is_found(copy):
     [
         ({"num_frames": 65}, "num_frames is 65: temporal positions run over 0..63"),
         ({"size": 1024, "num_full_frames": 64}, "64 full frames of 1024 px make a strip"),
-        ({"vectors": "mine"}, "vectors is 'mine'; choose one of canonical, native"),
-        ({"rule": "mine"}, "rule is 'mine'; choose one of i_frames_first, published"),
+        ({"budget": 195, "gop": 64}, "budget of 195 patches cannot hold the 196 of all I-frames"),
     ],
 )
 def test_settings_that_cannot_work_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         SampleConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vectors": "mine"}, "vectors is 'mine'; choose one of canonical, native"),
+        ({"rule": "mine"}, "rule is 'mine'; choose one of i_frames_first, published"),
+        ({"rule": "random", "saliency": SaliencyConfig("mean")}, "random has no saliency"),
+    ],
+)
+def test_selections_that_cannot_work_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SelectionConfig(**fields)
 
 
 def test_a_thin_strip_is_scaled_where_it_is_kept_only(tmp_path):

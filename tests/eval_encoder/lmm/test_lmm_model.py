@@ -106,7 +106,7 @@ def test_every_projector_works_on_every_tower(tower, kind):
     else:
         model = model_of(TOWERS[tower](), projector_type=kind)
     side = 128 if tower == "convnext" else SIDE
-    grid = model.tower.patches_of(side, side)
+    grid = model.tower.grid_of(side, side)
     count = model.tokens_for(grid, grid[1] * grid[2])
     assert count == grid[1] * grid[2] // (4 if kind == "spatial_merge" else 1)
     model.train_parts(language_model=kind == "identity")
@@ -206,7 +206,7 @@ def test_convllava_trains_the_right_stages_and_gradients_reach_no_further():
                                                (None, True, set())):  # fmt: skip
         model = model_of(grown_convnext())
         model.train_parts(language_model=language_model, tower_from=tower_from)
-        grid = model.tower.patches_of(64, 64)
+        grid = model.tower.grid_of(64, 64)
         changed = changed_after_a_step(model, pictures(1, 64), *token_ids(model, [1]))
         assert stages(changed) == wanted and grid == (1, 1, 1)
         assert not any("embeddings.patch" in name for name in changed)
@@ -268,7 +268,7 @@ def test_saved_models_load_in_a_fresh_process_with_the_same_logits(tmp_path):
         lmm.model.save_pretrained(tmp_path / name)
         lmm.save_processors(tmp_path / name)
         side = lmm.model.config.vision_config.image_size
-        grid = lmm.model.tower.patches_of(side, side)
+        grid = lmm.model.tower.grid_of(side, side)
         ids, mask = token_ids(lmm.model, [lmm.model.tokens_for(grid, grid[1] * grid[2])])
         visuals = pictures(1, side)
         with torch.no_grad():
@@ -324,7 +324,7 @@ def test_a_higher_resolution_changes_the_grid_and_no_weight():
     processor = transformers.CLIPImageProcessor()
     set_resolution(model, processor, 192)
     tower = tower_of(model)
-    assert tower.patches_of(192, 192) == (1, 3, 3)
+    assert tower.grid_of(192, 192) == (1, 3, 3)
     picture = (torch.rand(100, 160, 3) * 255).byte().numpy()
     pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
     assert tower(VisualInputs(pixels), [0]).lengths == [9]

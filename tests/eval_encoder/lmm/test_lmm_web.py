@@ -279,7 +279,7 @@ def test_an_upload_within_the_bytes_may_still_be_too_large(folder, tmp_path, mon
     speaker = open_speaker(folder / "model")
     Image.new("1", (20_000, 10)).save(tmp_path / "wide.png")
     write_video(tmp_path / "long.mp4", [np.zeros((64, 64, 3), np.uint8)] * 60)
-    monkeypatch.setattr(lmm_web_handlers, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(lmm_web_handlers, "MAX_CLIP_SECONDS", 1.0)
     for name in ("wide.png", "long.mp4"):
         with pytest.raises(ValueError, match=rf"^{name} is \d+x\d+"):
             lmm_web_handlers.read_upload(speaker, tmp_path / name)

@@ -214,7 +214,7 @@ def slow(monkeypatch):
 
 def handlers_of(speaker, max_seconds=60.0):
     told = []
-    return Handlers(speaker, tell=told.append, limits=Limits(max_seconds)), told
+    return Handlers(speaker, warn=told.append, limits=Limits(max_seconds)), told
 
 
 def ask(handlers, question="Hi", visit=None, dialogue=None):
@@ -266,6 +266,25 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(slow):
     assert (question, [turn.text for turn in dialogue.turns]) == ("", ["Hi", "It"])
     wait_until(lambda: slow.stopped == ["Hi"], what="the end of the stopped answer")
     assert not told
+
+
+def test_a_stop_before_the_first_word_waits_for_the_end_and_nothing_is_asked(slow):
+    handlers, _ = handlers_of(slow)
+    answers = ask(handlers)
+    next(answers)  # the question is shown, no answer is begun
+    halted = threading.Event()
+
+    def halt():
+        handlers.halt(Visit("a", 0))
+        halted.set()
+
+    halting = threading.Thread(target=halt)
+    halting.start()
+    wait_until(lambda: handlers._stopped, what="the stop")
+    assert not halted.wait(0.1), "what follows a stop would be overwritten by the answer's end"
+    assert list(answers)[-1] == ("Hi", Dialogue(), [])
+    halting.join()
+    assert not slow.begun
 
 
 def test_stop_ends_a_question_that_waits_and_no_later_one_and_nobody_elses(slow):

@@ -50,6 +50,19 @@ def test_no_flip_of_120_is_used_and_each_is_said_and_made_again_bitwise_equal(ca
         assert entry.read_bytes() == written
 
 
+def test_a_damaged_entry_that_cannot_be_removed_is_logged_with_both_causes(
+    cache, entry, monkeypatch, caplog
+):
+    def refuse(path, missing_ok=False):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    entry.write_bytes(entry.read_bytes()[:-1])
+    monkeypatch.setattr(type(entry), "unlink", refuse)
+    assert cache.get(LOOK, comes_again=False) is None
+    (logged,) = caplog.messages
+    assert "it changed since it was written, and cannot be removed (Permission denied)" in logged
+
+
 @pytest.mark.parametrize("length", [0, 10, 31, 32, 100, -1])
 def test_a_cut_entry_is_not_used(cache, entry, length):
     entry.write_bytes(entry.read_bytes()[:length])

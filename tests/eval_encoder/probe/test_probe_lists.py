@@ -12,6 +12,7 @@ from conftest import call
 
 from data_pipeline.codec import patches, saliency
 from data_pipeline.codec.saliency import CAMERA_MODELS
+from eval_encoder.clip_input import RULES, SCORES
 from eval_encoder.probe import prepare as probe_prepare
 from eval_encoder.probe.benchmarks import (
     BENCHMARKS,
@@ -26,8 +27,6 @@ from eval_encoder.probe.config import (
     CAMERAS,
     IDLE_FLAGS,
     IMAGE_FAMILIES,
-    RULES,
-    SCORES,
     build_config,
     build_parser,
 )
