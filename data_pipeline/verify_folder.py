@@ -6,9 +6,10 @@
     features.json        vectors, shard by shard
     partial/record.json  a clustering that was stopped
 
-Folders inside are looked at in the same way. A file of a kind that is read here and that no record
-names is a problem: it came from elsewhere, and a reader may take it. Other files are named, and not
-checked. Cost: one reading of every byte.
+DIR must hold a record itself; folders inside are checked too, their labels and vectors against the
+manifest above them. A link to a folder that was checked already is passed over. A file of a kind
+that is read here and that no record names is a problem: it came from elsewhere, and a reader may
+take it. Other files are named, and not checked. Cost: one reading of every byte.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,10 @@ from .shards.verify import verify
 from .shards.writer import SHARD_SUFFIXES
 
 KINDS_READ = (".tar", ".idx", ".json", ".npy")
+FEATURES_AGAIN = (
+    "run the `features` or `cluster` command that made the folder again, or move away what is "
+    "left where it does not belong here"
+)
 MOST_NAMED = 5  # files of others in the last line
 
 
@@ -52,9 +57,10 @@ class Findings:
 
 
 def verify_folder(directory: Path) -> Findings:
-    """Check a folder of shards, labels, centroids or features, or several of them in one.
+    """Check a folder of shards, labels, centroids or features, or of several of these kinds, and
+    the folders inside.
 
-    Raises MissingData where there is none of them.
+    Raises MissingData where the folder itself has no record of any kind.
     """
     if not _is_ours(directory):
         load_manifest(directory)  # raises the error for what is missing, and how to make it
@@ -69,24 +75,33 @@ def _is_ours(directory: Path) -> bool:
 
 @dataclass
 class _Folder:
-    """One folder; `known` are the files in it that a record names, `prefix` stands before names in
-    messages: where this folder lies in the one asked for."""
+    """One folder.
+
+    prefix      where it lies in the folder asked for: stands before names in messages
+    manifest    of the shards here, or of those in the nearest folder above that has some
+    seen        folders that were checked, links resolved; shared by all of one call
+    known       files here that a record names
+    """
 
     directory: Path
     findings: Findings
     prefix: str = ""
     manifest: Manifest | None = None
+    seen: set[Path] = field(default_factory=set)
     known: set[str] = field(default_factory=set)
 
     def check(self) -> None:
         """All that lies here, and below."""
+        self.seen.add(self.directory.resolve())
         is_whole = True
         for name, check in _CHECKS.items():
             if not (self.directory / name).is_file():
                 continue
             self.known.add(name)
             try:
-                self.findings.checked.append(check(self))
+                checked = check(self)
+                place = f" in {printable(self.prefix)}" if self.prefix else ""
+                self.findings.checked.append(f"{checked}{place}")
             except (DataPipelineError, DamagedFile, OSError) as error:
                 self.findings.problems.append(str(error))
                 is_whole = False
@@ -97,8 +112,17 @@ class _Folder:
         for path in sorted(self.directory.iterdir()):
             name = f"{self.prefix}{path.name}"
             if path.is_dir():
+                if path.resolve() in self.seen:  # by a link, perhaps to the folder that it lies in
+                    continue
                 if _is_ours(path):
-                    _Folder(path, self.findings, prefix=f"{name}/").check()
+                    inner = _Folder(
+                        path,
+                        self.findings,
+                        prefix=f"{name}/",
+                        manifest=self.manifest,
+                        seen=self.seen,
+                    )
+                    inner.check()
                 else:
                     self.findings.others.append(f"{name}/")
             elif path.name in self.known or _is_lock(path):
@@ -106,11 +130,13 @@ class _Folder:
             elif path.suffix in KINDS_READ:
                 # after a damaged record it may be one of its files
                 if is_whole:
-                    self.findings.problems.append(
-                        f"{printable(name)}: no record names this file; move it away"
-                    )
+                    self.report(path.name, "no record names this file; move it away")
             else:
                 self.findings.others.append(name)
+
+    def report(self, name: str, problem: str) -> None:
+        """Add a problem of a file here."""
+        self.findings.problems.append(f"{printable(self.prefix + name)}: {problem}")
 
 
 def _is_lock(path: Path) -> bool:
@@ -120,7 +146,8 @@ def _is_lock(path: Path) -> bool:
 def _check_shards(folder: _Folder) -> str:
     folder.manifest = load_manifest(folder.directory)
     shards = folder.manifest.shards
-    folder.findings.problems += verify(folder.manifest)
+    prefix = printable(folder.prefix)
+    folder.findings.problems += [f"{prefix}{problem}" for problem in verify(folder.manifest)]
     folder.known |= {f"{shard['name']}{suffix}" for shard in shards for suffix in SHARD_SUFFIXES}
     # a tar that the manifest does not name is among the problems already
     folder.known |= {path.name for path in folder.directory.glob("*.tar")}
@@ -145,16 +172,22 @@ def _check_centroids(folder: _Folder) -> str:
 
 
 def _check_features(folder: _Folder) -> str:
-    features.read_features_record(folder.directory)
+    origin = features.read_features_record(folder.directory)["origin"]
+    shards = _shards_with_vectors(folder, origin)
     rows = 0
     width = None
-    for path in sorted(folder.directory.glob("*.json")):
-        array = path.with_suffix(".npy")
-        if path.name in folder.known or not array.is_file():
+    for shard in sorted(shards):
+        array = folder.directory / f"{shard}.npy"
+        record = folder.directory / f"{shard}.json"
+        folder.known |= {array.name, record.name}
+        missing = [path.name for path in (array, record) if not path.is_file()]
+        if missing:
+            folder.report(shard, f"{' and '.join(missing)} missing; {FEATURES_AGAIN}")
             continue
-        folder.known |= {path.name, array.name}
         try:
-            vectors = features.read_vectors(array, width)
+            vectors = features.read_vectors(
+                array, width=width, origin_sha256=features.origin_hash(origin)
+            )
         except DataPipelineError as error:
             folder.findings.problems.append(str(error))
             continue
@@ -164,14 +197,30 @@ def _check_features(folder: _Folder) -> str:
     return f"{rows} vectors"
 
 
+def _shards_with_vectors(folder: _Folder, origin: dict) -> set[str]:
+    """Names of shards that have a vector file or its record here, and of those that ought to."""
+    found = {
+        path.stem
+        for path in folder.directory.iterdir()
+        if path.suffix in (".json", ".npy") and path.name not in folder.known
+    }
+    manifest = folder.manifest
+    # a manifest above may be of other shards than these vectors
+    if manifest is None or origin.get("manifest_sha256") != manifest.sha256:
+        return found
+    return found | {shard["name"] for shard in manifest.shards if shard["samples"]}
+
+
 def _check_progress(folder: _Folder) -> str:
     saved = progress.read_progress(folder.directory)
     for name in saved["files"]:
         folder.known.add(name)
-        if progress.read_saved(folder.directory, state=saved, name=name) is None:
-            folder.findings.problems.append(
-                f"{folder.prefix}{name}: not what its record says; the clustering computes it again"
-            )
+        if progress.is_as_saved(folder.directory, state=saved, name=name):
+            progress.read_saved(
+                folder.directory, state=saved, name=name
+            )  # CorruptShard if no array
+        else:
+            folder.report(name, "not what its record says; the clustering computes it again")
     return f"{len(saved['files'])} files of a clustering that was stopped"
 
 

@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass
 
 from model_factory.command_line.flags import flag
 
-# names of one view are synonyms: `identity` leaves the family out
-VIDEO_FAMILIES = {  # public name -> view of the packed encoder
+# Public name -> view of the packed encoder; names of one view are synonyms.
+VIDEO_FAMILIES = {
     "llava_vit_sampling": "frame",
     "chunk_wise_sampling": "frame",
     "llava_vit_codec": "codec",
     "ov_encoder_codec": "codec",
 }
+# Encoders that see whole frames. No synonyms, but the sha256 of the encoder itself is in the key of
+# stored features, so that `identity` may leave the family out here as well.
 IMAGE_FAMILIES = ("clip", "metaclip", "siglip", "siglip2", "dinov2", "dinov3", "aimv2")
 DECODERS = ("auto", "decord", "av", "torchcodec")
 AUGMENTATIONS = ("jitter", "brightness", "saturation", "hue", "channels")
@@ -32,8 +34,10 @@ RULES = (
 
 
 def seed_flag() -> int:
-    """The field of --seed, which fills several."""
-    return flag("--seed", default=1, help="of the first head, the order and the drawn versions")
+    """Field for --seed; one flag that fills the seed of several dataclasses."""
+    return flag(
+        "--seed", default=1, help="seed of the first head, the order and the drawn versions"
+    )
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,8 @@ class InputConfig:
         return VIDEO_FAMILIES.get(self.family, "frame")
 
     def identity(self) -> dict:
-        """What decides on the pixels of any look, for the key of stored features."""
-        # how fast clips are read, and what differs between looks (features.ClipFeatures._identity)
+        """What decides on the pixels of any view, for the key of stored features."""
+        # Left out: reading speed, and what features.ClipFeatures._identity already keys.
         ignored = ["workers", "decoder_threads", "wall_seconds", "train_views", "family"]
         ignored += ["temporal_crops", "spatial_crops", "seed", "augmentations"]
         if self.view == "codec":

@@ -56,7 +56,7 @@ def read_encoder(checkpoint: Path) -> "tuple[LlavaViTPackingModel, Path, int]":
     from .config.schema import ModelConfig
     from .encoder import build_encoder
 
-    path = newest_commit(checkpoint)
+    path = resolve_checkpoint(checkpoint)
     problems = verify_checkpoint(path)
     if problems:
         beside = CheckpointFolder(path.parent).commits()
@@ -66,7 +66,8 @@ def read_encoder(checkpoint: Path) -> "tuple[LlavaViTPackingModel, Path, int]":
             f"{', '.join(intact) or 'none is left'}"
         )
     state = read_state(path)
-    # of the checkpoint, which is bound byte by byte, and not of config.json beside it
+    # The model's fields come from the checkpoint, which is bound byte by byte, not from
+    # config.json.
     prefix = "model."
     fields = {
         key.removeprefix(prefix): value
@@ -76,12 +77,12 @@ def read_encoder(checkpoint: Path) -> "tuple[LlavaViTPackingModel, Path, int]":
     encoder = build_encoder(ModelConfig(**fields), seed=0)
     tensors = {f"encoder.{name}": p.data for name, p in encoder.named_parameters()}
     read_tensors(tensors, path, alone=True)
-    # of the data that it was trained on, which older checkpoints do not have on record
+    # The image size of its training data; older checkpoints have none.
     encoder.config.image_size = state.get("image_size", encoder.config.image_size)
     return encoder, path, state["step"]
 
 
-def newest_commit(path: Path) -> Path:
+def resolve_checkpoint(path: Path) -> Path:
     """A checkpoint as named, or the newest of a run's folder; BadCheckpoint where there is none."""
     from .checkpoint.folder import FOLDER_NAME, MANIFEST_NAME, CheckpointFolder
 

@@ -108,7 +108,7 @@ class TrainStep:
             counts=StepCounts(
                 samples=counts.samples,
                 tokens=counts.tokens,
-                room=counts.room,
+                token_budget=counts.room,
                 flops=flops,
                 bad_samples=counts.bad_samples,
                 skipped_steps=self.skipped,
@@ -217,6 +217,6 @@ class TrainStep:
                 # every rank pads its rows to the same number, and gathers those of all
                 rows=len(batch.weights) * self.ranks.world_size,
                 width=self.encoder.module.config.hidden_size,
-                sampled=head.num_classes * head.config.sample_rate,
+                num_sampled_classes=head.num_classes * head.config.sample_rate,
             )
         return flops

@@ -22,7 +22,7 @@ from model_factory.vit_preview_v0_packing_hf import LlavaViTPackingModel
 
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.folder import Commit
-from .checkpoint.resume import compare, find_commit, heads_on_record, with_stored_names
+from .checkpoint.resume import check_fits, find_commit, heads_on_record, with_stored_names
 from .config.schema import HeadConfig, TrainConfig, fingerprint, fingerprint_difference
 from .data import SYNTHETIC_CLASSES, TrainingData
 from .distributed import Ranks, all_gather_json
@@ -130,6 +130,7 @@ class Trainer:
             step=self.step,
             clock=self.clock,
             logger=self.logger,
+            strategy=self.config.parallel.strategy,
         )
         metrics.describe(self.config)
         try:
@@ -224,13 +225,13 @@ class Trainer:
 
     def _restore(self, commit: Commit | None) -> None:
         """Go on from a commit, or start: one visible choice."""
-        other_data: list[str] = []
+        data_difference: list[str] = []
         if commit is not None:
-            other_data = self.data.difference(commit.state["data"])
-            compare(
+            data_difference = self.data.difference(commit.state["data"])
+            check_fits(
                 config=self.config,
                 state=commit.state,
-                other_data=other_data,
+                data_difference=data_difference,
                 ranks=self.ranks,
                 logger=self.logger,
             )
@@ -241,7 +242,7 @@ class Trainer:
         self._other_records = restore_records(
             self.output, commit=commit, ranks=self.ranks, logger=self.logger
         )
-        if commit is not None and other_data:
+        if commit is not None and data_difference:
             self.data.start_next_epoch(commit.state["data"])
         elif commit is not None:
             self.data.load_state_dict(commit.state["data"])

@@ -94,6 +94,12 @@ def origin_of(manifest: Manifest, config: FeatureConfig, weights_sha256: str | N
     return {"manifest_sha256": manifest.sha256, **config.identity(weights_sha256)}
 
 
+def origin_hash(origin: dict) -> str:
+    """Hex sha256 of an origin, which stands for it in the record of every shard."""
+    text = json.dumps(origin, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def is_of(folder: Path, origin: dict) -> bool:
     """Whether a folder may take features of this origin: it holds none, or such."""
     return not (folder / RECORD_NAME).is_file() or read_features_record(folder)["origin"] == origin
@@ -114,11 +120,19 @@ def read_features_record(folder: Path) -> dict:
     return read_record(folder / RECORD_NAME, fields=RECORD_FIELDS, again=again)
 
 
-def read_vectors(path: Path, width: int | None = None) -> np.ndarray:
+def read_vectors(
+    path: Path, width: int | None = None, origin_sha256: str | None = None
+) -> np.ndarray:
     """Vectors float32 [n, D] of a shard, of the file FOLDER/SHARD.npy, bound by the record beside
     it; CorruptShard for damaged ones, and for another width than the one given. FileNotFoundError
     where there is no record."""
     record = _shard_record(path.with_suffix(".json"))
+    # origin_sha256: of an origin (origin_hash) that the vectors must have
+    if origin_sha256 is not None and record["origin"] != origin_sha256:
+        raise CorruptShard(
+            f"{path} holds vectors of other samples, settings or weights than {RECORD_NAME} beside "
+            f"it says: {MAKE_AGAIN}"
+        )
     return read_array(
         path,
         sha256=record["sha256"],
@@ -184,9 +198,7 @@ class _FinishedShards:
     def __init__(self, folder: Path, origin: dict, report: ReportLine = quiet):
         self._folder = folder
         self._report = report
-        # its hash is enough: the whole origin would stand in the record of every shard
-        text = json.dumps(origin, sort_keys=True)
-        self._origin = hashlib.sha256(text.encode()).hexdigest()
+        self._origin = origin_hash(origin)
 
     def lacks(self, shard: dict) -> bool:
         """Whether a shard has samples, and their vectors are not there."""

@@ -86,12 +86,18 @@ def read_saved(folder: Path, state: dict, name: str) -> np.ndarray | None:
     path = folder / name
     if sha256 is None:
         return None
-    if not path.is_file() or file_sha256(path) != sha256:
+    if not is_as_saved(folder, state=state, name=name):
         LOG.warning("%s is not as its record says: computed again", path)
         return None
     return read_array(
         path, sha256=sha256, dtype=np.float32, shape=(None, None), again=_again(folder)
     )
+
+
+def is_as_saved(folder: Path, state: dict, name: str) -> bool:
+    """Whether a file is there and has the bytes that the record says."""
+    path = folder / name
+    return path.is_file() and file_sha256(path) == state["files"].get(name)
 
 
 def _again(folder: Path) -> str:

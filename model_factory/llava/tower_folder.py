@@ -56,7 +56,9 @@ from .tower_check import FOUND, TOWERS, selected
 
 OUR_TYPES = (LlavaViTPackingConfig.model_type, *MODEL_TYPES)
 # what transformers' Llava runs as it is; of a whole CLIP or SigLIP model the image half
-NATIVE_TYPES = ("clip", "siglip", "dinov2", "dinov2_with_registers", "dinov3_vit")
+NATIVE_TYPES = ("clip", "siglip", "dinov2")
+# the same without register tokens only: a model of these types may be configured to have none
+REGISTER_TYPES = ("dinov2_with_registers", "dinov3_vit")
 # hidden state that a projector reads: LLaVA's choice for CLIP, and the last one of ours
 NATIVE_LAYER = -2
 OUR_LAYER = -1
@@ -112,8 +114,8 @@ def export_tower(
 ) -> list[str]:
     """Write the folder and verify it in a fresh process; returns one line per tower.
 
-    Raises ValueError for an output that exists, as `read_source` and `read_language` do, and for a
-    folder that does not load whole or differs from its source; then nothing is left behind.
+    Raises ValueError for an existing output, for what `read_source` and `read_language` refuse, and
+    for a folder that does not load whole or differs from its source; then nothing is left behind.
     """
     if output.exists() or output.is_symlink():
         raise ValueError(f"{output} exists: name a new folder as --output_dir")
@@ -228,7 +230,7 @@ def _our_source(encoder: LlavaViTPackingModel, post_norm: bool) -> TowerSource:
 
 def _native_source(folder: Path, model_type: str, post_norm: bool) -> TowerSource:
     base = model_type.removesuffix("_vision_model")
-    if base not in NATIVE_TYPES:
+    if base not in (*NATIVE_TYPES, *REGISTER_TYPES):
         raise ValueError(
             f"{folder / 'config.json'} is a {model_type} model; a tower can be one of "
             f"{', '.join(NATIVE_TYPES)}, or of ours: {', '.join(OUR_TYPES)}"
@@ -324,7 +326,8 @@ def _image_processor(folder: Path) -> BaseImageProcessor:
 
 
 def _verify(source: TowerSource, folder: Path) -> list[str]:
-    """Lines of the check, which a fresh process makes; ValueError with its errors."""
+    """Runs tower_check in a fresh process; returns its report lines. Raises ValueError with its
+    errors."""
     generator = torch.Generator().manual_seed(0)
     shape = (*CHECK_IMAGE, 3)
     image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).numpy()

@@ -275,13 +275,14 @@ def test_verify_names_all_that_it_checked(copy, capsys):
     shutil.move(copy / "centroids", copy / "data" / "centroids")
     code, said = said_by_verify(copy / "data", capsys)
     assert code == 0
-    checked = "5 samples in 2 shards, labels of 3 classes, 3 centroids, 5 vectors"
+    checked = "5 samples in 2 shards, labels of 3 classes, "
+    checked += "3 centroids in centroids/, 5 vectors in centroids/features/"
     assert said == f"{copy / 'data'}: {checked}, every byte as written\n"
 
 
 @pytest.mark.parametrize(
     ("folder", "checked"),
-    [("centroids", "3 centroids, 5 vectors"), ("centroids/features", "5 vectors")],
+    [("centroids", "3 centroids, 5 vectors in features/"), ("centroids/features", "5 vectors")],
 )
 def test_verify_knows_a_folder_by_what_lies_in_it(copy, capsys, folder, checked):
     code, said = said_by_verify(copy / folder, capsys)

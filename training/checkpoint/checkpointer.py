@@ -171,6 +171,7 @@ class Checkpointer:
             first = 0 if commit is None else commit.state["step"]
             for aside in self._folder.set_aside_beyond(first):
                 self._logger.warning("a commit lies beyond the start; kept as %s", aside)
+            self._folder.note_start(first)
         dist.barrier()
 
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
 """Which commit a start goes on from, under which names of heads, and whether it fits.
 
-    find_commit         auto | never | PATH -> the newest commit whose bytes are as saved
+    find_commit         auto, or PATH of a run -> its newest commit whose bytes are as saved;
+                        PATH of a commit -> that one; never -> none
     with_stored_names   a head is known by its data, so a folder may be moved or renamed
-    compare             configuration and data of the checkpoint against those of this start
+    check_fits          configuration and data of the checkpoint against those of this start
 
 Nothing is loaded here. All functions that take `ranks` are called by all of them.
 """
@@ -36,16 +37,20 @@ SHAPING = ("model.name", "model.frozen", "loss.sample_rate", "loss.sparse_gradie
 def find_commit(output: Path, resume: str, ranks: Ranks, logger: logging.Logger) -> Commit | None:
     """The checkpoint to start from by the rule auto | never | PATH; None for a fresh start.
 
+    A launcher starts the same command again: once this job has saved, a restart goes on from that;
+    before, what was asked for holds again.
+
     Raises BadCheckpoint on all ranks when a named checkpoint, or every existing one, is unusable.
     """
-    # a launcher starts the same command again: its --resume must not undo what the first start did
-    if ranks.restarted and resume != "auto":
-        logger.warning("--resume %s was for the first start: going on from the newest", resume)
-        resume = "auto"
     # Only rank 0 verifies, since hashing a large checkpoint takes minutes; on_main lets the others
     # poll meanwhile, so that no collective times out.
     chosen: dict = {}
-    on_main(ranks, lambda: chosen.update(_choose(output, resume=resume, logger=logger)))
+
+    def choose() -> None:
+        rule = _rule(output, resume=resume, restarted=ranks.restarted, logger=logger)
+        chosen.update(_choose(output, resume=rule, logger=logger))
+
+    on_main(ranks, choose)
     chosen = broadcast_object(chosen)
     # an error raised inside on_main would reach the other ranks as a lost peer
     if "error" in chosen:
@@ -55,13 +60,34 @@ def find_commit(output: Path, resume: str, ranks: Ranks, logger: logging.Logger)
     return Commit(path=Path(chosen["path"]), state=chosen["state"])
 
 
+def _rule(output: Path, resume: str, restarted: bool, logger: logging.Logger) -> str:
+    """`resume` as it holds for this start."""
+    folder = CheckpointFolder(output / FOLDER_NAME)
+    if not restarted:
+        folder.forget_start()
+        return resume
+    if resume == "auto":
+        return resume
+    if folder.has_saved():
+        text = "--resume %s was for the first start: going on from this job's newest commit"
+        logger.warning(text, resume)
+        return "auto"
+    logger.warning("restarted before the first save: --resume %s holds again", resume)
+    return resume
+
+
 def _choose(output: Path, resume: str, logger: logging.Logger) -> dict:
     """{"path", "state"} of the commit to start from, or {"error"}."""
     if resume == "never":
         return {"path": None}
-    commits = [Path(resume)]
+    named = Path(resume)
+    commits = [named]
     if resume == "auto":
         commits = CheckpointFolder(output / FOLDER_NAME).commits()
+    elif (named / FOLDER_NAME).is_dir():
+        commits = CheckpointFolder(named / FOLDER_NAME).commits()
+        if not commits:
+            return {"error": f"{named} holds no checkpoint: name another with --resume PATH"}
     damaged: list[str] = []
     for path in commits:
         problems = verify_checkpoint(path)
@@ -115,17 +141,17 @@ def with_stored_names(
     # checkpoints of earlier versions have the names alone, in the order of the heads
     stored = state.get("heads", [{"name": name} for name in state["data"]])
     _check_heads(config=config, datasets=datasets, stored=stored)
-    renamed = {}
+    datasets_by_stored_name = {}
     heads = []
     for head, entry in zip(config.heads, stored, strict=True):
         name = entry["name"]
-        renamed[name] = datasets[head.name]
+        datasets_by_stored_name[name] = datasets[head.name]
         if head.name != name:
             text = "head %s: its data are read from %s now, the name stays as in the checkpoint"
             logger.info(text, name, head.dataset)
             head = dataclasses.replace(head, head_name=name)
         heads.append(head)
-    return dataclasses.replace(config, heads=tuple(heads)), renamed
+    return dataclasses.replace(config, heads=tuple(heads)), datasets_by_stored_name
 
 
 def _check_heads(
@@ -159,15 +185,15 @@ def _check_heads(
             )
 
 
-def compare(
+def check_fits(
     config: TrainConfig,
     state: dict,
-    other_data: list[str],
+    data_difference: list[str],
     ranks: Ranks,
     logger: logging.Logger,
 ) -> None:
-    """Compare the configuration of this start with the checkpoint's; `other_data` are the lines of
-    TrainingData.difference.
+    """Compare the configuration of this start with the checkpoint's; `data_difference` are the
+    lines of TrainingData.difference.
 
     Raises ConfigMismatch, with the flags to go on all the same, where a field differs that is not
     allowed to.
@@ -177,18 +203,19 @@ def compare(
     difference = fingerprint_difference(compared(state["fingerprint"]), now)
     allowed = [line for line in difference if is_allowed(line, config.resume_allow)]
     refused = [line for line in difference if line not in allowed]
-    if refused or (other_data and config.resume_data != "new-epoch"):
+    refused_data = [] if config.resume_data == "new-epoch" else data_difference
+    if refused or refused_data:
         raise ConfigMismatch(
             "the checkpoint belongs to another configuration:\n  "
-            + "\n  ".join(refused + other_data)
+            + "\n  ".join(refused + refused_data)
             + "\nrestore these, or start over with --resume never or another --output"
-            + _advice(config, refused=refused, other_data=other_data)
+            + _advice(config, refused=refused, refused_data=refused_data)
         )
-    for line in [*allowed, *other_data]:
+    for line in [*allowed, *data_difference]:
         logger.warning("resuming all the same, %s", line)
 
 
-def _advice(config: TrainConfig, refused: list[str], other_data: list[str]) -> str:
+def _advice(config: TrainConfig, refused: list[str], refused_data: list[str]) -> str:
     """The flags that let this start go on in spite of the differences; "" where none do."""
     fields = [line.partition(":")[0] for line in refused]
     if any(field.endswith(SHAPING) for field in fields):
@@ -197,6 +224,6 @@ def _advice(config: TrainConfig, refused: list[str], other_data: list[str]) -> s
     if fields:
         allowed = [*config.resume_allow, *fields]
         flags.append(f"--resume_allow {','.join(allowed)}")
-    if other_data:
+    if refused_data:
         flags.append(NEW_EPOCH)
     return f"; to go on all the same, add {' '.join(flags)}"

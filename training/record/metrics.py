@@ -12,6 +12,7 @@ import math
 import resource
 import statistics
 import threading
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from data_pipeline.loading.packing import PackedBatch
+from model_factory.files import DamagedFile, read_json, write_json
 
 from ..config.schema import TrainConfig
 from ..distributed import Ranks
@@ -28,23 +30,28 @@ from .files import METRICS_NAME, SPEED_NAME, RecordFile
 from .pack_picture import pack_picture
 from .speed import SpikeWatch, StepClock, compare_ranks, peak_flops
 
+WANDB_NAME = "wandb_run.json"
+# of the thread in which TensorBoard writes its events
+WRITING_MODULE = "tensorboard.summary.writer"
+
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Of one optimizer step, over all ranks: samples that count, their tokens, the token budgets,
-    model FLOPs, bad samples of the running epochs, skipped steps of the run."""
+    """Counts over all ranks when an optimizer step is done."""
 
-    samples: int
-    tokens: int
-    room: int
-    flops: int
-    bad_samples: int
-    skipped_steps: int
+    samples: int  # of the step, those that count
+    tokens: int  # of these samples
+    token_budget: int  # of the step's packs, filling included
+    flops: int  # model FLOPs of the step
+    bad_samples: int  # of the running epochs so far
+    skipped_steps: int  # of the run so far
 
 
 class MetricLogger:
-    """Collects step values on the device and writes them every `log_every` steps; `flush` is a
-    collective, the rest does nothing on ranks other than 0.
+    """Collects step values on the device; rank 0 writes them every `log_every` steps.
+
+    `record` and `flush` are called by all ranks at the same steps: whenever lines are due, ranks
+    exchange their times. The other methods write nothing on ranks other than 0.
     """
 
     def __init__(
@@ -56,8 +63,11 @@ class MetricLogger:
         step: int,
         clock: StepClock,
         logger: logging.Logger,
+        strategy: str = "ddp",
     ):
         self._ranks = ranks
+        self._strategy = strategy
+        self._step = step  # that this start goes on from
         self._total_steps = total_steps
         self._log_every = log_every
         self._logger = logger
@@ -93,7 +103,9 @@ class MetricLogger:
         # "." is the run's own folder; by default each call makes a folder named by the clock
         self.board.show(lambda writer: writer.add_hparams(flat, steps, run_name="."))
         if config.wandb_project is not None:
-            self._wandb = _wandb_run(config.wandb_project, config=flat, output=Path(config.output))
+            self._wandb = _wandb_run(
+                config.wandb_project, config=flat, output=Path(config.output), step=self._step
+            )
 
     def picture(self, step: int, batches: dict[str, PackedBatch], patch_size: int) -> None:
         """Show the first items of a step's packs as the encoder sees them."""
@@ -124,7 +136,9 @@ class MetricLogger:
         if not self._pending:
             return
         taken = self._clock.take()
-        own = compare_ranks(taken, steps=len(self._pending), logger=self._logger)
+        own = compare_ranks(
+            taken, steps=len(self._pending), logger=self._logger, strategy=self._strategy
+        )
         if self._record is not None:
             self._write(self._record, self._speed(taken, own))
         self._pending.clear()
@@ -140,8 +154,14 @@ class MetricLogger:
                 self._record.write(self._numbers())
         except StorageError:
             pass  # a removed folder has ended the run, whose own error reports it
-        except OSError as error:  # must not hide the error that ended the run
+        # Must not hide the error that ended the run. RuntimeError: after a fault on a CUDA device
+        # every later read of a tensor there fails.
+        except (OSError, RuntimeError) as error:
             self._logger.warning("the last steps are not on record: %s", error)
+        finally:
+            self._close_files()
+
+    def _close_files(self) -> None:
         for file in (self._record, self._speed_file):
             if file is not None:
                 file.close()
@@ -163,7 +183,7 @@ class MetricLogger:
         total = max(taken["total"], 1e-9)  # a clock may stand still between two calls
         steps = len(self._pending)
         tokens = sum(counts.tokens for counts in self._counts)
-        room = sum(counts.room for counts in self._counts)
+        token_budget = sum(counts.token_budget for counts in self._counts)
         flops_rate = sum(counts.flops for counts in self._counts) / total
         speed = {
             "samples_per_s": sum(counts.samples for counts in self._counts) / total,
@@ -174,7 +194,7 @@ class MetricLogger:
             "slowest_rank_own_s": max(own),
             "median_rank_own_s": statistics.median_low(own),
             "data_wait": taken.get("data", 0.0) / total,
-            "fill": tokens / max(room, 1),
+            "fill": tokens / max(token_budget, 1),
             "memory_gb": _memory(self._ranks.device) / 1e9,
             "bad_samples": self._counts[-1].bad_samples,
             "skipped_steps": self._counts[-1].skipped_steps,
@@ -242,13 +262,14 @@ class MetricLogger:
             if name.startswith("loss/")
         )
         mfu = "not known" if speed["mfu"] is None else f"{speed['mfu']:.0%}"
-        left = (self._total_steps - last["step"]) * speed["step_s"]  # seconds
+        left = int((self._total_steps - last["step"]) * speed["step_s"])  # seconds
+        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
         return (
             f"step {last['step']}/{self._total_steps} | {losses} | {speed['samples_per_s']:.1f} "
             f"samples/s | {speed['tokens_per_s'] / 1000:.1f}k tokens/s | MFU {mfu} | "
             f"data wait {speed['data_wait']:.0%} | fill {speed['fill']:.0%} | "
             f"lr {values['lr']:.2e} | grad norm {values['grad_norm']:.2f} | "
-            f"{speed['memory_gb']:.1f} GB | ETA {int(left // 60)}:{int(left % 60):02d}"
+            f"{speed['memory_gb']:.1f} GB | ETA {hours}:{minutes:02d}:{seconds:02d}"
         )
 
 
@@ -303,20 +324,32 @@ class Board:
             )
 
     def _on_thread_error(self, arguments: threading.ExceptHookArgs) -> None:
-        if self._hook is not None and not issubclass(arguments.exc_type, OSError):
+        is_ours = type(arguments.thread).__module__.startswith(WRITING_MODULE)
+        if self._hook is not None and not (is_ours and issubclass(arguments.exc_type, OSError)):
             self._hook(arguments)
 
 
-def _wandb_run(project: str, config: dict, output: Path) -> Any:
+def _wandb_run(project: str, config: dict, output: Path, step: int) -> Any:
     """A W&B run that a resumed training goes on with; its own variables (WANDB_MODE and the like)
     decide where it goes."""
     import wandb
 
-    # from the folder, so that every start there finds the same run
-    digest = hashlib.sha256(str(output.resolve()).encode()).hexdigest()
     return wandb.init(
-        project=project, id=digest[:16], config=config, dir=str(output), resume="allow"
+        project=project, id=_wandb_id(output, step), config=config, dir=str(output), resume="allow"
     )
+
+
+def _wandb_id(output: Path, step: int) -> str:
+    """Id of the W&B run: a new one for a start from step 0, since W&B ignores steps up to the last
+    one of a run that it has; a resume goes on with that of its start."""
+    path = output / WANDB_NAME
+    if step == 0:
+        write_json(path, {"id": uuid.uuid4().hex[:16]})
+    try:
+        return read_json(path, {"id": str})["id"]
+    except (FileNotFoundError, DamagedFile):
+        # runs of earlier versions have the id of their folder
+        return hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
 
 
 def _memory(device: torch.device) -> int:

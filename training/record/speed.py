@@ -4,9 +4,12 @@ Model FLOPs are those that the mathematics needs, two per multiply-add, backward
 (PaLM, appendix B): recomputation, padding and rejected work do not count, so MFU is the share of
 the device that the training gets.
 
-    per token    depth * (8 D^2 + 4 D I) + 2 P D + 4 D^2 (pooling)      D width, I MLP, P pixels
+    per token    depth * (8 D^2 + 4 D I) + 2 P D + 4 D^2 (pooling)      D width, I MLP, P 3 p^2
     per item     depth * 4 L^2 D + 4 L D                                L its tokens
     per row      2 D M                                                  M sampled classes
+
+p is a patch's side in pixels. Neglected: what the pooling head computes once per item (the
+projection of its query, its output and its MLP), norms, and rotary positions.
 """
 
 import contextlib
@@ -25,26 +28,44 @@ from ..distributed import Ranks, all_gather_json
 
 # sections whose work runs on the device, so on CUDA their time is measured there
 DEVICE = ("forward", "loss", "backward", "optimizer")
-# sections with collectives, in which a rank waits for the others
-SHARED = ("agree", "loss", "backward", "optimizer")
+# sections with collectives, in which a rank waits for the others, by parallel.strategy
+SHARED = {
+    "ddp": ("agree", "loss", "backward", "optimizer"),
+    # forward gathers the weights of each block
+    "fsdp": ("agree", "forward", "loss", "backward", "optimizer"),
+}
 
 SLOW = 1.5  # a rank is slow from this multiple of the median of all ranks on,
 SLOW_S = 0.02  # if it takes at least so many seconds a step more: less is noise
 
 WINDOW = 200  # recent losses that a new one is compared with
-SPIKE = 10.0  # a spike is so many median absolute deviations above their median
+# A spike is so many median absolute deviations above their median. A choice: of normally
+# distributed noise that is 6.7 standard deviations.
+SPIKE = 10.0
 
-# dense peak of a device by a part of its name: tensor cores in bf16, from the makers' data sheets
-PEAKS = {
+# Dense peak of a device by a part of its name: tensor cores in bf16, from the makers' data sheets
+# (half of the figure "with sparsity"). The first part that fits counts, so longer names come first.
+# None: another device than the one whose name it contains, with a peak that is not known here, so
+# that it is measured.
+PEAKS: dict[str, float | None] = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "RTX 4090 Laptop": None,
+    "RTX 4090 D": None,
     "RTX 4090": 165e12,
 }
-GEMM = 1024  # side of the products that measure a device that is not in the table
+# Side of the products that measure a device. On CUDA one takes about a millisecond on the fastest
+# devices, so that starting it (about 10 us) does not count; on a CPU 1024 takes some 10 ms.
+CUDA_GEMM = 8192
+CPU_GEMM = 1024
+QUEUED = 8  # products per measurement
 
 WARMUP = 3  # steps before a trace: they compile, allocate and fill queues
 
@@ -89,7 +110,8 @@ class StepClock:
         now = time.perf_counter()
         taken = dict(self._seconds)
         total = now - self._since
-        # a device may be behind the host: its sections may sum to more than the wall time
+        # On CUDA sections of the host overlap those of the device, so that their sum may exceed the
+        # wall time, and `other` is a lower bound.
         taken["other"] = max(0.0, total - sum(taken.values()))
         taken["total"] = total
         self._seconds.clear()
@@ -98,16 +120,19 @@ class StepClock:
         return taken
 
 
-def compare_ranks(taken: dict[str, float], steps: int, logger: logging.Logger) -> list[float]:
+def compare_ranks(
+    taken: dict[str, float], steps: int, logger: logging.Logger, strategy: str = "ddp"
+) -> list[float]:
     """Seconds of a step that each rank spent on its own, in rank order; ranks far above the median
     are logged.
 
-    Called by all ranks with what their clocks took over `steps` steps. Cost: one gather of a few
-    numbers per log line, on the host.
+    Called by all ranks with what their clocks took over `steps` steps; `strategy` of parallel.py
+    decides in which sections they wait for each other. Cost: one gather of a few numbers per log
+    line, on the host.
     """
     per_step = {name: seconds / max(steps, 1) for name, seconds in taken.items()}
     ranks = all_gather_json(per_step)
-    waiting = (*SHARED, "total")
+    waiting = (*SHARED[strategy], "total")
     own: list[float] = []
     for of_rank in ranks:
         alone = [seconds for name, seconds in of_rank.items() if name not in waiting]
@@ -129,7 +154,8 @@ def compare_ranks(taken: dict[str, float], steps: int, logger: logging.Logger) -
 
 
 class SpikeWatch:
-    """Warns once when a loss leaves the band of its recent values, and again after it was back."""
+    """Warns once when a loss jumps above its recent values, and again after it was back among
+    them."""
 
     def __init__(self, logger: logging.Logger):
         self._recent: dict[str, deque[float]] = {}
@@ -142,7 +168,7 @@ class SpikeWatch:
         if len(recent) >= WINDOW // 4:  # fewer have no stable median
             median = statistics.median(recent)
             spread = statistics.median(abs(past - median) for past in recent)
-            # a loss that has converged hardly spreads: a thousandth of it is no spike
+            # a loss that has converged hardly spreads: a rise by a hundredth of it is no spike
             limit = median + SPIKE * max(spread, 1e-3 * abs(median))
             if value <= limit:
                 self._outside.discard(name)
@@ -154,8 +180,8 @@ class SpikeWatch:
 
 
 def encoder_flops(config: LlavaViTPackingConfig, tokens: int, squares: int) -> int:
-    """Forward and backward of a packed encoder over items of `tokens` tokens in all, whose squared
-    lengths sum to `squares`."""
+    """FLOPs, forward and backward, of a packed encoder over items of `tokens` tokens in all, whose
+    squared lengths sum to `squares`."""
     width = config.hidden_size
     depth = config.num_hidden_layers
     # query, key, value and output are four products of width D; the MLP has two of D and I
@@ -167,10 +193,10 @@ def encoder_flops(config: LlavaViTPackingConfig, tokens: int, squares: int) -> i
     return 3 * (tokens * per_token + squares * depth * 4 * width)
 
 
-def softmax_flops(rows: int, width: int, sampled: float) -> int:
-    """Forward and backward of the products of Partial FC: rows of the global batch with the
-    sampled classes of all ranks."""
-    return int(3 * 2 * rows * width * sampled)
+def softmax_flops(rows: int, width: int, num_sampled_classes: float) -> int:
+    """FLOPs, forward and backward, of the products of Partial FC: rows of the global batch with the
+    sampled classes of all ranks, of which the expected number is given."""
+    return int(3 * 2 * rows * width * num_sampled_classes)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -185,6 +211,8 @@ def peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device)
     # in the order of the table: "H100 PCIe" comes before "H100", which is a part of it
     for part, peak in PEAKS.items():
+        if part in name and peak is None:
+            break
         if part in name:
             return peak
     return product_flops(device)
@@ -193,16 +221,23 @@ def peak_flops(device: torch.device) -> float | None:
 def product_flops(device: torch.device, seconds: float = 0.2) -> float:
     """FLOP/s of the best matrix product within `seconds` (bf16 on a GPU, fp32 on a CPU with as many
     threads as this process has)."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ones = torch.ones(GEMM, GEMM, device=device, dtype=dtype)
-    ones @ ones  # the first product loads kernels
+    cuda = device.type == "cuda"
+    side = CUDA_GEMM if cuda else CPU_GEMM
+    queued = QUEUED if cuda else 1
+    dtype = torch.bfloat16 if cuda else torch.float32
+    ones = torch.ones(side, side, device=device, dtype=dtype)
+    product = ones @ ones  # the first product loads kernels
+    product[0, 0].item()  # reading a number waits for the device
     best = 0.0
     started = time.perf_counter()
     while time.perf_counter() - started < seconds:
         before = time.perf_counter()
-        (ones @ ones)[0, 0].item()  # reading a number waits for the device
+        # several before one wait, so that the device never waits for the host between them
+        for _ in range(queued):
+            torch.mm(ones, ones, out=product)
+        product[0, 0].item()
         elapsed = time.perf_counter() - before
-        best = max(best, 2 * GEMM**3 / elapsed)
+        best = max(best, queued * 2 * side**3 / elapsed)
     return best
 
 

@@ -10,7 +10,7 @@ no pretrained one is at hand. Cost: seconds.
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,12 @@ from model_factory.command_line.quiet import quiet_libraries
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
+    from eval_encoder.lmm.data.conversation import Sample
+
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 HEAD_WIDTH = 32  # channels of an attention head
+MIN_VOCABULARY = 256 + len(SPECIAL)  # every byte is a token
+MAX_POSITIONS = 4096  # tokens of a conversation, as LLaVA 1.5's language model has
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,11 +41,37 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", type=output_path, required=True, help="folder of model and tokenizer"
     )
     parser.add_argument("--layers", type=int, default=4, help="blocks (default: 4)")
-    parser.add_argument("--width", type=int, default=128, help="hidden size (default: 128)")
-    parser.add_argument("--vocabulary", type=int, default=1024, help="most tokens (default: 1024)")
+    parser.add_argument(
+        "--width", type=_width, default=128, help="hidden size, a multiple of 32 (default: 128)"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=_vocabulary,
+        default=1024,
+        help=f"most tokens, at least {MIN_VOCABULARY} (default: 1024)",
+    )
     parser.add_argument("--convnext", type=output_path, help="folder for a small random ConvNeXt")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     return parser
+
+
+def _width(text: str) -> int:
+    width = int(text)
+    if width < HEAD_WIDTH or width % HEAD_WIDTH:
+        below = max(HEAD_WIDTH, width // HEAD_WIDTH * HEAD_WIDTH)
+        raise argparse.ArgumentTypeError(
+            f"{text} is no multiple of {HEAD_WIDTH}, the width of an attention head: give {below}"
+        )
+    return width
+
+
+def _vocabulary(text: str) -> int:
+    if int(text) < MIN_VOCABULARY:
+        raise argparse.ArgumentTypeError(
+            f"{text} tokens are too few: give at least {MIN_VOCABULARY}, one for every byte and "
+            f"{len(SPECIAL)} of the conversation"
+        )
+    return int(text)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> "PreTrainedTokenizerFast":
@@ -69,6 +99,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> "PreTrained
     )
 
 
+def conversation_texts(samples: "Sequence[Sample]") -> list[str]:
+    """Texts for a tokenizer: those of the samples, and what templates add to every conversation."""
+    from eval_encoder.lmm.data.conversation import TEMPLATES
+
+    texts = [turn.text for sample in samples for turn in sample.turns]
+    # What templates add must not fall apart into single bytes. Merges are chosen by how often they
+    # occur, so these texts stand here as often as in the conversations.
+    added = [f"{system} USER: ASSISTANT:" for system in TEMPLATES.values() if system]
+    return texts + added * len(samples)
+
+
 def write_language_model(
     texts: Iterable[str],
     output: Path,
@@ -77,7 +118,8 @@ def write_language_model(
     vocabulary: int = 1024,
     seed: int = 0,
 ) -> None:
-    """Tokenizer and random Llama of `layers` blocks; `width` a multiple of 32."""
+    """Write a tokenizer and a randomly initialised Llama of `layers` blocks; `width` is a multiple
+    of 32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -92,7 +134,7 @@ def write_language_model(
         num_hidden_layers=layers,
         num_attention_heads=width // HEAD_WIDTH,
         num_key_value_heads=width // HEAD_WIDTH,
-        max_position_embeddings=4096,
+        max_position_embeddings=MAX_POSITIONS,
         initializer_range=width**-0.5,  # so narrow a model hardly moves from weights of 0.02
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -129,17 +171,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(args: argparse.Namespace) -> None:
     quiet_libraries()
-    from eval_encoder.lmm.data.conversation import TEMPLATES, read_samples
+    from eval_encoder.lmm.data.conversation import read_samples
 
     samples = [sample for path in args.lists for sample in read_samples(path)]
-    args.output.mkdir(parents=True, exist_ok=True)  # transformers logs what is in the way, no more
-    texts = [turn.text for sample in samples for turn in sample.turns]
-    # what the templates add to every conversation must not fall apart into single bytes
-    texts += [f"{system} USER: ASSISTANT:" for system in TEMPLATES.values() if system]
+    # save_pretrained only logs when the path is a file, so make the folder first
+    args.output.mkdir(parents=True, exist_ok=True)
     if args.convnext is not None:
         write_convnext(args.convnext, seed=args.seed)
     write_language_model(
-        texts,
+        conversation_texts(samples),
         output=args.output,
         layers=args.layers,
         width=args.width,

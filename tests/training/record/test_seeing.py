@@ -241,3 +241,79 @@ def test_a_copy_for_wandb_needs_wandb_and_says_so(tmp_path):
         return
     forked(*DEBUG, *flags, WANDB_MODE="offline")
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_restart_from_step_0_is_another_run_of_wandb_and_a_resume_the_same(tmp_path):
+    from training.record.metrics import _wandb_id
+
+    of_folder = _wandb_id(tmp_path, step=5)  # as earlier versions named it
+    first = _wandb_id(tmp_path, step=0)
+    assert _wandb_id(tmp_path, step=5) == first
+    assert len({of_folder, first, _wandb_id(tmp_path, step=0)}) == 3
+
+
+def test_values_that_cannot_be_read_any_more_hide_no_error_and_leave_no_file_open(tmp_path, caplog):
+    from training.distributed import process_group
+    from training.record.metrics import MetricLogger, StepCounts
+    from training.record.speed import StepClock
+
+    class Lost(torch.Tensor):
+        def item(self):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with process_group() as ranks:
+        clock = StepClock(ranks.device)
+        metrics = MetricLogger(tmp_path, ranks, 9, 9, 0, clock, logging.getLogger("t"))
+        lost = torch.zeros(()).as_subclass(Lost)
+        metrics.record(1, {"loss/a": lost}, StepCounts(8, 80, 80, 10**9, 0, 0))
+        metrics.close()
+    assert "illegal memory access" in caplog.text
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        metrics._record.seal()
+
+
+def test_an_error_of_another_thread_is_shown_while_the_board_is_open(tmp_path, monkeypatch):
+    import threading
+
+    from training.record.metrics import Board
+
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: seen.append(arguments.exc_type))
+    board = Board(tmp_path / "board", 0, logging.getLogger("t"))
+    board.open()
+
+    def fail():
+        raise PermissionError("another thread's own")
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    board.close()
+    assert seen == [PermissionError]
+
+
+def test_names_that_contain_a_shorter_one_have_peaks_of_their_own(monkeypatch):
+    from training.record import speed
+
+    monkeypatch.setattr(speed, "product_flops", lambda device: 1.0)
+    for name, peak in (
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 1.0),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert speed.peak_flops(torch.device("cuda")) == peak, name
+
+
+def test_under_fsdp_a_rank_waits_in_forward_too(monkeypatch):
+    from training.record import speed
+
+    quick = {"forward": 1.0, "data": 0.1, "total": 2.0}
+    slow = {"forward": 0.5, "data": 0.6, "total": 2.0}
+    monkeypatch.setattr(speed, "all_gather_json", lambda mine: [quick, slow])
+    own = speed.compare_ranks(quick, 1, logging.getLogger("t"), strategy="fsdp")
+    assert own == [0.1, 0.6]
+    assert speed.compare_ranks(quick, 1, logging.getLogger("t")) == [1.1, 1.1]
