@@ -51,6 +51,10 @@ class InputConfig:
         f"frame {', '.join(IMAGE_FAMILIES)}",
     )
     num_frames: int = flag(default=8, help="whole frames of a clip")
+    frame_scale: float = flag(
+        default=1.0,
+        help="of the sides of whole frames: 0.5 is a quarter of their tokens",
+    )
     target_frames: int = flag(
         default=64,
         help="time base of positions, and frames the codec selects from",
@@ -126,7 +130,7 @@ class InputConfig:
         ignored += ["temporal_crops", "spatial_crops", "seed", "augmentations"]
         if self.view == "codec":
             # codec input selects from target_frames, and av alone decodes it
-            ignored += ["num_frames", "decoder"]
+            ignored += ["num_frames", "frame_scale", "decoder"]
         else:
             ignored += ["num_tokens", "gop", "rule", "score", "i_frame_share", "camera"]
             ignored += ["centre_prior"]

@@ -18,7 +18,7 @@ from data_pipeline.codec.open_video import InputLimits, is_image
 from data_pipeline.codec.patches import SelectionConfig
 from data_pipeline.codec.saliency import SaliencyConfig
 from data_pipeline.codec.selection import Order, cut_patches
-from data_pipeline.loading.views import View, image_view, still_view
+from data_pipeline.loading.views import View, image_view, shrink, still_view
 from data_pipeline.random import counter_rng
 from model_factory.packing import interpolate_frame_indices
 
@@ -86,7 +86,11 @@ def view_of_file(
         torch.tensor([pixels.total]),
         target_frames=config.target_frames,
     )
-    return still_view(list(torch.from_numpy(frames)), patch_size=patch_size, times=times)
+    scaled = [
+        shrink(frame, patch_size=patch_size, scale=config.frame_scale)
+        for frame in torch.from_numpy(frames)
+    ]
+    return still_view(scaled, patch_size=patch_size, times=times)
 
 
 def chosen_decoder(config: InputConfig) -> str:

@@ -179,7 +179,11 @@ class PackedClips:
             sample_ids=[sample_id for _, sample_id in stored],
             batch_size=batch_size,
             view_name=config.view,
-            view_config=ViewConfig(max_tokens=max_tokens, max_frames=config.num_frames),
+            view_config=ViewConfig(
+                max_tokens=max_tokens,
+                max_frames=config.num_frames,
+                scale=config.frame_scale,
+            ),
         )
         for number, batch in enumerate(batches):
             # batches are consecutive pieces of what was asked for, in its order

@@ -234,6 +234,16 @@ def _check_counts(args: argparse.Namespace) -> None:
             )
 
 
+def _check_scale(args: argparse.Namespace) -> None:
+    """Raise ValueError for a scale of frames that the input has not."""
+    if not 0 < args.frame_scale <= 1:
+        raise ValueError(f"--frame_scale {args.frame_scale} must be more than 0, and at most 1")
+    if args.frame_scale != 1 and args.model_family in IMAGE_FAMILIES:
+        raise ValueError(
+            f"--frame_scale {args.frame_scale}: {args.model_family} sees frames at its own size"
+        )
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
     """Raise ValueError for fractions, lists and colours out of their range."""
     # written so that NaN is refused too
@@ -241,6 +251,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--clip_grad {args.clip_grad} must be positive")
     if not 0 <= args.smoothing < 1:
         raise ValueError(f"--smoothing {args.smoothing} must be from 0 to below 1")
+    _check_scale(args)
     for name in ("feature_cache_gb", "center_prior", "default_min_lr"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name} {getattr(args, name)} must be not negative")

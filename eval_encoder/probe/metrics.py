@@ -6,7 +6,7 @@ that every rank computes every figure from the same numbers.
 Shape legend: B heads, N clips of the list, K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,15 @@ class Evaluation:
     predicted: np.ndarray
     num_classes: int
     scores: np.ndarray | None = None
+
+    def of_heads(self, heads: list[int]) -> "Evaluation":
+        """The results of some heads alone."""
+        return replace(
+            self,
+            true_rank=self.true_rank[heads],
+            predicted=self.predicted[heads],
+            scores=None if self.scores is None else self.scores[heads],
+        )
 
     @property
     def metric(self) -> str:

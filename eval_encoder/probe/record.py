@@ -3,6 +3,7 @@
 results.jsonl       the record: one line per probe, fields in docs/evaluation.md
 table.md            one row per probe
 NAME_confusion.png  shares of predicted classes
+NAME_predictions.csv    clip, class, and what each seed of the chosen setting predicted
 NAME_classes.csv    lines of `number,class`, where classes have names
 report_attentive_probe_<weights>.txt    the public one-line report
 """
@@ -11,7 +12,7 @@ import csv
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from model_factory.files import json_line
 
 from ..intervals import seed_half_width
 from ..tables import table_head, table_row
-from .benchmarks import BENCHMARKS
+from .benchmarks import BENCHMARKS, LabelledList
 from .compare import COLUMNS, cells_of, draw_confusion
 from .config import ProbeConfig
 from .metrics import Evaluation
@@ -90,12 +91,12 @@ def summarise(config: ProbeConfig, history: History, num_clips: dict[str, int]) 
     }
 
 
-def chosen_confusion(history: History, record: dict) -> np.ndarray | None:
-    """Confusion matrix at the last epoch of the setting that `summarise` chose."""
+def chosen_heads(history: History, record: dict) -> Evaluation:
+    """Results at the last epoch of the setting that `summarise` chose, a head for each seed."""
     assert history.last is not None
     chosen = record["chosen"]
     heads = _heads_of(history, setting=(chosen["lr"], chosen["weight_decay"]))
-    return history.last.confusion(heads)
+    return history.last.of_heads(heads)
 
 
 def summarise_neighbours(
@@ -126,15 +127,15 @@ def summarise_neighbours(
 def write_results(
     config: ProbeConfig,
     record: dict,
-    confusion: np.ndarray | None,
+    evaluation: Evaluation,
+    clips: LabelledList,
     costs: Costs,
     facts: Mapping[str, object],
-    classes: tuple[str, ...] = (),
 ) -> dict:
     """Append to the files of the report folder; returns the whole record.
 
-    facts: further entries, among them `unreadable` {split: {name: reason}}. classes: names in the
-    order of their numbers, if classes have names.
+    evaluation: of the validation `clips`, a head for each seed of the setting that is reported.
+    facts: further entries, among them `unreadable` {split: {name: reason}}.
     """
     folder = config.report_dir
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,15 +150,15 @@ def write_results(
 
     # Files of several probes lie in one folder: the line of the record tells them apart.
     prefix = f"{number:03d}_{record['dataset']}"
+    confusion = evaluation.confusion(list(range(len(evaluation.predicted))))
     if confusion is not None:
         record["confusion"] = f"{prefix}_confusion.png"
         draw_confusion(confusion, folder / record["confusion"])
-    if classes:
+        record["predictions"] = f"{prefix}_predictions.csv"
+        _write_rows(folder / record["predictions"], _predictions(evaluation, clips))
+    if clips.classes:
         record["classes"] = f"{prefix}_classes.csv"
-        # A class folder's name may hold bytes that are no UTF-8: they are written as they are.
-        path = folder / record["classes"]
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            csv.writer(stream).writerows(enumerate(classes))
+        _write_rows(folder / record["classes"], enumerate(clips.classes))
 
     with open(results, "ab") as stream:
         line = {key: _without_nan(value) for key, value in record.items()}
@@ -172,6 +173,21 @@ def write_results(
         dataset = printable(record["dataset"])
         stream.write(f"{dataset} {figure:.2f}\n")
     return record
+
+
+def _predictions(evaluation: Evaluation, clips: LabelledList) -> Iterator[list]:
+    """Rows of the evaluated clips: name, class, the class that each head predicted."""
+    seeds = range(1, len(evaluation.predicted) + 1)
+    yield ["clip", "class", *(f"predicted_{seed}" for seed in seeds)]
+    for index in np.flatnonzero(evaluation.evaluated):
+        predicted = evaluation.predicted[:, index].tolist()
+        yield [clips.names[index], int(evaluation.labels[index]), *predicted]
+
+
+def _write_rows(path: Path, rows: Iterable[Iterable]) -> None:
+    # A clip's or class folder's name may hold bytes that are no UTF-8: they are written as they are
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        csv.writer(stream).writerows(rows)
 
 
 def _without_nan(value: object) -> object:

@@ -11,7 +11,6 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch.distributed as dist
 
 from model_factory.command_line.plain_text import show
@@ -23,10 +22,11 @@ from .benchmarks import LabelledList, read_lists, shared_files, unseen_classes
 from .config import ProbeConfig
 from .encoders import build_encoder
 from .features import ClipFeatures, refuse_unreadable
+from .metrics import Evaluation
 from .neighbors import evaluate_neighbours
 from .record import (
     Costs,
-    chosen_confusion,
+    chosen_heads,
     summarise,
     summarise_neighbours,
     write_results,
@@ -87,9 +87,9 @@ def _probe(
     refuse_unreadable(train, val, allow_partial=config.allow_partial)
 
     if config.heads.kind == "knn":
-        record, confusion = _probe_neighbours(config, train=train, val=val, ranks=ranks)
+        record, evaluation = _probe_neighbours(config, train=train, val=val, ranks=ranks)
     else:
-        record, confusion = _probe_bank(
+        record, evaluation = _probe_bank(
             config, width=encoder.width, train=train, val=val, ranks=ranks, log=log
         )
     # a collective, so that it comes before the part of rank 0 alone
@@ -113,10 +113,10 @@ def _probe(
         write_results(
             config,
             record,
-            confusion=confusion,
+            evaluation=evaluation,
+            clips=val.clips,
             costs=costs,
             facts=facts,
-            classes=val.clips.classes,
         )
         _show_result(config, record)
 
@@ -145,8 +145,8 @@ def _probe_bank(
     val: ClipFeatures,
     ranks: Ranks,
     log: logging.Logger,
-) -> tuple[dict, np.ndarray | None]:
-    """(record, confusion matrix) of heads that are trained."""
+) -> tuple[dict, Evaluation]:
+    """(record, results of the heads that it reports) of heads that are trained."""
     with _board(config, ranks) as board:
         trainer = ProbeTrainer(
             config,
@@ -159,13 +159,13 @@ def _probe_bank(
         )
         history = trainer.run()
     record = summarise(config, history, num_clips=_num_clips(train, val))
-    return record, chosen_confusion(history, record)
+    return record, chosen_heads(history, record)
 
 
 def _probe_neighbours(
     config: ProbeConfig, train: ClipFeatures, val: ClipFeatures, ranks: Ranks
-) -> tuple[dict, np.ndarray | None]:
-    """(record, confusion matrix) of nearest neighbours."""
+) -> tuple[dict, Evaluation]:
+    """(record, results) of nearest neighbours."""
     k, held_out, evaluation = evaluate_neighbours(
         train,
         val,
@@ -182,7 +182,7 @@ def _probe_neighbours(
         evaluation=evaluation,
         num_clips=_num_clips(train, val),
     )
-    return record, evaluation.confusion([0])
+    return record, evaluation
 
 
 def _num_clips(train: ClipFeatures, val: ClipFeatures) -> dict[str, int]:

@@ -13,7 +13,8 @@ import pytest
 from conftest import call
 
 from eval_encoder.probe import prepare as probe_prepare
-from eval_encoder.probe.benchmarks import MissingBenchmark, read_lists
+from eval_encoder.probe.benchmarks import LabelledList, MissingBenchmark, read_lists
+from eval_encoder.probe.metrics import Evaluation
 from eval_encoder.probe.record import Costs, write_results
 
 HEAD = "label,youtube_id,time_start,time_end,split\n"
@@ -157,7 +158,8 @@ def test_one_folder_of_videos_is_no_set_of_one_class_and_no_benchmark_is_split(t
         read(tmp_path / "half")
 
 
-def test_the_table_of_classes_is_written_beside_the_record(tmp_path):
+def test_classes_and_predictions_are_written_beside_the_record(tmp_path):
+    """Three clips, the second of which could not be read, and two heads."""
     from eval_encoder.probe.config import build_config, build_parser
 
     report = tmp_path / "report"
@@ -170,9 +172,25 @@ def test_the_table_of_classes_is_written_beside_the_record(tmp_path):
     }  # fmt: skip
     costs = Costs(1.0, 1.0, 98.0, 1, 1, "cpu")
     facts = {"unreadable": {"val": {}}}
-    write_results(config, record, np.eye(2), costs, facts, classes=("riding a bike", "walk, run"))
+    labels = np.array([0, 1, 1])
+    evaluation = Evaluation(
+        labels=labels,
+        evaluated=np.array([True, False, True]),
+        true_rank=np.array([[1, 0, 1], [1, 0, 2]]),
+        predicted=np.array([[0, 0, 1], [0, 0, 0]]),
+        num_classes=2,
+    )
+    clips = LabelledList(
+        tmp_path, "val", ["a.mp4", "b.mp4", "c.mp4"], labels, 2, ("riding a bike", "walk, run")
+    )
+    write_results(config, record, evaluation, clips, costs, facts)
     assert record["classes"] == "000_mine_classes.csv"
     assert listed(report / record["classes"]) == [["0", "riding a bike"], ["1", "walk, run"]]
+    assert listed(report / record["predictions"]) == [
+        ["clip", "class", "predicted_1", "predicted_2"],
+        ["a.mp4", "0", "0", "0"],
+        ["c.mp4", "1", "1", "0"],
+    ]
 
 
 def prepare_kinetics(root: Path, videos: Path, train: str, val: str):

@@ -13,11 +13,13 @@ import transformers
 from conftest import write_video
 from forked import forked
 
+from data_pipeline.codec.patches import SelectionConfig
 from data_pipeline.codec.timeline import segment_frames
 from data_pipeline.errors import RejectedInput
 from data_pipeline.loading.packing import pack_views
 from data_pipeline.loading.views import still_view
 from data_pipeline.shards.sample_builder import SampleConfig, build_sample
+from data_pipeline.shards.schema import decode_array
 from eval_encoder.clip_reader import recolour
 from eval_encoder.clip_views import (
     Look,
@@ -110,6 +112,25 @@ def test_raw_frames_lie_on_the_time_base(clips, decoder):
     assert view.grid == (4, 7, 7) and len(view) == 196 and view.patch_dim == 768
     times = view.positions[::49, 0].tolist()
     assert all(abs(time - want) <= 1 for time, want in zip(times, (8, 24, 40, 56), strict=True))
+
+
+def test_small_frames_show_the_same_moments_in_fewer_tokens(clips):
+    """Frames of 112 px as frames of 32 px: four tokens each, means of what the large ones show."""
+    path = clips / "clips" / "train_00000.mp4"
+    large, small = (
+        view_of_file(path, Look(0), config_of("--num_frames", 24, *flags), 112, 16)
+        for flags in ((), ("--frame_scale", 2 / 7))
+    )
+    assert small.grid == (24, 2, 2) and len(small) == 96
+    assert small.positions[::4, 0].tolist() == large.positions[::49, 0].tolist()
+    shown = pictures(small, 32).mean(axis=(1, 2))
+    assert np.abs(shown - pictures(large, 112).mean(axis=(1, 2))).max() < 3
+    for flags, message in (
+        (("--frame_scale", 1.5), "at most 1"),
+        (("--frame_scale", 0.5, "--model_family", "clip"), "clip sees frames at its own size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_of(*flags)
 
 
 def test_a_turned_video_is_shown_upright_by_any_reader(shared):
@@ -225,6 +246,28 @@ def test_codec_patches_of_a_short_clip_lie_on_the_time_base(tmp_path):
     config = config_of("--model_family", "llava_vit_codec", "--K_keep", 160)
     view = view_of_file(tmp_path / "short.mp4", Look(0), config, 64, 16)
     assert sorted(set(view.positions[:, 0].tolist())) == list(range(0, 64, 7))
+
+
+@pytest.mark.parametrize(
+    "rule", ["differences", "random", "i_frames_random", "published", "published_llava"]
+)
+def test_each_rule_selects_for_a_probe_what_it_selects_for_packing(clips, rule):
+    path = clips / "clips" / "train_00001.mp4"
+    sample = SampleConfig(size=112, gop=64, budget=98, selection=SelectionConfig(rule=rule))
+    members, info = build_sample(path, "clip.mp4", sample)
+    packed = decode_array(members["positions.npy"], member="positions.npy", name="clip.mp4")
+    config = config_of("--model_family", "llava_vit_codec", "--K_keep", 98, "--rule", rule)
+    view = view_of_file(path, Look(0), config, 112, 16)
+    assert view.positions.tolist() == packed.tolist() and info.num_patches == 98
+    whole = {"differences": 49, "i_frames_random": 49, "published_llava": 49}.get(rule, 0)
+    assert (packed[:whole, 0] == 0).all()
+
+
+def test_a_share_of_the_i_frame_leaves_more_to_the_others(clips):
+    path = clips / "clips" / "train_00001.mp4"
+    flags = ("--model_family", "llava_vit_codec", "--K_keep", 49, "--i_frame_share", 0.5)
+    view = view_of_file(path, Look(0), config_of(*flags), 112, 16)
+    assert (view.positions[:, 0] == 0).sum() == 24 and len(view) == 49
 
 
 @pytest.mark.parametrize(("budget", "gop"), [(4096, 16), (2048, 16), (1024, 32), (512, 64)])
