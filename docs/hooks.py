@@ -22,7 +22,7 @@ PACKAGES = ("data_pipeline", "model_factory", "training", "eval_encoder")
 GUIDES = (
     ("Data", ("data_format", "clustering", "loading")),
     ("Training", ("configuration", "checkpoint", "scaling")),
-    ("Evaluation", ("evaluation", "llava")),
+    ("Evaluation", ("evaluation", "evidence", "llava")),
     ("Project", ("architecture", "extending", "testing")),
 )
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")

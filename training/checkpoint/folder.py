@@ -6,8 +6,8 @@
         state.json        step, data position, configuration fingerprint, versions
         manifest.json     size and sha256 of every file; written last, with a digest of its own
       .step_00000400.tmp/ a save in progress; a leftover is deleted at the next start
-      .start.json         step that this job's start went on from, once commits beyond it are aside
       superseded_step_*/  commits beyond the step that a run was started from again
+    OUTPUT/start.json     step that this job's start went on from, once commits beyond it are aside
 
 A save is committed by one directory rename after everything is on disk. Only step numbers order
 commits; clocks and file times are never asked. Cost of verifying: reading and hashing every byte,
@@ -44,7 +44,7 @@ PREFIX = "step_"
 COMMIT = re.compile(r"step_\d{8,}")
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
-START_NAME = ".start.json"
+START_NAME = "start.json"
 # 1: neither the manifest nor the state had a digest of its own
 VERSION = 2
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -128,16 +128,16 @@ class CheckpointFolder:
 
     def note_start(self, step: int) -> None:
         """Record that commits beyond `step` are set aside, so that later ones are this job's."""
-        write_json(self.path / START_NAME, {"step": step})
+        write_json(self.path.parent / START_NAME, {"step": step})
 
     def forget_start(self) -> None:
         """Remove what an earlier job recorded."""
-        (self.path / START_NAME).unlink(missing_ok=True)
+        (self.path.parent / START_NAME).unlink(missing_ok=True)
 
     def has_saved(self) -> bool:
         """Whether this job has committed since its start, restarts included."""
         try:
-            start = read_json(self.path / START_NAME, {"step": int})["step"]
+            start = read_json(self.path.parent / START_NAME, {"step": int})["step"]
         except (FileNotFoundError, DamagedFile):
             return False
         return any(step_of(path) > start for path in self.commits())

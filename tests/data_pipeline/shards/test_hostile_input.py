@@ -265,19 +265,19 @@ def test_pack_leaves_no_process_behind(tmp_path):
 
 
 def test_c20_a_file_that_changes_or_vanishes_while_it_is_packed_is_rejected(tmp_path, monkeypatch):
-    path, real = tmp_path / "a.mp4", sample_builder.decompose_video
+    path, real = tmp_path / "a.mp4", sample_builder.decompose
     for reason in ("changed", "missing"):
         good(path)
 
         def meddle(*args, reason=reason, **options):
-            clip = real(*args, **options)
+            scored = real(*args, **options)
             if reason == "changed":
                 path.write_bytes(path.read_bytes() + b"\0")
             else:
                 path.unlink()
-            return clip
+            return scored
 
-        monkeypatch.setattr(sample_builder, "decompose_video", meddle)
+        monkeypatch.setattr(sample_builder, "decompose", meddle)
         with pytest.raises(RejectedInput) as rejection:
             build_sample(path, "a.mp4", CONFIG.sample)
         assert rejection.value.reason == reason

@@ -48,7 +48,7 @@ def test_times_order_and_whole_frames_follow_the_shard(view):
     rows, columns = view.info.grid
     assert bought == view.info.num_patches // (rows * columns)
     ranks = np.concatenate([c.rank[c.selected & ~c.intra] for c in view.columns])
-    assert ranks.min() == 0 and 0.8 < ranks.max() <= 1  # the best one may be drawn over
+    assert ranks.min() < 0.1 and 0.8 < ranks.max() <= 1  # the best may be drawn over
 
 
 def test_rows_have_titles_times_and_sizes(view):
