@@ -25,22 +25,20 @@ class Results:
     def __init__(self, output: Path):
         found = defaultdict(dict)
         self.costs: dict[tuple, dict] = {}
+        self._listings: dict[str, str] = {}
         for path in sorted((output / "cells").glob("*.json")):
-            facts = read_json(path, {"cell": dict, "clips": list, "hits": list})
+            facts = read_json(path, {"cell": dict, "clips_sha256": str, "hits": str})
             cell = facts["cell"]
             key = (cell["dataset"], cell["input"], cell["budget"])
             heads = facts["recipe"]["probe_seeds"]
-            found[key][cell["seed"]] = np.array(facts["hits"]) / heads
+            hits = np.array([int(digit) for digit in facts["hits"]])
+            found[key][cell["seed"]] = hits / heads
             self.costs[key] = {"tokens": facts["tokens"], "gflops": facts["gflops"]}
-            self._check_clips(cell["dataset"], facts["clips"])
+            listing = self._listings.setdefault(cell["dataset"], facts["clips_sha256"])
+            if listing != facts["clips_sha256"]:
+                raise ValueError(f"{path} evaluated other clips than the cells before it")
         self._by_seed = found
-        self._facts = {name: _facts(output, name) for name in self._clips}
-
-    def _check_clips(self, dataset: str, clips: list[str]) -> None:
-        """All cells of a set must have evaluated the same clips, in one order."""
-        self._clips = getattr(self, "_clips", {})
-        if self._clips.setdefault(dataset, clips) != clips:
-            raise ValueError(f"cells of {dataset} evaluated different clips: remove the old ones")
+        self._facts = {name: _facts(output, name) for name in self._listings}
 
     def keys(self) -> list[tuple[str, str, int]]:
         """(set, input, budget) of which there is a cell."""
@@ -52,21 +50,23 @@ class Results:
 
     def shares(self, key: tuple[str, str, int], seeds: set[int], group: Group) -> np.ndarray:
         """Shares of right heads [seeds, clips] on the clips of a group."""
-        dataset = key[0]
-        facts = self._facts[dataset]
-        held = [group.holds(facts.get(name, {})) for name in self._clips[dataset]]
         stacked = np.stack([self._by_seed[key][seed] for seed in sorted(seeds)])
+        facts = self._facts[key[0]]
+        if not facts:  # a set without events has no groups
+            return stacked
+        held = [group.holds(row) for row in facts]
         return stacked[:, held]
 
 
-def _facts(output: Path, dataset: str) -> dict[str, dict]:
-    """Lines of events.jsonl by clip; empty for a set without events."""
+def _facts(output: Path, dataset: str) -> list[dict]:
+    """Lines of events.jsonl of the validation clips, in the order of their list; none for a set
+    without events."""
     path = output / "sets" / dataset / "events.jsonl"
     if not path.is_file():
-        return {}
+        return []
     lines = path.read_bytes().splitlines()
     rows = [parse_json_line(line, name=f"{path} line {i}") for i, line in enumerate(lines, 1)]
-    return {row["file"]: row for row in rows}
+    return [row for row in rows if row["file"].startswith("clips/val_")]
 
 
 def mean_with_bounds(shares: np.ndarray, purpose: str) -> tuple[float, float, float]:

@@ -16,7 +16,7 @@ export COVERAGE_FILE="$folder/data" # processes run in many folders
 packages="$PWD/training,$PWD/model_factory,$PWD/data_pipeline,$PWD/eval_encoder"
 
 failed=0
-python -m coverage run --source="$packages" -m pytest --numprocesses "${TEST_WORKERS:-2}" \
+python -m coverage run --source="$packages" -m pytest --numprocesses "${TEST_WORKERS:-3}" \
     --dist loadfile --no-loadscope-reorder "$@" || failed=$?
 python -m coverage combine --quiet
 python -m coverage html --quiet --directory "$folder/html"

@@ -10,8 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 ruff check .
 ruff format --check .
 python -m mypy
-# two files at a time, in the order of tests/conftest.py
-python -m pytest --numprocesses "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
+# three files at a time, as some of them wait, in the order of tests/conftest.py
+python -m pytest --numprocesses "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder \
     --durations=10 "$@"
 # one run sees one processor: the numeric tests again, as an older and a larger one would compute
 if [ $# -eq 0 ]; then

@@ -94,9 +94,10 @@ def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_ranks(
 
 @pytest.mark.e2e
 @pytest.mark.dali
-def test_compiled_blocks_train_alike(packed, on_two_ranks, tmp_path):
-    found = train(packed, tmp_path, 2, "--compile")
-    for one, two in zip(found, on_two_ranks[1], strict=True):
+def test_compiled_blocks_train_alike(packed, on_one_rank, tmp_path):
+    """On one rank: each rank compiles for itself, half a minute when nothing is cached."""
+    found = train(packed, tmp_path, 1, "--compile")
+    for one, two in zip(found, on_one_rank, strict=True):
         assert one[LOSS] == pytest.approx(two[LOSS], rel=1e-3), one["step"]
 
 
