@@ -21,16 +21,17 @@ HALF_I_FRAME = FRAME_TOKENS
 
 @dataclass(frozen=True)
 class Frames:
-    """Whole frames at even times: how many, and the scale of their sides."""
+    """Whole frames at even times: how many, the scale of their sides, and how many to a token."""
 
     count: int
     scale: float = 1.0
+    per_token: int = 1  # successive frames that one token holds
 
     @property
     def tokens(self) -> int:
         """Tokens of a clip."""
         side = round(SIZE // 16 * self.scale)
-        return self.count * side**2
+        return self.count // self.per_token * side**2
 
 
 # Dense frames at low resolution: 32 px, or 48 px where all 64 frames of 32 px leave tokens over.
@@ -53,10 +54,11 @@ SELECTED = {
     "random": {"--rule": "random"},
 }
 WITHOUT_I_FRAME = ("published", "random")
-INPUTS = ("frames", "low resolution", *SELECTED)
+TUBE = 2  # frames in a token, as video encoders of tubes have it
+INPUTS = ("frames", "low resolution", "tubes", *SELECTED)
 # What is compared by default; the other scores are there for `--inputs`.
 RIVALS = (
-    *("frames", "low resolution", "codec", "published", "differences"),
+    *("frames", "low resolution", "tubes", "codec", "published", "differences"),
     *("I-frame and random", "random"),
 )
 
@@ -80,6 +82,8 @@ class Cell:
         """The whole frames that are seen; None where patches are selected."""
         if self.input == "frames":
             return Frames(self.budget // FRAME_TOKENS)
+        if self.input == "tubes":
+            return Frames(TUBE * (self.budget // FRAME_TOKENS), per_token=TUBE)
         return SMALL_FRAMES[self.budget] if self.input == "low resolution" else None
 
     @property

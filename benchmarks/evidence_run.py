@@ -82,7 +82,7 @@ class Runner:
             "cell": asdict(cell),
             "recipe": asdict(self._recipe),
             "tokens": cell.tokens,
-            "gflops": round(_gflops(cell.tokens), 3),
+            "gflops": round(_gflops(cell), 3),
             "top1": record["last_epoch"]["top1"],
             "clips_sha256": listing,
             "hits": "".join(map(str, hits)),  # right heads of each clip, of probe_seeds
@@ -101,6 +101,7 @@ class Runner:
         if cell.frames is not None:
             view = {"codec_ratio": 0, "frame_ratio": 1, "max_tokens": cell.budget}
             view |= {"max_frames": cell.frames.count, "scale": cell.frames.scale}
+            view |= {"frames_per_token": cell.frames.per_token}
         settings = {f"heads.0.stream.view.{name}": value for name, value in view.items()}
         # each clip has one class
         settings |= {
@@ -184,10 +185,11 @@ def _hits(predictions: Path) -> tuple[list[str], list[int]]:
     return [row[0] for row in rows], [row[2:].count(row[1]) for row in rows]
 
 
-def _gflops(tokens: int) -> float:
+def _gflops(cell: Cell) -> float:
     """Of encoding a clip: the forward third of a step."""
-    config = packing_config(packing_name(MODEL))
-    return encoder_flops(config, tokens=tokens, squares=tokens**2) / 3e9
+    frames_per_token = 1 if cell.frames is None else cell.frames.per_token
+    config = packing_config(packing_name(MODEL), num_channels=3 * frames_per_token)
+    return encoder_flops(config, tokens=cell.tokens, squares=cell.tokens**2) / 3e9
 
 
 def _launcher(ranks: int) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from data_pipeline.codec.open_video import InputLimits, is_image
 from data_pipeline.codec.patches import SelectionConfig
 from data_pipeline.codec.saliency import SaliencyConfig
 from data_pipeline.codec.selection import Order, cut_patches
-from data_pipeline.loading.views import View, image_view, shrink, still_view
+from data_pipeline.loading.views import View, image_view, shrink, still_view, tube_view
 from data_pipeline.random import counter_rng
 from model_factory.packing import interpolate_frame_indices
 
@@ -51,8 +51,10 @@ def view_of_file(
     patch_size: int,
     reader: PixelReader | None = None,
     limits: InputLimits | None = None,
+    frames_per_token: int = 1,
 ) -> View:
-    """The view of a video or image; without a `reader`, by the one that this process shares.
+    """The view of a video or image; without a `reader`, by the one that this process shares. Whole
+    frames and images are given in tubes of `frames_per_token`.
 
     Raises RejectedInput for a file that cannot be read.
     """
@@ -70,7 +72,8 @@ def view_of_file(
         draw = counter_rng(config.seed, "probe colours", look.clip, look.version)
         frames = recolour(frames, draw, parts=config.augmentations)
     if request.kind == "image":
-        return image_view(torch.from_numpy(frames[0]), patch_size)
+        picture = image_view(torch.from_numpy(frames[0]), patch_size)
+        return tube_view(picture, frames_per_token)
     if pixels.positions is not None and pixels.times is not None:
         patches = torch.from_numpy(cut_patches(frames, pixels.positions, patch_size=patch_size))
         positions = pixels.positions.copy()
@@ -90,7 +93,8 @@ def view_of_file(
         shrink(frame, patch_size=patch_size, scale=config.frame_scale)
         for frame in torch.from_numpy(frames)
     ]
-    return still_view(scaled, patch_size=patch_size, times=times)
+    view = still_view(scaled, patch_size=patch_size, times=times)
+    return tube_view(view, frames_per_token)
 
 
 def chosen_decoder(config: InputConfig) -> str:

@@ -103,8 +103,12 @@ def _same_tensors(weights: dict[str, torch.Tensor], reloaded: LlavaViTPackingMod
 def _verify(source: LlavaViTEncoder, target: LlavaViTPackingModel) -> list[str]:
     """Compare both models input by input; ConversionError names the first one that differs."""
     p = target.config.patch_size
-    cases = [_image_case(seed, grid=grid, p=p) for seed, grid in enumerate(IMAGE_GRIDS)]
-    cases += [_video_case(grid, p=p) for grid in VIDEO_GRIDS]
+    channels = target.config.num_channels
+    cases = [
+        _image_case(seed, grid=grid, p=p, channels=channels)
+        for seed, grid in enumerate(IMAGE_GRIDS)
+    ]
+    cases += [_video_case(grid, p=p, channels=channels) for grid in VIDEO_GRIDS]
     with torch.inference_mode():
         dense = [_dense(source, case.pixels) for case in cases]
         lines = [
@@ -115,11 +119,11 @@ def _verify(source: LlavaViTEncoder, target: LlavaViTPackingModel) -> list[str]:
     return lines
 
 
-def _image_case(seed: int, grid: tuple[int, int], p: int) -> _Case:
+def _image_case(seed: int, grid: tuple[int, int], p: int, channels: int) -> _Case:
     """Noise in the range of normalised pixels; the grid counts patches of p x p pixels."""
     height, width = grid
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(1, 3, height * p, width * p, generator=generator)
+    noise = torch.rand(1, channels, height * p, width * p, generator=generator)
     image = noise * 4 - 2  # CLIP's normalisation maps 0..1 to some -1.8..2.2
     grid_thw = torch.tensor([[1, height, width]])
     return _Case(
@@ -131,17 +135,17 @@ def _image_case(seed: int, grid: tuple[int, int], p: int) -> _Case:
     )
 
 
-def _video_case(grid: tuple[int, int], p: int) -> _Case:
+def _video_case(grid: tuple[int, int], p: int, channels: int) -> _Case:
     """A texture that moves from frame to frame, so that a wrong frame order shows."""
     height, width = grid
     generator = torch.Generator().manual_seed(1)
-    texture = torch.randn(3, height * p, width * p, generator=generator)
+    texture = torch.randn(channels, height * p, width * p, generator=generator)
     frames = []
     for t in range(NUM_FRAMES):
         # in pixels: no later frame is shifted by whole patches of 14 or 16
         shift = (5 * t, 11 * t)
         frames.append(texture.roll(shift, dims=(1, 2)))
-    video = torch.stack(frames)  # [T, 3, H, W]
+    video = torch.stack(frames)  # [T, C, H, W]
     return _Case(
         name=f"moving video {height * p}x{width * p}",
         pixels=video.transpose(0, 1)[None],
@@ -159,13 +163,14 @@ def _times() -> torch.Tensor:
 
 
 def _dense(source: LlavaViTEncoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output of the source for an image [1, 3, H, W] or a video [1, 3, T, H, W]. A video is encoded
+    """Output of the source for an image [1, C, H, W] or a video [1, C, T, H, W]. A video is encoded
     the public way: its frames lie in an empty 64-frame clip, and only their patches are visible."""
     if pixels.ndim == 4:
         return source(pixels)
     height, width = pixels.shape[-2:]
     times = _times()[0]
-    clip = torch.zeros(1, 3, TARGET_FRAMES, height, width)
+    channels = pixels.shape[1]
+    clip = torch.zeros(1, channels, TARGET_FRAMES, height, width)
     clip[:, :, times] = pixels
     per_frame = height * width // source.config.patch_size**2
     index_in_frame = torch.arange(per_frame)

@@ -50,7 +50,7 @@ code and allow it (`trust_remote_code`).
 
 - pixels / 255, minus {mean}, divided by {std} (red, green, blue)
 - sides a multiple of {patch_size}; `preprocessor_config.json` resizes and crops to {image_size}
-- a patch row is {patch_size} x {patch_size} pixels, channel first inside the patch
+- a patch row is {patch_text}
 - time: frame i of n goes to round(i / (n - 1) * {last_frame}): every clip spans 0..{last_frame}
 
 ## Configuration
@@ -108,11 +108,24 @@ def _model_card(model: LlavaViTPackingModel, run: dict[str, object]) -> str:
         **fields,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         patch_dim=config.patch_dim,
+        patch_text=_patch_text(config),
         mean=CLIP_MEAN,
         std=CLIP_STD,
         last_frame=TARGET_FRAMES - 1,
         config_table=_table("field", fields),
         run_table=_table("fact", run),
+    )
+
+
+def _patch_text(config: LlavaViTPackingConfig) -> str:
+    """What a patch row holds."""
+    p = config.patch_size
+    if config.num_channels == 3:
+        return f"{p} x {p} pixels, channel first inside the patch"
+    frames = config.num_channels // 3
+    return (
+        f"a tube: {p} x {p} pixels of {frames} successive frames at one place, channel first, then "
+        "frame; its time is the mean of theirs, and an image is repeated"
     )
 
 

@@ -100,9 +100,20 @@ class LlavaViTVisionModel(PreTrainedModel):
 
     @classmethod
     def from_encoder(
-        cls, encoder: LlavaViTPackingModel, post_norm: bool = True
+        cls,
+        encoder: LlavaViTPackingModel,
+        post_norm: bool = True,
+        origin: object = "the encoder",
     ) -> "LlavaViTVisionModel":
-        """A vision model around an encoder, sharing its weights."""
+        """A vision model around an encoder, sharing its weights. ValueError, naming the `origin`,
+        for one whose tokens are of several frames.
+        """
+        channels = encoder.config.num_channels
+        if channels != 3:
+            raise ValueError(
+                f"{origin} has num_channels {channels}, tokens of {channels / 3:g} frames: a tower "
+                "sees single images, so give an encoder that was trained with frames_per_token 1"
+            )
         with torch.device("meta"):  # its weights are replaced
             model = cls(LlavaViTVisionConfig.of(encoder.config, post_norm))
         model.packing = encoder
@@ -177,7 +188,7 @@ class LlavaViTVisionTower(nn.Module):
             encoder = LlavaViTPackingModel.from_pretrained(
                 self.vision_tower_name, dtype=torch.float32, local_files_only=True
             )
-            model = LlavaViTVisionModel.from_encoder(encoder)
+            model = LlavaViTVisionModel.from_encoder(encoder, origin=self.vision_tower_name)
         model = model.eval()
         if device_map is not None:
             # a map {"": device}, which is how transformers names one device for a whole model

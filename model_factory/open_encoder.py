@@ -116,11 +116,12 @@ def open_encoder(
     seed: int = 0,
     read_run: Callable[[Path], LlavaViTPackingModel] | None = None,
     dtype: str = "float32",
+    num_channels: int = 3,
 ) -> LlavaViTPackingModel:
     """An encoder of ours.
 
     model_name, rope_pairing  of random weights, and of a file that no .json beside it describes
-    seed                      for random weights
+    seed, num_channels        for random weights
     read_run                  reads a run's newest checkpoint, or a checkpoint: training.export has
                               it, which this layer may not import
     dtype                     in which a Hugging Face folder is loaded: torch's name, or `auto` (as
@@ -141,7 +142,11 @@ def open_encoder(
                 raise ValueError("random weights need the name of a model: list_models() names all")
             # of the process, as the layers' initialisation takes no generator
             torch.manual_seed(seed)
-            config = packing_config(packing_name(model_name), rope_pairing=rope_pairing)
+            config = packing_config(
+                packing_name(model_name),
+                rope_pairing=rope_pairing,
+                num_channels=num_channels,
+            )
             return LlavaViTPackingModel(config)
         if location.kind is Kind.FOLDER:
             _check_is_ours(location)

@@ -120,8 +120,8 @@ def _check_rows(hidden_states: torch.Tensor, patch_dim: int) -> None:
     shape = list(hidden_states.shape)
     if len(shape) != 2 or shape[1] != patch_dim or shape[0] == 0:
         raise ValueError(
-            f"hidden_states must have shape [S, {patch_dim}] (3 * patch_size ** 2) with S >= 1, "
-            f"got {shape}"
+            f"hidden_states must have shape [S, {patch_dim}] (num_channels * patch_size ** 2) with "
+            f"S >= 1, got {shape}"
         )
     if not hidden_states.is_floating_point():
         raise ValueError(

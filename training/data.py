@@ -302,6 +302,7 @@ class TrainingData:
                 num_labels=stream.labels_per_step,
                 seed=self._config.seed,
                 rank=self._ranks.rank,
+                frames_per_token=stream.view.frames_per_token,
             )
         packed_size = dataset.manifest.settings["patch_size"]
         if packed_size != self._patch_size:

@@ -53,7 +53,7 @@ def read_encoder(checkpoint: Path) -> "tuple[LlavaViTPackingModel, Path, int]":
     """
     from .checkpoint.files import read_tensors
     from .checkpoint.folder import CheckpointFolder, read_state, verify_checkpoint
-    from .config.schema import ModelConfig
+    from .config.schema import FRAMES_PER_TOKEN, ModelConfig
     from .encoder import build_encoder
 
     path = resolve_checkpoint(checkpoint)
@@ -74,7 +74,9 @@ def read_encoder(checkpoint: Path) -> "tuple[LlavaViTPackingModel, Path, int]":
         for key, value in state["fingerprint"].items()
         if key.startswith(prefix)
     }
-    encoder = build_encoder(ModelConfig(**fields), seed=0)
+    # all heads have the same, and those of single frames none on record
+    frames = state["fingerprint"].get(f"heads.0{FRAMES_PER_TOKEN}", 1)
+    encoder = build_encoder(ModelConfig(**fields), seed=0, frames_per_token=frames)
     tensors = {f"encoder.{name}": p.data for name, p in encoder.named_parameters()}
     read_tensors(tensors, path, alone=True)
     # The image size of its training data; older checkpoints have none.

@@ -261,7 +261,11 @@ class Trainer:
             )
 
     def _build_encoder(self) -> LlavaViTPackingModel:
-        encoder = build_encoder(self.config.model, self.config.seed)
+        encoder = build_encoder(
+            self.config.model,
+            seed=self.config.seed,
+            frames_per_token=self.config.frames_per_token,
+        )
         real = [dataset for dataset in self.datasets.values() if dataset is not None]
         if real:
             # what the exported processor resizes to

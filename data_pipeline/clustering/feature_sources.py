@@ -134,6 +134,7 @@ def _packing_model_rows(
 ) -> Callable[[range], np.ndarray]:
     import torch
 
+    from ..loading.config import ViewConfig
     from ..loading.samples import sequential_batches
 
     model = open_encoder(location, dtype="auto").eval()
@@ -147,10 +148,23 @@ def _packing_model_rows(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
 
+    # patches of the codec are of single frames; an encoder of tubes sees whole ones
+    frames = model.config.num_channels // 3
+    view_name = "codec" if frames == 1 else "frame"
+    view_config = ViewConfig()
+    if frames > 1:
+        most = view_config.max_frames // frames * frames or frames
+        view_config = ViewConfig(
+            codec_ratio=0.0, frame_ratio=1.0, max_frames=most, frames_per_token=frames
+        )
+
     @torch.inference_mode()
     def rows_of(ids: range) -> np.ndarray:
         rows = []
-        for batch in sequential_batches(manifest, ids, batch_size=32, view_name="codec"):
+        batches = sequential_batches(
+            manifest, ids, batch_size=32, view_name=view_name, view_config=view_config
+        )
+        for batch in batches:
             pooled = model(**batch.to(device).model_inputs()).pooler_output
             # rows behind the samples are padding of the last batch
             rows.append(pooled[: batch.num_samples].float().cpu().numpy())

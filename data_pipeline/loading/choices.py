@@ -122,7 +122,8 @@ def num_tokens(
     """Tokens of each sample under its view, int64 [n]."""
     per_frame = table.frame_tokens(ids, view.scale)
     stored = table.num_frames[ids]
-    of_frames = per_frame * num_frames(per_frame, num_stored=stored, view=view)
+    frames = num_frames(per_frame, num_stored=stored, view=view)
+    of_frames = per_frame * (frames // view.frames_per_token)
     # any prefix of the stored patches is an item, so the bound cuts it anywhere
     of_patches = np.minimum(table.num_patches[ids], view.max_tokens)
     of_clips = np.where(views == CODEC, of_patches, of_frames)
@@ -132,9 +133,13 @@ def num_tokens(
 def num_frames(
     frame_tokens: np.ndarray, num_stored: np.ndarray | int, view: ViewConfig
 ) -> np.ndarray:
-    """Whole frames that fit max_tokens and max_frames, at least one."""
-    fitting = np.minimum(view.max_frames, view.max_tokens // frame_tokens)
-    return np.maximum(1, np.minimum(fitting, num_stored))
+    """Whole frames that fit max_tokens and max_frames, at least one. Tubes are whole: frames beyond
+    the last whole one are left out, and a clip with too few frames for one repeats some of them.
+    """
+    size = view.frames_per_token
+    fitting = np.minimum(view.max_frames, size * (view.max_tokens // frame_tokens))
+    whole = np.minimum(fitting, num_stored) // size * size
+    return np.maximum(size, whole)
 
 
 def possible_lengths(table: SampleTable, view: ViewConfig) -> np.ndarray:

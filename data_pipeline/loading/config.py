@@ -14,7 +14,8 @@ class ViewConfig:
     The rest of the two ratios is collage. `max_tokens` bounds every item, `max_frames` the whole
     frames of a clip; `scale` shrinks frames and images (0.5: a quarter of the tokens; the codec
     view, whose patches are stored, follows `max_tokens` alone). `flip` is the probability of a
-    mirrored item, `colour_jitter` the strength of views.jitter_colours.
+    mirrored item, `colour_jitter` the strength of views.jitter_colours. `frames_per_token` joins
+    successive whole frames (views.tube_view); the encoder is built for it.
     """
 
     codec_ratio: float = 0.4
@@ -24,8 +25,10 @@ class ViewConfig:
     scale: float = 1.0
     flip: float = 0.0
     colour_jitter: float = 0.0
+    frames_per_token: int = 1
 
     def __post_init__(self) -> None:
+        self._check_tubes()
         if not 0 <= self.colour_jitter < 1:
             raise ValueError(f"colour_jitter {self.colour_jitter} must lie in [0, 1)")
         if not 0 <= self.flip <= 1 or not 0 < self.scale <= 1:
@@ -43,6 +46,22 @@ class ViewConfig:
             raise ValueError(
                 f"--target_num {self.max_tokens} must be positive, --num_frames {self.max_frames} "
                 f"in 1..{MAX_FRAMES}"
+            )
+
+    def _check_tubes(self) -> None:
+        """Raise ValueError unless all clips are whole tubes of whole frames."""
+        size = self.frames_per_token
+        if size < 1:
+            raise ValueError(f"frames_per_token {size} must be positive")
+        # 1e-9: a ratio may be 1 by a sum of floats
+        if size > 1 and (self.codec_ratio > 0 or self.frame_ratio < 1 - 1e-9):
+            raise ValueError(
+                f"frames_per_token {size} joins whole frames alone: set --residual_ratio 0 and "
+                f"--frame_sampling_ratio 1, not {self.codec_ratio} and {self.frame_ratio}"
+            )
+        if self.max_frames % size:
+            raise ValueError(
+                f"--num_frames {self.max_frames} is no multiple of frames_per_token {size}"
             )
 
 

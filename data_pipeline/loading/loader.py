@@ -168,12 +168,17 @@ class SyntheticStream:
     num_labels: int
     seed: int
     rank: int
+    frames_per_token: int = 1
     activity: ClassVar[str] = "making noise"
 
     def __post_init__(self) -> None:
         self._next = 0
         self._buffers = PackBuffers(torch.device("cpu"))
-        shape = (self.batch_size, self.tokens, self.patch_size)
+        self._patch_shape = (3, self.frames_per_token * self.patch_size, self.patch_size)
+        # a row of single patches is described as before there were tubes
+        shape = (self.batch_size, self.tokens, *self._patch_shape[1:])
+        if self.frames_per_token == 1:
+            shape = shape[:-1]
         labels = f"{self.num_classes} {self.num_labels}"
         self.plan_sha256 = f"noise {shape} {labels} {self.seed}"
 
@@ -183,7 +188,7 @@ class SyntheticStream:
 
     def __next__(self) -> PackedBatch:
         rng = counter_rng(self.seed, "synthetic", self.rank, self._next)
-        shape = (3, self.patch_size, self.patch_size)
+        shape = self._patch_shape
         # any positions inside the time base and a grid of eight columns
         token = torch.arange(self.tokens)
         positions = torch.stack([token % 64, token // 8, token % 8], dim=-1)

@@ -37,6 +37,7 @@ from .views import (
     frame_view,
     image_view,
     jitter_colours,
+    tube_view,
 )
 
 MEMBER_OF_VIEW = ("tiles.jpg", "frames.jpg", "frames.jpg", "jpg")  # in the order of choices.VIEWS
@@ -144,6 +145,7 @@ class SampleReader:
             else:
                 frame_draws = None if draw is None else draw[FIRST_FRAME_DRAW:]
                 view = self._frames(request, strip=picture, draw=frame_draws)
+            view = tube_view(view, config.frames_per_token)
             columns = view.grid[2]
         if draw is not None and draw[FLIP_DRAW] < config.flip:
             view = flip(view, columns)

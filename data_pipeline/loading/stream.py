@@ -185,6 +185,9 @@ class HeadStream:
         # batch
         for free in ("batch_size", "dali_num_threads", "error_budget"):
             config.pop(free)
+        if config["view"]["frames_per_token"] == 1:
+            # plans of before there were tubes have none on record
+            config["view"].pop("frames_per_token")
         manifest = self._dataset.manifest
         facts = [PLAN_VERSION, LOOK_AHEAD, self._dataset.sha256, sorted(manifest.absent)]
         facts += [self._seed, units, starts, self._pack_tokens, config]

@@ -1,12 +1,14 @@
-"""Four views of a decoded sample; pure functions from pixels to patches with positions.
+"""Views of a decoded sample; pure functions from pixels to patches with positions.
 
     codec    the stored patches with their true (t, h, w), a prefix of any length
     frame    F whole frames, one from each of F bins of the stored frames
+    tubes    the same frames, several of them in one token
     collage  the same frames stacked into one tall image: t = 0, rows go on counting
     image    one image, t = 0
 
-Nothing is copied here unless pixels change (flip, shrinking, exchanged channels): a view holds
-strided windows into the decoded image, and packing writes them into the rows of the pack.
+Nothing is copied here unless pixels change (flip, shrinking, exchanged channels) or frames are
+joined (tubes): a view holds strided windows into the decoded image, and packing writes them into
+the rows of the pack.
 
 Shape legend: K tokens of the item, P patch dim, M stored frames, F chosen frames, H, W image, p
 patch size.
@@ -34,7 +36,8 @@ NORMALISATION = gain_and_offset()
 class View:
     """One item of a pack.
 
-    pieces     uint8 tensors [..., 3, p, p], of any strides, that hold K patches in order
+    pieces     uint8 tensors [..., 3, p, p], of any strides, that hold K patches in order; of tubes
+               of f frames [..., 3, f * p, p]
     positions  int64 [K, 3]: (t, h, w)
     grid       (t, h, w) with t*h*w = K
     colour     float32 [2, 3]: gain and offset of the channels that make a byte a model input
@@ -117,6 +120,34 @@ def collage_view(view: View) -> View:
     times, rows, columns = view.grid
     positions = _grid_positions((0,), rows=times * rows, columns=columns)
     return replace(view, positions=positions, grid=(1, times * rows, columns))
+
+
+def tube_view(view: View, frames: int) -> View:
+    """The frames of a frame view, `frames` successive ones to a token. An image, which is a view of
+    one frame, is that often in its tokens.
+
+    The patches of one place stand one below the other inside each channel, so that rows stay
+    channel first and a mirrored or recoloured tube is one of mirrored or recoloured frames. Its
+    time is the mean of its frames' times, halves rounded up.
+    """
+    if frames == 1:
+        return view
+    count, rows, columns = view.grid
+    times = view.positions[:: rows * columns, 0]
+    pieces = view.pieces
+    if count == 1:
+        times = times.repeat(frames)
+        pieces = pieces * frames
+    assert len(pieces) % frames == 0  # by choices.num_frames and the checks of configurations
+    sums = times.view(-1, frames).sum(dim=1)
+    means = (2 * sums + frames) // (2 * frames)
+    starts = range(0, len(pieces), frames)
+    return replace(
+        view,
+        pieces=tuple(torch.cat(pieces[start : start + frames], dim=-2) for start in starts),
+        positions=_grid_positions(tuple(means.tolist()), rows=rows, columns=columns),
+        grid=(len(means), rows, columns),
+    )
 
 
 def image_view(picture: torch.Tensor, patch_size: int, scale: float = 1.0) -> View:

@@ -32,12 +32,45 @@ Packs = Iterator[tuple[list[Look], PackedBatch]]
 
 
 def open_clips(
-    clips: LabelledList, config: InputConfig, size: int, patch_size: int
+    clips: LabelledList,
+    config: InputConfig,
+    size: int,
+    patch_size: int,
+    frames_per_token: int = 1,
 ) -> "RawClips | PackedClips":
-    """The reader of a split. Raises ValueError for more than packed shards hold."""
+    """The reader of a split. Raises ValueError for more than packed shards hold, and for input that
+    is no whole tubes of an encoder that takes `frames_per_token`."""
+    _check_tubes(config, frames_per_token)
     if clips.shards is not None:
-        return PackedClips(clips, clips.shards, config=config, patch_size=patch_size)
-    return RawClips(clips, config, size=size, patch_size=patch_size)
+        return PackedClips(
+            clips,
+            clips.shards,
+            config=config,
+            patch_size=patch_size,
+            frames_per_token=frames_per_token,
+        )
+    return RawClips(
+        clips,
+        config,
+        size=size,
+        patch_size=patch_size,
+        frames_per_token=frames_per_token,
+    )
+
+
+def _check_tubes(config: InputConfig, frames_per_token: int) -> None:
+    if frames_per_token == 1:
+        return
+    if config.view == "codec":
+        raise ValueError(
+            f"--model_family {config.family}: the encoder takes tokens of {frames_per_token} whole "
+            "frames, and codec patches are of one: pass --model_family llava_vit_sampling"
+        )
+    if config.num_frames % frames_per_token:
+        raise ValueError(
+            f"--num_frames {config.num_frames}: the encoder takes tokens of {frames_per_token} "
+            "frames, so give a multiple"
+        )
 
 
 class RawClips:
@@ -46,7 +79,12 @@ class RawClips:
     several_versions = True  # clips can be looked at in other ways than the plain one
 
     def __init__(
-        self, clips: LabelledList, config: InputConfig, size: int, patch_size: int
+        self,
+        clips: LabelledList,
+        config: InputConfig,
+        size: int,
+        patch_size: int,
+        frames_per_token: int = 1,
     ) -> None:
         # a working side must be even for 4:2:0 chroma (data_pipeline/codec/framing.py)
         if size % patch_size or size % 2:
@@ -62,6 +100,7 @@ class RawClips:
         self._config = config
         self._size = size
         self._patch_size = patch_size
+        self._frames_per_token = frames_per_token
         self._reader: PixelReader | None = None  # its processes start with the first clip
         self.unreadable: dict[str, str] = {}
         self.read_from = f"files, read by {chosen_decoder(config)}"
@@ -127,6 +166,7 @@ class RawClips:
                 size=self._size,
                 patch_size=self._patch_size,
                 reader=reader,
+                frames_per_token=self._frames_per_token,
             )
         except RejectedInput as rejection:
             self.unreadable[name] = f"{rejection.reason} ({rejection.detail})"
@@ -139,9 +179,15 @@ class PackedClips:
     several_versions = False
 
     def __init__(
-        self, clips: LabelledList, shards: Path, config: InputConfig, patch_size: int
+        self,
+        clips: LabelledList,
+        shards: Path,
+        config: InputConfig,
+        patch_size: int,
+        frames_per_token: int = 1,
     ) -> None:
         self._config = config
+        self._frames_per_token = frames_per_token
         self._manifest = load_manifest(shards)
         _check_stored(self._manifest, shards, config=config, patch_size=patch_size)
         settings = self._manifest.settings
@@ -173,16 +219,19 @@ class PackedClips:
             samples = [s for shard in self._manifest.shards for s in shard["samples"]]
             grids = [sample["grid"] for sample in samples]
             largest = max(grid[0] * grid[1] for grid in grids)
-            max_tokens = config.num_frames * largest
+            max_tokens = config.num_frames // self._frames_per_token * largest
         batches = sequential_batches(
             self._manifest,
             sample_ids=[sample_id for _, sample_id in stored],
             batch_size=batch_size,
             view_name=config.view,
             view_config=ViewConfig(
+                codec_ratio=float(config.view == "codec"),
+                frame_ratio=float(config.view == "frame"),
                 max_tokens=max_tokens,
                 max_frames=config.num_frames,
                 scale=config.frame_scale,
+                frames_per_token=self._frames_per_token,
             ),
         )
         for number, batch in enumerate(batches):

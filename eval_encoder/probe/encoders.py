@@ -48,11 +48,13 @@ class ProbeEncoder:
     patch_size  in pixels
     size        side of the frames that it is given, in pixels; None: that of the configuration
     sha256      of its configuration, its preprocessing and its weights
+    frames_per_token  of its input
     """
 
     width: int
     patch_size: int
     size: int | None = None
+    frames_per_token: int = 1
 
     def __init__(self, model: Model, normalisation: torch.Tensor | None):
         self._model = model.eval().requires_grad_(False)
@@ -85,6 +87,10 @@ class PackedProbeEncoder(ProbeEncoder):
         super().__init__(model, normalisation)
         self.width = model.config.hidden_size
         self.patch_size = model.config.patch_size
+        channels = model.config.num_channels
+        if channels % 3:
+            raise ValueError(f"the encoder takes {channels} channels, no whole frames of three")
+        self.frames_per_token = channels // 3
 
     def _encode(self, batch: PackedBatch) -> EncodedBatch:
         out = self._model(**batch.model_inputs())

@@ -60,7 +60,11 @@ class ClipFeatures:
         self._pooled = config.heads.kind != "attentive"
         size = encoder.size or config.input.size
         self._reader = open_clips(
-            clips, config=config.input, size=size, patch_size=encoder.patch_size
+            clips,
+            config=config.input,
+            size=size,
+            patch_size=encoder.patch_size,
+            frames_per_token=encoder.frames_per_token,
         )
         self.unreadable = self._reader.unreadable
         self.read_from = self._reader.read_from

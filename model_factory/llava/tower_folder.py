@@ -165,7 +165,7 @@ def read_source(source: Path, post_norm: bool = True) -> TowerSource:
         )
     is_public = location.kind is Kind.FOLDER and location.model_type not in OUR_TYPES
     if not is_public:
-        return _our_source(open_encoder(location), post_norm)
+        return _our_source(open_encoder(location), post_norm=post_norm, origin=location.path)
     model_type = str(location.model_type)
     try:
         return _native_source(location.path, model_type=model_type, post_norm=post_norm)
@@ -205,7 +205,7 @@ def read_language(
     return text, tokenizer
 
 
-def _our_source(encoder: LlavaViTPackingModel, post_norm: bool) -> TowerSource:
+def _our_source(encoder: LlavaViTPackingModel, post_norm: bool, origin: Path) -> TowerSource:
     encoder.eval()
     side = encoder.config.image_size
     p = encoder.config.patch_size
@@ -217,7 +217,7 @@ def _our_source(encoder: LlavaViTPackingModel, post_norm: bool) -> TowerSource:
         state = out.last_hidden_state if post_norm else out.hidden_states[-1]
         return state[None]
 
-    model = LlavaViTVisionModel.from_encoder(encoder, post_norm).eval()
+    model = LlavaViTVisionModel.from_encoder(encoder, post_norm=post_norm, origin=origin).eval()
     return TowerSource(
         model,
         encode=encode,

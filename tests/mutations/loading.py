@@ -110,8 +110,8 @@ LOADING = (
     Mutant(
         name="frames-beyond-the-budget",
         file="data_pipeline/loading/choices.py",
-        old="np.minimum(view.max_frames, view.max_tokens // frame_tokens)",
-        new="np.minimum(view.max_frames, -(-view.max_tokens // frame_tokens))",
+        old="np.minimum(view.max_frames, size * (view.max_tokens // frame_tokens))",
+        new="np.minimum(view.max_frames, size * -(-view.max_tokens // frame_tokens))",
         why="items are longer than --target_num",
         tests=("data_pipeline/loading/test_views.py",),
     ),

@@ -31,7 +31,10 @@ NEW_EPOCH = "--set resume_data=new-epoch"
 # Ends of fields that decide which tensors a checkpoint has (moments of a frozen encoder, a step
 # count for every sampled centre). Tensors saved under another value may not fit, so no flag is
 # advised that would let them differ.
-SHAPING = ("model.name", "model.frozen", "loss.sample_rate", "loss.sparse_gradient")
+SHAPING = (
+    *("model.name", "model.frozen", "loss.sample_rate", "loss.sparse_gradient"),
+    "view.frames_per_token",
+)
 
 
 def find_commit(output: Path, resume: str, ranks: Ranks, logger: logging.Logger) -> Commit | None:

@@ -113,6 +113,7 @@ class TrainConfig:
                 f"--list_datasets {names}: give at least one dataset, each name once (a folder's "
                 "name is its last part; rename or link one to tell two apart)"
             )
+        self._check_tubes()
         shares = [head.stream.token_share for head in self.heads]
         # shares such as 0.1 + 0.2 + 0.7 sum to a little more than 1 in floats
         exceeds = sum(shares) > 1 + 1e-9
@@ -134,6 +135,20 @@ class TrainConfig:
             raise ValueError(
                 f"resume_data {self.resume_data!r}: choose one of {', '.join(RESUME_DATA)}"
             )
+
+    def _check_tubes(self) -> None:
+        """Raise ValueError where heads would need encoders of different rows."""
+        tubes = {head.name: head.stream.view.frames_per_token for head in self.heads}
+        if len(set(tubes.values())) > 1:
+            raise ValueError(
+                f"frames_per_token of the heads {tubes}: one encoder serves all heads, so they "
+                "must agree"
+            )
+
+    @property
+    def frames_per_token(self) -> int:
+        """Of all heads, which agree; the encoder takes three channels of each frame."""
+        return self.heads[0].stream.view.frames_per_token
 
     def pack_tokens_of(self, head: HeadConfig) -> int | None:
         """Tokens of one pack of a head; None for a head whose batches count samples."""
@@ -173,6 +188,7 @@ FREE_FIELDS = (
     "data_timeout_s",
     "collective_timeout_s",
 )
+FRAMES_PER_TOKEN = ".stream.view.frames_per_token"
 FREE_STREAM_FIELDS = ("dali_num_threads", "error_budget")
 
 
@@ -189,7 +205,13 @@ def fingerprint(config: TrainConfig, world_size: int) -> dict:
 def compared(flat: dict) -> dict:
     """The fields of a fingerprint that are compared; one of an earlier version may hold more."""
     names = [key for key in flat if not _is_free(key.split("."))]
-    return {name: flat[name] for name in names}
+    return {name: flat[name] for name in names if not _is_single_frames(name, flat[name])}
+
+
+def _is_single_frames(name: str, value: Any) -> bool:
+    """Whether a field is that there are no tubes, which checkpoints of before have none on record
+    of."""
+    return name.endswith(FRAMES_PER_TOKEN) and value == 1
 
 
 def _is_free(path: list[str]) -> bool:

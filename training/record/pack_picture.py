@@ -1,5 +1,6 @@
 """Image of a pack as the encoder sees it: each item a row, each of its frames a column, patches at
-their positions, grey where there is none. Cost: a few milliseconds; drawn once per start.
+their positions (of a tube its first frame's), grey where there is none. Cost: a few milliseconds;
+drawn once per start.
 """
 
 import numpy as np
@@ -21,8 +22,10 @@ def pack_picture(
         tokens = slice(bounds[item], bounds[item + 1])
         pixels = batch.pixels[tokens].cpu().numpy()
         positions = batch.patch_positions[tokens].cpu().numpy()
-        # rows of a pack are channels first, images have them last
-        patches = pixels.reshape(-1, 3, patch_size, patch_size).transpose(0, 2, 3, 1)
+        # rows of a pack are channels first, frames of a tube one below the other; images have
+        # channels last
+        tubes = pixels.reshape(len(pixels), 3, -1, patch_size)
+        patches = tubes[:, :, :patch_size].transpose(0, 2, 3, 1)
         rows.append(_row(patches, positions=positions, most_frames=most_frames))
     width = max(row.shape[1] for row in rows)
     height = max(len(row) for row in rows) + GAP

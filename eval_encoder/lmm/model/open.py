@@ -91,7 +91,7 @@ def open_tower(
         encoder = encoder.to(dtype)
         size = encoder.config.image_size
         processor = CLIPImageProcessor.from_dict(json.loads(image_processor_json(size)))
-        return LlavaViTVisionModel.from_encoder(encoder).eval(), processor
+        return LlavaViTVisionModel.from_encoder(encoder, origin=path).eval(), processor
     return model.eval(), AutoImageProcessor.from_pretrained(location.path, **LOCAL)
 
 
