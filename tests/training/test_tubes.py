@@ -138,7 +138,7 @@ def test_noise_trains_an_encoder_of_tubes(tmp_path):
     output = tmp_path / "noise"
     forked_ranks(
         1,
-        *("-m", "training.train_univit", "--preset", "debug", "--synthetic_data"),
+        *("-m", "training.train_univit", "--preset", "debug", "--use_synthetic_data"),
         *("--num_sampled_data", 16, "--output", output, *TUBES),
     )
     assert json.loads((output / "backbone.json").read_text())["num_channels"] == 6
