@@ -60,6 +60,14 @@ def test_every_input_has_at_most_its_tokens_and_hardly_fewer(budget):
             assert cell.frames.count <= 64
 
 
+def test_tubes_show_twice_as_many_frames_as_frames_do():
+    for budget in BUDGETS:
+        tubes = Cell("brief_events", "tubes", budget=budget, seed=1)
+        whole = Cell("brief_events", "frames", budget=budget, seed=1)
+        assert tubes.frames.count == 2 * whole.frames.count and tubes.tokens == whole.tokens
+        assert tubes.packing == whole.packing
+
+
 def test_every_packing_is_a_command_that_holds_the_budgets_of_its_cells():
     for cell in cells(("brief_events",), INPUTS, BUDGETS, (1,)):
         words = ["pack", "in", "--output", "out", *cell.packing.flags]

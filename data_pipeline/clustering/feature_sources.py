@@ -26,8 +26,9 @@ class FeatureConfig:
     """Source of the vectors.
 
     encoder     None (codec descriptor); an encoder of ours, as model_factory/open_encoder.py names
-                it (pooled vector of a clip's codec view or of a whole image); or FAMILY:FOLDER of
-                a frozen image encoder (mean patch token of each frame, normalised)
+                it (pooled vector of a clip's codec view, of its whole frames where tokens are
+                tubes, or of a whole image); or FAMILY:FOLDER of a frozen image encoder (mean patch
+                token of each frame, normalised)
     num_frames  of a clip, for image encoders
     concat      whether vectors of frames are concatenated; otherwise their mean is taken
     keep_dims   leading dimensions of a frame's vector that are used; None: all

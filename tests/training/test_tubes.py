@@ -6,6 +6,7 @@ import pytest
 import torch
 from forked import forked, forked_ranks
 
+from eval_encoder.lmm.model.open import open_tower
 from model_factory.backbone import load_backbone
 from model_factory.export_llava_tower import main as export_llava_tower
 from model_factory.open_encoder import locate_encoder, open_encoder
@@ -132,6 +133,8 @@ def test_no_tower_is_made_of_it(run, tmp_path, capsys):
     assert export_llava_tower(words) != 0
     assert "backbone.pt has num_channels 6, tokens of 2 frames" in capsys.readouterr().err
     assert not (tmp_path / "tower").exists()
+    with pytest.raises(ValueError, match="tubes.*has num_channels 6.*frames_per_token 1"):
+        open_tower(run)
 
 
 def test_noise_trains_an_encoder_of_tubes(tmp_path):
