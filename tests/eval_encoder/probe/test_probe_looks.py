@@ -13,7 +13,7 @@ from eval_encoder.probe.benchmarks import LabelledList
 from eval_encoder.probe.config import build_config, build_parser
 from eval_encoder.probe.features import ClipFeatures
 
-ENCODER = SimpleNamespace(size=112, patch_size=16, sha256="0" * 64)
+ENCODER = SimpleNamespace(size=112, patch_size=16, frames_per_token=1, sha256="0" * 64)
 
 
 @pytest.fixture
