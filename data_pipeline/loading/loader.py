@@ -175,12 +175,12 @@ class SyntheticStream:
         self._next = 0
         self._buffers = PackBuffers(torch.device("cpu"))
         self._patch_shape = (3, self.frames_per_token * self.patch_size, self.patch_size)
-        # a row of single patches is described as before there were tubes
-        shape = (self.batch_size, self.tokens, *self._patch_shape[1:])
-        if self.frames_per_token == 1:
-            shape = shape[:-1]
+        shape = [self.batch_size, self.tokens, self.patch_size]
+        if self.frames_per_token > 1:
+            # single frames are described as before there were tubes
+            shape.append(self.frames_per_token)
         labels = f"{self.num_classes} {self.num_labels}"
-        self.plan_sha256 = f"noise {shape} {labels} {self.seed}"
+        self.plan_sha256 = f"noise {tuple(shape)} {labels} {self.seed}"
 
     def seek(self, epoch: int, next_batch: int) -> None:
         """Go on with this batch; noise has one epoch."""
