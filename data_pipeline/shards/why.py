@@ -1,0 +1,381 @@
+"""Why these patches: an image of what a video's patches were ranked by, frame by frame.
+
+Shards hold patches and a coarse summary, so the video is decomposed again, by the rule and the
+settings that packing would use:
+
+    explain      the clip, its scores and its selection
+    save_why     a sheet (.png) of COLUMNS frames, or an animation (.gif, .webp) over time
+
+A row, or a panel, is shown only where the rule reads it: random patches have no motion row.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..codec.decompose import CodecClip, per_pixel
+from ..codec.open_video import check_file, is_image
+from ..codec.patches import RANDOM_RULES, SelectionConfig, choose_patches, decompose
+from ..codec.saliency import compensated_motion
+from ..errors import DataPipelineError
+from ..side_files import write_picture
+from .clip_columns import MOTION_FLOOR, RESIDUAL_FLOOR
+from .drawing import (
+    INTRA,
+    UNSELECTED,
+    Cell,
+    Heading,
+    Row,
+    Timeline,
+    colour_key,
+    panels_picture,
+    patch_pixels,
+    ramp,
+    rows_block,
+    stacked,
+    swatch,
+    wheel,
+    wheel_swatch,
+    write_animation,
+)
+from .sample_builder import SampleConfig
+
+FORMATS = (".png", ".gif", ".webp")
+COLUMNS = 8
+# Frames of a GIF, which has no prediction between frames of real footage: about 70 KB each
+GIF_FRAMES = 16
+# Full brightness is what 99 of 100 cells, pixels or patches of P-frames stay below: single outliers
+# do not darken the rest
+BRIGHT_PERCENTILE = 99
+DIMMED = 0.3  # brightness of what is not selected; still to be recognised
+CHOSEN = (255, 159, 28)  # outline of P-frame patches: an orange, rare in footage
+FEW_PANELS = 4  # up to so many stand in two columns, more in three
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A clip with what its patches were ranked by.
+
+    Shape legend: T frames, H, W working size, Y, X motion cells, h, w patch grid.
+    """
+
+    name: str
+    config: SampleConfig
+    clip: CodecClip
+    compensated: np.ndarray  # float32 [T, Y, X, 2], motion without the camera's
+    scores: np.ndarray  # float32 [T, h, w] in the unit that _unit names
+    selected: np.ndarray  # bool [T, h, w]
+    fastest: float  # pixels per frame, luma steps and score that are drawn at full brightness
+    strongest: float
+    highest: float
+
+    @property
+    def rule(self) -> SelectionConfig:
+        """The settings of the selection."""
+        return self.config.selection
+
+    @property
+    def counts(self) -> list[tuple[int, int]]:
+        """(patches of I-frames taken before others, all others) of each frame."""
+        of_frame = self.selected.sum(axis=(1, 2)).tolist()
+        first = self.is_first.tolist()
+        return [(n, 0) if is_first else (0, n) for n, is_first in zip(of_frame, first, strict=True)]
+
+    @property
+    def is_first(self) -> np.ndarray:
+        """Frames bool [T] whose patches are taken before all others, without a score."""
+        if self.rule.rule in ("published", "random"):
+            return np.zeros(len(self.scores), bool)
+        if self.rule.rule == "published_llava":
+            return np.arange(len(self.scores)) == 0
+        return self.clip.is_i_frame
+
+
+def explain(path: Path, config: SampleConfig) -> Explanation:
+    """Decompose one video and select its patches, in this process.
+
+    RejectedInput as in packing, also for what lies beyond `config.limits`; DataPipelineError for a
+    picture, or a video of one frame, which have no P-frames.
+    """
+    check_file(path, config.limits)
+    if is_image(path):
+        raise DataPipelineError(f"--why {path} is a picture: patches are selected of videos")
+    rule = config.selection
+    scored = decompose(path, config.framing, gop=config.gop, config=rule)
+    clip = scored.clip
+    if len(clip.frames) == 1:
+        raise DataPipelineError(f"--why {path} has one frame: patches are selected of P-frames")
+    selection = choose_patches(scored, name=str(path), budget=config.tokens, config=rule)
+    scores = scored.scores
+    if rule.is_published:
+        # sums over the pixels of a patch; shown as means, which shards hold too
+        scores = scores / config.patch_size**2
+    selected = np.zeros(scores.shape, bool)
+    selected[tuple(selection.positions.astype(int).T)] = True
+    p_frames = ~clip.is_i_frame
+    # the published rules take the median away, whatever the saliency of the others does
+    camera = "median" if rule.is_published else rule.saliency.camera
+    residual = _changes(clip) if rule.rule == "differences" else np.abs(clip.residual)
+    return Explanation(
+        name=path.name,
+        config=config,
+        clip=clip,
+        compensated=compensated_motion(clip, camera),
+        scores=scores,
+        selected=selected,
+        fastest=_bright(np.linalg.norm(clip.motion[p_frames], axis=-1), floor=MOTION_FLOOR),
+        strongest=_bright(residual[p_frames], floor=RESIDUAL_FLOOR),
+        highest=_bright(scores[p_frames], floor=float(np.finfo(np.float32).tiny)),
+    )
+
+
+def save_why(path: Path, config: SampleConfig, output: Path) -> None:
+    """Write why the patches of a video are selected, as a .png sheet or a .gif or .webp animation.
+
+    ValueError for another suffix, before the video is read; other errors as of explain.
+    """
+    suffix = output.suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"--output {output} must end in .png (sheet), .gif or .webp (animation)")
+    why = explain(path, config)
+    if suffix == ".png":
+        write_picture(output, draw_why(why), optimize=True)
+        return
+    limit = GIF_FRAMES if suffix == ".gif" else len(why.scores)
+    shown = frames_shown(why, limit)
+    pictures = animate_why(why, shown)
+    write_animation(output, pictures, seconds=why.clip.seconds[shown].tolist())
+
+
+def frames_shown(why: Explanation, limit: int) -> list[int]:
+    """At most `limit` frames, in order: the first one, and of each even span of the others the one
+    with most selected P-frame patches, the earliest of equals."""
+    count = len(why.scores)
+    if count <= limit:
+        return list(range(count))
+    num_p = np.array([num_inter for _, num_inter in why.counts])
+    edges = np.linspace(1, count, limit).astype(int)
+    spans = zip(edges[:-1], edges[1:], strict=True)
+    return [0, *(int(start + num_p[start:stop].argmax()) for start, stop in spans)]
+
+
+def draw_why(why: Explanation) -> Image.Image:
+    """The sheet: rows of pictures over frames_shown, and the colour key."""
+    rows = why_rows(why, frames_shown(why, COLUMNS))
+    block = rows_block(rows, heading=_heading(why))
+    return stacked([block, _colour_key(why, titles=[row.title for row in rows], width=block.width)])
+
+
+def animate_why(why: Explanation, shown: list[int]) -> list[Image.Image]:
+    """One picture for each of these frames: a panel per row of the sheet, and the timeline of the
+    whole clip."""
+    rows = why_rows(why, shown)
+    across = 2 if len(rows) == FEW_PANELS else 3
+    heading = _heading(why)
+    pictures = []
+    for number, frame in enumerate(shown):
+        cells = []
+        for row in rows:
+            cell = row.cells[number]
+            caption = f"{row.title}: {cell.caption}" if cell.caption else row.title
+            cells.append(Cell(cell.picture, caption))
+        timeline = Timeline(why.counts, current=frame, inter=CHOSEN)
+        panels = panels_picture(cells, heading=heading, timeline=timeline, across=across)
+        key = _colour_key(why, titles=[row.title for row in rows], width=panels.width)
+        pictures.append(stacked([panels, key]))
+    return pictures
+
+
+def why_rows(why: Explanation, shown: list[int]) -> list[Row]:
+    """What the rule reads of these frames, their scores, and the selected patches."""
+    frames = [Cell(why.clip.frames[t], _frame_caption(why, t)) for t in shown]
+    rows = [Row("Frame", ("from the source, at its time;", "I- or P-frame"), frames)]
+    rule = why.rule
+    if rule.rule == "differences":
+        notes = ("to the frame before, without", "any motion; full at", _luma(why.strongest))
+        changes = _changes(why.clip)
+        cells = [_field_cell(why, changes[t], is_p=not why.clip.is_i_frame[t]) for t in shown]
+        rows.append(Row("Difference", notes, cells))
+    elif rule.rule not in RANDOM_RULES:
+        rows += _codec_rows(why, shown)
+    notes = (_score_unit(rule), f"full at {_number(why.highest)}", _last_selected(why))
+    rows.append(Row("Score", notes, [_score_cell(why, t) for t in shown]))
+    notes = ("outlined over the frame:", f"{int(why.selected.sum()):,} tokens of the clip")
+    cells = [Cell(outlined(why, t), _patch_count(why, t)) for t in shown]
+    return [*rows, Row("Selected patches", notes, cells)]
+
+
+def _codec_rows(why: Explanation, shown: list[int]) -> list[Row]:
+    """Motion as coded and without the camera's, and residual, as far as the score reads them."""
+    clip = why.clip
+    saliency = why.rule.saliency
+    is_bits = saliency.score == "bits"
+    rows = []
+    if saliency.motion_weight and not is_bits:
+        notes = (
+            "direction is hue, speed",
+            "is brightness; full at",
+            f"{why.fastest:.1f} px per frame",
+        )
+        cells = [_motion_cell(why, clip.motion[t], is_p=not clip.is_i_frame[t]) for t in shown]
+        rows.append(Row("Motion as coded", notes, cells))
+        camera = "median" if why.rule.is_published else saliency.camera
+        notes = ("without the camera's, by", f"its model: {camera};", "on the same scale")
+        cells = [_motion_cell(why, why.compensated[t], is_p=not clip.is_i_frame[t]) for t in shown]
+        rows.append(Row("Motion of objects", notes, cells))
+    if saliency.residual_weight or is_bits:
+        notes = ("what motion does not", "explain; full at", _luma(why.strongest))
+        residual = np.abs(clip.residual)
+        cells = [_field_cell(why, residual[t], is_p=not clip.is_i_frame[t]) for t in shown]
+        rows.append(Row("Residual", notes, cells))
+    return rows
+
+
+def outlined(why: Explanation, frame: int) -> np.ndarray:
+    """A frame uint8 [H, W, 3], dark but for its selected patches, whose area has an outline: blue
+    where they come before all others, else orange."""
+    picture = why.clip.frames[frame]
+    selected = why.selected[frame]
+    inside = patch_pixels(selected, picture)
+    # selected pixels within `width` of one that is not, or of the border of the picture
+    width = max(1, why.config.patch_size // 8)
+    deep = np.pad(inside, width)
+    rows, columns = inside.shape
+    core = inside.copy()
+    for dy in (-width, 0, width):
+        for dx in (-width, 0, width):
+            core &= deep[width + dy : width + dy + rows, width + dx : width + dx + columns]
+    drawn = np.where(inside[..., None], picture, picture * DIMMED).astype(np.uint8)
+    drawn[inside & ~core] = INTRA if why.is_first[frame] else CHOSEN
+    return drawn
+
+
+def score_picture(why: Explanation, frame: int) -> np.ndarray:
+    """The scores of a frame's patches as heat, at the frame's size; those that come before all
+    others, without a score, are blue."""
+    heat = ramp("inferno", why.scores[frame] / why.highest)
+    if why.is_first[frame]:
+        heat[:] = UNSELECTED
+        heat[why.selected[frame]] = INTRA
+    side = why.config.patch_size
+    return heat.repeat(side, axis=0).repeat(side, axis=1)
+
+
+def _score_cell(why: Explanation, frame: int) -> Cell:
+    caption = "before all others"
+    if not why.is_first[frame]:
+        caption = f"best {_number(float(why.scores[frame].max()))}"
+    return Cell(score_picture(why, frame), caption)
+
+
+def _motion_cell(why: Explanation, motion: np.ndarray, is_p: bool) -> Cell:
+    """A field of vectors [Y, X, 2] on the colour wheel, with its mean speed."""
+    _, height, width, _ = why.clip.frames.shape
+    picture = per_pixel(wheel(motion, why.fastest)[None], height=height, width=width)[0]
+    speed = np.linalg.norm(motion, axis=-1).mean()
+    return Cell(picture, f"mean {speed:.2f} px" if is_p else "none")
+
+
+def _field_cell(why: Explanation, values: np.ndarray, is_p: bool) -> Cell:
+    """A field of luma steps [H, W] as heat, with its mean."""
+    return Cell(
+        ramp("magma", values / why.strongest), f"mean {values.mean():.2f}" if is_p else "none"
+    )
+
+
+def _frame_caption(why: Explanation, frame: int) -> str:
+    kind = "I" if why.clip.is_i_frame[frame] else "P"
+    return f"{why.clip.seconds[frame]:.2f} s, {kind}"
+
+
+def _patch_count(why: Explanation, frame: int) -> str:
+    num_patches = int(why.selected[frame].sum())
+    if num_patches == 0:
+        return "none"
+    return f"{num_patches} I" if why.is_first[frame] else f"{num_patches} P"
+
+
+def _luma(value: float) -> str:
+    return f"{value:.1f} luma steps"
+
+
+def _number(value: float) -> str:
+    """Three digits: scores are shares or hundreds of bits."""
+    return f"{value:.3g}"
+
+
+def _score_unit(rule: SelectionConfig) -> str:
+    """What one of a score is."""
+    if rule.rule == "differences":
+        return "in luma steps, the mean;"
+    if rule.rule in RANDOM_RULES:
+        return "random numbers, 0 to 1;"
+    if rule.is_published:
+        return "as published, 0 to 1;"
+    if rule.saliency.score == "bits":
+        return "in bits of the residual;"
+    return f"{rule.saliency.score}; 1 is the 95th percentile;"
+
+
+def _last_selected(why: Explanation) -> str:
+    """The lowest score of a selected patch that has one."""
+    ranked = why.selected & ~why.is_first[:, None, None]
+    if not ranked.any():
+        return "no patch is selected by it"
+    return f"selected from {_number(float(why.scores[ranked].min()))} on"
+
+
+def _changes(clip: CodecClip) -> np.ndarray:
+    """Plain differences to the frame before at every pixel, float32 [T, H, W] in luma steps."""
+    _, height, width, _ = clip.frames.shape
+    changes = per_pixel(clip.change, height=height, width=width).copy()
+    changes[clip.is_i_frame] = 0  # they are not ranked by them
+    return changes
+
+
+def _bright(values: np.ndarray, floor: float) -> float:
+    """The value that is drawn at full brightness, at least the floor."""
+    if values.size == 0:
+        return floor
+    return max(float(np.percentile(values, BRIGHT_PERCENTILE)), floor)
+
+
+def _heading(why: Explanation) -> Heading:
+    """Name, sizes, and the settings by which patches are selected."""
+    clip = why.clip
+    count, height, width, _ = clip.frames.shape
+    duration = clip.seconds[-1] - clip.seconds[0]
+    num_selected = int(why.selected.sum())
+    sizes = (
+        f"{width} x {height} px, patches of {why.config.patch_size} px, {count} frames over "
+        f"{duration:.2f} s; {num_selected:,} of {why.selected.size:,} patches selected "
+        f"({num_selected / why.selected.size:.1%})"
+    )
+    rule = why.rule
+    settings = [f"rule {rule.rule}"]
+    if rule.rule == "i_frames_first":
+        settings.append(f"score {rule.saliency.score}")
+        settings.append(f"camera {rule.saliency.camera}")
+    settings.append(f"vectors {rule.vectors}")
+    if rule.vectors == "canonical":
+        settings.append(f"GOP {why.config.gop}")
+    return Heading(why.name, lines=(sizes, ", ".join(settings)))
+
+
+def _colour_key(why: Explanation, titles: list[str], width: int) -> Image.Image:
+    """What the colours of these rows mean."""
+    shades = np.linspace(0, 1, 90)[None].repeat(16, axis=0)
+    entries = []
+    if "Motion as coded" in titles:
+        entries.append((wheel_swatch(), "direction of motion"))
+    for title in ("Residual", "Difference"):
+        if title in titles:
+            text = f"{title.lower()}, 0 to {_luma(why.strongest)}"
+            entries.append((ramp("magma", shades), text))
+    entries.append((ramp("inferno", shades), f"score, 0 to {_number(why.highest)}"))
+    if why.is_first.any():
+        entries.append((swatch(INTRA), "selected before all others"))
+    entries.append((swatch(CHOSEN), "selected by score"))
+    return colour_key(entries, width=width)
