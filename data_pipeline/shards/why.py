@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..codec.decompose import CodecClip, per_pixel
+from ..codec.decompose import MOTION_CELL, CodecClip, per_pixel
 from ..codec.open_video import check_file, is_image
 from ..codec.patches import RANDOM_RULES, SelectionConfig, choose_patches, decompose
-from ..codec.saliency import compensated_motion
+from ..codec.saliency import block_mean, cell_side, compensated_motion
 from ..errors import DataPipelineError
 from ..side_files import write_picture
 from .clip_columns import MOTION_FLOOR, RESIDUAL_FLOOR
@@ -46,8 +46,8 @@ FORMATS = (".png", ".gif", ".webp")
 COLUMNS = 8
 # Frames of a GIF, which has no prediction between frames of real footage: about 70 KB each
 GIF_FRAMES = 16
-# Full brightness is what 99 of 100 cells, pixels or patches of P-frames stay below: single outliers
-# do not darken the rest
+# Full brightness of motion and residual is what 99 of 100 cells of P-frames stay below: single
+# outliers do not darken the rest
 BRIGHT_PERCENTILE = 99
 DIMMED = 0.3  # brightness of what is not selected; still to be recognised
 CHOSEN = (255, 159, 28)  # outline of P-frame patches: an orange, rare in footage
@@ -65,11 +65,13 @@ class Explanation:
     config: SampleConfig
     clip: CodecClip
     compensated: np.ndarray  # float32 [T, Y, X, 2], motion without the camera's
+    change: np.ndarray  # float32 [T, y, x], luma steps: means over cells of `change_cell` pixels
+    change_cell: int  # of the residual, or of plain differences where the rule reads those
     scores: np.ndarray  # float32 [T, h, w] in the unit that _unit names
     selected: np.ndarray  # bool [T, h, w]
-    fastest: float  # pixels per frame, luma steps and score that are drawn at full brightness
+    fastest: float  # pixels per frame, luma steps, and score that are drawn at full brightness
     strongest: float
-    highest: float
+    highest: float  # of all scores: none saturates
 
     @property
     def rule(self) -> SelectionConfig:
@@ -117,17 +119,25 @@ def explain(path: Path, config: SampleConfig) -> Explanation:
     p_frames = ~clip.is_i_frame
     # the published rules take the median away, whatever the saliency of the others does
     camera = "median" if rule.is_published else rule.saliency.camera
-    residual = _changes(clip) if rule.rule == "differences" else np.abs(clip.residual)
+    if rule.rule == "differences":
+        change_cell = MOTION_CELL
+        change = clip.change * p_frames[:, None, None]
+    else:
+        # the cells in which the default score reads it; pixels would show noise above all
+        change_cell = cell_side(config.patch_size)
+        change = block_mean(clip.residual, change_cell)
     return Explanation(
         name=path.name,
         config=config,
         clip=clip,
         compensated=compensated_motion(clip, camera),
+        change=change,
+        change_cell=change_cell,
         scores=scores,
         selected=selected,
         fastest=_bright(np.linalg.norm(clip.motion[p_frames], axis=-1), floor=MOTION_FLOOR),
-        strongest=_bright(residual[p_frames], floor=RESIDUAL_FLOOR),
-        highest=_bright(scores[p_frames], floor=float(np.finfo(np.float32).tiny)),
+        strongest=_bright(change[p_frames], floor=RESIDUAL_FLOOR),
+        highest=float(max(scores.max(), np.finfo(np.float32).tiny)),
     )
 
 
@@ -195,12 +205,10 @@ def why_rows(why: Explanation, shown: list[int]) -> list[Row]:
     rule = why.rule
     if rule.rule == "differences":
         notes = ("to the frame before, without", "any motion; full at", _luma(why.strongest))
-        changes = _changes(why.clip)
-        cells = [_field_cell(why, changes[t], is_p=not why.clip.is_i_frame[t]) for t in shown]
-        rows.append(Row("Difference", notes, cells))
+        rows.append(Row("Difference", notes, [_change_cell(why, t) for t in shown]))
     elif rule.rule not in RANDOM_RULES:
         rows += _codec_rows(why, shown)
-    notes = (_score_unit(rule), f"full at {_number(why.highest)}", _last_selected(why))
+    notes = (*_score_unit(rule), f"0 to {_number(why.highest)}, root scale;", _last_selected(why))
     rows.append(Row("Score", notes, [_score_cell(why, t) for t in shown]))
     notes = ("outlined over the frame:", f"{int(why.selected.sum()):,} tokens of the clip")
     cells = [Cell(outlined(why, t), _patch_count(why, t)) for t in shown]
@@ -227,9 +235,7 @@ def _codec_rows(why: Explanation, shown: list[int]) -> list[Row]:
         rows.append(Row("Motion of objects", notes, cells))
     if saliency.residual_weight or is_bits:
         notes = ("what motion does not", "explain; full at", _luma(why.strongest))
-        residual = np.abs(clip.residual)
-        cells = [_field_cell(why, residual[t], is_p=not clip.is_i_frame[t]) for t in shown]
-        rows.append(Row("Residual", notes, cells))
+        rows.append(Row("Residual", notes, [_change_cell(why, t) for t in shown]))
     return rows
 
 
@@ -255,12 +261,18 @@ def outlined(why: Explanation, frame: int) -> np.ndarray:
 def score_picture(why: Explanation, frame: int) -> np.ndarray:
     """The scores of a frame's patches as heat, at the frame's size; those that come before all
     others, without a score, are blue."""
-    heat = ramp("inferno", why.scores[frame] / why.highest)
+    heat = _heat(why.scores[frame] / why.highest)
     if why.is_first[frame]:
         heat[:] = UNSELECTED
         heat[why.selected[frame]] = INTRA
     side = why.config.patch_size
     return heat.repeat(side, axis=0).repeat(side, axis=1)
+
+
+def _heat(shares: np.ndarray) -> np.ndarray:
+    """Colours of shares 0 to 1 of the highest score, by their square roots: the highest of a clip
+    is several times the lowest that is selected, and both are to be seen."""
+    return ramp("inferno", np.sqrt(shares))
 
 
 def _score_cell(why: Explanation, frame: int) -> Cell:
@@ -278,11 +290,15 @@ def _motion_cell(why: Explanation, motion: np.ndarray, is_p: bool) -> Cell:
     return Cell(picture, f"mean {speed:.2f} px" if is_p else "none")
 
 
-def _field_cell(why: Explanation, values: np.ndarray, is_p: bool) -> Cell:
-    """A field of luma steps [H, W] as heat, with its mean."""
-    return Cell(
-        ramp("magma", values / why.strongest), f"mean {values.mean():.2f}" if is_p else "none"
-    )
+def _change_cell(why: Explanation, frame: int) -> Cell:
+    """The residual or difference of a frame as heat, with its mean."""
+    _, height, width, _ = why.clip.frames.shape
+    values = why.change[frame]
+    heat = ramp("magma", values / why.strongest)
+    picture = heat.repeat(why.change_cell, axis=0).repeat(why.change_cell, axis=1)
+    caption = "none" if why.clip.is_i_frame[frame] else f"mean {values.mean():.2f}"
+    # cells of motion may reach beyond the frame
+    return Cell(picture[:height, :width], caption)
 
 
 def _frame_caption(why: Explanation, frame: int) -> str:
@@ -306,17 +322,17 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _score_unit(rule: SelectionConfig) -> str:
+def _score_unit(rule: SelectionConfig) -> tuple[str, ...]:
     """What one of a score is."""
     if rule.rule == "differences":
-        return "in luma steps, the mean;"
+        return ("in luma steps, the mean;",)
     if rule.rule in RANDOM_RULES:
-        return "random numbers, 0 to 1;"
+        return ("numbers at random;",)
     if rule.is_published:
-        return "as published, 0 to 1;"
+        return ("mean over the patch;",)
     if rule.saliency.score == "bits":
-        return "in bits of the residual;"
-    return f"{rule.saliency.score}; 1 is the 95th percentile;"
+        return ("in bits of the residual;",)
+    return ("1: motion and residual at", "their 95th percentiles;")
 
 
 def _last_selected(why: Explanation) -> str:
@@ -325,14 +341,6 @@ def _last_selected(why: Explanation) -> str:
     if not ranked.any():
         return "no patch is selected by it"
     return f"selected from {_number(float(why.scores[ranked].min()))} on"
-
-
-def _changes(clip: CodecClip) -> np.ndarray:
-    """Plain differences to the frame before at every pixel, float32 [T, H, W] in luma steps."""
-    _, height, width, _ = clip.frames.shape
-    changes = per_pixel(clip.change, height=height, width=width).copy()
-    changes[clip.is_i_frame] = 0  # they are not ranked by them
-    return changes
 
 
 def _bright(values: np.ndarray, floor: float) -> float:
@@ -374,7 +382,7 @@ def _colour_key(why: Explanation, titles: list[str], width: int) -> Image.Image:
         if title in titles:
             text = f"{title.lower()}, 0 to {_luma(why.strongest)}"
             entries.append((ramp("magma", shades), text))
-    entries.append((ramp("inferno", shades), f"score, 0 to {_number(why.highest)}"))
+    entries.append((_heat(shades), f"score, 0 to {_number(why.highest)}"))
     if why.is_first.any():
         entries.append((swatch(INTRA), "selected before all others"))
     entries.append((swatch(CHOSEN), "selected by score"))
