@@ -21,7 +21,7 @@ from ..codec.patches import RANDOM_RULES, SelectionConfig, choose_patches, decom
 from ..codec.saliency import block_mean, cell_side, compensated_motion
 from ..errors import DataPipelineError
 from ..side_files import write_picture
-from .clip_columns import MOTION_FLOOR, RESIDUAL_FLOOR
+from .clip_columns import BRIGHT_PERCENTILE, MOTION_FLOOR, RESIDUAL_FLOOR
 from .drawing import (
     INTRA,
     UNSELECTED,
@@ -44,14 +44,13 @@ from .sample_builder import SampleConfig
 
 FORMATS = (".png", ".gif", ".webp")
 COLUMNS = 8
-# Frames of a GIF, which has no prediction between frames of real footage: about 70 KB each
-GIF_FRAMES = 16
-# Full brightness of motion and residual is what 99 of 100 cells of P-frames stay below: single
-# outliers do not darken the rest
-BRIGHT_PERCENTILE = 99
+# Frames of a GIF, which has no prediction between frames of real footage: about 0.1 MB each
+GIF_FRAMES = 14
+CELL_PERCENTILE = 99  # of the cells of a frame: what is brighter is an outlier
 DIMMED = 0.3  # brightness of what is not selected; still to be recognised
 CHOSEN = (255, 159, 28)  # outline of P-frame patches: an orange, rare in footage
-FEW_PANELS = 4  # up to so many stand in two columns, more in three
+ACROSS = 3  # panels beside each other, of more than FEW_PANELS
+FEW_PANELS = 4
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def animate_why(why: Explanation, shown: list[int]) -> list[Image.Image]:
     """One picture for each of these frames: a panel per row of the sheet, and the timeline of the
     whole clip."""
     rows = why_rows(why, shown)
-    across = 2 if len(rows) == FEW_PANELS else 3
+    across = len(rows) if len(rows) <= FEW_PANELS else ACROSS
     heading = _heading(why)
     pictures = []
     for number, frame in enumerate(shown):
@@ -278,7 +277,8 @@ def _heat(shares: np.ndarray) -> np.ndarray:
 def _score_cell(why: Explanation, frame: int) -> Cell:
     caption = "before all others"
     if not why.is_first[frame]:
-        caption = f"best {_number(float(why.scores[frame].max()))}"
+        best = float(why.scores[frame].max())
+        caption = f"best {_number(best)}" if best else "none"
     return Cell(score_picture(why, frame), caption)
 
 
@@ -344,10 +344,15 @@ def _last_selected(why: Explanation) -> str:
 
 
 def _bright(values: np.ndarray, floor: float) -> float:
-    """The value that is drawn at full brightness, at least the floor."""
+    """The value that is drawn at full brightness, of a field [P-frames, ...]; at least the floor.
+
+    Three of four frames stay below with all but their brightest cells, so that a scene cut or a
+    single wrong vector does not darken the others.
+    """
     if values.size == 0:
         return floor
-    return max(float(np.percentile(values, BRIGHT_PERCENTILE)), floor)
+    of_frames = np.percentile(values.reshape(len(values), -1), CELL_PERCENTILE, axis=1)
+    return max(float(np.percentile(of_frames, BRIGHT_PERCENTILE)), floor)
 
 
 def _heading(why: Explanation) -> Heading:
@@ -356,11 +361,13 @@ def _heading(why: Explanation) -> Heading:
     count, height, width, _ = clip.frames.shape
     duration = clip.seconds[-1] - clip.seconds[0]
     num_selected = int(why.selected.sum())
+    # in short lines: an animation of a tall clip is narrow
     sizes = (
         f"{width} x {height} px, patches of {why.config.patch_size} px, {count} frames over "
-        f"{duration:.2f} s; {num_selected:,} of {why.selected.size:,} patches selected "
-        f"({num_selected / why.selected.size:.1%})"
+        f"{duration:.2f} s"
     )
+    share = num_selected / why.selected.size
+    selected = f"{num_selected:,} of {why.selected.size:,} patches selected ({share:.1%})"
     rule = why.rule
     settings = [f"rule {rule.rule}"]
     if rule.rule == "i_frames_first":
@@ -368,8 +375,8 @@ def _heading(why: Explanation) -> Heading:
         settings.append(f"camera {rule.saliency.camera}")
     settings.append(f"vectors {rule.vectors}")
     if rule.vectors == "canonical":
-        settings.append(f"GOP {why.config.gop}")
-    return Heading(why.name, lines=(sizes, ", ".join(settings)))
+        selected += f", GOP {why.config.gop}"
+    return Heading(why.name, lines=(sizes, selected, ", ".join(settings)))
 
 
 def _colour_key(why: Explanation, titles: list[str], width: int) -> Image.Image:
