@@ -372,7 +372,8 @@ def _heading(why: Explanation) -> Heading:
     settings = [f"rule {rule.rule}"]
     if rule.rule == "i_frames_first":
         settings.append(f"score {rule.saliency.score}")
-        settings.append(f"camera {rule.saliency.camera}")
+        if rule.saliency.score != "bits":
+            settings.append(f"camera {rule.saliency.camera}")
     settings.append(f"vectors {rule.vectors}")
     if rule.vectors == "canonical":
         selected += f", GOP {why.config.gop}"

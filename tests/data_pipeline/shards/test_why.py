@@ -44,8 +44,8 @@ def config(**selection) -> SampleConfig:
 
 
 @pytest.fixture(scope="module")
-def video(real_videos):
-    return real_videos / "h264_no_bframes.mkv"
+def video(shared):
+    return shared / "videos" / "h264_no_bframes.mkv"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_animations_have_a_frame_per_frame_shown(video, tmp_path):
     assert max(path.stat().st_size for path in tmp_path.iterdir()) < 1.5e6
 
 
-def test_errors_name_what_is_wrong(real_videos, tmp_path):
+def test_errors_name_what_is_wrong(shared, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     out = tmp_path / "out.png"
     with pytest.raises(DataPipelineError, match=r"a\.png is a picture"):
@@ -156,7 +156,7 @@ def test_errors_name_what_is_wrong(real_videos, tmp_path):
     with pytest.raises(RejectedInput, match=r"text\.mp4"):
         explain(tmp_path / "text.mp4", config())
     with pytest.raises(RejectedInput, match="no_motion_vectors"):
-        explain(real_videos / "av1.mkv", config(vectors="native"))
+        explain(shared / "videos" / "av1.mkv", config(vectors="native"))
     with pytest.raises(ValueError, match=r"must end in \.png"):
         save_why(tmp_path / "none.mp4", config(), output=tmp_path / "out.bmp")
     assert not out.exists()
