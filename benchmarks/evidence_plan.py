@@ -14,7 +14,7 @@ BUDGETS = (49, 98, 196, 392)  # tokens of a clip: 1, 2, 4 and 8 whole frames
 SEEDS = (1, 2, 3)
 SIZE = 112  # pixels
 FRAME_TOKENS = (SIZE // 16) ** 2
-NUM_FRAMES = 64  # of a clip, all of which are stored whole too
+NUM_FRAMES = 64  # of a clip
 # One I-frame of a clip takes the whole smallest budget: there half of its patches are taken.
 HALF_I_FRAME = FRAME_TOKENS
 
@@ -52,6 +52,7 @@ SELECTED = {
     "I-frame and random": {"--rule": "i_frames_random"},
     "random": {"--rule": "random"},
 }
+STORED_BY = "codec"  # the packing that stores all frames whole, which costs half of its time
 WITHOUT_I_FRAME = ("published", "random")
 INPUTS = ("frames", "low resolution", *SELECTED)
 # What is compared by default; the other scores are there for `--inputs`.
@@ -89,9 +90,9 @@ class Cell:
 
     @property
     def packing(self) -> "Packing":
-        """The packing that it reads; whole frames are stored in every one."""
+        """The packing that it reads."""
         if self.frames is not None:
-            return Packing(self.dataset, "codec", is_half=False)
+            return Packing(self.dataset, STORED_BY, is_half=False)
         is_half = self.budget <= HALF_I_FRAME and self.input not in WITHOUT_I_FRAME
         return Packing(self.dataset, self.input, is_half)
 
@@ -113,11 +114,12 @@ class Packing:
     @property
     def flags(self) -> list[str]:
         """Flags of `pack` beside its inputs."""
+        stores_all = self.input == STORED_BY and not self.is_half
         flags = {
             "--size": str(SIZE),
             "--gop": str(NUM_FRAMES),
             "--budget": str(HALF_I_FRAME if self.is_half else max(BUDGETS)),
-            "--full-frames": str(NUM_FRAMES),
+            "--full-frames": str(NUM_FRAMES if stores_all else 1),
             **SELECTED[self.input],
         }
         if self.is_half:

@@ -140,13 +140,15 @@ class Runner:
         if (target / "packed").is_file():
             return folder
         clips = self._clips(packing.dataset)
+        num_classes = len((clips / "classes.txt").read_text().splitlines())
         for split in ("train", "val"):
             shards = target / split
             # what a killed run left is gone on with
             _run("-m", "data_pipeline", "pack", clips / f"{split}.csv", "--output", shards,
                     "--workers", os.cpu_count(), *packing.flags)  # fmt: skip
             labels = _write_labels(clips / f"{split}.csv", target / f"{split}_labels.jsonl")
-            _run("-m", "data_pipeline", "label", shards, "--from", labels, "--num-labels", 1)
+            _run("-m", "data_pipeline", "label", shards, "--from", labels, "--num-labels", 1,
+                 "--num-classes", num_classes)  # fmt: skip
             shutil.copyfile(clips / f"{split}.csv", target / f"{split}.csv")
         (target / "packed").touch()
         return folder

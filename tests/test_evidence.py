@@ -67,7 +67,8 @@ def test_every_packing_is_a_command_that_holds_the_budgets_of_its_cells():
         assert args.budget >= cell.budget or cell.frames is not None
         # what is whole before all others leaves room for others
         whole = FRAME_TOKENS * args.i_frame_share
-        assert args.num_full_frames == 64 and whole <= args.budget * 0.6
+        assert whole <= args.budget * 0.6
+        assert args.num_full_frames == 64 or cell.frames is None
 
 
 def test_names_of_cells_and_packings_tell_them_apart():

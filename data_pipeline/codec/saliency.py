@@ -169,10 +169,10 @@ def residual_bits(residual: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def _dct_matrix(size: int) -> np.ndarray:
-    """Orthonormal DCT-II float32 [k, n]."""
-    k = np.arange(size)[:, None]
-    n = np.arange(size)[None, :]
-    matrix = np.sqrt(2 / size) * np.cos(np.pi * (2 * n + 1) * k / (2 * size))
+    """Orthonormal DCT-II float32 [frequencies, samples]."""
+    frequency = np.arange(size)[:, None]
+    sample = np.arange(size)[None, :] + 0.5
+    matrix = np.sqrt(2 / size) * np.cos(np.pi / size * frequency * sample)
     matrix[0] /= np.sqrt(2)
     return matrix.astype(np.float32)
 

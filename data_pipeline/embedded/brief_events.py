@@ -55,7 +55,10 @@ REACH = (0.27, 0.40)  # path of a dart as a share of S: one pixel per frame at t
 MARGIN = 10  # pixels between the border and a disc's centre: the largest disc is whole
 MIN_SIZE = 48  # below, margins and paths leave no room for places
 SCENES = ("still", "busy", "pan")
-FIRST, SECOND, DARK = 0, 1, -1  # phases of an event's frames
+# phases of an event's frames
+FIRST = 0
+SECOND = 1
+DARK = -1
 
 RESTING_SHAPES = 2
 SHAPE_RADIUS = (0.16, 0.24)  # sides of the frame, as in motion_shapes at medium difficulty
