@@ -9,7 +9,7 @@ settings that packing would use:
 A row, or a panel, is shown only where the rule reads it: random patches have no motion row.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..codec.decompose import MOTION_CELL, CodecClip, per_pixel
 from ..codec.open_video import check_file, is_image
 from ..codec.patches import RANDOM_RULES, SelectionConfig, choose_patches, decompose
 from ..codec.saliency import block_mean, cell_side, compensated_motion
+from ..codec.selection import Order
 from ..errors import DataPipelineError
 from ..side_files import write_picture
 from .clip_columns import BRIGHT_PERCENTILE, MOTION_FLOOR, RESIDUAL_FLOOR
@@ -68,6 +69,7 @@ class Explanation:
     change_cell: int  # of the residual, or of plain differences where the rule reads those
     scores: np.ndarray  # float32 [T, h, w] in the unit that _unit names
     selected: np.ndarray  # bool [T, h, w]
+    is_static: bool  # nothing moves: whole frames at even times are selected, not by score
     fastest: float  # pixels per frame, luma steps, and score that are drawn at full brightness
     strongest: float
     highest: float  # of all scores: none saturates
@@ -134,6 +136,7 @@ def explain(path: Path, config: SampleConfig) -> Explanation:
         change_cell=change_cell,
         scores=scores,
         selected=selected,
+        is_static=selection.is_static,
         fastest=_bright(np.linalg.norm(clip.motion[p_frames], axis=-1), floor=MOTION_FLOOR),
         strongest=_bright(change[p_frames], floor=RESIDUAL_FLOOR),
         highest=float(max(scores.max(), np.finfo(np.float32).tiny)),
@@ -203,12 +206,13 @@ def why_rows(why: Explanation, shown: list[int]) -> list[Row]:
     rows = [Row("Frame", ("from the source, at its time;", "I- or P-frame"), frames)]
     rule = why.rule
     if rule.rule == "differences":
-        notes = ("to the frame before, without", "any motion; full at", _luma(why.strongest))
-        rows.append(Row("Difference", notes, [_change_cell(why, t) for t in shown]))
+        change_notes = ("to the frame before, without", "any motion; full at", _luma(why.strongest))
+        rows.append(Row("Difference", change_notes, [_change_cell(why, t) for t in shown]))
     elif rule.rule not in RANDOM_RULES:
         rows += _codec_rows(why, shown)
-    notes = (*_score_unit(rule), f"0 to {_number(why.highest)}, root scale;", _last_selected(why))
-    rows.append(Row("Score", notes, [_score_cell(why, t) for t in shown]))
+    scale = f"0 to {_number(why.highest)}, root scale;"
+    score_notes = (*_score_unit(rule), scale, _last_selected(why))
+    rows.append(Row("Score", score_notes, [_score_cell(why, t) for t in shown]))
     notes = ("outlined over the frame:", f"{int(why.selected.sum()):,} tokens of the clip")
     cells = [Cell(outlined(why, t), _patch_count(why, t)) for t in shown]
     return [*rows, Row("Selected patches", notes, cells)]
@@ -337,10 +341,12 @@ def _score_unit(rule: SelectionConfig) -> tuple[str, ...]:
 
 def _last_selected(why: Explanation) -> str:
     """The lowest score of a selected patch that has one."""
+    if why.is_static:
+        return "not used: a static clip"
     ranked = why.selected & ~why.is_first[:, None, None]
     if not ranked.any():
-        return "no patch is selected by it"
-    return f"selected from {_number(float(why.scores[ranked].min()))} on"
+        return "no patch selected by it"
+    return f"lowest selected: {_number(float(why.scores[ranked].min()))}"
 
 
 def _bright(values: np.ndarray, floor: float) -> float:
@@ -377,6 +383,12 @@ def _heading(why: Explanation) -> Heading:
     settings.append(f"vectors {rule.vectors}")
     if rule.vectors == "canonical":
         selected += f", GOP {why.config.gop}"
+    if why.is_static:
+        selected += ", static: whole frames at even times"
+    # what changes the order of the scores that are drawn
+    order = asdict(rule.order)
+    changed = [name for name, value in asdict(Order()).items() if order[name] != value]
+    settings += [f"{name} {order[name]}" for name in changed]
     return Heading(why.name, lines=(sizes, selected, ", ".join(settings)))
 
 
@@ -393,5 +405,6 @@ def _colour_key(why: Explanation, titles: list[str], width: int) -> Image.Image:
     entries.append((_heat(shades), f"score, 0 to {_number(why.highest)}"))
     if why.is_first.any():
         entries.append((swatch(INTRA), "selected before all others"))
-    entries.append((swatch(CHOSEN), "selected by score"))
+    text = "selected, at even times" if why.is_static else "selected by score"
+    entries.append((swatch(CHOSEN), text))
     return colour_key(entries, width=width)

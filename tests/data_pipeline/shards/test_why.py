@@ -1,5 +1,6 @@
 """The pictures of why patches are selected: what they show is what packing selects, and by what."""
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,6 +28,7 @@ from data_pipeline.shards.why import (
 )
 
 PATCH = 16
+STILL = np.full((112, 112, 3), 90, np.uint8)
 SMALL = {"size": 112, "patch_size": PATCH, "num_frames": 32, "gop": 16, "budget": 180}
 CODEC_ROWS = ["Motion as coded", "Motion of objects", "Residual"]
 BEFORE_SCORE = {
@@ -101,7 +103,7 @@ def test_rows_have_titles_times_and_units(why):
     assert "median" in " ".join(objects.notes)
     assert residual.notes[-1].endswith("luma steps")
     lowest = why.scores[why.selected & ~why.clip.is_i_frame[:, None, None]].min()
-    assert score.notes[-1] == f"selected from {lowest:.3g} on"
+    assert score.notes[-1] == f"lowest selected: {lowest:.3g}"
     assert selected.cells[0].caption == "49 I" and motion.cells[0].caption == "none"
     numbers = [num_inter for _, num_inter in why.counts]
     assert shown[0] == 0 and len(shown) == COLUMNS and max(numbers) in [numbers[t] for t in shown]
@@ -126,6 +128,21 @@ def test_a_score_without_motion_has_no_motion_rows(video):
     for saliency in (SaliencyConfig(score="bits"), SaliencyConfig(motion_weight=0)):
         rows = why_rows(explain(video, config(saliency=saliency)), [0, 9])
         assert [row.title for row in rows] == ["Frame", "Residual", "Score", "Selected patches"]
+
+
+def test_a_static_clip_says_that_scores_are_not_used(tmp_path):
+    with av.open(str(tmp_path / "still.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = 112
+        stream.pix_fmt = "yuv420p"
+        for _ in range(32):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(STILL, format="rgb24")))
+        container.mux(stream.encode(None))
+    why = explain(tmp_path / "still.mp4", config())
+    score, selected = why_rows(why, [0, 9])[-2:]
+    assert why.is_static and score.notes[-1] == "not used: a static clip"
+    assert {num_inter for _, num_inter in why.counts} <= {0, 49, 180 - 98 - 49}
+    assert selected.cells[0].caption == "49 I" and draw_why(why).height > 6 * 112
 
 
 def test_padding_is_never_selected_nor_moves(video):
