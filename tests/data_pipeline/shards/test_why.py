@@ -1,6 +1,5 @@
 """The pictures of why patches are selected: what they show is what packing selects, and by what."""
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -131,6 +130,8 @@ def test_a_score_without_motion_has_no_motion_rows(video):
 
 
 def test_a_static_clip_says_that_scores_are_not_used(tmp_path):
+    import av
+
     with av.open(str(tmp_path / "still.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width = stream.height = 112
