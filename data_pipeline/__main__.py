@@ -5,6 +5,7 @@
     tempo DIR INPUT...                      write labelled clips of videos, their time changed
     pack INPUT... --output DIR              videos and images -> shards
     verify DIR | stats DIR | view DIR       check, count and look at shards
+    view --why VIDEO --output FILE          why these patches: what they are ranked by
     export DIR --output DIR2                clips as mosaics, for codec LLaVA training
     features DIR --output DIR2              one vector per sample
     cluster DIR --num-centroids K --output DIR2      features -> centroids
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_making(command)
     _add_packing(command)
     _add_looking(folder_command)
+    _add_viewing(command)
     _add_exporting(folder_command)
     _add_labelling(folder_command)
     return parser
@@ -106,6 +108,20 @@ def _add_packing(command: AddCommand) -> None:
     sub = command("pack", "turn videos and images into shards", commands.pack)
     sub.add_argument("inputs", nargs="+", help="files, folders, URLs, or .txt/.csv lists")
     sub.add_argument("--output", type=output_path, required=True, help="folder of the shards")
+    _add_clip(sub)
+    sub.add_argument(
+        "--full-frames",
+        dest="num_full_frames",
+        type=int,
+        default=16,
+        help="whole frames stored of each clip",
+    )
+    _add_selecting(sub)
+    _add_running(sub)
+
+
+def _add_clip(sub: argparse.ArgumentParser) -> None:
+    """What is read of a video, and how many patches are selected of it."""
     sub.add_argument("--model", help="registered encoder to pack for: names size and patch size")
     sub.add_argument("--size", type=int, help="working size in pixels (224)")
     sub.add_argument("--patch-size", type=int, help="side of a patch in pixels (16)")
@@ -121,15 +137,6 @@ def _add_packing(command: AddCommand) -> None:
     sub.add_argument(
         "--salvage", action="store_true", help="cut damaged videos before the damage, keep the rest"
     )
-    sub.add_argument(
-        "--full-frames",
-        dest="num_full_frames",
-        type=int,
-        default=16,
-        help="whole frames stored of each clip",
-    )
-    _add_selecting(sub)
-    _add_running(sub)
 
 
 def _add_running(sub: argparse.ArgumentParser) -> None:
@@ -218,11 +225,24 @@ def _add_looking(command: AddCommand) -> None:
     sub = command("stats", "count what a packed folder holds", commands.stats)
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    sub = command("view", "draw what the encoder sees", commands.view)
+
+def _add_viewing(command: AddCommand) -> None:
+    sub = command("view", "draw what the encoder sees, or why", commands.view)
+    # not both: a folder's patches are selected already, a video's by the flags below
+    sub.add_argument("directory", type=Path, nargs="?", help="packed folder")
     sub.add_argument(
         "--output", type=output_path, required=True, help="FILE.png (sheet), FILE.gif or FILE.webp"
     )
     sub.add_argument("--samples", type=int, nargs="+", help="sample ids (four, evenly spread)")
+    sub.add_argument(
+        "--why",
+        type=Path,
+        metavar="VIDEO",
+        help="instead of a folder: what the patches of this video are ranked by; all flags below "
+        "are for this",
+    )
+    _add_clip(sub)
+    _add_selecting(sub)
 
 
 def _add_exporting(command: AddCommand) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from .clustering.feature_sources import FeatureConfig
+    from .shards.sample_builder import SampleConfig
 
     Config = TypeVar("Config", bound=DataclassInstance)
 
@@ -89,21 +90,10 @@ def tempo(args: Namespace) -> None:
 def pack(args: Namespace) -> None:
     """Turn videos and images into shards; exits when nothing could be finished."""
     from .clustering.labels import stale_labels
-    from .codec.patches import SelectionConfig
-    from .codec.saliency import SaliencyConfig
-    from .codec.selection import Order
     from .shards.inputs import list_inputs
     from .shards.pack import PackConfig, pack, pack_ray
-    from .shards.sample_builder import SampleConfig
 
-    size, patch_size = picture_shape(args)
-    selection = config_of(
-        SelectionConfig,
-        args,
-        order=config_of(Order, args),
-        saliency=config_of(SaliencyConfig, args),
-    )
-    sample = config_of(SampleConfig, args, size=size, patch_size=patch_size, selection=selection)
+    sample = sample_config(args)
     config = config_of(PackConfig, args, sample=sample)
     inputs = list_inputs(args.inputs)
     mode = args.mode or "refuse"  # None without --append and --replace
@@ -130,6 +120,23 @@ def pack(args: Namespace) -> None:
     stale = stale_labels(args.output, manifest)
     if stale is not None:
         show(stale)
+
+
+def sample_config(args: Namespace) -> "SampleConfig":
+    """How a video is framed, and its patches selected, by the flags of pack."""
+    from .codec.patches import SelectionConfig
+    from .codec.saliency import SaliencyConfig
+    from .codec.selection import Order
+    from .shards.sample_builder import SampleConfig
+
+    size, patch_size = picture_shape(args)
+    selection = config_of(
+        SelectionConfig,
+        args,
+        order=config_of(Order, args),
+        saliency=config_of(SaliencyConfig, args),
+    )
+    return config_of(SampleConfig, args, size=size, patch_size=patch_size, selection=selection)
 
 
 def picture_shape(args: Namespace) -> tuple[int, int]:
@@ -175,10 +182,27 @@ def stats(args: Namespace) -> None:
 
 
 def view(args: Namespace) -> None:
-    """Draw what the encoder sees."""
+    """Draw what the encoder sees, or why it sees these patches of a video."""
+    # before the imports, and before anything is read
+    if (args.directory is None) == (args.why is None):
+        raise ValueError("view draws a packed folder, or --why VIDEO: give one of the two")
+    if args.why is not None and args.samples is not None:
+        raise ValueError("--samples are of a packed folder: leave them out with --why VIDEO")
+    if args.why is not None:
+        from .shards.why import save_why
+
+        save_why(args.why, config=sample_config(args), output=args.output)
+        show(args.output)
+        return
     from .shards.manifest import load_manifest
+    from .shards.sample_builder import SampleConfig
     from .shards.view import save_view
 
+    if sample_config(args) != SampleConfig():
+        raise ValueError(
+            "the patches of a packed folder are selected already: flags of the selection are for "
+            "--why VIDEO"
+        )
     manifest = load_manifest(args.directory)
     # a set, since a folder of fewer samples gives the same id several times
     spread = sorted({i * len(manifest) // VIEWED for i in range(VIEWED)})

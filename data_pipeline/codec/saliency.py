@@ -115,7 +115,7 @@ def patch_saliency(
 def _motion_and_residual(clip: CodecClip, patch_size: int, config: SaliencyConfig) -> np.ndarray:
     """The weighted sum [T, h, w] of motion and residual, each on its scale."""
     _, height, width = clip.residual.shape
-    compensated = _compensated_content(clip, config.camera)
+    compensated = compensated_motion(clip, config.camera)
     speed = np.linalg.norm(compensated, axis=-1)
     # by way of pixels: a patch of 14 does not consist of whole motion cells of 8
     speed_of_pixels = per_pixel(speed, height=height, width=width)
@@ -190,7 +190,7 @@ def is_static(clip: CodecClip) -> bool:
     return changed.size > 0 and float(changed.mean()) < STILL_SHARE
 
 
-def _compensated_content(clip: CodecClip, camera: str) -> np.ndarray:
+def compensated_motion(clip: CodecClip, camera: str) -> np.ndarray:
     """Motion without the camera's, which the cells of padding do not take part in; theirs is 0."""
     if clip.content is None:
         return compensate_camera(clip.motion, camera)

@@ -4,26 +4,19 @@ were selected, beside what plain frame sampling would have bought with the same 
 Everything drawn comes out of the shard: clip_columns.py reads it, contact_sheet.py draws it.
 """
 
-import itertools
 from pathlib import Path
 
 from PIL import Image
 
 from ..side_files import write_picture
-from .clip_columns import ClipView, ImageView, read_sample, sample_view
+from .clip_columns import ImageView, read_sample, sample_view
 from .contact_sheet import ROWS, draw_animation, draw_sheet
+from .drawing import write_animation
 from .manifest import Manifest
 
 __all__ = ["ROWS", "contact_sheet", "read_sample", "save_view"]
 
 COLUMNS = 8
-# An animation runs at the clip's own speed within these bounds, FRAME_MS a frame where a shard has
-# no times, and rests at its end
-FASTEST_MS = 60
-FRAME_MS = 200
-SLOWEST_MS = 500
-HOLD_MS = 2000
-WEBP_QUALITY = 60  # edges of patches stay sharp, and a clip of 32 frames below half a megabyte
 
 
 def contact_sheet(manifest: Manifest, sample_ids: list[int]) -> Image.Image:
@@ -52,22 +45,5 @@ def save_view(manifest: Manifest, sample_ids: list[int], path: Path) -> None:
             one = path.with_stem(f"{path.stem}_{sample_id}")
         view = sample_view(manifest, sample_id)
         pictures = [draw_sheet([view])] if isinstance(view, ImageView) else draw_animation(view)
-        first, *rest = pictures
-        durations = _durations(view)
-        options = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
-        if path.suffix == ".webp":
-            options["quality"] = WEBP_QUALITY
-        write_picture(one, first, **options)
-
-
-def _durations(view: ClipView | ImageView) -> list[int]:
-    """Milliseconds for which an animation shows each of its pictures."""
-    if isinstance(view, ImageView):
-        return [HOLD_MS]
-    steps = []
-    for now, after in itertools.pairwise(view.columns):
-        step = FRAME_MS
-        if now.seconds is not None and after.seconds is not None:
-            step = round(1000 * (after.seconds - now.seconds))
-        steps.append(min(max(step, FASTEST_MS), SLOWEST_MS))
-    return [*steps, HOLD_MS]
+        seconds = [None] if isinstance(view, ImageView) else [c.seconds for c in view.columns]
+        write_animation(one, pictures, seconds=seconds)
