@@ -289,6 +289,7 @@ def path_with_python(folder: Path) -> str:
     SIGTERM on; killed, they take with them what they started."""
     if not CAN_FORK:
         return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    _server()  # from here: one that a script's process started would end with that process
     folder.mkdir(exist_ok=True)
     first = {"python": [], "torchrun": ["-c", _agent()]}
     for name, words in first.items():
