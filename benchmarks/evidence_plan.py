@@ -168,11 +168,15 @@ GROUPS = {
 }
 
 
+NEGLIGIBLE = 5.0  # points of accuracy; a choice, made before the first cell was published
+
+
 @dataclass(frozen=True)
 class Hypothesis:
     """What was expected of the difference codec - rival on a group of clips at a budget.
 
-    expected: more (the interval of the difference lies above 0), or not more (it does not).
+    expected: more (the interval of the difference lies above 0), or not more (it ends below
+    NEGLIGIBLE, so that a gain worth having is ruled out, and not merely unseen).
     """
 
     text: str

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.evidence_plan import BUDGETS, GROUPS, HYPOTHESES, Group, Hypothesis
+from benchmarks.evidence_plan import BUDGETS, GROUPS, HYPOTHESES, NEGLIGIBLE, Group, Hypothesis
 from eval_encoder.intervals import bootstrap_bounds
 from eval_encoder.tables import markdown_table
 from model_factory.files import parse_json_line, read_json
@@ -112,7 +112,7 @@ def verdict(results: Results, hypothesis: Hypothesis) -> tuple[str, str]:
     if hypothesis.expected == "more":
         outcome = "holds" if lower > 0 else "does not hold" if upper <= 0 else "undecided"
     else:
-        outcome = "does not hold" if lower > 0 else "holds"
+        outcome = "does not hold" if lower > 0 else "holds" if upper < NEGLIGIBLE else "undecided"
     return text, outcome if seeds > 1 else f"{outcome} on one seed"
 
 

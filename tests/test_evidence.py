@@ -135,6 +135,17 @@ def test_verdicts_follow_from_the_interval_of_the_difference(tmp_path):
     assert (tmp_path / "brief_events-all.png").is_file()
 
 
+def test_a_gain_that_is_only_unseen_is_undecided(tmp_path):
+    """Few clips, right by turns: the interval of the difference holds 0 and gains worth having."""
+    vanishes = HYPOTHESES[2]
+    write_events(tmp_path)
+    for seed in (1, 2):
+        evens = [int(index % 2 == 0) for index in range(CLIPS)]
+        write_cell(tmp_path, Cell("brief_events", "codec", 392, seed), evens)
+        write_cell(tmp_path, Cell("brief_events", "frames", 392, seed), [1 - x for x in evens])
+    assert verdict(Results(tmp_path), vanishes)[1] == "undecided"
+
+
 def test_cells_of_other_clips_do_not_mix(tmp_path):
     write_cell(tmp_path, Cell("motion_shapes", "codec", 98, 1), [1] * CLIPS)
     path = tmp_path / "cells" / "motion_shapes-codec-98-1.json"

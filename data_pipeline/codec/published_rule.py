@@ -314,7 +314,8 @@ def predict_from_both(
     """
     height, width = luma.shape
     mean = (past + future + 1) >> 1
-    weight = implicit_weight(*share)
+    since_past, between = share
+    weight = implicit_weight(since_past, between)
     weighted = (past.astype(np.int32) * (64 - weight) + future.astype(np.int32) * weight + 32) >> 6
     choices = [past, future, mean, weighted.astype(np.int16)]
     errors = [cell_means(luma_difference(luma, choice)) for choice in choices]

@@ -105,7 +105,8 @@ def select_patches(
     # without any score no patch is better than another
     is_static = candidates.size > 0 and (is_static or not ranked.any())
     if is_static:
-        best = _even_frames(*candidates.shape)
+        num_p_frames, per_frame = candidates.shape
+        best = _even_frames(num_p_frames, per_frame)
     else:
         best = _best_first(ranked, order)
     inter_scores = ranked.ravel()[best]

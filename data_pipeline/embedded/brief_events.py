@@ -152,7 +152,8 @@ def draw_event(label: int, seed: int, index: int, scene: str = "mixed", size: in
     radius = float(low * (high / low) ** rng.uniform())
     colours = ("red", "blue")
     colour = colours[rng.integers(2)]
-    reach = float(rng.uniform(*REACH) * size)
+    shortest, longest = REACH
+    reach = float(rng.uniform(shortest, longest) * size)
     here = _draw_places(rng, size=size, duration=duration, reach=reach)
     there = _draw_places(rng, size=size, duration=duration, reach=reach)
     frames = [
@@ -250,7 +251,8 @@ def _straight(rng: np.random.Generator, speed: tuple[float, float], time: np.nda
     """A straight path in a random direction, float32 [T, 2] in pixels; `speed` in pixels per
     frame."""
     angle = rng.uniform(0, 2 * np.pi)
-    step = rng.uniform(*speed) * np.array([np.cos(angle), np.sin(angle)])
+    slowest, fastest = speed
+    step = rng.uniform(slowest, fastest) * np.array([np.cos(angle), np.sin(angle)])
     return time[:, None] * step.astype(np.float32)
 
 

@@ -212,8 +212,8 @@ CODEC = (
     Mutant(
         name="implicit-weights-swapped",
         file="data_pipeline/codec/published_rule.py",
-        old="weight = implicit_weight(*share)",
-        new="weight = 64 - implicit_weight(*share)",
+        old="weight = implicit_weight(since_past, between)",
+        new="weight = 64 - implicit_weight(since_past, between)",
         why="B-frames between others are predicted from the farther one",
         tests=("data_pipeline/codec/test_published_rule.py",),
     ),

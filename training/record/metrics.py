@@ -263,7 +263,8 @@ class MetricLogger:
         )
         mfu = "not known" if speed["mfu"] is None else f"{speed['mfu']:.0%}"
         left = int((self._total_steps - last["step"]) * speed["step_s"])  # seconds
-        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+        minutes, seconds = divmod(left, 60)
+        hours, minutes = divmod(minutes, 60)
         return (
             f"step {last['step']}/{self._total_steps} | {losses} | {speed['samples_per_s']:.1f} "
             f"samples/s | {speed['tokens_per_s'] / 1000:.1f}k tokens/s | MFU {mfu} | "
