@@ -126,6 +126,21 @@ def shared() -> Path:
     return SHARED
 
 
+@contextlib.contextmanager
+def alone():
+    """The ranks of a group of one, left in good order after an error, too."""
+    import torch.distributed as dist
+
+    from training.distributed import process_group
+
+    try:
+        with process_group() as ranks:
+            yield ranks
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def listing(folder: Path) -> list[list]:
     """[path, size, time of change] of every file below a folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -3,7 +3,6 @@
 Trainings run in this process, on synthetic patches: eight steps, a commit after every second.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -15,6 +14,7 @@ import faulty
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import alone
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -29,7 +29,6 @@ from training.checkpoint.folder import (
 )
 from training.checkpoint.resume import find_commit
 from training.config.presets import preset
-from training.distributed import process_group
 from training.errors import BadCheckpoint, ConfigMismatch, StorageError
 from training.record.files import RecordFile, restore_records
 from training.record.report import write_report
@@ -55,17 +54,6 @@ def train(output: Path, **changes) -> Trainer:
         trainer = Trainer(config, datasets, ranks, StopSignals(), LOGGER)
         trainer.train()
     return trainer
-
-
-@contextlib.contextmanager
-def alone():
-    """The ranks of a group of one, left in good order after an error, too."""
-    try:
-        with process_group() as ranks:
-            yield ranks
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def found_by(resume: str, output: Path) -> Commit:

@@ -1,18 +1,16 @@
 """From where a launcher's restart goes on, and what a refused resume advises."""
 
-import contextlib
 import dataclasses
 import logging
 
 import pytest
-import torch.distributed as dist
+from conftest import alone
 
 from training.checkpoint import resume as resume_module
 from training.checkpoint.folder import FOLDER_NAME, CheckpointFolder
 from training.checkpoint.resume import check_fits, find_commit
 from training.config.presets import preset
 from training.config.schema import fingerprint
-from training.distributed import process_group
 from training.errors import BadCheckpoint, ConfigMismatch
 
 LOGGER = logging.getLogger("restart")
@@ -32,16 +30,6 @@ def start(monkeypatch):
         return None if commit is None else str(commit.path)
 
     return choose
-
-
-@contextlib.contextmanager
-def alone():
-    try:
-        with process_group() as ranks:
-            yield ranks
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def saved(output, step):
